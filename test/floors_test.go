@@ -1,0 +1,210 @@
+package test
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/dsnode/dsnode"
+
+// floor says how high a package stands in the house (design: roof, wiring,
+// doors, work, judgement, carriage, ground). Arrows point down only.
+var floor = map[string]int{
+	"cmd/dsnode": 60,
+
+	"node": 50,
+
+	"node/gateway":  40,
+	"node/admin":    40,
+	"node/modelsim": 40,
+
+	"node/serving": 30,
+
+	"cluster":           10,
+	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
+
+	"storage":         1,
+	"storage/keyring": 0,
+}
+
+// An arrow is an import that is allowed, and why it has to be.
+type arrow struct{ from, to, reason string }
+
+var arrows = []arrow{
+	{"cmd/dsnode", "node", "run starts a node; dev writes node.yaml files"},
+	{"cmd/dsnode", "node/admin", "the client of the admin API, which every command speaks through"},
+	{"cmd/dsnode", "node/modelsim", "the hidden modelsim command, which dev starts"},
+	{"cmd/dsnode", "cluster", "config validate offline; tls ca and tls issue"},
+
+	{"node", "node/gateway", "wiring: opens the api port"},
+	{"node", "node/admin", "wiring: opens the admin port"},
+	{"node", "node/serving", "wiring: puts the pipeline together"},
+	{"node", "cluster", "wiring: membership, Raft, identity"},
+	{"node", "storage", "wiring: opens and closes the node's files"},
+	{"node", "storage/keyring", "wiring: the operator's key"},
+
+	{"node/gateway", "node/serving", "hands requests to the pipeline"},
+	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
+	{"node/admin", "node/serving", "shows the health of upstreams"},
+	{"node/admin", "cluster", "shows and changes the agreed state"},
+
+	{"node/serving", "cluster", "reads the agreed configuration"},
+
+	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
+	{"cluster", "storage", "Raft's log and snapshots"},
+	{"storage", "storage/keyring", "what is at rest is sealed"},
+}
+
+type listed struct {
+	ImportPath   string
+	Imports      []string
+	TestImports  []string
+	XTestImports []string
+}
+
+// packages lists the module's own packages with their direct imports, cut down
+// to paths inside the module.
+func packages(t *testing.T) []listed {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,TestImports,XTestImports", "./...")
+	cmd.Dir = ".."
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var all []listed
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p listed
+		err := dec.Decode(&p)
+		if errors.Is(err, io.EOF) {
+			return all
+		}
+		if err != nil {
+			t.Fatalf("go list's output: %v", err)
+		}
+		p.ImportPath = inside(p.ImportPath)
+		p.Imports = ours(p.Imports)
+		p.TestImports = ours(append(p.TestImports, p.XTestImports...))
+		all = append(all, p)
+	}
+}
+
+func inside(path string) string { return strings.TrimPrefix(strings.TrimPrefix(path, module), "/") }
+
+func ours(paths []string) []string {
+	var in []string
+	for _, p := range paths {
+		if p == module || strings.HasPrefix(p, module+"/") {
+			in = append(in, inside(p))
+		}
+	}
+	return in
+}
+
+func outside(path string) bool { return path == "test" || strings.HasPrefix(path, "test/") }
+
+func TestArrowsPointDown(t *testing.T) {
+	allowed := map[[2]string]bool{}
+	for _, a := range arrows {
+		from, okFrom := floor[a.from]
+		to, okTo := floor[a.to]
+		switch {
+		case !okFrom || !okTo:
+			t.Errorf("the arrow %s → %s names a package without a floor", a.from, a.to)
+		case from <= to:
+			t.Errorf("the arrow %s → %s points up or sideways (%d → %d)", a.from, a.to, from, to)
+		case a.reason == "":
+			t.Errorf("the arrow %s → %s has no reason", a.from, a.to)
+		case allowed[[2]string{a.from, a.to}]:
+			t.Errorf("the arrow %s → %s stands twice", a.from, a.to)
+		}
+		allowed[[2]string{a.from, a.to}] = true
+	}
+	for _, p := range packages(t) {
+		if outside(p.ImportPath) {
+			continue // the lab may know everything; who knows the lab is checked below
+		}
+		if _, ok := floor[p.ImportPath]; !ok {
+			t.Errorf("package %q has no floor: say in floors_test.go where it stands", p.ImportPath)
+		}
+		for _, to := range p.Imports {
+			if !allowed[[2]string{p.ImportPath, to}] {
+				t.Errorf("%s imports %s: no arrow allows it", p.ImportPath, to)
+			}
+		}
+		for _, to := range p.TestImports {
+			// A test may stand on what its package stands on, transitively or
+			// not, drive the simulated model server, and use the lab.
+			if to == p.ImportPath || to == "node/modelsim" || outside(to) || floor[to] < floor[p.ImportPath] {
+				continue
+			}
+			t.Errorf("a test of %s imports %s, which stands no lower", p.ImportPath, to)
+		}
+	}
+}
+
+// Each top-level entry is agreed, so that a reader knows where to look.
+func TestTopLevelEntries(t *testing.T) {
+	folders := []string{"node", "cluster", "replication", "storage", "failover", "cmd", "deploy", "test", "tools"}
+	entries, err := os.ReadDir("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") && !slices.Contains(folders, e.Name()) {
+			t.Errorf("top-level folder %s is not in the design", e.Name())
+		}
+	}
+}
+
+// A package's DESIGN.md is for reading in one go: at most two screens.
+func TestDesignPages(t *testing.T) {
+	const longest = 120
+	for _, dir := range []string{"node", "cluster", "replication", "storage", "failover", "test"} {
+		if !hasGo(t, filepath.Join("..", dir)) {
+			continue
+		}
+		page := filepath.Join("..", dir, "DESIGN.md")
+		f, err := os.Open(page)
+		if err != nil {
+			t.Errorf("%s has Go files and no DESIGN.md", dir)
+			continue
+		}
+		lines := 0
+		for s := bufio.NewScanner(f); s.Scan(); {
+			lines++
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+		if lines == 0 || lines > longest {
+			t.Errorf("%s has %d lines, want 1 to %d", page, lines, longest)
+		}
+	}
+}
+
+func hasGo(t *testing.T, dir string) bool {
+	t.Helper()
+	found := false
+	err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err == nil && strings.HasSuffix(path, ".go") {
+			found = true
+			return fs.SkipAll
+		}
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return found
+}
