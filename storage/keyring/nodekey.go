@@ -1,0 +1,154 @@
+package keyring
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// NodeKeyFile is the file's name inside the data directory.
+const NodeKeyFile = "node.key"
+
+// The file is
+//
+//	"DSNODKEY" (8) | format (1) | crc32c of what follows (4) | sealed key (69)
+//
+// The checksum tells a damaged file apart from a wrong operator key: the two
+// ask different things of a person.
+const (
+	nodeKeyMagic   = "DSNODKEY"
+	nodeKeyFormat  = 1
+	nodeKeySize    = len(nodeKeyMagic) + 1 + 4 + keySize + Overhead
+	nodeKeyPurpose = "dsnode operator wraps node key v1"
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// OpenNodeKey gives the Sealer of this node's own key. On the first start it
+// makes a random key and keeps it in dir/node.key, wrapped with the operator's
+// key and durable before it returns. The directory must exist, and its lock
+// must be held by the caller.
+//
+// Errors are ErrWrongOperatorKey, ErrDamaged, ErrNewerFormat, ErrNoOperatorKey
+// or what the file system said.
+func OpenNodeKey(dir string, op OperatorKey) (Sealer, error) {
+	material, err := readNodeKey(dir, op)
+	if errors.Is(err, fs.ErrNotExist) {
+		material = make([]byte, keySize)
+		_, _ = rand.Read(material) // never fails; it ends the process instead
+		err = writeNodeKey(dir, material, op)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return NewSealer(material)
+}
+
+// RewrapNodeKey wraps the node's key with another operator key. Either the old
+// or the new file is there afterwards, whatever happens; the node's key itself
+// and all that it sealed stay the same.
+func RewrapNodeKey(dir string, from, to OperatorKey) error {
+	material, err := readNodeKey(dir, from)
+	if err != nil {
+		return err
+	}
+	return writeNodeKey(dir, material, to)
+}
+
+func readNodeKey(dir string, op OperatorKey) ([]byte, error) {
+	path := filepath.Join(dir, NodeKeyFile)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read node key: %w", err)
+	}
+	wrapped, err := parseNodeKey(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	s, err := op.sealer(nodeKeyPurpose)
+	if err != nil {
+		return nil, err
+	}
+	material, err := s.Open(nil, wrapped, []byte(nodeKeyMagic))
+	if errors.Is(err, ErrWrongKey) {
+		return nil, fmt.Errorf("%w: %s was made with another one; give this node the operator key it was first started with, "+
+			"or, if that is lost for good, remove the node's data directory and let it join anew", ErrWrongOperatorKey, path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return material, nil
+}
+
+// parseNodeKey checks the file's frame and gives the sealed key in it.
+func parseNodeKey(b []byte) ([]byte, error) {
+	const at = len(nodeKeyMagic)
+	if len(b) < at+1 || string(b[:at]) != nodeKeyMagic {
+		return nil, fmt.Errorf("%w: not a node key", ErrDamaged)
+	}
+	if b[at] != nodeKeyFormat {
+		return nil, fmt.Errorf("%w: node key format %d", ErrNewerFormat, b[at])
+	}
+	if len(b) != nodeKeySize {
+		return nil, fmt.Errorf("%w: node key has %d bytes, want %d", ErrDamaged, len(b), nodeKeySize)
+	}
+	wrapped := b[at+5:]
+	if binary.BigEndian.Uint32(b[at+1:]) != crc32.Checksum(wrapped, castagnoli) {
+		return nil, fmt.Errorf("%w: node key checksum", ErrDamaged)
+	}
+	return wrapped, nil
+}
+
+func writeNodeKey(dir string, material []byte, op OperatorKey) error {
+	s, err := op.sealer(nodeKeyPurpose)
+	if err != nil {
+		return err
+	}
+	wrapped := s.Seal(nil, material, []byte(nodeKeyMagic))
+	b := append([]byte(nodeKeyMagic), nodeKeyFormat)
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(wrapped, castagnoli))
+	b = append(b, wrapped...)
+
+	path := filepath.Join(dir, NodeKeyFile)
+	temp := path + ".tmp"
+	// A crash may have left one; it holds nothing that anybody relies on.
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write node key: %w", err)
+	}
+	if err := writeNew(temp, b); err != nil {
+		return fmt.Errorf("write node key: %w", err)
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return fmt.Errorf("write node key: %w", err)
+	}
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("write node key: %w", err)
+	}
+	return nil
+}
+
+// writeNew makes a file of mode 0600 that must not exist yet, and syncs it.
+func writeNew(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
