@@ -1,0 +1,225 @@
+// Package modelsim is a model server that speaks OpenAI's API, answers
+// deterministically and fails on command: for `dsnode dev`, tests and the
+// bench. Start reading at Server.ServeHTTP.
+//
+// # Model endpoints, with and without /v1
+//
+//	POST /chat/completions   plain and stream
+//	POST /completions        plain and stream
+//	POST /embeddings         float and base64, dimensions
+//	POST anything else       a small JSON echo: endpoint, model, SHA-256 of the body
+//	GET  /models, /models/{id}, /health
+//
+// The text of an answer depends on the messages (or the prompt) alone, starts
+// with their short hash, and is cut at max_tokens: the same question gets the
+// same text from every simulated server, plain or streamed. One word is one
+// token. A model whose name contains "reasoner" thinks first
+// (reasoning_content); with tools and tool_choice "required" (or a named
+// function) the answer is a tool call.
+//
+// # Speed
+//
+// Options.FirstToken and Options.Rate set the time to the first token and the
+// tokens per second. A request overrides them, and the number of tokens, in
+// its model name, "m@first=60ms,rate=50,tokens=50", or with the headers
+// X-Sim-First-Token, X-Sim-Rate and X-Sim-Tokens. What stands before the "@" is
+// the model's name.
+//
+// # Control
+//
+//	GET    /sim/requests   the newest requests, oldest first ([]Record)
+//	GET    /sim/stats      counters (Stats)
+//	GET    /sim/faults     the armed fault, or null
+//	POST   /sim/faults     arms one fault (Fault) in place of the one before
+//	DELETE /sim/faults     clears it; the counters and requests stay
+//	DELETE /sim/requests   forgets the recorded requests
+//
+// The modes of failure are listed at Mode.
+package modelsim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Options are complete when zero.
+type Options struct {
+	// Models that exist; any other name is a 404. Empty: every name exists.
+	Models []string
+	// APIKey, when set, is asked for as a bearer token.
+	APIKey string
+	// FirstToken is the time from the request to the first token of the
+	// answer (to the whole answer when it is plain and Rate is 0).
+	FirstToken time.Duration
+	// Rate is tokens per second after the first; 0 is all at once.
+	Rate float64
+	// Tokens is the length of an answer that nobody limits; 0 means 32.
+	Tokens int
+	// Dimensions of an embedding that asks for none; 0 means 256.
+	Dimensions int
+	// Keep is how many requests are remembered; 0 means 256.
+	Keep int
+	// Seed makes the probability of faults repeatable.
+	Seed uint64
+	// Logger gets one line for each fault armed or cleared; nil is silent.
+	Logger *slog.Logger
+}
+
+const (
+	maxBody      = 32 << 20
+	maxTokens    = 1 << 16
+	maxDimension = 8192
+	maxChoices   = 128
+)
+
+// Server is the simulated model server, an http.Handler. It starts nothing by
+// itself and opens no listener.
+type Server struct {
+	opts   Options
+	models map[string]bool
+	born   int64 // Unix seconds, "created" of every model
+	log    *slog.Logger
+	faults faultBox
+	book   book
+	active sync.WaitGroup // requests being handled, waited for by Run
+}
+
+// New makes a server.
+func New(o Options) *Server {
+	if o.Tokens <= 0 {
+		o.Tokens = 32
+	}
+	if o.Dimensions <= 0 {
+		o.Dimensions = 256
+	}
+	if o.Keep <= 0 {
+		o.Keep = 256
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{opts: o, models: make(map[string]bool), born: time.Now().Unix(), log: o.Logger}
+	for _, m := range o.Models {
+		s.models[m] = true
+	}
+	s.faults.seed(o.Seed)
+	s.book.keep = o.Keep
+	return s
+}
+
+// Run serves on ln until ctx ends, then cuts what is running: a simulator owes
+// nobody a graceful end. It returns nil after ctx, with no goroutine left.
+func (s *Server) Run(ctx context.Context, ln net.Listener) error {
+	base, cancel := context.WithCancel(ctx)
+	defer cancel()
+	srv := &http.Server{
+		Handler:           s,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(refusingListener{ln, s}) }()
+	var err error
+	select {
+	case <-ctx.Done():
+		err = srv.Close()
+		<-failed
+	case err = <-failed:
+	}
+	cancel()
+	s.active.Wait()
+	if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// ServeHTTP answers the control and the model endpoints.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.active.Add(1)
+	defer s.active.Done()
+	if strings.HasPrefix(r.URL.Path, "/sim/") {
+		s.serveControl(w, r)
+		return
+	}
+	path := strings.TrimPrefix(r.URL.Path, "/v1")
+	switch {
+	case r.Method == http.MethodPost:
+		s.servePost(w, r, path)
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
+		writeError(w, http.StatusMethodNotAllowed, "invalid_request_error", "method_not_allowed", "method not allowed")
+	default:
+		s.serveGet(w, r, path)
+	}
+}
+
+func (s *Server) serveGet(w http.ResponseWriter, r *http.Request, path string) {
+	if f, hit := s.faults.take(true); hit && f.status() != 0 {
+		s.writeStatusFault(w, f)
+		return
+	} else if hit {
+		reset(w)
+		return
+	}
+	if path != "/health" && !s.authorised(w, r) {
+		return
+	}
+	switch id, one := strings.CutPrefix(path, "/models/"); {
+	case path == "/health":
+		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+	case path == "/models":
+		list := make([]modelObject, 0, len(s.opts.Models))
+		for _, m := range s.opts.Models {
+			list = append(list, modelObject{m, "model", s.born, "modelsim"})
+		}
+		writeJSON(w, http.StatusOK, map[string]any{"object": "list", "data": list})
+	case one && s.knows(id):
+		writeJSON(w, http.StatusOK, modelObject{id, "model", s.born, "modelsim"})
+	case one:
+		writeError(w, http.StatusNotFound, "invalid_request_error", "model_not_found", "The model `"+id+"` does not exist")
+	default:
+		writeError(w, http.StatusNotFound, "invalid_request_error", "not_found", "no such path: "+r.URL.Path)
+	}
+}
+
+type modelObject struct {
+	ID      string `json:"id"`
+	Object  string `json:"object"`
+	Created int64  `json:"created"`
+	OwnedBy string `json:"owned_by"`
+}
+
+func (s *Server) knows(model string) bool { return len(s.models) == 0 || s.models[model] }
+
+func (s *Server) authorised(w http.ResponseWriter, r *http.Request) bool {
+	if s.opts.APIKey == "" || r.Header.Get("Authorization") == "Bearer "+s.opts.APIKey {
+		return true
+	}
+	writeError(w, http.StatusUnauthorized, "authentication_error", "invalid_api_key", "incorrect API key")
+	return false
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil { // only our own types come here
+		panic(err)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(b, '\n')) // a client that has gone is noticed by its context
+}
+
+func writeError(w http.ResponseWriter, status int, kind, code, message string) {
+	writeJSON(w, status, map[string]any{"error": map[string]any{
+		"message": message, "type": kind, "param": nil, "code": code,
+	}})
+}
