@@ -1,0 +1,343 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// What a Client can die of without any node's answer.
+var (
+	// ErrUnreachable: no admin URL answered, and nothing was changed.
+	ErrUnreachable = errors.New("cannot reach the cluster")
+	// ErrUnanswered: a change was sent and no answer came: it may have happened.
+	ErrUnanswered = errors.New("no answer came, so the change may or may not have been made")
+	// ErrNotAdmin: something answered that is no admin port of a dsnode.
+	ErrNotAdmin = errors.New("this is not the admin port of a dsnode")
+)
+
+// ClientOptions are what NewClient needs besides the URLs.
+type ClientOptions struct {
+	Token  string
+	CAFile string // PEM; empty: the system's
+	// Timeout bounds a whole call, all URLs tried. Zero: 10 s.
+	Timeout time.Duration
+	// Author is noted with what is changed.
+	Author string
+}
+
+const (
+	defaultClientTimeout = 10 * time.Second
+	// Where nothing answers the dial, another URL gets its turn soon.
+	dialTimeout = 2 * time.Second
+	// Far above the agreed state's bound.
+	maxAnswer = 64 << 20
+)
+
+// Client asks the admin ports of a cluster; it is a Cluster itself. Its URLs
+// are tried in turn until one answers. A change is sent to a second one only
+// when the first can't have got it.
+type Client struct {
+	urls    []*url.URL
+	token   string
+	author  string
+	timeout time.Duration
+	http    *http.Client
+}
+
+var _ Cluster = (*Client)(nil)
+
+// NewClient makes a client of "http://host:port" URLs.
+func NewClient(urls []string, o ClientOptions) (*Client, error) {
+	c := &Client{token: o.Token, author: o.Author, timeout: o.Timeout}
+	if c.timeout <= 0 {
+		c.timeout = defaultClientTimeout
+	}
+	if len(urls) == 0 {
+		return nil, fmt.Errorf("%w: no admin URL was given", ErrInvalidRequest)
+	}
+	for _, text := range urls {
+		u, err := parseURL(text, o.Token != "")
+		if err != nil {
+			return nil, err
+		}
+		c.urls = append(c.urls, u)
+	}
+	transport := &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSHandshakeTimeout: dialTimeout,
+		TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12},
+		MaxIdleConnsPerHost: 2,
+		IdleConnTimeout:     30 * time.Second,
+	}
+	if o.CAFile != "" {
+		pem, err := os.ReadFile(o.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("read the admin CA: %w", err)
+		}
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%w: %s holds no certificate in PEM", ErrInvalidRequest, o.CAFile)
+		}
+		transport.TLSClientConfig.RootCAs = pool
+	}
+	c.http = &http.Client{
+		Transport: transport,
+		// A redirect would carry the token to where nobody meant it to go.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return c, nil
+}
+
+// parseURL takes what people write and refuses what would surprise them.
+func parseURL(text string, withToken bool) (*url.URL, error) {
+	u, err := url.Parse(text)
+	switch {
+	case !strings.Contains(text, "://"):
+		return nil, fmt.Errorf("%w: the admin URL %s has no scheme: write http://%s", ErrInvalidRequest, quote(text), text)
+	case err != nil:
+		return nil, fmt.Errorf("%w: the admin URL can't be read: %w", ErrInvalidRequest, err)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, fmt.Errorf("%w: the admin URL %s must begin with http:// or https://", ErrInvalidRequest, quote(text))
+	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
+		return nil, fmt.Errorf("%w: the admin URL %s must be a scheme, a host and a port, nothing more", ErrInvalidRequest, quote(text))
+	case withToken && u.Scheme == "http" && !loopbackName(u.Host):
+		return nil, fmt.Errorf("%w: the token would go in clear to %s: write https://", ErrInvalidRequest, u.Host)
+	}
+	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
+}
+
+// Close gives idle connections back.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// URLs are the addresses that the client asks, in order.
+func (c *Client) URLs() []string {
+	texts := make([]string, len(c.urls))
+	for i, u := range c.urls {
+		texts[i] = u.String()
+	}
+	return texts
+}
+
+// Status implements Cluster.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	return ask[Status](ctx, c, http.MethodGet, "/admin/v1/status", nil, nil)
+}
+
+// Upstreams implements Cluster.
+func (c *Client) Upstreams(ctx context.Context) ([]UpstreamInfo, error) {
+	l, err := ask[list[UpstreamInfo]](ctx, c, http.MethodGet, "/admin/v1/upstreams", nil, nil)
+	return l.Data, err
+}
+
+// Bootstrap implements Cluster.
+func (c *Client) Bootstrap(ctx context.Context, configText []byte, author string) error {
+	_, err := ask[ConfigVersion](ctx, c, http.MethodPost, "/admin/v1/bootstrap", c.by(author), configText)
+	return err
+}
+
+// Config implements Cluster.
+func (c *Client) Config(ctx context.Context) (ConfigVersion, error) {
+	return ask[ConfigVersion](ctx, c, http.MethodGet, "/admin/v1/config", nil, nil)
+}
+
+// ConfigHistory implements Cluster.
+func (c *Client) ConfigHistory(ctx context.Context) ([]ConfigVersion, error) {
+	l, err := ask[list[ConfigVersion]](ctx, c, http.MethodGet, "/admin/v1/config/history", nil, nil)
+	return l.Data, err
+}
+
+// ApplyConfig implements Cluster.
+func (c *Client) ApplyConfig(ctx context.Context, text []byte, expectVersion *uint64, author string) (ConfigVersion, error) {
+	return ask[ConfigVersion](ctx, c, http.MethodPut, "/admin/v1/config", expecting(c.by(author), expectVersion), text)
+}
+
+// RollbackConfig implements Cluster.
+func (c *Client) RollbackConfig(ctx context.Context, to uint64, expectVersion *uint64, author string) (ConfigVersion, error) {
+	q := expecting(c.by(author), expectVersion)
+	q.Set("to", strconv.FormatUint(to, 10))
+	return ask[ConfigVersion](ctx, c, http.MethodPost, "/admin/v1/config/rollback", q, nil)
+}
+
+// CreateAPIKey implements Cluster.
+func (c *Client) CreateAPIKey(ctx context.Context, r APIKeyRequest) (APIKeyCreated, error) {
+	body, err := json.Marshal(r)
+	if err != nil {
+		return APIKeyCreated{}, fmt.Errorf("encode the request for a key: %w", err)
+	}
+	return ask[APIKeyCreated](ctx, c, http.MethodPost, "/admin/v1/apikeys", c.by(""), body)
+}
+
+// APIKeys implements Cluster.
+func (c *Client) APIKeys(ctx context.Context) ([]APIKeyInfo, error) {
+	l, err := ask[list[APIKeyInfo]](ctx, c, http.MethodGet, "/admin/v1/apikeys", nil, nil)
+	return l.Data, err
+}
+
+// RevokeAPIKey implements Cluster.
+func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
+	return c.do(ctx, http.MethodDelete, "/admin/v1/apikeys/"+url.PathEscape(id))
+}
+
+// RemoveNode implements Cluster.
+func (c *Client) RemoveNode(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name))
+}
+
+// DrainNode implements Cluster. All URLs are asked until one is the node's own.
+func (c *Client) DrainNode(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/drain")
+}
+
+// ResumeNode implements Cluster. All URLs are asked until one is the node's own.
+func (c *Client) ResumeNode(ctx context.Context, name string) error {
+	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/resume")
+}
+
+func (c *Client) do(ctx context.Context, method, path string) error {
+	_, err := ask[struct{}](ctx, c, method, path, c.by(""), nil)
+	return err
+}
+
+func (c *Client) by(author string) url.Values {
+	if author == "" {
+		author = c.author
+	}
+	if author == "" {
+		return url.Values{}
+	}
+	return url.Values{"author": {author}}
+}
+
+func expecting(q url.Values, version *uint64) url.Values {
+	if version != nil {
+		q.Set("expect_version", strconv.FormatUint(*version, 10))
+	}
+	return q
+}
+
+// ask tries the URLs in turn and decodes the first answer that counts.
+func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values, body []byte) (T, error) {
+	var value, none T
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	var failures []error
+	for i, base := range c.urls {
+		text, sent, err := c.attempt(ctx, base, len(c.urls)-i, method, path, query, body)
+		if err == nil {
+			if len(text) == 0 {
+				return value, nil
+			}
+			if err := json.Unmarshal(text, &value); err != nil {
+				return none, fmt.Errorf("%s: %w: %w", base, ErrNotAdmin, err)
+			}
+			return value, nil
+		}
+		var refused *Error
+		switch {
+		case errors.As(err, &refused):
+			// Another node may know the cluster, or be the one that is meant.
+			switch refused.Code {
+			case "not_member", "wrong_node", "stopping":
+				failures = append(failures, err)
+			default:
+				return none, refused
+			}
+		case errors.Is(err, ErrNotAdmin):
+			return none, err
+		case sent && method != http.MethodGet:
+			return none, fmt.Errorf("%s: %w: %w", base, ErrUnanswered, err)
+		default:
+			failures = append(failures, err)
+		}
+	}
+	return none, unreachable(failures)
+}
+
+// unreachable names each URL and what was wrong with it, in one line; but when
+// some node did answer, its refusal says more.
+func unreachable(failures []error) error {
+	var refused *Error
+	if errors.As(errors.Join(failures...), &refused) {
+		return refused
+	}
+	words := make([]string, len(failures))
+	for i, err := range failures {
+		words[i] = err.Error()
+	}
+	return fmt.Errorf("%w: %s", ErrUnreachable, strings.Join(words, "; "))
+}
+
+// attempt asks one URL, with a fair share of the time that is left. sent tells
+// whether the node may have got the request.
+func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, path string, query url.Values, body []byte) (text []byte, sent bool, err error) {
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(left))
+		defer cancel()
+	}
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		// From here on the request is on its way, however much of it.
+		GotConn: func(httptrace.GotConnInfo) { sent = true },
+	})
+	target := base.String() + path
+	if len(query) > 0 {
+		target += "?" + query.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
+	if err != nil {
+		return nil, false, fmt.Errorf("make the request: %w", err)
+	}
+	if c.token != "" {
+		req.Header.Set("Authorization", "Bearer "+c.token)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, sent, fmt.Errorf("%s: %w", base, plain(err))
+	}
+	defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+	text, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, sent, fmt.Errorf("%s: read the answer: %w", base, plain(err))
+	}
+	switch {
+	case resp.StatusCode == http.StatusOK && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json"):
+		return text, sent, nil
+	case resp.StatusCode == http.StatusNoContent:
+		return nil, sent, nil
+	}
+	if refused, ok := readError(text); ok {
+		return nil, sent, refused
+	}
+	return nil, sent, fmt.Errorf("%s: %w: it answered %s", base, ErrNotAdmin, resp.Status)
+}
+
+// plain takes off what net/http wraps around an error: the method and the URL,
+// which the message names already.
+func plain(err error) error {
+	var wrapped *url.Error
+	if errors.As(err, &wrapped) {
+		err = wrapped.Err
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return errors.New("no answer in time")
+	}
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return fmt.Errorf("can't connect: %w", op.Err)
+	}
+	return err
+}

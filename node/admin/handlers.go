@@ -1,0 +1,132 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"strconv"
+)
+
+// call is a request whose body and parameters were read and bounded.
+type call struct {
+	path   func(name string) string // a wildcard of the route
+	query  url.Values               // only parameters that the route knows
+	author string
+	body   []byte
+}
+
+// handler answers with a value to be sent as JSON; nil is 204.
+type handler func(context.Context, call) (any, error)
+
+func (s *Server) getStatus(ctx context.Context, _ call) (any, error) {
+	status, err := s.cluster.Status(ctx)
+	if status.Reasons == nil {
+		status.Reasons = []string{} // nothing is wrong, as opposed to unknown
+	}
+	return status, err
+}
+
+func (s *Server) getUpstreams(ctx context.Context, _ call) (any, error) {
+	return listOf(s.cluster.Upstreams(ctx))
+}
+
+func (s *Server) postBootstrap(ctx context.Context, c call) (any, error) {
+	if err := s.cluster.Bootstrap(ctx, c.body, c.author); err != nil {
+		return nil, err
+	}
+	return s.cluster.Config(ctx)
+}
+
+func (s *Server) getConfig(ctx context.Context, _ call) (any, error) {
+	return s.cluster.Config(ctx)
+}
+
+func (s *Server) getHistory(ctx context.Context, _ call) (any, error) {
+	return listOf(s.cluster.ConfigHistory(ctx))
+}
+
+func (s *Server) putConfig(ctx context.Context, c call) (any, error) {
+	expect, err := c.number("expect_version")
+	if err != nil {
+		return nil, err
+	}
+	return s.cluster.ApplyConfig(ctx, c.body, expect, c.author)
+}
+
+func (s *Server) postRollback(ctx context.Context, c call) (any, error) {
+	to, err := c.number("to")
+	if err != nil {
+		return nil, err
+	}
+	if to == nil {
+		return nil, fmt.Errorf("%w: say which version to roll back to (?to=N)", ErrInvalidRequest)
+	}
+	expect, err := c.number("expect_version")
+	if err != nil {
+		return nil, err
+	}
+	return s.cluster.RollbackConfig(ctx, *to, expect, c.author)
+}
+
+func (s *Server) getAPIKeys(ctx context.Context, _ call) (any, error) {
+	return listOf(s.cluster.APIKeys(ctx))
+}
+
+func (s *Server) postAPIKey(ctx context.Context, c call) (any, error) {
+	var req APIKeyRequest
+	d := json.NewDecoder(bytes.NewReader(c.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&req); err != nil {
+		return nil, fmt.Errorf("%w: the body is no request for a key: %w", ErrInvalidRequest, err)
+	}
+	if d.More() {
+		return nil, fmt.Errorf("%w: something follows the request for a key", ErrInvalidRequest)
+	}
+	return s.cluster.CreateAPIKey(ctx, req)
+}
+
+func (s *Server) deleteAPIKey(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.RevokeAPIKey(ctx, c.path("id"))
+}
+
+func (s *Server) deleteNode(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.RemoveNode(ctx, c.path("name"))
+}
+
+func (s *Server) postDrain(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.DrainNode(ctx, c.path("name"))
+}
+
+func (s *Server) postResume(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.ResumeNode(ctx, c.path("name"))
+}
+
+// number reads a parameter that may be absent: nil.
+func (c call) number(name string) (*uint64, error) {
+	if !c.query.Has(name) {
+		return nil, nil //nolint:nilnil // absent is a valid answer
+	}
+	n, err := strconv.ParseUint(c.query.Get(name), 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s must be a whole number, not %s", ErrInvalidRequest, name, quote(c.query.Get(name)))
+	}
+	return &n, nil
+}
+
+// list is how several things travel, so that more can be said beside them one
+// day without breaking who reads them.
+type list[T any] struct {
+	Data []T `json:"data"`
+}
+
+func listOf[T any](items []T, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	if items == nil {
+		items = []T{}
+	}
+	return list[T]{Data: items}, nil
+}

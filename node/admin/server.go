@@ -1,0 +1,176 @@
+// Package admin is the operators' door of a node: the admin API under
+// /admin/v1/, a read-only console page, metrics, health and profiles on one
+// port, and the Go client of that API which the CLI uses.
+//
+// It owns the words in which an operator's request succeeds or fails (types in
+// status.go and types.go, refusals in errors.go) and who may ask (guard.go). It
+// owns no state: what it shows and changes is behind Cluster, which the node
+// implements. Start reading at Server.routes; the API is described in
+// node/API.md.
+package admin
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"net/http/pprof"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// Cluster is what the door needs of the node behind it. Reads answer from the
+// node's own copy of the agreed state, with or without quorum; changes are
+// agreed on before they return. Errors wrap the sentinels of this package and
+// of package cluster; anything else is shown as an internal error.
+type Cluster interface {
+	Status(ctx context.Context) (Status, error)
+	Upstreams(ctx context.Context) ([]UpstreamInfo, error)
+
+	// Bootstrap founds the cluster. The same text again is no error.
+	Bootstrap(ctx context.Context, configText []byte, author string) error
+	Config(ctx context.Context) (ConfigVersion, error)
+	// ConfigHistory lists earlier versions, oldest first, without the current one.
+	ConfigHistory(ctx context.Context) ([]ConfigVersion, error)
+	// ApplyConfig replaces the configuration; with expectVersion only when
+	// that is the current version, else cluster.ErrVersionConflict.
+	ApplyConfig(ctx context.Context, text []byte, expectVersion *uint64, author string) (ConfigVersion, error)
+	// RollbackConfig applies the text of an earlier version as a new one.
+	RollbackConfig(ctx context.Context, to uint64, expectVersion *uint64, author string) (ConfigVersion, error)
+
+	CreateAPIKey(ctx context.Context, r APIKeyRequest) (APIKeyCreated, error)
+	APIKeys(ctx context.Context) ([]APIKeyInfo, error)
+	RevokeAPIKey(ctx context.Context, id string) error
+
+	// RemoveNode takes a node that is gone for good out of the cluster.
+	RemoveNode(ctx context.Context, name string) error
+	// DrainNode stops a node's readiness so that balancers send clients
+	// elsewhere, ResumeNode takes it back; a name that is not the node's own
+	// is ErrWrongNode.
+	DrainNode(ctx context.Context, name string) error
+	ResumeNode(ctx context.Context, name string) error
+}
+
+// Options are what New needs. Cluster, Gatherer and Health are required.
+type Options struct {
+	Cluster  Cluster
+	Gatherer prometheus.Gatherer // shown at /metrics
+	Health   http.Handler        // gets every request under /healthz/
+	// Token is the operator's. Empty: only connections over loopback are served.
+	Token  string
+	Logger *slog.Logger // nil: discards
+	// Timeout bounds one call of the Cluster. Zero: 30 s.
+	Timeout time.Duration
+}
+
+const (
+	defaultTimeout = 30 * time.Second
+	// A body is a configuration at most, which the agreed state bounds too.
+	maxBody = 1 << 20
+	// A body comes from a file or a pipe, not from a person who types.
+	bodyTimeout = 10 * time.Second
+	// People, one scraper and a script or two ask this port.
+	maxInFlight = 64
+)
+
+// Server is the admin port's handler.
+type Server struct {
+	cluster  Cluster
+	token    string
+	log      *slog.Logger
+	timeout  time.Duration
+	inFlight chan struct{}
+	mux      *http.ServeMux
+}
+
+// New makes the handler; it starts nothing. The caller's http.Server should
+// have a ReadHeaderTimeout and no WriteTimeout (a profile takes its time):
+// deadlines for bodies and answers are set here, for each request.
+func New(o Options) *Server {
+	s := &Server{
+		cluster: o.Cluster, token: o.Token, log: o.Logger, timeout: o.Timeout,
+		inFlight: make(chan struct{}, maxInFlight), mux: http.NewServeMux(),
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.timeout <= 0 {
+		s.timeout = defaultTimeout
+	}
+	for _, r := range s.routes(o) {
+		s.mux.Handle(r.pattern, r.handler)
+	}
+	return s
+}
+
+// route is one line of the surface.
+type route struct {
+	pattern string
+	handler http.Handler
+}
+
+// routes is the whole surface of the admin port.
+func (s *Server) routes(o Options) []route {
+	metrics := promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{MaxRequestsInFlight: 8, Timeout: s.timeout})
+	return []route{
+		{"GET /admin/v1/status", s.read(s.getStatus)},
+		{"GET /admin/v1/upstreams", s.read(s.getUpstreams)},
+		{"POST /admin/v1/bootstrap", s.change(s.postBootstrap)},
+		{"GET /admin/v1/config", s.read(s.getConfig)},
+		{"PUT /admin/v1/config", s.change(s.putConfig, "expect_version")},
+		{"GET /admin/v1/config/history", s.read(s.getHistory)},
+		{"POST /admin/v1/config/rollback", s.change(s.postRollback, "to", "expect_version")},
+		{"GET /admin/v1/apikeys", s.read(s.getAPIKeys)},
+		{"POST /admin/v1/apikeys", s.change(s.postAPIKey)},
+		{"DELETE /admin/v1/apikeys/{id}", s.change(s.deleteAPIKey)},
+		{"DELETE /admin/v1/nodes/{name}", s.change(s.deleteNode)},
+		{"POST /admin/v1/nodes/{name}/drain", s.change(s.postDrain)},
+		{"POST /admin/v1/nodes/{name}/resume", s.change(s.postResume)},
+
+		{"GET /metrics", s.authorized(metrics)},
+		{"GET /debug/pprof/", s.authorized(http.HandlerFunc(pprof.Index))},
+		{"GET /debug/pprof/cmdline", s.authorized(http.HandlerFunc(pprof.Cmdline))},
+		{"GET /debug/pprof/profile", s.authorized(http.HandlerFunc(pprof.Profile))},
+		{"GET /debug/pprof/symbol", s.authorized(http.HandlerFunc(pprof.Symbol))},
+		{"GET /debug/pprof/trace", s.authorized(http.HandlerFunc(pprof.Trace))},
+
+		// Probes carry no token, and learn what they learn at the api port.
+		{"/healthz/", o.Health},
+		// The page itself says nothing of the cluster; what it asks for needs
+		// the token like all else.
+		{"GET /{$}", console("console.html", "text/html; charset=utf-8")},
+		{"GET /console.css", console("console.css", "text/css; charset=utf-8")},
+		{"GET /console.js", console("console.js", "text/javascript; charset=utf-8")},
+		{"/", http.HandlerFunc(s.noRoute)},
+	}
+}
+
+// ServeHTTP lets in who may ask, then looks for the route.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	if err := s.sameOrigin(r); err != nil {
+		s.refuse(w, r, err)
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// noRoute tells a wrong method from a wrong path.
+func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
+	var allowed []string
+	for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
+		other := &http.Request{Method: method, URL: r.URL, Host: r.Host}
+		if _, pattern := s.mux.Handler(other); pattern != "/" {
+			allowed = append(allowed, method)
+		}
+	}
+	if len(allowed) == 0 {
+		s.refuse(w, r, &Error{Code: "not_found", Message: "this version has no path " + r.URL.Path})
+		return
+	}
+	for _, method := range allowed {
+		w.Header().Add("Allow", method)
+	}
+	s.refuse(w, r, &Error{Code: "method_not_allowed", Message: r.URL.Path + " can't be asked with " + r.Method})
+}

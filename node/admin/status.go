@@ -1,0 +1,157 @@
+package admin
+
+import "time"
+
+// Status is the cluster at a glance, as one node sees it: the answer of
+// GET /admin/v1/status and of `dsnode status -o json`. What the observer does
+// not know is nil here and null in JSON, never zero.
+type Status struct {
+	Cluster string `json:"cluster"`
+	Version string `json:"version"` // of the observer
+	Healthy bool   `json:"healthy"`
+	// Reasons say in words what is not as it should be. Empty, never nil.
+	Reasons    []string  `json:"reasons"`
+	Observer   Observer  `json:"observer"`
+	ObservedAt time.Time `json:"observed_at"`
+
+	Generation   *uint64      `json:"generation"`
+	Primary      *Primary     `json:"primary"`
+	Raft         Raft         `json:"raft"`
+	Sites        []SiteStatus `json:"sites"`
+	Nodes        []NodeStatus `json:"nodes"`
+	Jobs         *Jobs        `json:"jobs"`
+	Alerts       []Alert      `json:"alerts"` // nil: nobody watches for any
+	LastFailover *Failover    `json:"last_failover"`
+}
+
+// Observer is the node that answered.
+type Observer struct {
+	Node string `json:"node"`
+	Site string `json:"site"`
+}
+
+// Primary is the site in charge, as last agreed.
+type Primary struct {
+	Site   string    `json:"site"`
+	Epoch  uint64    `json:"epoch"`
+	Since  time.Time `json:"since"`
+	Reason string    `json:"reason"`
+}
+
+// Raft is the agreement as the observer sees it.
+type Raft struct {
+	Leader      *string `json:"leader"` // node name
+	LeaderSite  *string `json:"leader_site"`
+	Term        *uint64 `json:"term"`
+	CommitIndex *uint64 `json:"commit_index"`
+	Voters      *int    `json:"voters"`
+	Quorum      bool    `json:"quorum"`
+	// QuorumSince is when Quorum took its present value: while there is none,
+	// it says since when there is none.
+	QuorumSince *time.Time `json:"quorum_since"`
+}
+
+// SiteState is how a site is doing.
+type SiteState string
+
+// The states of a site.
+const (
+	SiteHealthy  SiteState = "healthy"
+	SiteDegraded SiteState = "degraded" // it lives, and something of it does not
+	SiteDown     SiteState = "down"
+	SiteIsolated SiteState = "isolated" // it lives, apart from the others
+	SiteUnknown  SiteState = "unknown"
+)
+
+// Role is a site's relation to the primary.
+type Role string
+
+// The roles of a site.
+const (
+	RolePrimary  Role = "primary"
+	RoleSameCity Role = "same-city"
+	RoleRemote   Role = "remote"
+)
+
+// SiteStatus is one data centre.
+type SiteStatus struct {
+	Name  string    `json:"name"`
+	City  string    `json:"city"`
+	Role  Role      `json:"role"`
+	State SiteState `json:"state"`
+
+	NodesAlive       *int     `json:"nodes_alive"`
+	NodesTotal       *int     `json:"nodes_total"`
+	UpstreamsHealthy *int     `json:"upstreams_healthy"`
+	UpstreamsTotal   *int     `json:"upstreams_total"`
+	LastHeardSeconds *float64 `json:"last_heard_seconds"`
+
+	Degradation *string      `json:"degradation"` // none, data, function, interface
+	Replication *Replication `json:"replication"`
+}
+
+// Replication says how far a site's copy of the other sites' journals is
+// behind, and what the site promises.
+type Replication struct {
+	RecordsBehind    *int64   `json:"records_behind"`
+	LagSeconds       *float64 `json:"lag_seconds"`
+	RPOTargetSeconds *float64 `json:"rpo_target_seconds"`
+	RTOTargetSeconds *float64 `json:"rto_target_seconds"`
+}
+
+// NodeState is what membership says of a node.
+type NodeState string
+
+// The states of a node.
+const (
+	NodeAlive   NodeState = "alive"
+	NodeSuspect NodeState = "suspect"
+	NodeDead    NodeState = "dead"
+	NodeLeft    NodeState = "left"
+)
+
+// NodeStatus is one peer.
+type NodeStatus struct {
+	Name             string     `json:"name"`
+	Site             string     `json:"site"`
+	State            NodeState  `json:"state"`
+	Voter            *bool      `json:"voter"`
+	Leader           *bool      `json:"leader"`
+	LastHeardSeconds *float64   `json:"last_heard_seconds"`
+	Version          string     `json:"version"`
+	PID              *int       `json:"pid"`
+	API              string     `json:"api"`   // host:port
+	Admin            string     `json:"admin"` // host:port
+	StartedAt        *time.Time `json:"started_at"`
+	// Draining is true while the node takes no new clients.
+	Draining *bool `json:"draining"`
+}
+
+// Jobs counts the asynchronous jobs by status.
+type Jobs struct {
+	Queued    *int64 `json:"queued"`
+	Running   *int64 `json:"running"`
+	Succeeded *int64 `json:"succeeded"`
+	Failed    *int64 `json:"failed"`
+}
+
+// Alert is a rule that is about to fire, or does.
+type Alert struct {
+	Name  string    `json:"name"`
+	State string    `json:"state"` // pending, firing
+	Since time.Time `json:"since"`
+	Site  string    `json:"site"`
+}
+
+// Failover is the last change of the primary site.
+type Failover struct {
+	From          string    `json:"from"`
+	To            string    `json:"to"`
+	Kind          string    `json:"kind"` // unplanned, planned, drill
+	Epoch         uint64    `json:"epoch"`
+	At            time.Time `json:"at"`
+	RTOSeconds    *float64  `json:"rto_seconds"`
+	RPOSeconds    *float64  `json:"rpo_seconds"`
+	RecordsAtRisk *int64    `json:"records_at_risk"`
+	Acknowledged  bool      `json:"acknowledged"`
+}
