@@ -1,0 +1,82 @@
+package cluster
+
+import (
+	"slices"
+	"strings"
+)
+
+// didYouMean is `did you mean "x"?` for the known word that is nearest to what
+// was written, or "" when none is near.
+func didYouMean(wrong string, known []string) string {
+	if best := nearest(wrong, known); best != "" {
+		return "did you mean " + quoted(best) + "?"
+	}
+	return ""
+}
+
+// nearest is the known word within a third of the longer word's letters, the
+// first in order when several are equally near, "" when none is.
+func nearest(wrong string, known []string) string {
+	if len(wrong) > maxShown {
+		return ""
+	}
+	best, least := "", 0
+	for _, k := range slices.Sorted(slices.Values(known)) {
+		if len(k) > 2*maxShown {
+			continue
+		}
+		d := editDistance(strings.ToLower(wrong), strings.ToLower(k))
+		if d > max(len(wrong), len(k))/3 {
+			continue
+		}
+		if best == "" || d < least {
+			best, least = k, d
+		}
+	}
+	return best
+}
+
+// editDistance counts insertions, deletions, replacements and swaps of
+// neighbours between two short words, in bytes.
+func editDistance(a, b string) int {
+	before, prev, cur := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range prev {
+		prev[j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		cur[0] = i
+		for j := 1; j <= len(b); j++ {
+			cost := 1
+			if a[i-1] == b[j-1] {
+				cost = 0
+			}
+			cur[j] = min(prev[j]+1, cur[j-1]+1, prev[j-1]+cost)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				cur[j] = min(cur[j], before[j-2]+1)
+			}
+		}
+		before, prev, cur = prev, cur, before
+	}
+	return prev[len(b)]
+}
+
+// oneOf lists the choices: "write one of a, b, c". Long lists are cut.
+func oneOf(known []string) string {
+	const most = 12
+	if len(known) == 0 {
+		return ""
+	}
+	shown, more := known, ""
+	if len(known) > most {
+		shown, more = known[:most], " …"
+	}
+	return "write one of " + strings.Join(shown, ", ") + more
+}
+
+// suggest prefers the one near word to the list of all.
+func suggest(wrong string, known []string) string {
+	if s := didYouMean(wrong, known); s != "" {
+		return s
+	}
+	return oneOf(known)
+}
