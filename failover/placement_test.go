@@ -1,0 +1,279 @@
+package failover
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// placementFrom reads "a1=V a2=n b1=V! c1=." : V voter, n non-voter, . not in
+// the configuration; then ! dead for an hour, ? silent for 10 s, ~ heard again
+// for 5 s only, - leaving, * the leader, % not caught up.
+// The sites a and b share a city; c, d and e have their own.
+func placementFrom(t interface{ Fatalf(string, ...any) }, text string) PlacementView {
+	v := PlacementView{Sites: []PlacementSite{
+		{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}, {"d", "wuhan", 4}, {"e", "xian", 5},
+	}}
+	for _, word := range strings.Fields(text) {
+		name, marks, ok := strings.Cut(word, "=")
+		if !ok {
+			t.Fatalf("bad word %q", word)
+		}
+		n := PlacementNode{Name: name, Site: name[:1], AliveFor: time.Hour, CaughtUp: true}
+		for _, m := range marks {
+			switch m {
+			case 'V':
+				n.InConfig, n.Voter = true, true
+			case 'n':
+				n.InConfig = true
+			case '.':
+			case '!':
+				n.AliveFor, n.DeadFor = 0, time.Hour
+			case '?':
+				n.AliveFor, n.DeadFor = 0, 10*time.Second
+			case '~':
+				n.AliveFor = 5 * time.Second
+			case '-':
+				n.Leaving = true
+			case '%':
+				n.CaughtUp = false
+			case '*':
+				v.Leader = name
+			default:
+				t.Fatalf("bad mark %q in %q", m, word)
+			}
+		}
+		v.Nodes = append(v.Nodes, n)
+	}
+	if v.Leader == "" {
+		for _, n := range v.Nodes {
+			if n.Voter && n.DeadFor == 0 && !n.Leaving {
+				v.Leader = n.Name
+				break
+			}
+		}
+	}
+	return v
+}
+
+func TestPlaceVotersNextStep(t *testing.T) {
+	for _, c := range []struct {
+		name, given, step string
+		why               PlacementReason
+	}{
+		{"one node is a cluster", "a1=V", "none", PlacementWaitSites},
+		{"three nodes of one site: one voter", "a1=V a2=n a3=n", "none", PlacementWaitSites},
+		{"two sites: one voter", "a1=V b1=n", "none", PlacementWaitSites},
+		{"two voters from an interrupted growth", "a1=V b1=V c1=n%", "demote b1", PlacementShrink},
+		{"a newcomer learns first", "a1=V b1=.", "add_nonvoter b1", PlacementNewMember},
+		{"a silent newcomer waits", "a1=V b1=.!", "none", PlacementWaitSites},
+		{"third site not caught up", "a1=V b1=n c1=n%", "none", PlacementWaitSites},
+		{"third site caught up", "a1=V b1=n c1=n", "add_voter c1", PlacementGrow},
+		{"second half of the growth", "a1=V b1=n c1=V", "add_voter b1", PlacementGrow},
+		{"a young cluster does not wait 30 s", "a1=V b1=n~ c1=n~", "add_voter c1", PlacementGrow},
+		{"1+1+1 is placed", "a1=V b1=V c1=V", "none", PlacementSettled},
+		{"four nodes: 1+1+1", "a1=V a2=n b1=V c1=V", "none", PlacementSettled},
+		{"five nodes: towards 2+2+1", "a1=V a2=n b1=V b2=n c1=V", "add_voter a2", PlacementGrow},
+		{"from four to five", "a1=V a2=V b1=V b2=n c1=V", "add_voter b2", PlacementGrow},
+		{"2+2+1 is placed", "a1=V a2=V b1=V b2=V c1=V", "none", PlacementSettled},
+		{"2+2+2 nodes: one stays without a vote", "a1=V a2=V b1=V b2=V c1=V c2=n", "none", PlacementSettled},
+		{"2+1+2 is as good, nothing moves", "a1=V a2=V b1=V b2=n c1=V c2=V", "none", PlacementSettled},
+		{"a fresh fifth waits until it is stable", "a1=V a2=V b1=V b2=n~ c1=V", "demote a2", PlacementRebalance},
+
+		{"three in one site of three", "a1=V a2=V a3=V b1=n c1=n", "add_voter c1", PlacementRebalance},
+		{"voter dead, same site stands in", "a1=V b1=V! b2=n c1=V", "add_voter b2", PlacementStandIn},
+		{"then the dead one loses its vote", "a1=V b1=V! b2=V c1=V", "demote b1", PlacementStandIn},
+		{"voter silent 10 s: wait", "a1=V b1=V? b2=n c1=V", "none", PlacementSettled},
+		{"another one silent: wait", "a1=V a2=V b1=V! b2=V b3=n c1=V?", "none", PlacementUncertain},
+		{"no stand-in: three stay three", "a1=V b1=V c1=V!", "none", PlacementSiteAway},
+		{"a spare elsewhere is no stand-in for a site", "a1=V a2=n b1=V c1=V!", "none", PlacementSiteAway},
+		{"stand-in within a site while another site is away", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
+		{"2+2+1, a dead: demote from five", "a1=V! a2=V! b1=V b2=V c1=V", "demote a2", PlacementShrink},
+		{"2+2+1, a dead: then to three", "a1=V! a2=n! b1=V b2=V c1=V", "demote a1", PlacementStandIn},
+		{"2+2+1, a dead: three stay", "a1=n! a2=n! b1=V b2=V c1=V", "none", PlacementSiteAway},
+		{"2+2+1, c dead: the dead first", "a1=V a2=V b1=V b2=V c1=V!", "demote c1", PlacementShrink},
+		{"2+2+1, c dead: then one of the living", "a1=V a2=V b1=V b2=V c1=n!", "demote b2", PlacementShrink},
+		{"a back for 5 s: not yet", "a1=n~ a2=n~ b1=V b2=V c1=V", "none", PlacementSiteAway},
+		{"a back and stable", "a1=n a2=n b1=V b2=V c1=V", "add_voter a1", PlacementGrow},
+		{"a back, five again", "a1=V a2=n b1=V b2=V c1=V", "add_voter a2", PlacementGrow},
+		{"a back with one node: no majority stays in b", "a1=n b1=V b2=V c1=V", "add_voter a1", PlacementRebalance},
+		{"one of five dead without a stand-in", "a1=V a2=V b1=V! b2=V c1=V", "demote b1", PlacementShrink},
+
+		{"a witness: 1+1+2+1", "a1=V b1=V c1=V c2=n d1=n", "add_voter d1", PlacementGrow},
+		{"1+1+2+1 is placed", "a1=V b1=V c1=V c2=V d1=V", "none", PlacementSettled},
+		{"a witness with single nodes: 1+0+1+1", "a1=V b1=n c1=V d1=V", "none", PlacementSettled},
+		{"a city must not hold two of three", "a1=V b1=V c1=V d1=n", "add_voter d1", PlacementRebalance},
+		{"witness dead: the other site of the city", "a1=V b1=n c1=V d1=V!", "add_voter b1", PlacementStandIn},
+
+		{"quorum lost", "a1=V b1=V! c1=V!", "none", PlacementNoQuorum},
+		{"quorum lost for now", "a1=V b1=V? c1=V?", "none", PlacementNoQuorum},
+		{"a non-voter leaves", "a1=V b1=V c1=V c2=n-", "remove c2", PlacementLeaving},
+		{"a voter leaves, its neighbour steps in", "a1=V b1=V c1=V- c2=n", "add_voter c2", PlacementLeaving},
+		{"a voter leaves, nobody steps in", "a1=V b1=V c1=V-", "demote c1", PlacementLeaving},
+		{"the leader leaves", "a1=V-* a2=V b1=V c1=V", "move_leader a2", PlacementLeaderInWay},
+		{"the only node can't leave", "a1=V-*", "none", PlacementNoReplace},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			plan, why := PlaceVoters(placementFrom(t, c.given))
+			if got := strings.TrimSpace(string(plan.Step) + " " + plan.Node); got != c.step || why != c.why {
+				t.Errorf("%s\ngot  %s (%s)\nwant %s (%s)", c.given, got, why, c.step, c.why)
+			}
+		})
+	}
+}
+
+// take applies a step as Raft would.
+func (v *PlacementView) take(p Plan) {
+	for i := range v.Nodes {
+		n := &v.Nodes[i]
+		if n.Name != p.Node {
+			continue
+		}
+		switch p.Step {
+		case StepAddNonvoter:
+			n.InConfig = true
+		case StepAddVoter:
+			n.Voter = true
+		case StepDemote:
+			n.Voter = false
+		case StepRemove:
+			n.InConfig = false
+		case StepMoveLeader:
+			v.Leader = n.Name
+		case StepNone:
+		}
+	}
+}
+
+func (v *PlacementView) votes() (voters, heard int, perSite map[string]int) {
+	perSite = map[string]int{}
+	for _, n := range v.Nodes {
+		if n.Voter {
+			voters++
+			perSite[n.Site]++
+			if n.DeadFor == 0 {
+				heard++
+			}
+		}
+	}
+	return voters, heard, perSite
+}
+
+func (v *PlacementView) upSites() int {
+	up := map[string]bool{}
+	for _, n := range v.Nodes {
+		if n.DeadFor == 0 && !n.Leaving && n.AliveFor >= defaultVoterStableFor && n.CaughtUp {
+			up[n.Site] = true
+		}
+	}
+	return len(up)
+}
+
+func (v *PlacementView) String() string {
+	var b strings.Builder
+	for _, n := range v.Nodes {
+		fmt.Fprintf(&b, "%s{voter=%v in=%v dead=%s leaving=%v} ", n.Name, n.Voter, n.InConfig, n.DeadFor, n.Leaving)
+	}
+	return b.String()
+}
+
+func drawPlacement(t *rapid.T) PlacementView {
+	var words []string
+	for _, site := range []string{"a", "b", "c", "d", "e"}[:rapid.IntRange(1, 5).Draw(t, "sites")] {
+		for i := 1; i <= rapid.IntRange(0, 3).Draw(t, "nodes"); i++ {
+			words = append(words, fmt.Sprintf("%s%d=%s%s", site, i,
+				rapid.SampledFrom([]string{"V", "V", "n", "n", "."}).Draw(t, "role"),
+				rapid.SampledFrom([]string{"", "", "", "", "!", "-", "?", "~", "%"}).Draw(t, "mark")))
+		}
+	}
+	v := placementFrom(t, strings.Join(words, " "))
+	var leaders []string
+	for _, n := range v.Nodes {
+		if n.Voter && n.DeadFor == 0 {
+			leaders = append(leaders, n.Name)
+		}
+	}
+	if len(leaders) == 0 {
+		t.Skip("nobody could lead")
+	}
+	v.Leader = rapid.SampledFrom(leaders).Draw(t, "leader")
+	return v
+}
+
+// From any configuration and with any facts that stay as they are, the plans
+// end soon, in a shape that the rules allow, and every configuration on the
+// way can commit.
+func TestPlaceVotersProperties(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		v := drawPlacement(t)
+		first := v.String()
+		var why PlacementReason
+		for step := 0; ; step++ {
+			if step > 3*len(v.Nodes)+4 {
+				t.Fatalf("no end from %s, now at %s", first, v.String())
+			}
+			votersBefore, heardBefore, perSiteBefore := v.votes()
+			var plan Plan
+			plan, why = PlaceVoters(v)
+			if plan.Step == StepNone {
+				break
+			}
+			if heardBefore < quorumOf(votersBefore) {
+				t.Fatalf("%v without a quorum at %s", plan, v.String())
+			}
+			if plan.Step == StepDemote && plan.Node == v.Leader {
+				t.Fatalf("takes the leader's own vote at %s", v.String())
+			}
+			v.take(plan)
+			voters, heard, perSite := v.votes()
+			if heard < quorumOf(voters) {
+				t.Fatalf("%v leaves no live quorum: %s", plan, v.String())
+			}
+			if slackBefore, slack := heardBefore-quorumOf(votersBefore), heard-quorumOf(voters); slack < min(slackBefore, 1) && !strings.Contains(first, "leaving=true") {
+				t.Fatalf("%v: one more failure would now be one too many: %s", plan, v.String())
+			}
+			if votersBefore == 3 && voters == 2 && !strings.Contains(first, "leaving=true") {
+				t.Fatalf("demoted from three to two: %s", v.String())
+			}
+			for site, votes := range perSite {
+				if v.upSites() >= 3 && voters > 1 && 2*votes > voters && votes > perSiteBefore[site] {
+					t.Fatalf("%v gives %s a majority: %s", plan, site, v.String())
+				}
+			}
+			if plan.Step == StepMoveLeader && heardBefore == 0 {
+				t.Fatal("moved the leader to nobody")
+			}
+			if voters != votersBefore && voters%2 == 0 && votersBefore%2 == 0 {
+				t.Fatalf("from even to even: %s", v.String())
+			}
+		}
+		if again, _ := PlaceVoters(v); again.Step != StepNone {
+			t.Fatalf("not idempotent: %v at %s", again, v.String())
+		}
+		voters, _, perSite := v.votes()
+		switch why {
+		case PlacementSettled:
+			for site, votes := range perSite {
+				if 2*votes > voters {
+					t.Fatalf("%s holds the majority in the end: %s", site, v.String())
+				}
+			}
+			fallthrough
+		case PlacementWaitSites, PlacementSiteAway:
+			if voters%2 == 0 || voters > maxVoters {
+				t.Fatalf("ends with %d voters (%s): %s", voters, why, v.String())
+			}
+		case PlacementNoQuorum, PlacementUncertain, PlacementNoReplace, PlacementUnsafeForNow:
+		default:
+			t.Fatalf("ends with %s: %s", why, v.String())
+		}
+		if why == PlacementUnsafeForNow && voters%2 == 1 && voters <= maxVoters &&
+			!slices.ContainsFunc(v.Nodes, func(n PlacementNode) bool { return n.DeadFor > 0 }) {
+			t.Fatalf("unsafe although everybody is heard: %s", v.String())
+		}
+	})
+}
