@@ -1,0 +1,7 @@
+package main
+
+import "syscall"
+
+// endWithParent makes the kernel kill the child when the thread that started it
+// ends, so that no node outlives a dev that was killed.
+func endWithParent(attr *syscall.SysProcAttr) { attr.Pdeathsig = syscall.SIGKILL }

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// devName is the cluster's name in certificates and in the status.
+const devName = "dev"
+
+// devSites are the sites of a cluster whose configuration dev writes itself.
+var devSites = []devSite{
+	{name: "shanghai-a", city: "shanghai"},
+	{name: "shanghai-b", city: "shanghai"},
+	{name: "beijing", city: "beijing"},
+}
+
+type devSite struct{ name, city string }
+
+// devNode is one node and its ports on loopback.
+type devNode struct {
+	name, site              string
+	api, admin, gossip, rpc int
+}
+
+// devSim is a site's simulated model server.
+type devSim struct {
+	site string
+	port int
+}
+
+// devPlan is what is to be started, all decided before anything is.
+type devPlan struct {
+	dir       string // absolute; empty until made when temporary
+	temporary bool
+	record    devRecord
+	sites     []devSite
+	nodes     []devNode
+	sims      []devSim
+	text      string   // cluster.yaml of a new cluster
+	models    []string // that clients may ask for
+}
+
+// devRecord is dev.json in the data directory: what the cluster was started
+// with, so that the same directory starts the same cluster.
+type devRecord struct {
+	Format       int       `json:"format"` // 1
+	BasePort     int       `json:"base_port"`
+	NodesPerSite int       `json:"nodes_per_site"`
+	FoundedAt    time.Time `json:"founded_at,omitzero"`
+}
+
+const (
+	devRecordFile   = "dev.json"
+	devRecordFormat = 1
+	devMaxNodes     = 9 // of a site; the tenth would have the simulator's port
+)
+
+// makeDevPlan decides everything, and refuses what can't work.
+func makeDevPlan(ctx context.Context, env *environment, f devFlags) (*devPlan, error) {
+	if f.nodesPerSite < 1 || f.nodesPerSite > devMaxNodes {
+		return nil, usage("ports are planned for that many; try 2", "--nodes-per-site must be 1 to %d, not %d", devMaxNodes, f.nodesPerSite)
+	}
+	if f.config != "" && len(f.upstreams) > 0 {
+		return nil, usage("write the model servers into the file", "--config and --upstream exclude each other")
+	}
+	p := &devPlan{
+		temporary: f.dataDir == "",
+		record:    devRecord{Format: devRecordFormat, BasePort: f.basePort, NodesPerSite: f.nodesPerSite},
+	}
+	if err := p.openDir(f); err != nil {
+		return nil, err
+	}
+	config, err := p.decideConfig(ctx, env, f)
+	if err != nil {
+		return nil, err
+	}
+	p.lay(config)
+	if last := p.record.BasePort + 100*(len(p.sites)-1) + 90; p.record.BasePort < 1 || last > 65535 {
+		return nil, usage("try --base-port 8100", "--base-port %d does not leave room for ports up to %d", p.record.BasePort, last)
+	}
+	return p, nil
+}
+
+// openDir reads what an earlier run left in the data directory.
+func (p *devPlan) openDir(f devFlags) error {
+	if p.temporary {
+		return nil
+	}
+	dir, err := filepath.Abs(f.dataDir)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", f.dataDir, err)
+	}
+	p.dir = dir
+	text, err := os.ReadFile(filepath.Join(dir, devRecordFile)) //nolint:gosec // the user's own folder
+	if errors.Is(err, fs.ErrNotExist) {
+		entries, err := os.ReadDir(dir)
+		if err == nil && len(entries) > 0 {
+			return failure("name an empty or new folder", "%s holds files, and they are not a dev cluster's", dir)
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the record of the dev cluster: %w", err)
+	}
+	var old devRecord
+	if err := json.Unmarshal(text, &old); err != nil || old.Format != devRecordFormat {
+		return failure("name another folder, or remove this one", "%s can't be read by this version", filepath.Join(dir, devRecordFile))
+	}
+	switch {
+	case old.FoundedAt.IsZero(): // it never came up: start afresh with what is said now
+		return nil
+	case f.config != "" || len(f.upstreams) > 0:
+		return failure("leave the flag out and change it with dsnode config apply, or name another folder",
+			"the cluster in %s has agreed on its configuration already", dir)
+	case old.BasePort != p.record.BasePort:
+		return failure(fmt.Sprintf("start it with --base-port %d, or name another folder", old.BasePort),
+			"the cluster in %s lives on base port %d", dir, old.BasePort)
+	case old.NodesPerSite > p.record.NodesPerSite:
+		return failure(fmt.Sprintf("start it with --nodes-per-site %d, or name another folder", old.NodesPerSite),
+			"the cluster in %s has %d nodes in each site", dir, old.NodesPerSite)
+	}
+	p.record.FoundedAt = old.FoundedAt
+	return nil
+}
+
+// decideConfig gives the cluster.yaml to start with, parsed.
+func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*cluster.Config, error) {
+	name := "the generated cluster.yaml"
+	switch {
+	case p.founded():
+		name = filepath.Join(p.dir, "cluster.yaml")
+		fallthrough
+	case f.config != "":
+		name = cmp.Or(f.config, name)
+		text, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fmt.Errorf("read the cluster's configuration: %w", err)
+		}
+		p.text = string(text)
+	case len(f.upstreams) > 0:
+		found, err := discoverUpstreams(ctx, env, f.upstreams)
+		if err != nil {
+			return nil, err
+		}
+		p.text = devClusterYAML(found)
+	default:
+		p.text = devClusterYAML(simulatedUpstreams(f.basePort))
+	}
+	return cluster.ParseConfig(name, []byte(p.text))
+}
+
+// lay gives every node its ports: node n of site s at P+100·s+10·(n−1).
+func (p *devPlan) lay(config *cluster.Config) {
+	for _, name := range slices.SortedFunc(maps.Keys(config.Sites), func(a, b string) int {
+		return cmp.Or(cmp.Compare(config.Sites[a].Priority, config.Sites[b].Priority), cmp.Compare(a, b))
+	}) {
+		p.sites = append(p.sites, devSite{name, config.Sites[name].City})
+	}
+	p.models = slices.Sorted(maps.Keys(config.Models))
+	for s, site := range p.sites {
+		base := p.record.BasePort + 100*s
+		for n := range p.record.NodesPerSite {
+			at := base + 10*n
+			p.nodes = append(p.nodes, devNode{
+				name: fmt.Sprintf("%s-%d", site.name, n+1), site: site.name,
+				api: at + 1, admin: at + 2, gossip: at + 3, rpc: at + 4,
+			})
+		}
+		// A site has a simulator if the configuration counts on it.
+		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(config.Upstreams)), func(u cluster.Upstream) bool {
+			at, err := url.Parse(u.URL)
+			return err == nil && at.Host == loopback(sim)
+		}) {
+			p.sims = append(p.sims, devSim{site.name, sim})
+		}
+	}
+}
+
+func devSimPort(basePort, site int) int { return basePort + 100*site + 90 }
+
+func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
+
+// checkPorts tells about every port that is taken before anything starts.
+func (p *devPlan) checkPorts() error {
+	var taken []string
+	try := func(port int, what string, udp bool) {
+		l, err := net.Listen("tcp", loopback(port))
+		if err == nil {
+			err = l.Close()
+		}
+		if err == nil && udp {
+			var c net.PacketConn
+			if c, err = net.ListenPacket("udp", loopback(port)); err == nil {
+				err = c.Close()
+			}
+		}
+		if err != nil {
+			taken = append(taken, fmt.Sprintf("%d (%s)", port, what))
+		}
+	}
+	for _, n := range p.nodes {
+		try(n.api, "api of "+n.name, false)
+		try(n.admin, "admin of "+n.name, false)
+		try(n.gossip, "gossip of "+n.name, true)
+		try(n.rpc, "rpc of "+n.name, false)
+	}
+	for _, s := range p.sims {
+		try(s.port, "simulated model server of "+s.site, false)
+	}
+	if len(taken) == 0 {
+		return nil
+	}
+	ports := "port " + taken[0] + " is"
+	if len(taken) > 1 {
+		ports = "ports " + strings.Join(taken, ", ") + " are"
+	}
+	return failure("end what uses them (another dsnode dev?), or choose others with --base-port", "%s in use", ports)
+}
+
+func (p *devPlan) founded() bool { return !p.record.FoundedAt.IsZero() }
+
+func (p *devPlan) setFounded() error {
+	p.record.FoundedAt = time.Now().UTC()
+	return p.writeRecord()
+}
+
+// firstModel is the one to show: deepseek-chat where there is one.
+func (p *devPlan) firstModel() string {
+	if slices.Contains(p.models, devDefaultModel) || len(p.models) == 0 {
+		return devDefaultModel
+	}
+	return p.models[0]
+}
+
+func (p *devPlan) adminURLs() []string {
+	var urls []string
+	for _, n := range p.nodes {
+		urls = append(urls, "http://"+loopback(n.admin))
+	}
+	return urls
+}
