@@ -109,11 +109,11 @@ func parseURL(text string, withToken bool) (*url.URL, error) {
 	case !strings.Contains(text, "://"):
 		return nil, fmt.Errorf("%w: the admin URL %s has no scheme: write http://%s", ErrInvalidRequest, quote(text), text)
 	case err != nil:
-		return nil, fmt.Errorf("%w: the admin URL can't be read: %w", ErrInvalidRequest, err)
+		return nil, fmt.Errorf("%w: an admin URL can't be read: %w", ErrInvalidRequest, plain(err))
 	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("%w: the admin URL %s must begin with http:// or https://", ErrInvalidRequest, quote(text))
+		return nil, fmt.Errorf("%w: the admin URL %s must begin with http:// or https://", ErrInvalidRequest, quote(u.Redacted()))
 	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		return nil, fmt.Errorf("%w: the admin URL %s must be a scheme, a host and a port, nothing more", ErrInvalidRequest, quote(text))
+		return nil, fmt.Errorf("%w: the admin URL %s must be a scheme, a host and a port, nothing more", ErrInvalidRequest, quote(u.Redacted()))
 	case withToken && u.Scheme == "http" && !loopbackName(u.Host):
 		return nil, fmt.Errorf("%w: the token would go in clear to %s: write https://", ErrInvalidRequest, u.Host)
 	}

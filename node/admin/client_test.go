@@ -1,0 +1,248 @@
+package admin
+
+import (
+	"encoding/pem"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// closedURL is an address where nothing listens.
+func closedURL(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return "http://" + l.Addr().String()
+}
+
+// silentURL takes connections and never says a word; asked counts requests.
+func silentURL(t *testing.T) (url string, asked *atomic.Int32) {
+	t.Helper()
+	asked = new(atomic.Int32)
+	release := make(chan struct{})
+	s := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(func() { close(release); s.Close() })
+	return s.URL, asked
+}
+
+func TestClientIsACluster(t *testing.T) {
+	ctx := t.Context()
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{Author: "ann@desk"}, serve(t, f, "").URL)
+
+	status, err := c.Status(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(f.status, status); diff != "" {
+		t.Errorf("the status changed on its way (-want +got):\n%s", diff)
+	}
+	if ups, err := c.Upstreams(ctx); err != nil || len(ups) != 1 || ups[0].InFlight != nil {
+		t.Errorf("upstreams %+v, %v", ups, err)
+	}
+	if err := c.Bootstrap(ctx, []byte(goodConfig), ""); err != nil {
+		t.Errorf("the same bootstrap again: %v", err)
+	}
+	v, err := c.ApplyConfig(ctx, []byte(goodConfig+"# é\n"), ptr(uint64(1)), "")
+	if err != nil || v.Version != 2 || v.Author != "ann@desk" || v.Text != goodConfig+"# é\n" {
+		t.Errorf("apply: %+v, %v", v, err)
+	}
+	if _, err := c.ApplyConfig(ctx, []byte(goodConfig), ptr(uint64(1)), ""); !errors.Is(err, cluster.ErrVersionConflict) {
+		t.Errorf("apply on an old version: %v", err)
+	}
+	if v, err := c.RollbackConfig(ctx, 1, ptr(uint64(2)), "bob"); err != nil || v.Version != 3 || v.Author != "bob" || v.Text != goodConfig {
+		t.Errorf("rollback: %+v, %v", v, err)
+	}
+	if h, err := c.ConfigHistory(ctx); err != nil || len(h) != 2 || h[0].Version != 1 {
+		t.Errorf("history: %+v, %v", h, err)
+	}
+	expires := time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+	key, err := c.CreateAPIKey(ctx, APIKeyRequest{Tenant: "acme", Models: []string{"m"}, ExpiresAt: &expires})
+	if err != nil || key.Secret == "" || key.ExpiresAt == nil || !key.ExpiresAt.Equal(expires) {
+		t.Errorf("create: %+v, %v", key, err)
+	}
+	if err := c.RevokeAPIKey(ctx, key.ID); err != nil {
+		t.Errorf("revoke: %v", err)
+	}
+	if keys, err := c.APIKeys(ctx); err != nil || len(keys) != 1 || keys[0].State(expires) != "revoked" {
+		t.Errorf("keys: %+v, %v", keys, err)
+	}
+	if err := c.RevokeAPIKey(ctx, "../nodes/gone-1"); !errors.Is(err, cluster.ErrUnknownKey) {
+		t.Errorf("an id with slashes must stay an id: %v", err)
+	}
+	if err := c.DrainNode(ctx, "me-1"); err != nil || !f.draining {
+		t.Errorf("drain: %v, draining %t", err, f.draining)
+	}
+	if err := c.ResumeNode(ctx, "me-1"); err != nil || f.draining {
+		t.Errorf("resume: %v, draining %t", err, f.draining)
+	}
+	if err := c.RemoveNode(ctx, "gone-1"); err != nil {
+		t.Errorf("remove: %v", err)
+	}
+}
+
+func TestClientGoesOnToTheNextURL(t *testing.T) {
+	f := newFake("me-1")
+	good := serve(t, f, "").URL
+	silent, _ := silentURL(t)
+	outsider := serve(t, &fakeCluster{name: "new-1", fail: cluster.ErrNotMember}, "").URL
+	for name, first := range map[string]string{"closed": closedURL(t), "silent": silent, "no member": outsider} {
+		t.Run(name, func(t *testing.T) {
+			c := dial(t, ClientOptions{Timeout: 2 * time.Second}, first, good)
+			if s, err := c.Status(t.Context()); err != nil || s.Cluster != "dev" {
+				t.Errorf("status %q, %v", s.Cluster, err)
+			}
+		})
+	}
+	t.Run("a change, when the first can't have got it", func(t *testing.T) {
+		c := dial(t, ClientOptions{}, closedURL(t), good)
+		if _, err := c.ApplyConfig(t.Context(), []byte(goodConfig), nil, ""); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("drain finds the node", func(t *testing.T) {
+		c := dial(t, ClientOptions{}, serve(t, newFake("other-1"), "").URL, good)
+		if err := c.DrainNode(t.Context(), "me-1"); err != nil || !f.draining {
+			t.Errorf("%v, draining %t", err, f.draining)
+		}
+	})
+	t.Run("drain of a node that nobody is", func(t *testing.T) {
+		c := dial(t, ClientOptions{}, good, closedURL(t))
+		if err := c.DrainNode(t.Context(), "third-1"); !errors.Is(err, ErrWrongNode) {
+			t.Errorf("got %v, want ErrWrongNode", err)
+		}
+	})
+}
+
+// TestChangeIsNotSentTwice: who may have got a change and did not answer may
+// have made it.
+func TestChangeIsNotSentTwice(t *testing.T) {
+	silent, asked := silentURL(t)
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{Timeout: time.Second}, silent, serve(t, f, "").URL)
+	_, err := c.ApplyConfig(t.Context(), []byte(goodConfig), nil, "")
+	if !errors.Is(err, ErrUnanswered) {
+		t.Errorf("got %v, want ErrUnanswered", err)
+	}
+	if asked.Load() != 1 || len(f.versions) != 1 {
+		t.Errorf("asked %d times, %d versions", asked.Load(), len(f.versions))
+	}
+}
+
+func TestRefusalEndsTheSearch(t *testing.T) {
+	lost := newFake("lost-1")
+	lost.refuse(cluster.ErrNoQuorum)
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{}, serve(t, lost, "").URL, serve(t, f, "").URL)
+	if _, err := c.ApplyConfig(t.Context(), []byte(goodConfig), nil, ""); !errors.Is(err, cluster.ErrNoQuorum) || len(f.versions) != 1 {
+		t.Errorf("got %v and %d versions", err, len(f.versions))
+	}
+}
+
+func TestUnreachableNamesEveryURL(t *testing.T) {
+	a, b := closedURL(t), closedURL(t)
+	_, err := dial(t, ClientOptions{}, a, b).Status(t.Context())
+	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), a) || !strings.Contains(err.Error(), b) || !strings.Contains(err.Error(), "connection refused") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestNotAnAdminPort(t *testing.T) {
+	var redirected atomic.Bool
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/elsewhere" {
+			redirected.Store(true)
+		}
+		w.Header().Set("Location", "/elsewhere")
+		w.WriteHeader(http.StatusFound)
+	}))
+	t.Cleanup(s.Close)
+	_, err := dial(t, ClientOptions{Token: "t"}, s.URL).Status(t.Context())
+	if !errors.Is(err, ErrNotAdmin) || redirected.Load() {
+		t.Errorf("got %v, redirected %t", err, redirected.Load())
+	}
+}
+
+func TestClientToken(t *testing.T) {
+	s := serve(t, newFake("me-1"), "s3cret")
+	if _, err := dial(t, ClientOptions{Token: "s3cret"}, s.URL).Status(t.Context()); err != nil {
+		t.Errorf("with the token: %v", err)
+	}
+	if _, err := dial(t, ClientOptions{Token: "other"}, s.URL).Status(t.Context()); !errors.Is(err, ErrUnauthorized) {
+		t.Errorf("with another: %v", err)
+	}
+}
+
+func TestClientTrustsItsCA(t *testing.T) {
+	s := httptest.NewTLSServer(New(Options{Cluster: newFake("me-1"), Health: http.NotFoundHandler(), Token: "t", Gatherer: prometheus.NewRegistry()}))
+	t.Cleanup(s.Close)
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(ca, pemOf(s), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(t, ClientOptions{Token: "t", CAFile: ca}, s.URL).Status(t.Context()); err != nil {
+		t.Errorf("with its CA: %v", err)
+	}
+	if _, err := dial(t, ClientOptions{Token: "t"}, s.URL).Status(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("without: %v", err)
+	}
+}
+
+func TestNewClientRefuses(t *testing.T) {
+	noCA := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(noCA, []byte("nothing"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		urls []string
+		o    ClientOptions
+		want string
+	}{
+		"no URL":         {nil, ClientOptions{}, "no admin URL"},
+		"no scheme":      {[]string{"127.0.0.1:8081"}, ClientOptions{}, "write http://127.0.0.1:8081"},
+		"other scheme":   {[]string{"ftp://x"}, ClientOptions{}, "must begin with http"},
+		"a path":         {[]string{"http://x/admin"}, ClientOptions{}, "nothing more"},
+		"a password":     {[]string{"http://u:p@x"}, ClientOptions{}, "nothing more"},
+		"a broken port":  {[]string{"http://u:p@x:port"}, ClientOptions{}, "invalid port"},
+		"token in clear": {[]string{"http://10.0.0.1:8081"}, ClientOptions{Token: "t"}, "write https://"},
+		"no CA file":     {[]string{"https://x"}, ClientOptions{CAFile: noCA + "x"}, "no such file"},
+		"no PEM":         {[]string{"https://x"}, ClientOptions{CAFile: noCA}, "no certificate"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := NewClient(tt.urls, tt.o)
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+			if err != nil && strings.Contains(err.Error(), "u:p") {
+				t.Errorf("the password shows in %q", err)
+			}
+		})
+	}
+}
+
+func pemOf(s *httptest.Server) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+}

@@ -1,0 +1,253 @@
+package admin
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// fakeCluster keeps in memory what a node agrees on. fail makes every call
+// fail, as a node without quorum would.
+type fakeCluster struct {
+	mu       sync.Mutex // guards all below
+	name     string
+	status   Status
+	versions []ConfigVersion // the last is the current one
+	keys     []APIKeyInfo
+	nodes    []string
+	draining bool
+	fail     error
+	// hold, when not nil, keeps Status waiting until it is closed or the
+	// caller gives up.
+	hold chan struct{}
+}
+
+var _ Cluster = (*fakeCluster)(nil)
+
+func (f *fakeCluster) refuse(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fail = err
+}
+
+func (f *fakeCluster) Status(ctx context.Context) (Status, error) {
+	if f.hold != nil {
+		select {
+		case <-f.hold:
+		case <-ctx.Done():
+			return Status{}, fmt.Errorf("status: %w", ctx.Err())
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.status, f.fail
+}
+
+func (f *fakeCluster) Upstreams(context.Context) ([]UpstreamInfo, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return []UpstreamInfo{{
+		Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://vllm:8000/v1",
+		Models: []string{"deepseek-chat"}, State: UpstreamHealthy, MaxConcurrency: 256,
+	}}, f.fail
+}
+
+func (f *fakeCluster) Bootstrap(_ context.Context, text []byte, author string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return f.fail
+	}
+	if len(f.versions) > 0 {
+		if f.versions[0].Text == string(text) {
+			return nil
+		}
+		return fmt.Errorf("bootstrap: %w", cluster.ErrAlreadyFounded)
+	}
+	f.put(text, author)
+	return nil
+}
+
+func (f *fakeCluster) put(text []byte, author string) ConfigVersion {
+	v := ConfigVersion{
+		Version: uint64(len(f.versions) + 1), Hash: "00ff", Author: author,
+		Time: time.Date(2026, 11, 22, 10, 0, len(f.versions), 0, time.UTC), Text: string(text),
+	}
+	f.versions = append(f.versions, v)
+	return v
+}
+
+func (f *fakeCluster) Config(context.Context) (ConfigVersion, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.fail != nil:
+		return ConfigVersion{}, f.fail
+	case len(f.versions) == 0:
+		return ConfigVersion{}, cluster.ErrNotMember
+	}
+	return f.versions[len(f.versions)-1], nil
+}
+
+func (f *fakeCluster) ConfigHistory(context.Context) ([]ConfigVersion, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil || len(f.versions) == 0 {
+		return nil, f.fail
+	}
+	return slices.Clone(f.versions[:len(f.versions)-1]), nil
+}
+
+func (f *fakeCluster) ApplyConfig(_ context.Context, text []byte, expect *uint64, author string) (ConfigVersion, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return ConfigVersion{}, f.fail
+	}
+	if now := uint64(len(f.versions)); expect != nil && *expect != now {
+		return ConfigVersion{}, fmt.Errorf("apply: %w: it is version %d now", cluster.ErrVersionConflict, now)
+	}
+	if _, err := cluster.ParseConfig("cluster.yaml", text); err != nil {
+		return ConfigVersion{}, fmt.Errorf("apply: %w", err)
+	}
+	return f.put(text, author), nil
+}
+
+func (f *fakeCluster) RollbackConfig(_ context.Context, to uint64, expect *uint64, author string) (ConfigVersion, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := uint64(len(f.versions))
+	switch {
+	case f.fail != nil:
+		return ConfigVersion{}, f.fail
+	case expect != nil && *expect != now:
+		return ConfigVersion{}, cluster.ErrVersionConflict
+	case to < 1 || to > now:
+		return ConfigVersion{}, fmt.Errorf("%w: %d", ErrUnknownVersion, to)
+	}
+	return f.put([]byte(f.versions[to-1].Text), author), nil
+}
+
+func (f *fakeCluster) CreateAPIKey(_ context.Context, r APIKeyRequest) (APIKeyCreated, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return APIKeyCreated{}, f.fail
+	}
+	if r.Tenant == "" {
+		return APIKeyCreated{}, fmt.Errorf("%w: a key needs a tenant", ErrInvalidRequest)
+	}
+	k := APIKeyInfo{ID: fmt.Sprintf("k%d", len(f.keys)+1), Tenant: r.Tenant, Note: r.Note, Models: r.Models, ExpiresAt: r.ExpiresAt}
+	f.keys = append(f.keys, k)
+	return APIKeyCreated{APIKeyInfo: k, Secret: "dsk-" + k.ID + "-secret"}, nil
+}
+
+func (f *fakeCluster) APIKeys(context.Context) ([]APIKeyInfo, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.keys), f.fail
+}
+
+func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail != nil {
+		return f.fail
+	}
+	for i := range f.keys {
+		if f.keys[i].ID == id {
+			at := time.Date(2026, 11, 22, 11, 0, 0, 0, time.UTC)
+			f.keys[i].RevokedAt = &at
+			return nil
+		}
+	}
+	return fmt.Errorf("revoke %s: %w", id, cluster.ErrUnknownKey)
+}
+
+func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	i := slices.Index(f.nodes, name)
+	switch {
+	case f.fail != nil:
+		return f.fail
+	case name == f.name:
+		return fmt.Errorf("remove %s: %w", name, ErrNodeAlive)
+	case i < 0:
+		return fmt.Errorf("remove %s: %w", name, cluster.ErrUnknownNode)
+	}
+	f.nodes = slices.Delete(f.nodes, i, i+1)
+	return nil
+}
+
+func (f *fakeCluster) DrainNode(_ context.Context, name string) error  { return f.drain(name, true) }
+func (f *fakeCluster) ResumeNode(_ context.Context, name string) error { return f.drain(name, false) }
+
+func (f *fakeCluster) drain(name string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if name != f.name {
+		return fmt.Errorf("%w: this is %s", ErrWrongNode, f.name)
+	}
+	f.draining = on
+	return f.fail
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// newFake is a node of a healthy little cluster that was bootstrapped.
+func newFake(name string) *fakeCluster {
+	f := &fakeCluster{name: name, nodes: []string{name, "gone-1"}, status: healthyStatus()}
+	f.status.Observer.Node = name
+	f.put([]byte(goodConfig), "founder")
+	return f
+}
+
+const goodConfig = `version: 1
+sites:
+  shanghai-a: {city: shanghai, priority: 1}
+upstreams:
+  a-vllm: {site: shanghai-a, kind: vllm, url: "http://vllm:8000/v1"}
+models:
+  deepseek-chat: {serve: [{upstream: a-vllm}]}
+`
+
+// serve starts an admin port for tests over real connections.
+func serve(t *testing.T, f Cluster, token string) *httptest.Server {
+	t.Helper()
+	reg := prometheus.NewRegistry()
+	g := prometheus.NewGauge(prometheus.GaugeOpts{Name: "dsnode_epoch", Help: "Test."})
+	g.Set(7)
+	reg.MustRegister(g)
+	health := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, "/live") {
+			w.WriteHeader(http.StatusOK)
+			return
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+	})
+	s := httptest.NewServer(New(Options{Cluster: f, Gatherer: reg, Health: health, Token: token, Timeout: 5 * time.Second}))
+	t.Cleanup(s.Close)
+	return s
+}
+
+// dial makes a client of the servers, in order.
+func dial(t *testing.T, o ClientOptions, urls ...string) *Client {
+	t.Helper()
+	c, err := NewClient(urls, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
