@@ -1,0 +1,335 @@
+// Package cluster is how nodes agree and know of each other: identity and
+// connections (identity.go, mesh.go), gossip, raft with the agreed state
+// (state.go, apply.go), the lease, and pings. Start at Cluster.Run.
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dsnode/dsnode/cluster/clusterpb"
+)
+
+// Options is what a Cluster is made of. All of it is needed unless it says
+// otherwise.
+type Options struct {
+	ClusterName string // what certificates and configuration call the cluster
+	Name        string
+	Site        string
+	Version     string
+	DataDir     string
+	Seeds       []string // rpc addresses; may be empty on the first node
+
+	Listener    net.Listener // the rpc port; the Cluster closes it
+	RPC         string       // advertised addresses
+	API, Admin  string
+	Gossip      string // advertised; port 0 becomes the real one
+	GossipBind  string
+	GossipKey   []byte
+	Credentials *Credentials
+
+	Logs        raft.LogStore
+	Stable      raft.StableStore
+	Snapshots   raft.SnapshotStore
+	StoreFailed <-chan struct{} // closed when the store under raft can't go on
+	StoreError  func() error
+
+	Health     func() Health // read on each ping; must not block
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+	// Admit is asked at each dial and accept to another site; nil admits all.
+	Admit func(site string) error
+}
+
+// Cluster is this node's part in the cluster.
+type Cluster struct {
+	opts     Options
+	log      *slog.Logger
+	instance string
+	started  time.Time
+	timing   Timing
+
+	mesh    *Mesh
+	book    *addressBook
+	fsm     *fsm
+	lease   *lease
+	peers   *peerTable
+	pauses  *pauseMeter
+	metrics *metrics
+	gossip  atomic.Pointer[Gossip]
+
+	member  atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	raft    atomic.Pointer[raft.Raft]
+	layer   *gatedLayer
+	waiting atomic.Pointer[string] // why this node isn't a member yet, for the status
+
+	fatal  context.CancelCauseFunc // set by Run
+	living context.Context         // ends with Run's work, its cause says why
+
+	founding   sync.Mutex // one Bootstrap at a time
+	founded    chan memberFile
+	leadership leadershipBoard
+	yielding   atomic.Bool // a transfer is under way: no ticks
+}
+
+// New makes a Cluster; Run starts it.
+func New(o Options) (*Cluster, error) {
+	m, err := readMemberFile(o.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	if m.ClusterID != "" && m.Name != o.ClusterName {
+		return nil, fmt.Errorf("%s belongs to cluster %q, this node is configured for %q: %w", o.DataDir, m.Name, o.ClusterName, ErrWrongCluster)
+	}
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // never fails
+	c := &Cluster{
+		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
+		timing: TimingFrom(m.heartbeat()), book: newAddressBook(),
+		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
+		founded: make(chan memberFile, 1),
+	}
+	if err := c.timing.Check(); err != nil {
+		return nil, err
+	}
+	c.living, c.fatal = context.WithCancelCause(context.Background())
+	c.lease = &lease{length: c.timing.Lease}
+	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
+	c.leadership.init()
+	if m.ClusterID != "" {
+		c.member.Store(&m)
+		for _, n := range m.Nodes {
+			c.book.learn(n)
+		}
+	}
+	c.mesh = NewMesh(MeshOptions{
+		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
+		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
+	})
+	c.layer = newGatedLayer(c.living, c.mesh.RaftLayer(o.Name), c.holdDial)
+	c.metrics = newMetrics(o.Registerer, c)
+	return c, nil
+}
+
+// Mesh carries connections to peers.
+func (c *Cluster) Mesh() *Mesh { return c.mesh }
+
+// Timing is what failure detection uses on this node.
+func (c *Cluster) Timing() Timing { return c.timing }
+
+// Instance is this process's random id.
+func (c *Cluster) Instance() string { return c.instance }
+
+// StartedAt is when this process started.
+func (c *Cluster) StartedAt() time.Time { return c.started }
+
+// State is the agreed state as this node has applied it: never nil, immutable.
+// Its ClusterID is empty while the node belongs to no cluster.
+func (c *Cluster) State() *State { return c.fsm.state.Load() }
+
+// Changed gives a channel that closes at the next change of State.
+func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
+
+// Membership is what the preface of each connection says of this node.
+func (c *Cluster) Membership() Membership {
+	if m := c.member.Load(); m != nil {
+		return m.membership()
+	}
+	return Membership{}
+}
+
+// Waiting says why this node is not a member yet, in words; empty when it is.
+func (c *Cluster) Waiting() string {
+	if c.member.Load() != nil {
+		return ""
+	}
+	if w := c.waiting.Load(); w != nil {
+		return *w
+	}
+	return "waiting for dsnode bootstrap, or for a seed that belongs to a cluster"
+}
+
+// Lease is how long this node's knowledge of a live quorum is still good (zero
+// or less: fenced), and the highest epoch it has heard of. A node may act in a
+// role only while the lease lasts and that epoch is the one in its State.
+func (c *Cluster) Lease() (left time.Duration, epoch uint64) { return c.lease.left() }
+
+// Cold reports whether no lease was held since this process started.
+func (c *Cluster) Cold() bool { return !c.lease.everHeld() }
+
+// Paused is the longest recent time that this process did not run.
+func (c *Cluster) Paused() time.Duration { return c.pauses.longest() }
+
+// Members is what gossip knows; nil before this node is a member.
+func (c *Cluster) Members() []Member {
+	if g := c.gossip.Load(); g != nil {
+		return g.Members()
+	}
+	return nil
+}
+
+// Announce makes gossip and the next pings carry what changed in Health.
+func (c *Cluster) Announce() {
+	if g := c.gossip.Load(); g != nil {
+		g.Update()
+	}
+}
+
+func (c *Cluster) self() Node {
+	n := Node{
+		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
+		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: MaxFeatureLevel,
+		Instance: c.instance, StartedAt: c.started,
+	}
+	if g := c.gossip.Load(); g != nil && g.Addr() != "" {
+		n.Gossip = g.Addr()
+	}
+	return n
+}
+
+// Run blocks until ctx ends, then hands over what it holds and stops. It
+// returns early with the reason when this node can't go on.
+func (c *Cluster) Run(ctx context.Context) error {
+	defer c.fatal(ErrStopped)
+	// Peers must still be reachable while this node hands over, so the
+	// connections outlive ctx.
+	carriage, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	g, carriage := errgroup.WithContext(carriage)
+	g.Go(func() error { return c.mesh.Serve(carriage, c.opts.Listener) })
+	g.Go(func() error { return c.serveRPC(carriage) })
+	g.Go(func() error { return c.opts.Credentials.Run(carriage) })
+	g.Go(func() error {
+		defer stop()
+		return c.live(ctx, carriage)
+	})
+	return g.Wait()
+}
+
+// live is the life of a member, from joining to leaving.
+func (c *Cluster) live(ctx, carriage context.Context) error {
+	// Whatever ends first: the owner's wish, a broken connection layer, or
+	// something that this node can't go on with.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(c.living, func() { cancel(context.Cause(c.living)) })()
+	defer context.AfterFunc(carriage, func() { cancel(nil) })()
+
+	if err := c.awaitMembership(ctx); err != nil {
+		return quiet(ctx, err)
+	}
+	r, err := c.startRaft()
+	if err != nil {
+		return err
+	}
+	c.gossip.Store(c.newGossip())
+
+	loops, stopLoops := context.WithCancel(carriage)
+	defer stopLoops()
+	g, lctx := errgroup.WithContext(loops)
+	for _, loop := range []func(context.Context) error{
+		c.gossip.Load().Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
+		newDiskWatchdog(c.opts.DataDir, c.log, c.diskStalled).Run, c.watchStore,
+	} {
+		g.Go(func() error { return loop(lctx) })
+	}
+	defer context.AfterFunc(lctx, func() { cancel(nil) })()
+
+	<-ctx.Done()
+	if lctx.Err() == nil && context.Cause(ctx) == context.Canceled {
+		c.handOver(carriage)
+	}
+	stopLoops()
+	err = g.Wait()
+	c.fatal(ErrStopped) // frees dials that wait for a peer
+	if serr := r.Shutdown().Error(); serr != nil {
+		err = errors.Join(err, fmt.Errorf("stop raft: %w", serr))
+	}
+	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, ErrStopped) {
+		err = cause
+	}
+	return err
+}
+
+// quiet turns the end of ctx into success, unless it ended for a reason.
+func quiet(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		return err
+	}
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+func (c *Cluster) newGossip() *Gossip {
+	m := c.Membership()
+	return NewGossip(GossipOptions{
+		Name: c.opts.Name, Bind: c.opts.GossipBind, Advertise: c.opts.Gossip, Key: c.opts.GossipKey,
+		Label: fmt.Sprintf("%s/%d/%s", m.ClusterID, m.Generation.Number, m.Generation.ID),
+		Self: func() Member {
+			n := c.self()
+			return Member{
+				Name: n.Name, Site: n.Site, RPC: n.RPC, API: n.API, Admin: n.Admin, Version: n.Version,
+				PID: c.opts.Health().PID, Feature: n.Feature, Instance: n.Instance, StartedAt: n.StartedAt,
+				Draining: c.opts.Health().Draining,
+			}
+		},
+		Seeds: func() []string {
+			var seeds []string
+			for _, n := range c.book.all() {
+				if n.Name != c.opts.Name && n.Gossip != "" {
+					seeds = append(seeds, n.Gossip)
+				}
+			}
+			return seeds
+		},
+		OnChange: func(m Member) {
+			if m.Name != c.opts.Name {
+				c.book.learn(Node{
+					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
+					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,
+				})
+			}
+		},
+		Logger: c.log, Registerer: c.opts.Registerer,
+	})
+}
+
+// watchStore ends the node when the store under raft has failed: after a failed
+// fsync nobody knows what is on the disk, and a retry would lie.
+func (c *Cluster) watchStore(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-c.opts.StoreFailed:
+		return fmt.Errorf("raft's store failed: %w", c.opts.StoreError())
+	}
+}
+
+func (c *Cluster) diskStalled(stalled bool) {
+	c.layer.shut(stalled)
+	if stalled {
+		c.mesh.CloseKind(KindRaft)
+	}
+}
+
+func (c *Cluster) client(node string) (clusterpb.PeerClient, error) {
+	conn, err := c.mesh.ClientConn(node)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", node, err)
+	}
+	return clusterpb.NewPeerClient(conn), nil
+}

@@ -1,0 +1,159 @@
+package cluster
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// commandFormat is the version of the envelope below. A change that an older
+// node would misread raises it, together with MaxFeatureLevel.
+const commandFormat = 1
+
+// MaxFeatureLevel is the newest command set that this build understands. The
+// agreed level rises to it only when every member supports it (see feature.go),
+// and nobody proposes a command above the agreed level.
+const MaxFeatureLevel = 1
+
+// CommandType names a command. The names stand in raft's log for ever: never
+// reuse one with another meaning.
+type CommandType string
+
+// The commands of feature level 1.
+const (
+	CmdInit         CommandType = "init"
+	CmdNodePut      CommandType = "node_put"
+	CmdNodeRemove   CommandType = "node_remove"
+	CmdConfigSet    CommandType = "config_set"
+	CmdAPIKeyPut    CommandType = "apikey_put"
+	CmdAPIKeyRevoke CommandType = "apikey_revoke"
+	CmdFeatureRaise CommandType = "feature_raise"
+	CmdPromote      CommandType = "promote"
+	CmdSwitchover   CommandType = "switchover"
+	CmdFailoverAck  CommandType = "failover_ack"
+	CmdFailoverHold CommandType = "failover_hold"
+	CmdDrillPut     CommandType = "drill_put"
+	// CmdTick changes nothing. Committing one proves that a quorum was alive
+	// after it was proposed: the lease stands on it.
+	CmdTick CommandType = "tick"
+)
+
+// commandLevel is the feature level that each command needs.
+var commandLevel = map[CommandType]int{
+	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
+	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
+	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1,
+}
+
+// Command is one entry of the agreed log.
+type Command struct {
+	Format int             `json:"f"`
+	Type   CommandType     `json:"t"`
+	At     time.Time       `json:"at"` // the proposer's wall clock; Apply has no other
+	Data   json.RawMessage `json:"d,omitempty"`
+}
+
+// ErrUnknownCommand stops a node: going on would make its state differ from
+// that of the nodes which know the command.
+var ErrUnknownCommand = errors.New("the agreed log holds a command that this version does not know; upgrade this node")
+
+// NewCommand encodes data as a command of type t.
+func NewCommand(t CommandType, at time.Time, data any) (Command, error) {
+	if _, known := commandLevel[t]; !known {
+		return Command{}, fmt.Errorf("%w: %q", ErrUnknownCommand, t)
+	}
+	c := Command{Format: commandFormat, Type: t, At: at.UTC()}
+	if data == nil {
+		return c, nil
+	}
+	b, err := json.Marshal(data)
+	if err != nil {
+		return Command{}, fmt.Errorf("encode command %s: %w", t, err)
+	}
+	c.Data = b
+	return c, nil
+}
+
+// Encode is the form in raft's log.
+func (c Command) Encode() ([]byte, error) {
+	b, err := json.Marshal(c)
+	if err != nil {
+		return nil, fmt.Errorf("encode command %s: %w", c.Type, err)
+	}
+	return b, nil
+}
+
+// DecodeCommand reads what Encode wrote. ErrUnknownCommand when it was written
+// by a newer version.
+func DecodeCommand(b []byte) (Command, error) {
+	var c Command
+	if err := json.Unmarshal(b, &c); err != nil {
+		return Command{}, fmt.Errorf("decode command: %w", err)
+	}
+	if c.Format != commandFormat {
+		return Command{}, fmt.Errorf("%w: command format %d, this version reads %d", ErrUnknownCommand, c.Format, commandFormat)
+	}
+	if _, known := commandLevel[c.Type]; !known {
+		return Command{}, fmt.Errorf("%w: %q", ErrUnknownCommand, c.Type)
+	}
+	return c, nil
+}
+
+// The data of each command.
+type (
+	// Init founds the cluster; refused on a state that has one.
+	Init struct {
+		ClusterID  string        `json:"cluster_id"`
+		Name       string        `json:"name"`
+		Generation Generation    `json:"generation"`
+		Node       Node          `json:"node"`
+		Config     ConfigVersion `json:"config"`
+	}
+	// NodeRemove takes a member out for good.
+	NodeRemove struct {
+		Name string `json:"name"`
+	}
+	// ConfigSet replaces the configuration if Expect is its version now.
+	ConfigSet struct {
+		Expect uint64 `json:"expect"`
+		Text   string `json:"text"`
+		Hash   string `json:"hash"`
+		Author string `json:"author"`
+	}
+	// APIKeyRevoke ends a key.
+	APIKeyRevoke struct {
+		ID string `json:"id"`
+	}
+	// FeatureRaise allows newer commands from here on.
+	FeatureRaise struct {
+		Level int `json:"level"`
+	}
+	// Promote puts another site in charge if the epoch is still Expect.
+	Promote struct {
+		Site         string       `json:"site"`
+		ExpectEpoch  uint64       `json:"expect_epoch"`
+		Generation   uint64       `json:"generation"`
+		Reason       string       `json:"reason"`
+		Kind         FailoverKind `json:"kind"`
+		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned one: must be the one in progress
+		RTOSeconds   *float64     `json:"rto_seconds"`
+	}
+	// SwitchoverSet opens or closes a planned change; see State.Switchover.
+	SwitchoverSet struct {
+		Expect string      `json:"expect"` // id of the one in progress now, "" for none
+		Next   *Switchover `json:"next"`   // nil closes it
+		Reason string      `json:"reason,omitempty"`
+	}
+	// FailoverAck says that a person has seen the failover of this epoch.
+	FailoverAck struct {
+		Epoch uint64 `json:"epoch"`
+		By    string `json:"by"`
+	}
+	// FailoverHold stops automatic promotions until it is lifted.
+	FailoverHold struct {
+		Held   bool   `json:"held"`
+		Reason string `json:"reason,omitempty"`
+		By     string `json:"by"`
+	}
+)

@@ -1,0 +1,328 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// Leadership is an unbroken time of leading raft, seen from inside: it begins
+// with the first commit and ends, with its context, when raft steps down or no
+// tick was committed for a lease's length.
+type Leadership struct {
+	Term        uint64
+	FirstCommit time.Duration // Boottime
+}
+
+// leadershipBoard tells waiters that leadership began.
+type leadershipBoard struct {
+	mu    sync.Mutex // guards what follows
+	now   *Leadership
+	ctx   context.Context
+	begun chan struct{}
+}
+
+func (b *leadershipBoard) init() { b.begun = make(chan struct{}) }
+
+func (b *leadershipBoard) begin(ctx context.Context, l Leadership) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.now, b.ctx = &l, ctx
+	close(b.begun)
+	b.begun = make(chan struct{})
+}
+
+func (b *leadershipBoard) current() (*Leadership, context.Context, <-chan struct{}) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ctx != nil && b.ctx.Err() != nil {
+		b.now, b.ctx = nil, nil
+	}
+	return b.now, b.ctx, b.begun
+}
+
+// Leading gives the present leadership, false when this node has none.
+func (c *Cluster) Leading() (Leadership, bool) {
+	l, _, _ := c.leadership.current()
+	if l == nil {
+		return Leadership{}, false
+	}
+	return *l, true
+}
+
+// WhileLeader runs task each time this node leads, with a context that ends
+// with the leadership, and blocks until ctx ends. A task that fails ends it.
+func (c *Cluster) WhileLeader(ctx context.Context, task func(context.Context, Leadership) error) error {
+	for {
+		l, lctx, begun := c.leadership.current()
+		if l == nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-begun:
+			}
+			continue
+		}
+		tctx, cancel := context.WithCancel(lctx)
+		stop := context.AfterFunc(ctx, cancel)
+		err := task(tctx, *l)
+		stop()
+		cancel()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if lctx.Err() == nil {
+			if err != nil {
+				return err
+			}
+			// The task is done before its time; wait for the next leadership.
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-lctx.Done():
+			}
+		}
+	}
+}
+
+// leadLoop notices leadership and ticks through it, until ctx ends.
+func (c *Cluster) leadLoop(ctx context.Context) error {
+	// raft's own channel is a hint that drops all but the newest value, so the
+	// state is read again and again.
+	const look = 20 * time.Millisecond
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	for {
+		if c.raft.Load().State() == raft.Leader {
+			if err := c.lead(ctx); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-c.raft.Load().LeaderCh():
+		case <-tick.C:
+		}
+	}
+}
+
+type tickResult struct {
+	proposed time.Duration
+	err      error
+}
+
+// refusedTooLong is after how long of refused ticks a leader is taken for
+// wedged: a failed transfer can leave one that refuses all writes for ever
+// (hashicorp/raft #696). Only a restart helps.
+const refusedTooLong = 10 * time.Second
+
+// maxTicks bounds the ticks whose commit is awaited.
+const maxTicks = 8
+
+// lead commits ticks until raft steps down.
+func (c *Cluster) lead(ctx context.Context) error {
+	r := c.raft.Load()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var (
+		term       = r.CurrentTerm()
+		results    = make(chan tickResult, maxTicks)
+		pending    = 0
+		lastCommit time.Duration
+		refused    time.Duration // since when ticks are refused, 0: they are not
+		end        context.CancelFunc
+	)
+	defer func() {
+		if end != nil {
+			end()
+			c.log.Info("raft leadership ended", "term", term)
+		}
+	}()
+	every := time.NewTicker(c.timing.Tick)
+	defer every.Stop()
+	look := time.NewTicker(20 * time.Millisecond)
+	defer look.Stop()
+	propose := func() {
+		if pending >= maxTicks || c.yielding.Load() {
+			return
+		}
+		pending++
+		go func() { results <- c.tick(r) }()
+	}
+	propose()
+	for r.State() == raft.Leader && r.CurrentTerm() == term {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-every.C:
+			propose()
+			continue
+		case <-look.C:
+			if end != nil && Boottime()-lastCommit > c.timing.Lease {
+				// Still raft's leader by name, but without proof of a quorum.
+				end()
+				end = nil
+				c.log.Warn("leadership suspended: no tick was committed for a lease's length", "term", term)
+			}
+			continue
+		case res := <-results:
+			pending--
+			switch {
+			case res.err == nil:
+				refused = 0
+				lastCommit = max(lastCommit, res.proposed)
+				c.lease.committed(res.proposed, c.State().Primary.Epoch)
+				if end == nil && Boottime()-lastCommit <= c.timing.Lease {
+					var lctx context.Context
+					lctx, end = context.WithCancel(ctx)
+					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: Boottime()})
+					c.log.Info("raft leadership begins", "term", term)
+				}
+			case errors.Is(res.err, raft.ErrLeadershipTransferInProgress):
+				if refused == 0 {
+					refused = Boottime()
+				}
+				if Boottime()-refused > refusedTooLong {
+					return fmt.Errorf("raft refuses all writes %s after a leadership transfer: stopping, a restart cures it", refusedTooLong)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// tick commits one entry; the time counts from before it was proposed.
+func (c *Cluster) tick(r *raft.Raft) tickResult {
+	res := tickResult{proposed: Boottime()}
+	cmd, err := NewCommand(CmdTick, time.Now(), nil)
+	if err == nil {
+		var b []byte
+		if b, err = cmd.Encode(); err == nil {
+			err = r.Apply(b, c.timing.Lease).Error()
+		}
+	}
+	res.err = err
+	return res
+}
+
+// Times of a leadership transfer: each step has its deadline.
+const (
+	transferTimeout = 5 * time.Second
+	canaryTimeout   = 3 * time.Second
+)
+
+// TransferLeadership moves raft's leadership to a voter and checks that it went
+// there: the future of raft's own transfer is nil even when another node won.
+// It may be called on any node.
+func (c *Cluster) TransferLeadership(ctx context.Context, to string) error {
+	ctx, cancel := context.WithTimeout(ctx, transferTimeout+canaryTimeout)
+	defer cancel()
+	leader, _ := c.leader()
+	switch leader {
+	case to:
+		return nil
+	case "":
+		return ErrNoQuorum
+	case c.opts.Name:
+		if err := c.yield(ctx, to); err != nil {
+			return err
+		}
+	default:
+		if err := c.askToYield(ctx, leader, to); err != nil {
+			return err
+		}
+	}
+	// A canary entry: raft can name a leader that refuses writes.
+	cctx, cancelCanary := context.WithTimeout(ctx, canaryTimeout)
+	defer cancelCanary()
+	if err := c.waitLeader(cctx, to); err != nil {
+		return err
+	}
+	if _, err := c.Propose(cctx, CmdTick, nil); err != nil {
+		return fmt.Errorf("leadership went to %s, but it takes no entries: %w", to, err)
+	}
+	return nil
+}
+
+// yield is the leader's part of a transfer.
+func (c *Cluster) yield(ctx context.Context, to string) error {
+	r := c.raft.Load()
+	if r == nil || r.State() != raft.Leader {
+		return ErrNotLeader
+	}
+	// No tick while leadership moves, so no lease is granted by a leader that
+	// is about to be another.
+	if !c.yielding.CompareAndSwap(false, true) {
+		return fmt.Errorf("transfer to %s: another transfer is under way: %w", to, ErrNotLeader)
+	}
+	defer c.yielding.Store(false)
+	done := make(chan error, 1)
+	go func() { done <- r.LeadershipTransferToServer(raft.ServerID(to), raft.ServerAddress(to)).Error() }()
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("transfer leadership to %s: %w", to, err)
+		}
+	case <-ctx.Done():
+		return fmt.Errorf("transfer leadership to %s: %w", to, ctx.Err())
+	}
+	return c.waitLeader(ctx, to)
+}
+
+func (c *Cluster) waitLeader(ctx context.Context, want string) error {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		leader, _ := c.leader()
+		if leader == want {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("leadership is with %q, not with %s: %w", leader, want, ctx.Err())
+		case <-tick.C:
+		}
+	}
+}
+
+// handOver gives leadership away before this node stops, so that its end is no
+// election. Failure is no harm: the others elect.
+func (c *Cluster) handOver(ctx context.Context) {
+	r := c.raft.Load()
+	if r == nil || r.State() != raft.Leader {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, transferTimeout)
+	defer cancel()
+	to := c.successor()
+	if to == "" {
+		return
+	}
+	if err := c.yield(ctx, to); err != nil {
+		c.log.Warn("leadership was not handed over; the others elect", "to", to, "err", err)
+		return
+	}
+	c.log.Info("leadership handed over", "to", to)
+}
+
+// successor is the voter that was heard last, of the own site if there is one.
+func (c *Cluster) successor() string {
+	best, bestAgo, bestNear := "", c.timing.Patience, false
+	peers := c.Peers()
+	for _, s := range c.Raft().Servers {
+		p, known := peers[s.Name]
+		if !known || !s.Voter || !p.Heard || p.Draining || p.Ago >= c.timing.Patience {
+			continue
+		}
+		near := p.Site == c.opts.Site
+		if best == "" || (near && !bestNear) || (near == bestNear && p.Ago < bestAgo) {
+			best, bestAgo, bestNear = s.Name, p.Ago, near
+		}
+	}
+	return best
+}

@@ -1,0 +1,87 @@
+package cluster
+
+import (
+	"sync"
+	"time"
+)
+
+// lease is this node's knowledge that a quorum was alive a moment ago. It is
+// not granted to anybody in particular: whoever knows of a recently committed
+// tick knows that no other leader can have promoted anybody yet, because a new
+// leader waits 1.1 L after its own first commit.
+//
+// It carries the highest epoch known along its way. So a node of the old primary
+// that still gets a lease, through whatever chain of peers, from a tick after a
+// promotion learns of the promotion with it; and leases from ticks before the
+// promotion have ended 1.1 L after it, which is how long the new primary waits
+// before it acts. That is the whole proof that two sites never act at once.
+//
+// All times are Boottime. Every step errs to the short side: a tick counts from
+// before it was proposed, an answer from before it was asked for.
+type lease struct {
+	length time.Duration
+
+	mu    sync.Mutex // guards what follows
+	until time.Duration
+	since time.Duration // start of the unbroken run up to now
+	held  bool          // ever held since the process started
+	epoch uint64        // the highest heard of
+}
+
+// committed extends the lease on the leader: a tick proposed at `proposed` is
+// committed, while the agreed epoch was at least epoch.
+func (l *lease) committed(proposed time.Duration, epoch uint64) {
+	l.extend(proposed+l.length, epoch)
+}
+
+// relayed extends the lease by a peer's answer to a ping sent at `sent`, saying
+// that the peer's own lease is good for `left` more.
+func (l *lease) relayed(sent, left time.Duration, epoch uint64) {
+	// A peer that claims more than a whole lease is wrong or hostile.
+	if left > l.length {
+		left = 0
+	}
+	l.extend(sent+left, epoch)
+}
+
+func (l *lease) extend(until time.Duration, epoch uint64) {
+	now := Boottime()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.epoch = max(l.epoch, epoch)
+	if until <= l.until || until <= now {
+		return
+	}
+	if l.until < now {
+		l.since = now
+	}
+	l.until = until
+	l.held = true
+}
+
+// left is how long the lease is still good (zero or less: none), and the
+// highest epoch heard of.
+func (l *lease) left() (time.Duration, uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.until - Boottime(), l.epoch
+}
+
+// everHeld reports whether there was a lease since the process started; a node
+// for which there was none is cold.
+func (l *lease) everHeld() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.held
+}
+
+// quorum tells since when (Boottime) there is a lease, or there is none.
+func (l *lease) quorum() (ok bool, since time.Duration) {
+	now := Boottime()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.until > now {
+		return true, l.since
+	}
+	return false, l.until
+}

@@ -1,0 +1,82 @@
+package cluster
+
+import (
+	"context"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+)
+
+type metrics struct {
+	pingFailures prometheus.Counter
+	pingSeconds  prometheus.Histogram
+	rpcs         *prometheus.CounterVec
+	rpcSeconds   *prometheus.HistogramVec
+}
+
+func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
+	f := promauto.With(reg)
+	gauge := func(name, help string, value func() float64) {
+		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+	}
+	gauge("dsnode_quorum", "1 while a quorum was alive within the lease's length.", func() float64 {
+		if ok, _ := c.lease.quorum(); ok {
+			return 1
+		}
+		return 0
+	})
+	gauge("dsnode_epoch", "Counter of the changes of the primary site.", func() float64 { return float64(c.State().Primary.Epoch) })
+	gauge("dsnode_generation", "Counter of the recoveries by hand.", func() float64 { return float64(c.State().Generation.Number) })
+	gauge("dsnode_feature_level", "Agreed feature level.", func() float64 { return float64(c.State().FeatureLevel) })
+	gauge("dsnode_raft_term", "Raft term.", func() float64 { return float64(c.Raft().Term) })
+	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
+	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })
+	gauge("dsnode_raft_leader", "1 while this node leads raft.", func() float64 {
+		if c.Raft().Leads {
+			return 1
+		}
+		return 0
+	})
+	gauge("dsnode_loop_pause_seconds", "Longest recent time that this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
+	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the site in charge.", []string{"site"}, nil)})
+	return &metrics{
+		pingFailures: f.NewCounter(prometheus.CounterOpts{Name: "dsnode_ping_failures_total", Help: "Pings to peers that were not answered."}),
+		pingSeconds:  f.NewHistogram(prometheus.HistogramOpts{Name: "dsnode_ping_seconds", Help: "Round trip of an answered ping.", Buckets: []float64{.001, .005, .01, .02, .05, .1, .25, .5, 1}}),
+		rpcs:         f.NewCounterVec(prometheus.CounterOpts{Name: "dsnode_rpc_requests_total", Help: "Calls from peers, by method and gRPC code."}, []string{"method", "code"}),
+		rpcSeconds:   f.NewHistogramVec(prometheus.HistogramOpts{Name: "dsnode_rpc_request_seconds", Help: "Time to answer a peer.", Buckets: []float64{.0005, .001, .005, .025, .1, .5, 2}}, []string{"method"}),
+	}
+}
+
+func (m *metrics) observeRPC(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	start := time.Now()
+	resp, err := handle(ctx, req)
+	m.rpcs.WithLabelValues(info.FullMethod, status.Code(err).String()).Inc()
+	m.rpcSeconds.WithLabelValues(info.FullMethod).Observe(time.Since(start).Seconds())
+	return resp, err
+}
+
+// primaryCollector has one series for each configured site, and none before the
+// cluster is founded: unknown is absent, not 0.
+type primaryCollector struct {
+	c    *Cluster
+	desc *prometheus.Desc
+}
+
+func (p *primaryCollector) Describe(ch chan<- *prometheus.Desc) { ch <- p.desc }
+
+func (p *primaryCollector) Collect(ch chan<- prometheus.Metric) {
+	s := p.c.State()
+	if s.Parsed == nil {
+		return
+	}
+	for site := range s.Parsed.Sites {
+		v := 0.0
+		if site == s.Primary.Site {
+			v = 1
+		}
+		ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, v, site)
+	}
+}

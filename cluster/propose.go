@@ -1,0 +1,118 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/clusterpb"
+)
+
+const (
+	enqueueTimeout = time.Second
+	// proposeTimeout bounds a proposal whose caller set no deadline.
+	proposeTimeout = 5 * time.Second
+)
+
+// Propose commits a command, wherever the leader is, and returns the raft index
+// of its entry once this node has applied it: who reads State afterwards sees
+// it. It fails at once with ErrNoQuorum when no leader is known; a refusal of
+// Apply comes back as the same sentinel on every node.
+func (c *Cluster) Propose(ctx context.Context, t CommandType, data any) (uint64, error) {
+	cmd, err := NewCommand(t, time.Now(), data)
+	if err != nil {
+		return 0, err
+	}
+	b, err := cmd.Encode()
+	if err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, proposeTimeout)
+	defer cancel()
+	index, err := c.route(ctx, cmd, b)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", t, err)
+	}
+	return index, c.waitApplied(ctx, index)
+}
+
+// route commits here when this node leads, else at the leader.
+func (c *Cluster) route(ctx context.Context, cmd Command, b []byte) (uint64, error) {
+	if c.raft.Load() == nil {
+		return 0, ErrNotMember
+	}
+	leader, _ := c.leader()
+	switch leader {
+	case "":
+		return 0, c.noQuorum()
+	case c.opts.Name:
+		return c.commit(ctx, cmd, b)
+	}
+	client, err := c.client(leader)
+	if err != nil {
+		return 0, err
+	}
+	got, err := client.Propose(ctx, &clusterpb.ProposeRequest{Format: rpcFormat, Command: b})
+	if err != nil {
+		return 0, fmt.Errorf("pass on to leader %s: %w (%w)", leader, ErrLeadershipMoved, err)
+	}
+	if err := unrefuse(got.GetRefused()); err != nil {
+		return 0, err
+	}
+	return got.GetIndex(), nil
+}
+
+// noQuorum says since when.
+func (c *Cluster) noQuorum() error {
+	if v := c.Raft(); !v.Quorum && !v.Since.IsZero() {
+		return fmt.Errorf("%w since %s: no raft leader is known, so nothing can be changed", ErrNoQuorum, v.Since.UTC().Format(time.RFC3339))
+	}
+	return fmt.Errorf("%w: no raft leader is known at the moment, so nothing can be changed", ErrNoQuorum)
+}
+
+// commit is the leader's part.
+func (c *Cluster) commit(ctx context.Context, cmd Command, b []byte) (uint64, error) {
+	r := c.raft.Load()
+	if r == nil {
+		return 0, ErrNotMember
+	}
+	s := c.State()
+	if cmd.Type != CmdInit && cmd.Type != CmdTick && commandLevel[cmd.Type] > s.FeatureLevel {
+		return 0, fmt.Errorf("%s needs feature level %d, the cluster is at %d: %w", cmd.Type, commandLevel[cmd.Type], s.FeatureLevel, ErrFeatureLevel)
+	}
+	f := r.Apply(b, enqueueTimeout)
+	done := make(chan error, 1)
+	go func() { done <- f.Error() }()
+	select {
+	case <-ctx.Done():
+		return 0, fmt.Errorf("%w (%w)", ErrLeadershipMoved, ctx.Err())
+	case err := <-done:
+		if err != nil {
+			if errors.Is(err, raft.ErrNotLeader) {
+				return 0, c.noQuorum()
+			}
+			return 0, translate(err)
+		}
+	}
+	if err, refused := f.Response().(error); refused {
+		return 0, err
+	}
+	return f.Index(), nil
+}
+
+func (c *Cluster) waitApplied(ctx context.Context, index uint64) error {
+	for {
+		moved := c.fsm.movement()
+		if c.fsm.applied.Load() >= index {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("committed at index %d, but not yet known here: %w", index, ctx.Err())
+		case <-moved:
+		}
+	}
+}

@@ -1,0 +1,137 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dsnode/dsnode/cluster/clusterpb"
+)
+
+// rpcFormat is the version of the messages in cluster.proto that this build
+// writes.
+const rpcFormat = 1
+
+// maxRPCBytes bounds one message; the largest is a proposal with a whole
+// configuration.
+const maxRPCBytes = 4 << 20
+
+// serveRPC answers peers until ctx ends.
+func (c *Cluster) serveRPC(ctx context.Context) error {
+	s := grpc.NewServer(append(c.mesh.GRPCServerOptions(),
+		grpc.MaxRecvMsgSize(maxRPCBytes), grpc.MaxConcurrentStreams(1024),
+		grpc.UnaryInterceptor(c.metrics.observeRPC))...)
+	clusterpb.RegisterPeerServer(s, &peerServer{c: c})
+	g := errgroup.Group{}
+	g.Go(func() error {
+		err := s.Serve(c.mesh.Listener(KindGRPC))
+		if ctx.Err() != nil || errors.Is(err, grpc.ErrServerStopped) {
+			return nil
+		}
+		return fmt.Errorf("serve peers: %w", err)
+	})
+	<-ctx.Done()
+	s.Stop()
+	return g.Wait()
+}
+
+// peerServer is the rpc face of a Cluster.
+type peerServer struct {
+	clusterpb.UnimplementedPeerServer
+	c *Cluster
+}
+
+// caller gives who asks, as the certificate says.
+func caller(ctx context.Context) (Identity, error) {
+	id, ok := PeerFromContext(ctx)
+	if !ok {
+		return Identity{}, status.Error(codes.Unauthenticated, "no peer identity")
+	}
+	return id, nil
+}
+
+// Ping answers with this node's view, and takes the caller's addresses from the
+// caller itself.
+func (s *peerServer) Ping(ctx context.Context, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
+	id, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	n := nodeOf(r.GetNode())
+	if n.Name != id.Node || n.Site != id.Site {
+		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)
+	}
+	if _, member := s.c.State().Nodes[n.Name]; member {
+		s.c.book.heard(n)
+	}
+	return s.c.answerPing(), nil
+}
+
+// Propose commits for a member that is not the leader.
+func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
+	cmd, err := DecodeCommand(r.GetCommand())
+	var index uint64
+	if err == nil {
+		index, err = s.c.commit(ctx, cmd, r.GetCommand())
+	}
+	if err != nil {
+		if no := refusal(err); no != nil {
+			return &clusterpb.ProposeResponse{Format: rpcFormat, Refused: no}, nil
+		}
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	return &clusterpb.ProposeResponse{Format: rpcFormat, Index: index}, nil
+}
+
+// Join admits the caller, here or through the leader.
+func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterpb.JoinResponse, error) {
+	id, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if r.GetFormat() > rpcFormat {
+		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: join format %d, this node reads %d: upgrade the cluster first", ErrNewerPeer, r.GetFormat(), rpcFormat))}, nil
+	}
+	n := nodeOf(r.GetNode())
+	// A member passes on what its caller said; only a direct caller must be the
+	// node that it speaks of.
+	if !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site) {
+		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: it says site %s node %s, the configuration site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name))}, nil
+	}
+	resp, err := s.c.join(ctx, n, r.GetForwarded())
+	if err != nil {
+		if no := refusal(err); no != nil {
+			return &clusterpb.JoinResponse{Format: rpcFormat, Refused: no}, nil
+		}
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	return resp, nil
+}
+
+// Yield moves leadership away from this node.
+func (s *peerServer) Yield(ctx context.Context, r *clusterpb.YieldRequest) (*clusterpb.YieldResponse, error) {
+	if err := s.c.yield(ctx, r.GetTo()); err != nil {
+		if no := refusal(err); no != nil {
+			return &clusterpb.YieldResponse{Format: rpcFormat, Refused: no}, nil
+		}
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	return &clusterpb.YieldResponse{Format: rpcFormat}, nil
+}
+
+func (c *Cluster) askToYield(ctx context.Context, leader, to string) error {
+	client, err := c.client(leader)
+	if err != nil {
+		return err
+	}
+	got, err := client.Yield(ctx, &clusterpb.YieldRequest{Format: rpcFormat, To: to})
+	if err != nil {
+		return fmt.Errorf("ask %s to yield to %s: %w", leader, to, err)
+	}
+	return unrefuse(got.GetRefused())
+}

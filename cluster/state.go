@@ -1,0 +1,148 @@
+package cluster
+
+import (
+	"time"
+)
+
+// State is everything the cluster has agreed on. A *State that was published
+// is immutable: readers hold it without a lock, Apply makes a new one and
+// shares what did not change. Well under a few MB by design (see the bounds in
+// apply.go).
+type State struct {
+	Format       int        `json:"format"` // of this struct on disk
+	FeatureLevel int        `json:"feature_level"`
+	ClusterID    string     `json:"cluster_id"` // 32 hex digits, random
+	Name         string     `json:"name"`
+	Generation   Generation `json:"generation"`
+	CreatedAt    time.Time  `json:"created_at"`
+
+	Primary Primary           `json:"primary"`
+	Nodes   map[string]Node   `json:"nodes"` // by name
+	APIKeys map[string]APIKey `json:"api_keys"`
+
+	// LastFailover is the newest change of the primary, nil before the first.
+	LastFailover *FailoverRecord `json:"last_failover,omitempty"`
+	// Switchover is the planned change in progress. It counts as abandoned
+	// after its deadline, so that a coordinator that died blocks nobody.
+	Switchover *Switchover `json:"switchover,omitempty"`
+	// Hold stops automatic promotions while it is set.
+	Hold *Hold `json:"hold,omitempty"`
+	// Drills are the newest rehearsals, oldest first, bounded.
+	Drills []DrillRecord `json:"drills,omitempty"`
+
+	Config  ConfigVersion   `json:"config"`
+	History []ConfigVersion `json:"history"` // oldest first, without the current one
+
+	// Parsed is Config.Text parsed; rebuilt on restore, never encoded.
+	Parsed *Config `json:"-"`
+}
+
+// Generation is one higher each time the cluster is recovered by hand after
+// losing its quorum for good. The random ID tells two such recoveries apart.
+type Generation struct {
+	Number uint64 `json:"number"`
+	ID     string `json:"id"`
+}
+
+// Primary is the site in charge. Epoch rises by one at every change.
+type Primary struct {
+	Site   string    `json:"site"`
+	Epoch  uint64    `json:"epoch"`
+	Since  time.Time `json:"since"`
+	Reason string    `json:"reason"`
+}
+
+// Node is a member as agreed: who it is and where it was last reachable.
+type Node struct {
+	Name      string    `json:"name"`
+	Site      string    `json:"site"`
+	RPC       string    `json:"rpc"` // host:port, advertised
+	Gossip    string    `json:"gossip"`
+	API       string    `json:"api"`
+	Admin     string    `json:"admin"`
+	Version   string    `json:"version"`
+	Feature   int       `json:"feature"`  // the highest feature level it supports
+	Instance  string    `json:"instance"` // random per process start
+	StartedAt time.Time `json:"started_at"`
+	JoinedAt  time.Time `json:"joined_at"`
+}
+
+// ConfigVersion is a cluster.yaml as it was written, and who wrote it.
+type ConfigVersion struct {
+	Version uint64    `json:"version"`
+	Hash    string    `json:"hash"` // SHA-256 of Text, hex
+	Author  string    `json:"author"`
+	Time    time.Time `json:"time"`
+	Text    string    `json:"text"`
+}
+
+// APIKey is a client's key without its secret.
+type APIKey struct {
+	ID        string    `json:"id"`
+	Hash      string    `json:"hash"` // SHA-256 of the secret part, hex
+	Tenant    string    `json:"tenant"`
+	Note      string    `json:"note,omitempty"`
+	Models    []string  `json:"models,omitempty"` // empty: all
+	CreatedAt time.Time `json:"created_at"`
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+	RevokedAt time.Time `json:"revoked_at,omitzero"`
+}
+
+// FailoverKind says why the primary changed.
+type FailoverKind string
+
+// The kinds of failover.
+const (
+	FailoverUnplanned FailoverKind = "unplanned"
+	FailoverPlanned   FailoverKind = "planned"
+	FailoverDrill     FailoverKind = "drill"
+)
+
+// FailoverRecord is one change of the primary, as the status shows it. Figures
+// that nobody measured are nil.
+type FailoverRecord struct {
+	From          string       `json:"from"`
+	To            string       `json:"to"`
+	Kind          FailoverKind `json:"kind"`
+	Epoch         uint64       `json:"epoch"`
+	At            time.Time    `json:"at"`
+	Reason        string       `json:"reason"`
+	RTOSeconds    *float64     `json:"rto_seconds"`
+	RPOSeconds    *float64     `json:"rpo_seconds"`
+	RecordsAtRisk *int64       `json:"records_at_risk"`
+	Acknowledged  bool         `json:"acknowledged"`
+}
+
+// Switchover is a planned change of the primary while it is under way. The
+// primary lets go of its role as soon as it sees one.
+type Switchover struct {
+	ID       string       `json:"id"`
+	From     string       `json:"from"`
+	To       string       `json:"to"`
+	Kind     FailoverKind `json:"kind"`
+	By       string       `json:"by"`
+	At       time.Time    `json:"at"`
+	Deadline time.Time    `json:"deadline"`
+}
+
+// Hold is a pause of automatic promotions.
+type Hold struct {
+	Reason string    `json:"reason"`
+	By     string    `json:"by"`
+	At     time.Time `json:"at"`
+}
+
+// DrillRecord is a rehearsal as agreed: who ran what when, and how it ended.
+// Report is the drill package's own document, opaque here and bounded.
+type DrillRecord struct {
+	ID        string    `json:"id"`
+	Kind      string    `json:"kind"`
+	Site      string    `json:"site"`
+	By        string    `json:"by"`
+	StartedAt time.Time `json:"started_at"`
+	// Deadline is when the dead-man timer heals the site, whatever happens.
+	Deadline time.Time `json:"deadline"`
+	EndedAt  time.Time `json:"ended_at,omitzero"`
+	Verdict  string    `json:"verdict,omitempty"` // empty: running
+	Report   []byte    `json:"report,omitempty"`
+}
