@@ -22,6 +22,7 @@ var (
 type BusyError struct {
 	Err        error // ErrOverloaded or ErrNoUpstream
 	RetryAfter time.Duration
+	Attempts   int // upstream attempts that were made
 }
 
 func (e *BusyError) Error() string { return fmt.Sprintf("%v, retry after %s", e.Err, e.RetryAfter) }

@@ -1,0 +1,301 @@
+package serving
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	// maxHeld bounds what is kept of a stream before its first content.
+	maxHeld = 256 << 10
+	// afterDone is how long the end of a finished stream is waited for, so that
+	// its connection can be used again.
+	afterDone = 50 * time.Millisecond
+)
+
+var (
+	doneData  = []byte("[DONE]")
+	doneEvent = []byte("data: [DONE]\n\n")
+	dataField = []byte("data: ")
+	eventEnd  = []byte("\n\n")
+)
+
+// held are events that wait for the first content.
+type held struct {
+	bytes []byte
+	ends  []int
+}
+
+var heldBuffers = sync.Pool{New: func() any { return &held{bytes: make([]byte, 0, 1024), ends: make([]int, 0, 4)} }}
+
+// relay passes one stream on.
+type relay struct {
+	*attempt
+	wait    *held // nil once Head was called
+	sent    bool
+	scratch []byte // a rewritten event
+	// What every chunk of one stream must agree on, quoted as it came.
+	id, created, model []byte
+	seen, finished     uint64
+	done               bool // [DONE] came and was passed on
+}
+
+func (a *attempt) stream(resp *http.Response) outcome {
+	events := newEventReader(resp.Body)
+	defer events.release()
+	if !completes(a.r.Endpoint) {
+		return a.streamAnything(events)
+	}
+	s := relay{attempt: a, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
+	defer s.letGo()
+	o := s.run(events)
+	o.sent = s.sent
+	return o
+}
+
+func (s *relay) letGo() {
+	if s.wait != nil && cap(s.wait.bytes) <= 64<<10 {
+		s.wait.bytes, s.wait.ends = s.wait.bytes[:0], s.wait.ends[:0]
+		heldBuffers.Put(s.wait)
+	}
+	s.wait = nil
+}
+
+// run reads events until the answer is complete or has failed.
+func (s *relay) run(events *eventReader) outcome {
+	for {
+		ev, err := events.next()
+		if err != nil {
+			return s.ended(err)
+		}
+		if !ev.has || len(ev.data) == 0 {
+			continue // comments and empty events move no timer and say nothing
+		}
+		if bytes.Equal(ev.data, doneData) {
+			if !s.complete() {
+				return s.truncated(errors.New("[DONE] came before a finish_reason"))
+			}
+			if err := s.finish(ev.raw); err != nil {
+				return outcome{result: resultCancelled, err: err}
+			}
+			s.drain(events)
+			return outcome{result: resultOK}
+		}
+		if o := s.chunk(ev); o.result != resultOK {
+			return o
+		}
+	}
+}
+
+// chunk judges one event and passes it on or holds it.
+func (s *relay) chunk(ev event) outcome {
+	found, ok := scanAnswer(ev.data)
+	switch {
+	case !ok:
+		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an event is no JSON object: %s", ErrUpstreamFailed, excerpt(ev.data))}
+	case found.errAt != Span{}:
+		return s.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
+	case string(ev.kind) == "error":
+		return s.errorInside(ev.data, ev.data)
+	case found.exhausted:
+		return outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
+	}
+	if found.usage != (Span{}) {
+		s.count(ev.data[found.usage.From:found.usage.To])
+		if found.choices == 0 && found.hasChoices && s.stripUsage {
+			return outcome{}
+		}
+	}
+	s.seen |= found.seen
+	s.finished |= found.finished
+	begins := found.content || found.finished != 0
+	if begins {
+		s.w.progress()
+	}
+	raw := s.uniform(ev, &found)
+	if s.wait == nil {
+		return s.pass(raw)
+	}
+	if !begins {
+		if len(s.wait.bytes)+len(raw) > maxHeld {
+			return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %d bytes without content", ErrUpstreamFailed, maxHeld)}
+		}
+		s.wait.bytes = append(s.wait.bytes, raw...)
+		s.wait.ends = append(s.wait.ends, len(s.wait.bytes))
+		return outcome{}
+	}
+	return s.begin(raw)
+}
+
+// begin is the point of no return: the head, what was held, the first content.
+func (s *relay) begin(raw []byte) outcome {
+	s.reached()
+	s.w.committed()
+	s.sent = true
+	if err := s.sink.Head(s.head); err != nil {
+		return outcome{result: resultCancelled, err: &sinkError{err}}
+	}
+	from := 0
+	for _, to := range s.wait.ends {
+		if o := s.pass(s.wait.bytes[from:to]); o.result != resultOK {
+			return o
+		}
+		from = to
+	}
+	s.letGo()
+	return s.pass(raw)
+}
+
+func (s *relay) pass(raw []byte) outcome {
+	if err := s.sink.Data(raw); err != nil {
+		return outcome{result: resultCancelled, err: &sinkError{err}}
+	}
+	return outcome{}
+}
+
+// uniform gives the event as the client sees it: one id, created and model in
+// the whole stream, and the model under its public name. Mostly that is the
+// event as it came.
+func (s *relay) uniform(ev event, found *answer) []byte {
+	var edits [3]edit
+	n := 0
+	add := func(at Span, want *[]byte) {
+		if at == (Span{}) {
+			return
+		}
+		have := ev.data[at.From:at.To]
+		switch {
+		case *want == nil:
+			*want = bytes.Clone(have)
+		case !bytes.Equal(have, *want):
+			edits[n] = edit{at, *want}
+			n++
+		}
+	}
+	add(found.id, &s.id)
+	add(found.created, &s.created)
+	add(found.model, &s.model)
+	if n == 0 {
+		return ev.raw
+	}
+	sortEdits(edits[:n])
+	out := append(s.scratch[:0], dataField...)
+	if len(ev.kind) > 0 {
+		out = append(append(append(out[:0], "event: "...), ev.kind...), '\n')
+		out = append(out, dataField...)
+	}
+	from := len(out)
+	out = spliceInto(out, ev.data, edits[:n]...)
+	// Data of several lines was joined by \n, which JSON takes as white space.
+	for i := from; i < len(out); i++ {
+		if out[i] == '\n' {
+			out[i] = ' '
+		}
+	}
+	s.scratch = append(out, eventEnd...)
+	return s.scratch
+}
+
+func sortEdits(e []edit) {
+	for i := 1; i < len(e); i++ {
+		for j := i; j > 0 && e[j].at.From < e[j-1].at.From; j-- {
+			e[j], e[j-1] = e[j-1], e[j]
+		}
+	}
+}
+
+// complete reports whether every choice that was met has a finish_reason.
+func (s *relay) complete() bool { return s.finished != 0 && s.seen&^s.finished == 0 }
+
+// finish ends the answer towards the client.
+func (s *relay) finish(done []byte) error {
+	if err := s.sink.Data(done); err != nil {
+		return &sinkError{err}
+	}
+	s.done = true
+	return nil
+}
+
+// ended judges a stream that stopped without [DONE].
+func (s *relay) ended(err error) outcome {
+	switch {
+	case errors.Is(err, errEventTooLarge):
+		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+	case !errors.Is(err, io.EOF):
+		if s.wait != nil {
+			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+		}
+		return s.truncated(err)
+	case !s.complete():
+		return s.truncated(errNoFinish)
+	}
+	if err := s.finish(doneEvent); err != nil { // some servers leave it out
+		return outcome{result: resultCancelled, err: err}
+	}
+	return outcome{result: resultOK}
+}
+
+var errNoFinish = errors.New("the stream ended without a finish_reason")
+
+func (s *relay) truncated(why error) outcome {
+	return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, why)}
+}
+
+// drain reads the rest of a stream that is over, briefly.
+func (a *attempt) drain(events *eventReader) {
+	if events.err != nil {
+		return
+	}
+	a.w.atMost(afterDone)
+	var rest [512]byte
+	for range 8 {
+		if _, err := events.r.Read(rest[:]); err != nil {
+			return
+		}
+	}
+}
+
+// streamAnything passes a stream on whose grammar is not ours to know: its
+// first event is its first content, its end is the end of the body.
+func (a *attempt) streamAnything(events *eventReader) outcome {
+	sent := false
+	for {
+		ev, err := events.next()
+		switch {
+		case err != nil && !sent && errors.Is(err, io.EOF):
+			return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, errNoContent)}
+		case errors.Is(err, io.EOF):
+			return outcome{result: resultOK, sent: true}
+		case err != nil && !sent:
+			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+		case err != nil:
+			return outcome{result: resultTruncated, sent: true, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
+		case !ev.has:
+			continue
+		}
+		a.w.progress()
+		if !sent {
+			found, ok := scanAnswer(ev.data)
+			switch {
+			case ok && found.errAt != Span{}:
+				return a.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
+			case string(ev.kind) == "error":
+				return a.errorInside(ev.data, ev.data)
+			}
+			sent = true
+			a.reached()
+			a.w.committed()
+			if err := a.sink.Head(a.head); err != nil {
+				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+			}
+		}
+		if err := a.sink.Data(ev.raw); err != nil {
+			return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+		}
+	}
+}
