@@ -1,0 +1,347 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"math"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// MemberState is what gossip believes of a member. Nothing may be decided on it
+// alone: a starved node accuses healthy ones, and in a small cluster one
+// accuser is enough.
+type MemberState string
+
+// The states of a member. Suspect is this node's own probe without an answer;
+// left is a member that said goodbye, dead one that did not.
+const (
+	MemberAlive   MemberState = "alive"
+	MemberSuspect MemberState = "suspect"
+	MemberDead    MemberState = "dead"
+	MemberLeft    MemberState = "left"
+)
+
+// Member is a node as gossip knows it: what it says of itself, and whether it
+// is heard.
+type Member struct {
+	Name      string
+	Site      string
+	RPC       string // host:port as advertised; the host may be a DNS name
+	API       string
+	Admin     string
+	Gossip    string
+	Version   string
+	PID       int
+	Feature   int
+	Instance  string // random per process start
+	StartedAt time.Time
+	Draining  bool
+	State     MemberState
+	Since     time.Time // of the state, on this node's clock
+}
+
+// GossipOptions are what Gossip needs of its node.
+type GossipOptions struct {
+	Name string
+	// Bind is host:port, for TCP and UDP; port 0 takes a free one.
+	Bind string
+	// Advertise is host:port where the others reach this node; the host may be
+	// a DNS name, port 0 means the bound one, "" the bound address.
+	Advertise string
+	// Key encrypts and authenticates all gossip: 16, 24 or 32 bytes.
+	Key []byte
+	// Label keeps clusters and generations apart: up to 255 bytes, and members
+	// with another label are not heard.
+	Label string
+	// Self is what this node says of itself. Name, State and Since are ignored.
+	Self func() Member
+	// Seeds are host:port of nodes to meet, asked at every attempt.
+	Seeds func() []string
+	// OnChange hears of a member that came, went or says something new, in its
+	// latest state (changes in between may be left out). It is called from Run,
+	// one at a time, and delays gossip's own view only when it blocks. May be nil.
+	OnChange func(Member)
+	// LeaveOnStop says goodbye when Run ends, so that nobody suspects anything.
+	LeaveOnStop bool
+	Logger      *slog.Logger
+	Registerer  prometheus.Registerer
+}
+
+// Timing for sites up to 60 ms apart: memberlist's LAN profile, whose probe
+// timeout of 500 ms is many round trips, with the memory of a WAN.
+const (
+	gossipProbeInterval = time.Second
+	gossipProbeTimeout  = 500 * time.Millisecond
+	gossipStreamTimeout = 5 * time.Second
+	gossipPushPull      = 15 * time.Second
+	gossipDeadMemory    = time.Hour // memberlist's GossipToTheDeadTime
+	gossipReclaim       = 30 * time.Second
+	gossipLeaveTimeout  = time.Second
+	gossipUpdateTimeout = time.Second
+	gossipTick          = time.Second
+)
+
+// Gossip tells who is there, quickly and without proof: a phone book and a
+// hint. It never decides anything. Start at Run.
+type Gossip struct {
+	GossipOptions
+	table   *gossipTable
+	metrics *gossipMetrics
+	update  chan struct{}
+
+	mu        sync.Mutex // guards transport
+	transport *gossipTransport
+	addr      atomic.Pointer[string]
+	meta      atomic.Pointer[[]byte] // what memberlist is given as metadata
+	timing    gossipTiming
+}
+
+// gossipTiming is what tests shorten.
+type gossipTiming struct {
+	probeInterval, probeTimeout, reclaim time.Duration
+	rejoin                               rejoinTiming
+}
+
+// NewGossip makes a Gossip. Nothing is bound before Listen or Run.
+func NewGossip(o GossipOptions) *Gossip {
+	metrics := newGossipMetrics(o.Registerer)
+	return &Gossip{
+		GossipOptions: o,
+		table:         newGossipTable(o.Name, metrics),
+		metrics:       metrics,
+		update:        make(chan struct{}, 1),
+		timing: gossipTiming{
+			probeInterval: gossipProbeInterval, probeTimeout: gossipProbeTimeout, reclaim: gossipReclaim,
+			rejoin: defaultRejoinTiming,
+		},
+	}
+}
+
+// Listen binds the gossip port, so that Addr is known before Run, which would
+// do it otherwise. Run must follow: it closes what was bound.
+func (g *Gossip) Listen() error {
+	_, err := g.listen()
+	return err
+}
+
+func (g *Gossip) listen() (*gossipTransport, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.transport != nil {
+		return g.transport, nil
+	}
+	t, err := newGossipTransport(g.Bind, g.metrics)
+	if err != nil {
+		return nil, fmt.Errorf("gossip: %w", err)
+	}
+	addr := t.addr()
+	g.addr.Store(&addr)
+	g.transport = t
+	return t, nil
+}
+
+// Addr is the bound address, host:port; "" before Listen or Run.
+func (g *Gossip) Addr() string {
+	if addr := g.addr.Load(); addr != nil {
+		return *addr
+	}
+	return ""
+}
+
+// Members is everybody gossip knows, this node included, ordered by name: the
+// dead and the gone ones too, for an hour.
+func (g *Gossip) Members() []Member { return g.table.snapshot(time.Now()) }
+
+// Update has Self asked again and told to the others, if it says something new.
+func (g *Gossip) Update() {
+	select {
+	case g.update <- struct{}{}:
+	default: // one is under way and asks Self after this
+	}
+}
+
+func (g *Gossip) validate() error {
+	switch len(g.Key) {
+	case 16, 24, 32:
+	default:
+		return fmt.Errorf("the gossip key has %d bytes, it must have 16, 24 or 32", len(g.Key))
+	}
+	if len(g.Label) > memberlist.LabelMaxSize {
+		return fmt.Errorf("the gossip label has %d bytes, at most %d are allowed", len(g.Label), memberlist.LabelMaxSize)
+	}
+	return checkIdentityPart("node", g.Name)
+}
+
+// Run gossips until ctx ends. It meets the seeds and everybody it knew again
+// and again: memberlist by itself never returns to those it gave up.
+func (g *Gossip) Run(ctx context.Context) error {
+	transport, err := g.listen()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = transport.Shutdown() }() // never fails
+	if err := g.validate(); err != nil {
+		return fmt.Errorf("gossip: %w", err)
+	}
+	if _, err := g.refreshMeta(false); err != nil {
+		return fmt.Errorf("gossip: %w", err)
+	}
+	if err := g.resolveAdvertise(ctx, transport); err != nil {
+		return err
+	}
+	list, err := memberlist.Create(g.config(transport))
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return fmt.Errorf("gossip: %w", err)
+	}
+	defer func() { _ = list.Shutdown() }() // only logs
+
+	inner, cancel := context.WithCancel(ctx)
+	var loops sync.WaitGroup
+	loops.Go(func() { g.keepMeeting(inner, list, transport) })
+	loops.Go(func() { g.keepTelling(inner, list) })
+
+	tick := time.NewTicker(gossipTick)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-g.table.wake:
+		case <-tick.C:
+			g.metrics.health.Set(float64(list.GetHealthScore()))
+		}
+		for _, m := range g.table.changes(time.Now()) {
+			if g.OnChange != nil {
+				g.OnChange(m)
+			}
+		}
+	}
+	cancel()
+	transport.stopStreams() // a join under way would hold up the end
+	loops.Wait()
+	if g.LeaveOnStop {
+		g.leave(list)
+	}
+	return nil
+}
+
+// leave says goodbye. Memberlist's events don't tell the gone from the dead, so
+// the metadata says it first.
+func (g *Gossip) leave(list *memberlist.Memberlist) {
+	if _, err := g.refreshMeta(true); err == nil {
+		if err := list.UpdateNode(gossipLeaveTimeout); err != nil {
+			g.Logger.Debug("gossip: leaving was not announced to anybody", "error", err)
+		}
+	}
+	if err := list.Leave(gossipLeaveTimeout); err != nil {
+		g.Logger.Warn("gossip: nobody heard the goodbye, the others will find out by themselves", "error", err)
+	}
+}
+
+// keepTelling publishes this node's metadata when it changes.
+func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-g.update:
+		}
+		changed, err := g.refreshMeta(false)
+		if err != nil {
+			g.Logger.Error("gossip: the others keep the old word of this node", "error", err)
+			continue
+		}
+		if !changed {
+			continue
+		}
+		// Its error is that nobody was there to be told in time; whoever comes
+		// later is told.
+		_ = list.UpdateNode(gossipUpdateTimeout)
+	}
+}
+
+func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
+	meta, err := appendGossipMeta(nil, g.Self(), leaving)
+	if err != nil {
+		return false, err
+	}
+	old := g.meta.Swap(&meta)
+	return old == nil || string(*old) != string(meta), nil
+}
+
+// resolveAdvertise finds the IP address that memberlist must tell the others.
+// A name service that is down delays it and doesn't stop the node.
+func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error {
+	bound := t.listener.Addr().(*net.TCPAddr).AddrPort()
+	if g.Advertise == "" {
+		if bound.Addr().IsUnspecified() {
+			return fmt.Errorf("gossip: bound to %s, so it must be told which address to advertise", g.Bind)
+		}
+		t.setAdvertise(bound)
+		return nil
+	}
+	for pause := time.Second; ; pause = min(2*pause, 30*time.Second) {
+		addrs, err := resolveHostPort(ctx, g.Advertise)
+		if err == nil {
+			a := addrs[0]
+			if a.Port() == 0 {
+				a = netip.AddrPortFrom(a.Addr(), bound.Port())
+			}
+			t.setAdvertise(a)
+			return nil
+		}
+		var bad *net.AddrError
+		if errors.As(err, &bad) {
+			return fmt.Errorf("gossip: advertise address: %w", err)
+		}
+		g.Logger.Warn("gossip: the advertised address can't be resolved yet", "address", g.Advertise, "error", err)
+		select {
+		case <-ctx.Done():
+			return nil // Create fails on a transport without an address
+		case <-time.After(pause):
+		}
+	}
+}
+
+func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
+	c := memberlist.DefaultLANConfig()
+	c.Name = g.Name
+	c.Transport = t
+	c.Label = g.Label
+	c.SecretKey = g.Key
+	c.ProbeInterval = g.timing.probeInterval
+	c.ProbeTimeout = g.timing.probeTimeout
+	c.TCPTimeout = gossipStreamTimeout
+	c.PushPullInterval = gossipPushPull
+	c.SuspicionMult = 4
+	c.GossipToTheDeadTime = gossipDeadMemory
+	c.DeadNodeReclaimTime = g.timing.reclaim
+	c.EnableCompression = false                // a few hundred bytes, encrypted after it
+	c.QueueCheckInterval = math.MaxInt64       // only feeds a metrics sink that nobody installs
+	c.Delegate = gossipDelegate{meta: &g.meta} // metadata out
+	c.Events, c.Alive = g.table, g.table       // members in
+	c.Conflict, c.Ping = g.table, g.table      // a name with two addresses; probes answered
+	c.Logger = log.New(newGossipLog(g.Logger, g.table), "", 0)
+	return c
+}
+
+// gossipDelegate gives memberlist this node's metadata and wants nothing else.
+type gossipDelegate struct{ meta *atomic.Pointer[[]byte] }
+
+func (d gossipDelegate) NodeMeta(int) []byte             { return *d.meta.Load() }
+func (gossipDelegate) NotifyMsg([]byte)                  {}
+func (gossipDelegate) GetBroadcasts(_, _ int) [][]byte   { return nil }
+func (gossipDelegate) LocalState(bool) []byte            { return nil }
+func (gossipDelegate) MergeRemoteState(_ []byte, _ bool) {}

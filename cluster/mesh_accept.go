@@ -1,0 +1,203 @@
+package cluster
+
+import (
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+// Serve accepts peers until ctx ends or the listener fails, and hands each to
+// the listener of its kind. It closes the listener and waits for the
+// handshakes under way; connections that were handed over stay.
+func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = ln.Close() }) // Accept then fails
+	defer stop()
+
+	var handshakes sync.WaitGroup
+	defer handshakes.Wait()
+	defer cancel() // before the wait
+	var pause time.Duration
+	for {
+		raw, err := ln.Accept()
+		switch {
+		case err == nil:
+			pause = 0
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("accept peers: %w", err)
+		default:
+			// Out of file descriptors, mostly: peers retry, and so do we.
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			m.Logger.Warn("accepting peers failed, trying again", "error", err, "pause", pause)
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+			continue
+		}
+		arrival := m.arrivals.enter(ctx, raw)
+		m.metrics.handshakes.Inc()
+		handshakes.Go(func() {
+			defer m.metrics.handshakes.Dec()
+			defer m.arrivals.leave(arrival)
+			m.accept(arrival.ctx, raw)
+		})
+	}
+}
+
+// accept takes one connection from TCP to its kind's listener, or closes it.
+func (m *Mesh) accept(ctx context.Context, raw net.Conn) {
+	stop := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	tunePeerConn(raw)
+
+	conn, err := m.receive(ctx, raw)
+	if err == nil {
+		if stop() {
+			err = raw.SetDeadline(time.Time{})
+		} else {
+			err = context.Cause(ctx)
+		}
+		if err == nil {
+			if err = m.deliver(ctx, conn); err == nil {
+				return
+			}
+		}
+		conn.forget()
+	}
+	if ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	} else {
+		linger(raw)
+	}
+	_ = raw.Close() // the reason is err
+	err = explainHandshake(err)
+	reason := m.countFailure("accepted", err)
+	if n, ok := m.acceptLog.allow(reason); ok {
+		m.Logger.Warn("a peer's connection was not accepted", "remote", raw.RemoteAddr().String(),
+			"reason", reason, "error", err, "unreported", n)
+	}
+}
+
+// linger lets a peer read the alert or the refusal that it was sent: closing a
+// socket that still holds unread bytes resets it, and the reason is lost.
+func linger(raw net.Conn) {
+	half, ok := raw.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil || raw.SetDeadline(time.Now().Add(lingerTimeout)) != nil {
+		return
+	}
+	_, _ = io.CopyN(io.Discard, raw, prefaceMax) // whatever it is
+}
+
+// receive is the acceptor's side of a handshake. The caller closes raw on an error.
+func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
+	secure := tls.Server(raw, m.serverTLS)
+	if err := secure.HandshakeContext(ctx); err != nil {
+		return nil, err
+	}
+	peer, err := ParseIdentity(secure.ConnectionState().PeerCertificates[0])
+	if err != nil {
+		return nil, err
+	}
+	text, err := readPreface(secure)
+	if err != nil {
+		return nil, err
+	}
+	self := m.Membership()
+	request, refused := decodeRequest(text, peer)
+	theirs := Membership{ClusterID: request.ClusterID, Generation: request.Generation}
+	if refused == nil {
+		m.noticeGeneration(self, theirs, peer)
+		refused = judge(self, theirs, request.Kind)
+	}
+	if refused == nil && !m.listening(request.Kind) {
+		refused = &RefusedError{Code: CodeKindClosed, Message: fmt.Sprintf("this node takes no %s connections now", request.Kind)}
+	}
+	conn := &PeerConn{Conn: secure, raw: raw, mesh: m, peer: peer, membership: theirs, kind: request.Kind, direction: "accepted"}
+	if refused == nil {
+		err := m.settle(conn)
+		if err != nil && !errors.As(err, &refused) {
+			return nil, err
+		}
+	}
+	// The answer goes out before the refusal, so that both sides learn why.
+	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
+	if refused != nil {
+		// "this node" is the other one to whoever reads it there.
+		reply.Code, reply.Message = refused.Code, m.Credentials.Identity().Node+" says: "+refused.Message
+	}
+	answer, err := appendPreface(nil, reply)
+	if err == nil {
+		_, err = secure.Write(answer)
+	}
+	if refused != nil {
+		_ = secure.CloseWrite() // so that the answer is not lost to a reset
+		return nil, refused
+	}
+	if err != nil {
+		conn.forget()
+		return nil, fmt.Errorf("answer preface: %w", err)
+	}
+	return conn, nil
+}
+
+// arrivals bounds the accepted connections that are not yet known peers. When
+// it is full the oldest one goes: a peer is through in a few round trips, so
+// what has waited longest is a scanner that says nothing.
+type arrivals struct {
+	slots chan struct{}
+	mu    *sync.Mutex // guards order
+	order *list.List  // of *arrival, oldest first
+}
+
+type arrival struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	place  *list.Element
+}
+
+var errCrowded = errors.New("too many connections are shaking hands, the oldest was dropped")
+
+func newArrivals(limit int) arrivals {
+	return arrivals{slots: make(chan struct{}, limit), mu: new(sync.Mutex), order: list.New()}
+}
+
+// enter waits for a slot, which the oldest arrival gives up if need be. The
+// arrival's context ends with ctx, at its deadline, or when it is pushed out.
+func (a arrivals) enter(ctx context.Context, raw net.Conn) *arrival {
+	select {
+	case a.slots <- struct{}{}:
+	default:
+		a.mu.Lock()
+		if oldest := a.order.Front(); oldest != nil {
+			oldest.Value.(*arrival).cancel(errCrowded)
+			a.order.Remove(oldest)
+		}
+		a.mu.Unlock()
+		a.slots <- struct{}{} // the one pushed out, or another, is on its way
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(acceptTimeout, func() { cancel(context.DeadlineExceeded) })
+	one := &arrival{ctx: ctx, cancel: func(cause error) { timer.Stop(); cancel(cause) }}
+	a.mu.Lock()
+	one.place = a.order.PushBack(one)
+	a.mu.Unlock()
+	return one
+}
+
+func (a arrivals) leave(one *arrival) {
+	one.cancel(context.Canceled)
+	a.mu.Lock()
+	a.order.Remove(one.place) // does nothing when it was pushed out
+	a.mu.Unlock()
+	<-a.slots
+}
