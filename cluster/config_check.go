@@ -22,10 +22,10 @@ const (
 )
 
 // ValidName reports whether s can be the name of a cluster, a site, a node or
-// an upstream: lower-case letters, digits and inner or final dashes, at most
+// an upstream: lower-case letters, digits and inner dashes, at most
 // 63, so that it fits a label, a file name and a certificate.
 func ValidName(s string) bool {
-	if s == "" || len(s) > 63 || s[0] == '-' {
+	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
 		return false
 	}
 	for i := range len(s) {
@@ -37,7 +37,7 @@ func ValidName(s string) bool {
 }
 
 // NameHint says what ValidName wants.
-const NameHint = "write up to 63 lower-case letters, digits and dashes, a letter or digit first"
+const NameHint = "write up to 63 lower-case letters, digits and dashes, no dash first or last"
 
 // configCheck is the list of rules for cluster.yaml. Each rule looks at the
 // Config and points at the source.
@@ -160,13 +160,13 @@ func (c *configCheck) upstream(at ConfigPath, u Upstream) {
 	_, known := c.Sites[u.Site]
 	switch {
 	case u.Site == "":
-		c.missing(at.At("site"), "write the site whose nodes reach it; "+oneOf(sites))
+		c.missing(at.At("site"), "write the site whose nodes reach it: "+choices(sites))
 	case !known && !c.src.Broken(At("sites")):
-		c.reject(at.At("site"), suggest(u.Site, sites), "site %s is not under sites", quoted(u.Site))
+		c.reject(at.At("site"), suggest(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
 	}
 	kinds := []string{string(KindVLLM), string(KindSGLang), string(KindLlamaCPP), string(KindOllama), string(KindDeepSeek), string(KindOpenAI)}
 	if !slices.Contains(kinds, string(u.Kind)) {
-		c.reject(at.At("kind"), suggest(string(u.Kind), kinds), "kind %s is not known", quoted(string(u.Kind)))
+		c.reject(at.At("kind"), suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
 	}
 	secure := c.upstreamURL(at.At("url"), u.URL)
 	c.upstreamTLS(at.At("tls"), u.TLS, secure)

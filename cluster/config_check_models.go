@@ -37,7 +37,7 @@ func (c *configCheck) models() {
 			case slices.Contains(m.Fallbacks[:i], f):
 				c.reject(at, "remove it", "%s stands here a second time", quoted(f))
 			case !known:
-				c.reject(at, suggest(f, without(models, name)), "model %s is not under models", quoted(f))
+				c.reject(at, suggest(f, without(models, name), "add it there"), "model %s is not under models", quoted(f))
 			}
 		}
 	}
@@ -58,9 +58,9 @@ func (c *configCheck) serve(at ConfigPath, s Serve, before []Serve, upstreams []
 	_, known := c.Upstreams[s.Upstream]
 	switch {
 	case s.Upstream == "":
-		c.missing(at.At("upstream"), oneOf(upstreams))
+		c.missing(at.At("upstream"), "write "+choices(upstreams))
 	case !known && !c.src.Broken(At("upstreams")):
-		c.reject(at.At("upstream"), suggest(s.Upstream, upstreams), "upstream %s is not under upstreams", quoted(s.Upstream))
+		c.reject(at.At("upstream"), suggest(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
 	case slices.Contains(before, s):
 		c.reject(at, "remove it", "stands here a second time")
 	}
@@ -113,74 +113,85 @@ func shorten(names []string) []string {
 // timeouts checks the four timers against each other as they will be in
 // effect, and blames the place where they first go wrong.
 func (c *configCheck) timeouts() {
-	if !c.timers(At("timeouts"), c.Timeouts, c.Timeouts.over(DefaultTimeouts())) {
-		return // everything inherits the fault
+	upstreams, models := slices.Sorted(maps.Keys(c.Upstreams)), slices.Sorted(maps.Keys(c.Models))
+	fine := c.timers(At("timeouts"), c.Timeouts)
+	for _, name := range upstreams {
+		fine = c.timers(At("upstreams", name, "timeouts"), c.Upstreams[name].Timeouts) && fine
+	}
+	for _, name := range models {
+		fine = c.timers(At("models", name, "timeouts"), c.Models[name].Timeouts) && fine
+	}
+	// Everything else inherits from the first place and its faults.
+	if !fine || !c.timersFit(At("timeouts"), c.Timeouts.over(DefaultTimeouts())) {
+		return
 	}
 	wrong := map[string]bool{}
-	for _, name := range slices.Sorted(maps.Keys(c.Upstreams)) {
-		wrong[name] = !c.timers(At("upstreams", name, "timeouts"), c.Upstreams[name].Timeouts, c.TimeoutsFor("", name))
+	for _, name := range upstreams {
+		wrong[name] = !c.timersFit(At("upstreams", name, "timeouts"), c.TimeoutsFor("", name))
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.Models)) {
-		m, at := c.Models[name], At("models", name, "timeouts")
+	for _, name := range models {
+		m := c.Models[name]
 		if m.Timeouts == (Timeouts{}) {
-			c.timers(at, m.Timeouts, DefaultTimeouts()) // explicit zeros
 			continue
 		}
 		for _, s := range m.Serve {
-			if !wrong[s.Upstream] && !c.timers(at, m.Timeouts, c.TimeoutsFor(name, s.Upstream)) {
+			if !wrong[s.Upstream] && !c.timersFit(At("models", name, "timeouts"), c.TimeoutsFor(name, s.Upstream)) {
 				break
 			}
 		}
 	}
 }
 
-// timers checks one set of timers: own is what stands at this place, in effect
-// is what comes out with what it inherits.
-func (c *configCheck) timers(at ConfigPath, own, effect Timeouts) bool {
-	type timer struct {
-		key         string
-		own, effect Duration
-	}
-	connect := timer{"connect", own.Connect, effect.Connect}
-	firstToken := timer{"first_token", own.FirstToken, effect.FirstToken}
-	between := timer{"between_tokens", own.BetweenTokens, effect.BetweenTokens}
-	total := timer{"total", own.Total, effect.Total}
-
+// timers checks each timer that stands at this place by itself.
+func (c *configCheck) timers(at ConfigPath, own Timeouts) bool {
 	fine := true
-	for _, t := range []timer{connect, firstToken, between, total} {
-		p := at.At(t.key)
+	for key, d := range map[string]Duration{
+		"connect": own.Connect, "first_token": own.FirstToken, "between_tokens": own.BetweenTokens, "total": own.Total,
+	} {
+		p := at.At(key)
 		switch {
 		case c.src.Broken(p):
-			fine = false
-		case t.own == 0 && c.src.Has(p):
+		case d == 0 && c.src.Has(p):
 			c.reject(p, "write a time, or remove the key to inherit one", "must be more than zero")
-			fine = false
-		case t.own.D() > 24*time.Hour:
-			c.reject(p, "write at most 24h", "%s is out of range", t.own)
-			fine = false
-		}
-	}
-	if !fine {
-		return false
-	}
-	for _, pair := range [][2]timer{{connect, firstToken}, {firstToken, total}, {between, total}} {
-		less, more := pair[0], pair[1]
-		if less.effect <= more.effect {
+		case d.D() > 24*time.Hour:
+			c.reject(p, "write at most 24h", "%s is out of range", d)
+		default:
 			continue
 		}
 		fine = false
-		origin := func(t timer) string {
-			if c.src.Has(at.At(t.key)) {
-				return t.effect.String()
-			}
-			return t.effect.String() + ", not set here"
+	}
+	return fine
+}
+
+// timersFit checks the timers in effect against each other and points at the
+// one that this place has set.
+func (c *configCheck) timersFit(at ConfigPath, effect Timeouts) bool {
+	type timer struct {
+		key string
+		d   Duration
+	}
+	connect, firstToken := timer{"connect", effect.Connect}, timer{"first_token", effect.FirstToken}
+	between, total := timer{"between_tokens", effect.BetweenTokens}, timer{"total", effect.Total}
+	set := func(t timer) bool { return c.src.Has(at.At(t.key)) }
+	shown := func(t timer) string {
+		if set(t) {
+			return t.d.String()
 		}
+		return t.d.String() + ", not set here"
+	}
+	fine := true
+	for _, pair := range [][2]timer{{connect, firstToken}, {firstToken, total}, {between, total}} {
+		less, more := pair[0], pair[1]
+		if less.d <= more.d {
+			continue
+		}
+		fine = false
 		blame := less
-		if !c.src.Has(at.At(less.key)) {
+		if !set(less) {
 			blame = more
 		}
 		c.reject(at.At(blame.key), fmt.Sprintf("lower %s or raise %s", less.key, more.key),
-			"%s (%s) must not exceed %s (%s)", less.key, origin(less), more.key, origin(more))
+			"%s (%s) must not exceed %s (%s)", less.key, shown(less), more.key, shown(more))
 	}
 	return fine
 }

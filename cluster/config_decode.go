@@ -109,6 +109,10 @@ func syntaxError(err error) (line int, message string) {
 	if !errors.As(err, &load) {
 		return 0, "is not valid YAML: " + err.Error()
 	}
+	if strings.HasPrefix(load.Message, "unknown anchor") {
+		// The library repeats the word, which may be a secret that starts with *.
+		return load.Mark.Line, "an alias (*) names no anchor"
+	}
 	message = "is not valid YAML: " + load.Message
 	if load.ContextMsg != "" {
 		message += " " + load.ContextMsg
@@ -128,6 +132,8 @@ func yamlHint(data []byte, line int, message string) string {
 	text := lines[line-1]
 	indent := text[:len(text)-len(bytes.TrimLeft(text, " \t"))]
 	switch {
+	case strings.HasPrefix(message, "an alias"):
+		return "put text that starts with * between quotes"
 	case bytes.IndexByte(indent, '\t') >= 0:
 		return "indent with spaces, not tabs"
 	case strings.Contains(message, "mapping values are not allowed") && bytes.Contains(text, []byte(": ")):
@@ -159,12 +165,14 @@ func (s *ConfigSource) plain(n *yaml.Node, p ConfigPath) bool {
 type defaulter interface{ setDefaults() }
 
 func (s *ConfigSource) decode(n *yaml.Node, v reflect.Value, p ConfigPath) {
+	if v.Type() == reflect.TypeFor[Secret]() {
+		s.decodeSecret(n, v, p)
+		return
+	}
 	if !s.plain(n, p) {
 		return
 	}
 	switch {
-	case v.Type() == reflect.TypeFor[Secret]():
-		s.decodeSecret(n, v, p)
 	case v.Addr().Type().Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
 		s.decodeText(n, v, p)
 	case v.Kind() == reflect.Struct:
@@ -181,12 +189,14 @@ func (s *ConfigSource) decode(n *yaml.Node, v reflect.Value, p ConfigPath) {
 // decodeSecret keeps what may be a secret's value out of every message.
 func (s *ConfigSource) decodeSecret(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	const words, hint = "secrets are references", "write {env: NAME} or {file: PATH}"
-	if n.Kind != yaml.MappingNode {
+	odd := func(n *yaml.Node) bool { return n.Anchor != "" || n.Style&yaml.TaggedStyle != 0 }
+	if n.Kind != yaml.MappingNode || odd(n) {
 		s.Reject(p, words, hint)
 		return
 	}
 	for i := 0; i < len(n.Content); i += 2 {
-		if k := n.Content[i].Value; k != "env" && k != "file" {
+		k, value := n.Content[i], n.Content[i+1]
+		if k.Value != "env" && k.Value != "file" || odd(k) || odd(value) || value.Kind != yaml.ScalarNode {
 			s.Reject(p, words+" with one of the keys env and file", hint)
 			return
 		}
@@ -299,6 +309,11 @@ func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, ke
 		k, value := n.Content[i], n.Content[i+1]
 		if k.Kind != yaml.ScalarNode || isNull(k) || k.Value == "" || k.Anchor != "" || k.Style&yaml.TaggedStyle != 0 {
 			s.note(k.Line, p.String(), "has a key that is not a plain word", "write key: value")
+			continue
+		}
+		if k.Value == "<<" {
+			s.note(k.Line, p.String(), "merge keys (<<) are not supported", "write the values out")
+			s.told[p.String()] = true // what it would have brought is not missing
 			continue
 		}
 		at := p.At(k.Value)

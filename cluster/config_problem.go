@@ -159,7 +159,7 @@ func (s *ConfigSource) note(line int, path, message, hint string) {
 		s.left++
 		return
 	}
-	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: message, Hint: hint})
+	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: clipTo(message, maxMessage), Hint: clipTo(hint, maxMessage)})
 }
 
 // Err is nil when nothing was rejected, else a Problems.
@@ -188,14 +188,18 @@ func (s *ConfigSource) again() *ConfigSource {
 	return &ConfigSource{file: s.file, lines: s.lines, told: map[string]bool{}}
 }
 
-// maxShown bounds how much of a user's text stands in a message.
-const maxShown = 64
+const (
+	maxShown   = 64   // bytes of a user's word in a message
+	maxMessage = 1000 // bytes of a message
+)
 
-func clip(s string) string {
-	if len(s) <= maxShown {
+func clip(s string) string { return clipTo(s, maxShown) }
+
+func clipTo(s string, most int) string {
+	if len(s) <= most {
 		return s
 	}
-	return strings.ToValidUTF8(s[:maxShown], "") + "…"
+	return strings.ToValidUTF8(s[:most], "") + "…"
 }
 
 // quoted is the user's text as it stands in a message.

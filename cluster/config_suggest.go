@@ -60,23 +60,23 @@ func editDistance(a, b string) int {
 	return prev[len(b)]
 }
 
-// oneOf lists the choices: "write one of a, b, c". Long lists are cut.
-func oneOf(known []string) string {
+// choices lists words: "one of a, b, c". Long lists are cut.
+func choices(known []string) string {
 	const most = 12
-	if len(known) == 0 {
-		return ""
-	}
-	shown, more := known, ""
 	if len(known) > most {
-		shown, more = known[:most], " …"
+		return "one of " + strings.Join(known[:most], ", ") + " …"
 	}
-	return "write one of " + strings.Join(shown, ", ") + more
+	return "one of " + strings.Join(known, ", ")
 }
 
-// suggest prefers the one near word to the list of all.
-func suggest(wrong string, known []string) string {
+// suggest is the one near word, else all of them, else what to do when there
+// are none.
+func suggest(wrong string, known []string, none string) string {
 	if s := didYouMean(wrong, known); s != "" {
 		return s
 	}
-	return oneOf(known)
+	if len(known) == 0 {
+		return none
+	}
+	return "write " + choices(known)
 }
