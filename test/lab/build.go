@@ -1,0 +1,71 @@
+//go:build linux
+
+package lab
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// built is the binary of this test process.
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// Build builds dsnode once in a test process and gives the binary's path. With
+// LAB_RACE=1 it has the race detector; with LAB_BINARY it is that file instead.
+// A package whose tests call it ends its TestMain with Main.
+func Build(t testing.TB) string {
+	t.Helper()
+	if path := os.Getenv("LAB_BINARY"); path != "" {
+		return path
+	}
+	built.once.Do(func() {
+		if built.dir, built.err = os.MkdirTemp("", "dsnode-lab-"); built.err != nil {
+			return
+		}
+		args := []string{"build", "-o", built.dir + "/dsnode"}
+		if os.Getenv("LAB_RACE") == "1" {
+			args = append(args, "-race")
+		}
+		cmd := exec.Command("go", append(args, "github.com/dsnode/dsnode/cmd/dsnode")...)
+		cmd.Env = append(os.Environ(), "GOFLAGS="+plainFlags(os.Getenv("GOFLAGS")))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			built.err = fmt.Errorf("build dsnode: %w\n%s", err, out)
+		}
+	})
+	if built.err != nil {
+		t.Fatal(built.err)
+	}
+	return filepath.Join(built.dir, "dsnode")
+}
+
+// Main runs a package's tests and removes what Build made.
+func Main(m *testing.M) {
+	code := m.Run()
+	if built.dir != "" {
+		if err := os.RemoveAll(built.dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+	os.Exit(code)
+}
+
+// plainFlags drops -race: times are measured on the program as users run it,
+// whatever the tests themselves are built with.
+func plainFlags(flags string) string {
+	var kept []string
+	for f := range strings.FieldsSeq(flags) {
+		if f != "-race" && f != "-race=true" {
+			kept = append(kept, f)
+		}
+	}
+	return strings.Join(kept, " ")
+}
