@@ -94,7 +94,7 @@ const (
 // Gossip tells who is there, quickly and without proof: a phone book and a
 // hint. It never decides anything. Start at Run.
 type Gossip struct {
-	GossipOptions
+	opts    GossipOptions
 	table   *gossipTable
 	metrics *gossipMetrics
 	update  chan struct{}
@@ -116,10 +116,10 @@ type gossipTiming struct {
 func NewGossip(o GossipOptions) *Gossip {
 	metrics := newGossipMetrics(o.Registerer)
 	return &Gossip{
-		GossipOptions: o,
-		table:         newGossipTable(o.Name, metrics),
-		metrics:       metrics,
-		update:        make(chan struct{}, 1),
+		opts:    o,
+		table:   newGossipTable(o.Name, metrics),
+		metrics: metrics,
+		update:  make(chan struct{}, 1),
 		timing: gossipTiming{
 			probeInterval: gossipProbeInterval, probeTimeout: gossipProbeTimeout, reclaim: gossipReclaim,
 			rejoin: defaultRejoinTiming,
@@ -140,7 +140,7 @@ func (g *Gossip) listen() (*gossipTransport, error) {
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newGossipTransport(g.Bind, g.metrics)
+	t, err := newGossipTransport(g.opts.Bind, g.metrics)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
@@ -171,15 +171,15 @@ func (g *Gossip) Update() {
 }
 
 func (g *Gossip) validate() error {
-	switch len(g.Key) {
+	switch len(g.opts.Key) {
 	case 16, 24, 32:
 	default:
-		return fmt.Errorf("the gossip key has %d bytes, it must have 16, 24 or 32", len(g.Key))
+		return fmt.Errorf("the gossip key has %d bytes, it must have 16, 24 or 32", len(g.opts.Key))
 	}
-	if len(g.Label) > memberlist.LabelMaxSize {
-		return fmt.Errorf("the gossip label has %d bytes, at most %d are allowed", len(g.Label), memberlist.LabelMaxSize)
+	if len(g.opts.Label) > memberlist.LabelMaxSize {
+		return fmt.Errorf("the gossip label has %d bytes, at most %d are allowed", len(g.opts.Label), memberlist.LabelMaxSize)
 	}
-	return checkIdentityPart("node", g.Name)
+	return checkIdentityPart("node", g.opts.Name)
 }
 
 // Run gossips until ctx ends. It meets the seeds and everybody it knew again
@@ -223,15 +223,15 @@ func (g *Gossip) Run(ctx context.Context) error {
 			g.metrics.health.Set(float64(list.GetHealthScore()))
 		}
 		for _, m := range g.table.changes(time.Now()) {
-			if g.OnChange != nil {
-				g.OnChange(m)
+			if g.opts.OnChange != nil {
+				g.opts.OnChange(m)
 			}
 		}
 	}
 	cancel()
 	transport.stopStreams() // a join under way would hold up the end
 	loops.Wait()
-	if g.LeaveOnStop {
+	if g.opts.LeaveOnStop {
 		g.leave(list)
 	}
 	return nil
@@ -242,11 +242,11 @@ func (g *Gossip) Run(ctx context.Context) error {
 func (g *Gossip) leave(list *memberlist.Memberlist) {
 	if _, err := g.refreshMeta(true); err == nil {
 		if err := list.UpdateNode(gossipLeaveTimeout); err != nil {
-			g.Logger.Debug("gossip: leaving was not announced to anybody", "error", err)
+			g.opts.Logger.Debug("gossip: leaving was not announced to anybody", "error", err)
 		}
 	}
 	if err := list.Leave(gossipLeaveTimeout); err != nil {
-		g.Logger.Warn("gossip: nobody heard the goodbye, the others will find out by themselves", "error", err)
+		g.opts.Logger.Warn("gossip: nobody heard the goodbye, the others will find out by themselves", "error", err)
 	}
 }
 
@@ -260,7 +260,7 @@ func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
 		}
 		changed, err := g.refreshMeta(false)
 		if err != nil {
-			g.Logger.Error("gossip: the others keep the old word of this node", "error", err)
+			g.opts.Logger.Error("gossip: the others keep the old word of this node", "error", err)
 			continue
 		}
 		if !changed {
@@ -273,7 +273,7 @@ func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
 }
 
 func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
-	meta, err := appendGossipMeta(nil, g.Self(), leaving)
+	meta, err := appendGossipMeta(nil, g.opts.Self(), leaving)
 	if err != nil {
 		return false, err
 	}
@@ -285,15 +285,15 @@ func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
 // A name service that is down delays it and doesn't stop the node.
 func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error {
 	bound := t.listener.Addr().(*net.TCPAddr).AddrPort()
-	if g.Advertise == "" {
+	if g.opts.Advertise == "" {
 		if bound.Addr().IsUnspecified() {
-			return fmt.Errorf("gossip: bound to %s, so it must be told which address to advertise", g.Bind)
+			return fmt.Errorf("gossip: bound to %s, so it must be told which address to advertise", g.opts.Bind)
 		}
 		t.setAdvertise(bound)
 		return nil
 	}
 	for pause := time.Second; ; pause = min(2*pause, 30*time.Second) {
-		addrs, err := resolveHostPort(ctx, g.Advertise)
+		addrs, err := resolveHostPort(ctx, g.opts.Advertise)
 		if err == nil {
 			a := addrs[0]
 			if a.Port() == 0 {
@@ -306,7 +306,7 @@ func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error
 		if errors.As(err, &bad) {
 			return fmt.Errorf("gossip: advertise address: %w", err)
 		}
-		g.Logger.Warn("gossip: the advertised address can't be resolved yet", "address", g.Advertise, "error", err)
+		g.opts.Logger.Warn("gossip: the advertised address can't be resolved yet", "address", g.opts.Advertise, "error", err)
 		select {
 		case <-ctx.Done():
 			return nil // Create fails on a transport without an address
@@ -317,10 +317,10 @@ func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error
 
 func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
 	c := memberlist.DefaultLANConfig()
-	c.Name = g.Name
+	c.Name = g.opts.Name
 	c.Transport = t
-	c.Label = g.Label
-	c.SecretKey = g.Key
+	c.Label = g.opts.Label
+	c.SecretKey = g.opts.Key
 	c.ProbeInterval = g.timing.probeInterval
 	c.ProbeTimeout = g.timing.probeTimeout
 	c.TCPTimeout = gossipStreamTimeout
@@ -333,7 +333,7 @@ func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
 	c.Delegate = gossipDelegate{meta: &g.meta} // metadata out
 	c.Events, c.Alive = g.table, g.table       // members in
 	c.Conflict, c.Ping = g.table, g.table      // a name with two addresses; probes answered
-	c.Logger = log.New(newGossipLog(g.Logger, g.table), "", 0)
+	c.Logger = log.New(newGossipLog(g.opts.Logger, g.table), "", 0)
 	return c
 }
 

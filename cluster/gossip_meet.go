@@ -80,11 +80,11 @@ func (g *Gossip) toMeet(ctx context.Context, v meeting, self netip.AddrPort) []n
 	for _, a := range v.lost {
 		add(a)
 	}
-	for _, seed := range g.Seeds() {
+	for _, seed := range g.opts.Seeds() {
 		resolved, err := resolveHostPort(ctx, seed)
 		if err != nil {
 			g.metrics.joins.WithLabelValues("unresolved").Inc()
-			g.Logger.Debug("gossip: a seed can't be resolved", "seed", seed, "error", err)
+			g.opts.Logger.Debug("gossip: a seed can't be resolved", "seed", seed, "error", err)
 			continue
 		}
 		for _, a := range resolved {
@@ -108,7 +108,7 @@ func (g *Gossip) meet(ctx context.Context, list *memberlist.Memberlist, addrs []
 			defer func() { <-slots }()
 			if _, err := list.Join([]string{a.String()}); err != nil {
 				g.metrics.joins.WithLabelValues("failed").Inc()
-				g.Logger.Debug("gossip: a node was not met", "address", a.String(), "error", err)
+				g.opts.Logger.Debug("gossip: a node was not met", "address", a.String(), "error", err)
 				return
 			}
 			g.metrics.joins.WithLabelValues("met").Inc()

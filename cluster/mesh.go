@@ -21,7 +21,7 @@ var ErrNoAddress = errors.New("no address of the node is known")
 // Bounds of the rpc port.
 const (
 	defaultDialTimeout = 2 * time.Second
-	acceptTimeout      = 5 * time.Second // TLS, preface and hand-over of an accepted connection
+	defaultAcceptTime  = 5 * time.Second // TLS, preface and hand-over of an accepted connection
 	lingerTimeout      = time.Second     // for a peer to read why it was refused
 	maxHandshakes      = 128             // accepted connections that are not yet known peers
 	maxPeerConns       = 8192            // connections that stand, dialled and accepted
@@ -54,7 +54,7 @@ type MeshOptions struct {
 // both directions. Each is mutual TLS, then a preface that says what it is for
 // and to which cluster and generation its ends belong. Start at Serve and Dial.
 type Mesh struct {
-	MeshOptions
+	opts      MeshOptions
 	metrics   *meshMetrics
 	acceptLog *lineThrottle
 	serverTLS *tls.Config
@@ -78,15 +78,15 @@ func NewMesh(o MeshOptions) *Mesh {
 	}
 	metrics := newMeshMetrics(o.Registerer)
 	m := &Mesh{
-		MeshOptions: o,
-		metrics:     metrics,
-		acceptLog:   newLineThrottle(),
-		serverTLS:   o.Credentials.ServerTLS(),
-		dialer:      net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout},
-		conns:       peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
-		arrivals:    newArrivals(maxHandshakes),
-		listeners:   map[Kind]*kindListener{},
-		clients:     map[string]*grpc.ClientConn{},
+		opts:      o,
+		metrics:   metrics,
+		acceptLog: newLineThrottle(),
+		serverTLS: o.Credentials.ServerTLS(),
+		dialer:    net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout},
+		conns:     peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
+		arrivals:  newArrivals(maxHandshakes, defaultAcceptTime),
+		listeners: map[Kind]*kindListener{},
+		clients:   map[string]*grpc.ClientConn{},
 	}
 	m.transport = m.newHTTPTransport()
 	return m
@@ -97,7 +97,7 @@ func NewMesh(o MeshOptions) *Mesh {
 // ErrWrongNode, ErrForeignCluster, ErrCertificateRefused or is a *RefusedError
 // where one of these is the reason.
 func (m *Mesh) Dial(ctx context.Context, kind Kind, node string) (net.Conn, error) {
-	addr, ok := m.Address(node)
+	addr, ok := m.opts.Address(node)
 	if !ok {
 		return nil, fmt.Errorf("dial node %s: %w", node, ErrNoAddress)
 	}
@@ -119,7 +119,7 @@ func (m *Mesh) DialAddr(ctx context.Context, kind Kind, addr string) (*PeerConn,
 }
 
 func (m *Mesh) dial(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.DialTimeout)
+	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout)
 	defer cancel()
 	raw, err := m.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
@@ -143,7 +143,7 @@ func (m *Mesh) greet(ctx context.Context, raw net.Conn, kind Kind, node string) 
 	stop := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	secure := tls.Client(raw, m.Credentials.ClientTLS(node))
+	secure := tls.Client(raw, m.opts.Credentials.ClientTLS(node))
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
@@ -151,7 +151,7 @@ func (m *Mesh) greet(ctx context.Context, raw net.Conn, kind Kind, node string) 
 	if err != nil {
 		return nil, err
 	}
-	self, me := m.Membership(), m.Credentials.Identity()
+	self, me := m.opts.Membership(), m.opts.Credentials.Identity()
 	request, err := appendPreface(nil, prefaceRequest{
 		Format: prefaceFormat, Kind: kind, ClusterID: self.ClusterID, Generation: self.Generation,
 		Node: me.Node, Site: me.Site,
@@ -196,10 +196,10 @@ func (m *Mesh) settle(conn *PeerConn) error {
 	if err := m.conns.add(conn); err != nil {
 		return err
 	}
-	if m.Admit == nil {
+	if m.opts.Admit == nil {
 		return nil
 	}
-	if err := m.Admit(conn.peer.Site); err != nil {
+	if err := m.opts.Admit(conn.peer.Site); err != nil {
 		conn.forget()
 		return &RefusedError{Code: CodeIsolated, Message: err.Error()}
 	}
@@ -207,9 +207,9 @@ func (m *Mesh) settle(conn *PeerConn) error {
 }
 
 func (m *Mesh) noticeGeneration(self, theirs Membership, peer Identity) {
-	if m.OnNewerGeneration != nil && self.ClusterID != "" && theirs.ClusterID == self.ClusterID &&
+	if m.opts.OnNewerGeneration != nil && self.ClusterID != "" && theirs.ClusterID == self.ClusterID &&
 		theirs.Generation.Number > self.Generation.Number {
-		m.OnNewerGeneration(peer, theirs.Generation)
+		m.opts.OnNewerGeneration(peer, theirs.Generation)
 	}
 }
 

@@ -37,14 +37,14 @@ func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
 		default:
 			// Out of file descriptors, mostly: peers retry, and so do we.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			m.Logger.Warn("accepting peers failed, trying again", "error", err, "pause", pause)
+			m.opts.Logger.Warn("accepting peers failed, trying again", "error", err, "pause", pause)
 			select {
 			case <-ctx.Done():
 			case <-time.After(pause):
 			}
 			continue
 		}
-		arrival := m.arrivals.enter(ctx, raw)
+		arrival := m.arrivals.enter(ctx)
 		m.metrics.handshakes.Inc()
 		handshakes.Go(func() {
 			defer m.metrics.handshakes.Dec()
@@ -83,7 +83,7 @@ func (m *Mesh) accept(ctx context.Context, raw net.Conn) {
 	err = explainHandshake(err)
 	reason := m.countFailure("accepted", err)
 	if n, ok := m.acceptLog.allow(reason); ok {
-		m.Logger.Warn("a peer's connection was not accepted", "remote", raw.RemoteAddr().String(),
+		m.opts.Logger.Warn("a peer's connection was not accepted", "remote", raw.RemoteAddr().String(),
 			"reason", reason, "error", err, "unreported", n)
 	}
 }
@@ -112,7 +112,7 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	self := m.Membership()
+	self := m.opts.Membership()
 	request, refused := decodeRequest(text, peer)
 	theirs := Membership{ClusterID: request.ClusterID, Generation: request.Generation}
 	if refused == nil {
@@ -133,7 +133,7 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
 	if refused != nil {
 		// "this node" is the other one to whoever reads it there.
-		reply.Code, reply.Message = refused.Code, m.Credentials.Identity().Node+" says: "+refused.Message
+		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
 	}
 	answer, err := appendPreface(nil, reply)
 	if err == nil {
@@ -155,8 +155,9 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 // what has waited longest is a scanner that says nothing.
 type arrivals struct {
 	slots chan struct{}
-	mu    *sync.Mutex // guards order
-	order *list.List  // of *arrival, oldest first
+	limit time.Duration // from accept to hand-over
+	mu    *sync.Mutex   // guards order
+	order *list.List    // of *arrival, oldest first
 }
 
 type arrival struct {
@@ -167,13 +168,13 @@ type arrival struct {
 
 var errCrowded = errors.New("too many connections are shaking hands, the oldest was dropped")
 
-func newArrivals(limit int) arrivals {
-	return arrivals{slots: make(chan struct{}, limit), mu: new(sync.Mutex), order: list.New()}
+func newArrivals(count int, limit time.Duration) arrivals {
+	return arrivals{slots: make(chan struct{}, count), limit: limit, mu: new(sync.Mutex), order: list.New()}
 }
 
 // enter waits for a slot, which the oldest arrival gives up if need be. The
 // arrival's context ends with ctx, at its deadline, or when it is pushed out.
-func (a arrivals) enter(ctx context.Context, raw net.Conn) *arrival {
+func (a arrivals) enter(ctx context.Context) *arrival {
 	select {
 	case a.slots <- struct{}{}:
 	default:
@@ -186,7 +187,7 @@ func (a arrivals) enter(ctx context.Context, raw net.Conn) *arrival {
 		a.slots <- struct{}{} // the one pushed out, or another, is on its way
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	timer := time.AfterFunc(acceptTimeout, func() { cancel(context.DeadlineExceeded) })
+	timer := time.AfterFunc(a.limit, func() { cancel(context.DeadlineExceeded) })
 	one := &arrival{ctx: ctx, cancel: func(cause error) { timer.Stop(); cancel(cause) }}
 	a.mu.Lock()
 	one.place = a.order.PushBack(one)

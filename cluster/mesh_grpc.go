@@ -69,7 +69,7 @@ func (m *Mesh) newClient(target string, dial func(context.Context, string) (net.
 		grpc.WithIdleTimeout(0), // a channel that was used stays open: failover must not wait for a handshake
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: grpcBackoffMax},
-			MinConnectTimeout: m.DialTimeout,
+			MinConnectTimeout: m.opts.DialTimeout,
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: grpcPingEvery, Timeout: grpcPingTimeout, PermitWithoutStream: true,
@@ -101,7 +101,7 @@ func (m *Mesh) Forget(node string) error {
 func (m *Mesh) GRPCServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(peerCredentials{}),
-		grpc.ConnectionTimeout(acceptTimeout),
+		grpc.ConnectionTimeout(defaultAcceptTime),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
 			MinTime: grpcPingMinimum, PermitWithoutStream: true,
 		}),
