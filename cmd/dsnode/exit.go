@@ -5,6 +5,9 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/admin"
 )
 
 // Exit codes, as promised in node/API.md.
@@ -49,24 +52,58 @@ func report(w io.Writer, err error) int {
 	if err == nil {
 		return exitDone
 	}
-	var exit *exitError
-	if !errors.As(err, &exit) {
-		exit = &exitError{code: exitFailed, err: err}
-	}
+	exit := &exitError{code: exitFailed, err: err, hint: hintFor(err)}
+	_ = errors.As(err, &exit) // else as above
 	if exit.err == nil {
 		return exit.code
 	}
-	// The outermost error carries the most context; the hint may stand deeper.
-	say(w, "error", err.Error())
+	words := err.Error() // the outermost error carries the most context
+	var problems cluster.Problems
+	if errors.As(err, &problems) && len(problems) > 0 {
+		// One line each, as compilers write them, so that editors can follow.
+		for _, p := range problems {
+			// Nothing is left to try when stderr itself is gone.
+			_, _ = fmt.Fprintln(w, printable(p.String()))
+		}
+		words = counted(problems)
+	}
+	say(w, "error", words)
 	if exit.hint != "" {
 		say(w, "hint", exit.hint)
 	}
 	return exit.code
 }
 
+func counted(problems cluster.Problems) string {
+	file := problems[0].File
+	if file == "" {
+		file = "the configuration"
+	}
+	if len(problems) == 1 {
+		return file + " has a problem"
+	}
+	return fmt.Sprintf("%s has %d problems", file, len(problems))
+}
+
+// hintFor says what to try after an error that a node or the way to it gave.
+func hintFor(err error) string {
+	var refused *admin.Error
+	switch {
+	case errors.As(err, &refused):
+		return refused.Hint
+	case errors.Is(err, admin.ErrUnreachable):
+		return "is a node running there? --admin URL asks another, dsnode dev starts a cluster on this machine"
+	case errors.Is(err, admin.ErrUnanswered):
+		return "look whether it happened before you try again"
+	case errors.Is(err, admin.ErrNotAdmin):
+		return "give the node's admin port, not its api port, with --admin"
+	}
+	return ""
+}
+
 // say writes one message, its later lines indented below the first.
 func say(w io.Writer, kind, text string) {
-	text = strings.ReplaceAll(strings.TrimRight(text, "\n"), "\n", "\n  ")
+	text = strings.ReplaceAll(printable(strings.TrimRight(text, "\n")), "\n", "\n  ")
 	// Nothing is left to try when stderr itself is gone.
 	_, _ = fmt.Fprintf(w, "dsnode: %s: %s\n", kind, text)
 }

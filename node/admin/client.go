@@ -67,7 +67,7 @@ func NewClient(urls []string, o ClientOptions) (*Client, error) {
 		c.timeout = defaultClientTimeout
 	}
 	if len(urls) == 0 {
-		return nil, fmt.Errorf("%w: no admin URL was given", ErrInvalidRequest)
+		return nil, &Error{Code: "invalid_request", Message: "no admin URL was given"}
 	}
 	for _, text := range urls {
 		u, err := parseURL(text, o.Token != "")
@@ -90,7 +90,7 @@ func NewClient(urls []string, o ClientOptions) (*Client, error) {
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("%w: %s holds no certificate in PEM", ErrInvalidRequest, o.CAFile)
+			return nil, &Error{Code: "invalid_request", Message: o.CAFile + " holds no certificate in PEM"}
 		}
 		transport.TLSClientConfig.RootCAs = pool
 	}
@@ -104,18 +104,22 @@ func NewClient(urls []string, o ClientOptions) (*Client, error) {
 
 // parseURL takes what people write and refuses what would surprise them.
 func parseURL(text string, withToken bool) (*url.URL, error) {
+	refuse := func(format string, args ...any) error {
+		return &Error{Code: "invalid_request", Message: fmt.Sprintf(format, args...)}
+	}
+	if !strings.Contains(text, "://") {
+		return nil, refuse("the admin URL %s has no scheme: write http://%s", quote(text), text)
+	}
 	u, err := url.Parse(text)
 	switch {
-	case !strings.Contains(text, "://"):
-		return nil, fmt.Errorf("%w: the admin URL %s has no scheme: write http://%s", ErrInvalidRequest, quote(text), text)
 	case err != nil:
-		return nil, fmt.Errorf("%w: an admin URL can't be read: %w", ErrInvalidRequest, plain(err))
+		return nil, refuse("an admin URL can't be read: %v", plain(err)) // without the URL: it may hold a password
 	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, fmt.Errorf("%w: the admin URL %s must begin with http:// or https://", ErrInvalidRequest, quote(u.Redacted()))
+		return nil, refuse("the admin URL %s must begin with http:// or https://", quote(u.Redacted()))
 	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		return nil, fmt.Errorf("%w: the admin URL %s must be a scheme, a host and a port, nothing more", ErrInvalidRequest, quote(u.Redacted()))
+		return nil, refuse("the admin URL %s must be a scheme, a host and a port, nothing more", quote(u.Redacted()))
 	case withToken && u.Scheme == "http" && !loopbackName(u.Host):
-		return nil, fmt.Errorf("%w: the token would go in clear to %s: write https://", ErrInvalidRequest, u.Host)
+		return nil, refuse("the token would go in clear to %s: write https://", u.Host)
 	}
 	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
 }

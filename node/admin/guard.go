@@ -67,7 +67,7 @@ func (s *Server) authorize(r *http.Request) error {
 		}
 		return &Error{
 			Code: "unauthorized", Message: "this port serves loopback only, because no token is configured",
-			Hint: "set admin.token in node.yaml, or ask from the node's own machine",
+			Hint: "set admin.token_file in node.yaml, or ask from the node's own machine",
 		}
 	}
 	token, found := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")

@@ -1,0 +1,96 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+func newAPIKeyCommand(env *environment) *cobra.Command {
+	return newGroup("apikey", "Keys of the clients",
+		newAPIKeyCreateCommand(env),
+		newAPIKeyListCommand(env),
+		newAPIKeyRevokeCommand(env),
+	)
+}
+
+func newAPIKeyCreateCommand(env *environment) *cobra.Command {
+	var req admin.APIKeyRequest
+	var validFor span
+	cmd := &cobra.Command{
+		Use:   "create --tenant NAME",
+		Short: "Make a key; its secret is shown once",
+		Long: "Make a key for a tenant. The secret goes to stdout, once: the cluster keeps only its hash.\n\n" +
+			"From the first key on, every client needs one.",
+		Example: "  OPENAI_API_KEY=$(dsnode apikey create --tenant search)\n  dsnode apikey create --tenant search --model deepseek-chat --expires-in 90d",
+		Args:    takes(),
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.Tenant, "tenant", "", "who the key is for (required)")
+	f.StringVar(&req.Note, "note", "", "a note for people")
+	f.StringArrayVar(&req.Models, "model", nil, "a model that the key may use; repeatable (default all)")
+	f.Var(&validFor, "expires-in", "how long the key is good: 90d, 12h (default for ever)")
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		if req.Tenant == "" {
+			return usage("write for instance --tenant search", "apikey create needs --tenant NAME")
+		}
+		if validFor > 0 {
+			at := time.Now().Add(time.Duration(validFor)).UTC().Truncate(time.Second)
+			req.ExpiresAt = &at
+		}
+		key, err := s.CreateAPIKey(ctx, req)
+		if err != nil {
+			return err
+		}
+		return show(env.stdout, s.output, key, func(w io.Writer) error {
+			say(env.stderr, "done", fmt.Sprintf("key %s for %s; keep the secret, it is not shown again", key.ID, key.Tenant))
+			return emit(w, "%s\n", key.Secret)
+		})
+	})
+}
+
+func newAPIKeyListCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{Use: "list", Short: "List the keys, without their secrets", Args: takes()}
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		keys, err := s.APIKeys(ctx)
+		if err != nil {
+			return err
+		}
+		return show(env.stdout, s.output, keys, func(w io.Writer) error {
+			return keysGrid(keys, time.Now()).write(w, env.palette())
+		})
+	})
+}
+
+func keysGrid(keys []admin.APIKeyInfo, now time.Time) *grid {
+	g := &grid{heads: []string{"ID", "TENANT", "STATE", "MODELS", "CREATED", "EXPIRES", "NOTE"}}
+	for _, k := range keys {
+		models, expires := "all", "never"
+		if len(k.Models) > 0 {
+			models = strings.Join(k.Models, ",")
+		}
+		if k.ExpiresAt != nil {
+			expires = k.ExpiresAt.UTC().Format(time.RFC3339)
+		}
+		g.add(plain(k.ID), plain(k.Tenant), mood(k.State(now)), plain(models),
+			plain(k.CreatedAt.UTC().Format(time.RFC3339)), plain(expires), plain(k.Note))
+	}
+	return g
+}
+
+func newAPIKeyRevokeCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{Use: "revoke ID", Short: "End a key for good", Args: takes("the ID of a key")}
+	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
+		if err := s.RevokeAPIKey(ctx, args[0]); err != nil {
+			return err
+		}
+		say(env.stderr, "done", fmt.Sprintf("key %s is revoked", args[0]))
+		return nil
+	})
+}

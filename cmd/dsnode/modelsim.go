@@ -1,0 +1,50 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsnode/dsnode/node/modelsim"
+)
+
+// newModelsimCommand is what `dsnode dev` puts behind its sites. It is hidden:
+// it is for trying things out, and no part of a cluster.
+func newModelsimCommand(env *environment) *cobra.Command {
+	var listen string
+	var o modelsim.Options
+	cmd := &cobra.Command{
+		Use:    "modelsim",
+		Short:  "Run a simulated model server that can fail on command",
+		Hidden: true,
+		Args:   takes(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			if ctx == nil {
+				ctx = context.Background()
+			}
+			ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
+			if err != nil {
+				return usage("give another address with --listen", "%w", err)
+			}
+			say(env.stderr, "modelsim", fmt.Sprintf("serving on http://%s/v1", listener.Addr()))
+			o.Logger = slog.New(slog.NewJSONHandler(env.stderr, nil))
+			return modelsim.New(o).Run(ctx, listener)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&listen, "listen", "127.0.0.1:8000", "address to serve on; port 0 takes a free one")
+	f.StringArrayVar(&o.Models, "model", nil, "a model that exists; repeatable (default every name exists)")
+	f.DurationVar(&o.FirstToken, "latency", 50*time.Millisecond, "from the request to the first token")
+	f.Float64Var(&o.Rate, "rate", 50, "tokens in a second after the first, 0 for all at once")
+	f.IntVar(&o.Tokens, "tokens", 32, "length of an answer that nobody limits")
+	return cmd
+}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"unicode/utf8"
+
+	"go.yaml.in/yaml/v4"
+	"golang.org/x/term"
+)
+
+// How data can be shown.
+const (
+	outputTable = "table"
+	outputJSON  = "json"
+	outputYAML  = "yaml"
+)
+
+func checkOutput(output string) error {
+	switch output {
+	case outputTable, outputJSON, outputYAML:
+		return nil
+	}
+	return usage("write -o table, -o json or -o yaml", "there is no output %q", output)
+}
+
+// show writes value as JSON or YAML, or lets table write it for people.
+func show(w io.Writer, output string, value any, table func(io.Writer) error) error {
+	var text []byte
+	var err error
+	switch output {
+	case outputJSON:
+		text, err = json.MarshalIndent(value, "", "  ")
+		text = append(text, '\n')
+	case outputYAML:
+		text, err = yamlOf(value)
+	default:
+		return table(w)
+	}
+	if err != nil {
+		return fmt.Errorf("encode the answer: %w", err)
+	}
+	return emit(w, "%s", text)
+}
+
+// yamlOf writes what JSON would, in the same order, as YAML for people: JSON
+// is YAML, so it is read as such and its flow style taken off.
+func yamlOf(value any) ([]byte, error) {
+	text, err := json.Marshal(value)
+	if err != nil {
+		return nil, err
+	}
+	var node yaml.Node
+	if err := yaml.Load(text, &node); err != nil {
+		return nil, err
+	}
+	blockStyle(&node)
+	return yaml.Dump(&node, yaml.WithIndent(2), yaml.WithLineWidth(-1))
+}
+
+func blockStyle(n *yaml.Node) {
+	empty := len(n.Content) == 0
+	switch n.Kind {
+	case yaml.MappingNode, yaml.SequenceNode:
+		if !empty { // {} and [] have no other form
+			n.Style = 0
+		}
+	case yaml.ScalarNode:
+		n.Style = 0
+		if strings.Contains(n.Value, "\n") {
+			n.Style = yaml.LiteralStyle
+		}
+	}
+	for _, child := range n.Content {
+		blockStyle(child)
+	}
+}
+
+// palette colours words when the reader is a terminal that wants it.
+type palette struct{ on bool }
+
+func (e *environment) palette() palette {
+	return palette{on: e.stdoutIsTerminal() && e.getenv("NO_COLOR") == "" && e.getenv("TERM") != "dumb"}
+}
+
+func (e *environment) stdoutIsTerminal() bool {
+	f, ok := e.stdout.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd())) //nolint:gosec // a file descriptor fits
+}
+
+const (
+	red    = "31"
+	green  = "32"
+	yellow = "33"
+	bold   = "1"
+	faint  = "2"
+)
+
+func (p palette) paint(colour, text string) string {
+	if !p.on || colour == "" {
+		return text
+	}
+	return "\x1b[" + colour + "m" + text + "\x1b[0m"
+}
+
+// cell is a word of a table and its colour.
+type cell struct{ text, colour string }
+
+func plain(text string) cell { return cell{text: text} }
+
+// grid is a table whose columns are as wide as they must be. It does what
+// text/tabwriter does, and doesn't count colours as text.
+type grid struct {
+	heads []string
+	rows  [][]cell
+}
+
+// add takes a row. What it says may come from a peer, so it can't steer the
+// terminal or break the table.
+func (g *grid) add(cells ...cell) {
+	for i := range cells {
+		cells[i].text = strings.ReplaceAll(printable(cells[i].text), "\n", " ")
+	}
+	g.rows = append(g.rows, cells)
+}
+
+func (g *grid) write(w io.Writer, p palette) error {
+	widths := make([]int, len(g.heads))
+	head := make([]cell, len(g.heads))
+	for i, h := range g.heads {
+		head[i] = cell{h, faint}
+	}
+	rows := append([][]cell{head}, g.rows...)
+	for _, row := range rows {
+		for i, c := range row {
+			widths[i] = max(widths[i], utf8.RuneCountInString(c.text))
+		}
+	}
+	var out bytes.Buffer
+	for _, row := range rows {
+		for i, c := range row {
+			out.WriteString(p.paint(c.colour, c.text))
+			if i < len(row)-1 {
+				out.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2))
+			}
+		}
+		out.WriteByte('\n')
+	}
+	return emit(w, "%s", trimLines(out.String()))
+}
+
+// trimLines takes spaces off the ends: an empty last cell leaves none behind.
+func trimLines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimRight(line, " ")
+	}
+	return strings.Join(lines, "\n")
+}
+
+// printable keeps what a peer or a file said from steering the terminal.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\n' && r != '\t' || r >= 0x7f && r < 0xa0 || r == utf8.RuneError {
+			return '?'
+		}
+		return r
+	}, text)
+}

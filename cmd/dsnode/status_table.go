@@ -1,0 +1,199 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+// statusTable is a status for people, in at most 100 columns when names are
+// of ordinary length.
+type statusTable struct {
+	admin.Status
+	now time.Time // the observer's clock; ages are counted on it
+}
+
+func (t statusTable) write(w io.Writer, p palette) error {
+	if err := emit(w, "%s\n", t.headline(p)); err != nil {
+		return err
+	}
+	for _, reason := range t.Reasons {
+		if err := emit(w, "  - %s\n", printable(reason)); err != nil {
+			return err
+		}
+	}
+	for _, fact := range t.facts() {
+		if err := emit(w, "%s  %s\n", p.paint(faint, fmt.Sprintf("%-10s", fact[0])), printable(fact[1])); err != nil {
+			return err
+		}
+	}
+	for _, table := range []grid{t.sites(), nodesGrid(t.Nodes, t.now)} {
+		if len(table.rows) == 0 {
+			continue
+		}
+		if err := emit(w, "\n"); err != nil {
+			return err
+		}
+		if err := table.write(w, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t statusTable) headline(p palette) string {
+	name := p.paint(bold, printable(t.Cluster))
+	switch {
+	case t.Healthy:
+		return name + " is " + p.paint(green, "healthy")
+	case t.Raft.Quorum:
+		return name + " is " + p.paint(yellow, "degraded")
+	}
+	return name + " has " + p.paint(red, "no quorum") + t.since(t.Raft.QuorumSince)
+}
+
+// facts are the lines between the headline and the tables.
+func (t statusTable) facts() [][2]string {
+	primary := unknown
+	if p := t.Primary; p != nil {
+		primary = fmt.Sprintf("%s, epoch %d%s (%s)", p.Site, p.Epoch, t.since(&p.Since), p.Reason)
+	}
+	quorum := "no quorum"
+	if t.Raft.Quorum {
+		quorum = "quorum"
+	}
+	leader := text(t.Raft.Leader)
+	if t.Raft.LeaderSite != nil {
+		leader += " at " + *t.Raft.LeaderSite
+	}
+	facts := [][2]string{
+		{"primary", primary},
+		{"generation", number(t.Generation)},
+		{"raft", fmt.Sprintf("%s%s, leader %s", quorum, t.since(t.Raft.QuorumSince), leader)},
+		{"", fmt.Sprintf("term %s, commit %s, %s voters", number(t.Raft.Term), number(t.Raft.CommitIndex), number(t.Raft.Voters))},
+	}
+	if j := t.Jobs; j != nil {
+		facts = append(facts, [2]string{"jobs", fmt.Sprintf("%s queued, %s running, %s succeeded, %s failed",
+			number(j.Queued), number(j.Running), number(j.Succeeded), number(j.Failed))})
+	}
+	if f := t.LastFailover; f != nil {
+		facts = append(facts, [2]string{"failover", fmt.Sprintf("%s, %s to %s, epoch %d, %s ago, took %s",
+			f.Kind, f.From, f.To, f.Epoch, age(t.now.Sub(f.At)), secondsText(f.RTOSeconds))})
+	}
+	for _, a := range t.Alerts {
+		facts = append(facts, [2]string{"alert", fmt.Sprintf("%s %s %s%s", a.Name, a.State, a.Site, t.since(&a.Since))})
+	}
+	return append(facts, [2]string{"seen by", fmt.Sprintf("%s at %s, dsnode %s, %s",
+		t.Observer.Node, t.Observer.Site, t.Version, t.ObservedAt.UTC().Format(time.RFC3339))})
+}
+
+func (t statusTable) sites() grid {
+	g := grid{heads: []string{"SITE", "CITY", "ROLE", "STATE", "NODES", "UPSTREAMS", "HEARD", "LAG"}}
+	for _, s := range t.Sites {
+		lag := unknown
+		if s.Replication != nil {
+			lag = secondsText(s.Replication.LagSeconds)
+		}
+		g.add(plain(s.Name), plain(s.City), plain(string(s.Role)), mood(string(s.State)),
+			plain(number(s.NodesAlive)+"/"+number(s.NodesTotal)),
+			plain(number(s.UpstreamsHealthy)+"/"+number(s.UpstreamsTotal)),
+			plain(secondsText(s.LastHeardSeconds)), plain(lag))
+	}
+	return g
+}
+
+// nodesGrid serves `node list` too.
+func nodesGrid(nodes []admin.NodeStatus, now time.Time) grid {
+	g := grid{heads: []string{"NODE", "SITE", "STATE", "RAFT", "HEARD", "VERSION", "API", "ADMIN", "PID", "UP"}}
+	for _, n := range nodes {
+		state := mood(string(n.State))
+		if n.Draining != nil && *n.Draining {
+			state = cell{string(n.State) + ", draining", yellow}
+		}
+		up := unknown
+		if n.StartedAt != nil && n.State == admin.NodeAlive {
+			up = age(now.Sub(*n.StartedAt))
+		}
+		g.add(plain(n.Name), plain(n.Site), state, plain(raftPart(n)), plain(secondsText(n.LastHeardSeconds)),
+			plain(n.Version), plain(n.API), plain(n.Admin), plain(number(n.PID)), plain(up))
+	}
+	return g
+}
+
+func raftPart(n admin.NodeStatus) string {
+	switch {
+	case n.Leader != nil && *n.Leader:
+		return "leader"
+	case n.Voter == nil:
+		return unknown
+	case *n.Voter:
+		return "voter"
+	}
+	return "non-voter"
+}
+
+// mood colours a state.
+func mood(state string) cell {
+	switch state {
+	case "healthy", "alive", "active":
+		return cell{state, green}
+	case "degraded", "suspect", "expired":
+		return cell{state, yellow}
+	case "down", "isolated", "dead", "unhealthy", "revoked":
+		return cell{state, red}
+	}
+	return plain(state)
+}
+
+// unknown stands where nobody knows a figure. It is never a zero.
+const unknown = "-"
+
+func number[T int | int64 | uint64](n *T) string {
+	if n == nil {
+		return unknown
+	}
+	return strconv.FormatInt(int64(*n), 10) //nolint:gosec // counters stay far below 2^63
+}
+
+func text(s *string) string {
+	if s == nil || *s == "" {
+		return "unknown"
+	}
+	return *s
+}
+
+// since is an addition to a sentence: " for 10m", nothing when unknown.
+func (t statusTable) since(at *time.Time) string {
+	if at == nil || at.IsZero() {
+		return ""
+	}
+	return fmt.Sprintf(" since %s (%s)", at.UTC().Format("2006-01-02 15:04:05Z"), age(t.now.Sub(*at)))
+}
+
+func secondsText(s *float64) string {
+	if s == nil {
+		return unknown
+	}
+	return age(time.Duration(*s * float64(time.Second)))
+}
+
+// age is a duration in its two greatest units: 0.2s, 12s, 3m5s, 4h10m, 12d3h.
+func age(d time.Duration) string {
+	switch {
+	case d < 0:
+		return "0s" // the observer's clock was set back
+	case d < 10*time.Second:
+		return strconv.FormatFloat(d.Seconds(), 'f', 1, 64) + "s"
+	case d < time.Minute:
+		return d.Truncate(time.Second).String()
+	case d < time.Hour:
+		return strings.TrimSuffix(d.Truncate(time.Second).String(), "0s")
+	case d < 24*time.Hour:
+		return fmt.Sprintf("%dh%dm", int(d.Hours()), int(d.Minutes())%60)
+	}
+	return fmt.Sprintf("%dd%dh", int(d.Hours())/24, int(d.Hours())%24)
+}

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+func newTLSCommand(env *environment) *cobra.Command {
+	return newGroup("tls", "Certificates and keys of the nodes",
+		newTLSCACommand(env),
+		newTLSIssueCommand(env),
+		newTLSKeysCommand(env),
+	)
+}
+
+func newTLSCACommand(env *environment) *cobra.Command {
+	var name, out string
+	validFor := span(10 * 365 * day)
+	cmd := &cobra.Command{
+		Use:   "ca --cluster NAME",
+		Short: "Make a private CA: ca.pem for every node, ca-key.pem for a safe place",
+		Args:  takes(),
+		RunE: func(*cobra.Command, []string) error {
+			if name == "" {
+				return usage("write for instance --cluster prod", "tls ca needs --cluster NAME")
+			}
+			cert, key, err := cluster.NewCA(name, time.Duration(validFor))
+			if err != nil {
+				return usage("", "%w", err)
+			}
+			return writeNew(env, out, []newFile{{"ca.pem", cert, 0o644}, {"ca-key.pem", key, 0o600}},
+				"keep ca-key.pem off the nodes; dsnode tls issue needs it")
+		},
+	}
+	cmd.Flags().StringVar(&name, "cluster", "", "the cluster's name, as in node.yaml (required)")
+	cmd.Flags().StringVar(&out, "out", ".", "folder to write into")
+	cmd.Flags().Var(&validFor, "valid-for", "how long the CA is good")
+	return cmd
+}
+
+func newTLSIssueCommand(env *environment) *cobra.Command {
+	var id cluster.Identity
+	var caFile, caKeyFile, out string
+	var hosts []string
+	validFor := span(365 * day)
+	cmd := &cobra.Command{
+		Use:   "issue --cluster NAME --site SITE --node NODE",
+		Short: "Make a node's certificate for the rpc port: NODE.pem and NODE-key.pem",
+		Long: "Make a node's certificate. Peers check the identity in it, spiffe://CLUSTER/site/SITE/node/NODE,\n" +
+			"so it needs no address; --host adds names for a certificate that serves api or admin, too.",
+		Example: "  dsnode tls issue --cluster prod --site shanghai-a --node shanghai-a-1 --host a1.example.com,10.0.0.7",
+		Args:    takes(),
+		RunE: func(*cobra.Command, []string) error {
+			for flag, value := range map[string]string{"--cluster": id.Cluster, "--site": id.Site, "--node": id.Node} {
+				if value == "" {
+					return usage("see dsnode tls issue --help", "tls issue needs --cluster, --site and --node; %s is missing", flag)
+				}
+			}
+			if err := id.Validate(); err != nil {
+				return usage("use the names of node.yaml", "%w", err)
+			}
+			caCert, err := os.ReadFile(caFile)
+			if err != nil {
+				return failure("make one with dsnode tls ca, or say where it is with --ca", "read the CA: %w", err)
+			}
+			caKey, err := os.ReadFile(caKeyFile)
+			if err != nil {
+				return failure("say where it is with --ca-key", "read the CA's key: %w", err)
+			}
+			cert, key, err := cluster.Issue(caCert, caKey, id, hosts, time.Duration(validFor))
+			if err != nil {
+				return failure("check --ca, --ca-key, --host and --valid-for", "%w", err)
+			}
+			return writeNew(env, out, []newFile{{id.Node + ".pem", cert, 0o644}, {id.Node + "-key.pem", key, 0o600}},
+				"name them under rpc.tls in node.yaml, with the CA's certificate")
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&id.Cluster, "cluster", "", "the cluster's name (required)")
+	f.StringVar(&id.Site, "site", "", "the node's site (required)")
+	f.StringVar(&id.Node, "node", "", "the node's name (required)")
+	f.StringSliceVar(&hosts, "host", nil, "DNS names and addresses to put into it")
+	f.StringVar(&caFile, "ca", "ca.pem", "the CA's certificate")
+	f.StringVar(&caKeyFile, "ca-key", "ca-key.pem", "the CA's key")
+	f.StringVar(&out, "out", ".", "folder to write into")
+	f.Var(&validFor, "valid-for", "how long the certificate is good, at most as long as the CA")
+	return cmd
+}
+
+func newTLSKeysCommand(env *environment) *cobra.Command {
+	var out string
+	cmd := &cobra.Command{
+		Use:   "keys",
+		Short: "Make the operator's key and the gossip key, the same for all nodes: operator.key, gossip.key",
+		Long: "Make the two keys that all nodes of a cluster share: operator.key wraps every other key at rest,\n" +
+			"gossip.key encrypts membership. Whoever loses operator.key loses what the nodes have on disk.",
+		Args: takes(),
+		RunE: func(*cobra.Command, []string) error {
+			gossip := make([]byte, 32)
+			_, _ = rand.Read(gossip) // never fails; it ends the process instead
+			return writeNew(env, out, []newFile{
+				{"operator.key", []byte(keyring.GenerateOperatorKey().Encode() + "\n"), 0o600},
+				{"gossip.key", []byte(base64.StdEncoding.EncodeToString(gossip) + "\n"), 0o600},
+			}, "keep a copy of operator.key where a fire in the data centre can't reach it")
+		},
+	}
+	cmd.Flags().StringVar(&out, "out", ".", "folder to write into")
+	return cmd
+}
+
+// newFile is a file that must not be there yet.
+type newFile struct {
+	name    string
+	content []byte
+	mode    fs.FileMode
+}
+
+// writeNew writes all the files or none, names them on stdout, and says what
+// to do with them. It replaces nothing: a key that is gone is gone.
+func writeNew(env *environment, dir string, files []newFile, next string) error {
+	for _, f := range files {
+		path := filepath.Join(dir, f.name)
+		if _, err := os.Lstat(path); err == nil {
+			return failure("choose another folder with --out, or move it away", "%s is there already and is not replaced", path)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return failure("choose another folder with --out", "%w", err)
+		}
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return failure("choose another folder with --out", "%w", err)
+	}
+	for i, f := range files {
+		if err := writeOne(filepath.Join(dir, f.name), f); err != nil {
+			for _, done := range files[:i] {
+				err = errors.Join(err, os.Remove(filepath.Join(dir, done.name)))
+			}
+			return failure("choose another folder with --out", "%w", err)
+		}
+	}
+	for _, f := range files {
+		if err := emit(env.stdout, "%s\n", filepath.Join(dir, f.name)); err != nil {
+			return err
+		}
+	}
+	say(env.stderr, "done", next)
+	return nil
+}
+
+// writeOne fails when the file has come to be since we looked.
+func writeOne(path string, f newFile) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, f.mode) //nolint:gosec // the user named the folder
+	if err != nil {
+		return fmt.Errorf("write %s: %w", f.name, err)
+	}
+	_, err = file.Write(f.content)
+	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", f.name, err), os.Remove(path))
+	}
+	return nil
+}
