@@ -1,0 +1,144 @@
+package storage
+
+import (
+	"bytes"
+	"errors"
+	"math"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/raft"
+	"pgregory.net/rapid"
+
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+func testSealer(t testing.TB, seed byte) keyring.Sealer {
+	t.Helper()
+	s, err := keyring.NewSealer(bytes.Repeat([]byte{seed}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// entryGen draws entries as raft hands them over; the index is the caller's.
+func entryGen() *rapid.Generator[raft.Log] {
+	return rapid.Custom(func(t *rapid.T) raft.Log {
+		l := raft.Log{
+			Term: rapid.Uint64().Draw(t, "term"),
+			Type: raft.LogType(rapid.Byte().Draw(t, "type")),
+		}
+		if b := rapid.SliceOf(rapid.Byte()).Draw(t, "data"); len(b) > 0 {
+			l.Data = b
+		}
+		if b := rapid.SliceOf(rapid.Byte()).Draw(t, "extensions"); len(b) > 0 {
+			l.Extensions = b
+		}
+		if rapid.Bool().Draw(t, "has time") {
+			l.AppendedAt = time.Unix(0, rapid.Int64().Draw(t, "appended at"))
+		}
+		return l
+	})
+}
+
+func TestEntryReadsBackAsWritten(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		want := entryGen().Draw(t, "entry")
+		want.Index = rapid.Uint64().Draw(t, "index")
+		before := rapid.Uint64().Draw(t, "before")
+		b := appendEntry([]byte("x"), &want, before)[1:]
+		if len(b) > entrySize(&want) {
+			t.Fatalf("%d bytes, promised at most %d", len(b), entrySize(&want))
+		}
+		var got raft.Log
+		gotBefore, err := decodeEntry(b, &got)
+		if err != nil || gotBefore != before {
+			t.Fatalf("before %d, err %v", gotBefore, err)
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Fatal(d)
+		}
+	})
+}
+
+func TestEntrySizeIsEnoughForTheLargestNumbers(t *testing.T) {
+	l := raft.Log{Index: math.MaxUint64, Term: math.MaxUint64, AppendedAt: time.Unix(1, 0), Data: make([]byte, 1<<20)}
+	if got := len(appendEntry(nil, &l, math.MaxUint64)); got > entrySize(&l) {
+		t.Fatalf("%d bytes, promised at most %d", got, entrySize(&l))
+	}
+}
+
+func TestUnknownEntryFormatIsNamed(t *testing.T) {
+	b := appendEntry(nil, &raft.Log{Index: 1}, 0)
+	for _, at := range []int{0, 1} {
+		c := bytes.Clone(b)
+		c[at] |= 0x40
+		if _, err := decodeEntry(c, new(raft.Log)); !errors.Is(err, ErrNewerFormat) {
+			t.Errorf("byte %d: %v", at, err)
+		}
+	}
+}
+
+func TestRecordTellsDamageFromWrongKeyAndNewerFormat(t *testing.T) {
+	a, b := testSealer(t, 1), testSealer(t, 2)
+	place := []byte("place")
+	good := appendRecord(nil, a, []byte("plaintext"), place)
+	for bit := range len(good) * 8 {
+		c := bytes.Clone(good)
+		c[bit/8] ^= 1 << (bit % 8)
+		if _, err := openRecord(nil, a, c, place); !errors.Is(err, ErrDamaged) {
+			t.Errorf("bit %d: %v", bit, err)
+		}
+	}
+	if _, err := openRecord(nil, b, good, place); !errors.Is(err, ErrWrongKey) {
+		t.Errorf("another key: %v", err)
+	}
+	if _, err := openRecord(nil, a, good, []byte("elsewhere")); !errors.Is(err, ErrDamaged) {
+		t.Errorf("another place: %v", err)
+	}
+}
+
+func FuzzDecodeEntry(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(appendEntry(nil, &raft.Log{Index: 7, Term: 2, Data: []byte("data"), Extensions: []byte("ext"), AppendedAt: time.Unix(3, 4)}, 6))
+	f.Add(appendEntry(nil, &raft.Log{Index: 1}, 0))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var l raft.Log
+		before, err := decodeEntry(b, &l)
+		if err != nil {
+			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
+				t.Fatalf("unnamed error %v", err)
+			}
+			return
+		}
+		var again raft.Log
+		before2, err := decodeEntry(appendEntry(nil, &l, before), &again)
+		if err != nil || before2 != before || !cmp.Equal(l, again) {
+			t.Fatalf("%v does not survive writing: %v %v", l, again, err)
+		}
+	})
+}
+
+func FuzzOpenRecord(f *testing.F) {
+	s := testSealer(f, 1)
+	f.Add([]byte{}, []byte{})
+	f.Add(appendRecord(nil, s, []byte("hello"), []byte("place")), []byte("place"))
+	f.Fuzz(func(t *testing.T, record, place []byte) {
+		plain, err := openRecord(nil, s, record, place)
+		if err == nil && len(plain) != len(record)-recordOverhead {
+			t.Fatalf("%d bytes of plaintext from %d", len(plain), len(record))
+		}
+	})
+}
+
+func FuzzParseRaftMark(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(raftMark{state: markOpen, txid: 5, indexRange: indexRange{1, 9}}.append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if m, ok := parseRaftMark(b); ok && !bytes.Equal(m.append(nil), b) {
+			t.Fatalf("%+v does not survive writing", m)
+		}
+	})
+}

@@ -1,0 +1,412 @@
+package storage
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// Files of the Raft store inside the data directory.
+const (
+	RaftFile     = "raft.db"
+	raftMarkFile = "raft.mark"
+	raftTempFile = "raft.db.tmp"
+)
+
+var (
+	bucketLog    = []byte("log")
+	bucketMeta   = []byte("meta")
+	bucketStable = []byte("stable")
+	keyStore     = []byte("store")
+
+	_ raft.LogStore    = (*RaftStore)(nil)
+	_ raft.StableStore = (*RaftStore)(nil)
+)
+
+// storeFormat is of the whole file: which buckets there are and what they hold.
+const storeFormat = 1
+
+// RaftStore is Raft's log and stable store: what a node has promised to the
+// others. A call that returned nil has been synced to the disk.
+//
+// It does not implement raft.MonotonicLogStore: raft v1.8 empties such a store
+// on installing a snapshot but keeps the old last index in memory, and panics
+// later (hashicorp/raft#697).
+type RaftStore struct {
+	db      *bbolt.DB
+	sealer  keyring.Sealer
+	log     *slog.Logger
+	metrics storeMetrics
+	mark    *os.File
+
+	writing sync.Mutex // guards all below up to the blank line; one transaction at a time
+	now     raftMark
+	arena   []byte // sealed values of the running transaction
+	plain   []byte // one entry before it is sealed
+	stuck   bool   // bbolt panicked with its locks held; it can't be closed
+
+	unbroken uint64 // where the run of entries without a gap began that ended the log at open
+
+	closed  atomic.Bool
+	entries atomic.Pointer[indexRange]
+
+	fail   sync.Once
+	failed chan struct{}
+	cause  atomic.Pointer[error]
+}
+
+// indexRange is the first and the last index stored, both 0 for none.
+type indexRange struct{ first, last uint64 }
+
+// RaftStoreOptions say where the store is and what it needs. All are required.
+type RaftStoreOptions struct {
+	Dir     string // the data directory; its lock is held by the caller
+	Sealer  keyring.Sealer
+	Logger  *slog.Logger
+	Metrics *Metrics
+}
+
+// OpenRaftStore opens the Raft store of a data directory, or makes one.
+//
+// It trusts nothing: every page, every record's seal and the order of all
+// entries are checked, and that the file is not older than what was
+// acknowledged. After a store that was not closed in order the file is written
+// anew, so that no page is left that a failed sync dropped. The errors are
+// ErrDamaged, ErrForeign, ErrWrongKey, ErrNewerFormat, ErrLocked or what the
+// file system said; the files are left as they are then.
+func OpenRaftStore(o RaftStoreOptions) (*RaftStore, error) {
+	s := &RaftStore{
+		sealer:  o.Sealer,
+		log:     o.Logger,
+		metrics: o.Metrics.of("raft"),
+		failed:  make(chan struct{}),
+	}
+	path := filepath.Join(o.Dir, RaftFile)
+	if err := s.open(o.Dir, path); err != nil {
+		if errors.Is(err, ErrDamaged) {
+			s.metrics.damaged.Inc()
+		}
+		return nil, fmt.Errorf("open %s: %w", path, inWords(err))
+	}
+	s.log.Info("raft store opened", "path", path, "first", s.now.first, "last", s.now.last)
+	return s, nil
+}
+
+// inWords adds what a person can do.
+func inWords(err error) error {
+	switch {
+	case errors.Is(err, ErrWrongKey):
+		return fmt.Errorf("%w; was %s of this directory lost or replaced?", err, keyring.NodeKeyFile)
+	case errors.Is(err, ErrDamaged):
+		return fmt.Errorf("%w; the other nodes hold the same state: remove this node from the cluster, "+
+			"empty its data directory and let it join anew", err)
+	}
+	return err
+}
+
+func (s *RaftStore) open(dir, path string) error {
+	// A crash may have left one; nothing relies on it.
+	if err := os.Remove(filepath.Join(dir, raftTempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	markPath := filepath.Join(dir, raftMarkFile)
+	mark, marked, err := readRaftMark(markPath)
+	if err != nil {
+		return err
+	}
+	_, err = os.Stat(path)
+	isNew := errors.Is(err, fs.ErrNotExist)
+	switch {
+	case isNew && marked:
+		return fmt.Errorf("%w: it is gone, but %s says that this node has voted or stored entries", ErrDamaged, raftMarkFile)
+	case isNew:
+		if err := s.createRaftFile(dir, path); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	}
+
+	pages, err := checkPagesOf(path, string(bucketLog), string(bucketMeta), string(bucketStable))
+	if err != nil {
+		return err
+	}
+	if !isNew && (!marked || mark.state != markClosed) {
+		if err := rewriteRaftFile(dir, path, int64(pages.highWater)*pageSize); err != nil {
+			return fmt.Errorf("write it anew: %w", err)
+		}
+	}
+	if s.db, err = openBolt(path); err != nil {
+		return err
+	}
+	s.now, err = s.verify()
+	if err == nil && marked {
+		err = mark.allows(s.now)
+	}
+	if err == nil {
+		s.now.state = markOpen
+		s.publish()
+		s.mark, err = os.OpenFile(markPath, os.O_RDWR|os.O_CREATE, 0o600)
+	}
+	if err == nil {
+		err = s.writeMark()
+	}
+	if err != nil {
+		if s.mark != nil {
+			err = errors.Join(err, s.mark.Close())
+		}
+		return errors.Join(err, s.db.Close())
+	}
+	return nil
+}
+
+func openBolt(path string) (db *bbolt.DB, err error) {
+	defer contain(&err, debug.SetPanicOnFault(true))
+	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+		// The data directory's lock is ours; this one must be free.
+		Timeout:        time.Millisecond,
+		PageSize:       pageSize,
+		NoFreelistSync: true,
+		FreelistType:   bbolt.FreelistMapType,
+		NoStatistics:   true,
+	})
+	if errors.Is(err, berrors.ErrTimeout) {
+		err = fmt.Errorf("%w: %w", ErrLocked, err)
+	}
+	return db, err
+}
+
+// createRaftFile makes a file with empty buckets under a temporary name, so
+// that raft.db is either absent or whole.
+func (s *RaftStore) createRaftFile(dir, path string) error {
+	temp := filepath.Join(dir, raftTempFile)
+	db, err := openBolt(temp)
+	if err != nil {
+		return err
+	}
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails; it ends the process instead
+	put := func(tx *bbolt.Tx) error {
+		for _, name := range [][]byte{bucketLog, bucketMeta, bucketStable} {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		record := appendRecord(nil, s.sealer, append([]byte{storeFormat}, id...), placeOf(bucketMeta, keyStore))
+		return tx.Bucket(bucketMeta).Put(keyStore, record)
+	}
+	// Twice, so that both meta pages are ours and none is bbolt's first one.
+	err = db.Update(put)
+	if err == nil {
+		err = db.Update(put)
+	}
+	err = errors.Join(err, db.Close())
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err == nil {
+		err = syncDir(dir)
+	}
+	return err
+}
+
+// rewriteRaftFile copies the used part of the file to a new one, syncs that
+// and puts it in the old one's place. The kernel marks pages clean when their
+// sync fails and never writes them again, yet goes on showing them: only
+// written again are they surely on the disk.
+func rewriteRaftFile(dir, path string, size int64) error {
+	from, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = from.Close() }() // only read from
+	// The caller holds the directory's lock. Should it not, another store's
+	// file must not be exchanged under it.
+	if err := syscall.Flock(int(from.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		return fmt.Errorf("%w: %w", ErrLocked, err)
+	}
+	temp := filepath.Join(dir, raftTempFile)
+	to, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(to, io.NewSectionReader(from, 0, size))
+	if err == nil {
+		err = to.Sync()
+	}
+	err = errors.Join(err, to.Close())
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err != nil {
+		_ = os.Remove(temp) // a full disk needs the room; the next open tries again
+		return err
+	}
+	return syncDir(dir)
+}
+
+// Failed is closed when a write or sync has failed, or a stored record turned
+// out to be damaged. The node must stop then: what it has promised can't be
+// kept any more. Err says why.
+func (s *RaftStore) Failed() <-chan struct{} { return s.failed }
+
+// Err is nil until Failed is closed; then it wraps ErrFailed and the cause.
+func (s *RaftStore) Err() error {
+	if p := s.cause.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// setFailed makes the store fail for good and gives the error to return.
+func (s *RaftStore) setFailed(what string, cause error) error {
+	s.fail.Do(func() {
+		err := fmt.Errorf("%w: %s: %w", ErrFailed, what, cause)
+		s.cause.Store(&err)
+		s.metrics.failures.Inc()
+		if errors.Is(cause, ErrDamaged) {
+			s.metrics.damaged.Inc()
+		}
+		s.log.Error("raft store failed; the node must stop", "doing", what, "err", cause)
+		close(s.failed)
+	})
+	return s.Err()
+}
+
+// Close closes the files. Calls in other goroutines must have ended. It is
+// safe to call twice.
+func (s *RaftStore) Close() error {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if s.closed.Swap(true) {
+		return nil
+	}
+	var err error
+	// A failed store stays marked as open: the next start writes it anew.
+	if s.Err() == nil {
+		s.now.state = markClosed
+		err = s.writeMark()
+	}
+	err = errors.Join(err, s.mark.Close())
+	if s.stuck {
+		return err
+	}
+	return errors.Join(err, s.db.Close())
+}
+
+// update runs one transaction and makes it durable. fn must not fail for
+// reasons that could have been known before: it would fail the store. after is
+// where the store stands afterwards. The caller holds s.writing.
+func (s *RaftStore) update(what string, after raftMark, fn func(*bbolt.Tx) error) error {
+	if err := s.usable(); err != nil {
+		return err
+	}
+	txid, err := s.commit(fn)
+	if err == nil {
+		after.txid = txid
+		s.now = after
+		err = s.writeMark()
+	}
+	if err != nil {
+		return s.setFailed(what, err)
+	}
+	s.publish()
+	return nil
+}
+
+func (s *RaftStore) publish() {
+	entries := s.now.indexRange
+	s.entries.Store(&entries)
+}
+
+func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
+	s.stuck = true
+	defer contain(&err, debug.SetPanicOnFault(true))
+	tx, err := s.db.Begin(true)
+	if err == nil {
+		txid = uint64(tx.ID())
+		if err = fn(tx); err == nil {
+			err = tx.Commit()
+		} else {
+			err = errors.Join(err, tx.Rollback())
+		}
+	}
+	s.stuck = false // no panic came this far
+	if err != nil {
+		return 0, err
+	}
+	stats := tx.Stats()
+	s.metrics.fsync.Observe(stats.GetWriteTime().Seconds())
+	return txid, nil
+}
+
+// view runs fn in a read transaction. Its bytes are valid only inside.
+func (s *RaftStore) view(fn func(*bbolt.Tx) error) (err error) {
+	if err := s.usable(); err != nil {
+		return err
+	}
+	defer contain(&err, debug.SetPanicOnFault(true))
+	err = s.db.View(fn)
+	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
+		return ErrClosed
+	}
+	return err
+}
+
+func (s *RaftStore) usable() error {
+	if s.closed.Load() {
+		return ErrClosed
+	}
+	return s.Err()
+}
+
+func (s *RaftStore) writeMark() error {
+	var b [markSize]byte
+	if _, err := s.mark.WriteAt(s.now.append(b[:0]), 0); err != nil {
+		return fmt.Errorf("write %s: %w", raftMarkFile, err)
+	}
+	return nil
+}
+
+// contain turns a panic of bbolt into ErrDamaged: it panics on pages that
+// changed under it. A page that the disk refuses to give arrives as a fault at
+// its mapped address, which is a panic, too, between SetPanicOnFault(true) and
+// here; before is what that call returned.
+func contain(err *error, before bool) {
+	debug.SetPanicOnFault(before)
+	if p := recover(); p != nil {
+		*err = fmt.Errorf("%w: %v", ErrDamaged, p)
+	}
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// placeOf is a record's additional data: the bucket's name, a zero byte, the key.
+func placeOf(bucket, key []byte) []byte {
+	place := make([]byte, 0, len(bucket)+1+len(key))
+	place = append(place, bucket...)
+	place = append(place, 0)
+	return append(place, key...)
+}
