@@ -52,7 +52,7 @@ The same --data-dir again starts the same cluster.`,
   dsnode dev --upstream http://127.0.0.1:11434/v1,kind=ollama
   dsnode dev --upstream shanghai-a=http://gpu1:8000/v1,kind=vllm --upstream beijing=http://gpu2:8000/v1,kind=vllm
   dsnode dev --upstream https://api.deepseek.com/v1,kind=deepseek,key-env=DEEPSEEK_API_KEY`,
-		Args: cobra.NoArgs,
+		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runDev(cmd.Context(), env, f) },
 	}
 	cmd.Flags().IntVar(&f.nodesPerSite, "nodes-per-site", 1, "nodes in each site, 1 to 9")

@@ -83,6 +83,9 @@ func makeDevPlan(ctx context.Context, env *environment, f devFlags) (*devPlan, e
 		temporary: f.dataDir == "",
 		record:    devRecord{Format: devRecordFormat, BasePort: f.basePort, NodesPerSite: f.nodesPerSite},
 	}
+	if err := p.checkRange(len(devSites)); err != nil { // before the generated cluster.yaml has such ports
+		return nil, err
+	}
 	if err := p.openDir(f); err != nil {
 		return nil, err
 	}
@@ -91,10 +94,14 @@ func makeDevPlan(ctx context.Context, env *environment, f devFlags) (*devPlan, e
 		return nil, err
 	}
 	p.lay(config)
-	if last := p.record.BasePort + 100*(len(p.sites)-1) + 90; p.record.BasePort < 1 || last > 65535 {
-		return nil, usage("try --base-port 8100", "--base-port %d does not leave room for ports up to %d", p.record.BasePort, last)
+	return p, p.checkRange(len(p.sites))
+}
+
+func (p *devPlan) checkRange(sites int) error {
+	if last := devSimPort(p.record.BasePort, sites-1); p.record.BasePort < 1 || last > 65535 {
+		return usage("try --base-port 8100", "--base-port %d does not leave room for ports up to %d", p.record.BasePort, last)
 	}
-	return p, nil
+	return nil
 }
 
 // openDir reads what an earlier run left in the data directory.
