@@ -1,0 +1,148 @@
+package gateway
+
+import (
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+var (
+	errNoAnswer      = errors.New("the pipeline gave no answer and no error")
+	errPlainInStream = errors.New("a plain answer came for a stream that had begun")
+	errClosed        = errors.New("the answer is over")
+)
+
+var (
+	streamType  = []string{"text/event-stream"}
+	noCache     = []string{"no-cache"}
+	noBuffering = []string{"no"}
+	keepAlive   = []byte(": keep-alive\n\n")
+)
+
+// Head begins the answer: nobody else may give it now.
+func (x *exchange) Head(h serving.Head) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.usable(); err != nil {
+		return err
+	}
+	x.headed = true
+	if x.idle != nil {
+		x.idle.Stop()
+	}
+	if x.started { // keep-alives went out before the content
+		if !h.Stream {
+			return errPlainInStream
+		}
+		return nil
+	}
+	to := x.w.Header()
+	for k, v := range h.Header {
+		to[k] = v
+	}
+	values := [5]string{h.Upstream, strconv.Itoa(h.Attempts), h.Site, h.Node, ""}
+	if h.Upstream != "" {
+		to["X-Dsnode-Upstream"] = values[0:1:1]
+	}
+	to["X-Dsnode-Attempts"] = values[1:2:2]
+	if h.Site != "" && h.Site != x.g.o.Site {
+		to["X-Dsnode-Site"] = values[2:3:3]
+	}
+	if h.Node != "" && h.Node != x.g.o.Node {
+		to["X-Dsnode-Node"] = values[3:4:4]
+	}
+	if h.Stream {
+		x.startStream(h.Status)
+		return nil
+	}
+	if h.Length >= 0 {
+		values[4] = strconv.FormatInt(h.Length, 10)
+		to["Content-Length"] = values[4:5:5]
+	}
+	x.begin(h.Status)
+	return nil
+}
+
+// Data sends a piece of a body or one event, which is flushed.
+func (x *exchange) Data(b []byte) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.usable(); err != nil {
+		return err
+	}
+	return x.put(b)
+}
+
+// usable tells why nothing can be sent; x.mu is held.
+func (x *exchange) usable() error {
+	if x.ended {
+		return errClosed
+	}
+	return x.gone
+}
+
+// put writes and flushes; x.mu is held.
+func (x *exchange) put(b []byte) error {
+	x.extendWrite(time.Now())
+	_, err := x.w.Write(b)
+	if err == nil && x.stream {
+		err = x.rc.Flush()
+	}
+	if err != nil {
+		x.gone = err
+	}
+	return err
+}
+
+func (x *exchange) begin(status int) {
+	x.started, x.status = true, status
+	x.w.WriteHeader(status)
+}
+
+func (x *exchange) startStream(status int) {
+	h := x.w.Header()
+	h["Content-Type"] = streamType
+	h["Cache-Control"] = noCache
+	h["X-Accel-Buffering"] = noBuffering
+	x.stream = true
+	x.begin(status)
+}
+
+// extendWrite gives the next write its time. Streams write often, so the
+// deadline moves at most once a second.
+func (x *exchange) extendWrite(now time.Time) {
+	by := now.Add(x.g.o.WriteTimeout)
+	if by.Sub(x.writeBy) < time.Second && x.g.o.WriteTimeout > 2*time.Second {
+		return
+	}
+	x.writeBy = by
+	_ = x.rc.SetWriteDeadline(by) // a recorder in a test has none
+}
+
+// holdHeaders keeps a stream's headers back until Head, so that another
+// upstream can still give another status, but no longer than proxies and
+// clients bear with: then 200 and a comment, and one each interval until
+// content comes. An AfterFunc costs no goroutine until it fires, and takes
+// turns with the sink.
+func (x *exchange) holdHeaders() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.idle = time.AfterFunc(x.g.o.HoldHeaders, x.keepCompany)
+}
+
+func (x *exchange) keepCompany() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.ended || x.headed || x.gone != nil {
+		return
+	}
+	if !x.started {
+		x.startStream(http.StatusOK)
+	}
+	if x.put(keepAlive) == nil {
+		x.idle.Reset(x.g.o.HoldHeaders)
+	}
+}

@@ -1,0 +1,79 @@
+package gateway
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+// HeaderError names a failure of the peer door, so that the asking node can
+// tell "ask another site" from "this is the answer".
+const HeaderError = "X-Dsnode-Error"
+
+// maxHops: a request that has passed one peer is answered there or not at all.
+const maxHops = 1
+
+// admit finds out who asks, at either door.
+func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
+	if x.door == clients {
+		who, err := x.g.o.Auth.Authenticate(token(x.r.Header), local(x.r))
+		if err != nil {
+			if f = explain(err, ""); f == nil || f.status != http.StatusUnauthorized {
+				f = explain(ErrKeyUnknowable, "")
+			}
+			return who, 0, f
+		}
+		return who, 0, nil
+	}
+	hops, err := strconv.Atoi(x.r.Header.Get(serving.HeaderHops))
+	switch {
+	case err != nil || hops < 1:
+		return who, 0, badPeerRequest(serving.HeaderHops + " must be a number from 1")
+	case hops > maxHops:
+		return who, hops, explain(serving.ErrHopLimit, "")
+	}
+	if err := json.Unmarshal([]byte(x.r.Header.Get(serving.HeaderPrincipal)), &who); err != nil {
+		return who, hops, badPeerRequest(serving.HeaderPrincipal + " must be a JSON object")
+	}
+	return who, hops, nil
+}
+
+// token is the bearer token, or x-api-key as Anthropic's clients send it.
+func token(h http.Header) string {
+	const scheme = "bearer "
+	if v := first(h, "Authorization"); len(v) > len(scheme) && strings.EqualFold(v[:len(scheme)], scheme) {
+		return strings.TrimSpace(v[len(scheme):])
+	}
+	return first(h, "X-Api-Key")
+}
+
+// first is h.Get for a key that is canonical already.
+func first(h http.Header, key string) string {
+	if v := h[key]; len(v) > 0 {
+		return v[0]
+	}
+	return ""
+}
+
+// local reports whether a request comes straight from this machine. Behind a
+// proxy on this machine everybody would; and what a web page makes a local
+// browser send (it carries an Origin) is not its user's doing.
+func local(r *http.Request) bool {
+	for _, h := range [...]string{"Forwarded", "X-Forwarded-For", "X-Real-Ip", "Via", "Origin"} {
+		if _, proxied := r.Header[h]; proxied {
+			return false
+		}
+	}
+	addr, err := netip.ParseAddrPort(r.RemoteAddr)
+	return err == nil && addr.Addr().Unmap().IsLoopback()
+}
+
+// mayUse reports whether a principal may ask for a model.
+func mayUse(who *serving.Principal, model string) bool {
+	return len(who.Models) == 0 || slices.Contains(who.Models, model)
+}

@@ -1,0 +1,104 @@
+package gateway
+
+import (
+	"errors"
+	"io"
+	"os"
+	"time"
+)
+
+const (
+	// firstRead is what a body may take before any of it has come: a claimed
+	// Content-Length costs no memory until bytes follow.
+	firstRead = 64 << 10
+	// slack lets the last Read of a body of known length see its end.
+	slack = 1
+	// drainTime bounds how long the rest of a body that is too large is read
+	// away, so that the client gets to read the refusal.
+	drainTime = 2 * time.Second
+)
+
+// readBody reads the whole body, before anything is forwarded: writing an
+// answer closes the inbound body under a transport that still reads it
+// (golang/go#40747). The slice is the request's own and goes to no pool: a
+// transport may still read it after the request has failed.
+//
+// What it holds is counted in Gateway.held, and given back by release.
+func (x *exchange) readBody(limit int64) ([]byte, *failure) {
+	r := x.r
+	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
+		return nil, encodedBody(e)
+	}
+	if r.ContentLength > limit {
+		x.drain(limit)
+		return nil, tooLarge(limit)
+	}
+	size := int64(4 << 10)
+	if r.ContentLength >= 0 {
+		size = min(r.ContentLength, firstRead) + slack
+	}
+	if !x.hold(size) {
+		return nil, x.g.shed(shedMemory)
+	}
+	body := make([]byte, 0, size)
+	defer func() { _ = x.rc.SetReadDeadline(time.Time{}) }() // else it would end the wait for the answer
+	for {
+		// The time allowed grows with what has come, so a byte a second ends.
+		allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
+		_ = x.rc.SetReadDeadline(x.start.Add(allowed)) // a recorder in a test has none
+		n, err := r.Body.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		switch {
+		case int64(len(body)) > limit:
+			x.drain(limit)
+			return nil, tooLarge(limit)
+		case errors.Is(err, io.EOF):
+			return body, nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, slowBody(len(body))
+		case err != nil:
+			return nil, brokenBody()
+		}
+		if len(body) == cap(body) {
+			size := min(int64(cap(body))*2, limit+slack)
+			if r.ContentLength >= 0 {
+				size = min(size, r.ContentLength+slack)
+			}
+			if !x.hold(size - int64(cap(body))) {
+				return nil, x.g.shed(shedMemory)
+			}
+			bigger := make([]byte, len(body), size)
+			copy(bigger, body)
+			body = bigger
+		}
+	}
+}
+
+// hold takes n bytes of the memory for bodies, false when there is no more.
+func (x *exchange) hold(n int64) bool {
+	if x.g.held.Add(n) > x.g.o.BodyMemory {
+		x.g.held.Add(-n)
+		return false
+	}
+	x.held += n
+	return true
+}
+
+func (x *exchange) release() { x.g.held.Add(-x.held) }
+
+// drain reads away what is still to come, within bounds. A client that waits
+// for 100 Continue has sent nothing, and shall not be asked to.
+func (x *exchange) drain(limit int64) {
+	if x.r.Header.Get("Expect") != "" {
+		return
+	}
+	_ = x.rc.SetReadDeadline(time.Now().Add(drainTime))
+	_, _ = io.CopyN(io.Discard, x.r.Body, limit)
+	_ = x.rc.SetReadDeadline(time.Time{})
+}
+
+// shed counts and words a refusal for want of room.
+func (g *Gateway) shed(reason shedReason) *failure {
+	g.metrics.shed[reason].Inc()
+	return shed("The server is overloaded now. Please try again later.")
+}

@@ -1,0 +1,265 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+// failure is an error as a client sees it. This file alone makes them.
+type failure struct {
+	status     int
+	kind       string // "type" in OpenAI's shape
+	code       string
+	param      string // empty: null
+	message    string
+	retryAfter time.Duration
+	// final: asking again makes no sense, or we have tried all there is.
+	final bool
+	// hangUp: the connection is of no more use, something unread is on it.
+	hangUp bool
+	// body replaces the shape: an upstream's own words.
+	body   []byte
+	header http.Header
+	// Whose words those are.
+	upstream, site string
+	attempts       int
+}
+
+const (
+	kindInvalid  = "invalid_request_error"
+	kindServer   = "server_error"
+	kindOverload = "overloaded_error"
+	kindTimeout  = "timeout_error"
+)
+
+// statusGone is nginx's word for a client that left; it is never sent.
+const statusGone = 499
+
+func invalid(status int, code, message string) *failure {
+	return &failure{status: status, kind: kindInvalid, code: code, message: message, final: true}
+}
+
+func unknownRoute(r *http.Request) *failure {
+	return invalid(http.StatusNotFound, "unknown_url", fmt.Sprintf("Unknown request URL: %s %s. Please check the URL for typos.", r.Method, printable(r.URL.Path)))
+}
+
+func wrongMethod(r *http.Request, rt *route) *failure {
+	return invalid(http.StatusMethodNotAllowed, "method_not_allowed",
+		fmt.Sprintf("Not allowed to %s on %s; it takes %s.", printable(r.Method), printable(r.URL.Path), strings.Join(rt.methods, ", ")))
+}
+
+func unknownModel(model string) *failure {
+	f := invalid(http.StatusNotFound, "model_not_found",
+		fmt.Sprintf("The model `%s` does not exist or you do not have access to it. GET /v1/models lists those that you can use.", printable(model)))
+	f.param = "model"
+	return f
+}
+
+func tooLarge(limit int64) *failure {
+	f := invalid(http.StatusRequestEntityTooLarge, "request_too_large", fmt.Sprintf("The request body is larger than %d bytes.", limit))
+	f.hangUp = true
+	return f
+}
+
+func encodedBody(encoding string) *failure {
+	f := invalid(http.StatusUnsupportedMediaType, "unsupported_content_encoding",
+		fmt.Sprintf("The request body comes with Content-Encoding %s; send it as it is, uncompressed.", printable(encoding)))
+	f.hangUp = true
+	return f
+}
+
+func slowBody(got int) *failure {
+	return &failure{
+		status: http.StatusRequestTimeout, kind: kindTimeout, code: "request_timeout", hangUp: true,
+		message: fmt.Sprintf("The request body came too slowly: %d bytes so far.", got),
+	}
+}
+
+func brokenBody() *failure {
+	f := invalid(http.StatusBadRequest, "unreadable_body", "The request body ended early or can't be read.")
+	f.hangUp = true
+	return f
+}
+
+// shed is our own overload.
+func shed(why string) *failure {
+	return &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", message: why, retryAfter: time.Second}
+}
+
+func badPeerRequest(why string) *failure {
+	return invalid(http.StatusBadRequest, "bad_peer_request", why)
+}
+
+// explain turns what the pipeline, the parser or the key check said into what a
+// client is told. It gives nil for a client that has gone.
+func explain(err error, model string) *failure {
+	var (
+		body   *badBody
+		busy   *serving.BusyError
+		status *serving.StatusError
+	)
+	switch {
+	case errors.As(err, &body):
+		f := invalid(http.StatusBadRequest, "invalid_body", "We could not take the body of your request: "+printable(body.Error())+".")
+		f.param = printable(body.param)
+		return f
+	case errors.As(err, &status):
+		return upstreamSays(status)
+	case errors.As(err, &busy):
+		f := &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second)}
+		f.message = "The model is overloaded now. Please try again later."
+		if errors.Is(err, serving.ErrNoUpstream) {
+			f.kind, f.code = kindServer, "no_upstream"
+			f.message = fmt.Sprintf("No model server can answer for `%s` now. Please try again later.", printable(model))
+		}
+		return f
+	case errors.Is(err, cluster.ErrKeyMissing):
+		return badKey("You didn't provide an API key. Send it in an Authorization header: Authorization: Bearer YOUR_KEY.")
+	case errors.Is(err, cluster.ErrKeyUnknown):
+		return badKey("Incorrect API key provided.")
+	case errors.Is(err, cluster.ErrKeyExpired), errors.Is(err, cluster.ErrKeyRevoked):
+		return badKey("This key can't be used: " + err.Error() + ".")
+	case errors.Is(err, ErrKeyUnknowable):
+		return &failure{status: http.StatusServiceUnavailable, kind: kindServer, code: "auth_unavailable", retryAfter: time.Second, message: "API keys can't be checked now. Please try again later."}
+	case errors.Is(err, serving.ErrUnknownModel):
+		return unknownModel(model)
+	case errors.Is(err, serving.ErrNoUpstream):
+		return &failure{
+			status: http.StatusServiceUnavailable, kind: kindServer, code: "no_upstream", retryAfter: time.Second,
+			message: fmt.Sprintf("No model server can answer for `%s` now. Please try again later.", printable(model)),
+		}
+	case errors.Is(err, serving.ErrOverloaded):
+		return shed("The model is overloaded now. Please try again later.")
+	case errors.Is(err, serving.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
+		return &failure{status: http.StatusGatewayTimeout, kind: kindTimeout, code: "upstream_timeout", message: "The model server did not answer in time.", final: true}
+	case errors.Is(err, serving.ErrHopLimit):
+		return &failure{status: http.StatusLoopDetected, kind: kindServer, code: "hop_limit", message: "The request has passed too many nodes.", final: true}
+	case errors.Is(err, serving.ErrTruncated):
+		return &failure{status: http.StatusBadGateway, kind: kindServer, code: "upstream_truncated", message: "The model server ended its answer early.", final: true}
+	case errors.Is(err, serving.ErrUpstreamFailed):
+		return &failure{status: http.StatusBadGateway, kind: kindServer, code: "upstream_failed", message: "The model server failed to answer.", final: true}
+	case errors.Is(err, context.Canceled):
+		return nil
+	}
+	return &failure{status: http.StatusInternalServerError, kind: kindServer, code: "internal_error", message: "The server had an error while processing your request."}
+}
+
+func badKey(message string) *failure {
+	return invalid(http.StatusUnauthorized, "invalid_api_key", message)
+}
+
+// upstreamSays passes an upstream's refusal on: status, body and what of its
+// header the pipeline kept. A body that has not OpenAI's shape is put into it.
+func upstreamSays(e *serving.StatusError) *failure {
+	f := &failure{
+		status: e.Status, kind: kindInvalid, code: "upstream_refused", header: e.Header,
+		upstream: e.Upstream, site: e.Site, attempts: e.Attempts,
+		message: "The model server refused the request.",
+	}
+	switch e.Status {
+	case http.StatusRequestTimeout, http.StatusConflict, http.StatusTooManyRequests:
+	default:
+		f.final = true
+	}
+	if e.Status == http.StatusTooManyRequests {
+		f.kind = "rate_limit_error"
+	}
+	var shaped struct {
+		Error json.RawMessage `json:"error"`
+	}
+	switch err := json.Unmarshal(e.Body, &shaped); {
+	case err == nil && len(shaped.Error) > 0 && shaped.Error[0] == '{':
+		f.body = e.Body
+	case len(bytes.TrimSpace(e.Body)) > 0:
+		f.message = printable(string(bytes.TrimSpace(e.Body)))
+	}
+	return f
+}
+
+// printable makes a client's or an upstream's text fit for a message.
+func printable(s string) string {
+	const limit = 1000
+	if len(s) > limit {
+		s = s[:limit] + "…"
+	}
+	return strings.ToValidUTF8(s, "�")
+}
+
+// json is the error in OpenAI's shape.
+func (f *failure) json() []byte {
+	if f.body != nil {
+		return f.body
+	}
+	var shape struct {
+		Error struct {
+			Message string  `json:"message"`
+			Type    string  `json:"type"`
+			Param   *string `json:"param"`
+			Code    string  `json:"code"`
+		} `json:"error"`
+	}
+	shape.Error.Message, shape.Error.Type, shape.Error.Code = f.message, f.kind, f.code
+	if f.param != "" {
+		shape.Error.Param = &f.param
+	}
+	b, err := json.Marshal(shape)
+	if err != nil { // strings always marshal
+		panic(err)
+	}
+	return b
+}
+
+// event is the error inside a stream. An upstream's body may span lines, which
+// an event's data must not.
+func (f *failure) event() []byte {
+	var b bytes.Buffer
+	b.WriteString("data: ")
+	if json.Compact(&b, f.json()) != nil {
+		b.Truncate(len("data: "))
+		b.Write((&failure{kind: f.kind, code: f.code, message: f.message}).json())
+	}
+	b.WriteString("\n\n")
+	return b.Bytes()
+}
+
+// write sends the error in place of an answer. Nothing may have been sent.
+func (f *failure) write(w http.ResponseWriter, head bool) error {
+	h := w.Header()
+	for k, v := range f.header {
+		h[k] = v
+	}
+	body := f.json()
+	h["Content-Type"] = jsonType
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	if f.retryAfter > 0 {
+		h["Retry-After"] = []string{strconv.Itoa(int(math.Ceil(f.retryAfter.Seconds())))}
+	}
+	if f.final {
+		h["X-Should-Retry"] = []string{"false"}
+	}
+	if f.hangUp {
+		h["Connection"] = closeConnection
+	}
+	if f.status == http.StatusUnauthorized {
+		h["Www-Authenticate"] = []string{"Bearer"}
+	}
+	w.WriteHeader(f.status)
+	if head {
+		return nil
+	}
+	_, err := w.Write(body)
+	return err
+}
+
+var jsonType = []string{"application/json"}

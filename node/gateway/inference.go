@@ -1,0 +1,220 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+// exchange is one request and its answer. infer follows the request,
+// answer.go is its other half, a serving.Sink.
+type exchange struct {
+	g     *Gateway
+	w     http.ResponseWriter
+	r     *http.Request
+	rc    *http.ResponseController
+	door  door
+	start time.Time
+	id    string // X-Request-Id
+	held  int64  // bytes of Gateway.held
+
+	// mu guards all below and every use of w and rc while the pipeline works:
+	// the sink's calls and the keep-alive timer take turns. It is held during
+	// writes to the client, each of which ends within Options.WriteTimeout.
+	mu      sync.Mutex
+	started bool  // the status line is out
+	headed  bool  // Head was called
+	stream  bool  // the answer is one
+	ended   bool  // the pipeline is done; a late timer finds this
+	status  int   // sent
+	gone    error // why the client can't be reached
+	idle    *time.Timer
+	writeBy time.Time // deadline that w has
+}
+
+// infer answers a request for a model, and counts it.
+func (x *exchange) infer(rt *route, index int) {
+	g, cfg := x.g, x.g.config()
+	table := g.metrics.table(cfg)
+	asked := table.unknown
+	x.identify()
+	if int(g.inFlight.Add(1)) > cfg.Limits.InFlight {
+		g.inFlight.Add(-1)
+		x.refuse(g.shed(shedInFlight))
+		g.metrics.done(asked, index, http.StatusServiceUnavailable, x.start)
+		return
+	}
+	defer g.inFlight.Add(-1)
+	defer x.release()
+
+	req, f := x.request(rt, cfg.Limits.BodyBytes)
+	if f != nil {
+		status := f.status
+		if x.r.Context().Err() != nil {
+			status = statusGone
+		}
+		x.refuse(f)
+		g.metrics.done(asked, index, status, x.start)
+		return
+	}
+	if known, ok := table.byName[req.Model]; ok {
+		asked = known
+	}
+	if !mayUse(&req.Principal, req.Model) {
+		x.refuse(unknownModel(req.Model))
+		g.metrics.done(asked, index, http.StatusNotFound, x.start)
+		return
+	}
+	status, abort := x.answer(req)
+	g.metrics.done(asked, index, status, x.start)
+	if abort {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// identify names the request and us in the answer's header, whatever it will be.
+func (x *exchange) identify() {
+	x.id = first(x.r.Header, "X-Request-Id")
+	if !saneID(x.id) {
+		x.id = fmt.Sprintf("req_%016x%016x", rand.Uint64(), rand.Uint64()) //nolint:gosec // a name, not a secret
+	}
+	h := x.w.Header()
+	h["X-Request-Id"] = []string{x.id}
+	h["X-Dsnode-Site"] = x.g.site
+	h["X-Dsnode-Node"] = x.g.node
+}
+
+// saneID: what may stand in headers and logs, here and upstream.
+func saneID(id string) bool {
+	if id == "" || len(id) > 128 {
+		return false
+	}
+	for i := range len(id) {
+		if c := id[i]; c <= ' ' || c > '~' || c == '"' || c == '\\' {
+			return false
+		}
+	}
+	return true
+}
+
+// request reads and checks what the client sent.
+func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) {
+	who, hops, f := x.admit()
+	if f != nil {
+		return nil, f
+	}
+	body, f := x.readBody(limit)
+	if f != nil {
+		return nil, f
+	}
+	full := rt.endpoint == "/v1/chat/completions" || rt.endpoint == "/v1/completions"
+	read, err := scan(body, full)
+	if err != nil {
+		return nil, explain(err, "")
+	}
+	req := &serving.Request{
+		ID: x.id, Endpoint: rt.endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
+		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
+		Header: forwarded(x.r.Header), Principal: who, Hops: hops,
+	}
+	if n, err := strconv.Atoi(first(x.r.Header, "X-Stainless-Retry-Count")); err == nil && n > 0 {
+		req.RetryCount = n
+	}
+	return req, nil
+}
+
+// forwarded keeps the headers that are the upstream's business. The values are
+// shared with the request: nobody changes them.
+func forwarded(h http.Header) http.Header {
+	out := make(http.Header, 4)
+	for _, k := range [...]string{
+		"User-Agent", "Accept", "Accept-Language", "Openai-Beta", "Anthropic-Version", "Anthropic-Beta", "Traceparent", "Tracestate",
+	} {
+		if v, ok := h[k]; ok {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// answer lets the pipeline answer and tells what came of it: the status for the
+// metrics (for a stream that failed on its way, what the failure would have
+// been), and whether the connection must be cut, the only way to say that what
+// was sent is not whole.
+func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
+	if req.Stream && x.door == clients {
+		x.holdHeaders()
+	}
+	err := x.g.o.Server.Serve(x.r.Context(), req, x)
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.ended = true
+	if x.idle != nil {
+		x.idle.Stop()
+	}
+	if err == nil && !x.headed {
+		err = errNoAnswer
+	}
+	if err == nil {
+		return x.status, false
+	}
+	f := explain(err, req.Model)
+	if f == nil || x.gone != nil || x.r.Context().Err() != nil {
+		return statusGone, true
+	}
+	x.logFailure(f, req, err)
+	switch {
+	case !x.started:
+		x.send(f)
+	case x.stream:
+		x.extendWrite(time.Now())
+		if _, err := x.w.Write(f.event()); err != nil {
+			return f.status, true
+		}
+	default:
+		return f.status, true
+	}
+	return f.status, false
+}
+
+func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
+	level := slog.LevelInfo
+	if f.status >= http.StatusInternalServerError {
+		level = slog.LevelWarn
+	}
+	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
+		slog.String("request", x.id), slog.String("endpoint", req.Endpoint), slog.String("model", printable(req.Model)),
+		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("error", err))
+}
+
+// refuse sends an error before the pipeline was asked.
+func (x *exchange) refuse(f *failure) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.send(f)
+}
+
+// send writes an error answer; x.mu is held.
+func (x *exchange) send(f *failure) {
+	h := x.w.Header()
+	if x.door == peers {
+		h[HeaderError] = []string{f.code}
+	}
+	if f.upstream != "" {
+		h["X-Dsnode-Upstream"] = []string{f.upstream}
+		h["X-Dsnode-Attempts"] = []string{strconv.Itoa(f.attempts)}
+		if f.site != "" {
+			h["X-Dsnode-Site"] = []string{f.site}
+		}
+	}
+	x.extendWrite(time.Now())
+	x.started = true
+	_ = f.write(x.w, x.r.Method == http.MethodHead) // a client that has gone can't be told
+}

@@ -1,0 +1,83 @@
+package gateway
+
+import (
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// NewHTTPServer gives an http.Server for h with the limits that hold before a
+// handler runs. It has no write timeout, which would cut streams: each write
+// has its own deadline. ReadTimeout is absent for the same reason: net/http
+// would end the wait for an answer with it. headerBytes is read once, at start.
+func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    headerBytes,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+}
+
+// Listen bounds ln to the configured number of connections (limits.connections,
+// read at each accept). One too many is told so in plain HTTP and closed, at
+// once: waiting in the kernel's queue would look like a hang. Put TLS above it;
+// a TLS client sees a closed connection.
+func (g *Gateway) Listen(ln net.Listener, tls bool) net.Listener {
+	return &boundedListener{
+		Listener: ln, g: g, tls: tls,
+	}
+}
+
+type boundedListener struct {
+	net.Listener
+	g    *Gateway
+	tls  bool
+	open atomic.Int64
+}
+
+func (l *boundedListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if int(l.open.Add(1)) <= l.g.config().Limits.Connections {
+			return &boundedConn{Conn: c, open: &l.open}, nil
+		}
+		l.open.Add(-1)
+		f := l.g.shed(shedConnections)
+		if !l.tls {
+			body := string(f.json())
+			_ = c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond)) // a new socket's buffer is empty
+			_, _ = c.Write([]byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
+				strconv.Itoa(len(body)) + "\r\n\r\n" + body))
+		}
+		_ = c.Close()
+	}
+}
+
+type boundedConn struct {
+	net.Conn
+	once sync.Once
+	open *atomic.Int64
+}
+
+func (c *boundedConn) Close() error {
+	c.once.Do(func() { c.open.Add(-1) })
+	return c.Conn.Close()
+}
+
+// CloseWrite lets net/http end an answer to a client that is still sending,
+// without a reset that would lose the answer.
+func (c *boundedConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return nil
+}
