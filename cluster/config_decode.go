@@ -172,14 +172,16 @@ func (s *ConfigSource) decode(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	if !s.plain(n, p) {
 		return
 	}
-	switch {
-	case v.Addr().Type().Implements(reflect.TypeFor[encoding.TextUnmarshaler]()):
-		s.decodeText(n, v, p)
-	case v.Kind() == reflect.Struct:
+	if text, ok := v.Addr().Interface().(encoding.TextUnmarshaler); ok {
+		s.decodeText(n, text, p)
+		return
+	}
+	switch v.Kind() {
+	case reflect.Struct:
 		s.decodeStruct(n, v, p)
-	case v.Kind() == reflect.Map:
+	case reflect.Map:
 		s.decodeMap(n, v, p)
-	case v.Kind() == reflect.Slice:
+	case reflect.Slice:
 		s.decodeSlice(n, v, p)
 	default:
 		s.decodeScalar(n, v, p)
@@ -331,13 +333,12 @@ func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, ke
 	}
 }
 
-func (s *ConfigSource) decodeText(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *ConfigSource) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p ConfigPath) {
 	if n.Kind != yaml.ScalarNode {
 		s.Reject(p, "wants one value, not "+kindOf(n), "")
 		return
 	}
-	//nolint:forcetypeassert // decode has asked whether it implements it
-	if err := v.Addr().Interface().(encoding.TextUnmarshaler).UnmarshalText([]byte(n.Value)); err != nil {
+	if err := out.UnmarshalText([]byte(n.Value)); err != nil {
 		message, hint, _ := strings.Cut(err.Error(), "; ")
 		s.Reject(p, message, hint)
 	}

@@ -111,7 +111,7 @@ func TestParseConfigSpeaksAllTheWordsAtOnce(t *testing.T) {
 			_, err = ParseConfig("cluster.yaml", text)
 			got := fmt.Sprintln(err)
 			if os.Getenv("DSNODE_UPDATE_GOLDEN") != "" {
-				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil { //nolint:gosec // a test's own data
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
 					t.Fatal(err)
 				}
 			}

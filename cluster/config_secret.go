@@ -97,7 +97,11 @@ func newFileError(path string, err error) error {
 	case errors.Is(err, fs.ErrPermission):
 		return &fileError{"the file " + path + " may not be read; let the user that runs dsnode read it", err}
 	}
-	return &fileError{fmt.Sprintf("the file %s cannot be read: %v", path, err), err}
+	reason := err
+	if pathErr := (*fs.PathError)(nil); errors.As(err, &pathErr) {
+		reason = pathErr.Err // the path has been said
+	}
+	return &fileError{fmt.Sprintf("the file %s cannot be read: %v", path, reason), err}
 }
 
 // CheckLocal checks what only a site's own nodes can know: that the secrets of

@@ -1,0 +1,170 @@
+// Package deploy holds what operators start from; its tests prove that it works.
+package deploy
+
+import (
+	"bytes"
+	"encoding/base64"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.yaml.in/yaml/v4"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node"
+)
+
+func TestClusterSampleLoadsAndShowsEveryKey(t *testing.T) {
+	text, err := os.ReadFile("cluster.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := cluster.ParseConfig("cluster.yaml", text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Timeouts != cluster.DefaultTimeouts() || c.Limits != cluster.DefaultLimits() || c.Timing.Heartbeat.D() != cluster.DefaultHeartbeat || c.Access.Anonymous {
+		t.Errorf("the sample is not at its defaults: %+v, %+v, %+v, %+v", c.Timeouts, c.Limits, c.Timing, c.Access)
+	}
+	if c.Sites["shanghai-a"] != (cluster.Site{City: "shanghai", Priority: 1, RPOTarget: cluster.DefaultRPOTarget, RTOTarget: cluster.DefaultRTOTarget}) {
+		t.Errorf("site: %+v", c.Sites["shanghai-a"])
+	}
+	if u := c.Upstreams["a-vllm"]; u.MaxConcurrency != cluster.DefaultMaxConcurrency || u.Discover != cluster.DiscoverOff {
+		t.Errorf("upstream: %+v", u)
+	}
+	wantEveryKey(t, text, reflect.TypeFor[cluster.Config]())
+}
+
+func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
+	text, err := os.ReadFile("node.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantEveryKey(t, text, reflect.TypeFor[node.Config]())
+
+	dir := t.TempDir()
+	write := func(name string, data []byte) {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	caCert, caKey, err := cluster.NewCA("dev", 2*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("ca.pem", caCert)
+	for _, name := range []string{"node", "api", "admin"} {
+		cert, key, err := cluster.Issue(caCert, caKey, cluster.Identity{Cluster: "dev", Site: "shanghai-a", Node: "shanghai-a-1"}, []string{"10.0.0.5"}, time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(name+".pem", cert)
+		write(name+".key", key)
+	}
+	key := []byte(base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{7}, 32)))
+	write("gossip.key", key)
+	write("operator.key", key)
+	write("admin.token", []byte("token\n"))
+	write("node.yaml", text)
+	c, err := node.LoadConfig(filepath.Join(dir, "node.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	// Where the comments promise a default, leaving the key out gives the same.
+	short, err := node.ParseConfig("short", []byte(`
+version: 1
+cluster: dev
+name: shanghai-a-1
+site: shanghai-a
+api: {tls: {cert_file: api.pem, key_file: api.key}}
+admin: {token_file: admin.token, tls: {cert_file: admin.pem, key_file: admin.key}}
+metrics: {bind: "10.0.0.5:9090"}
+gossip: {advertise: "10.0.0.5:7956", key_file: gossip.key}
+rpc: {advertise: "10.0.0.5:7957", tls: {cert_file: node.pem, key_file: node.key, ca_file: ca.pem}}
+seeds: ["10.0.0.6:7957", "10.1.0.5:7957", "10.2.0.5:7957"]
+operator_key: {file: operator.key}
+`), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(*short, *c, cmpopts.IgnoreUnexported(node.Config{})); diff != "" {
+		t.Errorf("-defaults +sample:\n%s", diff)
+	}
+}
+
+// wantEveryKey checks that a sample mentions each key that its type has, at
+// the place where it belongs.
+func wantEveryKey(t *testing.T, text []byte, typ reflect.Type) {
+	t.Helper()
+	var tree any
+	if err := yaml.Load(text, &tree); err != nil {
+		t.Fatal(err)
+	}
+	shown := map[string]bool{}
+	collect("", tree, typ, shown)
+	wanted := map[string]bool{}
+	keys("", typ, wanted)
+	for key := range wanted {
+		// A secret shows one of its two forms, by nature.
+		if !shown[key] && !strings.HasSuffix(key, ".env") && !strings.HasSuffix(key, ".file") {
+			t.Errorf("the sample doesn't show %s", key)
+		}
+	}
+	if len(wanted) < 20 {
+		t.Errorf("found only %d keys in %s", len(wanted), typ)
+	}
+}
+
+// keys lists a type's keys; entries of maps and lists share the step "*".
+func keys(at string, typ reflect.Type, out map[string]bool) {
+	switch typ.Kind() {
+	case reflect.Map, reflect.Slice:
+		keys(at+".*", typ.Elem(), out)
+	case reflect.Struct:
+		if typ == reflect.TypeFor[cluster.Timeouts]() && at != ".timeouts" {
+			return // the same four everywhere; shown once
+		}
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			name, _, _ := strings.Cut(f.Tag.Get("yaml"), ",")
+			if !f.IsExported() || name == "-" {
+				continue
+			}
+			out[at+"."+name] = true
+			keys(at+"."+name, f.Type, out)
+		}
+	default:
+	}
+}
+
+// collect lists the keys that a file shows, in the form of keys.
+func collect(at string, value any, typ reflect.Type, out map[string]bool) {
+	switch value := value.(type) {
+	case map[string]any:
+		for k, v := range value {
+			step, next := k, reflect.Type(nil)
+			switch typ.Kind() {
+			case reflect.Map:
+				step, next = "*", typ.Elem()
+			default:
+				for i := range typ.NumField() {
+					if name, _, _ := strings.Cut(typ.Field(i).Tag.Get("yaml"), ","); name == k {
+						next = typ.Field(i).Type
+					}
+				}
+			}
+			out[at+"."+step] = true
+			collect(at+"."+step, v, next, out)
+		}
+	case []any:
+		for _, v := range value {
+			collect(at+".*", v, typ.Elem(), out)
+		}
+	}
+}

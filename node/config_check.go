@@ -1,0 +1,344 @@
+package node
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+const maxSeeds = 64
+
+// configCheck is the list of rules for node.yaml's text.
+type configCheck struct {
+	*Config
+	src *cluster.ConfigSource
+}
+
+func (c *configCheck) all() {
+	switch {
+	case !c.src.Has(cluster.At("version")):
+		c.missing(cluster.At("version"), "write version: 1")
+	case c.Version != 1:
+		c.reject(cluster.At("version"), "write version: 1", "version %d is not supported", c.Version)
+	}
+	c.name("cluster", c.Cluster, "write the name that the certificates were issued for")
+	c.name("name", c.Name, "write a name of its own for each node, such as shanghai-a-1")
+	c.name("site", c.Site, "write the site's name in cluster.yaml")
+	c.required(cluster.At("data_dir"), c.DataDir, "write the directory for what the node keeps")
+
+	c.rpc()
+	c.gossip()
+	c.api()
+	c.admin()
+	if c.Metrics.Bind != "" {
+		c.bind("metrics", c.Metrics.Bind)
+	}
+	c.portsApart()
+	c.seeds()
+	c.operatorKey()
+	c.within(cluster.At("shutdown", "delay"), c.Shutdown.Delay, 10*time.Minute)
+	c.within(cluster.At("shutdown", "grace"), c.Shutdown.Grace, time.Hour)
+	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
+		c.reject(cluster.At("log", "level"), "write one of "+strings.Join(levels, ", "), "%q is not a level", c.Log.Level)
+	}
+}
+
+func (c *configCheck) reject(p cluster.ConfigPath, hint, format string, args ...any) {
+	c.src.Reject(p, fmt.Sprintf(format, args...), hint)
+}
+
+func (c *configCheck) missing(p cluster.ConfigPath, hint string) {
+	what := "is missing"
+	if c.src.Has(p) {
+		what = "is empty"
+	}
+	c.src.Reject(p, what, hint)
+}
+
+func (c *configCheck) required(p cluster.ConfigPath, value, hint string) {
+	if value == "" {
+		c.missing(p, hint)
+	}
+}
+
+func (c *configCheck) name(key, value, hint string) {
+	switch p := cluster.At(key); {
+	case value == "":
+		c.missing(p, hint)
+	case !cluster.ValidName(value):
+		c.reject(p, cluster.NameHint, "%q cannot be a name", value)
+	}
+}
+
+func (c *configCheck) within(p cluster.ConfigPath, d cluster.Duration, most time.Duration) {
+	if d < 0 || d.D() > most {
+		c.reject(p, "write a time from 0s to "+cluster.Duration(most).String(), "%s is out of range", d)
+	}
+}
+
+func (c *configCheck) rpc() {
+	at := cluster.At("rpc")
+	c.RPC.Advertise = c.advertise("rpc", c.RPC.Bind, c.RPC.Advertise)
+	const hint = "write the files that dsnode tls issue has made for this node"
+	c.required(at.At("tls", "cert_file"), c.RPC.TLS.CertFile, hint)
+	c.required(at.At("tls", "key_file"), c.RPC.TLS.KeyFile, hint)
+	c.required(at.At("tls", "ca_file"), c.RPC.TLS.CAFile, "write the certificate that dsnode tls ca has made")
+}
+
+func (c *configCheck) gossip() {
+	c.Gossip.Advertise = c.advertise("gossip", c.Gossip.Bind, c.Gossip.Advertise)
+	c.required(cluster.At("gossip", "key_file"), c.Gossip.KeyFile, gossipKeyHint)
+}
+
+func (c *configCheck) api() {
+	c.API.Advertise = c.advertiseLike("api", c.API.Bind, c.API.Advertise)
+	c.serverTLS(cluster.At("api", "tls"), c.API.TLS)
+}
+
+func (c *configCheck) admin() {
+	c.Admin.Advertise = c.advertiseLike("admin", c.Admin.Bind, c.Admin.Advertise)
+	c.serverTLS(cluster.At("admin", "tls"), c.Admin.TLS)
+	host, _, ok := splitAddress(c.Admin.Bind)
+	if !ok || isLoopback(host) || c.Admin.TokenFile != "" && c.Admin.TLS.On() {
+		return
+	}
+	lacks := "no token_file and no tls"
+	switch {
+	case c.Admin.TokenFile != "":
+		lacks = "no tls"
+	case c.Admin.TLS.On():
+		lacks = "no token_file"
+	}
+	c.reject(cluster.At("admin", "bind"), "write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1",
+		"others than this machine can reach %s, and there is %s", c.Admin.Bind, lacks)
+}
+
+func (c *configCheck) serverTLS(at cluster.ConfigPath, t ServerTLS) {
+	if (t.CertFile == "") != (t.KeyFile == "") {
+		c.reject(at, "write both, or none for plain HTTP", "cert_file and key_file go together")
+	}
+}
+
+// bind checks an address to listen on.
+func (c *configCheck) bind(section, bind string) (host string, port int, ok bool) {
+	p := cluster.At(section, "bind")
+	if bind == "" {
+		c.missing(p, "write host:port, such as 127.0.0.1:8080, or remove the key for the default")
+		return "", 0, false
+	}
+	host, port, ok = splitAddress(bind)
+	if !ok {
+		c.reject(p, "write host:port, such as 0.0.0.0:8080 or [::1]:8080", "%q is not an address", bind)
+	}
+	return host, port, ok
+}
+
+// advertise gives how peers reach a port: as written, or the bind address when
+// that can be dialled.
+func (c *configCheck) advertise(section, bind, advertise string) string {
+	host, port, ok := c.bind(section, bind)
+	if !ok {
+		return advertise
+	}
+	if advertise != "" {
+		return c.writtenAdvertise(section, advertise, port)
+	}
+	if isWildcard(host) {
+		c.reject(cluster.At(section, "advertise"), fmt.Sprintf("write the address under which other nodes reach this one, such as advertise: %s",
+			net.JoinHostPort("10.0.0.5", strconv.Itoa(port))), "is missing, and bind %s is no address that can be dialled", bind)
+		return ""
+	}
+	return bind
+}
+
+// advertiseLike is advertise for the ports that peers don't dial: on a
+// wildcard the host is rpc's.
+func (c *configCheck) advertiseLike(section, bind, advertise string) string {
+	host, port, ok := c.bind(section, bind)
+	switch {
+	case !ok:
+		return advertise
+	case advertise != "":
+		return c.writtenAdvertise(section, advertise, port)
+	case !isWildcard(host):
+		return bind
+	}
+	host, _, ok = splitAddress(c.RPC.Advertise)
+	if !ok {
+		return "" // rpc has a problem of its own
+	}
+	return net.JoinHostPort(host, strconv.Itoa(port))
+}
+
+func (c *configCheck) writtenAdvertise(section, advertise string, bound int) string {
+	p := cluster.At(section, "advertise")
+	host, port, ok := splitAddress(advertise)
+	switch {
+	case !ok:
+		c.reject(p, "write host:port, such as 10.0.0.5:8080 or node1.example.org:8080", "%q is not an address", advertise)
+	case isWildcard(host):
+		c.reject(p, "write a host that other nodes can dial", "%q is no address that can be dialled", advertise)
+	case port == 0:
+		return net.JoinHostPort(host, strconv.Itoa(bound))
+	}
+	return advertise
+}
+
+// portsApart refuses two doors on one tcp port, which would fail at start with
+// fewer words.
+func (c *configCheck) portsApart() {
+	type door struct {
+		section, host string
+		port          int
+	}
+	var doors []door
+	for _, d := range []struct{ section, bind string }{
+		{"api", c.API.Bind}, {"admin", c.Admin.Bind}, {"metrics", c.Metrics.Bind}, {"gossip", c.Gossip.Bind}, {"rpc", c.RPC.Bind},
+	} {
+		host, port, ok := splitAddress(d.bind)
+		if !ok || port == 0 {
+			continue
+		}
+		for _, o := range doors {
+			if o.port == port && (o.host == host || isWildcard(o.host) || isWildcard(host)) {
+				c.reject(cluster.At(d.section, "bind"), "give each its own", "port %d is already that of %s.bind", port, o.section)
+				break
+			}
+		}
+		doors = append(doors, door{d.section, host, port})
+	}
+}
+
+func (c *configCheck) seeds() {
+	if len(c.Seeds) > maxSeeds {
+		c.reject(cluster.At("seeds"), "name a few nodes of each site", "has %d entries, more than the limit of %d", len(c.Seeds), maxSeeds)
+		return
+	}
+	for i, s := range c.Seeds {
+		p := cluster.At("seeds", i)
+		host, port, ok := splitAddress(s)
+		switch {
+		case !ok || isWildcard(host) || port == 0:
+			c.reject(p, "write the rpc address of another node, such as 10.0.0.6:7957", "%q is not an address", s)
+		case slices.Contains(c.Seeds[:i], s):
+			c.reject(p, "remove it", "%q stands here a second time", s)
+		}
+	}
+}
+
+func (c *configCheck) operatorKey() {
+	p := cluster.At("operator_key")
+	const hint = "write {file: PATH} or {env: NAME}"
+	switch k := c.OperatorKey; {
+	case k.IsZero():
+		c.missing(p, hint+"; the key has 32 random bytes in base64, as head -c 32 /dev/urandom | base64 prints them")
+	case k.Env != "" && k.File != "":
+		c.reject(p, hint+", not both", "has both env and file")
+	}
+}
+
+// splitAddress reads host:port. An empty host is a wildcard.
+func splitAddress(s string) (host string, port int, ok bool) {
+	host, text, err := net.SplitHostPort(s)
+	if err != nil || text == "" || len(text) > 5 || strings.Trim(text, "0123456789") != "" {
+		return "", 0, false
+	}
+	port, err = strconv.Atoi(text)
+	if err != nil || port > 65535 || !validHost(host) {
+		return "", 0, false
+	}
+	return host, port, true
+}
+
+func validHost(host string) bool {
+	if _, err := netip.ParseAddr(host); err == nil || host == "" {
+		return true
+	}
+	if len(host) > 253 || strings.HasPrefix(host, ".") || strings.Contains(host, "..") {
+		return false
+	}
+	return !strings.ContainsFunc(host, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && r != '-' && r != '.' && r != '_'
+	})
+}
+
+func isWildcard(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "" || err == nil && ip.IsUnspecified()
+}
+
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+// ErrGossipKey is a gossip key that is none.
+var ErrGossipKey = errors.New("not a gossip key")
+
+const (
+	gossipKeySize = 32
+	gossipKeyHint = "write a file with 32 random bytes in base64, the same on all nodes, as head -c 32 /dev/urandom | base64 prints them"
+)
+
+// ParseGossipKey reads 32 bytes in base64; white space around them is ignored.
+func ParseGossipKey(text []byte) ([]byte, error) {
+	key, err := base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(string(text)))
+	if err != nil || len(key) != gossipKeySize {
+		return nil, fmt.Errorf("%w: want %d bytes in base64", ErrGossipKey, gossipKeySize)
+	}
+	return key, nil
+}
+
+// checkFiles rejects what is wrong with the files and variables that the
+// configuration names.
+func (c *Config) checkFiles(src *cluster.ConfigSource) {
+	at := cluster.At("rpc", "tls")
+	if t := c.RPC.TLS; t.CertFile != "" && t.KeyFile != "" {
+		if pair, ok := src.CheckKeyPair(at, t.CertFile, t.KeyFile, readBounded); ok {
+			id, err := cluster.ParseIdentity(pair.Leaf)
+			want := cluster.Identity{Cluster: c.Cluster, Site: c.Site, Node: c.Name}
+			const hint = "issue one for this node with dsnode tls issue, or correct cluster, site and name"
+			switch {
+			case err != nil:
+				src.Reject(at.At("cert_file"), err.Error(), hint)
+			case want.Validate() != nil:
+				// The names have a problem of their own.
+			case id != want:
+				src.Reject(at.At("cert_file"), fmt.Sprintf("the certificate is for %s, not for %s", id, want), hint)
+			}
+		}
+	}
+	if c.RPC.TLS.CAFile != "" {
+		src.CheckCA(at.At("ca_file"), c.RPC.TLS.CAFile, readBounded)
+	}
+	for section, t := range map[string]ServerTLS{"api": c.API.TLS, "admin": c.Admin.TLS} {
+		if t.CertFile != "" && t.KeyFile != "" {
+			src.CheckKeyPair(cluster.At(section, "tls"), t.CertFile, t.KeyFile, readBounded)
+		}
+	}
+	if c.Admin.TokenFile != "" {
+		src.CheckSecret(cluster.At("admin", "token_file"), cluster.Secret{File: c.Admin.TokenFile}, os.LookupEnv, readBounded)
+	}
+	if c.Gossip.KeyFile != "" {
+		if text, ok := src.CheckFile(cluster.At("gossip", "key_file"), c.Gossip.KeyFile, readBounded); ok {
+			if _, err := ParseGossipKey(text); err != nil {
+				src.Reject(cluster.At("gossip", "key_file"), "the file "+c.Gossip.KeyFile+" holds no gossip key", gossipKeyHint)
+			}
+		}
+	}
+	if ref := (keyring.KeyRef{Env: c.OperatorKey.Env, File: c.OperatorKey.File}); (ref.Env == "") != (ref.File == "") {
+		if _, err := keyring.LoadOperatorKey(ref); err != nil {
+			src.Reject(cluster.At("operator_key"), err.Error(), "")
+		}
+	}
+}
