@@ -31,7 +31,10 @@ const (
 // writeFiles makes certificates, keys, cluster.yaml and every node.yaml.
 func (l *Lab) writeFiles() {
 	l.t.Helper()
-	l.text = l.clusterYAML()
+	l.text = l.ConfigFor(l.Sites...)
+	if l.top.Alone {
+		l.text = l.ConfigFor(l.Sites[0])
+	}
 	if l.top.Cluster != nil {
 		l.text = l.top.Cluster(l.text)
 	}
@@ -69,24 +72,25 @@ func (l *Lab) write(name string, content []byte) {
 	}
 }
 
-func (l *Lab) clusterYAML() string {
+// ConfigFor is a cluster.yaml for these sites, each with its model server.
+func (l *Lab) ConfigFor(sites ...*Site) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	line("version: 1")
 	line("access: {anonymous: true} # nobody else is in these networks")
 	line("sites:")
-	for i, s := range l.Sites {
-		line("  %s: {city: %s, priority: %d}", s.Name, s.City, i+1)
+	for _, s := range sites {
+		line("  %s: {city: %s, priority: %d}", s.Name, s.City, s.Index+1)
 	}
 	line("upstreams:")
-	for _, s := range l.Sites {
+	for _, s := range sites {
 		line("  %s: {site: %s, url: %q}", s.Model.name(), s.Name, s.Model.url())
 	}
 	line("models:")
 	for name, upstream := range map[string]string{FastModel: "m", SlowModel: "m@first=20ms,rate=20,tokens=60"} {
 		line("  %s:", name)
 		line("    serve:")
-		for _, s := range l.Sites {
+		for _, s := range sites {
 			line("      - {upstream: %s, model: %q}", s.Model.name(), upstream)
 		}
 	}

@@ -32,8 +32,9 @@ type Topology struct {
 	Cluster func(text string) string
 	// Node changes a node.yaml before it is written.
 	Node func(*node.Config)
-	// Grow leaves all but the first node of the first site unstarted.
-	Grow bool
+	// Alone starts the first node of the first site only, with a configuration
+	// that knows no other site: what a cluster grows from.
+	Alone bool
 }
 
 // RoundTrip is a link with half of a round trip's time in each direction.
@@ -105,7 +106,7 @@ func Start(t testing.TB, top Topology) *Lab {
 	}
 	l.Observer = newObserver(l)
 	l.Observer.start()
-	if top.Grow {
+	if top.Alone {
 		l.Sites[0].Nodes[0].Start()
 	} else {
 		for _, n := range l.Nodes() {
@@ -113,9 +114,7 @@ func Start(t testing.TB, top Topology) *Lab {
 		}
 	}
 	l.bootstrap()
-	if !top.Grow { // one site of three can't be healthy
-		l.WaitHealthy(startWithin)
-	}
+	l.WaitHealthy(startWithin)
 	return l
 }
 

@@ -128,6 +128,13 @@ func (r *Running) Stop() []Result {
 	return r.results
 }
 
+// Count is how many requests have ended so far.
+func (r *Running) Count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.results)
+}
+
 // Failed are the results with an error, of the sites named or of all.
 func Failed(results []Result, sites ...string) []Result {
 	var failed []Result

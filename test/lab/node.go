@@ -225,6 +225,16 @@ func (n *Node) Status(ctx context.Context) (admin.Status, error) {
 	return s, nil
 }
 
+// ApplyConfig proposes a new cluster.yaml through this node.
+func (n *Node) ApplyConfig(ctx context.Context, text string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, n.AdminURL()+"/admin/v1/config?author=lab", strings.NewReader(text))
+	if err != nil {
+		return err
+	}
+	_, err = n.ask(req)
+	return err
+}
+
 // Metrics are the node's samples by series, as on the page:
 // `dsnode_primary{site="beijing"}`.
 func (n *Node) Metrics(ctx context.Context) (map[string]float64, error) {

@@ -1,0 +1,111 @@
+//go:build linux
+
+package test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node"
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+var errStillQuorum = errors.New("it still says healthy or quorum")
+
+// Every node in turn, killed and brought back, at the same or other addresses,
+// then all of them in a random order: the cluster is healthy again by itself.
+func TestAnyNodeComesBack(t *testing.T) {
+	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
+	for _, n := range l.Nodes() {
+		n.Restart()
+		t.Logf("%s killed and restarted: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+		n.RestartWithNewPorts()
+		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+	}
+	for range 3 {
+		nodes := l.Nodes()
+		for _, n := range nodes {
+			n.Kill()
+		}
+		l.Random.Shuffle(len(nodes), func(i, j int) { nodes[i], nodes[j] = nodes[j], nodes[i] })
+		var order []string
+		for _, n := range nodes {
+			n.Start()
+			order = append(order, n.Name)
+		}
+		t.Logf("all killed, started as %v: healthy after %v", order, l.WaitHealthy(20*time.Second))
+	}
+}
+
+// draining gives load balancers time to notice.
+func draining(c *node.Config) {
+	c.Shutdown.Delay = cluster.Duration(time.Second)
+	c.Shutdown.Grace = cluster.Duration(15 * time.Second)
+}
+
+func TestRollingRestartLosesNoRequest(t *testing.T) {
+	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Node: draining})
+	rolling := load(l)
+	rolling.Balanced = true
+	running := l.StartLoad(rolling)
+	await(t, running, 600)
+	for _, n := range l.Nodes() {
+		begun := time.Now()
+		n.Terminate(25 * time.Second)
+		drained := time.Since(begun)
+		n.Start()
+		t.Logf("%s drained in %v, healthy again %v later", n.Name, drained, l.WaitHealthy(15*time.Second))
+		await(t, running, 300)
+	}
+	wantNoFailure(t, running.Stop(), false)
+}
+
+// One node becomes three sites and then 2+2+1, and no client notices.
+func TestGrowthUnderLoad(t *testing.T) {
+	l := lab.Start(t, lab.Topology{Nodes: []int{2, 2, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Alone: true})
+	first := l.Sites[0].Nodes[0]
+	running := l.StartLoad(lab.Load{Rate: 100, Streams: 20, Balanced: true, Sites: l.Sites[:1]})
+	await(t, running, 200)
+	if err := first.ApplyConfig(t.Context(), l.ConfigFor(l.Sites...)); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range l.Sites[1:] {
+		s.Nodes[0].Start()
+	}
+	t.Logf("three sites: healthy after %v", l.WaitHealthy(20*time.Second))
+	wantVoters(t, l, 3)
+	l.Sites[0].Nodes[1].Start()
+	l.Sites[1].Nodes[1].Start()
+	t.Logf("2+2+1: healthy after %v", l.WaitHealthy(20*time.Second))
+	wantVoters(t, l, 5)
+	await(t, running, 200)
+	wantNoFailure(t, running.Stop(), false)
+	for _, n := range slices.Backward(l.Nodes()) {
+		if _, err := l.Ask(t.Context(), n, lab.FastModel, "Hello"); err != nil {
+			t.Errorf("%s does not answer: %v", n.Name, err)
+		}
+	}
+}
+
+// wantVoters waits until that many nodes vote, as every node sees it.
+func wantVoters(t *testing.T, l *lab.Lab, want int) {
+	t.Helper()
+	took := l.WaitFor(60*time.Second, fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
+		for _, n := range l.Running() {
+			status, err := n.Status(ctx)
+			if err != nil {
+				return err
+			}
+			if v := status.Raft.Voters; v == nil || *v != want {
+				return fmt.Errorf("%s sees %v voters", n.Name, status.Raft.Voters)
+			}
+		}
+		return nil
+	})
+	t.Logf("%d voters after %v", want, took)
+}
