@@ -1,0 +1,206 @@
+package failover
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// View is everything that Decide looks at. Durations are on the leader's
+// Boottime clock.
+type View struct {
+	Quorum      bool // the leader holds a lease of its own ticks
+	Quarantined bool
+	Held        bool // an operator paused automatic promotions
+
+	LeadingFor    time.Duration // since the first commit of this leadership
+	NewLeaderWait time.Duration
+	Patience      time.Duration
+	NoLease       time.Duration // a primary without a lease for so long is replaced
+
+	Primary string
+	Sites   []SiteView
+
+	Switchover Progress
+	Last       LastPromotion
+	Dwell      time.Duration // least time between two automatic promotions
+	Grudge     time.Duration // for so long a site that was replaced is the last choice
+}
+
+// Progress of a planned switchover.
+type Progress string
+
+// A switchover is absent, under way, or past its deadline and still standing
+// in the agreed state.
+const (
+	NoSwitchover      Progress = ""
+	SwitchoverRunning Progress = "running"
+	SwitchoverExpired Progress = "expired"
+)
+
+// LastPromotion is the newest automatic one.
+type LastPromotion struct {
+	From         string // empty: there was none
+	Ago          time.Duration
+	Acknowledged bool
+}
+
+// ActionKind is what the coordinator is to do.
+type ActionKind string
+
+// The actions.
+const (
+	Stay             ActionKind = "stay"
+	Promote          ActionKind = "promote"
+	ExpireSwitchover ActionKind = "expire_switchover"
+)
+
+// Action is one decision; Site is the one to promote.
+type Action struct {
+	Kind ActionKind
+	Site string
+}
+
+var stay = Action{Kind: Stay}
+
+// Reason names why: log line, metric label, and what the operator reads.
+type Reason string
+
+// The reasons of Decide.
+const (
+	Quarantined          Reason = "quarantined"
+	NoQuorum             Reason = "no_quorum"
+	SwitchoverOverdue    Reason = "switchover_expired"
+	SwitchoverInProgress Reason = "switchover_in_progress"
+	PrimaryHealthy       Reason = "primary_healthy"
+	StillPatient         Reason = "still_patient"
+	Unwitnessed          Reason = "unwitnessed"      // silent to the leader, and nobody else is there to confirm it
+	PrimaryUnleased      Reason = "primary_unleased" // heard, but without a lease, not yet for long
+	PrimaryHeard         Reason = "primary_heard"    // silent to the leader, heard by others
+	Paused               Reason = "paused"           // by an operator
+	NewLeaderWait        Reason = "new_leader_wait"  // older leases may still run
+	Dwelling             Reason = "dwell"            // the last automatic promotion was a moment ago
+	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
+	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
+	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for too long, whoever hears it
+	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
+)
+
+// Decide says what to do about the primary and why. It is pure.
+func Decide(v View) (Action, Reason) {
+	switch {
+	case v.Quarantined:
+		return stay, Quarantined
+	case !v.Quorum:
+		return stay, NoQuorum
+	case v.Switchover == SwitchoverExpired:
+		// Before all else: until it is cleared the old primary stays let go.
+		return Action{Kind: ExpireSwitchover}, SwitchoverOverdue
+	}
+	why, lost := v.primaryLost()
+	switch {
+	case !lost && v.Switchover == SwitchoverRunning:
+		return stay, SwitchoverInProgress
+	case !lost:
+		return stay, why
+	case v.Held:
+		return stay, Paused
+	case v.LeadingFor < v.NewLeaderWait:
+		return stay, NewLeaderWait
+	case v.Last.From != "" && !v.Last.Acknowledged && v.Last.Ago < v.Dwell:
+		return stay, Dwelling
+	}
+	best, ok := v.candidate()
+	if !ok {
+		return stay, NoCandidate
+	}
+	return Action{Kind: Promote, Site: best}, why
+}
+
+// primaryLost says how the primary is, and whether it must be replaced.
+func (v View) primaryLost() (Reason, bool) {
+	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	if i < 0 {
+		return PrimaryRemoved, true
+	}
+	p := v.Sites[i]
+	switch {
+	case p.NoLeaseFor >= v.NoLease:
+		return PrimaryNoLease, true
+	case p.Heard && p.Leased && p.LeaderSilence >= v.Patience:
+		return PrimaryHeard, false
+	case p.Heard && p.Leased:
+		return PrimaryHealthy, false
+	case p.Heard:
+		return PrimaryUnleased, false
+	case p.Silence >= v.Patience:
+		return PrimaryLost, true
+	case !p.Witnessed && p.LeaderSilence >= v.Patience:
+		return Unwitnessed, false
+	}
+	return StillPatient, false
+}
+
+// candidate picks the site to promote: one that can act at once; rather one
+// that was not itself replaced a moment ago, then one with a healthy upstream,
+// then one in the lost primary's city, then the freshest copy, then priority.
+//
+// A site that was just replaced comes last and only when it has been steady
+// for the dwell, so that two sites that flap don't pass the role to and fro.
+func (v View) candidate() (string, bool) {
+	city := ""
+	for _, s := range v.Sites {
+		if s.Name == v.Primary {
+			city = s.City
+		}
+	}
+	grudged := func(s SiteView) bool {
+		return s.Name == v.Last.From && !v.Last.Acknowledged && v.Last.Ago < v.Grudge
+	}
+	var able []SiteView
+	for _, s := range v.Sites {
+		if s.Name == v.Primary || s.Ready == 0 || !s.Heard || !s.Leased || (grudged(s) && s.StableFor < v.Dwell) {
+			continue
+		}
+		able = append(able, s)
+	}
+	if len(able) == 0 {
+		return "", false
+	}
+	best := slices.MinFunc(able, func(a, b SiteView) int {
+		return cmp.Or(boolFirst(!grudged(a), !grudged(b)),
+			boolFirst(a.UpstreamsHealthy > 0, b.UpstreamsHealthy > 0),
+			boolFirst(a.City == city, b.City == city),
+			fresher(a.Behind, b.Behind),
+			cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Name, b.Name))
+	})
+	return best.Name, true
+}
+
+// fresher orders copies: fewer missing records first, unknown last.
+func fresher(a, b *int64) int {
+	if a == nil || b == nil {
+		return boolFirst(a != nil, b != nil)
+	}
+	return cmp.Compare(*a, *b)
+}
+
+// FailbackStable is how long a preferred site must be steady before the status
+// says that going back to it is possible. It is never done by itself.
+const FailbackStable = 5 * time.Minute
+
+// FailbackAvailable names the steady site of a better priority than the
+// primary's that a planned switchover could return to.
+func FailbackAvailable(v View) (site string, ok bool) {
+	at := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	if at < 0 || !v.Quorum || v.Quarantined || v.Switchover != NoSwitchover {
+		return "", false
+	}
+	best := v.Sites[at].Priority
+	for _, s := range v.Sites {
+		if s.Priority < best && s.Ready > 0 && s.Leased && s.UpstreamsHealthy > 0 && s.StableFor >= FailbackStable {
+			site, ok, best = s.Name, true, s.Priority
+		}
+	}
+	return site, ok
+}

@@ -1,0 +1,242 @@
+package failover
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// The detector turns what nodes observed into one view a site. It is a pure
+// function of the observations and of a small memory that the coordinator
+// carries from one look to the next.
+//
+// Evidence of life and evidence of death are not treated alike. Any sighting,
+// by anybody, however late, speaks for a site as long as it is recent. Against
+// a site speaks only an observer whose own table is fresh and who was not
+// itself stopped: a starved node finds everybody else silent.
+
+// Sighting is what an observer knows of one node.
+type Sighting struct {
+	// Ago is the time between the observer's newest answered ping to the node
+	// (when it was sent) and the moment of the observation.
+	Ago time.Duration
+	// LeaseLeft is what the node said of its own lease, then.
+	LeaseLeft time.Duration
+	// LeaseKnown is false when the observer did not pass on LeaseLeft.
+	LeaseKnown bool
+}
+
+// Observation is one node's table of the others.
+type Observation struct {
+	Observer string
+	Site     string
+	// Age is how old the table is on the leader's clock; 0 for its own.
+	Age time.Duration
+	// Paused is the longest recent time in which the observer itself didn't run.
+	Paused time.Duration
+	// Leased: the observer holds a lease itself, and so hands it on to whom it
+	// hears.
+	Leased bool
+	// Seen by node name. A node that was never heard is absent.
+	Seen map[string]Sighting
+}
+
+// Member is a node as the leader knows it.
+type Member struct {
+	Name, Site string
+	// Ready: the leader heard it within a lease's length, and then it held a
+	// lease, was not draining and not cold. The leader judges itself alike.
+	Ready bool
+	// Steady is Ready with the patience instead of a lease's length, so that a
+	// lossy link does not break it.
+	Steady bool
+	// UpstreamsHealthy of its site, as it sees them.
+	UpstreamsHealthy int
+	Voter            bool
+}
+
+// Input is all that the detector looks at.
+type Input struct {
+	Now     time.Duration // the leader's Boottime
+	Timing  cluster.Timing
+	Sites   []PlacementSite
+	Members []Member
+	Leader  Observation // of the leader itself
+	Others  []Observation
+	Primary string
+	// Behind of a site is how many records its copy lacks; absent: unknown.
+	Behind map[string]int64
+}
+
+// SiteView is a site as seen from the leader.
+type SiteView struct {
+	Name     string
+	City     string
+	Priority int
+	// Ready nodes can act in a role at once.
+	Ready            int
+	UpstreamsHealthy int
+	// LeaderSilence is how long the leader has not heard any node of the site.
+	LeaderSilence time.Duration
+	// Heard: somebody has heard the site within the patience.
+	Heard bool
+	// Silence is how long both the leader and a node of another site have
+	// heard nothing from it; zero while Heard or without such a witness.
+	Silence time.Duration
+	// Witnessed: a node of another site could confirm the silence.
+	Witnessed bool
+	// Leased: some node of it holds a lease, or must be presumed to.
+	Leased bool
+	// NoLeaseFor is how long the leader has watched it hold none.
+	NoLeaseFor time.Duration
+	// StableFor is how long some node of it has been steady without a break.
+	StableFor time.Duration
+	// Behind is how many records its copy lacks, nil when unknown.
+	Behind *int64
+
+	steady bool
+}
+
+// Memory is what the detector keeps between two looks. The zero value is that
+// of a process that has just started. Every node keeps one, so that a new
+// leader knows at once what it has seen before it led.
+type Memory struct {
+	looked bool
+	last   time.Duration
+	// watching is since when the leader has watched without a pause.
+	watching time.Duration
+	noLease  map[string]time.Duration // time spent without, per site
+	stable   map[string]time.Duration // Now when it became stable
+}
+
+// Observe gives the view of each site and what to remember for the next look.
+// The views are ordered by priority.
+func Observe(m Memory, in Input) (Memory, []SiteView) {
+	next := Memory{
+		looked: true, last: in.Now, watching: m.watching,
+		noLease: map[string]time.Duration{}, stable: map[string]time.Duration{},
+	}
+	step := in.Now - m.last
+	limit := pauseLimit(in.Timing)
+	if !m.looked || step > limit || in.Leader.Paused > limit {
+		// A leader that did not run has not been listening either: its
+		// patience begins again. Only time that was watched counts as time
+		// without a lease.
+		next.watching = in.Now
+		step = 0
+	}
+	views := make([]SiteView, 0, len(in.Sites))
+	for _, s := range in.Sites {
+		v := in.site(s, in.Now-next.watching)
+		if !v.Leased {
+			next.noLease[s.Name] = m.noLease[s.Name] + step
+			v.NoLeaseFor = next.noLease[s.Name]
+		}
+		if v.steady {
+			since, was := m.stable[s.Name]
+			if !was {
+				since = in.Now
+			}
+			next.stable[s.Name] = since
+			v.StableFor = in.Now - since
+		}
+		views = append(views, v)
+	}
+	slices.SortFunc(views, func(a, b SiteView) int {
+		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Name, b.Name))
+	})
+	return next, views
+}
+
+// pauseLimit is how long a node may have been stopped and still accuse others.
+// Above a node that runs 700 ms of each second, far below the patience.
+func pauseLimit(t cluster.Timing) time.Duration { return 2 * t.Tick }
+
+// freshLimit is how old a witness's table may be: a ping interval, a lost
+// segment and some jitter.
+func freshLimit(t cluster.Timing) time.Duration { return 4 * t.Tick }
+
+func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
+	v := SiteView{Name: s.Name, City: s.City, Priority: s.Priority}
+	var nodes []string
+	for _, m := range in.Members {
+		if m.Site != s.Name {
+			continue
+		}
+		nodes = append(nodes, m.Name)
+		if m.Ready {
+			v.Ready++
+		}
+		if m.Steady {
+			v.steady = true
+			v.UpstreamsHealthy = max(v.UpstreamsHealthy, m.UpstreamsHealthy)
+		}
+	}
+	if behind, known := in.Behind[s.Name]; known {
+		v.Behind = &behind
+	}
+	if in.Leader.Site == s.Name {
+		// Whoever looks is there, and leads by a lease of its own.
+		v.Heard, v.Leased = true, in.Leader.Leased
+		return v
+	}
+	seenAgo, seen := in.Leader.latest(nodes)
+	v.LeaderSilence = watched
+	if seen {
+		v.Heard = seenAgo < in.Timing.Patience
+		// What passed before a pause of the leader proves nothing, so it can
+		// only have been silent for as long as it was watched.
+		v.LeaderSilence = min(seenAgo, watched)
+	}
+	v.Leased = in.Leader.leased(nodes, in.Timing)
+	direct := v.Heard
+	witness := time.Duration(0)
+	for _, o := range in.Others {
+		if o.Site == s.Name {
+			continue
+		}
+		ago, ever := o.latest(nodes)
+		if ever && ago+o.Age < in.Timing.Patience {
+			v.Heard = true
+			// What the leader was told by the site itself is better.
+			v.Leased = v.Leased || (!direct && o.leased(nodes, in.Timing))
+		}
+		credible := o.Site != in.Leader.Site && o.Age <= freshLimit(in.Timing) && o.Paused <= pauseLimit(in.Timing)
+		if credible && ever {
+			v.Witnessed = true
+			witness = max(witness, ago)
+		}
+	}
+	if !v.Heard && v.Witnessed {
+		v.Silence = min(v.LeaderSilence, witness)
+	}
+	return v
+}
+
+// latest is how long before the observation any of the nodes was last heard.
+func (o Observation) latest(nodes []string) (ago time.Duration, ever bool) {
+	for _, n := range nodes {
+		if s, ok := o.Seen[n]; ok && (!ever || s.Ago < ago) {
+			ago, ever = s.Ago, true
+		}
+	}
+	return ago, ever
+}
+
+// leased reports whether any of the nodes may hold a lease as far as o knows:
+// it said so within the patience. Where o doesn't pass on what they said,
+// hearing them while holding a lease itself is taken for handing it on.
+func (o Observation) leased(nodes []string, t cluster.Timing) bool {
+	return slices.ContainsFunc(nodes, func(n string) bool {
+		s, ok := o.Seen[n]
+		if !ok || s.Ago+o.Age >= t.Patience {
+			return false
+		}
+		if s.LeaseKnown {
+			return s.LeaseLeft > 0
+		}
+		return o.Leased
+	})
+}

@@ -1,0 +1,348 @@
+package failover
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// What a planned switchover can die of.
+var (
+	// ErrPrecheck: nothing was begun; the result's Checks say why.
+	ErrPrecheck = errors.New("the switchover can't begin")
+	// ErrRolledBack: it failed before the promotion and nothing has changed.
+	ErrRolledBack = errors.New("the switchover failed and was rolled back, nothing has changed")
+	// ErrUnknownOutcome: neither the promotion nor its rollback was confirmed.
+	// The agreed state shows which; an open switchover clears itself at its
+	// deadline.
+	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet: see dsnode status")
+)
+
+// Each step of a switchover has its deadline. Their sum bounds how long the
+// role can be idle when everything goes wrong at the last moment.
+const (
+	announceTimeout = 3 * time.Second
+	releaseTimeout  = 5 * time.Second
+	rollbackTimeout = 5 * time.Second
+)
+
+// Check is one named condition of a switchover.
+type Check struct {
+	Name   string `json:"name"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+	// Waivable: the caller may go on without it.
+	Waivable bool `json:"waivable"`
+}
+
+// SwitchoverRequest asks for another primary.
+type SwitchoverRequest struct {
+	To   string
+	By   string               // who asks
+	Kind cluster.FailoverKind // planned, or drill
+	// AcceptLoss goes on although records may be lost; the result names them.
+	AcceptLoss bool
+	// Waive names checks that need not hold.
+	Waive []string
+}
+
+// Step is one part of a switchover as it went.
+type Step struct {
+	Name string        `json:"name"`
+	At   time.Time     `json:"at"`
+	Took time.Duration `json:"took"`
+	Err  string        `json:"error,omitempty"`
+}
+
+// SwitchoverResult says what happened, also when it failed.
+type SwitchoverResult struct {
+	ID, From, To string
+	Epoch        uint64 // of the new primary; 0 when there is none
+	Checks       []Check
+	Steps        []Step
+	// Idle is the time from the announcement to the promotion, in which no
+	// site was primary; zero when nothing was promoted.
+	Idle time.Duration
+	// RecordsAtRisk is nil when nothing can be at risk or nobody knows.
+	RecordsAtRisk *int64
+	// LeaderMoved: the raft leadership is in the new primary site. If not, the
+	// coordinator goes on trying.
+	LeaderMoved bool
+}
+
+// Precheck gives the named conditions of a switchover and whether they hold.
+// It changes nothing.
+func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
+	s := c.o.Agreement.State()
+	if s.ClusterID == "" || s.Parsed == nil {
+		return []Check{{Name: "member", Detail: "this node belongs to no cluster yet"}}
+	}
+	in := c.input(s, c.o.Boottime())
+	_, sites := Observe(Memory{}, in)
+	var checks []Check
+	add := func(name string, ok bool, waivable bool, format string, args ...any) {
+		checks = append(checks, Check{Name: name, OK: ok, Waivable: waivable, Detail: fmt.Sprintf(format, args...)})
+	}
+	left, _ := c.o.Agreement.Lease()
+	add("quorum", left > 0, false, "this node's lease is good for %s", max(0, left).Round(time.Millisecond))
+	add("not_quarantined", !c.o.Quarantined(), false, "quarantined: %v", c.o.Quarantined())
+	i := slices.IndexFunc(sites, func(v SiteView) bool { return v.Name == r.To })
+	add("target_known", i >= 0, false, "site %q", r.To)
+	if i < 0 {
+		return checks
+	}
+	target := sites[i]
+	add("target_not_primary", s.Primary.Site != r.To, false, "the primary is %s in epoch %d", s.Primary.Site, s.Primary.Epoch)
+	add("target_ready", target.Ready > 0, false, "%d nodes of %s are heard, hold a lease and are in service", target.Ready, r.To)
+	add("target_upstreams", target.UpstreamsHealthy > 0, true, "%d healthy upstreams in %s", target.UpstreamsHealthy, r.To)
+	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
+	add("no_switchover", !open, false, "a switchover is in progress: %v", open)
+	drill := r.Kind != cluster.FailoverDrill && slices.ContainsFunc(s.Drills, func(d cluster.DrillRecord) bool {
+		return d.EndedAt.IsZero() && d.Verdict == "" && c.o.Now().Before(d.Deadline)
+	})
+	add("no_drill", !drill, false, "a drill is running: %v", drill)
+	add("voters_reachable", len(c.silentVoters(in)) == 0, true, "voters that don't answer: %v", c.silentVoters(in))
+	silent := c.silentOf(in, s.Primary.Site)
+	add("primary_heard", len(silent) == 0, true, "nodes of %s that don't answer: %v", s.Primary.Site, silent)
+	if c.o.AtRisk != nil {
+		risk := c.o.AtRisk(s.Primary.Site, r.To)
+		words := "not known"
+		if risk != nil {
+			words = fmt.Sprint(*risk)
+		}
+		add("lossless", r.AcceptLoss || (risk != nil && *risk == 0), false, "records that %s lacks: %s", r.To, words)
+	}
+	return checks
+}
+
+func (c *Coordinator) silentVoters(in Input) []string {
+	var silent []string
+	for _, m := range in.Members {
+		if m.Voter && !c.answers(in, m) {
+			silent = append(silent, m.Name)
+		}
+	}
+	return silent
+}
+
+func (c *Coordinator) silentOf(in Input, site string) []string {
+	var silent []string
+	for _, m := range in.Members {
+		if m.Site == site && !c.answers(in, m) {
+			silent = append(silent, m.Name)
+		}
+	}
+	return silent
+}
+
+func (c *Coordinator) answers(in Input, m Member) bool {
+	seen, ok := in.Leader.Seen[m.Name]
+	return m.Name == c.o.Name || (ok && seen.Ago < c.timing.Patience)
+}
+
+// Switchover moves the primary to another site without loss, or changes
+// nothing. It may be called on any node.
+//
+// The steps: announce (agreed: the old primary starts nothing more), release
+// (its nodes confirm that all has stopped), promote (one entry), leadership
+// (moved to the new site, proved by a canary entry). Until the promotion is
+// proposed every failure closes the announcement again; after it there is no
+// way back but another switchover.
+func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (SwitchoverResult, error) {
+	s := c.o.Agreement.State()
+	res := SwitchoverResult{ID: "sw-" + strings.ToLower(rand.Text()[:12]), From: s.Primary.Site, To: r.To}
+	res.Checks = c.Precheck(r)
+	for _, check := range res.Checks {
+		if !check.OK && (!check.Waivable || !slices.Contains(r.Waive, check.Name)) {
+			return res, fmt.Errorf("%w: %s: %s", ErrPrecheck, check.Name, check.Detail)
+		}
+	}
+	if c.o.AtRisk != nil {
+		res.RecordsAtRisk = c.o.AtRisk(s.Primary.Site, r.To)
+	}
+	h := &handoff{c: c, r: r, res: &res, state: s}
+	err := h.run(ctx)
+	log := c.log.With("id", res.ID, "from", res.From, "to", res.To, "kind", r.Kind, "by", r.By)
+	if err != nil {
+		log.Warn("switchover failed", "err", err)
+		return res, err
+	}
+	c.metrics.duration.WithLabelValues(string(r.Kind)).Observe(res.Idle.Seconds())
+	log.Info("switchover done", "epoch", res.Epoch, "idle", res.Idle, "leader_moved", res.LeaderMoved)
+	return res, nil
+}
+
+// handoff is one switchover under way.
+type handoff struct {
+	c     *Coordinator
+	r     SwitchoverRequest
+	res   *SwitchoverResult
+	state *cluster.State // as it was when the switchover was asked for
+	// announced: the announcement is known to be agreed, and seen here.
+	announced bool
+}
+
+func (h *handoff) run(ctx context.Context) error {
+	began := h.c.o.Boottime()
+	err := h.step(ctx, "announce", announceTimeout, h.announce)
+	if err == nil {
+		h.announced = true
+		err = h.step(ctx, "release", releaseTimeout, func(ctx context.Context) error {
+			_, err := h.release(ctx)
+			return err
+		})
+	}
+	if err == nil {
+		err = h.step(ctx, "promote", h.c.timing.Lease, h.promote)
+	}
+	if err != nil {
+		// What failed may have been committed all the same.
+		if err = h.rollback(ctx, err); err != nil {
+			return err
+		}
+	}
+	h.res.Epoch = h.state.Primary.Epoch + 1
+	h.res.Idle = h.c.o.Boottime() - began
+	h.lead(ctx)
+	return nil
+}
+
+func (h *handoff) step(ctx context.Context, name string, limit time.Duration, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	step := Step{Name: name, At: h.c.o.Now()}
+	began := h.c.o.Boottime()
+	err := do(ctx)
+	step.Took = h.c.o.Boottime() - began
+	if err != nil {
+		err = fmt.Errorf("%s: %w", name, err)
+		step.Err = err.Error()
+	}
+	h.res.Steps = append(h.res.Steps, step)
+	return err
+}
+
+func (h *handoff) announce(ctx context.Context) error {
+	now := h.c.o.Now()
+	_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
+		Next: &cluster.Switchover{
+			ID: h.res.ID, From: h.res.From, To: h.res.To, Kind: h.r.Kind, By: h.r.By, At: now,
+			Deadline: now.Add(announceTimeout + releaseTimeout + h.c.timing.Lease),
+		},
+	})
+	return err
+}
+
+// release asks the nodes of the old primary's site to let go, all but those
+// that don't answer (the prechecks have allowed for these). all reports whether
+// there were none of those.
+func (h *handoff) release(ctx context.Context) (all bool, err error) {
+	s := h.c.o.Agreement.State()
+	silent := h.c.silentOf(h.c.input(s, h.c.o.Boottime()), h.res.From)
+	g, ctx := errgroup.WithContext(ctx)
+	for _, n := range s.Nodes {
+		if n.Site != h.res.From || slices.Contains(silent, n.Name) {
+			continue
+		}
+		g.Go(func() error {
+			if err := h.c.o.Releaser.Release(ctx, n.Name, h.res.ID); err != nil {
+				return fmt.Errorf("%s: %w", n.Name, err)
+			}
+			return nil
+		})
+	}
+	return len(silent) == 0, g.Wait()
+}
+
+// promote asks once more, which is quick now, and then changes the primary, all
+// within a lease's length: so a node that restarted after its first answer, and
+// has forgotten it, can't act in between (see Role.note).
+func (h *handoff) promote(ctx context.Context) error {
+	all, err := h.release(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = h.c.o.Agreement.Propose(ctx, cluster.CmdPromote, cluster.Promote{
+		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
+		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID,
+		// If one of them could not be asked, the new primary waits until every
+		// lease from before has ended.
+		Released: all,
+	})
+	return err
+}
+
+// rollback closes the announcement, so that the old primary goes on; nil when
+// the promotion turns out to have been made. Being agreed after either, the
+// rollback also tells which of the two it was.
+func (h *handoff) rollback(ctx context.Context, cause error) error {
+	made := false
+	err := h.step(context.WithoutCancel(ctx), "rollback", rollbackTimeout, func(ctx context.Context) error {
+		_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
+			Expect: h.res.ID, Reason: cause.Error(),
+		})
+		if !errors.Is(err, cluster.ErrNoSwitchover) {
+			return err
+		}
+		if !h.announced {
+			return nil // there was never one, and so no promotion
+		}
+		made, err = h.closedByPromotion(ctx)
+		return err
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w (and %w)", ErrUnknownOutcome, cause, err)
+	case made:
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrRolledBack, cause)
+}
+
+// closedByPromotion waits until this node's state shows who closed the
+// switchover that it has seen open: our promotion, or somebody else.
+func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
+	for {
+		changed := h.c.o.Agreement.Changed()
+		s := h.c.o.Agreement.State()
+		if s.Switchover == nil || s.Switchover.ID != h.res.ID {
+			// A planned promotion from this epoch needs our id, so it is ours.
+			f := s.LastFailover
+			return f != nil && f.Epoch == h.state.Primary.Epoch+1 && f.To == h.res.To && f.Kind == h.r.Kind, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, fmt.Errorf("wait for the outcome: %w", ctx.Err())
+		case <-changed:
+		}
+	}
+}
+
+// lead moves the raft leadership after the role. The primary has changed
+// whatever comes of it; the coordinator goes on trying.
+func (h *handoff) lead(ctx context.Context) {
+	_ = h.step(ctx, "leadership", moveTimeout, func(ctx context.Context) error { // it is in Steps
+		in := h.c.input(h.c.o.Agreement.State(), h.c.o.Boottime())
+		leader := h.c.o.Agreement.Raft().Leader
+		at := slices.IndexFunc(in.Members, func(m Member) bool { return m.Name == leader })
+		if at >= 0 && in.Members[at].Site == h.res.To {
+			h.res.LeaderMoved = true
+			return nil
+		}
+		to, ok := voterOf(in.Members, h.res.To)
+		if !ok {
+			return fmt.Errorf("no node of %s can lead", h.res.To)
+		}
+		err := h.c.moveLeader(ctx, to)
+		h.res.LeaderMoved = err == nil
+		return err
+	})
+}

@@ -1,0 +1,92 @@
+package failover
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// input gathers what this node has observed, for the detector.
+func (c *Coordinator) input(s *cluster.State, now time.Duration) Input {
+	peers := c.o.Agreement.Peers()
+	left, _ := c.o.Agreement.Lease()
+	in := Input{
+		Now: now, Timing: c.timing, Primary: s.Primary.Site, Sites: configured(s),
+		Leader: Observation{
+			Observer: c.o.Name, Site: c.o.Site, Paused: c.o.Agreement.Paused(), Leased: left > 0,
+			Seen: make(map[string]Sighting, len(peers)),
+		},
+	}
+	if c.o.Behind != nil {
+		in.Behind = c.o.Behind()
+	}
+	voters := map[string]bool{}
+	for _, server := range c.o.Agreement.Raft().Servers {
+		voters[server.Name] = server.Voter
+	}
+	health := c.o.Health()
+	able := left > 0 && !health.Draining
+	in.Members = append(in.Members, Member{
+		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able,
+		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name],
+	})
+	for name, p := range peers {
+		m := Member{Name: name, Site: p.Site, UpstreamsHealthy: p.UpstreamsHealthy, Voter: voters[name]}
+		if p.Heard {
+			seen := Sighting{Ago: p.Ago, LeaseLeft: p.LeaseLeft + p.Ago, LeaseKnown: true}
+			in.Leader.Seen[name] = seen
+			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold
+			m.Ready = able && p.Ago < c.timing.Lease
+			m.Steady = able && p.Ago < c.timing.Patience
+			in.Others = append(in.Others, observationOf(p))
+		}
+		in.Members = append(in.Members, m)
+	}
+	slices.SortFunc(in.Members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
+	return in
+}
+
+// observationOf is a peer's own table as its last answer carried it.
+func observationOf(p cluster.PeerView) Observation {
+	o := Observation{
+		Observer: p.Name, Site: p.Site, Age: p.Ago, Paused: p.Paused,
+		Leased: p.LeaseLeft+p.Ago > 0, Seen: make(map[string]Sighting, len(p.HeardBy)),
+	}
+	for node, ago := range p.HeardBy {
+		o.Seen[node] = Sighting{Ago: ago}
+	}
+	return o
+}
+
+func configured(s *cluster.State) []PlacementSite {
+	sites := make([]PlacementSite, 0, len(s.Parsed.Sites))
+	for name, site := range s.Parsed.Sites {
+		sites = append(sites, PlacementSite{Name: name, City: site.City, Priority: site.Priority})
+	}
+	return sites
+}
+
+func (c *Coordinator) newView(s *cluster.State, sites []SiteView, now time.Duration, w *watch) View {
+	left, _ := c.o.Agreement.Lease()
+	v := View{
+		Quorum: left > 0, Quarantined: c.o.Quarantined(), Held: s.Hold != nil,
+		NewLeaderWait: c.timing.NewLeaderWait, Patience: c.timing.Patience, NoLease: c.timing.NoLease,
+		Primary: s.Primary.Site, Sites: sites,
+		Dwell: dwell(c.timing), Grudge: grudgeTime,
+	}
+	if l, leads := c.o.Agreement.Leading(); leads {
+		v.LeadingFor = now - l.FirstCommit
+	}
+	if s.Switchover != nil {
+		v.Switchover = SwitchoverRunning
+		if !c.o.Now().Before(s.Switchover.Deadline) {
+			v.Switchover = SwitchoverExpired
+		}
+	}
+	if f := s.LastFailover; f != nil && f.Kind == cluster.FailoverUnplanned && f.Epoch == s.Primary.Epoch {
+		v.Last = LastPromotion{From: f.From, Ago: now - w.epochAt, Acknowledged: f.Acknowledged}
+	}
+	return v
+}
