@@ -32,6 +32,7 @@ const (
 	headerRequestID = "X-Request-Id"
 	headerUpstream  = "X-Dsnode-Upstream"
 	headerSite      = "X-Dsnode-Site"
+	headerError     = "X-Dsnode-Error" // a door's own code
 	headerAttempts  = "X-Dsnode-Attempts"
 )
 
@@ -254,6 +255,7 @@ func (a *attempt) refusal(resp *http.Response, result result) outcome {
 		return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
 	}
 	o := outcome{result: result, retryAfter: retryAfter(resp.Header, a.now())}
+	o.overloaded = resp.Header.Get(headerError) == "overloaded"
 	o.err = fmt.Errorf("%s: status %d: %s", result, resp.StatusCode, excerpt(body))
 	if result == resultClientError || result == resultNotServed {
 		a.label(resp.Header)

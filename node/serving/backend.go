@@ -21,6 +21,7 @@ type backend struct {
 	name     string
 	site     string
 	node     string // a peer's node name, empty for an upstream
+	hash     uint64 // of the name
 	max      int64  // requests at a time, 0: unbounded
 	inFlight atomic.Int64
 	counts   *backendMetrics
@@ -191,20 +192,16 @@ func (b *backend) fadedFailures(now time.Time) float64 {
 	return b.failures * math.Exp(-now.Sub(b.updated).Seconds()/failureFade.Seconds())
 }
 
-// cost orders equals: how long an answer would take there, and how likely it
-// comes at all. Lower is better. Least-busy alone would send everything to the
-// server that fails fastest.
-func (b *backend) cost(now time.Time) float64 {
+// load is what a choice between equals goes by. Least-busy alone would send
+// everything to the server that fails fastest.
+func (b *backend) load(now time.Time) load {
 	b.mu.Lock()
 	latency, failures := b.latency, b.fadedFailures(now)
 	b.mu.Unlock()
-	return cost(latency, failures, b.inFlight.Load())
-}
-
-func cost(latency, failures float64, inFlight int64) float64 {
 	success := max(1-failures, 0.01)
-	// A server that was never asked has no latency: it counts as quick and is found out.
-	return (latency + 0.001) * float64(inFlight+1) / (success * success)
+	// A server that was never asked has no latency: it counts as quick and is
+	// found out. The second keeps a quick failer from looking good.
+	return load{b.hash, (latency + failures) / (success * success), b.inFlight.Load()}
 }
 
 // open reports whether the breaker is open now.

@@ -213,14 +213,16 @@ type rig struct {
 	reg  *prometheus.Registry
 	logs *bytes.Buffer
 	conf *cluster.Config
+	// choosing leaves the choice between upstreams to the pipeline.
+	choosing bool
 }
 
-type rigOption func(*Options, *cluster.Config)
+type rigOption func(*rig, *Options)
 
 func seconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
 
 // newRig makes a pipeline of site "east" whose model "m" is served by the
-// servers in order; with equal costs the first is asked first.
+// servers, which are asked in this order.
 func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	t.Helper()
 	conf := &cluster.Config{
@@ -244,12 +246,14 @@ func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	o := Options{
 		Site: "east", Node: "east-1", Registerer: r.reg,
 		Logger: slog.New(slog.NewTextHandler(&lockedWriter{w: r.logs}, nil)),
-		Random: func(int) int { return 0 },
 	}
 	for _, f := range options {
-		f(&o, conf)
+		f(r, &o)
 	}
 	r.Pipeline = New(o)
+	if !r.choosing {
+		r.pick = func(*search, []target) int { return 0 }
+	}
 	if err := r.Configure(conf); err != nil {
 		t.Fatalf("configure: %v", err)
 	}

@@ -77,9 +77,12 @@ type Pipeline struct {
 	fleet   fleet
 	probe   chan struct{} // asks Run for a round of probes now
 	table   atomic.Pointer[table]
+	// pick chooses among usable upstreams; it is choose, but for tests.
+	pick func(s *search, usable []target) int
 
-	mu      sync.Mutex // serialises Configure and SetDrained; guards drained
+	mu      sync.Mutex // serialises Configure and SetDrained; guards all below
 	drained map[string]bool
+	conf    *cluster.Config
 }
 
 // New makes a pipeline that knows no models yet. It starts nothing.
@@ -90,6 +93,7 @@ func New(o Options) *Pipeline {
 		metrics: newMetrics(o.Registerer), probe: make(chan struct{}, 1),
 	}
 	p.fleet = fleet{metrics: p.metrics, onMove: p.moved, peers: map[string]*peer{}}
+	p.pick = p.choose
 	p.table.Store(&table{})
 	return p
 }
@@ -137,11 +141,11 @@ func (p *Pipeline) ask(ctx context.Context, pool *search, sink Sink) error {
 	for {
 		c, ok := pool.next()
 		if !ok {
-			return p.failed(pool, &last, attempts)
+			return failed(pool, &last, attempts)
 		}
 		if attempts > 0 && !p.mayRetry(&last) {
 			c.permit.withdraw()
-			return p.failed(pool, &last, attempts)
+			return failed(pool, &last, attempts)
 		}
 		a := &attempt{candidate: c, r: pool.r, sink: sink, now: p.now, start: start}
 		a.head.Attempts = attempts + 1
@@ -151,7 +155,7 @@ func (p *Pipeline) ask(ctx context.Context, pool *search, sink Sink) error {
 			return nil
 		}
 		if o.sent || !effects[o.result].next {
-			return p.final(pool.r, a, o)
+			return final(a, o)
 		}
 		last.add(a, o)
 		p.log.LogAttrs(ctx, slog.LevelInfo, "upstream failed, asking another", a.describe(o)...)
@@ -243,7 +247,7 @@ func (f *failures) add(a *attempt, o outcome) {
 		if paused == 0 {
 			paused = cmp.Or(o.retryAfter, defaultPause)
 		}
-		if !f.busy || paused < f.wait {
+		if f.wait == 0 || paused < f.wait {
 			f.wait = paused
 		}
 		f.busy = true
@@ -251,9 +255,10 @@ func (f *failures) add(a *attempt, o outcome) {
 		f.status = o.status
 	case resultPeerBusy:
 		f.peer = true
-		if wait := cmp.Or(o.retryAfter, defaultPause); !f.busy || wait < f.wait {
+		if wait := cmp.Or(o.retryAfter, defaultPause); f.wait == 0 || wait < f.wait {
 			f.wait = wait
 		}
+		f.busy = f.busy || o.overloaded
 	default:
 		f.err = fmt.Errorf("%w: %s: %w", e.err, a.permit.b.name, o.err)
 	}
@@ -261,7 +266,7 @@ func (f *failures) add(a *attempt, o outcome) {
 
 // failed is the client's error when nobody is left. What says "come again"
 // goes before what says "broken", and that before one server's "not here".
-func (p *Pipeline) failed(pool *search, f *failures, attempts int) error {
+func failed(pool *search, f *failures, attempts int) error {
 	err := f.err
 	switch {
 	case f.busy:
@@ -275,20 +280,18 @@ func (p *Pipeline) failed(pool *search, f *failures, attempts int) error {
 	case err == nil:
 		err = &BusyError{Err: ErrNoUpstream, RetryAfter: cmp.Or(f.wait, time.Second), Attempts: attempts}
 	}
-	p.log.Warn("request failed", "request", pool.r.ID, "model", pool.r.Model, "attempts", attempts, "error", err)
 	return err
 }
 
-// final is the error of an attempt after which nobody else is asked.
-func (p *Pipeline) final(r *Request, a *attempt, o outcome) error {
+// final is the error of an attempt after which nobody else is asked. The door
+// puts it into words and logs it.
+func final(a *attempt, o outcome) error {
 	switch {
 	case o.result == resultCancelled:
-		p.log.Debug("client went away", a.attrs(o)...)
 		return o.err
 	case o.status != nil && !o.sent:
 		return o.status
 	}
-	p.log.Warn("answer broken off", a.attrs(o)...)
 	if o.sent && o.result != resultTruncated && !errors.Is(o.err, ErrTimeout) {
 		return fmt.Errorf("%w: %s: %w", ErrUpstreamFailed, a.permit.b.name, o.err)
 	}
@@ -306,15 +309,6 @@ func (a *attempt) describe(o outcome) []slog.Attr {
 	return attrs
 }
 
-func (a *attempt) attrs(o outcome) []any {
-	list := a.describe(o)
-	all := make([]any, len(list))
-	for i := range list {
-		all[i] = list[i]
-	}
-	return all
-}
-
 // moved is told of every breaker that changes.
 func (p *Pipeline) moved(b *backend, to breakerState, why breakerReason) {
 	level := slog.LevelInfo
@@ -328,71 +322,6 @@ func (p *Pipeline) moved(b *backend, to breakerState, why breakerReason) {
 		attrs = append(attrs, slog.String("peer", b.node))
 	}
 	p.log.LogAttrs(context.Background(), level, "breaker", attrs...)
-}
-
-// Configure publishes a configuration. Upstreams whose definition is unchanged
-// keep their health, breaker and connections; requests under way end with what
-// they began with. The error tells of upstreams that can't be used (TLS files,
-// keys); all others serve.
-func (p *Pipeline) Configure(c *cluster.Config) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	old := p.table.Load()
-	next := make(map[string]*upstream)
-	var wrong []error
-	for name, def := range c.Upstreams {
-		if def.Site != p.site {
-			continue
-		}
-		u, err := p.upstream(old.upstreams[name], name, def, c.TimeoutsFor("", name).Connect.D())
-		if err != nil {
-			wrong = append(wrong, fmt.Errorf("upstream %s: %w", name, err))
-		}
-		u.drained.Store(p.drained[name])
-		next[name] = u
-	}
-	p.table.Store(newTable(c, p.site, next))
-	for name, u := range old.upstreams {
-		if next[name] == nil {
-			p.metrics.forget(name)
-		}
-		if next[name] != u && u.transport != nil {
-			u.transport.CloseIdleConnections()
-		}
-	}
-	select {
-	case p.probe <- struct{}{}:
-	default:
-	}
-	return errors.Join(wrong...)
-}
-
-// upstream keeps the one that serves already, or makes a new one.
-func (p *Pipeline) upstream(old *upstream, name string, def cluster.Upstream, connect time.Duration) (*upstream, error) {
-	if old != nil && old.broken == nil && old.def == def && old.connect == connect {
-		return old, old.refreshKey(p.opts.LookupEnv, p.opts.ReadFile)
-	}
-	u := newUpstream(name, def, connect, p.opts.ReadFile)
-	u.counts = p.metrics.backend(name)
-	u.counts.show(breakerClosed)
-	u.onMove = p.moved
-	if p.opts.Transport != nil {
-		u.client = p.opts.Transport(name)
-	}
-	return u, errors.Join(u.broken, u.refreshKey(p.opts.LookupEnv, p.opts.ReadFile))
-}
-
-// SetDrained names the upstreams that get no new requests; all others do.
-func (p *Pipeline) SetDrained(names []string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.drained = make(map[string]bool, len(names))
-	for _, n := range names {
-		p.drained[n] = true
-	}
-	for name, u := range p.table.Load().upstreams {
-		u.drained.Store(p.drained[name])
-	}
 }
 
 // Close closes idle connections. Call it when no request is under way.

@@ -37,7 +37,9 @@ type search struct {
 	full      bool       // some backend had no room
 	wait      time.Duration
 	tight     bool // wait is set
-	seen      bool // some backend exists at all
+
+	keyed, hasKey bool // affinity was looked for, and found
+	key           uint64
 }
 
 type stage int
@@ -108,7 +110,6 @@ func (s *search) local(lastResort bool) (candidate, bool) {
 		usable := room[:0]
 		failing := 0
 		for _, t := range s.model.local {
-			s.seen = s.seen || t.usable()
 			if s.skip(t, lastResort) {
 				continue
 			}
@@ -123,7 +124,7 @@ func (s *search) local(lastResort bool) (candidate, bool) {
 		if len(usable) == 0 {
 			return candidate{}, false
 		}
-		t := usable[s.p.choose(s, usable)]
+		t := usable[s.p.pick(s, usable)]
 		permit, why := t.enter(s.now, lastResort)
 		if why != granted {
 			s.refused(&t.backend, why)
@@ -201,7 +202,6 @@ func (s *search) peerOf(site remoteSite, peers []Peer, lastResort bool) (candida
 				if p.Site != site.name || p.Draining != draining || p.Client == nil {
 					continue
 				}
-				s.seen = true
 				if !lastResort && deadThere(p, site.upstreams) {
 					continue
 				}
@@ -209,7 +209,7 @@ func (s *search) peerOf(site remoteSite, peers []Peer, lastResort bool) (candida
 				if slices.Contains(s.tried, &b.backend) || !lastResort && b.open(s.now) {
 					continue
 				}
-				if best == nil || b.cost(s.now) < best.cost(s.now) {
+				if best == nil || b.load(s.now).cost() < best.load(s.now).cost() {
 					best, via = b, p
 				}
 			}

@@ -57,6 +57,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 // probeAll asks every upstream of the own site for a sign of life, unless its
 // traffic has just given one.
 func (p *Pipeline) probeAll(ctx context.Context) {
+	p.repair()
 	room := make(chan struct{}, probesAtOnce)
 	var all sync.WaitGroup
 	for _, u := range p.table.Load().upstreams {

@@ -1,6 +1,9 @@
 package serving
 
 import (
+	"bytes"
+	"cmp"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -21,6 +24,7 @@ type upstream struct {
 	backend
 	def       cluster.Upstream
 	connect   time.Duration
+	material  [sha256.Size]byte // of its TLS files
 	base      baseURL
 	urls      map[string]*url.URL // of the usual endpoints, made once
 	transport *http.Transport
@@ -40,9 +44,10 @@ type probe struct {
 
 var usualEndpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 
-func newUpstream(name string, def cluster.Upstream, connect time.Duration, readFile func(string) ([]byte, error)) *upstream {
-	u := &upstream{def: def, connect: connect}
-	u.name, u.site, u.max = name, def.Site, int64(def.MaxConcurrency)
+// newUpstream makes an upstream; unreadable is why its files could not be read.
+func newUpstream(name string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *upstream {
+	u := &upstream{def: def, connect: connect, material: files.digest()}
+	u.name, u.hash, u.site, u.max = name, hashName(name), def.Site, int64(def.MaxConcurrency)
 	if u.max <= 0 {
 		u.max = defaultConcurrency
 	}
@@ -55,7 +60,8 @@ func newUpstream(name string, def cluster.Upstream, connect time.Duration, readF
 		u.urls[e] = u.base.join(e)
 	}
 	var conf *tls.Config
-	conf, u.broken = upstreamTLS(def.TLS, readFile)
+	conf, u.broken = files.tls(def.TLS)
+	u.broken = cmp.Or(unreadable, u.broken)
 	u.transport = newTransport(conf, connect, int(u.max))
 	u.client = u.transport
 	return u
@@ -86,38 +92,47 @@ func newTransport(conf *tls.Config, connect time.Duration, idle int) *http.Trans
 	}
 }
 
-func upstreamTLS(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls.Config, error) {
+// material are the files of an upstream's TLS settings, as they are now.
+type material struct{ ca, cert, key []byte }
+
+func readMaterial(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
+	for _, f := range []struct {
+		name, path string
+		to         *[]byte
+	}{{"ca_file", t.CAFile, &m.ca}, {"cert_file", t.CertFile, &m.cert}, {"key_file", t.KeyFile, &m.key}} {
+		if f.path == "" {
+			continue
+		}
+		if *f.to, err = readFile(f.path); err != nil {
+			return m, fmt.Errorf("read %s: %w", f.name, err)
+		}
+	}
+	return m, nil
+}
+
+func (m material) digest() [sha256.Size]byte {
+	return sha256.Sum256(bytes.Join([][]byte{m.ca, m.cert, m.key}, []byte{0}))
+}
+
+func (m material) tls(t cluster.UpstreamTLS) (*tls.Config, error) {
 	conf := &tls.Config{
 		MinVersion:         tls.VersionTLS12,
 		ServerName:         t.ServerName,
 		InsecureSkipVerify: t.InsecureSkipVerify, //nolint:gosec // the operator wrote it
 	}
-	if t.CAFile != "" {
-		pem, err := readFile(t.CAFile)
-		if err != nil {
-			return conf, fmt.Errorf("read ca_file: %w", err)
-		}
+	if m.ca != nil {
 		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
+		if !conf.RootCAs.AppendCertsFromPEM(m.ca) {
 			return conf, fmt.Errorf("ca_file %s holds no certificate in PEM", t.CAFile)
 		}
 	}
-	if t.CertFile == "" {
-		return conf, nil
+	if m.cert != nil {
+		pair, err := tls.X509KeyPair(m.cert, m.key)
+		if err != nil {
+			return conf, fmt.Errorf("cert_file and key_file: %w", err)
+		}
+		conf.Certificates = []tls.Certificate{pair}
 	}
-	cert, err := readFile(t.CertFile)
-	if err != nil {
-		return conf, fmt.Errorf("read cert_file: %w", err)
-	}
-	key, err := readFile(t.KeyFile)
-	if err != nil {
-		return conf, fmt.Errorf("read key_file: %w", err)
-	}
-	pair, err := tls.X509KeyPair(cert, key)
-	if err != nil {
-		return conf, fmt.Errorf("cert_file and key_file: %w", err)
-	}
-	conf.Certificates = []tls.Certificate{pair}
 	return conf, nil
 }
 

@@ -126,6 +126,7 @@ type outcome struct {
 	retryAfter time.Duration
 	status     *StatusError // a refusal that the client may see
 	attempts   int          // upstream attempts that a peer made
+	overloaded bool         // a peer has upstreams, but no room
 }
 
 // sinkError marks an error that came from the sink: the client has gone.
