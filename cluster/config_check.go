@@ -101,7 +101,7 @@ func (c *configCheck) sites() {
 		switch {
 		case s.City == "":
 			c.missing(at.At("city"), "write the city's name: sites of one city stand in for each other first")
-		case len(s.City) > 64 || !printable(s.City):
+		case len(s.City) > 64 || !isPrintable(s.City):
 			c.reject(at.At("city"), "write a name of up to 64 printable characters", "%s cannot be a city", quoted(s.City))
 		}
 		switch other, twice := taken[s.Priority]; {
@@ -160,13 +160,13 @@ func (c *configCheck) upstream(at ConfigPath, u Upstream) {
 	_, known := c.Sites[u.Site]
 	switch {
 	case u.Site == "":
-		c.missing(at.At("site"), "write the site whose nodes reach it: "+choices(sites))
+		c.missing(at.At("site"), "write the site whose nodes reach it: "+wordChoices(sites))
 	case !known && !c.src.Broken(At("sites")):
-		c.reject(at.At("site"), suggest(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
+		c.reject(at.At("site"), suggestWord(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
 	}
 	kinds := []string{string(KindVLLM), string(KindSGLang), string(KindLlamaCPP), string(KindOllama), string(KindDeepSeek), string(KindOpenAI)}
 	if !slices.Contains(kinds, string(u.Kind)) {
-		c.reject(at.At("kind"), suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
+		c.reject(at.At("kind"), suggestWord(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
 	}
 	secure := c.upstreamURL(at.At("url"), u.URL)
 	c.upstreamTLS(at.At("tls"), u.TLS, secure)
@@ -263,7 +263,7 @@ func (c *configCheck) timing() {
 	c.within(At("timing", "heartbeat"), c.Timing.Heartbeat, 100*time.Millisecond, 10*time.Second)
 }
 
-// printable: no control characters, no line ends, no spaces at the ends.
-func printable(s string) bool {
+// isPrintable: no control characters, no line ends, no spaces at the ends.
+func isPrintable(s string) bool {
 	return strings.TrimSpace(s) == s && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) })
 }

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-func validModelName(s string) bool { return s != "" && len(s) <= 256 && printable(s) }
+func validModelName(s string) bool { return s != "" && len(s) <= 256 && isPrintable(s) }
 
 func (c *configCheck) models() {
 	c.count(At("models"), len(c.Models), MaxModels)
@@ -21,7 +21,7 @@ func (c *configCheck) models() {
 			continue
 		}
 		if len(m.Serve) == 0 {
-			c.missing(at.At("serve"), "write at least one, such as serve: [{upstream: "+first(upstreams, "a-vllm")+"}]")
+			c.missing(at.At("serve"), "write at least one, such as serve: [{upstream: "+firstName(upstreams, "a-vllm")+"}]")
 		}
 		c.count(at.At("serve"), len(m.Serve), maxServe)
 		for i, s := range m.Serve {
@@ -37,20 +37,20 @@ func (c *configCheck) models() {
 			case slices.Contains(m.Fallbacks[:i], f):
 				c.reject(at, "remove it", "%s stands here a second time", quoted(f))
 			case !known:
-				c.reject(at, suggest(f, without(models, name), "add it there"), "model %s is not under models", quoted(f))
+				c.reject(at, suggestWord(f, namesWithout(models, name), "add it there"), "model %s is not under models", quoted(f))
 			}
 		}
 	}
 }
 
-func first(names []string, otherwise string) string {
+func firstName(names []string, otherwise string) string {
 	if len(names) > 0 {
 		return names[0]
 	}
 	return otherwise
 }
 
-func without(names []string, name string) []string {
+func namesWithout(names []string, name string) []string {
 	return slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == name })
 }
 
@@ -58,9 +58,9 @@ func (c *configCheck) serve(at ConfigPath, s Serve, before []Serve, upstreams []
 	_, known := c.Upstreams[s.Upstream]
 	switch {
 	case s.Upstream == "":
-		c.missing(at.At("upstream"), "write "+choices(upstreams))
+		c.missing(at.At("upstream"), "write "+wordChoices(upstreams))
 	case !known && !c.src.Broken(At("upstreams")):
-		c.reject(at.At("upstream"), suggest(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
+		c.reject(at.At("upstream"), suggestWord(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
 	case slices.Contains(before, s):
 		c.reject(at, "remove it", "stands here a second time")
 	}
@@ -84,7 +84,7 @@ func (c *configCheck) fallbackCycles() {
 			case state[f] == onPath && f != name:
 				cycle := append(slices.Clone(path[slices.Index(path, f):]), f)
 				for i, n := range cycle {
-					cycle[i] = clip(n)
+					cycle[i] = clipWord(n)
 				}
 				c.reject(At("models", name, "fallbacks", i), "remove one of these fallbacks", "goes round in a circle: %s", strings.Join(shorten(cycle), " → "))
 			case state[f] == 0:

@@ -82,7 +82,7 @@ func (s *ConfigSource) parse(data []byte) *yaml.Node {
 	default:
 		return fail(second.Line, "a second document starts here", "keep one document in a file")
 	}
-	if len(doc.Content) != 1 || isNull(doc.Content[0]) {
+	if len(doc.Content) != 1 || isNullNode(doc.Content[0]) {
 		return fail(0, "the file is empty", "start from the commented sample in deploy/")
 	}
 	return doc.Content[0]
@@ -142,7 +142,7 @@ func yamlHint(data []byte, line int, message string) string {
 	return ""
 }
 
-func isNull(n *yaml.Node) bool {
+func isNullNode(n *yaml.Node) bool {
 	return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" && n.Style&yaml.TaggedStyle == 0
 }
 
@@ -150,11 +150,11 @@ func isNull(n *yaml.Node) bool {
 func (s *ConfigSource) plain(n *yaml.Node, p ConfigPath) bool {
 	switch {
 	case n.Kind == yaml.AliasNode:
-		s.Reject(p, "aliases (*"+clip(n.Value)+") are not supported", "write the value out")
+		s.Reject(p, "aliases (*"+clipWord(n.Value)+") are not supported", "write the value out")
 	case n.Anchor != "":
-		s.Reject(p, "anchors (&"+clip(n.Anchor)+") are not supported", "write the value out where it is needed")
+		s.Reject(p, "anchors (&"+clipWord(n.Anchor)+") are not supported", "write the value out where it is needed")
 	case n.Style&yaml.TaggedStyle != 0:
-		s.Reject(p, "the tag "+clip(n.Tag)+" is not supported", "write the value without a tag")
+		s.Reject(p, "the tag "+clipWord(n.Tag)+" is not supported", "write the value without a tag")
 	default:
 		return true
 	}
@@ -222,7 +222,7 @@ func (s *ConfigSource) decodeStruct(n *yaml.Node, v reflect.Value, p ConfigPath)
 		i, known := fields[key]
 		if !known {
 			hint := "allowed here: " + strings.Join(names, ", ")
-			if best := nearest(key, names); best != "" {
+			if best := nearestWord(key, names); best != "" {
 				hint = didYouMean(key, names) + " (" + hint + ")"
 				// Then the right key is not missing, only misspelt.
 				if !slices.ContainsFunc(n.Content, func(c *yaml.Node) bool { return c.Value == best }) {
@@ -233,7 +233,7 @@ func (s *ConfigSource) decodeStruct(n *yaml.Node, v reflect.Value, p ConfigPath)
 			return
 		}
 		field := v.Field(i)
-		if isNull(value) {
+		if isNullNode(value) {
 			s.decodeNull(field, at)
 			return
 		}
@@ -263,7 +263,7 @@ func (s *ConfigSource) decodeMap(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	s.eachKey(n, p, func(key string, _, value *yaml.Node) {
 		elem := newElem(v.Type().Elem())
 		at := p.At(key)
-		if isNull(value) {
+		if isNullNode(value) {
 			s.decodeNull(elem, at)
 		} else {
 			s.decode(value, elem, at)
@@ -274,7 +274,7 @@ func (s *ConfigSource) decodeMap(n *yaml.Node, v reflect.Value, p ConfigPath) {
 
 func (s *ConfigSource) decodeSlice(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	if n.Kind != yaml.SequenceNode {
-		s.Reject(p, "wants a list, not "+kindOf(n), "write - before each entry, or [a, b]")
+		s.Reject(p, "wants a list, not "+nodeKind(n), "write - before each entry, or [a, b]")
 		return
 	}
 	list := reflect.MakeSlice(v.Type(), 0, len(n.Content))
@@ -282,7 +282,7 @@ func (s *ConfigSource) decodeSlice(n *yaml.Node, v reflect.Value, p ConfigPath) 
 		at := p.At(i)
 		s.lines[at.String()] = c.Line
 		elem := newElem(v.Type().Elem())
-		if isNull(c) {
+		if isNullNode(c) {
 			s.Reject(at, "is an empty entry", "write a value or remove it")
 		} else {
 			s.decode(c, elem, at)
@@ -303,13 +303,13 @@ func newElem(t reflect.Type) reflect.Value {
 // eachKey calls f for each key that is a plain word and not a repetition.
 func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, keyNode, value *yaml.Node)) {
 	if n.Kind != yaml.MappingNode {
-		s.Reject(p, "wants keys with values, not "+kindOf(n), "write key: value lines below it")
+		s.Reject(p, "wants keys with values, not "+nodeKind(n), "write key: value lines below it")
 		return
 	}
 	first := make(map[string]int, len(n.Content)/2)
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		k, value := n.Content[i], n.Content[i+1]
-		if k.Kind != yaml.ScalarNode || isNull(k) || k.Value == "" || k.Anchor != "" || k.Style&yaml.TaggedStyle != 0 {
+		if k.Kind != yaml.ScalarNode || isNullNode(k) || k.Value == "" || k.Anchor != "" || k.Style&yaml.TaggedStyle != 0 {
 			s.note(k.Line, p.String(), "has a key that is not a plain word", "write key: value")
 			continue
 		}
@@ -335,7 +335,7 @@ func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, ke
 
 func (s *ConfigSource) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p ConfigPath) {
 	if n.Kind != yaml.ScalarNode {
-		s.Reject(p, "wants one value, not "+kindOf(n), "")
+		s.Reject(p, "wants one value, not "+nodeKind(n), "")
 		return
 	}
 	if err := out.UnmarshalText([]byte(n.Value)); err != nil {
@@ -348,7 +348,7 @@ func (s *ConfigSource) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p 
 // doesn't become 1.1; numbers and booleans in their one obvious form.
 func (s *ConfigSource) decodeScalar(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	if n.Kind != yaml.ScalarNode {
-		s.Reject(p, "wants one value, not "+kindOf(n), "")
+		s.Reject(p, "wants one value, not "+nodeKind(n), "")
 		return
 	}
 	isQuoted := n.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle|yaml.LiteralStyle|yaml.FoldedStyle) != 0
@@ -378,7 +378,7 @@ func (s *ConfigSource) decodeScalar(n *yaml.Node, v reflect.Value, p ConfigPath)
 	}
 }
 
-func kindOf(n *yaml.Node) string {
+func nodeKind(n *yaml.Node) string {
 	switch n.Kind {
 	case yaml.MappingNode:
 		return "keys with values"

@@ -21,7 +21,7 @@ func DiffConfig(a, b []byte) string {
 	x, y := diffLines(a), diffLines(b)
 	var out strings.Builder
 	out.WriteString("--- current\n+++ new\n")
-	for _, h := range hunks(matches(x, y)) {
+	for _, h := range diffHunks(diffRuns(x, y)) {
 		h.write(&out, x, y)
 	}
 	return out.String()
@@ -36,19 +36,19 @@ func diffLines(text []byte) []string {
 	return lines
 }
 
-// match says that x[X:X+N] and y[Y:Y+N] are the same lines.
-type match struct{ X, Y, N int }
+// diffRun says that x[X:X+N] and y[Y:Y+N] are the same lines.
+type diffRun struct{ X, Y, N int }
 
-// matches are the common runs in rising order, closed by an empty one at the
+// diffRuns are the common runs in rising order, closed by an empty one at the
 // ends of the texts.
-func matches(x, y []string) []match {
-	var ms []match
+func diffRuns(x, y []string) []diffRun {
+	var ms []diffRun
 	doneX := commonPrefix(x, y)
 	doneY := doneX
 	if doneX > 0 {
-		ms = append(ms, match{0, 0, doneX})
+		ms = append(ms, diffRun{0, 0, doneX})
 	}
-	for _, anchor := range append(anchors(x, y), [2]int{len(x), len(y)}) {
+	for _, anchor := range append(diffAnchors(x, y), [2]int{len(x), len(y)}) {
 		i, j := anchor[0], anchor[1]
 		if i < doneX || j < doneY {
 			continue // an earlier run has grown over it
@@ -58,11 +58,11 @@ func matches(x, y []string) []match {
 		}
 		n := commonPrefix(x[i:], y[j:])
 		if n > 0 {
-			ms = append(ms, match{i, j, n})
+			ms = append(ms, diffRun{i, j, n})
 		}
 		doneX, doneY = i+n, j+n
 	}
-	return append(ms, match{len(x), len(y), 0})
+	return append(ms, diffRun{len(x), len(y), 0})
 }
 
 func commonPrefix(x, y []string) int {
@@ -73,9 +73,9 @@ func commonPrefix(x, y []string) int {
 	return n
 }
 
-// anchors are pairs of places of lines that occur once in x and once in y, the
+// diffAnchors are pairs of places of lines that occur once in x and once in y, the
 // longest set that rises in both (by patience sorting).
-func anchors(x, y []string) [][2]int {
+func diffAnchors(x, y []string) [][2]int {
 	type seen struct{ inX, inY, atX, atY int }
 	lines := map[string]seen{}
 	for i, l := range x {
@@ -120,33 +120,33 @@ func anchors(x, y []string) [][2]int {
 	return row
 }
 
-// hunk is a stretch of both texts with its changes: x[X0:X1] becomes y[Y0:Y1],
+// diffHunk is a stretch of both texts with its changes: x[X0:X1] becomes y[Y0:Y1],
 // of which the runs are the unchanged parts.
-type hunk struct {
+type diffHunk struct {
 	X0, X1, Y0, Y1 int
-	runs           []match
+	runs           []diffRun
 }
 
-// hunks puts changes that are near each other together.
-func hunks(ms []match) []hunk {
-	var hs []hunk
+// diffHunks puts changes that are near each other together.
+func diffHunks(ms []diffRun) []diffHunk {
+	var hs []diffHunk
 	doneX, doneY := 0, 0 // end of the run before the change
-	var run match        // that run
+	var run diffRun      // that run
 	for _, m := range ms {
 		if m.X > doneX || m.Y > doneY { // there is a change before m
 			lead := min(diffContext, run.N)
-			start := match{doneX - lead, doneY - lead, lead}
+			start := diffRun{doneX - lead, doneY - lead, lead}
 			if n := len(hs); n > 0 && hs[n-1].X1 >= start.X {
 				// The previous hunk's tail reaches into this lead: go on with it.
 				h := &hs[n-1]
 				h.runs[len(h.runs)-1] = run
 				h.X1, h.Y1 = m.X, m.Y
 			} else {
-				hs = append(hs, hunk{X0: start.X, Y0: start.Y, X1: m.X, Y1: m.Y, runs: []match{start}})
+				hs = append(hs, diffHunk{X0: start.X, Y0: start.Y, X1: m.X, Y1: m.Y, runs: []diffRun{start}})
 			}
 			h := &hs[len(hs)-1]
 			tail := min(diffContext, m.N)
-			h.runs = append(h.runs, match{m.X, m.Y, tail})
+			h.runs = append(h.runs, diffRun{m.X, m.Y, tail})
 			h.X1, h.Y1 = m.X+tail, m.Y+tail
 		}
 		run, doneX, doneY = m, m.X+m.N, m.Y+m.N
@@ -154,7 +154,7 @@ func hunks(ms []match) []hunk {
 	return hs
 }
 
-func (h hunk) write(out *strings.Builder, x, y []string) {
+func (h diffHunk) write(out *strings.Builder, x, y []string) {
 	fmt.Fprintf(out, "@@ -%s +%s @@\n", hunkRange(h.X0, h.X1), hunkRange(h.Y0, h.Y1))
 	line := func(mark byte, text string) {
 		out.WriteByte(mark)

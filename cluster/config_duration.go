@@ -20,7 +20,7 @@ func ParseDuration(s string) (Duration, error) {
 	case err == nil:
 		return Duration(d), nil
 	case s != "" && strings.Trim(s, "0123456789.") == "":
-		return 0, fmt.Errorf("%w: %s has no unit; write %ss or %sms", ErrDuration, quoted(s), clip(s), clip(s))
+		return 0, fmt.Errorf("%w: %s has no unit; write %ss or %sms", ErrDuration, quoted(s), clipWord(s), clipWord(s))
 	case strings.HasSuffix(s, "d") && strings.Trim(s[:len(s)-1], "0123456789") == "":
 		return 0, fmt.Errorf("%w: %s: there is no unit for days; write hours, such as 24h", ErrDuration, quoted(s))
 	}

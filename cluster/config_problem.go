@@ -81,7 +81,7 @@ func (p ConfigPath) String() string {
 			if isPlainKey(e) {
 				b.WriteString(e)
 			} else {
-				b.WriteString(strconv.Quote(clip(e)))
+				b.WriteString(strconv.Quote(clipWord(e)))
 			}
 		}
 	}
@@ -159,7 +159,7 @@ func (s *ConfigSource) note(line int, path, message, hint string) {
 		s.left++
 		return
 	}
-	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: clipTo(message, maxMessage), Hint: clipTo(hint, maxMessage)})
+	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: clipText(message, maxMessage), Hint: clipText(hint, maxMessage)})
 }
 
 // Err is nil when nothing was rejected, else a Problems.
@@ -193,9 +193,9 @@ const (
 	maxMessage = 1000 // bytes of a message
 )
 
-func clip(s string) string { return clipTo(s, maxShown) }
+func clipWord(s string) string { return clipText(s, maxShown) }
 
-func clipTo(s string, most int) string {
+func clipText(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}
@@ -203,4 +203,4 @@ func clipTo(s string, most int) string {
 }
 
 // quoted is the user's text as it stands in a message.
-func quoted(s string) string { return strconv.Quote(clip(s)) }
+func quoted(s string) string { return strconv.Quote(clipWord(s)) }

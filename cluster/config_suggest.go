@@ -8,15 +8,15 @@ import (
 // didYouMean is `did you mean "x"?` for the known word that is nearest to what
 // was written, or "" when none is near.
 func didYouMean(wrong string, known []string) string {
-	if best := nearest(wrong, known); best != "" {
+	if best := nearestWord(wrong, known); best != "" {
 		return "did you mean " + quoted(best) + "?"
 	}
 	return ""
 }
 
-// nearest is the known word within a third of the longer word's letters, the
+// nearestWord is the known word within a third of the longer word's letters, the
 // first in order when several are equally near, "" when none is.
-func nearest(wrong string, known []string) string {
+func nearestWord(wrong string, known []string) string {
 	if len(wrong) > maxShown {
 		return ""
 	}
@@ -60,8 +60,8 @@ func editDistance(a, b string) int {
 	return prev[len(b)]
 }
 
-// choices lists words: "one of a, b, c". Long lists are cut.
-func choices(known []string) string {
+// wordChoices lists words: "one of a, b, c". Long lists are cut.
+func wordChoices(known []string) string {
 	const most = 12
 	if len(known) > most {
 		return "one of " + strings.Join(known[:most], ", ") + " …"
@@ -69,14 +69,14 @@ func choices(known []string) string {
 	return "one of " + strings.Join(known, ", ")
 }
 
-// suggest is the one near word, else all of them, else what to do when there
+// suggestWord is the one near word, else all of them, else what to do when there
 // are none.
-func suggest(wrong string, known []string, none string) string {
+func suggestWord(wrong string, known []string, none string) string {
 	if s := didYouMean(wrong, known); s != "" {
 		return s
 	}
 	if len(known) == 0 {
 		return none
 	}
-	return "write " + choices(known)
+	return "write " + wordChoices(known)
 }

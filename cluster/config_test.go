@@ -147,8 +147,8 @@ func TestNearestWord(t *testing.T) {
 		"shangai": "shanghai-a", "shanghai-c": "shanghai-a", "SHANGHAI-B": "shanghai-b", "biejing": "beijing", "bejing": "beijing",
 		"london": "", "": "", "b": "", strings.Repeat("x", 1000): "",
 	} {
-		if got := nearest(wrong, known); got != want {
-			t.Errorf("nearest(%q) = %q, want %q", wrong, got, want)
+		if got := nearestWord(wrong, known); got != want {
+			t.Errorf("nearestWord(%q) = %q, want %q", wrong, got, want)
 		}
 	}
 	for _, tc := range []struct {
