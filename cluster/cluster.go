@@ -59,7 +59,7 @@ type Cluster struct {
 	log      *slog.Logger
 	instance string
 	started  time.Time
-	timing   Timing
+	timing   atomic.Pointer[Timing] // the default until this node is a member
 
 	mesh    *Mesh
 	book    *addressBook
@@ -97,15 +97,14 @@ func New(o Options) (*Cluster, error) {
 	_, _ = rand.Read(id[:]) // never fails
 	c := &Cluster{
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
-		timing: TimingFrom(m.heartbeat()), book: newAddressBook(),
+		book: newAddressBook(), lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
 		founded: make(chan memberFile, 1),
 	}
-	if err := c.timing.Check(); err != nil {
+	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
 	}
 	c.living, c.fatal = context.WithCancelCause(context.Background())
-	c.lease = &lease{length: c.timing.Lease}
 	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
 	c.leadership.init()
 	if m.ClusterID != "" {
@@ -126,8 +125,22 @@ func New(o Options) (*Cluster, error) {
 // Mesh carries connections to peers.
 func (c *Cluster) Mesh() *Mesh { return c.mesh }
 
-// Timing is what failure detection uses on this node.
-func (c *Cluster) Timing() Timing { return c.timing }
+// Timing is what failure detection uses: the default before this node is a
+// member, then what the cluster was founded with.
+func (c *Cluster) Timing() Timing { return *c.timing.Load() }
+
+// setTiming happens before raft and the loops start: a cluster's timing never
+// changes while it runs, because two nodes with different ideas of a lease's
+// length could both be right about who is in charge.
+func (c *Cluster) setTiming(heartbeat time.Duration) error {
+	t := TimingFrom(heartbeat)
+	if err := t.Check(); err != nil {
+		return err
+	}
+	c.timing.Store(&t)
+	c.lease.setLength(t.Lease)
+	return nil
+}
 
 // Instance is this process's random id.
 func (c *Cluster) Instance() string { return c.instance }
@@ -193,8 +206,12 @@ func (c *Cluster) self() Node {
 		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: MaxFeatureLevel,
 		Instance: c.instance, StartedAt: c.started,
 	}
-	if g := c.gossip.Load(); g != nil && g.Addr() != "" {
-		n.Gossip = g.Addr()
+	if host, port, err := net.SplitHostPort(n.Gossip); err == nil && port == "0" {
+		if g := c.gossip.Load(); g != nil {
+			if _, real, err := net.SplitHostPort(g.Addr()); err == nil {
+				n.Gossip = net.JoinHostPort(host, real)
+			}
+		}
 	}
 	return n
 }
@@ -215,7 +232,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 		defer stop()
 		return c.live(ctx, carriage)
 	})
-	return g.Wait()
+	return errors.Join(g.Wait(), c.mesh.Close())
 }
 
 // live is the life of a member, from joining to leaving.
@@ -234,13 +251,17 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.gossip.Store(c.newGossip())
+	gossip := c.newGossip()
+	if err := gossip.Listen(); err != nil {
+		return errors.Join(err, r.Shutdown().Error())
+	}
+	c.gossip.Store(gossip)
 
 	loops, stopLoops := context.WithCancel(carriage)
 	defer stopLoops()
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
-		c.gossip.Load().Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
+		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
 		newDiskWatchdog(c.opts.DataDir, c.log, c.diskStalled).Run, c.watchStore,
 	} {
 		g.Go(func() error { return loop(lctx) })
@@ -304,7 +325,7 @@ func (c *Cluster) newGossip() *Gossip {
 				})
 			}
 		},
-		Logger: c.log, Registerer: c.opts.Registerer,
+		LeaveOnStop: true, Logger: c.log, Registerer: c.opts.Registerer,
 	})
 }
 

@@ -7,12 +7,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"time"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
@@ -83,6 +79,9 @@ func (c *Cluster) becomeMember(m memberFile) error {
 	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
 		return err
 	}
+	if err := c.setTiming(m.heartbeat()); err != nil {
+		return err
+	}
 	for _, n := range m.Nodes {
 		c.book.learn(n)
 	}
@@ -93,11 +92,7 @@ func (c *Cluster) becomeMember(m memberFile) error {
 
 // dialSeed gives a client for an address whose node isn't known by name.
 func (c *Cluster) dialSeed(addr string) (clusterpb.PeerClient, func(), error) {
-	conn, err := grpc.NewClient("passthrough:///"+addr,
-		grpc.WithTransportCredentials(insecure.NewCredentials()), // the mesh's connection is TLS already
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return c.mesh.DialAddr(ctx, KindGRPC, addr)
-		}))
+	conn, err := c.mesh.SeedConn(addr)
 	if err != nil {
 		return nil, nil, fmt.Errorf("connect to %s: %w", addr, err)
 	}
@@ -181,7 +176,7 @@ func (c *Cluster) join(ctx context.Context, n Node, forwarded bool) (*clusterpb.
 	resp := &clusterpb.JoinResponse{
 		Format: rpcFormat, ClusterId: s.ClusterID, Name: s.Name,
 		Generation: s.Generation.Number, GenerationId: s.Generation.ID,
-		HeartbeatMs: c.timing.Heartbeat.Milliseconds(),
+		HeartbeatMs: c.Timing().Heartbeat.Milliseconds(),
 	}
 	for _, m := range s.Nodes {
 		resp.Nodes = append(resp.Nodes, infoOf(m))
@@ -367,6 +362,9 @@ func (c *Cluster) announce(ctx context.Context) error {
 				c.log.Warn("the cluster does not know this node's addresses yet", "err", err)
 			}
 		}
+		if leader, _ := c.leader(); leader == "" {
+			c.meetSeeds(ctx)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -374,6 +372,37 @@ func (c *Cluster) announce(ctx context.Context) error {
 		case <-retry.C:
 		}
 	}
+}
+
+// meetSeeds exchanges addresses with the seeds. A member needs them only when
+// every address that it remembers is stale, as after a restart of everything
+// elsewhere.
+func (c *Cluster) meetSeeds(ctx context.Context) {
+	for _, seed := range c.opts.Seeds {
+		client, done, err := c.dialSeed(seed)
+		if err != nil {
+			continue
+		}
+		sctx, cancel := context.WithTimeout(ctx, aliveTimeout)
+		got, err := client.Ping(sctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
+		cancel()
+		done()
+		if err == nil && c.knows(got.GetNode().GetName()) {
+			c.book.heard(nodeOf(got.GetNode()))
+		}
+	}
+}
+
+// knows reports whether a node is a member, as agreed or, before this node has
+// learnt the agreed state, as remembered.
+func (c *Cluster) knows(name string) bool {
+	s := c.State()
+	if s.ClusterID != "" {
+		_, member := s.Nodes[name]
+		return member
+	}
+	_, remembered := c.book.node(name)
+	return remembered
 }
 
 // remember keeps the member file's list of nodes up to date, for the next start.
@@ -399,7 +428,7 @@ func (c *Cluster) rememberNow() error {
 	if s.ClusterID == "" {
 		return nil
 	}
-	nodes := []Node{}
+	nodes := make([]Node, 0, len(s.Nodes))
 	for name, n := range s.Nodes {
 		if known, ok := c.book.node(name); ok && known.StartedAt.After(n.StartedAt) {
 			known.JoinedAt = n.JoinedAt
@@ -408,14 +437,10 @@ func (c *Cluster) rememberNow() error {
 		nodes = append(nodes, n)
 	}
 	slices.SortFunc(nodes, func(a, b Node) int { return compareStrings(a.Name, b.Name) })
-	heartbeat := m.HeartbeatMS
-	if s.Parsed != nil {
-		heartbeat = s.Parsed.Timing.Heartbeat.D().Milliseconds()
-	}
-	if heartbeat == m.HeartbeatMS && !m.Founder && slices.Equal(nodes, m.Nodes) {
+	if !m.Founder && slices.Equal(nodes, m.Nodes) {
 		return nil
 	}
-	m.Nodes, m.HeartbeatMS, m.Founder = nodes, heartbeat, false
+	m.Nodes, m.Founder = nodes, false
 	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
 		c.log.Warn("membership not saved; the next start knows older addresses", "err", err)
 		return nil

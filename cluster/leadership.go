@@ -135,15 +135,16 @@ func (c *Cluster) lead(ctx context.Context) error {
 		pending    = 0
 		lastCommit time.Duration
 		refused    time.Duration // since when ticks are refused, 0: they are not
-		end        context.CancelFunc
+		leading    = false
+		end        = func() {} // ends the leadership's context
 	)
 	defer func() {
-		if end != nil {
-			end()
+		end()
+		if leading {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	every := time.NewTicker(c.timing.Tick)
+	every := time.NewTicker(c.Timing().Tick)
 	defer every.Stop()
 	look := time.NewTicker(20 * time.Millisecond)
 	defer look.Stop()
@@ -163,10 +164,10 @@ func (c *Cluster) lead(ctx context.Context) error {
 			propose()
 			continue
 		case <-look.C:
-			if end != nil && Boottime()-lastCommit > c.timing.Lease {
+			if leading && Boottime()-lastCommit > c.Timing().Lease {
 				// Still raft's leader by name, but without proof of a quorum.
+				leading = false
 				end()
-				end = nil
 				c.log.Warn("leadership suspended: no tick was committed for a lease's length", "term", term)
 			}
 			continue
@@ -177,9 +178,9 @@ func (c *Cluster) lead(ctx context.Context) error {
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, c.State().Primary.Epoch)
-				if end == nil && Boottime()-lastCommit <= c.timing.Lease {
-					var lctx context.Context
-					lctx, end = context.WithCancel(ctx)
+				if !leading && Boottime()-lastCommit <= c.Timing().Lease {
+					lctx, cancelLeading := context.WithCancel(ctx)
+					leading, end = true, cancelLeading
 					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: Boottime()})
 					c.log.Info("raft leadership begins", "term", term)
 				}
@@ -203,7 +204,7 @@ func (c *Cluster) tick(r *raft.Raft) tickResult {
 	if err == nil {
 		var b []byte
 		if b, err = cmd.Encode(); err == nil {
-			err = r.Apply(b, c.timing.Lease).Error()
+			err = r.Apply(b, c.Timing().Lease).Error()
 		}
 	}
 	res.err = err
@@ -312,11 +313,11 @@ func (c *Cluster) handOver(ctx context.Context) {
 
 // successor is the voter that was heard last, of the own site if there is one.
 func (c *Cluster) successor() string {
-	best, bestAgo, bestNear := "", c.timing.Patience, false
+	best, bestAgo, bestNear := "", c.Timing().Patience, false
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
 		p, known := peers[s.Name]
-		if !known || !s.Voter || !p.Heard || p.Draining || p.Ago >= c.timing.Patience {
+		if !known || !s.Voter || !p.Heard || p.Draining || p.Ago >= c.Timing().Patience {
 			continue
 		}
 		near := p.Site == c.opts.Site

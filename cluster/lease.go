@@ -19,24 +19,34 @@ import (
 // All times are Boottime. Every step errs to the short side: a tick counts from
 // before it was proposed, an answer from before it was asked for.
 type lease struct {
+	mu     sync.Mutex // guards what follows
 	length time.Duration
+	until  time.Duration
+	since  time.Duration // start of the unbroken run up to now
+	held   bool          // ever held since the process started
+	epoch  uint64        // the highest heard of
+}
 
-	mu    sync.Mutex // guards what follows
-	until time.Duration
-	since time.Duration // start of the unbroken run up to now
-	held  bool          // ever held since the process started
-	epoch uint64        // the highest heard of
+// setLength sets L, before the first use.
+func (l *lease) setLength(length time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.length = length
 }
 
 // committed extends the lease on the leader: a tick proposed at `proposed` is
 // committed, while the agreed epoch was at least epoch.
 func (l *lease) committed(proposed time.Duration, epoch uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.extend(proposed+l.length, epoch)
 }
 
 // relayed extends the lease by a peer's answer to a ping sent at `sent`, saying
 // that the peer's own lease is good for `left` more.
 func (l *lease) relayed(sent, left time.Duration, epoch uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	// A peer that claims more than a whole lease is wrong or hostile.
 	if left > l.length {
 		left = 0
@@ -46,8 +56,6 @@ func (l *lease) relayed(sent, left time.Duration, epoch uint64) {
 
 func (l *lease) extend(until time.Duration, epoch uint64) {
 	now := Boottime()
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.epoch = max(l.epoch, epoch)
 	if until <= l.until || until <= now {
 		return

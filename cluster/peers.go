@@ -107,7 +107,7 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 	}()
 	for {
 		changed := c.fsm.watch()
-		members := c.State().Nodes
+		members := c.members()
 		for name := range members {
 			if name == c.opts.Name || running[name] != nil {
 				continue
@@ -121,6 +121,9 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 				stop()
 				delete(running, name)
 				c.book.forget(name)
+				if err := c.mesh.Forget(name); err != nil {
+					c.log.Warn("connection to a removed node not closed in order", "peer", name, "err", err)
+				}
 			}
 		}
 		c.peers.retain(func(name string) bool { _, member := members[name]; return member })
@@ -132,8 +135,22 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 	}
 }
 
+// members are the agreed nodes, or the remembered ones while this node has not
+// learnt the agreed state.
+func (c *Cluster) members() map[string]Node {
+	s := c.State()
+	if s.ClusterID != "" {
+		return s.Nodes
+	}
+	nodes := map[string]Node{}
+	for _, n := range c.book.all() {
+		nodes[n.Name] = n
+	}
+	return nodes
+}
+
 func (c *Cluster) pingPeer(ctx context.Context, name string) {
-	tick := time.NewTicker(c.timing.Tick)
+	tick := time.NewTicker(c.Timing().Tick)
 	defer tick.Stop()
 	for {
 		if err := c.ping(ctx, name); err != nil && ctx.Err() == nil {
@@ -185,7 +202,7 @@ func (c *Cluster) answerPing() *clusterpb.PingResponse {
 func (c *Cluster) Peers() map[string]PeerView {
 	now := Boottime()
 	views := map[string]PeerView{}
-	for name, n := range c.State().Nodes {
+	for name, n := range c.members() {
 		if name == c.opts.Name {
 			continue
 		}

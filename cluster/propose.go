@@ -41,7 +41,7 @@ func (c *Cluster) Propose(ctx context.Context, t CommandType, data any) (uint64,
 
 // route commits here when this node leads, else at the leader.
 func (c *Cluster) route(ctx context.Context, cmd Command, b []byte) (uint64, error) {
-	if c.raft.Load() == nil {
+	if c.member.Load() == nil {
 		return 0, ErrNotMember
 	}
 	leader, _ := c.leader()

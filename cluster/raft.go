@@ -28,9 +28,9 @@ const (
 func (c *Cluster) raftConfig() *raft.Config {
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(c.opts.Name)
-	conf.HeartbeatTimeout = c.timing.Heartbeat
-	conf.ElectionTimeout = c.timing.Heartbeat
-	conf.LeaderLeaseTimeout = c.timing.Heartbeat
+	conf.HeartbeatTimeout = c.Timing().Heartbeat
+	conf.ElectionTimeout = c.Timing().Heartbeat
+	conf.LeaderLeaseTimeout = c.Timing().Heartbeat
 	conf.SnapshotThreshold = snapshotThreshold
 	conf.SnapshotInterval = time.Minute
 	conf.TrailingLogs = trailingLogs
@@ -49,7 +49,7 @@ func (c *Cluster) raftConfig() *raft.Config {
 // at each dial.
 func (c *Cluster) startRaft() (*raft.Raft, error) {
 	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: c.layer, MaxPool: raftPool, Timeout: c.timing.Transport, Logger: newRaftLogger(c.log),
+		Stream: c.layer, MaxPool: raftPool, Timeout: c.Timing().Transport, Logger: newRaftLogger(c.log),
 		// More can wedge a follower for ever after one rejected append
 		// (hashicorp/raft #612).
 		MaxRPCsInFlight: 1,
@@ -283,8 +283,7 @@ func (c *Cluster) holdDial(ctx context.Context, node string) {
 	for {
 		r := c.raft.Load()
 		a, heard := c.peers.get(node)
-		_, member := c.State().Nodes[node]
-		if r == nil || r.State() != raft.Leader || !member || !heard || Boottime()-a.sent < 2*c.timing.Tick+pingTimeout {
+		if r == nil || r.State() != raft.Leader || !c.knows(node) || !heard || Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
 			return
 		}
 		select {

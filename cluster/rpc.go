@@ -66,7 +66,7 @@ func (s *peerServer) Ping(ctx context.Context, r *clusterpb.PingRequest) (*clust
 	if n.Name != id.Node || n.Site != id.Site {
 		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)
 	}
-	if _, member := s.c.State().Nodes[n.Name]; member {
+	if s.c.knows(n.Name) {
 		s.c.book.heard(n)
 	}
 	return s.c.answerPing(), nil

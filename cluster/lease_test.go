@@ -1,0 +1,83 @@
+package cluster
+
+import (
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
+	l := &lease{length: time.Minute}
+	now := Boottime()
+	l.committed(now-50*time.Second, 3)
+	left, epoch := l.left()
+	if left > 10*time.Second || left < 9*time.Second {
+		t.Errorf("left %s, want just under 10 s", left)
+	}
+	if epoch != 3 {
+		t.Errorf("epoch %d, want 3", epoch)
+	}
+	l.committed(now-55*time.Second, 2)
+	if again, epoch := l.left(); again > left || epoch != 3 {
+		t.Errorf("an older tick changed the lease to %s, epoch %d", again, epoch)
+	}
+}
+
+func TestLeaseRefusesMoreThanALease(t *testing.T) {
+	l := &lease{length: time.Minute}
+	l.relayed(Boottime(), time.Hour, 1)
+	if left, _ := l.left(); left > 0 {
+		t.Errorf("a peer that claims an hour gave %s", left)
+	}
+	if l.everHeld() {
+		t.Error("it counts as held")
+	}
+}
+
+func TestLeaseTellsOfAPromotionEvenWithoutTime(t *testing.T) {
+	l := &lease{length: time.Minute}
+	l.relayed(Boottime(), 0, 7)
+	if left, epoch := l.left(); left > 0 || epoch != 7 {
+		t.Errorf("left %s epoch %d, want none and 7", left, epoch)
+	}
+}
+
+// However a tick's lease is handed on, nobody holds it longer than the leader
+// that committed it.
+func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const length = time.Hour
+		leader := &lease{length: length}
+		leader.committed(Boottime()-time.Duration(rapid.Int64Range(0, int64(length)).Draw(t, "age")), 1)
+		from := leader
+		for range rapid.IntRange(1, 5).Draw(t, "hops") {
+			next := &lease{length: length}
+			sent := Boottime() - time.Duration(rapid.Int64Range(0, int64(time.Minute)).Draw(t, "wire"))
+			left, epoch := from.left()
+			next.relayed(sent, left, epoch)
+			from = next
+		}
+		atLeader, _ := leader.left()
+		atEnd, epoch := from.left()
+		if atEnd > atLeader+time.Millisecond {
+			t.Fatalf("the relayed lease lasts %s, the leader's %s", atEnd, atLeader)
+		}
+		if epoch != 1 {
+			t.Fatalf("epoch %d was lost on the way", epoch)
+		}
+	})
+}
+
+func TestTimingFitsTogether(t *testing.T) {
+	for _, hb := range []time.Duration{0, 100 * time.Millisecond, 800 * time.Millisecond, 2 * time.Second, 10 * time.Second} {
+		if err := TimingFrom(hb).Check(); err != nil {
+			t.Errorf("heartbeat %s: %v", hb, err)
+		}
+	}
+	bad := TimingFrom(0)
+	bad.Lease = bad.Patience
+	if bad.Check() == nil {
+		t.Error("a lease as long as the patience is accepted")
+	}
+}
