@@ -195,7 +195,7 @@ func (p *pipe) next() ([]byte, time.Duration) {
 		p.queue = nil
 		return nil, time.Hour
 	}
-	if wait := p.queue[0].due.Sub(time.Now()); wait > 0 {
+	if wait := time.Until(p.queue[0].due); wait > 0 {
 		return nil, wait
 	}
 	packet := p.queue[0].packet
