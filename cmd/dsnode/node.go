@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -32,10 +33,19 @@ func newNodeListCommand(env *environment) *cobra.Command {
 			nodes = []admin.NodeStatus{}
 		}
 		return show(env.stdout, s.output, nodes, func(w io.Writer) error {
-			g := nodesGrid(nodes, status.ObservedAt)
-			return g.write(w, env.palette())
+			return nodesGrid(nodes, status.ObservedAt).write(w, env.palette())
 		})
 	})
+}
+
+// nodesGrid has the addresses that the status leaves out.
+func nodesGrid(nodes []admin.NodeStatus, now time.Time) *grid {
+	g := &grid{heads: []string{"NODE", "SITE", "STATE", "RAFT", "VERSION", "API", "ADMIN", "UP"}}
+	for _, n := range nodes {
+		g.add(plain(n.Name), plain(n.Site), nodeState(n), plain(raftPart(n)),
+			plain(n.Version), plain(n.API), plain(n.Admin), plain(upFor(n, now)))
+	}
+	return g
 }
 
 func newNodeDrainCommand(env *environment) *cobra.Command {

@@ -31,7 +31,7 @@ func (t statusTable) write(w io.Writer, p palette) error {
 			return err
 		}
 	}
-	for _, table := range []grid{t.sites(), nodesGrid(t.Nodes, t.now)} {
+	for _, table := range []grid{t.sites(), t.nodes()} {
 		if len(table.rows) == 0 {
 			continue
 		}
@@ -53,14 +53,14 @@ func (t statusTable) headline(p palette) string {
 	case t.Raft.Quorum:
 		return name + " is " + p.paint(yellow, "degraded")
 	}
-	return name + " has " + p.paint(red, "no quorum") + t.since(t.Raft.QuorumSince)
+	return name + " has " + p.paint(red, "no quorum")
 }
 
 // facts are the lines between the headline and the tables.
 func (t statusTable) facts() [][2]string {
 	primary := unknown
 	if p := t.Primary; p != nil {
-		primary = fmt.Sprintf("%s, epoch %d%s (%s)", p.Site, p.Epoch, t.since(&p.Since), p.Reason)
+		primary = fmt.Sprintf("%s, epoch %d (%s)%s", p.Site, p.Epoch, p.Reason, t.since(&p.Since))
 	}
 	quorum := "no quorum"
 	if t.Raft.Quorum {
@@ -106,22 +106,27 @@ func (t statusTable) sites() grid {
 	return g
 }
 
-// nodesGrid serves `node list` too.
-func nodesGrid(nodes []admin.NodeStatus, now time.Time) grid {
-	g := grid{heads: []string{"NODE", "SITE", "STATE", "RAFT", "HEARD", "VERSION", "API", "ADMIN", "PID", "UP"}}
-	for _, n := range nodes {
-		state := mood(string(n.State))
-		if n.Draining != nil && *n.Draining {
-			state = cell{string(n.State) + ", draining", yellow}
-		}
-		up := unknown
-		if n.StartedAt != nil && n.State == admin.NodeAlive {
-			up = age(now.Sub(*n.StartedAt))
-		}
-		g.add(plain(n.Name), plain(n.Site), state, plain(raftPart(n)), plain(secondsText(n.LastHeardSeconds)),
-			plain(n.Version), plain(n.API), plain(n.Admin), plain(number(n.PID)), plain(up))
+func (t statusTable) nodes() grid {
+	g := grid{heads: []string{"NODE", "SITE", "STATE", "RAFT", "HEARD", "VERSION", "API", "PID", "UP"}}
+	for _, n := range t.Nodes {
+		g.add(plain(n.Name), plain(n.Site), nodeState(n), plain(raftPart(n)), plain(secondsText(n.LastHeardSeconds)),
+			plain(n.Version), plain(n.API), plain(number(n.PID)), plain(upFor(n, t.now)))
 	}
 	return g
+}
+
+func nodeState(n admin.NodeStatus) cell {
+	if n.Draining != nil && *n.Draining {
+		return cell{string(n.State) + ", draining", yellow}
+	}
+	return mood(string(n.State))
+}
+
+func upFor(n admin.NodeStatus, now time.Time) string {
+	if n.StartedAt == nil || n.State != admin.NodeAlive {
+		return unknown
+	}
+	return age(now.Sub(*n.StartedAt))
 }
 
 func raftPart(n admin.NodeStatus) string {
@@ -166,12 +171,12 @@ func text(s *string) string {
 	return *s
 }
 
-// since is an addition to a sentence: " for 10m", nothing when unknown.
+// since is an addition to a sentence, nothing when unknown.
 func (t statusTable) since(at *time.Time) string {
 	if at == nil || at.IsZero() {
 		return ""
 	}
-	return fmt.Sprintf(" since %s (%s)", at.UTC().Format("2006-01-02 15:04:05Z"), age(t.now.Sub(*at)))
+	return fmt.Sprintf(" for %s (since %s)", age(t.now.Sub(*at)), at.UTC().Format(time.RFC3339))
 }
 
 func secondsText(s *float64) string {

@@ -62,10 +62,8 @@ func newTLSIssueCommand(env *environment) *cobra.Command {
 		Example: "  dsnode tls issue --cluster prod --site shanghai-a --node shanghai-a-1 --host a1.example.com,10.0.0.7",
 		Args:    takes(),
 		RunE: func(*cobra.Command, []string) error {
-			for flag, value := range map[string]string{"--cluster": id.Cluster, "--site": id.Site, "--node": id.Node} {
-				if value == "" {
-					return usage("see dsnode tls issue --help", "tls issue needs --cluster, --site and --node; %s is missing", flag)
-				}
+			if id.Cluster == "" || id.Site == "" || id.Node == "" {
+				return usage("see dsnode tls issue --help", "tls issue needs --cluster, --site and --node")
 			}
 			if err := id.Validate(); err != nil {
 				return usage("use the names of node.yaml", "%w", err)
