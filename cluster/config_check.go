@@ -51,8 +51,10 @@ func (c *configCheck) all() {
 	c.sites()
 	c.upstreams()
 	c.models()
-	c.fallbackCycles()
-	c.timeouts()
+	if len(c.Upstreams) <= MaxUpstreams && len(c.Models) <= MaxModels {
+		c.fallbackCycles()
+		c.timeouts()
+	}
 	c.limits()
 	c.timing()
 }
@@ -79,10 +81,13 @@ func (c *configCheck) version() {
 	}
 }
 
-func (c *configCheck) count(p ConfigPath, n, most int) {
+// tooMany rejects a list that is over its bound. Its entries are then not
+// looked at: there may be a hundred thousand.
+func (c *configCheck) tooMany(p ConfigPath, n, most int) bool {
 	if n > most {
 		c.reject(p, "", "has %d entries, more than the limit of %d", n, most)
 	}
+	return n > most
 }
 
 func (c *configCheck) sites() {
@@ -90,7 +95,9 @@ func (c *configCheck) sites() {
 		c.missing(At("sites"), "write at least one, such as shanghai-a: {city: shanghai, priority: 1}")
 		return
 	}
-	c.count(At("sites"), len(c.Sites), MaxSites)
+	if c.tooMany(At("sites"), len(c.Sites), MaxSites) {
+		return
+	}
 	taken := map[int]string{}
 	for _, name := range c.inFileOrder("sites", slices.Collect(maps.Keys(c.Sites))) {
 		s, at := c.Sites[name], At("sites", name)
@@ -138,7 +145,9 @@ func (c *configCheck) within(p ConfigPath, d Duration, least, most time.Duration
 }
 
 func (c *configCheck) upstreams() {
-	c.count(At("upstreams"), len(c.Upstreams), MaxUpstreams)
+	if c.tooMany(At("upstreams"), len(c.Upstreams), MaxUpstreams) {
+		return
+	}
 	for _, name := range c.inFileOrder("upstreams", slices.Collect(maps.Keys(c.Upstreams))) {
 		at := At("upstreams", name)
 		if !ValidName(name) {
@@ -162,11 +171,11 @@ func (c *configCheck) upstream(at ConfigPath, u Upstream) {
 	case u.Site == "":
 		c.missing(at.At("site"), "write the site whose nodes reach it: "+wordChoices(sites))
 	case !known && !c.src.Broken(At("sites")):
-		c.reject(at.At("site"), suggestWord(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
+		c.reject(at.At("site"), c.src.suggest(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
 	}
 	kinds := []string{string(KindVLLM), string(KindSGLang), string(KindLlamaCPP), string(KindOllama), string(KindDeepSeek), string(KindOpenAI)}
 	if !slices.Contains(kinds, string(u.Kind)) {
-		c.reject(at.At("kind"), suggestWord(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
+		c.reject(at.At("kind"), c.src.suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
 	}
 	secure := c.upstreamURL(at.At("url"), u.URL)
 	c.upstreamTLS(at.At("tls"), u.TLS, secure)

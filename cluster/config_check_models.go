@@ -11,7 +11,9 @@ import (
 func validModelName(s string) bool { return s != "" && len(s) <= 256 && isPrintable(s) }
 
 func (c *configCheck) models() {
-	c.count(At("models"), len(c.Models), MaxModels)
+	if c.tooMany(At("models"), len(c.Models), MaxModels) {
+		return
+	}
 	upstreams := slices.Sorted(maps.Keys(c.Upstreams))
 	models := slices.Sorted(maps.Keys(c.Models))
 	for _, name := range models {
@@ -23,11 +25,12 @@ func (c *configCheck) models() {
 		if len(m.Serve) == 0 {
 			c.missing(at.At("serve"), "write at least one, such as serve: [{upstream: "+firstName(upstreams, "a-vllm")+"}]")
 		}
-		c.count(at.At("serve"), len(m.Serve), maxServe)
+		if c.tooMany(at.At("serve"), len(m.Serve), maxServe) || c.tooMany(at.At("fallbacks"), len(m.Fallbacks), maxFallbacks) {
+			continue
+		}
 		for i, s := range m.Serve {
 			c.serve(at.At("serve", i), s, m.Serve[:i], upstreams)
 		}
-		c.count(at.At("fallbacks"), len(m.Fallbacks), maxFallbacks)
 		for i, f := range m.Fallbacks {
 			at := at.At("fallbacks", i)
 			_, known := c.Models[f]
@@ -37,7 +40,7 @@ func (c *configCheck) models() {
 			case slices.Contains(m.Fallbacks[:i], f):
 				c.reject(at, "remove it", "%s stands here a second time", quoted(f))
 			case !known:
-				c.reject(at, suggestWord(f, namesWithout(models, name), "add it there"), "model %s is not under models", quoted(f))
+				c.reject(at, c.src.suggest(f, namesWithout(models, name), "add it there"), "model %s is not under models", quoted(f))
 			}
 		}
 	}
@@ -60,7 +63,7 @@ func (c *configCheck) serve(at ConfigPath, s Serve, before []Serve, upstreams []
 	case s.Upstream == "":
 		c.missing(at.At("upstream"), "write "+wordChoices(upstreams))
 	case !known && !c.src.Broken(At("upstreams")):
-		c.reject(at.At("upstream"), suggestWord(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
+		c.reject(at.At("upstream"), c.src.suggest(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
 	case slices.Contains(before, s):
 		c.reject(at, "remove it", "stands here a second time")
 	}

@@ -220,6 +220,10 @@ func (s *ConfigSource) decodeStruct(n *yaml.Node, v reflect.Value, p ConfigPath)
 	s.eachKey(n, p, func(key string, keyNode, value *yaml.Node) {
 		at := p.At(key)
 		i, known := fields[key]
+		if !known && s.full() {
+			s.left++
+			return
+		}
 		if !known {
 			hint := "allowed here: " + strings.Join(names, ", ")
 			if best := nearestWord(key, names); best != "" {

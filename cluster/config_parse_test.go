@@ -143,9 +143,11 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"not UTF-8", "version: 1\n# caf\xe9\n", `cluster.yaml:2: the text is not valid UTF-8; save the file as plain UTF-8 text`},
 		{"huge", strings.Repeat("#", MaxConfigBytes+1), `cluster.yaml: the file has 1048577 bytes, more than the limit of 1048576; keep only configuration in it`},
 		{"deep", "sites: " + strings.Repeat("[", 100) + strings.Repeat("]", 100), `cluster.yaml:1: is not valid YAML: exceeded max depth of 64 while increasing flow level`},
-		{"alias", "version: 1\nsites:\n  a: &x {city: x, priority: 1}\n  b: *x\n",
+		{
+			"alias", "version: 1\nsites:\n  a: &x {city: x, priority: 1}\n  b: *x\n",
 			"cluster.yaml:3: sites.a: anchors (&x) are not supported; write the value out where it is needed\n" +
-				"cluster.yaml:4: sites.b: aliases (*x) are not supported; write the value out"},
+				"cluster.yaml:4: sites.b: aliases (*x) are not supported; write the value out",
+		},
 		{"tag", "version: 1\nsites:\n  a: {city: !!str x, priority: 1}\n", `cluster.yaml:3: sites.a.city: the tag !!str is not supported; write the value without a tag`},
 		{"merge key", "version: 1\nsites:\n  a: {city: x, priority: 1, <<: {city: y}}\n", `cluster.yaml:3: sites.a: merge keys (<<) are not supported; write the values out`},
 		{"list as key", "version: 1\nsites:\n  a: {city: x, priority: 1, ? [b] : c}\n", `cluster.yaml:3: sites.a: has a key that is not a plain word; write key: value`},
@@ -174,8 +176,10 @@ func TestParseConfigRefuses(t *testing.T) {
 
 		{"upstream's name", head + "upstreams:\n  -u: {site: a, url: http://h}\n", `cluster.yaml:5: upstreams.-u: "-u" cannot be an upstream's name; write up to 63 lower-case letters, digits and dashes, no dash first or last`},
 		{"no site", up + "{url: http://h}\n", `cluster.yaml:5: upstreams.u.site: is missing; write the site whose nodes reach it: one of a`},
-		{"unknown site", "version: 1\nsites:\n  shanghai-a: {city: x, priority: 1}\n  beijing: {city: x, priority: 2}\nupstreams:\n  a-vllm:\n    site: shangai\n    url: http://h\n",
-			`cluster.yaml:7: upstreams.a-vllm.site: site "shangai" is not under sites; did you mean "shanghai-a"?`},
+		{
+			"unknown site", "version: 1\nsites:\n  shanghai-a: {city: x, priority: 1}\n  beijing: {city: x, priority: 2}\nupstreams:\n  a-vllm:\n    site: shangai\n    url: http://h\n",
+			`cluster.yaml:7: upstreams.a-vllm.site: site "shangai" is not under sites; did you mean "shanghai-a"?`,
+		},
 		{"unknown site, far", up + "{site: london, url: http://h}\n", `cluster.yaml:5: upstreams.u.site: site "london" is not under sites; write one of a`},
 		{"kind", up + "{site: a, url: http://h, kind: vlm}\n", `cluster.yaml:5: upstreams.u.kind: kind "vlm" is not known; did you mean "vllm"?`},
 		{"kind, far", up + "{site: a, url: http://h, kind: tgi}\n", `cluster.yaml:5: upstreams.u.kind: kind "tgi" is not known; write one of vllm, sglang, llamacpp, ollama, deepseek, openai`},
@@ -192,13 +196,17 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"url of an endpoint", up + "{site: a, url: 'http://h/v1/chat/completions'}\n", `cluster.yaml:5: upstreams.u.url: the URL is an endpoint, not the base of all endpoints; end it before /chat/completions, as clients of OpenAI do: http://vllm:8000/v1`},
 		{"tls without https", up + "{site: a, url: 'http://h/v1', tls: {ca_file: x}}\n", `cluster.yaml:5: upstreams.u.tls: tls is set, but url is http; write https in url, or remove tls`},
 		{"half a client certificate", up + "{site: a, url: 'https://h/v1', tls: {cert_file: x}}\n", `cluster.yaml:5: upstreams.u.tls: cert_file and key_file go together; write both, or none`},
-		{"verify and not", up + "{site: a, url: 'https://h/v1', tls: {ca_file: x, insecure_skip_verify: true}}\n",
-			`cluster.yaml:5: upstreams.u.tls.insecure_skip_verify: contradicts ca_file and server_name: nothing would be verified; keep ca_file and server_name, and remove insecure_skip_verify`},
+		{
+			"verify and not", up + "{site: a, url: 'https://h/v1', tls: {ca_file: x, insecure_skip_verify: true}}\n",
+			`cluster.yaml:5: upstreams.u.tls.insecure_skip_verify: contradicts ca_file and server_name: nothing would be verified; keep ca_file and server_name, and remove insecure_skip_verify`,
+		},
 		{"yes for true", up + "{site: a, url: 'https://h/v1', tls: {insecure_skip_verify: yes}}\n", `cluster.yaml:5: upstreams.u.tls.insecure_skip_verify: wants true or false, not "yes"; write it without quotes`},
 		{"literal secret", up + "{site: a, url: http://h, api_key: sk-hunter2}\n", `cluster.yaml:5: upstreams.u.api_key: secrets are references; write {env: NAME} or {file: PATH}`},
 		{"literal secret as a key", up + "{site: a, url: http://h, api_key: {sk-hunter2}}\n", `cluster.yaml:5: upstreams.u.api_key: secrets are references with one of the keys env and file; write {env: NAME} or {file: PATH}`},
-		{"literal secret as a variable", up + "{site: a, url: http://h, api_key: {env: sk-hunter2}}\n",
-			`cluster.yaml:5: upstreams.u.api_key: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; the secret itself must not stand here`},
+		{
+			"literal secret as a variable", up + "{site: a, url: http://h, api_key: {env: sk-hunter2}}\n",
+			`cluster.yaml:5: upstreams.u.api_key: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; the secret itself must not stand here`,
+		},
 		{"forgotten secret", up + "{site: a, url: http://h, api_key: }\n", `cluster.yaml:5: upstreams.u.api_key: has no value; write one, or remove the key for the default`},
 		{"empty secret", up + "{site: a, url: http://h, api_key: {}}\n", `cluster.yaml:5: upstreams.u.api_key: has neither env nor file; write {env: NAME} or {file: PATH}`},
 		{"two secrets", up + "{site: a, url: http://h, api_key: {env: A, file: b}}\n", `cluster.yaml:5: upstreams.u.api_key: has both env and file; write {env: NAME} or {file: PATH}, not both`},
@@ -211,8 +219,10 @@ func TestParseConfigRefuses(t *testing.T) {
 
 		{"model's name", model + "  '': {serve: [{upstream: u}]}\n", `cluster.yaml:7: models: has a key that is not a plain word; write key: value`},
 		{"model's name with a line end", model + "  \"a\\nb\": {serve: [{upstream: u}]}\n", `cluster.yaml:7: models."a\nb": "a\nb" cannot be a model's name; write 1 to 256 printable characters`},
-		{"model's long name", model + "  ? " + strings.Repeat("m", 257) + "\n  : {serve: [{upstream: u}]}\n",
-			`cluster.yaml:7: models."` + strings.Repeat("m", 64) + `…": "` + strings.Repeat("m", 64) + `…" cannot be a model's name; write 1 to 256 printable characters`},
+		{
+			"model's long name", model + "  ? " + strings.Repeat("m", 257) + "\n  : {serve: [{upstream: u}]}\n",
+			`cluster.yaml:7: models."` + strings.Repeat("m", 64) + `…": "` + strings.Repeat("m", 64) + `…" cannot be a model's name; write 1 to 256 printable characters`,
+		},
 		{"no serve", model + "  m: {}\n", `cluster.yaml:7: models.m.serve: is missing; write at least one, such as serve: [{upstream: u}]`},
 		{"empty serve", model + "  m:\n    fallbacks: []\n    serve: []\n", `cluster.yaml:9: models.m.serve: is empty; write at least one, such as serve: [{upstream: u}]`},
 		{"serve is no list", model + "  m: {serve: {upstream: u}}\n", `cluster.yaml:7: models.m.serve: wants a list, not keys with values; write - before each entry, or [a, b]`},
@@ -221,13 +231,17 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"unknown upstream", model + "  gpt-4.1:\n    serve:\n      - upstream: v\n", `cluster.yaml:9: models."gpt-4.1".serve[0].upstream: upstream "v" is not under upstreams; write one of u`},
 		{"no upstreams at all", head + "models: {m: {serve: [{upstream: v}]}}\n", `cluster.yaml:4: models.m.serve[0].upstream: upstream "v" is not under upstreams; add it there`},
 		{"same serve twice", model + "  m: {serve: [{upstream: u}, {upstream: u}]}\n", `cluster.yaml:7: models.m.serve[1]: stands here a second time; remove it`},
-		{"unknown fallback", model + "  m: {serve: [{upstream: u}], fallbacks: [deepseek]}\n  deep-seek: {serve: [{upstream: u}]}\n",
-			`cluster.yaml:7: models.m.fallbacks[0]: model "deepseek" is not under models; did you mean "deep-seek"?`},
+		{
+			"unknown fallback", model + "  m: {serve: [{upstream: u}], fallbacks: [deepseek]}\n  deep-seek: {serve: [{upstream: u}]}\n",
+			`cluster.yaml:7: models.m.fallbacks[0]: model "deepseek" is not under models; did you mean "deep-seek"?`,
+		},
 		{"own fallback", model + "  m: {serve: [{upstream: u}], fallbacks: [m]}\n", `cluster.yaml:7: models.m.fallbacks[0]: a model cannot be its own fallback; remove it`},
 		{"fallback twice", model + "  m: {serve: [{upstream: u}], fallbacks: [n, n]}\n  n: {serve: [{upstream: u}]}\n", `cluster.yaml:7: models.m.fallbacks[1]: "n" stands here a second time; remove it`},
 		{"empty fallback", model + "  m: {serve: [{upstream: u}], fallbacks: [~]}\n", `cluster.yaml:7: models.m.fallbacks[0]: is an empty entry; write a value or remove it`},
-		{"fallbacks in a circle", model + "  a: {serve: [{upstream: u}], fallbacks: [b]}\n  b: {serve: [{upstream: u}], fallbacks: [c]}\n  c: {serve: [{upstream: u}], fallbacks: [a]}\n",
-			`cluster.yaml:9: models.c.fallbacks[0]: goes round in a circle: a → b → c → a; remove one of these fallbacks`},
+		{
+			"fallbacks in a circle", model + "  a: {serve: [{upstream: u}], fallbacks: [b]}\n  b: {serve: [{upstream: u}], fallbacks: [c]}\n  c: {serve: [{upstream: u}], fallbacks: [a]}\n",
+			`cluster.yaml:9: models.c.fallbacks[0]: goes round in a circle: a → b → c → a; remove one of these fallbacks`,
+		},
 
 		{"duration without a unit", head + "timeouts: {connect: 2}\n", `cluster.yaml:4: timeouts.connect: not a duration: "2" has no unit; write 2s or 2ms`},
 		{"duration in days", head + "timeouts: {total: 1d}\n", `cluster.yaml:4: timeouts.total: not a duration: "1d": there is no unit for days; write hours, such as 24h`},
@@ -240,8 +254,10 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"connect above first token", head + "timeouts: {connect: 3s, first_token: 2s}\n", `cluster.yaml:4: timeouts.connect: connect (3s) must not exceed first_token (2s); lower connect or raise first_token`},
 		{"between above total", head + "timeouts: {first_token: 10s, total: 20s}\n", `cluster.yaml:4: timeouts.total: between_tokens (30s, not set here) must not exceed total (20s); lower between_tokens or raise total`},
 		{"upstream's timeouts after inheritance", up + "\n    site: a\n    url: http://h\n    timeouts:\n      first_token: 1s\n", `cluster.yaml:9: upstreams.u.timeouts.first_token: connect (2s, not set here) must not exceed first_token (1s); lower connect or raise first_token`},
-		{"model's timeouts after inheritance", up + "{site: a, url: http://h, timeouts: {between_tokens: 10m}}\nmodels:\n  m: {serve: [{upstream: u}], timeouts: {total: 5m}}\n",
-			`cluster.yaml:7: models.m.timeouts.total: between_tokens (10m, not set here) must not exceed total (5m); lower between_tokens or raise total`},
+		{
+			"model's timeouts after inheritance", up + "{site: a, url: http://h, timeouts: {between_tokens: 10m}}\nmodels:\n  m: {serve: [{upstream: u}], timeouts: {total: 5m}}\n",
+			`cluster.yaml:7: models.m.timeouts.total: between_tokens (10m, not set here) must not exceed total (5m); lower between_tokens or raise total`,
+		},
 		{"model's zero timeout", model + "  m: {serve: [{upstream: u}], timeouts: {total: 0s}}\n", `cluster.yaml:7: models.m.timeouts.total: must be more than zero; write a time, or remove the key to inherit one`},
 
 		{"no body", head + "limits: {body_bytes: 0}\n", `cluster.yaml:4: limits.body_bytes: 0 is out of range; write a number from 1024 to 1073741824`},
@@ -293,6 +309,56 @@ func TestParseConfigBoundsNumbersOfThings(t *testing.T) {
 	var ps Problems
 	if !errors.As(err, &ps) || len(ps) != maxProblems+1 || ps[maxProblems].String() != "f: 50 more problems are not shown; repair these first" {
 		t.Errorf("150 unknown keys: %d problems, the last is %v", len(ps), ps[len(ps)-1])
+	}
+}
+
+// The agreed text is parsed by every node when it arrives: no text of the
+// allowed size may keep a node from its other work for long.
+func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
+	// An eighth of what is allowed, for the race detector's sake.
+	const size = MaxConfigBytes / 8
+	fill := func(head, format string) string {
+		var b strings.Builder
+		b.WriteString(head)
+		for i := 0; ; i++ {
+			line := fmt.Sprintf(format, i)
+			if b.Len()+len(line) > size {
+				return b.String()
+			}
+			b.WriteString(line)
+		}
+	}
+	head := "version: 1\nsites: {a: {city: x, priority: 1}}\nupstreams: {u: {site: a, url: http://h}}\n"
+	for name, text := range map[string]string{
+		"unknown keys":      fill(head, "k%d: 1\n"),
+		"duplicate keys":    fill(head, "version: %d\n"),
+		"sites":             fill("version: 1\nsites:\n", "  s%d: {}\n"),
+		"upstreams":         fill("version: 1\nupstreams:\n", "  u%d:\n"),
+		"models":            fill(head+"models:\n", "  m%d:\n"),
+		"serve":             fill(head+"models:\n  m:\n    serve:\n", "    - {upstream: %d}\n"),
+		"unknown upstreams": fill(head+"models:\n", "  m%d: {serve: [{upstream: upstream-a}, {upstream: upstream-b}]}\n")[:size/4],
+		"fallbacks":         fill(head+"models:\n  m:\n    serve: [{upstream: u}]\n    fallbacks:\n", "    - f%d\n"),
+		"list":              fill("", "- %d\n"),
+		"flow":              "sites: [" + fill("", "[%d],")[:size/2] + "]",
+		"one word":          "version: " + strings.Repeat("1", size-100),
+		"one key":           "? " + strings.Repeat("k", size-100) + "\n: 1\n",
+		"spaces":            strings.Repeat(" ", size-100) + "a: 1",
+		"line ends":         strings.Repeat("\n", size-100) + "a: 1",
+		"opening":           strings.Repeat("[", size),
+		"comments":          fill(head, "# %d\n"),
+		"anchors":           fill(head+"models:\n", "  m%d: &x {}\n"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			start := time.Now()
+			_, err := ParseConfig("f", []byte(text))
+			if d := time.Since(start); d > 5*time.Second {
+				t.Errorf("took %s", d)
+			}
+			var ps Problems
+			if err != nil && (!errors.As(err, &ps) || len(err.Error()) > 200_000) {
+				t.Errorf("%T of %d bytes", err, len(err.Error()))
+			}
+		})
 	}
 }
 

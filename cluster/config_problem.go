@@ -154,8 +154,12 @@ func (s *ConfigSource) Reject(p ConfigPath, message, hint string) {
 	s.note(s.Line(p), p.String(), message, hint)
 }
 
+// full reports that no further problem is shown: then no work should go into
+// finding words for it.
+func (s *ConfigSource) full() bool { return len(s.problems) >= maxProblems }
+
 func (s *ConfigSource) note(line int, path, message, hint string) {
-	if len(s.problems) >= maxProblems {
+	if s.full() {
 		s.left++
 		return
 	}

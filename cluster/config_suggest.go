@@ -69,11 +69,14 @@ func wordChoices(known []string) string {
 	return "one of " + strings.Join(known, ", ")
 }
 
-// suggestWord is the one near word, else all of them, else what to do when there
+// suggest is the one near word, else all of them, else what to do when there
 // are none.
-func suggestWord(wrong string, known []string, none string) string {
-	if s := didYouMean(wrong, known); s != "" {
-		return s
+func (s *ConfigSource) suggest(wrong string, known []string, none string) string {
+	if s.full() {
+		return ""
+	}
+	if hint := didYouMean(wrong, known); hint != "" {
+		return hint
 	}
 	if len(known) == 0 {
 		return none

@@ -254,8 +254,10 @@ func TestCheckLocalLooksAtTheSitesOwnUpstreams(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := map[string][]byte{"ca.pem": caCert, "cert.pem": cert, "key.pem": key, "empty": nil, "text": []byte("hello"), "other-key.pem": caKey,
-		"broken.pem": []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")}
+	files := map[string][]byte{
+		"ca.pem": caCert, "cert.pem": cert, "key.pem": key, "empty": nil, "text": []byte("hello"), "other-key.pem": caKey,
+		"broken.pem": []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
+	}
 	read := func(name string) ([]byte, error) {
 		data, ok := files[name]
 		if !ok {
