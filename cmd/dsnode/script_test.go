@@ -16,7 +16,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"dsnode": main})
+	testscript.Main(m, map[string]func(){"dsnode": main, "quietpeer": peerProgram})
 }
 
 // TestScripts runs testdata/*.txtar: dsnode as a person types it, each script
