@@ -11,12 +11,10 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// HeaderError names a failure of the peer door, so that the asking node can
-// tell "ask another site" from "this is the answer".
+// HeaderError is the code of a failure of the peer door's own. Together with
+// X-Dsnode-Upstream, which only an upstream's refusal carries there, it lets
+// the asking node tell "ask another site" from "this is the answer".
 const HeaderError = "X-Dsnode-Error"
-
-// maxHops: a request that has passed one peer is answered there or not at all.
-const maxHops = 1
 
 // admit finds out who asks, at either door.
 func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
@@ -34,7 +32,7 @@ func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
 	switch {
 	case err != nil || hops < 1:
 		return who, 0, badPeerRequest(serving.HeaderHops + " must be a number from 1")
-	case hops > maxHops:
+	case hops > serving.MaxHops:
 		return who, hops, explain(serving.ErrHopLimit, "")
 	}
 	if err := json.Unmarshal([]byte(x.r.Header.Get(serving.HeaderPrincipal)), &who); err != nil {

@@ -117,7 +117,7 @@ func explain(err error, model string) *failure {
 	case errors.As(err, &status):
 		return upstreamSays(status)
 	case errors.As(err, &busy):
-		f := &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second)}
+		f := &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second), attempts: busy.Attempts}
 		f.message = "The model is overloaded now. Please try again later."
 		if errors.Is(err, serving.ErrNoUpstream) {
 			f.kind, f.code = kindServer, "no_upstream"

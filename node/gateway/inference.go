@@ -207,9 +207,11 @@ func (x *exchange) send(f *failure) {
 	if x.door == peers {
 		h[HeaderError] = []string{f.code}
 	}
+	if f.attempts > 0 {
+		h["X-Dsnode-Attempts"] = []string{strconv.Itoa(f.attempts)}
+	}
 	if f.upstream != "" {
 		h["X-Dsnode-Upstream"] = []string{f.upstream}
-		h["X-Dsnode-Attempts"] = []string{strconv.Itoa(f.attempts)}
 		if f.site != "" {
 			h["X-Dsnode-Site"] = []string{f.site}
 		}
