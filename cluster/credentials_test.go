@@ -73,8 +73,8 @@ func (f tlsFiles) load(t testing.TB, reg prometheus.Registerer) *Credentials {
 	return c
 }
 
-// waitFor waits for a condition that something else brings about.
-func waitFor(t testing.TB, what string, condition func() bool) {
+// awaitCondition waits for a condition that something else brings about.
+func awaitCondition(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -88,8 +88,8 @@ func waitFor(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-// runLoop runs a loop until the test ends, or the returned function is called.
-func runLoop(t testing.TB, run func(context.Context) error) (stop func()) {
+// runInTest runs a loop until the test ends, or the returned function is called.
+func runInTest(t testing.TB, run func(context.Context) error) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -109,9 +109,9 @@ func runLoop(t testing.TB, run func(context.Context) error) (stop func()) {
 	return stop
 }
 
-// checkLeaks fails a test that leaves goroutines behind. It comes first, so
+// failOnLeaks fails a test that leaves goroutines behind. It comes first, so
 // that it looks last.
-func checkLeaks(t *testing.T) {
+func failOnLeaks(t *testing.T) {
 	t.Helper()
 	already := goleak.IgnoreCurrent()
 	t.Cleanup(func() { goleak.VerifyNone(t, already) })
@@ -236,7 +236,7 @@ func TestReloadKeepsTheLastGoodSet(t *testing.T) {
 }
 
 func TestRunFollowsTheFiles(t *testing.T) {
-	checkLeaks(t)
+	failOnLeaks(t)
 	ours := newTLSAuthority(t, "dev")
 	id := Identity{"dev", "a", "a-1"}
 	cert, key := ours.issue(t, id)
@@ -244,13 +244,13 @@ func TestRunFollowsTheFiles(t *testing.T) {
 	f.write(t, cert, key, ours.cert)
 	c := f.load(t, nil)
 	c.poll = time.Millisecond
-	runLoop(t, c.Run)
+	runInTest(t, c.Run)
 
 	later := time.Now().Add(3 * time.Hour)
 	cert, key = ours.issueUntil(t, id, later)
 	writeTLSFile(t, f.cert, cert[:100])
-	waitFor(t, "the half file to be noticed", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
+	awaitCondition(t, "the half file to be noticed", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
 	writeTLSFile(t, f.cert, cert)
 	writeTLSFile(t, f.key, key)
-	waitFor(t, "the new certificate", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
+	awaitCondition(t, "the new certificate", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
 }

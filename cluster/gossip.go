@@ -84,7 +84,8 @@ const (
 	gossipProbeTimeout  = 500 * time.Millisecond
 	gossipStreamTimeout = 5 * time.Second
 	gossipPushPull      = 15 * time.Second
-	gossipDeadMemory    = time.Hour // memberlist's GossipToTheDeadTime
+	gossipInterval      = 100 * time.Millisecond // a goodbye takes a few of them
+	gossipDeadMemory    = time.Hour              // memberlist's GossipToTheDeadTime
 	gossipReclaim       = 30 * time.Second
 	gossipLeaveTimeout  = time.Second
 	gossipUpdateTimeout = time.Second
@@ -104,6 +105,7 @@ type Gossip struct {
 	addr      atomic.Pointer[string]
 	meta      atomic.Pointer[[]byte] // what memberlist is given as metadata
 	timing    gossipTiming
+	faults    gossipFaults
 }
 
 // gossipTiming is what tests shorten.
@@ -140,7 +142,7 @@ func (g *Gossip) listen() (*gossipTransport, error) {
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newGossipTransport(g.opts.Bind, g.metrics)
+	t, err := newGossipTransport(g.opts.Bind, g.metrics, g.faults)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
@@ -325,6 +327,7 @@ func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
 	c.ProbeTimeout = g.timing.probeTimeout
 	c.TCPTimeout = gossipStreamTimeout
 	c.PushPullInterval = gossipPushPull
+	c.GossipInterval = gossipInterval
 	c.SuspicionMult = 4
 	c.GossipToTheDeadTime = gossipDeadMemory
 	c.DeadNodeReclaimTime = g.timing.reclaim

@@ -41,14 +41,20 @@ type gossipTransport struct {
 	dialCtx context.Context //nolint:containedctx // memberlist's interface passes none
 	halt    context.CancelFunc
 
-	// dropPacket, in tests, loses datagrams on their way in.
-	dropPacket func() bool
+	faults gossipFaults
+}
+
+// gossipFaults are what tests do to the network; nil does nothing.
+type gossipFaults struct {
+	losePacket   func() bool // on its way in
+	refuseStream func() bool // in either direction
 }
 
 // newGossipTransport binds TCP and UDP to the same port.
-func newGossipTransport(bind string, metrics *gossipMetrics) (*gossipTransport, error) {
+func newGossipTransport(bind string, metrics *gossipMetrics, faults gossipFaults) (*gossipTransport, error) {
 	t := &gossipTransport{
 		metrics: metrics,
+		faults:  faults,
 		packets: make(chan *memberlist.Packet),
 		streams: make(chan net.Conn),
 		done:    make(chan struct{}),
@@ -146,7 +152,7 @@ func (t *gossipTransport) readPackets() {
 				continue
 			}
 		}
-		if n == 0 || t.dropPacket != nil && t.dropPacket() {
+		if n == 0 || t.faults.losePacket != nil && t.faults.losePacket() {
 			continue
 		}
 		t.metrics.packetsIn.Inc()
@@ -224,7 +230,7 @@ func (s *gossipStream) Close() error {
 func (t *gossipTransport) track(raw net.Conn, accepted bool) (*gossipStream, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.halted {
+	if t.halted || t.faults.refuseStream != nil && t.faults.refuseStream() {
 		return nil, false
 	}
 	if accepted {
