@@ -122,10 +122,9 @@ func (r *Running) Stop() []Result {
 	r.requests.Wait()
 	over.Stop()
 	r.abort()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	slices.SortFunc(r.results, func(a, b Result) int { return a.At.Compare(b.At) })
-	return r.results
+	results := r.snapshot()
+	slices.SortFunc(results, func(a, b Result) int { return a.At.Compare(b.At) })
+	return results
 }
 
 // Count is how many requests have ended so far.
@@ -133,6 +132,13 @@ func (r *Running) Count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.results)
+}
+
+// snapshot is what has ended so far.
+func (r *Running) snapshot() []Result {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.results)
 }
 
 // Failed are the results with an error, of the sites named or of all.
