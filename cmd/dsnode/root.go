@@ -45,6 +45,7 @@ func noteStart(cmd *cobra.Command, started *bool) {
 func newRootCommand(env *environment) *cobra.Command {
 	root := newGroup("dsnode", "A gateway to your model servers that survives the loss of a data centre",
 		newDevCommand(env),
+		newRunCommand(env),
 		newBootstrapCommand(env),
 		newStatusCommand(env),
 		newNodeCommand(env),

@@ -1,0 +1,55 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsnode/dsnode/node"
+)
+
+func newRunCommand(env *environment) *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "run --config node.yaml",
+		Short: "Run one node in the foreground",
+		Long: "Run one node in the foreground; its log goes to stderr, as JSON, one line a decision.\n\n" +
+			"SIGTERM or Ctrl-C: it stops being ready, finishes what runs, and leaves. A second one ends it\n" +
+			"at once. SIGHUP: it reloads what can change without a restart.",
+		Args: takes(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if file == "" {
+				return usage("write one after deploy/node.yaml", "run needs --config node.yaml")
+			}
+			ctx := cmd.Context()
+			if ctx == nil {
+				ctx = context.Background()
+			}
+			return runNode(ctx, env, file)
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "", "the node's `FILE`, node.yaml (required)")
+	return cmd
+}
+
+func runNode(ctx context.Context, env *environment, file string) error {
+	config, err := node.LoadConfig(file)
+	if err != nil {
+		return badFile(file, err)
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(config.Log.Level)); err != nil {
+		return failure("write debug, info, warn or error", "%s: log.level: %w", file, err)
+	}
+	log := slog.New(slog.NewJSONHandler(env.stderr, &slog.HandlerOptions{Level: level}))
+	n, err := node.New(config, node.Options{Logger: log, Version: env.version})
+	if err != nil {
+		return fmt.Errorf("start node %s: %w", config.Name, err)
+	}
+	if err := runUntilSignal(ctx, log, n); err != nil {
+		return fmt.Errorf("run node %s: %w", config.Name, err)
+	}
+	return nil
+}
