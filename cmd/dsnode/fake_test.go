@@ -207,7 +207,8 @@ func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
 	return fmt.Errorf("%w: %s", cluster.ErrUnknownNode, name)
 }
 
-func (f *fakeCluster) DrainNode(_ context.Context, name string) error  { return f.drain(name, true) }
+func (f *fakeCluster) DrainNode(_ context.Context, name string) error { return f.drain(name, true) }
+
 func (f *fakeCluster) ResumeNode(_ context.Context, name string) error { return f.drain(name, false) }
 
 func (f *fakeCluster) drain(name string, on bool) error {
