@@ -70,7 +70,10 @@ type Cluster struct {
 	metrics *metrics
 	gossip  atomic.Pointer[Gossip]
 
+	release func(ctx context.Context, switchoverID string) error // see OnRelease
+
 	member  atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	joined  chan struct{}              // closes when member is set
 	raft    atomic.Pointer[raft.Raft]
 	layer   *gatedLayer
 	waiting atomic.Pointer[string] // why this node isn't a member yet, for the status
@@ -99,7 +102,8 @@ func New(o Options) (*Cluster, error) {
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
 		book: newAddressBook(), lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
-		founded: make(chan memberFile, 1),
+		founded: make(chan memberFile, 1), joined: make(chan struct{}),
+		release: func(context.Context, string) error { return ErrNotMember },
 	}
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
@@ -109,6 +113,7 @@ func New(o Options) (*Cluster, error) {
 	c.leadership.init()
 	if m.ClusterID != "" {
 		c.member.Store(&m)
+		close(c.joined)
 		for _, n := range m.Nodes {
 			c.book.learn(n)
 		}
@@ -173,6 +178,19 @@ func (c *Cluster) Waiting() string {
 	}
 	return "waiting for dsnode bootstrap, or for a seed that belongs to a cluster"
 }
+
+// AwaitMember blocks until this node belongs to a cluster.
+func (c *Cluster) AwaitMember(ctx context.Context) error {
+	select {
+	case <-c.joined:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// ReloadCredentials reads the certificates again now.
+func (c *Cluster) ReloadCredentials() error { return c.opts.Credentials.Reload() }
 
 // Lease is how long this node's knowledge of a live quorum is still good (zero
 // or less: fenced), and the highest epoch it has heard of. A node may act in a

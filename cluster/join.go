@@ -87,6 +87,7 @@ func (c *Cluster) becomeMember(m memberFile) error {
 	}
 	c.member.Store(&m)
 	c.waiting.Store(nil)
+	close(c.joined)
 	return nil
 }
 

@@ -135,3 +135,35 @@ func (c *Cluster) askToYield(ctx context.Context, leader, to string) error {
 	}
 	return unrefuse(got.GetRefused())
 }
+
+// OnRelease sets what a peer's Release calls; before Run.
+func (c *Cluster) OnRelease(release func(ctx context.Context, switchoverID string) error) {
+	c.release = release
+}
+
+// Release asks a node, which may be this one, to let go of the role of primary.
+func (c *Cluster) Release(ctx context.Context, node, switchoverID string) error {
+	if node == c.opts.Name {
+		return c.release(ctx, switchoverID)
+	}
+	client, err := c.client(node)
+	if err != nil {
+		return err
+	}
+	got, err := client.Release(ctx, &clusterpb.ReleaseRequest{Format: rpcFormat, Switchover: switchoverID})
+	if err != nil {
+		return fmt.Errorf("ask %s to let go: %w", node, err)
+	}
+	return unrefuse(got.GetRefused())
+}
+
+// Release ends what runs here as primary.
+func (s *peerServer) Release(ctx context.Context, r *clusterpb.ReleaseRequest) (*clusterpb.ReleaseResponse, error) {
+	if err := s.c.release(ctx, r.GetSwitchover()); err != nil {
+		if no := refusal(err); no != nil {
+			return &clusterpb.ReleaseResponse{Format: rpcFormat, Refused: no}, nil
+		}
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	return &clusterpb.ReleaseResponse{Format: rpcFormat}, nil
+}

@@ -915,6 +915,110 @@ func (x *YieldResponse) GetRefused() *Refusal {
 	return nil
 }
 
+type ReleaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Switchover    string                 `protobuf:"bytes,2,opt,name=switchover,proto3" json:"switchover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRequest) Reset() {
+	*x = ReleaseRequest{}
+	mi := &file_cluster_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRequest) ProtoMessage() {}
+
+func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReleaseRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *ReleaseRequest) GetSwitchover() string {
+	if x != nil {
+		return x.Switchover
+	}
+	return ""
+}
+
+type ReleaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Refused       *Refusal               `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseResponse) Reset() {
+	*x = ReleaseResponse{}
+	mi := &file_cluster_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseResponse) ProtoMessage() {}
+
+func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReleaseResponse) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *ReleaseResponse) GetRefused() *Refusal {
+	if x != nil {
+		return x.Refused
+	}
+	return nil
+}
+
 var File_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_proto_rawDesc = "" +
@@ -991,12 +1095,21 @@ const file_cluster_proto_rawDesc = "" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"]\n" +
 	"\rYieldResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
-	"\arefused\x18\x02 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused2\xb6\x02\n" +
+	"\arefused\x18\x02 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\"H\n" +
+	"\x0eReleaseRequest\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1e\n" +
+	"\n" +
+	"switchover\x18\x02 \x01(\tR\n" +
+	"switchover\"_\n" +
+	"\x0fReleaseResponse\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
+	"\arefused\x18\x02 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused2\x88\x03\n" +
 	"\x04Peer\x12G\n" +
 	"\x04Join\x12\x1e.dsnode.cluster.v1.JoinRequest\x1a\x1f.dsnode.cluster.v1.JoinResponse\x12P\n" +
 	"\aPropose\x12!.dsnode.cluster.v1.ProposeRequest\x1a\".dsnode.cluster.v1.ProposeResponse\x12G\n" +
 	"\x04Ping\x12\x1e.dsnode.cluster.v1.PingRequest\x1a\x1f.dsnode.cluster.v1.PingResponse\x12J\n" +
-	"\x05Yield\x12\x1f.dsnode.cluster.v1.YieldRequest\x1a .dsnode.cluster.v1.YieldResponseB,Z*github.com/dsnode/dsnode/cluster/clusterpbb\x06proto3"
+	"\x05Yield\x12\x1f.dsnode.cluster.v1.YieldRequest\x1a .dsnode.cluster.v1.YieldResponse\x12P\n" +
+	"\aRelease\x12!.dsnode.cluster.v1.ReleaseRequest\x1a\".dsnode.cluster.v1.ReleaseResponseB,Z*github.com/dsnode/dsnode/cluster/clusterpbb\x06proto3"
 
 var (
 	file_cluster_proto_rawDescOnce sync.Once
@@ -1010,7 +1123,7 @@ func file_cluster_proto_rawDescGZIP() []byte {
 	return file_cluster_proto_rawDescData
 }
 
-var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_cluster_proto_goTypes = []any{
 	(*NodeInfo)(nil),        // 0: dsnode.cluster.v1.NodeInfo
 	(*JoinRequest)(nil),     // 1: dsnode.cluster.v1.JoinRequest
@@ -1024,6 +1137,8 @@ var file_cluster_proto_goTypes = []any{
 	(*PingResponse)(nil),    // 9: dsnode.cluster.v1.PingResponse
 	(*YieldRequest)(nil),    // 10: dsnode.cluster.v1.YieldRequest
 	(*YieldResponse)(nil),   // 11: dsnode.cluster.v1.YieldResponse
+	(*ReleaseRequest)(nil),  // 12: dsnode.cluster.v1.ReleaseRequest
+	(*ReleaseResponse)(nil), // 13: dsnode.cluster.v1.ReleaseResponse
 }
 var file_cluster_proto_depIdxs = []int32{
 	0,  // 0: dsnode.cluster.v1.JoinRequest.node:type_name -> dsnode.cluster.v1.NodeInfo
@@ -1036,19 +1151,22 @@ var file_cluster_proto_depIdxs = []int32{
 	6,  // 7: dsnode.cluster.v1.PingResponse.health:type_name -> dsnode.cluster.v1.Health
 	7,  // 8: dsnode.cluster.v1.PingResponse.heard:type_name -> dsnode.cluster.v1.Heard
 	3,  // 9: dsnode.cluster.v1.YieldResponse.refused:type_name -> dsnode.cluster.v1.Refusal
-	1,  // 10: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
-	4,  // 11: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
-	8,  // 12: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
-	10, // 13: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
-	2,  // 14: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
-	5,  // 15: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
-	9,  // 16: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
-	11, // 17: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	3,  // 10: dsnode.cluster.v1.ReleaseResponse.refused:type_name -> dsnode.cluster.v1.Refusal
+	1,  // 11: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
+	4,  // 12: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
+	8,  // 13: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
+	10, // 14: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
+	12, // 15: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
+	2,  // 16: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
+	5,  // 17: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
+	9,  // 18: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
+	11, // 19: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
+	13, // 20: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
+	16, // [16:21] is the sub-list for method output_type
+	11, // [11:16] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_cluster_proto_init() }
@@ -1062,7 +1180,7 @@ func file_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_proto_rawDesc), len(file_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	Peer_Propose_FullMethodName = "/dsnode.cluster.v1.Peer/Propose"
 	Peer_Ping_FullMethodName    = "/dsnode.cluster.v1.Peer/Ping"
 	Peer_Yield_FullMethodName   = "/dsnode.cluster.v1.Peer/Yield"
+	Peer_Release_FullMethodName = "/dsnode.cluster.v1.Peer/Release"
 )
 
 // PeerClient is the client API for Peer service.
@@ -43,6 +44,9 @@ type PeerClient interface {
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error)
 	// Yield asks the raft leader to move leadership to a named voter.
 	Yield(ctx context.Context, in *YieldRequest, opts ...grpc.CallOption) (*YieldResponse, error)
+	// Release asks a node of the primary site to end what it runs as primary,
+	// for the switchover in progress, and answers once it has.
+	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
 }
 
 type peerClient struct {
@@ -93,6 +97,16 @@ func (c *peerClient) Yield(ctx context.Context, in *YieldRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *peerClient) Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReleaseResponse)
+	err := c.cc.Invoke(ctx, Peer_Release_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -106,6 +120,9 @@ type PeerServer interface {
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	// Yield asks the raft leader to move leadership to a named voter.
 	Yield(context.Context, *YieldRequest) (*YieldResponse, error)
+	// Release asks a node of the primary site to end what it runs as primary,
+	// for the switchover in progress, and answers once it has.
+	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -127,6 +144,9 @@ func (UnimplementedPeerServer) Ping(context.Context, *PingRequest) (*PingRespons
 }
 func (UnimplementedPeerServer) Yield(context.Context, *YieldRequest) (*YieldResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Yield not implemented")
+}
+func (UnimplementedPeerServer) Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Release not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -221,6 +241,24 @@ func _Peer_Yield_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_Release_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReleaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).Release(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_Release_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).Release(ctx, req.(*ReleaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -243,6 +281,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Yield",
 			Handler:    _Peer_Yield_Handler,
+		},
+		{
+			MethodName: "Release",
+			Handler:    _Peer_Release_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,317 @@
+// Package node puts a dsnode together: it is the only package that knows all
+// others. New opens what a node needs and starts nothing, Run runs it until its
+// context ends and then drains. Start at Node.Run.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/gateway"
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/storage"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// Options are what a Node needs besides its configuration.
+type Options struct {
+	Logger  *slog.Logger // required
+	Version string
+}
+
+// Node is one peer.
+type Node struct {
+	cfg     *Config
+	log     *slog.Logger
+	version string
+	reg     *prometheus.Registry
+
+	cluster  *cluster.Cluster
+	pipeline *serving.Pipeline
+	gateway  *gateway.Gateway
+	admin    *admin.Server
+	doors    doors
+
+	draining atomic.Bool
+	surround atomic.Pointer[surroundings]
+	command  atomic.Pointer[command] // nil until this node is a member
+
+	stops []stop
+}
+
+// stop is the undo of something that New did.
+type stop struct {
+	what string
+	undo func() error
+}
+
+// onStop is called right after a thing was opened. Close runs them last in,
+// first out.
+func (n *Node) onStop(what string, undo func() error) {
+	n.stops = append(n.stops, stop{what, undo})
+}
+
+// Close undoes New. Run calls it; who never runs a Node must call it.
+func (n *Node) Close() error {
+	var errs []error
+	for i := len(n.stops) - 1; i >= 0; i-- {
+		if err := n.stops[i].undo(); err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", n.stops[i].what, err))
+		}
+	}
+	n.stops = nil
+	return errors.Join(errs...)
+}
+
+// New opens the stores and the ports of a node; after an error nothing stays
+// open.
+func New(cfg *Config, o Options) (*Node, error) {
+	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, reg: prometheus.NewRegistry()}
+	n.surround.Store(&surroundings{})
+	if err := n.open(); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+func (n *Node) open() error {
+	n.reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), n.buildInfo())
+	if err := os.MkdirAll(n.cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("make data_dir: %w", err)
+	}
+	lock, err := storage.Lock(n.cfg.DataDir)
+	if err != nil {
+		return err
+	}
+	n.onStop("data directory lock", lock.Unlock)
+	operatorKey, err := keyring.LoadOperatorKey(keyring.KeyRef(n.cfg.OperatorKey))
+	if err != nil {
+		return err
+	}
+	sealer, err := keyring.OpenNodeKey(n.cfg.DataDir, operatorKey)
+	if err != nil {
+		return err
+	}
+	metrics := storage.NewMetrics(n.reg)
+	store, err := storage.OpenRaftStore(storage.RaftStoreOptions{Dir: n.cfg.DataDir, Sealer: sealer, Logger: n.log, Metrics: metrics})
+	if err != nil {
+		return err
+	}
+	n.onStop("raft store", store.Close)
+	snapshots, err := storage.OpenSnapshotStore(storage.SnapshotStoreOptions{Dir: n.cfg.DataDir, Sealer: sealer, Logger: n.log, Metrics: metrics})
+	if err != nil {
+		return err
+	}
+	credentials, err := cluster.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
+	if err != nil {
+		return err
+	}
+	gossipKey, err := readGossipKey(n.cfg.Gossip.KeyFile)
+	if err != nil {
+		return err
+	}
+	if err := n.listen(); err != nil {
+		return err
+	}
+	n.cluster, err = cluster.New(cluster.Options{
+		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
+		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
+		Listener: n.doors.rpc, RPC: n.doors.rpcAddr, API: n.doors.apiAddr, Admin: n.doors.adminAddr,
+		Gossip: n.cfg.Gossip.Advertise, GossipBind: n.cfg.Gossip.Bind, GossipKey: gossipKey,
+		Credentials: credentials,
+		Logs:        store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
+		Health: func() cluster.Health { return n.surround.Load().health },
+		Logger: n.log, Registerer: n.reg,
+	})
+	if err != nil {
+		return err
+	}
+	n.cluster.OnRelease(n.release)
+	n.pipeline = serving.New(serving.Options{
+		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers },
+		Logger: n.log, Registerer: n.reg,
+		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
+	})
+	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
+	n.gateway = gateway.New(gateway.Options{
+		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
+		Auth: keyCheck{n.cluster}, Health: n, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+	})
+	n.admin = admin.New(admin.Options{
+		Cluster: n, Gatherer: n.reg, Health: n.gateway, Token: n.doors.adminToken, Logger: n.log,
+	})
+	n.equip()
+	return nil
+}
+
+func (n *Node) buildInfo() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "dsnode_build_info", Help: "1, with the version.",
+		ConstLabels: prometheus.Labels{"version": n.version, "go": runtime.Version()},
+	}, func() float64 { return 1 })
+}
+
+func readGossipKey(path string) ([]byte, error) {
+	text, err := readBounded(path)
+	if err != nil {
+		return nil, fmt.Errorf("read gossip key: %w", err)
+	}
+	return ParseGossipKey(text)
+}
+
+// Addresses are where a running node can be reached, with real ports.
+type Addresses struct{ API, Admin, RPC string }
+
+// Addresses are known as soon as New has returned.
+func (n *Node) Addresses() Addresses {
+	return Addresses{API: n.doors.apiAddr, Admin: n.doors.adminAddr, RPC: n.doors.rpcAddr}
+}
+
+// Run blocks until ctx ends, drains, hands over and closes everything. It
+// returns early with the reason when the node can't go on.
+func (n *Node) Run(ctx context.Context) error {
+	// Doors and cluster outlive ctx: a node that drains still answers.
+	living, stopLiving := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLiving()
+	g, living := errgroup.WithContext(living)
+	inner, stopCluster := context.WithCancel(living)
+	defer stopCluster()
+
+	n.look()
+	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember} {
+		g.Go(func() error { return loop(living) })
+	}
+	clusterDone := make(chan struct{})
+	g.Go(func() error {
+		defer close(clusterDone)
+		return n.cluster.Run(inner)
+	})
+	n.doors.serve(g)
+	n.log.Info("node started", "version", n.version, "api", n.doors.apiAddr, "admin", n.doors.adminAddr, "rpc", n.doors.rpcAddr, "pid", os.Getpid())
+
+	select {
+	case <-ctx.Done():
+		n.drain(living)
+	case <-living.Done(): // something failed; g.Wait says what
+	}
+	stopCluster()
+	<-clusterDone
+	n.doors.close()
+	stopLiving()
+	err := errors.Join(g.Wait(), n.Close())
+	n.log.Info("node stopped", "err", err)
+	return err
+}
+
+// drain takes the node out of the balancers' sight, then lets what runs finish.
+func (n *Node) drain(ctx context.Context) {
+	delay, grace := n.cfg.Shutdown.Delay.D(), n.cfg.Shutdown.Grace.D()
+	n.log.Info("draining", "delay", delay, "grace", grace)
+	n.setDraining(true)
+	select {
+	case <-time.After(delay):
+	case <-ctx.Done():
+	}
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	if err := n.doors.shutdown(ctx); err != nil {
+		n.log.Warn("requests were cut off at the end of shutdown.grace", "grace", grace, "err", err)
+	}
+}
+
+func (n *Node) setDraining(draining bool) {
+	if n.draining.Swap(draining) == draining {
+		return
+	}
+	if draining {
+		n.gateway.Drain()
+	} else {
+		n.gateway.Resume()
+	}
+	n.look()
+	n.cluster.Announce()
+}
+
+// Reload reads certificates again: what SIGHUP asks for. The old ones stay in
+// use where the new ones can't be read.
+func (n *Node) Reload() error {
+	err := errors.Join(n.cluster.ReloadCredentials(), n.doors.reload())
+	if err != nil {
+		n.log.Warn("reload", "err", err)
+		return err
+	}
+	n.log.Info("certificates reloaded")
+	return nil
+}
+
+// keepConfigured gives the agreed configuration to the pipeline whenever it
+// changes.
+func (n *Node) keepConfigured(ctx context.Context) error {
+	var current *cluster.Config
+	for {
+		changed := n.cluster.Changed()
+		s := n.cluster.State()
+		if s.Parsed != nil && s.Parsed != current {
+			current = s.Parsed
+			err := n.pipeline.Configure(current)
+			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// command is what decides about roles; it exists once the node is a member,
+// because only then its timing is known.
+type command struct {
+	role        *failover.Role
+	coordinator *failover.Coordinator
+}
+
+func (n *Node) commandWhenMember(ctx context.Context) error {
+	if err := n.cluster.AwaitMember(ctx); err != nil {
+		return nil // ctx ended first
+	}
+	boottime := cluster.Boottime
+	c := &command{
+		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
+	}
+	c.coordinator = failover.NewCoordinator(failover.Options{
+		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
+		Health:   func() cluster.Health { return n.surround.Load().health },
+		Boottime: boottime, Now: time.Now, Quarantined: func() bool { return false },
+		Logger: n.log, Registerer: n.reg,
+	})
+	n.command.Store(c)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return c.role.Run(ctx) })
+	g.Go(func() error { return c.coordinator.Run(ctx) })
+	g.Go(func() error { return n.cluster.WhileLeader(ctx, n.placeVoters) })
+	return g.Wait()
+}
+
+// release ends what runs here as primary, for a switchover; the cluster calls
+// it when the leader asks.
+func (n *Node) release(ctx context.Context, switchoverID string) error {
+	c := n.command.Load()
+	if c == nil {
+		return cluster.ErrNotMember
+	}
+	return c.role.Release(ctx, switchoverID)
+}

@@ -1,0 +1,321 @@
+package node
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+// sight is all that a status is made of, gathered at one moment.
+type sight struct {
+	name, site, version string
+	now                 time.Time
+	patience            time.Duration
+	started             time.Time
+
+	state   *cluster.State
+	raft    cluster.RaftView
+	peers   map[string]cluster.PeerView
+	left    map[string]bool // said goodbye over gossip and have not come back
+	health  cluster.Health
+	waiting string
+	api     Addresses
+}
+
+func (n *Node) status() admin.Status {
+	v := sight{
+		name: n.cfg.Name, site: n.cfg.Site, version: n.version, now: time.Now(),
+		patience: n.cluster.Timing().Patience, started: n.cluster.StartedAt(),
+		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
+		health: n.surround.Load().health, waiting: n.cluster.Waiting(), api: n.Addresses(),
+		left: map[string]bool{},
+	}
+	for _, m := range n.cluster.Members() {
+		v.left[m.Name] = m.State == cluster.MemberLeft
+	}
+	s := describe(v)
+	s.Cluster = n.cfg.Cluster
+	return s
+}
+
+// describe is a status, from what was seen alone. What was never heard is nil:
+// a zero would be a lie.
+func describe(v sight) admin.Status {
+	s := admin.Status{
+		Version: v.version, Reasons: []string{}, ObservedAt: v.now.UTC(),
+		Observer: admin.Observer{Node: v.name, Site: v.site}, Raft: v.raftStatus(),
+		Sites: []admin.SiteStatus{}, Nodes: []admin.NodeStatus{},
+	}
+	if v.state.ClusterID == "" {
+		why := v.waiting
+		if why == "" {
+			why = "this node has not heard the agreed state since its start"
+		}
+		s.Reasons = append(s.Reasons, why)
+		return s
+	}
+	s.Generation = &v.state.Generation.Number
+	p := v.state.Primary
+	s.Primary = &admin.Primary{Site: p.Site, Epoch: p.Epoch, Since: p.Since, Reason: p.Reason}
+	if f := v.state.LastFailover; f != nil {
+		s.LastFailover = &admin.Failover{
+			From: f.From, To: f.To, Kind: string(f.Kind), Epoch: f.Epoch, At: f.At, RTOSeconds: f.RTOSeconds,
+			RPOSeconds: f.RPOSeconds, RecordsAtRisk: f.RecordsAtRisk, Acknowledged: f.Acknowledged,
+		}
+	}
+	s.Nodes = v.nodes()
+	if v.state.Parsed != nil {
+		for _, name := range sortedNames(v.state.Parsed.Sites) {
+			s.Sites = append(s.Sites, v.siteStatus(name, s.Nodes))
+		}
+	}
+	s.Reasons = append(s.Reasons, v.reasons(s)...)
+	s.Healthy = len(s.Reasons) == 0
+	return s
+}
+
+func (v sight) raftStatus() admin.Raft {
+	r := admin.Raft{Quorum: v.raft.Quorum}
+	if !v.raft.Since.IsZero() {
+		since := v.raft.Since.UTC()
+		r.QuorumSince = &since
+	}
+	if v.raft.Term == 0 {
+		return r
+	}
+	r.Term, r.CommitIndex = &v.raft.Term, &v.raft.CommitIndex
+	if v.raft.Leader != "" && v.raft.Quorum {
+		r.Leader = &v.raft.Leader
+		if n, known := v.state.Nodes[v.raft.Leader]; known {
+			r.LeaderSite = &n.Site
+		}
+	}
+	voters := 0
+	for _, server := range v.raft.Servers {
+		if server.Voter {
+			voters++
+		}
+	}
+	r.Voters = &voters
+	return r
+}
+
+func (v sight) nodes() []admin.NodeStatus {
+	voter := map[string]bool{}
+	for _, server := range v.raft.Servers {
+		voter[server.Name] = server.Voter
+	}
+	var list []admin.NodeStatus
+	for _, name := range sortedNames(v.state.Nodes) {
+		n := v.state.Nodes[name]
+		p, isPeer := v.peers[name]
+		if isPeer && p.Info.RPC != "" {
+			n = p.Info
+		}
+		vote, leads := voter[name], v.raft.Quorum && v.raft.Leader == name
+		started := n.StartedAt
+		s := admin.NodeStatus{
+			Name: name, Site: n.Site, Version: n.Version, API: n.API, Admin: n.Admin, Voter: &vote, StartedAt: &started,
+		}
+		if v.raft.Quorum {
+			s.Leader = &leads
+		}
+		if name == v.name {
+			pid, zero, draining := os.Getpid(), 0.0, v.health.Draining
+			s.State, s.LastHeardSeconds, s.PID, s.Draining = admin.NodeAlive, &zero, &pid, &draining
+		} else {
+			s.State = v.stateOf(p)
+			if p.Heard {
+				ago, pid, draining := p.Ago.Seconds(), p.PID, p.Draining
+				s.LastHeardSeconds, s.PID, s.Draining = &ago, &pid, &draining
+			}
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+// stateOf a peer: alive while it answers, suspect for one more patience, then
+// dead; left when it said so. One that never answered this process is suspect
+// until the process has waited as long as for any other.
+func (v sight) stateOf(p cluster.PeerView) admin.NodeState {
+	silent := v.now.Sub(v.started)
+	if p.Heard {
+		silent = p.Ago
+	}
+	switch {
+	case p.Heard && silent < v.patience:
+		return admin.NodeAlive
+	case v.left[p.Name]:
+		return admin.NodeLeft
+	case silent < 2*v.patience:
+		return admin.NodeSuspect
+	}
+	return admin.NodeDead
+}
+
+func (v sight) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatus {
+	cfg := v.state.Parsed
+	site := cfg.Sites[name]
+	rpo, rto := site.RPOTarget.D().Seconds(), site.RTOTarget.D().Seconds()
+	s := admin.SiteStatus{
+		Name: name, City: site.City, Role: admin.Role(cfg.Role(name, v.state.Primary.Site)),
+		Replication: &admin.Replication{RPOTargetSeconds: &rpo, RTOTargetSeconds: &rto},
+	}
+	alive, total, upstreams := 0, 0, 0
+	for _, u := range cfg.Upstreams {
+		if u.Site == name {
+			upstreams++
+		}
+	}
+	var heard *float64
+	for _, n := range nodes {
+		if n.Site != name {
+			continue
+		}
+		total++
+		if n.State == admin.NodeAlive {
+			alive++
+		}
+		if n.LastHeardSeconds != nil && (heard == nil || *n.LastHeardSeconds < *heard) {
+			heard = n.LastHeardSeconds
+		}
+	}
+	s.NodesAlive, s.NodesTotal, s.UpstreamsTotal, s.LastHeardSeconds = &alive, &total, &upstreams, heard
+	if alive > 0 {
+		healthy, none := v.upstreamsHealthy(name), "none"
+		s.UpstreamsHealthy, s.Degradation = &healthy, &none
+	}
+	s.State = v.siteState(s)
+	return s
+}
+
+// upstreamsHealthy is what the site's best-informed living node says.
+func (v sight) upstreamsHealthy(site string) int {
+	if site == v.site {
+		return v.health.UpstreamsHealthy
+	}
+	healthy := 0
+	for _, p := range v.peers {
+		if p.Site == site && p.Heard && p.Ago < v.patience {
+			healthy = max(healthy, p.UpstreamsHealthy)
+		}
+	}
+	return healthy
+}
+
+func (v sight) siteState(s admin.SiteStatus) admin.SiteState {
+	switch {
+	case *s.NodesTotal == 0:
+		return admin.SiteUnknown // nobody ever joined from there
+	case *s.NodesAlive == 0 && v.heardByOthers(s.Name):
+		return admin.SiteIsolated
+	case *s.NodesAlive == 0 && s.LastHeardSeconds == nil && v.now.Sub(v.started) < 2*v.patience:
+		return admin.SiteUnknown
+	case *s.NodesAlive == 0:
+		return admin.SiteDown
+	case s.Name == v.site && v.apart():
+		return admin.SiteIsolated
+	case *s.NodesAlive < *s.NodesTotal, *s.UpstreamsTotal > 0 && *s.UpstreamsHealthy < *s.UpstreamsTotal:
+		return admin.SiteDegraded
+	}
+	return admin.SiteHealthy
+}
+
+// heardByOthers reports whether a living peer of another site hears a site
+// that this node does not.
+func (v sight) heardByOthers(site string) bool {
+	for _, p := range v.peers {
+		if !p.Heard || p.Ago >= v.patience || p.Site == site {
+			continue
+		}
+		for name, ago := range p.HeardBy {
+			if v.state.Nodes[name].Site == site && ago+p.Ago < v.patience {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// apart reports whether this node hears no other site although there are some.
+func (v sight) apart() bool {
+	others := false
+	for _, p := range v.peers {
+		if p.Site == v.site {
+			continue
+		}
+		others = true
+		if p.Heard && p.Ago < v.patience {
+			return false
+		}
+	}
+	return others
+}
+
+// reasons say in words what is not as it should be.
+func (v sight) reasons(s admin.Status) []string {
+	var out []string
+	if !v.raft.Quorum {
+		words := "no quorum: the configuration and the primary can't change, requests go on"
+		if s.Raft.QuorumSince != nil {
+			words = fmt.Sprintf("no quorum since %s: the configuration and the primary can't change, requests go on", s.Raft.QuorumSince.Format(time.RFC3339))
+		}
+		out = append(out, words)
+	}
+	if v.state.Parsed == nil {
+		out = append(out, errNoConfig.Error())
+	}
+	for _, site := range s.Sites {
+		switch site.State {
+		case admin.SiteUnknown:
+			if *site.NodesTotal == 0 {
+				out = append(out, fmt.Sprintf("site %s: no node has joined yet", site.Name))
+			} else {
+				out = append(out, fmt.Sprintf("site %s: not heard of yet", site.Name))
+			}
+		case admin.SiteDown:
+			out = append(out, fmt.Sprintf("site %s is down: %s", site.Name, lastHeard(site.LastHeardSeconds)))
+		case admin.SiteIsolated:
+			out = append(out, fmt.Sprintf("site %s is isolated", site.Name))
+		case admin.SiteDegraded:
+			out = append(out, v.degraded(site, s.Nodes)...)
+		}
+	}
+	if v.health.Draining {
+		out = append(out, fmt.Sprintf("node %s is draining", v.name))
+	}
+	for _, n := range s.Nodes {
+		if n.Name != v.name && n.Draining != nil && *n.Draining && n.State == admin.NodeAlive {
+			out = append(out, fmt.Sprintf("node %s is draining", n.Name))
+		}
+	}
+	return out
+}
+
+func (v sight) degraded(site admin.SiteStatus, nodes []admin.NodeStatus) []string {
+	var out []string
+	for _, n := range nodes {
+		if n.Site == site.Name && n.State != admin.NodeAlive {
+			out = append(out, fmt.Sprintf("node %s is %s: %s", n.Name, n.State, lastHeard(n.LastHeardSeconds)))
+		}
+	}
+	if *site.UpstreamsHealthy < *site.UpstreamsTotal {
+		out = append(out, fmt.Sprintf("site %s: %d of %d upstreams are healthy", site.Name, *site.UpstreamsHealthy, *site.UpstreamsTotal))
+	}
+	return out
+}
+
+func lastHeard(seconds *float64) string {
+	if seconds == nil {
+		return "never heard"
+	}
+	return fmt.Sprintf("last heard %s ago", time.Duration(*seconds*float64(time.Second)).Round(100*time.Millisecond))
+}
+
+func sortedNames[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -1,0 +1,100 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/gateway"
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+// surroundings is what requests and pings read of the node's own health and of
+// its peers: made anew a few times a second, so that reading costs one load.
+type surroundings struct {
+	health cluster.Health
+	peers  []serving.Peer // of other sites, nearest knowledge of who lives
+	ready  bool           // some upstream in some site is reachable
+}
+
+const lookEvery = 100 * time.Millisecond
+
+func (n *Node) keepLooking(ctx context.Context) error {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			n.look()
+		}
+	}
+}
+
+func (n *Node) look() {
+	s := &surroundings{health: cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()}}
+	for _, u := range n.pipeline.Upstreams() {
+		s.health.UpstreamsTotal++
+		switch {
+		case u.Healthy:
+			s.health.UpstreamsHealthy++
+		case u.Known:
+			s.health.UpstreamsDown = append(s.health.UpstreamsDown, u.Name)
+		}
+	}
+	s.ready = s.health.UpstreamsHealthy > 0
+	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
+	for name, p := range n.cluster.Peers() {
+		if !p.Heard || p.Ago >= patience || p.Site == n.cfg.Site {
+			continue
+		}
+		s.ready = s.ready || p.UpstreamsHealthy > 0
+		dead := make(map[string]bool, len(p.UpstreamsDown))
+		for _, u := range p.UpstreamsDown {
+			dead[u] = true
+		}
+		s.peers = append(s.peers, serving.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining, Dead: dead})
+	}
+	slices.SortFunc(s.peers, func(a, b serving.Peer) int { return cmp.Compare(a.Node, b.Node) })
+	n.surround.Store(s)
+}
+
+// Health is what the health endpoints say.
+func (n *Node) Health() gateway.Report {
+	s := n.cluster.State()
+	r := gateway.Report{Ready: n.surround.Load().ready, Quorum: n.cluster.Raft().Quorum, Epoch: s.Primary.Epoch}
+	if s.Parsed != nil {
+		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
+	}
+	if c := n.command.Load(); c != nil {
+		_, r.Lease = c.role.Holding()
+	}
+	return r
+}
+
+// keyCheck judges clients' keys by the local copy of the agreed state: no
+// quorum is needed, and losing it turns no valid key into a 401.
+type keyCheck struct{ cluster *cluster.Cluster }
+
+// Authenticate implements gateway.Auth.
+func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, error) {
+	s := k.cluster.State()
+	if s.Parsed == nil {
+		return serving.Principal{}, gateway.ErrKeyUnknowable
+	}
+	// Clients of OpenAI's libraries must send some key; where none exists any
+	// will do.
+	free := s.Parsed.Access.Anonymous || (len(s.APIKeys) == 0 && local)
+	if free && (token == "" || len(s.APIKeys) == 0) {
+		return serving.Principal{}, nil
+	}
+	key, err := s.Authenticate(token, time.Now())
+	if err != nil {
+		return serving.Principal{}, err
+	}
+	return serving.Principal{KeyID: key.ID, Tenant: key.Tenant, Models: key.Models}, nil
+}
