@@ -211,7 +211,7 @@ func (s *State) promote(d Promote, at time.Time) error {
 		// Only what happened by itself asks for a person's attention.
 		Acknowledged: d.Kind != FailoverUnplanned,
 	}
-	s.Primary = Primary{Site: d.Site, Epoch: d.ExpectEpoch + 1, Since: at, Reason: d.Reason}
+	s.Primary = Primary{Site: d.Site, Epoch: d.ExpectEpoch + 1, Since: at, Reason: d.Reason, Released: d.Released}
 	s.Switchover = nil
 	return nil
 }

@@ -138,6 +138,8 @@ type (
 		Kind         FailoverKind `json:"kind"`
 		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned one: must be the one in progress
 		RTOSeconds   *float64     `json:"rto_seconds"`
+		// Released: every node of the old primary has let go; see Primary.
+		Released bool `json:"released,omitempty"`
 	}
 	// SwitchoverSet opens or closes a planned change; see State.Switchover.
 	SwitchoverSet struct {

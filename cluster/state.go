@@ -50,6 +50,9 @@ type Primary struct {
 	Epoch  uint64    `json:"epoch"`
 	Since  time.Time `json:"since"`
 	Reason string    `json:"reason"`
+	// Released: every node of the site before had confirmed that it let go, so
+	// this one need not wait until their leases have ended.
+	Released bool `json:"released,omitempty"`
 }
 
 // Node is a member as agreed: who it is and where it was last reachable.
