@@ -63,7 +63,8 @@ type GossipOptions struct {
 	// Label keeps clusters and generations apart: up to 255 bytes, and members
 	// with another label are not heard.
 	Label string
-	// Self is what this node says of itself. Name, State and Since are ignored.
+	// Self is what this node says of itself, asked from several goroutines.
+	// Name, State and Since are ignored; an empty Gossip becomes Advertise.
 	Self func() Member
 	// Seeds are host:port of nodes to meet, asked at every attempt.
 	Seeds func() []string
@@ -152,6 +153,13 @@ func (g *Gossip) listen() (*gossipTransport, error) {
 	return t, nil
 }
 
+func (g *Gossip) unlisten(t *gossipTransport) {
+	_ = t.Shutdown() // never fails
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.transport = nil
+}
+
 // Addr is the bound address, host:port; "" before Listen or Run.
 func (g *Gossip) Addr() string {
 	if addr := g.addr.Load(); addr != nil {
@@ -165,12 +173,7 @@ func (g *Gossip) Addr() string {
 func (g *Gossip) Members() []Member { return g.table.snapshot(time.Now()) }
 
 // Update has Self asked again and told to the others, if it says something new.
-func (g *Gossip) Update() {
-	select {
-	case g.update <- struct{}{}:
-	default: // one is under way and asks Self after this
-	}
-}
+func (g *Gossip) Update() { poke(g.update) }
 
 func (g *Gossip) validate() error {
 	switch len(g.opts.Key) {
@@ -191,7 +194,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = transport.Shutdown() }() // never fails
+	defer g.unlisten(transport)
 	if err := g.validate(); err != nil {
 		return fmt.Errorf("gossip: %w", err)
 	}
@@ -275,12 +278,29 @@ func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
 }
 
 func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
-	meta, err := appendGossipMeta(nil, g.opts.Self(), leaving)
+	self := g.opts.Self()
+	if self.Gossip == "" {
+		self.Gossip = g.advertised()
+	}
+	meta, err := appendGossipMeta(nil, self, leaving)
 	if err != nil {
 		return false, err
 	}
 	old := g.meta.Swap(&meta)
 	return old == nil || string(*old) != string(meta), nil
+}
+
+// advertised is Advertise with the bound port where it leaves that open.
+func (g *Gossip) advertised() string {
+	if g.opts.Advertise == "" {
+		return g.Addr()
+	}
+	if host, port, err := net.SplitHostPort(g.opts.Advertise); err == nil && port == "0" {
+		if _, bound, err := net.SplitHostPort(g.Addr()); err == nil {
+			return net.JoinHostPort(host, bound)
+		}
+	}
+	return g.opts.Advertise
 }
 
 // resolveAdvertise finds the IP address that memberlist must tell the others.

@@ -43,11 +43,11 @@ func (l *gossipLog) Write(line []byte) (int, error) {
 		l.table.udpIsBlocked(name)
 	}
 	if level < slog.LevelWarn {
-		l.log.Log(context.Background(), level, "gossip: "+text)
+		l.log.Log(context.Background(), level, "gossip: memberlist says", "line", text)
 		return len(line), nil
 	}
 	if skipped, ok := l.throttle.allow(logKind(text)); ok {
-		l.log.Warn("gossip: "+text, "unreported", skipped)
+		l.log.Warn("gossip: memberlist says", "line", text, "unreported", skipped)
 	}
 	return len(line), nil
 }

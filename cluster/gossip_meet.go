@@ -34,10 +34,10 @@ func (r rejoinTiming) pause(v meeting, last time.Duration) time.Duration {
 	switch {
 	case v.conflict:
 		return r.conflict
-	case v.alone:
-		return min(max(2*last, r.first), r.steady)
 	case v.newly:
 		return r.lost
+	case v.alone:
+		return min(max(2*last, r.first), r.steady)
 	}
 	return r.steady
 }
@@ -54,9 +54,28 @@ func (g *Gossip) keepMeeting(ctx context.Context, list *memberlist.Memberlist, t
 			pause = 0
 		}
 		pause = g.timing.rejoin.pause(after, pause)
+		g.rest(ctx, pause)
+	}
+}
+
+// rest waits for the next meeting, which comes earlier when somebody is lost.
+func (g *Gossip) rest(ctx context.Context, pause time.Duration) {
+	next := time.Now().Add(pause)
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	for {
 		select {
 		case <-ctx.Done():
-		case <-time.After(pause):
+			return
+		case <-timer.C:
+			return
+		case <-g.table.stir:
+			now := time.Now()
+			sooner := now.Add(g.timing.rejoin.pause(g.table.meeting(now, g.timing.rejoin.recent), 0))
+			if sooner.Before(next) {
+				next = sooner
+				timer.Reset(time.Until(next))
+			}
 		}
 	}
 }

@@ -25,6 +25,7 @@ type gossipTable struct {
 	self    string
 	metrics *gossipMetrics
 	wake    chan struct{}
+	stir    chan struct{} // somebody was lost, or this node's name is in dispute
 
 	mu           sync.Mutex // guards what follows
 	entries      map[string]*gossipEntry
@@ -51,6 +52,7 @@ func newGossipTable(self string, metrics *gossipMetrics) *gossipTable {
 	return &gossipTable{
 		self: self, metrics: metrics,
 		wake:    make(chan struct{}, 1),
+		stir:    make(chan struct{}, 1),
 		entries: map[string]*gossipEntry{}, published: map[string]Member{},
 	}
 }
@@ -74,10 +76,13 @@ func (e *gossipEntry) set(state MemberState, now time.Time) {
 	}
 }
 
-func (t *gossipTable) signal() {
+func (t *gossipTable) signal() { poke(t.wake) }
+
+// poke wakes a loop that looks at everything when it wakes.
+func poke(c chan struct{}) {
 	select {
-	case t.wake <- struct{}{}:
-	default: // Run looks at everything when it wakes
+	case c <- struct{}{}:
+	default:
 	}
 }
 
@@ -146,6 +151,7 @@ func (t *gossipTable) NotifyLeave(n *memberlist.Node) {
 	e.set(state, time.Now())
 	e.udpBlocked = false
 	t.signal()
+	poke(t.stir)
 }
 
 // NotifyConflict hears a name under another address than memberlist holds.
@@ -157,7 +163,7 @@ func (t *gossipTable) NotifyConflict(_, other *memberlist.Node) {
 	defer t.mu.Unlock()
 	if other.Name == t.self {
 		t.selfConflict = now
-		t.signal()
+		poke(t.stir)
 		return
 	}
 	e, ok := t.entries[other.Name]

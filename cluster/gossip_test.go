@@ -33,11 +33,20 @@ var testStarts atomic.Int64 // so that each start is later than the one before
 
 func startGossip(t *testing.T, name string, seeds []string, change func(*GossipOptions)) *testGossip {
 	t.Helper()
-	return startFaultyGossip(t, name, seeds, gossipFaults{}, change)
+	return startGossipIn(t, testNet{}, name, seeds, change)
 }
 
-func startFaultyGossip(t *testing.T, name string, seeds []string, faults gossipFaults, change func(*GossipOptions)) *testGossip {
+// testNet is what a member's surroundings are like.
+type testNet struct {
+	gossipFaults
+	steady time.Duration // 0: an hour, so that only what happens causes meetings
+}
+
+func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change func(*GossipOptions)) *testGossip {
 	t.Helper()
+	if n.steady == 0 {
+		n.steady = time.Hour
+	}
 	m := &testGossip{self: Member{
 		Site: "site-of-" + name, RPC: "127.0.0.1:" + fmt.Sprint(10000+testStarts.Load()), Version: "0.1.0", PID: 7,
 		StartedAt: time.UnixMilli(1764000000000 + testStarts.Add(1)).UTC(),
@@ -61,11 +70,11 @@ func startFaultyGossip(t *testing.T, name string, seeds []string, faults gossipF
 		change(&o)
 	}
 	m.Gossip = NewGossip(o)
-	m.faults = faults
+	m.faults = n.gossipFaults
 	m.timing = gossipTiming{
 		probeInterval: 100 * time.Millisecond, probeTimeout: 50 * time.Millisecond, reclaim: time.Second,
 		rejoin: rejoinTiming{
-			first: 20 * time.Millisecond, steady: 500 * time.Millisecond,
+			first: 20 * time.Millisecond, steady: n.steady,
 			lost: 100 * time.Millisecond, recent: time.Minute, conflict: 100 * time.Millisecond,
 		},
 	}
@@ -122,7 +131,7 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 	}
 	got, _ := a.sees("b")
 	want := b.self
-	want.Name, want.State, want.Since = "b", MemberAlive, got.Since
+	want.Name, want.State, want.Since, want.Gossip = "b", MemberAlive, got.Since, b.Addr()
 	if !got.equal(want) || time.Since(got.Since) > time.Minute {
 		t.Errorf("a sees %+v, want %+v", got, want)
 	}
@@ -180,7 +189,7 @@ func TestPartitionHealsByItself(t *testing.T) {
 	failOnLeaks(t)
 	var cut atomic.Bool
 	a := startGossip(t, "a", nil, nil)
-	b := startFaultyGossip(t, "b", []string{a.Addr()}, gossipFaults{losePacket: cut.Load, refuseStream: cut.Load}, nil)
+	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
 	awaitCondition(t, "a to see b", a.seesAs("b", MemberAlive))
 	awaitCondition(t, "b to see a", b.seesAs("a", MemberAlive))
 	cut.Store(true)
@@ -197,7 +206,7 @@ func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	var blocked atomic.Bool
 	blocked.Store(true)
 	a := startGossip(t, "a", nil, nil)
-	b := startFaultyGossip(t, "b", []string{a.Addr()}, gossipFaults{losePacket: blocked.Load}, nil)
+	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
 	awaitCondition(t, "a to see b", a.seesAs("b", MemberAlive))
 	awaitCondition(t, "the metric to rise", func() bool {
 		return testutil.ToFloat64(a.metrics.udpBlocked) == 1 && testutil.ToFloat64(a.metrics.tcpOnly) >= 1
@@ -264,7 +273,7 @@ func TestSeedsMayComeLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	addr := reserved.Addr().String()
-	b := startGossip(t, "b", []string{"no-such-host.invalid:1", addr}, nil)
+	b := startGossipIn(t, testNet{steady: 100 * time.Millisecond}, "b", []string{"no-such-host.invalid:1", addr}, nil)
 	if err := reserved.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -354,6 +363,7 @@ func TestPauseBetweenMeetings(t *testing.T) {
 		{"alone, later", meeting{alone: true}, 4 * time.Second, 8 * time.Second},
 		{"alone for long", meeting{alone: true}, 20 * time.Second, 30 * time.Second},
 		{"somebody was lost", meeting{newly: true}, 30 * time.Second, 5 * time.Second},
+		{"everybody was lost", meeting{newly: true, alone: true}, 30 * time.Second, 5 * time.Second},
 		{"the own name in dispute", meeting{conflict: true, alone: true, newly: true}, 30 * time.Second, 3 * time.Second},
 	} {
 		if got := r.pause(tc.v, tc.last); got != tc.want {

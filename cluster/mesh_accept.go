@@ -81,10 +81,19 @@ func (m *Mesh) accept(ctx context.Context, raw net.Conn) {
 	}
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
-	reason := m.countFailure("accepted", err)
-	if n, ok := m.acceptLog.allow(reason); ok {
-		m.opts.Logger.Warn("a peer's connection was not accepted", "remote", raw.RemoteAddr().String(),
-			"reason", reason, "error", err, "unreported", n)
+	m.reportUnaccepted(raw.RemoteAddr(), m.countFailure("accepted", err), err)
+}
+
+func (m *Mesh) reportUnaccepted(remote net.Addr, reason string, err error) {
+	switch reason {
+	case "closed", "cancelled":
+		// A load balancer's look at the port, a dialler that gave up, or our own end.
+		m.opts.Logger.Debug("a peer's connection ended before it was accepted", "remote", remote.String(), "error", err)
+		return
+	}
+	if unreported, ok := m.acceptLog.allow(reason); ok {
+		m.opts.Logger.Warn("a peer's connection was not accepted", "remote", remote.String(),
+			"reason", reason, "error", err, "unreported", unreported)
 	}
 }
 

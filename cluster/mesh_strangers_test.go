@@ -264,7 +264,7 @@ func TestRotationUnderDials(t *testing.T) {
 	}
 	stopA, stopB := runInTest(t, dialler(a, b)), runInTest(t, dialler(b, a))
 	dialSome := func() {
-		target := dials.Load() + 20
+		target := dials.Load() + 6
 		awaitCondition(t, "more dials", func() bool { return dials.Load() >= target || t.Failed() })
 	}
 	settled := func(what string) {

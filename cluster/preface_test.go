@@ -223,7 +223,10 @@ func FuzzPreface(f *testing.F) {
 			if second, refused := decodeRequest(text, id); refused != nil || second != request {
 				t.Fatalf("%+v became %+v, %v", request, second, refused)
 			}
-			judge(first, Membership{request.ClusterID, request.Generation}, request.Kind)
+			theirs := Membership{request.ClusterID, request.Generation}
+			if refused := judge(first, theirs, request.Kind); refused == nil && theirs != first && request.Kind != KindGRPC {
+				t.Fatalf("admitted %+v", request)
+			}
 		} else if refused.Code == "" || refused.Message == "" {
 			t.Fatalf("refused without a word: %+v", refused)
 		}
