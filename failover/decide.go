@@ -125,6 +125,8 @@ func (v View) primaryLost() (Reason, bool) {
 	}
 	p := v.Sites[i]
 	switch {
+	case !p.Heard && p.Silence >= v.Patience:
+		return PrimaryLost, true
 	case p.NoLeaseFor >= v.NoLease:
 		return PrimaryNoLease, true
 	case p.Heard && p.Leased && p.LeaderSilence >= v.Patience:
@@ -133,8 +135,6 @@ func (v View) primaryLost() (Reason, bool) {
 		return PrimaryHealthy, false
 	case p.Heard:
 		return PrimaryUnleased, false
-	case p.Silence >= v.Patience:
-		return PrimaryLost, true
 	case !p.Witnessed && p.LeaderSilence >= v.Patience:
 		return Unwitnessed, false
 	}

@@ -20,6 +20,8 @@ var (
 	ErrPrecheck = errors.New("the switchover can't begin")
 	// ErrRolledBack: it failed before the promotion and nothing has changed.
 	ErrRolledBack = errors.New("the switchover failed and was rolled back, nothing has changed")
+	// ErrOvertaken: the primary was lost meanwhile, and replaced.
+	ErrOvertaken = errors.New("the switchover was overtaken by another change of the primary")
 	// ErrUnknownOutcome: neither the promotion nor its rollback was confirmed.
 	// The agreed state shows which; an open switchover clears itself at its
 	// deadline.
@@ -299,6 +301,8 @@ func (h *handoff) rollback(ctx context.Context, cause error) error {
 		return err
 	})
 	switch {
+	case errors.Is(err, ErrOvertaken):
+		return fmt.Errorf("%w (%w)", err, cause)
 	case err != nil:
 		return fmt.Errorf("%w: %w (and %w)", ErrUnknownOutcome, cause, err)
 	case made:
@@ -314,9 +318,15 @@ func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
 		changed := h.c.o.Agreement.Changed()
 		s := h.c.o.Agreement.State()
 		if s.Switchover == nil || s.Switchover.ID != h.res.ID {
+			if s.Primary.Epoch == h.state.Primary.Epoch {
+				return false, nil
+			}
 			// A planned promotion from this epoch needs our id, so it is ours.
 			f := s.LastFailover
-			return f != nil && f.Epoch == h.state.Primary.Epoch+1 && f.To == h.res.To && f.Kind == h.r.Kind, nil
+			if f != nil && f.Epoch == h.state.Primary.Epoch+1 && f.Kind == h.r.Kind {
+				return true, nil
+			}
+			return false, fmt.Errorf("%w: the primary is %s in epoch %d", ErrOvertaken, s.Primary.Site, s.Primary.Epoch)
 		}
 		select {
 		case <-ctx.Done():

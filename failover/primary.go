@@ -104,10 +104,12 @@ func (r *Role) Holding() (epoch uint64, ok bool) {
 	return epoch, err == nil
 }
 
-// may assumes the lock. left is the rest of the lease.
+// may assumes the lock. now is from before the call, left the rest of the lease.
 func (r *Role) may(now time.Duration) (epoch uint64, left time.Duration, err error) {
 	s := r.standing.State()
-	r.note(s, now)
+	// This clock is read after the state: a wait must not begin before what it
+	// waits for was seen.
+	r.note(s, r.boottime())
 	left, heard := r.standing.Lease()
 	p := s.Primary
 	switch {

@@ -1,0 +1,185 @@
+package failover
+
+import (
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+const (
+	tick     = 250 * time.Millisecond
+	patience = 2500 * time.Millisecond
+)
+
+// quiet: the leader b1 and the witness c1 hear each other, and a1 not for d.
+func quiet(d time.Duration) Input {
+	return Input{
+		Now: time.Hour, Timing: cluster.TimingFrom(0), Primary: "a",
+		Sites: []PlacementSite{{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}},
+		Members: []Member{
+			{Name: "a1", Site: "a"},
+			{Name: "b1", Site: "b", Ready: true, Steady: true, UpstreamsHealthy: 1},
+			{Name: "c1", Site: "c", Ready: true, Steady: true, UpstreamsHealthy: 1},
+		},
+		Leader: Observation{Observer: "b1", Site: "b", Leased: true, Seen: map[string]Sighting{
+			"a1": {Ago: d, LeaseLeft: time.Second, LeaseKnown: true},
+			"c1": {Ago: tick, LeaseLeft: time.Second, LeaseKnown: true},
+		}},
+		Others: []Observation{{Observer: "c1", Site: "c", Age: tick, Leased: true, Seen: map[string]Sighting{
+			"a1": {Ago: d}, "b1": {Ago: tick},
+		}}},
+	}
+}
+
+// watched is the memory of a leader that has looked for an hour without a pause.
+func watched() Memory {
+	return Memory{looked: true, last: time.Hour - 100*time.Millisecond}
+}
+
+func TestObserve(t *testing.T) {
+	for _, c := range []struct {
+		name      string
+		given     func() (Memory, Input)
+		heard     bool
+		leased    bool
+		silence   time.Duration
+		leader    time.Duration
+		witnessed bool
+	}{
+		{"heard a moment ago", func() (Memory, Input) { return watched(), quiet(tick) }, true, true, 0, tick, true},
+		{"silent for a second", func() (Memory, Input) { return watched(), quiet(time.Second) }, true, true, 0, time.Second, true},
+		{"silent for both", func() (Memory, Input) { return watched(), quiet(patience) }, false, false, patience, patience, true},
+		{"the witness heard it later", func() (Memory, Input) {
+			in := quiet(4 * time.Second)
+			in.Others[0].Seen["a1"] = Sighting{Ago: 2400 * time.Millisecond}
+			return watched(), in
+		}, false, false, 2400 * time.Millisecond, 4 * time.Second, true},
+		{"the witness hears it", func() (Memory, Input) {
+			in := quiet(4 * time.Second)
+			in.Others[0].Seen["a1"] = Sighting{Ago: tick}
+			return watched(), in
+		}, true, true, 0, 4 * time.Second, true},
+		{"and passes on that it has no lease", func() (Memory, Input) {
+			in := quiet(4 * time.Second)
+			in.Others[0].Seen["a1"] = Sighting{Ago: tick, LeaseKnown: true}
+			return watched(), in
+		}, true, false, 0, 4 * time.Second, true},
+		{"the witness has no lease to hand on", func() (Memory, Input) {
+			in := quiet(4 * time.Second)
+			in.Others[0].Seen["a1"] = Sighting{Ago: tick}
+			in.Others[0].Leased = false
+			return watched(), in
+		}, true, false, 0, 4 * time.Second, true},
+		{"the leader knows better than the witness", func() (Memory, Input) {
+			in := quiet(tick)
+			in.Leader.Seen["a1"] = Sighting{Ago: tick, LeaseKnown: true}
+			return watched(), in
+		}, true, false, 0, tick, true},
+		{"a stale witness", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Age = 5 * tick
+			return watched(), in
+		}, false, false, 0, 10 * time.Second, false},
+		{"a stale sighting still speaks for it", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Age, in.Others[0].Seen["a1"] = 2*time.Second, Sighting{Ago: tick}
+			return watched(), in
+		}, true, true, 0, 10 * time.Second, false},
+		{"a starved witness accuses nobody", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Paused = 3 * tick
+			return watched(), in
+		}, false, false, 0, 10 * time.Second, false},
+		{"a witness that is stopped 300 ms of each second may", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Paused = 300 * time.Millisecond
+			return watched(), in
+		}, false, false, 10 * time.Second, 10 * time.Second, true},
+		{"a witness that never heard it can't tell", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			delete(in.Others[0].Seen, "a1")
+			return watched(), in
+		}, false, false, 0, 10 * time.Second, false},
+		{"a witness of the leader's own site is none", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Site = "b"
+			return watched(), in
+		}, false, false, 0, 10 * time.Second, false},
+		{"a node of the accused site is none", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Others[0].Site = "a"
+			return watched(), in
+		}, false, false, 0, 10 * time.Second, false},
+		{"a paused leader begins again", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Leader.Paused = 3 * tick
+			return watched(), in
+		}, false, false, 0, 0, true},
+		{"a loop that was late begins again", func() (Memory, Input) {
+			m := watched()
+			m.last -= 2 * tick
+			return m, quiet(10 * time.Second)
+		}, false, false, 0, 0, true},
+		{"watching since a second ago", func() (Memory, Input) {
+			m := watched()
+			m.watching = time.Hour - time.Second
+			return m, quiet(10 * time.Second)
+		}, false, false, time.Second, time.Second, true},
+		{"one of two nodes is heard", func() (Memory, Input) {
+			in := quiet(10 * time.Second)
+			in.Members = append(in.Members, Member{Name: "a2", Site: "a"})
+			in.Leader.Seen["a2"] = Sighting{Ago: tick, LeaseLeft: time.Second, LeaseKnown: true}
+			return watched(), in
+		}, true, true, 0, tick, true},
+		{"never heard by anybody", func() (Memory, Input) {
+			in := quiet(0)
+			delete(in.Leader.Seen, "a1")
+			delete(in.Others[0].Seen, "a1")
+			return watched(), in
+		}, false, false, 0, time.Hour, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, sites := Observe(c.given())
+			a := sites[0]
+			if a.Name != "a" || a.Heard != c.heard || a.Leased != c.leased || a.Silence != c.silence ||
+				a.LeaderSilence != c.leader || a.Witnessed != c.witnessed {
+				t.Errorf("got %+v", a)
+			}
+			if b := sites[1]; !b.Heard || !b.Leased || b.Ready != 1 {
+				t.Errorf("the leader's own site: %+v", b)
+			}
+		})
+	}
+}
+
+// Time without a lease counts while it is watched, and only then; it begins
+// again with the first sight of a lease.
+func TestObserveRemembers(t *testing.T) {
+	m, now := watched(), time.Hour
+	look := func(step time.Duration, lease time.Duration) SiteView {
+		now += step
+		in := quiet(tick)
+		in.Now = now
+		in.Leader.Seen["a1"] = Sighting{Ago: tick, LeaseLeft: lease, LeaseKnown: true}
+		var sites []SiteView
+		m, sites = Observe(m, in)
+		return sites[0]
+	}
+	for range 100 {
+		look(100*time.Millisecond, 0)
+	}
+	if v := look(100*time.Millisecond, 0); v.NoLeaseFor < 10*time.Second || v.NoLeaseFor > 10200*time.Millisecond {
+		t.Errorf("after 10 s: %s", v.NoLeaseFor)
+	}
+	before := look(100*time.Millisecond, 0).NoLeaseFor
+	if v := look(time.Hour, 0); v.NoLeaseFor != before {
+		t.Errorf("an hour that was not watched counts: %s", v.NoLeaseFor)
+	}
+	if v := look(100*time.Millisecond, time.Second); v.NoLeaseFor != 0 || !v.Leased {
+		t.Errorf("with a lease: %+v", v)
+	}
+	if v := look(100*time.Millisecond, 0); v.NoLeaseFor != 100*time.Millisecond {
+		t.Errorf("begins again: %s", v.NoLeaseFor)
+	}
+}

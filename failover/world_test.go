@@ -1,0 +1,706 @@
+package failover
+
+import (
+	"container/heap"
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// world is a cluster in virtual time: pings, leases handed on by pings, ticks,
+// elections and the agreed log, on links that delay, lose and break. It lives
+// in a synctest bubble. Raft itself is simplified to its promises: one leader a
+// term, elected by and committing with a majority that it can reach.
+type world struct {
+	t      *testing.T
+	timing cluster.Timing
+	start  time.Time
+	rng    *rand.Rand
+
+	mu     sync.Mutex // guards all below, nodes included
+	events eventQueue
+	kick   chan struct{}
+	nodes  map[string]*node
+	names  []string
+	states []*cluster.State // by index: what was agreed
+	news   chan struct{}    // closes when any node applied something
+	term   uint64
+	leader string // elected in term
+	// leaderSeen is when it last ran in reach of a majority.
+	leaderSeen time.Duration
+	cut        map[[2]string]bool
+	delay      time.Duration // one way
+	jitter     time.Duration
+	loss       float64 // of pings: a stall of 0.4 s, doubling
+	// forget makes a part of the commits look lost to who proposed them.
+	forget float64
+	// forgetNext loses the answer to the next proposal once.
+	forgetNext bool
+	breaches   []string
+}
+
+type node struct {
+	w           *world
+	name, site  string
+	voter       bool
+	upstreams   int
+	up, stopped bool
+	resumed     chan struct{} // closes when it runs again
+	stoppedAt   time.Duration
+	pausedFor   time.Duration
+	pausedUntil time.Duration // until when pausedFor is remembered
+	bootedAt    time.Duration
+	applied     int
+
+	leaseUntil time.Duration
+	leaseEpoch uint64
+	heard      map[string]heardPeer
+	pinging    map[string]bool
+
+	leads       bool // believes so
+	leadTerm    uint64
+	firstCommit time.Duration
+	lastCommit  time.Duration
+
+	role  *Role
+	coord *Coordinator
+	stop  context.CancelFunc
+	done  sync.WaitGroup
+}
+
+type heardPeer struct {
+	sent  time.Duration
+	view  cluster.PeerView
+	heard map[string]time.Duration
+}
+
+type event struct {
+	at time.Duration
+	do func()
+}
+
+type eventQueue []event
+
+func (q eventQueue) Len() int           { return len(q) }
+func (q eventQueue) Less(i, j int) bool { return q[i].at < q[j].at }
+func (q eventQueue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
+func (q *eventQueue) Push(x any)        { *q = append(*q, x.(event)) }
+func (q *eventQueue) Pop() any {
+	e := (*q)[len(*q)-1]
+	*q = (*q)[:len(*q)-1]
+	return e
+}
+
+// newWorld makes the sites a and b in one city and c in another, with so many
+// nodes each; the first `votes` nodes of each site vote.
+func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
+	w := &world{
+		t: t, timing: cluster.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
+		kick: make(chan struct{}, 1), nodes: map[string]*node{}, cut: map[[2]string]bool{},
+		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
+	}
+	s := &cluster.State{
+		Format: 1, ClusterID: "c", Generation: cluster.Generation{Number: 1, ID: "g"},
+		Primary: cluster.Primary{Site: "a", Epoch: 1, Since: time.Now(), Reason: "bootstrap"},
+		Nodes:   map[string]cluster.Node{},
+		Parsed: &cluster.Config{Sites: map[string]cluster.Site{
+			"a": {City: "shanghai", Priority: 1}, "b": {City: "shanghai", Priority: 2}, "c": {City: "beijing", Priority: 3},
+		}},
+	}
+	w.states = []*cluster.State{s}
+	for i, site := range []string{"a", "b", "c"} {
+		for k := 1; k <= nodes[i]; k++ {
+			name := fmt.Sprintf("%s%d", site, k)
+			s.Nodes[name] = cluster.Node{Name: name, Site: site}
+			w.nodes[name] = &node{w: w, name: name, site: site, voter: k <= votes[i], upstreams: 1}
+			w.names = append(w.names, name)
+		}
+	}
+	for _, name := range w.names {
+		w.boot(w.nodes[name])
+	}
+	return w
+}
+
+// run plays until ctx ends, then stops all nodes.
+func (w *world) run(ctx context.Context) {
+	w.mu.Lock()
+	for _, name := range w.names {
+		w.every(w.nodes[name], w.timing.Tick, func(n *node) { n.pingAll() })
+		w.every(w.nodes[name], w.timing.Tick, func(n *node) { n.tick() })
+	}
+	w.repeat(50*time.Millisecond, w.replicate)
+	w.repeat(20*time.Millisecond, w.elect)
+	w.repeat(20*time.Millisecond, w.laws)
+	w.mu.Unlock()
+	for {
+		w.mu.Lock()
+		for len(w.events) > 0 && w.events[0].at <= w.now() {
+			heap.Pop(&w.events).(event).do()
+		}
+		wait := w.events[0].at - w.now()
+		w.mu.Unlock()
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			for _, name := range w.names {
+				w.restartable(name, false)
+			}
+			return
+		case <-timer.C:
+		case <-w.kick:
+			timer.Stop()
+		}
+	}
+}
+
+func (w *world) now() time.Duration { return time.Hour + time.Since(w.start) }
+
+// after assumes the lock.
+func (w *world) after(d time.Duration, do func()) {
+	heap.Push(&w.events, event{w.now() + d, do})
+	select {
+	case w.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (w *world) repeat(d time.Duration, do func()) {
+	w.after(d, func() {
+		do()
+		w.repeat(d, do)
+	})
+}
+
+func (w *world) every(n *node, d time.Duration, do func(*node)) {
+	w.after(time.Duration(w.rng.Int64N(int64(d))), func() {
+		if n.runs() {
+			do(n)
+		}
+		w.repeat(d, func() {
+			if n.runs() {
+				do(n)
+			}
+		})
+	})
+}
+
+func (n *node) runs() bool { return n.up && !n.stopped }
+
+// oneWay is the time of a message, false when it never comes.
+func (w *world) oneWay(from, to string) (time.Duration, bool) {
+	if w.cut[[2]string{w.nodes[from].site, w.nodes[to].site}] {
+		return 0, false
+	}
+	d := w.delay
+	if w.jitter > 0 {
+		d += time.Duration(w.rng.Int64N(int64(w.jitter)))
+	}
+	for stall := 400 * time.Millisecond; w.rng.Float64() < w.loss; stall *= 2 {
+		d += stall
+	}
+	return d, true
+}
+
+// reach: both run, and messages pass both ways.
+func (w *world) reach(a, b string) bool {
+	sa, sb := w.nodes[a].site, w.nodes[b].site
+	return a == b || (w.nodes[a].runs() && w.nodes[b].runs() && !w.cut[[2]string{sa, sb}] && !w.cut[[2]string{sb, sa}])
+}
+
+func (w *world) majority(of string) bool {
+	voters, reached := 0, 0
+	for _, n := range w.nodes {
+		if n.voter {
+			voters++
+			if w.reach(of, n.name) && n.runs() {
+				reached++
+			}
+		}
+	}
+	return reached > voters/2
+}
+
+func (n *node) pingAll() {
+	for _, to := range n.w.names {
+		if to != n.name && !n.pinging[to] {
+			n.ping(n.w.nodes[to])
+		}
+	}
+}
+
+func (n *node) ping(to *node) {
+	w := n.w
+	sent, booted := w.now(), n.bootedAt
+	n.pinging[to.name] = true
+	finish := func() {
+		if n.bootedAt == booted {
+			n.pinging[to.name] = false
+		}
+	}
+	w.after(time.Second, finish)
+	there, ok := w.oneWay(n.name, to.name)
+	if !ok {
+		return
+	}
+	// A stopped process gets its messages when it is continued.
+	var arrive func()
+	arrive = func() {
+		if to.stopped {
+			w.after(10*time.Millisecond, arrive)
+			return
+		}
+		back, ok := w.oneWay(to.name, n.name)
+		if !ok || !to.up {
+			return
+		}
+		view := cluster.PeerView{
+			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams},
+			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(),
+		}
+		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
+		heard := map[string]time.Duration{}
+		for name, h := range to.heard {
+			heard[name] = w.now() - h.sent
+		}
+		var answer func()
+		answer = func() {
+			if n.up && n.stopped && n.bootedAt == booted {
+				w.after(10*time.Millisecond, answer)
+				return
+			}
+			if !n.up || n.bootedAt != booted || w.now()-sent > time.Second {
+				return
+			}
+			finish()
+			n.heard[to.name] = heardPeer{sent: sent, view: view, heard: heard}
+			n.extend(sent+view.LeaseLeft, epoch)
+		}
+		w.after(back, answer)
+	}
+	w.after(there, arrive)
+}
+
+func (n *node) extend(until time.Duration, epoch uint64) {
+	n.leaseEpoch = max(n.leaseEpoch, epoch)
+	if until > n.w.now() {
+		n.leaseUntil = max(n.leaseUntil, until)
+	}
+}
+
+// tick is the leader's: it commits an entry and extends its lease.
+func (n *node) tick() {
+	w := n.w
+	if !n.leads || n.leadTerm != w.term {
+		return
+	}
+	proposed, term := w.now(), w.term
+	w.after(2*w.delay+time.Duration(w.rng.Int64N(int64(w.jitter)+1)), func() {
+		if !n.runs() || !n.leads || w.term != term || !w.majority(n.name) {
+			return
+		}
+		if n.firstCommit == 0 {
+			n.firstCommit = w.now()
+			w.apply(n)
+		}
+		n.lastCommit = proposed
+		n.extend(proposed+w.timing.Lease, w.states[n.applied].Primary.Epoch)
+	})
+}
+
+// elect deposes a leader that can't reach a majority, and finds another.
+func (w *world) elect() {
+	for _, n := range w.nodes {
+		if n.leads && n.runs() && (n.leadTerm != w.term || w.now()-max(n.lastCommit, n.firstCommit, n.bootedAt) > w.timing.Heartbeat && n.firstCommit > 0) {
+			n.leads = false
+		}
+	}
+	if l := w.nodes[w.leader]; l != nil && l.leads && l.runs() && w.majority(l.name) {
+		w.leaderSeen = w.now()
+		return
+	}
+	if w.leader == "" && w.term > 0 || w.now()-w.leaderSeen < w.timing.Heartbeat {
+		return // an election is under way, or would be too soon
+	}
+	w.term++
+	w.leader = ""
+	term := w.term
+	w.after(w.timing.Heartbeat/4+time.Duration(w.rng.Int64N(int64(w.timing.Heartbeat*2))), func() { w.vote(term) })
+}
+
+func (w *world) vote(term uint64) {
+	if w.term != term || w.leader != "" {
+		return
+	}
+	var able []string
+	for _, name := range w.names {
+		if n := w.nodes[name]; n.voter && n.runs() && w.majority(name) {
+			able = append(able, name)
+		}
+	}
+	if len(able) == 0 {
+		w.after(w.timing.Heartbeat/2, func() { w.vote(term) })
+		return
+	}
+	w.crown(able[w.rng.IntN(len(able))])
+}
+
+func (w *world) crown(name string) {
+	for _, n := range w.nodes {
+		if n.leads && n.runs() {
+			n.leads = false
+		}
+	}
+	w.leader = name
+	n := w.nodes[name]
+	n.leads, n.leadTerm, n.firstCommit, n.lastCommit = true, w.term, 0, w.now()
+}
+
+// replicate lets who is in touch with the leader catch up.
+func (w *world) replicate() {
+	if w.leader == "" || !w.majority(w.leader) {
+		return
+	}
+	for _, n := range w.nodes {
+		if n.runs() && w.reach(w.leader, n.name) {
+			w.apply(n)
+		}
+	}
+}
+
+func (w *world) apply(n *node) {
+	if n.applied < len(w.states)-1 {
+		n.applied = len(w.states) - 1
+		close(w.news)
+		w.news = make(chan struct{})
+	}
+}
+
+// laws: at most one site acts as primary, and epochs only rise.
+func (w *world) laws() {
+	acting := map[string]bool{}
+	for _, n := range w.nodes {
+		if n.runs() {
+			if _, ok := n.role.Holding(); ok {
+				acting[n.site] = true
+			}
+		}
+	}
+	if len(acting) > 1 && len(w.breaches) < 5 {
+		w.breaches = append(w.breaches, fmt.Sprintf("two sites act as primary at %s: %v", time.Since(w.start), acting))
+	}
+}
+
+func (n *node) paused() time.Duration {
+	if n.w.now() < n.pausedUntil {
+		return n.pausedFor
+	}
+	return 0
+}
+
+// boot starts the node's own loops. It takes no lock: it is called before the
+// world runs, or with the lock released.
+func (w *world) boot(n *node) {
+	n.up, n.bootedAt = true, w.now()
+	n.heard, n.pinging = map[string]heardPeer{}, map[string]bool{}
+	n.leaseUntil, n.leaseEpoch, n.leads = 0, 0, false
+	n.role = NewRole(n.site, standing{n}, w.timing.NewLeaderWait, w.now, slog.New(slog.DiscardHandler))
+	n.coord = NewCoordinator(Options{
+		Name: n.name, Site: n.site, Agreement: n, Releaser: w, Health: func() cluster.Health {
+			return cluster.Health{UpstreamsHealthy: n.upstreams}
+		},
+		Boottime: w.now, Now: time.Now, Quarantined: func() bool { return false },
+		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+	})
+	ctx, stop := context.WithCancel(context.Background())
+	n.stop = stop
+	n.done.Go(func() { _ = n.coord.Run(ctx) }) // it ends with ctx, never with an error
+}
+
+// restartable kills a node, or starts it again.
+func (w *world) restartable(name string, up bool) {
+	w.mu.Lock()
+	n := w.nodes[name]
+	was := n.up
+	n.up = false
+	if n.stopped {
+		n.stopped = false
+		close(n.resumed)
+	}
+	if was {
+		n.stop()
+	}
+	w.mu.Unlock()
+	n.done.Wait()
+	if up {
+		w.mu.Lock()
+		w.boot(n)
+		w.mu.Unlock()
+	}
+}
+
+func (w *world) kill(names ...string) {
+	for _, n := range names {
+		w.restartable(n, false)
+	}
+}
+
+func (w *world) restart(names ...string) {
+	for _, n := range names {
+		w.restartable(n, true)
+	}
+}
+
+func (w *world) pause(names ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range names {
+		n := w.nodes[name]
+		n.stopped, n.stoppedAt, n.resumed = true, w.now(), make(chan struct{})
+	}
+}
+
+func (w *world) resume(names ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range names {
+		n := w.nodes[name]
+		n.stopped = false
+		n.pausedFor, n.pausedUntil = w.now()-n.stoppedAt, w.now()+4*time.Second
+		close(n.resumed)
+	}
+}
+
+// sever cuts links between sites, one way: "a>b".
+func (w *world) sever(cut bool, links ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, l := range links {
+		w.cut[[2]string{l[:1], l[2:]}] = cut
+	}
+}
+
+// standing is what Role sees; the world asks Role with w.mu held.
+type standing struct{ n *node }
+
+func (s standing) State() *cluster.State { return s.n.w.states[s.n.applied] }
+func (s standing) Lease() (time.Duration, uint64) {
+	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
+}
+func (s standing) Changed() <-chan struct{} { return s.n.w.news }
+
+// awake blocks while the node is stopped, as a stopped process would.
+func (n *node) awake() {
+	for {
+		n.w.mu.Lock()
+		stopped, resumed := n.stopped, n.resumed
+		n.w.mu.Unlock()
+		if !stopped {
+			return
+		}
+		<-resumed
+	}
+}
+
+// What follows makes a node an Agreement.
+
+func (n *node) State() *cluster.State {
+	n.awake()
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.w.states[n.applied]
+}
+
+func (n *node) Changed() <-chan struct{} {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.w.news
+}
+
+func (n *node) Lease() (time.Duration, uint64) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.leaseUntil - n.w.now(), n.leaseEpoch
+}
+
+func (n *node) Paused() time.Duration {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.paused()
+}
+
+func (n *node) Timing() cluster.Timing { return n.w.timing }
+
+func (n *node) Peers() map[string]cluster.PeerView {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	peers := map[string]cluster.PeerView{}
+	for name, p := range n.w.nodes {
+		if name == n.name {
+			continue
+		}
+		v := cluster.PeerView{Name: name, Site: p.site}
+		if h, ok := n.heard[name]; ok {
+			v = h.view
+			v.Ago = n.w.now() - h.sent
+			v.LeaseLeft -= v.Ago
+			v.HeardBy = h.heard
+		}
+		peers[name] = v
+	}
+	return peers
+}
+
+func (n *node) Raft() cluster.RaftView {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term}
+	for _, name := range n.w.names {
+		v.Servers = append(v.Servers, cluster.Server{Name: name, Voter: n.w.nodes[name].voter})
+	}
+	return v
+}
+
+func (n *node) Leading() (cluster.Leadership, bool) {
+	n.awake()
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	if !n.leads || n.firstCommit == 0 || n.w.now()-n.lastCommit > n.w.timing.Lease {
+		return cluster.Leadership{}, false
+	}
+	return cluster.Leadership{Term: n.leadTerm, FirstCommit: n.firstCommit}, true
+}
+
+// wait lets virtual time pass, or gives up with ctx.
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (uint64, error) {
+	n.awake()
+	cmd, err := cluster.NewCommand(t, time.Now(), data)
+	if err != nil {
+		return 0, err
+	}
+	w := n.w
+	if err := wait(ctx, 2*w.delay); err != nil {
+		return 0, cluster.ErrNoQuorum
+	}
+	w.mu.Lock()
+	l := w.nodes[w.leader]
+	if l == nil || !l.leads || l.firstCommit == 0 || !w.reach(n.name, l.name) || !w.majority(l.name) {
+		w.mu.Unlock()
+		return 0, cluster.ErrNoQuorum
+	}
+	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
+	if err == nil {
+		next.Parsed = w.states[0].Parsed
+		w.states = append(w.states, next)
+		w.apply(l)
+		w.apply(n)
+	}
+	index := uint64(len(w.states))
+	lost := w.rng.Float64() < w.forget || w.forgetNext
+	w.forgetNext = false
+	w.mu.Unlock()
+	if lost {
+		return 0, cluster.ErrLeadershipMoved
+	}
+	return index, err
+}
+
+func (n *node) TransferLeadership(ctx context.Context, to string) error {
+	if err := wait(ctx, 4*n.w.delay); err != nil {
+		return err
+	}
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	if !n.w.nodes[to].runs() || !n.w.majority(to) {
+		return cluster.ErrNoQuorum
+	}
+	n.w.term++
+	n.w.crown(to)
+	return nil
+}
+
+// Release makes the world a Releaser: the peer's rpc.
+func (w *world) Release(ctx context.Context, name, id string) error {
+	if err := wait(ctx, 2*w.delay); err != nil {
+		return err
+	}
+	for {
+		w.mu.Lock()
+		n, s := w.nodes[name], w.states[w.nodes[name].applied]
+		busy := !n.runs() || s.Switchover == nil || s.Switchover.ID != id
+		w.mu.Unlock()
+		if !busy {
+			return nil
+		}
+		if err := wait(ctx, 5*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// agreed is the newest state.
+func (w *world) agreed() *cluster.State {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.states[len(w.states)-1]
+}
+
+func (w *world) leaderSite() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if n := w.nodes[w.leader]; n != nil && n.leads && n.firstCommit > 0 {
+		return n.site
+	}
+	return ""
+}
+
+// acting are the sites with a node that may act as primary now.
+func (w *world) acting() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var sites []string
+	for _, name := range w.names {
+		n := w.nodes[name]
+		if _, ok := n.role.Holding(); ok && n.runs() && !slices.Contains(sites, n.site) {
+			sites = append(sites, n.site)
+		}
+	}
+	return sites
+}
+
+// until plays on until cond holds, and says how long that took; the test fails
+// when it takes longer than limit.
+func (w *world) until(what string, limit time.Duration, cond func() bool) time.Duration {
+	w.t.Helper()
+	began := time.Now()
+	for !cond() {
+		if time.Since(began) > limit {
+			w.t.Fatalf("%s: not within %s; primary %+v, leader in %q", what, limit, w.agreed().Primary, w.leaderSite())
+		}
+		if err := wait(w.t.Context(), 10*time.Millisecond); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	return time.Since(began)
+}
