@@ -103,6 +103,9 @@ func (s *RaftStore) StoreLogs(logs []*raft.Log) error {
 		size += 8 + entrySize(l) + recordOverhead
 	}
 	return s.update(fmt.Sprintf("store %d entries up to %d", len(logs), after.last), after, func(tx *bbolt.Tx) error {
+		if err := s.putCommit(tx); err != nil {
+			return err
+		}
 		return s.putLogs(tx.Bucket(bucketLog), logs, size)
 	})
 }

@@ -65,6 +65,7 @@ type RaftStore struct {
 
 	closed  atomic.Bool
 	entries atomic.Pointer[indexRange]
+	staged  atomic.Uint64 // commit index to write with the next entries
 
 	fail   sync.Once
 	failed chan struct{}

@@ -1,0 +1,445 @@
+package storage
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// The test binary is its own victim: with this variable set it appends to the
+// stores of the directory it names, and prints what it did.
+const childEnv = "DSNODE_TEST_STORAGE_CHILD"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		os.Exit(child(dir))
+	}
+	os.Exit(m.Run())
+}
+
+// child works on the stores like raft would, for ever or until something
+// fails. Each line on stdout is one write, so a killed child's lines are whole:
+//
+//	stored LAST TERM     entries up to LAST are promised
+//	term T               the term is promised
+//	compacting MAX       entries up to MAX may be gone from now on
+//	cutting MIN          entries from MIN may be gone from now on
+//	cut MIN TERM         they are; the next ones have TERM
+//	snapshot INDEX       a snapshot is promised
+//	no snapshot: ERR     none is, and the log goes on
+//	failed: ERR          the store refused; exit code 3
+func child(dir string) int {
+	// strace counts the calls of each thread by itself.
+	runtime.LockOSThread()
+	say := func(format string, args ...any) { fmt.Fprintf(os.Stdout, format+"\n", args...) }
+	t := &testing.B{} // for the helpers' signatures; none of them fails here
+	metrics := NewMetrics(prometheus.NewRegistry())
+	o := RaftStoreOptions{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
+	s, err := OpenRaftStore(o)
+	if err != nil {
+		say("open failed: %v", err)
+		return 4
+	}
+	snaps, err := OpenSnapshotStore(SnapshotStoreOptions(o))
+	if err != nil {
+		say("open failed: %v", err)
+		return 4
+	}
+	say("open")
+	if err := work(s, snaps, say); err != nil {
+		// From here on nothing may be acknowledged, and the node is told.
+		select {
+		case <-s.Failed():
+		default:
+			say("not failed: %v", err)
+			return 5
+		}
+		last := s.now.last
+		for i := range uint64(20) {
+			for _, err := range []error{
+				s.StoreLog(entry(last+1+i, 1)), s.SetUint64([]byte("CurrentTerm"), 1<<40),
+				s.DeleteRange(0, last), s.GetLog(last, new(raft.Log)),
+			} {
+				if !errors.Is(err, ErrFailed) {
+					say("acknowledged after the failure: %v", err)
+					return 5
+				}
+			}
+		}
+		say("failed: %v", err)
+		_ = s.Close() // must not hang; what it says is of no use any more
+		return 3
+	}
+	return 0
+}
+
+func work(s *RaftStore, snaps *SnapshotStore, say func(string, ...any)) error {
+	term, err := s.GetUint64([]byte("CurrentTerm"))
+	if err != nil {
+		return err
+	}
+	for {
+		switch first, last := s.now.first, s.now.last; {
+		case last > 1_000_000:
+			return errors.New("nothing has ended this process in a million entries")
+		case rand.IntN(20) == 0:
+			term++
+			if err := s.SetUint64([]byte("CurrentTerm"), term); err != nil {
+				return err
+			}
+			say("term %d", term)
+		case rand.IntN(100) == 0 && last > first+100:
+			to := last - 50
+			if err := snapshot(snaps, to, term); err != nil {
+				// Raft goes on without, and so do we until the log fails, too.
+				say("no snapshot: %v", err)
+				continue
+			}
+			say("snapshot %d", to)
+			say("compacting %d", to)
+			if err := s.DeleteRange(first, to); err != nil {
+				return err
+			}
+		case rand.IntN(30) == 0 && last > first+10:
+			from := last - rand.Uint64N(10)
+			say("cutting %d", from)
+			if err := s.DeleteRange(from, last); err != nil {
+				return err
+			}
+			say("cut %d", from)
+		default:
+			n := uint64(1)
+			if rand.IntN(3) == 0 {
+				n = 1 + rand.Uint64N(64)
+			}
+			if err := s.StoreLogs(entriesFrom(last+1, last+n, term)); err != nil {
+				return err
+			}
+			say("stored %d %d", last+n, term)
+		}
+	}
+}
+
+func snapshot(snaps *SnapshotStore, index, term uint64) error {
+	sink, err := snaps.Create(1, index, term, threeVoters, 1, nil)
+	if err != nil {
+		return err
+	}
+	if _, err := sink.Write(bytes.Repeat([]byte("state"), 1000)); err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	return sink.Close()
+}
+
+// promises is what a child has acknowledged, over all its lives.
+type promises struct {
+	first, last uint64            // entries that must be there
+	terms       map[uint64]uint64 // term of each entry from first to last
+	doubtful    uint64            // entries from here on may be gone; 0 for none
+	term        uint64
+	snapshot    uint64
+	acks        int
+}
+
+func (p *promises) hear(line string) error {
+	word, rest, _ := strings.Cut(line, " ")
+	var a, b uint64
+	var err error
+	fields := strings.Fields(rest)
+	if len(fields) > 0 && word != "failed:" && word != "no" {
+		a, err = strconv.ParseUint(fields[0], 10, 64)
+	}
+	if len(fields) > 1 && word == "stored" && err == nil {
+		b, err = strconv.ParseUint(fields[1], 10, 64)
+	}
+	if err != nil {
+		return fmt.Errorf("child said %q: %w", line, err)
+	}
+	p.acks++
+	switch word {
+	case "open", "failed:", "no":
+	case "stored":
+		for i := p.last + 1; i <= a; i++ {
+			p.terms[i] = b
+		}
+		p.last = a
+		if p.first == 0 {
+			p.first = 1
+		}
+	case "term":
+		p.term = a
+	case "snapshot":
+		p.snapshot = a
+	case "compacting":
+		p.first = a + 1
+	case "cutting":
+		p.doubtful = a
+	case "cut":
+		p.last, p.doubtful = a-1, 0
+	default:
+		return fmt.Errorf("child said %q", line)
+	}
+	return nil
+}
+
+// check opens the stores that a dead child left, compares them with its
+// promises, and takes what is there as the new truth: what was not promised may
+// be there or not, and stays.
+func (p *promises) check(t *testing.T, dir string) {
+	t.Helper()
+	s, err := OpenRaftStore(raftOptions(t, dir))
+	if err != nil {
+		t.Fatalf("after %d promises: %v", p.acks, err)
+	}
+	defer closeRaft(t, s)
+	must := p.last
+	if p.doubtful != 0 {
+		must = p.doubtful - 1
+	}
+	got := *s.entries.Load()
+	if got.last < must || must > 0 && must >= p.first && got.first > p.first {
+		t.Fatalf("entries %d to %d are there, promised were %d to %d", got.first, got.last, p.first, must)
+	}
+	for i := got.first; i <= got.last && got.last > 0; i++ {
+		var l raft.Log
+		if err := s.GetLog(i, &l); err != nil {
+			t.Fatalf("entry %d: %v", i, err)
+		}
+		if !sameEntry(&l, entry(i, l.Term)) {
+			t.Fatalf("entry %d has another content", i)
+		}
+		if want, ok := p.terms[i]; ok && i <= must && l.Term != want {
+			t.Fatalf("entry %d is of term %d, promised was %d", i, l.Term, want)
+		}
+		p.terms[i] = l.Term
+	}
+	term, err := s.GetUint64([]byte("CurrentTerm"))
+	if err != nil || term < p.term || term > p.term+1 {
+		t.Fatalf("term %d, promised was %d: %v", term, p.term, err)
+	}
+	snaps := openSnapshots(t, dir)
+	if p.snapshot > 0 {
+		if l := listed(t, snaps); len(l) == 0 || l[0] < p.snapshot {
+			t.Fatalf("snapshots %v, promised was %d", l, p.snapshot)
+		}
+	}
+	if err := CheckTogether(s, snaps); err != nil {
+		t.Fatal(err)
+	}
+	p.first, p.last, p.doubtful, p.term = got.first, got.last, 0, term
+}
+
+func childCommand(dir string, args ...string) *exec.Cmd {
+	args = append(args, os.Args[0])
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), childEnv+"="+dir)
+	return cmd
+}
+
+// A node is killed a hundred times at random moments; whatever it had
+// acknowledged is there each time.
+func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
+	rounds := 100
+	if testing.Short() {
+		rounds = 15
+	}
+	dir := t.TempDir()
+	p := promises{terms: map[uint64]uint64{}}
+	for range rounds {
+		cmd := childCommand(dir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// Up to here lines are heard, then the moment within the next
+		// milliseconds is chance. Every tenth dies while it opens.
+		lines := rand.IntN(150)
+		if rand.IntN(10) == 0 {
+			lines = 0
+		}
+		kill := func() { _ = cmd.Process.Kill() } // it may have ended, which the lines show
+		var timer *time.Timer
+		sc := bufio.NewScanner(out)
+		heard := 0
+		for {
+			if heard == lines && timer == nil {
+				timer = time.AfterFunc(time.Duration(rand.IntN(8000))*time.Microsecond, kill)
+			}
+			if !sc.Scan() {
+				break
+			}
+			heard++
+			if err := p.hear(sc.Text()); err != nil {
+				kill()
+				t.Fatal(err)
+			}
+		}
+		var exit *exec.ExitError
+		if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Fatalf("the child ended by itself: %v", err)
+		}
+		p.check(t, dir)
+	}
+	t.Logf("%d kills, %d promises kept", rounds, p.acks)
+	if p.acks < 10*rounds {
+		t.Fatalf("only %d promises in %d lives: nothing was tested", p.acks, rounds)
+	}
+}
+
+// require skips when something is absent, and fails where it must be there.
+func require(t *testing.T, ok bool, why string) {
+	t.Helper()
+	switch {
+	case ok:
+	case os.Getenv("DSNODE_TEST_REQUIRE") == "1":
+		t.Fatal(why)
+	default:
+		t.Skip(why)
+	}
+}
+
+// The n-th and all later syncs or writes fail below the store: it says so,
+// acknowledges nothing from then on, and all promises hold after a restart.
+func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	require(t, err == nil, "strace is not installed; it injects the faults")
+	probe := exec.Command(strace, "-f", "-e", "trace=none", "true")
+	out, err := probe.CombinedOutput()
+	require(t, err == nil, fmt.Sprintf("strace may not trace here: %v %s", err, out))
+
+	many := []int{1, 2, 3, 5, 8, 13, 21, 34, 55, 56, 57, 58, 89}
+	tests := []struct {
+		calls, error string
+		when         []int
+	}{
+		{"fdatasync,fsync", "EIO", many},
+		{"pwrite64", "EIO", many},
+		{"pwrite64", "ENOSPC", many},
+		{"ftruncate", "ENOSPC", []int{1, 2, 3, 1, 2, 3}}, // the file grows
+	}
+	for _, tt := range tests {
+		t.Run(tt.calls+" "+tt.error, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			p := promises{terms: map[uint64]uint64{}}
+			failed := 0
+			for _, when := range tt.when {
+				inject := fmt.Sprintf("inject=%s:error=%s:when=%d+", tt.calls, tt.error, when)
+				cmd := childCommand(dir, strace, "-f", "-qq", "-o", "/dev/null", "-e", "trace="+tt.calls, "-e", inject)
+				var stderr bytes.Buffer
+				cmd.Stderr = &stderr
+				out, err := cmd.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				deadline := time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() })
+				text, err := io.ReadAll(out)
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = cmd.Wait()
+				deadline.Stop()
+				var exit *exec.ExitError
+				if !errors.As(err, &exit) {
+					t.Fatalf("call %d failed and nobody noticed: %v\n%s%s", when, err, text, stderr.String())
+				}
+				switch code := exit.ExitCode(); code {
+				case 3:
+					failed++
+				case 4: // it failed while opening, which promises nothing
+				default:
+					t.Fatalf("exit code %d\n%s%s", code, text, stderr.String())
+				}
+				for line := range strings.Lines(string(text)) {
+					if strings.HasPrefix(line, "open failed:") {
+						continue
+					}
+					if err := p.hear(strings.TrimSpace(line)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				p.check(t, dir)
+			}
+			t.Logf("%d promises kept, %d failures while working", p.acks, failed)
+			if failed < 2 || p.acks < 20 {
+				t.Fatalf("%d failures, %d promises: nothing was tested", failed, p.acks)
+			}
+		})
+	}
+}
+
+// A full file system is like a failing one.
+func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
+	dir := t.TempDir()
+	err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m")
+	require(t, err == nil, fmt.Sprintf("only root may mount a small file system: %v", err))
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	data := filepath.Join(dir, "data")
+	if err := os.Mkdir(data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, err := OpenRaftStore(raftOptions(t, data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stored uint64
+	for err == nil {
+		if err = s.StoreLogs(entriesFrom(stored+1, stored+32, 1)); err == nil {
+			stored += 32
+		}
+	}
+	if !errors.Is(err, ErrFailed) || !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("a full disk: %v", err)
+	}
+	<-s.Failed()
+	if err := s.StoreLog(entry(stored+1, 1)); !errors.Is(err, ErrFailed) {
+		t.Fatalf("acknowledged after the failure: %v", err)
+	}
+	closeRaft(t, s)
+
+	// It can't be written anew without room, says so, and spoils nothing.
+	if _, err := OpenRaftStore(raftOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("open on a full disk: %v", err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=8m"); err != nil {
+		t.Fatal(err)
+	}
+	s = openRaft(t, data)
+	if last, err := s.LastIndex(); last < stored || err != nil {
+		t.Fatalf("entries up to %d, promised were %d: %v", last, stored, err)
+	}
+	for i := uint64(1); i <= stored; i++ {
+		var l raft.Log
+		if err := s.GetLog(i, &l); err != nil || !sameEntry(&l, entry(i, 1)) {
+			t.Fatalf("entry %d: %v", i, err)
+		}
+	}
+	mustStore(t, s, entry(s.now.last+1, 1))
+	closeRaft(t, s)
+}
