@@ -66,7 +66,10 @@ func (n *Node) look() {
 // Health is what the health endpoints say.
 func (n *Node) Health() gateway.Report {
 	s := n.cluster.State()
-	r := gateway.Report{Ready: n.surround.Load().ready, Quorum: n.cluster.Raft().Quorum, Epoch: s.Primary.Epoch}
+	// A node that has just joined hears of others' upstreams before it has the
+	// configuration, and could only refuse.
+	ready := s.Parsed != nil && n.surround.Load().ready
+	r := gateway.Report{Ready: ready, Quorum: n.cluster.Raft().Quorum, Epoch: s.Primary.Epoch}
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}

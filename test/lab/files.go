@@ -84,7 +84,8 @@ func (l *Lab) ConfigFor(sites ...*Site) string {
 	}
 	line("upstreams:")
 	for _, s := range sites {
-		line("  %s: {site: %s, url: %q}", s.Model.name(), s.Name, s.Model.url())
+		// A machine that stands still for a second must not look like overload.
+		line("  %s: {site: %s, url: %q, max_concurrency: 4000}", s.Model.name(), s.Name, s.Model.url())
 	}
 	line("models:")
 	for name, upstream := range map[string]string{FastModel: "m", SlowModel: "m@first=20ms,rate=20,tokens=60"} {

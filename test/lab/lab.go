@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -200,7 +201,8 @@ func (l *Lab) bootstrap() {
 	})
 }
 
-// WaitHealthy waits until every running node says that the cluster is healthy.
+// WaitHealthy waits until every running node says that the cluster is healthy,
+// and sees every running node as the process that it is now.
 func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 	l.t.Helper()
 	return l.WaitFor(within, "the cluster to be healthy", func(ctx context.Context) error {
@@ -212,9 +214,27 @@ func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 			if !status.Healthy {
 				return fmt.Errorf("%s says: %s", n.Name, strings.Join(status.Reasons, "; "))
 			}
+			if err := l.sees(n, status); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
+}
+
+// sees compares what a node says of the others with what is.
+func (l *Lab) sees(observer *Node, status admin.Status) error {
+	for _, n := range l.Running() {
+		i := slices.IndexFunc(status.Nodes, func(s admin.NodeStatus) bool { return s.Name == n.Name })
+		if i < 0 {
+			return fmt.Errorf("%s does not know %s", observer.Name, n.Name)
+		}
+		seen := status.Nodes[i]
+		if seen.State != admin.NodeAlive || seen.PID == nil || *seen.PID != n.PID() {
+			return fmt.Errorf("%s sees %s as %s, its process is %d: %+v", observer.Name, n.Name, seen.State, n.PID(), seen)
+		}
+	}
+	return nil
 }
 
 // WaitPrimary waits until every running node of the sites named (all when none
@@ -278,7 +298,7 @@ func (l *Lab) close() {
 	l.Net.Close()
 	if l.t.Failed() {
 		for _, n := range l.Nodes() {
-			l.t.Logf("--- end of the log of %s\n%s", n.Name, n.LogTail(40))
+			l.t.Logf("--- end of the log of %s\n%s", n.Name, n.LogTail(25))
 		}
 	}
 	if keep := os.Getenv("LAB_KEEP"); keep != "" {
