@@ -51,6 +51,10 @@ type Options struct {
 	Registerer prometheus.Registerer
 	// Admit is asked at each dial and accept to another site; nil admits all.
 	Admit func(site string) error
+	// Quarantined is asked before the first tick of each leadership and again
+	// until it says no: while it says why, this leader commits no tick, so
+	// nobody gets a lease, and refuses changes with ErrQuarantined. Nil: never.
+	Quarantined func() (why string, quarantined bool)
 }
 
 // Cluster is this node's part in the cluster.
@@ -80,6 +84,9 @@ type Cluster struct {
 
 	fatal  context.CancelCauseFunc // set by Run
 	living context.Context         // ends with Run's work, its cause says why
+
+	quarantine atomic.Pointer[string] // why this leader holds still; nil: it does not
+	foundedNow atomic.Bool            // this process founded the cluster
 
 	founding   sync.Mutex // one Bootstrap at a time
 	founded    chan memberFile
@@ -196,6 +203,19 @@ func (c *Cluster) ReloadCredentials() error { return c.opts.Credentials.Reload()
 // or less: fenced), and the highest epoch it has heard of. A node may act in a
 // role only while the lease lasts and that epoch is the one in its State.
 func (c *Cluster) Lease() (left time.Duration, epoch uint64) { return c.lease.left() }
+
+// Founded reports whether this process founded the cluster: then there is
+// nothing older anywhere.
+func (c *Cluster) Founded() bool { return c.foundedNow.Load() }
+
+// Quarantined says why this node, leading raft, holds still; empty when it does
+// not.
+func (c *Cluster) Quarantined() string {
+	if why := c.quarantine.Load(); why != nil {
+		return *why
+	}
+	return ""
+}
 
 // Cold reports whether no lease was held since this process started.
 func (c *Cluster) Cold() bool { return !c.lease.everHeld() }

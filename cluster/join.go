@@ -312,6 +312,7 @@ func (c *Cluster) found(ctx context.Context, cfg *Config) (*memberFile, error) {
 	}
 	select {
 	case c.founded <- m:
+		c.foundedNow.Store(true)
 		return &m, nil
 	default:
 		return nil, fmt.Errorf("%w: another bootstrap is under way", ErrAlreadyFounded)

@@ -140,6 +140,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	)
 	defer func() {
 		end()
+		c.quarantine.Store(nil)
 		if leading {
 			c.log.Info("raft leadership ended", "term", term)
 		}
@@ -149,7 +150,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	look := time.NewTicker(20 * time.Millisecond)
 	defer look.Stop()
 	propose := func() {
-		if pending >= maxTicks || c.yielding.Load() {
+		if pending >= maxTicks || c.yielding.Load() || (lastCommit == 0 && c.holdStill()) {
 			return
 		}
 		pending++
@@ -195,6 +196,30 @@ func (c *Cluster) lead(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// holdStill asks for the quarantine and logs when the answer changes. A
+// majority that was replaced by a recovery while it was down would, coming back
+// together, elect a leader in its old generation; without ticks it gives no
+// lease and changes nothing until somebody who would know was asked.
+func (c *Cluster) holdStill() bool {
+	if c.opts.Quarantined == nil {
+		return false
+	}
+	why, quarantined := c.opts.Quarantined()
+	before := c.quarantine.Load()
+	switch {
+	case !quarantined:
+		if before != nil {
+			c.quarantine.Store(nil)
+			c.log.Info("quarantine ended", "because", why)
+		}
+		return false
+	case before == nil || *before != why:
+		c.quarantine.Store(&why)
+		c.log.Warn("quarantined: this majority restarted cold", "why", why)
+	}
+	return true
 }
 
 // tick commits one entry; the time counts from before it was proposed.

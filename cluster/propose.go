@@ -73,11 +73,18 @@ func (c *Cluster) noQuorum() error {
 	return fmt.Errorf("%w: no raft leader is known at the moment, so nothing can be changed", ErrNoQuorum)
 }
 
+// harmless commands are taken in quarantine: they decide about nothing that an
+// other generation could have decided otherwise.
+var harmless = map[CommandType]bool{CmdInit: true, CmdNodePut: true, CmdTick: true}
+
 // commit is the leader's part.
 func (c *Cluster) commit(ctx context.Context, cmd Command, b []byte) (uint64, error) {
 	r := c.raft.Load()
 	if r == nil {
 		return 0, ErrNotMember
+	}
+	if why := c.Quarantined(); why != "" && !harmless[cmd.Type] {
+		return 0, fmt.Errorf("%w: %s", ErrQuarantined, why)
 	}
 	s := c.State()
 	if cmd.Type != CmdInit && cmd.Type != CmdTick && commandLevel[cmd.Type] > s.FeatureLevel {

@@ -46,6 +46,7 @@ type Node struct {
 	doors    doors
 
 	draining atomic.Bool
+	released atomic.Bool // an operator ended the quarantine
 	surround atomic.Pointer[surroundings]
 	command  atomic.Pointer[command] // nil until this node is a member
 
@@ -134,7 +135,7 @@ func (n *Node) open() error {
 		Credentials: credentials,
 		Logs:        store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
-		Logger: n.log, Registerer: n.reg,
+		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined,
 	})
 	if err != nil {
 		return err
@@ -295,7 +296,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	c.coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
 		Health:   func() cluster.Health { return n.surround.Load().health },
-		Boottime: boottime, Now: time.Now, Quarantined: func() bool { return false },
+		Boottime: boottime, Now: time.Now, Quarantined: func() bool { return n.cluster.Quarantined() != "" },
 		Logger: n.log, Registerer: n.reg,
 	})
 	n.command.Store(c)

@@ -271,4 +271,7 @@ func (n *Node) hearsay(info *admin.UpstreamInfo) {
 // Status is the cluster at a glance.
 func (n *Node) Status(context.Context) (admin.Status, error) { return n.status(), nil }
 
-var errNoConfig = errors.New("no configuration is known here yet")
+var (
+	errNoConfig       = errors.New("no configuration is known here yet")
+	errNotQuarantined = errors.New("this node does not lead a quarantined cluster")
+)

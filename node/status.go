@@ -24,7 +24,8 @@ type sight struct {
 	left    map[string]bool // said goodbye over gossip and have not come back
 	health  cluster.Health
 	waiting string
-	api     Addresses
+	// quarantine is why this node, leading raft, holds still; empty: it does not.
+	quarantine string
 }
 
 func (n *Node) status() admin.Status {
@@ -32,8 +33,9 @@ func (n *Node) status() admin.Status {
 		name: n.cfg.Name, site: n.cfg.Site, version: n.version, now: time.Now(),
 		patience: n.cluster.Timing().Patience, started: n.cluster.StartedAt(),
 		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
-		health: n.surround.Load().health, waiting: n.cluster.Waiting(), api: n.Addresses(),
-		left: map[string]bool{},
+		health: n.surround.Load().health, waiting: n.cluster.Waiting(),
+		quarantine: n.cluster.Quarantined(),
+		left:       map[string]bool{},
 	}
 	for _, m := range n.cluster.Members() {
 		v.left[m.Name] = m.State == cluster.MemberLeft
@@ -267,6 +269,9 @@ func (v sight) reasons(s admin.Status) []string {
 			words = fmt.Sprintf("no quorum since %s: the configuration and the primary can't change, requests go on", s.Raft.QuorumSince.Format(time.RFC3339))
 		}
 		out = append(out, words)
+	}
+	if v.quarantine != "" {
+		out = append(out, "quarantined: "+v.quarantine)
 	}
 	if v.state.Parsed == nil {
 		out = append(out, errNoConfig.Error())
