@@ -63,7 +63,7 @@ func startSites(t *testing.T, o modelsim.Options, patience float64, names ...str
 	t.Helper()
 	cfg := &cluster.Config{
 		Version: 1, Sites: map[string]cluster.Site{}, Upstreams: map[string]cluster.Upstream{}, Limits: cluster.DefaultLimits(),
-		Timeouts: cluster.Timeouts{Connect: inSeconds(1), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
+		Timeouts: cluster.Timeouts{Connect: inSeconds(patience), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
 	}
 	sites := map[string]*site{}
 	m := cluster.Model{}
@@ -224,7 +224,7 @@ func TestFaultMatrix(t *testing.T) {
 			}
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				sites := startSites(t, modelsim.Options{Tokens: 8}, 0.5, "first", "second")
+				sites := startSites(t, modelsim.Options{Tokens: 8}, 1, "first", "second")
 				first, second := sites["first"], sites["second"]
 				well := second.ask(t, "m", stream)
 				if well.status != 200 || well.finish != "stop" || stream != well.done || well.header.Get("X-Dsnode-Upstream") != "at-second" {
@@ -262,7 +262,7 @@ func TestFaultMatrix(t *testing.T) {
 			})
 			t.Run(name+" alone", func(t *testing.T) {
 				t.Parallel()
-				only := startSites(t, modelsim.Options{Tokens: 8}, 0.5, "only")["only"]
+				only := startSites(t, modelsim.Options{Tokens: 8}, 1, "only")["only"]
 				if err := only.sim.SetFault(fault); err != nil {
 					t.Fatal(err)
 				}
