@@ -91,7 +91,12 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 		s.Raft.Quorum, s.Raft.QuorumSince = false, ptr(fakeStart.Add(50*time.Minute))
 		s.Raft.Leader, s.Raft.LeaderSite, s.Nodes[0].Leader = nil, nil, ptr(false)
 	}
-	s.Reasons = admin.Judge(s)
+	switch f.mood {
+	case "degraded":
+		s.Reasons = []string{"site beijing is down: last heard 12m34s ago"}
+	case "lost":
+		s.Reasons = []string{"no quorum since 2026-11-22T09:50:00Z: nothing can be changed, requests go on", "site shanghai-b is down", "site beijing is down"}
+	}
 	s.Healthy = len(s.Reasons) == 0
 	return s, nil
 }

@@ -66,7 +66,7 @@ var refusals = []refusal{
 	{cluster.ErrStopped, http.StatusServiceUnavailable, "stopping", "ask another node with --admin"},
 	{cluster.ErrLeadershipMoved, http.StatusServiceUnavailable, "leadership_moved", hintLook},
 	{cluster.ErrSeedKnows, http.StatusConflict, "cluster_known", "this node joins by itself; take the seeds out of node.yaml if a new cluster is what you want"},
-	{cluster.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "change the configuration with dsnode config apply FILE"},
+	{cluster.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "dsnode config diff FILE shows what differs, dsnode config apply FILE changes it"},
 	{cluster.ErrVersionConflict, http.StatusConflict, "version_conflict", "look at what has changed with dsnode config diff FILE, then apply again"},
 	{cluster.ErrUnknownSite, http.StatusConflict, "unknown_site", "add the node's site to cluster.yaml, or correct site in its node.yaml"},
 	{cluster.ErrWrongCluster, http.StatusConflict, "wrong_cluster", "correct cluster in node.yaml and issue a certificate for that name"},
