@@ -105,13 +105,27 @@ func (a *attempt) ask() outcome {
 		}
 	}
 	if !ok {
-		return a.refusal(resp, result)
+		o := a.refusal(resp, result)
+		if a.refusesUsage(o) {
+			return a.ask()
+		}
+		return o
 	}
 	a.setHead(resp)
 	if a.head.Stream {
 		return a.stream(resp)
 	}
 	return a.plain(resp)
+}
+
+// refusesUsage finds out that an old server doesn't know the stream_options
+// that it was sent in the client's place. It is asked again without, and from
+// then on.
+func (a *attempt) refusesUsage(o outcome) bool {
+	if !a.stripUsage || o.result != resultClientError || !bytes.Contains(o.status.Body, []byte("stream_options")) {
+		return false
+	}
+	return !a.target.noUsage.Swap(true)
 }
 
 // unreached sorts an error of the transport.

@@ -1,0 +1,339 @@
+package serving
+
+import (
+	"encoding/pem"
+	"errors"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// breakUpstream opens an upstream's breaker the way traffic does.
+func (r *rig) breakUpstream(t *testing.T, s *server) {
+	t.Helper()
+	s.set(status(500))
+	for range breakerInRow {
+		_, _ = r.serve(t, chat(false))
+	}
+	if st := r.status(t, s.name); st.Breaker != "open" {
+		t.Fatalf("not open: %+v", st)
+	}
+}
+
+func (r *rig) status(t *testing.T, name string) UpstreamStatus {
+	t.Helper()
+	for _, s := range r.Upstreams() {
+		if s.Name == name {
+			return s
+		}
+	}
+	t.Fatalf("no upstream %s", name)
+	return UpstreamStatus{}
+}
+
+// TestOpenBreakerIsNotAsked while another answers, and nobody pays for it.
+func TestOpenBreakerIsNotAsked(t *testing.T) {
+	a, b := newServer(t, "a", well), newServer(t, "b", well)
+	r := newRig(t, []*server{a, b})
+	r.breakUpstream(t, a)
+	before := a.hits.Load()
+	saw, err := r.serve(t, chat(true))
+	if err != nil || saw.heads[0].Upstream != "b" || saw.heads[0].Attempts != 1 || a.hits.Load() != before {
+		t.Errorf("%v, %+v", err, saw.heads)
+	}
+	if r.metric("dsnode_breaker_state", "upstream", "a", "state", "open") != 1 || r.metric("dsnode_breaker_state", "upstream", "a", "state", "closed") != 0 {
+		t.Error("the metric doesn't show it")
+	}
+	if st := r.status(t, "a"); st.Healthy || st.LastErr == "" || st.Since.IsZero() {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestProbesAndTraffic: only both together take an upstream out altogether.
+func TestProbesAndTraffic(t *testing.T) {
+	up := newServer(t, "up", well)
+	var probeWell atomic.Bool
+	probeWell.Store(true)
+	up.Config.Handler = withProbe(up.Config.Handler, &probeWell)
+	now := time.Now()
+	r := newRig(t, []*server{up}, func(_ *rig, o *Options) { o.Now = func() time.Time { return now } })
+	r.probeAll(t.Context())
+	if st := r.status(t, "up"); !st.Known || !st.Healthy {
+		t.Fatalf("%+v", st)
+	}
+
+	probeWell.Store(false)
+	now = now.Add(time.Minute)
+	r.probeAll(t.Context())
+	if st := r.status(t, "up"); st.Healthy {
+		t.Errorf("a failing probe isn't shown: %+v", st)
+	}
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Fatalf("a failing probe alone empties the pool: %v", err)
+	}
+
+	r.breakUpstream(t, up)
+	now = now.Add(time.Millisecond)
+	r.probeAll(t.Context())
+	before := up.hits.Load()
+	_, err := r.serve(t, chat(false))
+	var busy *BusyError
+	if !errors.As(err, &busy) || !errors.Is(err, ErrNoUpstream) || busy.RetryAfter <= 0 || up.hits.Load() != before {
+		t.Errorf("breaker and probe agree, and it was asked: %v", err)
+	}
+
+	probeWell.Store(true)
+	up.set(well)
+	r.probeAll(t.Context())
+	if st := r.status(t, "up"); st.Breaker != "half-open" {
+		t.Errorf("the probe answers again: %+v", st)
+	}
+	if _, err := r.serve(t, chat(true)); err != nil {
+		t.Fatal(err)
+	}
+	if st := r.status(t, "up"); st.Breaker != "closed" || !st.Healthy {
+		t.Errorf("%+v", st)
+	}
+
+	r.breakUpstream(t, up)
+	up.set(well) // the breaker is wrong, and the probe says so
+	r.probeAll(t.Context())
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Errorf("the last resort isn't tried: %v", err)
+	}
+}
+
+func withProbe(next http.Handler, well *atomic.Bool) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet && !well.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// TestBulkhead: a full upstream is passed by; all full is overload.
+func TestBulkhead(t *testing.T) {
+	a, b := newServer(t, "a", stall), newServer(t, "b", well)
+	r := newRig(t, []*server{a, b}, patient)
+	conf := *r.conf
+	conf.Upstreams = map[string]cluster.Upstream{}
+	for name, u := range r.conf.Upstreams {
+		u.MaxConcurrency = 1
+		conf.Upstreams[name] = u
+	}
+	if err := r.Configure(&conf); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 2)
+	ctx := t.Context()
+	go func() { done <- r.Serve(ctx, chat(false), &recorder{}) }()
+	eventually(t, "a is busy", func() bool { return a.active.Load() == 1 })
+	saw, err := r.serve(t, chat(false))
+	if err != nil || saw.heads[0].Upstream != "b" || saw.heads[0].Attempts != 1 {
+		t.Fatalf("%v %+v", err, saw.heads)
+	}
+	release := make(chan struct{})
+	b.set(func(w http.ResponseWriter, r *http.Request) { <-release; well(w, r) })
+	a.set(well)
+	go func() { done <- r.Serve(ctx, chat(false), &recorder{}) }()
+	eventually(t, "b is busy", func() bool { return b.active.Load() == 1 })
+	_, err = r.serve(t, chat(false))
+	var busy *BusyError
+	if !errors.As(err, &busy) || !errors.Is(err, ErrOverloaded) {
+		t.Errorf("all full: %v", err)
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	a.CloseClientConnections()
+	if err := <-done; err != nil { // b answers for a
+		t.Error(err)
+	}
+}
+
+// TestConfigureKeepsState of what didn't change, and only of that.
+func TestConfigureKeepsState(t *testing.T) {
+	a, b := newServer(t, "a", well), newServer(t, "b", well)
+	r := newRig(t, []*server{a, b})
+	r.breakUpstream(t, a)
+	before := r.table.Load().upstreams["a"]
+	conf := *r.conf
+	conf.Upstreams = map[string]cluster.Upstream{"a": r.conf.Upstreams["a"]}
+	conf.Models = map[string]cluster.Model{"m": {Serve: []cluster.Serve{{Upstream: "a"}}}}
+	if err := r.Configure(&conf); err != nil {
+		t.Fatal(err)
+	}
+	if r.table.Load().upstreams["a"] != before || r.status(t, "a").Breaker != "open" {
+		t.Error("a lost its state although it didn't change")
+	}
+	if r.metric("dsnode_breaker_state", "upstream", "b") != 0 {
+		t.Error("b has left, its series have not")
+	}
+	changed := conf.Upstreams["a"]
+	changed.MaxConcurrency = 7
+	conf.Upstreams = map[string]cluster.Upstream{"a": changed}
+	if err := r.Configure(&conf); err != nil {
+		t.Fatal(err)
+	}
+	if r.status(t, "a").Breaker != "closed" {
+		t.Error("a changed and kept its breaker")
+	}
+}
+
+func TestDrain(t *testing.T) {
+	a, b := newServer(t, "a", well), newServer(t, "b", well)
+	r := newRig(t, []*server{a, b})
+	r.SetDrained([]string{"a", "nobody"})
+	saw, err := r.serve(t, chat(false))
+	if err != nil || saw.heads[0].Upstream != "b" || !r.status(t, "a").Drained {
+		t.Errorf("%v %+v", err, saw.heads)
+	}
+	if err := r.Configure(r.conf); err != nil {
+		t.Fatal(err)
+	}
+	r.SetDrained([]string{"a", "b"})
+	if _, err = r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) {
+		t.Errorf("all drained: %v", err)
+	}
+	r.SetDrained(nil)
+	if saw, err = r.serve(t, chat(false)); err != nil || saw.heads[0].Upstream != "a" {
+		t.Errorf("resumed: %v", err)
+	}
+}
+
+// TestKeys: sent as bearer, read again when the file changes or the upstream
+// refuses; nothing is sent without a key that the configuration asks for.
+func TestKeys(t *testing.T) {
+	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer new" {
+			status(401)(w, r)
+			return
+		}
+		well(w, r)
+	})
+	now := time.Now()
+	key := ""
+	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
+		u := r.conf.Upstreams["up"]
+		u.APIKey = cluster.Secret{File: "/key"}
+		r.conf.Upstreams["up"] = u
+		r.tolerant = true
+		o.Now = func() time.Time { return now }
+		o.ReadFile = func(path string) ([]byte, error) {
+			if path != "/key" || key == "" {
+				return nil, fs.ErrNotExist
+			}
+			return []byte(key + "\n"), nil
+		}
+	})
+	if r.configured == nil || !strings.Contains(r.configured.Error(), "up") {
+		t.Errorf("Configure says %v of a missing key", r.configured)
+	}
+	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) || up.hits.Load() != 0 {
+		t.Errorf("without a key: %v", err)
+	}
+	key = "old"
+	r.probeAll(t.Context())
+	_, err := r.serve(t, chat(false))
+	if !errors.Is(err, ErrNoUpstream) || up.hits.Load() != 1 || r.results("up", "credentials") != 1 {
+		t.Errorf("refused key: %v", err)
+	}
+	if strings.Contains(r.logs.String(), "old") {
+		t.Error("the log has the key")
+	}
+	key = "new"
+	r.probeAll(t.Context())
+	now = now.Add(credentialPause)
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Errorf("changed key: %v", err)
+	}
+}
+
+// TestTLS: an own CA, which may come late.
+func TestTLS(t *testing.T) {
+	up := &server{name: "up"}
+	up.Server = httptest.NewTLSServer(http.HandlerFunc(well))
+	t.Cleanup(up.Close)
+	var ca []byte
+	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
+		u := r.conf.Upstreams["up"]
+		u.TLS = cluster.UpstreamTLS{CAFile: "/ca.pem"}
+		r.conf.Upstreams["up"] = u
+		r.tolerant = true
+		o.ReadFile = func(string) ([]byte, error) {
+			if ca == nil {
+				return nil, fs.ErrNotExist
+			}
+			return ca, nil
+		}
+	})
+	if r.configured == nil {
+		t.Error("Configure says nothing of a missing CA")
+	}
+	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) {
+		t.Errorf("without its CA: %v", err)
+	}
+	if st := r.status(t, "up"); st.Healthy || !strings.Contains(st.LastErr, "ca_file") {
+		t.Errorf("%+v", st)
+	}
+	ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: up.Certificate().Raw})
+	r.probeAll(t.Context())
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Errorf("with its CA: %v", err)
+	}
+}
+
+// TestRetryBudget: when it is used up, a failure is a failure.
+func TestRetryBudget(t *testing.T) {
+	a, b := newServer(t, "a", status(500)), newServer(t, "b", well)
+	r := newRig(t, []*server{a, b})
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Fatal(err)
+	}
+	for r.budget.withdraw(r.now()) {
+	}
+	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrUpstreamFailed) {
+		t.Errorf("without budget: %v", err)
+	}
+	if r.metric("dsnode_upstream_retries_total", "kind", "refused") != 1 || r.status(t, "b").InFlight != 0 {
+		t.Error("the refused retry isn't counted, or kept its permit")
+	}
+	for range breakerInRow {
+		_, _ = r.serve(t, chat(false))
+	}
+	if _, err := r.serve(t, chat(false)); err != nil {
+		t.Errorf("an open breaker needs no budget: %v", err)
+	}
+}
+
+// TestAccess: a key that doesn't allow a model sees it as unknown.
+func TestAccess(t *testing.T) {
+	up := newServer(t, "up", well)
+	r := newRig(t, []*server{up})
+	for _, who := range []Principal{{}, {Models: []string{"m"}}, {Models: []string{"x"}}} {
+		req := chat(false)
+		req.Principal = who
+		_, err := r.serve(t, req)
+		if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (err == nil) || !want && !errors.Is(err, ErrUnknownModel) {
+			t.Errorf("%v: %v", who, err)
+		}
+		if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (len(r.Models(who)) == 1) {
+			t.Errorf("%v sees %v", who, r.Models(who))
+		}
+	}
+	if _, err := r.serve(t, request("/v1/chat/completions", `{"model":"M"}`, false)); !errors.Is(err, ErrUnknownModel) {
+		t.Errorf("another case: %v", err)
+	}
+	if err := New(Options{Site: "east"}).Serve(t.Context(), chat(false), &recorder{}); !errors.Is(err, ErrUnknownModel) {
+		t.Errorf("unconfigured: %v", err)
+	}
+}
