@@ -117,7 +117,7 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 		{"delete all", func(s *RaftStore) error { return s.DeleteRange(0, 1000) }},
 		{"vote", func(s *RaftStore) error { return s.SetUint64([]byte("LastVoteTerm"), 4) }},
 	}
-	tries := 60
+	tries := 40
 	if testing.Short() {
 		tries = 10
 	}
@@ -218,7 +218,7 @@ func TestDamageIsNoticedOrHarmless(t *testing.T) {
 	closeRaft(t, s)
 	used := len(bytes.TrimRight(good.db, "\x00"))
 
-	tries := 3000
+	tries := 1600
 	if testing.Short() {
 		tries = 300
 	}
