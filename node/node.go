@@ -116,6 +116,9 @@ func (n *Node) open() error {
 	if err != nil {
 		return err
 	}
+	if err := storage.CheckTogether(store, snapshots); err != nil {
+		return err
+	}
 	credentials, err := cluster.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
 	if err != nil {
 		return err
