@@ -222,9 +222,12 @@ type rig struct {
 
 type rigOption func(*rig, *Options)
 
-// patient is for tests in which no timer shall run out.
-func patient(r *rig, _ *Options) {
-	r.conf.Timeouts = cluster.Timeouts{Connect: seconds(30), FirstToken: seconds(30), BetweenTokens: seconds(30), Total: seconds(60)}
+// hasty gives the upstream "bad" short timers. All others have long ones, which
+// a busy machine doesn't run into.
+func hasty(r *rig, _ *Options) {
+	bad := r.conf.Upstreams["bad"]
+	bad.Timeouts = cluster.Timeouts{FirstToken: seconds(0.25), BetweenTokens: seconds(0.25)}
+	r.conf.Upstreams["bad"] = bad
 }
 
 func seconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
@@ -241,7 +244,7 @@ func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 		Upstreams: map[string]cluster.Upstream{},
 		Models:    map[string]cluster.Model{},
 		Timeouts: cluster.Timeouts{
-			Connect: seconds(0.2), FirstToken: seconds(0.2), BetweenTokens: seconds(0.2), Total: seconds(10),
+			Connect: seconds(30), FirstToken: seconds(30), BetweenTokens: seconds(30), Total: seconds(60),
 		},
 	}
 	m := cluster.Model{}

@@ -130,7 +130,11 @@ func TestFaultsBeforeContent(t *testing.T) {
 				bad, hits = newServer(t, "bad", c.answer), 1
 			}
 			good := newServer(t, "good", well)
-			r := newRig(t, []*server{bad, good})
+			var options []rigOption
+			if strings.HasPrefix(c.result, "timeout") {
+				options = append(options, hasty)
+			}
+			r := newRig(t, []*server{bad, good}, options...)
 			saw, err := r.serve(t, chat(c.stream))
 			if err != nil {
 				t.Fatalf("Serve: %v\n%s", err, r.logs)
@@ -181,7 +185,11 @@ func TestFaultsAfterContent(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			bad, good := newServer(t, "bad", c.answer), newServer(t, "good", well)
-			r := newRig(t, []*server{bad, good})
+			var options []rigOption
+			if strings.HasPrefix(c.result, "timeout") {
+				options = append(options, hasty)
+			}
+			r := newRig(t, []*server{bad, good}, options...)
 			saw, err := r.serve(t, chat(true))
 			if !errors.Is(err, c.want) {
 				t.Fatalf("error %v, want %v", err, c.want)
@@ -218,12 +226,16 @@ func TestAnswersThatAreNoFaults(t *testing.T) {
 		{"reasoning only", true, events(reasoning + finishChunk + doneChunk), reasoning + finishChunk + doneChunk},
 		{"unwanted usage is stripped", true, events(roleChunk + delta("a") + finishChunk + usageChunk + doneChunk), roleChunk + delta("a") + finishChunk + doneChunk},
 		{"ids that change", true, events(delta("a") + strings.Replace(strings.Replace(delta("b"), "c-1", "c-2", 1), `"created":7`, `"created":88`, 1) + finishChunk + doneChunk), delta("a") + delta("b") + finishChunk + doneChunk},
-		{"slow drip within the timers", true, slowly(wellStream, 60*time.Millisecond), wellStream},
+		{"slow drip within the timers", true, slowly(wellStream, 250*time.Millisecond), wellStream},
 		{"keep-alive in a plain body", false, plain(200, "\n\n  \n"+plainBody+"\n"), plainBody + "\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			up, other := newServer(t, "up", c.answer), newServer(t, "other", well)
-			r := newRig(t, []*server{up, other})
+			r := newRig(t, []*server{up, other}, func(r *rig, _ *Options) {
+				if strings.HasPrefix(c.name, "slow drip") { // all of it takes longer than each timer
+					r.conf.Timeouts.FirstToken, r.conf.Timeouts.BetweenTokens = seconds(1), seconds(1)
+				}
+			})
 			saw, err := r.serve(t, chat(c.stream))
 			if err != nil {
 				t.Fatalf("Serve: %v\n%s", err, r.logs)

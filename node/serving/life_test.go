@@ -80,7 +80,7 @@ func TestHangUps(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			up.set(c.answer)
-			r := newRig(t, []*server{up, other}, patient)
+			r := newRig(t, []*server{up, other})
 			before := other.hits.Load()
 			const clients = 20
 			var all sync.WaitGroup
@@ -151,7 +151,7 @@ func TestConnectionsAreKept(t *testing.T) {
 func TestNoStreamIsLost(t *testing.T) {
 	up := newServer(t, "up", well)
 	early := newEarlyServer(t, up)
-	r := newRig(t, []*server{early}, patient)
+	r := newRig(t, []*server{early})
 	body := strings.Repeat("x", 100<<10)
 	var all sync.WaitGroup
 	for range 8 {

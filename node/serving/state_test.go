@@ -122,7 +122,7 @@ func withProbe(next http.Handler, well *atomic.Bool) http.Handler {
 // TestBulkhead: a full upstream is passed by; all full is overload.
 func TestBulkhead(t *testing.T) {
 	a, b := newServer(t, "a", stall), newServer(t, "b", well)
-	r := newRig(t, []*server{a, b}, patient)
+	r := newRig(t, []*server{a, b})
 	conf := *r.conf
 	conf.Upstreams = map[string]cluster.Upstream{}
 	for name, u := range r.conf.Upstreams {

@@ -1,0 +1,83 @@
+package serving
+
+import (
+	"bytes"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// canned answers in process, so that only the pipeline is measured.
+type canned struct {
+	kind string
+	body []byte
+}
+
+func (c *canned) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{
+		StatusCode: 200, Header: http.Header{"Content-Type": {c.kind}},
+		ContentLength: int64(len(c.body)), Body: io.NopCloser(bytes.NewReader(c.body)),
+	}, nil
+}
+
+type nowhere struct{ bytes int64 }
+
+func (*nowhere) Head(Head) error { return nil }
+func (n *nowhere) Data(b []byte) error {
+	n.bytes += int64(len(b))
+	return nil
+}
+
+func benchmark(b *testing.B, upstreams int, c *canned, req *Request) {
+	conf := &cluster.Config{Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{}}
+	m := cluster.Model{}
+	for i := range upstreams {
+		name := string(rune('a' + i))
+		conf.Upstreams[name] = cluster.Upstream{Site: "east", URL: "http://x/v1"}
+		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
+	}
+	conf.Models = map[string]cluster.Model{"m": m}
+	p := New(Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
+	if err := p.Configure(conf); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	sink := &nowhere{}
+	for b.Loop() {
+		if err := p.Serve(b.Context(), req, sink); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if sink.bytes == 0 {
+		b.Fatal("nothing came")
+	}
+}
+
+func BenchmarkServePlain(b *testing.B) {
+	body := strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1)
+	benchmark(b, 1, &canned{"application/json", []byte(body)}, chat(false))
+}
+
+func BenchmarkServePlainOfThree(b *testing.B) {
+	body := strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1)
+	benchmark(b, 3, &canned{"application/json", []byte(body)}, chat(false))
+}
+
+func BenchmarkServeStream50(b *testing.B) {
+	text := roleChunk + strings.Repeat(delta("word "), 50) + finishChunk + usageChunk + doneChunk
+	benchmark(b, 1, &canned{"text/event-stream", []byte(text)}, chat(true))
+}
+
+func BenchmarkScanChunk(b *testing.B) {
+	data := []byte(strings.TrimPrefix(strings.TrimSpace(delta("word ")), "data: "))
+	b.ReportAllocs()
+	b.SetBytes(int64(len(data)))
+	for b.Loop() {
+		if a, ok := scanAnswer(data); !ok || !a.content {
+			b.Fatal("not content")
+		}
+	}
+}
