@@ -83,7 +83,7 @@ func TestPrimaryKilled(t *testing.T) {
 	for _, leader := range leaders {
 		for _, shape := range []func(uint64) func(*testing.T) *world{ones, twos} {
 			var took []time.Duration
-			for seed := range uint64(7) {
+			for seed := range uint64(4) {
 				play(t, shape(seed), func(t *testing.T, w *world) {
 					w.lead(leader)
 					w.pass(3 * time.Second)
@@ -99,7 +99,7 @@ func TestPrimaryKilled(t *testing.T) {
 						t.Errorf("failover record %+v", f)
 					}
 					w.restart(gone...)
-					w.pass(90 * time.Second)
+					w.pass(20 * time.Second)
 					w.wantPrimary("b", 2)
 				})
 			}
@@ -145,10 +145,10 @@ func TestPrimaryStoppedAndBack(t *testing.T) {
 // and does nothing about it.
 func TestStoppedLeaderAccusesNobody(t *testing.T) {
 	for _, leader := range []string{"b1", "c1"} {
-		for _, d := range []time.Duration{600 * time.Millisecond, 3 * time.Second, time.Minute} {
+		for _, d := range []time.Duration{600 * time.Millisecond, 3 * time.Second, 15 * time.Second} {
 			play(t, ones(2), func(t *testing.T, w *world) {
 				w.lead(leader)
-				for range 5 {
+				for range 4 {
 					w.pause(leader)
 					w.pass(d)
 					w.resume(leader)

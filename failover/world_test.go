@@ -28,7 +28,6 @@ type world struct {
 
 	mu     sync.Mutex // guards all below, nodes included
 	events eventQueue
-	kick   chan struct{}
 	nodes  map[string]*node
 	names  []string
 	states []*cluster.State // by index: what was agreed
@@ -105,7 +104,7 @@ func (q *eventQueue) Pop() any {
 func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	w := &world{
 		t: t, timing: cluster.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
-		kick: make(chan struct{}, 1), nodes: map[string]*node{}, cut: map[[2]string]bool{},
+		nodes: map[string]*node{}, cut: map[[2]string]bool{},
 		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
 	}
 	s := &cluster.State{
@@ -142,37 +141,33 @@ func (w *world) run(ctx context.Context) {
 	w.repeat(20*time.Millisecond, w.elect)
 	w.repeat(20*time.Millisecond, w.laws)
 	w.mu.Unlock()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
-		w.mu.Lock()
-		for len(w.events) > 0 && w.events[0].at <= w.now() {
-			heap.Pop(&w.events).(event).do()
-		}
-		wait := w.events[0].at - w.now()
-		w.mu.Unlock()
-		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			for _, name := range w.names {
 				w.restartable(name, false)
 			}
 			return
 		case <-timer.C:
-		case <-w.kick:
-			timer.Stop()
 		}
+		w.mu.Lock()
+		for w.events[0].at <= w.now() {
+			heap.Pop(&w.events).(event).do()
+		}
+		timer.Reset(w.events[0].at - w.now())
+		w.mu.Unlock()
 	}
 }
 
 func (w *world) now() time.Duration { return time.Hour + time.Since(w.start) }
 
-// after assumes the lock.
+// after is for events and for the time before run. Times are rounded up to
+// 5 ms, so that there are fewer of them.
 func (w *world) after(d time.Duration, do func()) {
-	heap.Push(&w.events, event{w.now() + d, do})
-	select {
-	case w.kick <- struct{}{}:
-	default:
-	}
+	const grain = 5 * time.Millisecond
+	heap.Push(&w.events, event{(w.now() + d + grain - 1) / grain * grain, do})
 }
 
 func (w *world) repeat(d time.Duration, do func()) {
@@ -256,6 +251,9 @@ func (n *node) ping(to *node) {
 	// A stopped process gets its messages when it is continued.
 	var arrive func()
 	arrive = func() {
+		if w.now()-sent > time.Second {
+			return // nobody waits for the answer
+		}
 		if to.stopped {
 			w.after(10*time.Millisecond, arrive)
 			return
@@ -275,11 +273,11 @@ func (n *node) ping(to *node) {
 		}
 		var answer func()
 		answer = func() {
-			if n.up && n.stopped && n.bootedAt == booted {
-				w.after(10*time.Millisecond, answer)
+			if !n.up || n.bootedAt != booted || w.now()-sent > time.Second {
 				return
 			}
-			if !n.up || n.bootedAt != booted || w.now()-sent > time.Second {
+			if n.stopped {
+				w.after(10*time.Millisecond, answer)
 				return
 			}
 			finish()
