@@ -18,9 +18,11 @@ var _ raft.WithPreVote = (*raft.NetworkTransport)(nil)
 
 const (
 	// A tick each 250 ms is 14,400 entries an hour: a snapshot about every half
-	// hour, and a log that is read in well under a second at start.
+	// hour, and a log that is read in well under a second at start. The log
+	// reaches back beyond the snapshot before, which is the one to use should the
+	// newest be damaged.
 	snapshotThreshold = 8192
-	trailingLogs      = 4096
+	trailingLogs      = 10240
 	maxAppendEntries  = 256
 	raftPool          = 3
 )
@@ -57,7 +59,7 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.foundRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
-	r, err := raft.NewRaft(c.raftConfig(), c.fsm, c.opts.Logs, c.opts.Stable, c.opts.Snapshots, transport)
+	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, transport)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), transport.Close())
 	}

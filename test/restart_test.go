@@ -27,7 +27,9 @@ func TestAnyNodeComesBack(t *testing.T) {
 		n.RestartWithNewPorts()
 		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
 	}
+	wantVoters(t, l, 3)
 	for range 3 {
+		awaitCommits(t, l, 10)
 		nodes := l.Nodes()
 		for _, n := range nodes {
 			n.Kill()
@@ -90,6 +92,33 @@ func TestGrowthUnderLoad(t *testing.T) {
 			t.Errorf("%s does not answer: %v", n.Name, err)
 		}
 	}
+}
+
+// awaitCommits lets the cluster agree on so many more entries, so that what went
+// before is old news on every disk: raft restores old and new entries in
+// different ways.
+func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
+	t.Helper()
+	var want uint64
+	l.WaitFor(30*time.Second, fmt.Sprintf("%d more entries", more), func(ctx context.Context) error {
+		for _, n := range l.Running() {
+			status, err := n.Status(ctx)
+			if err != nil {
+				return err
+			}
+			at := status.Raft.CommitIndex
+			if at == nil {
+				return fmt.Errorf("%s knows of no entries", n.Name)
+			}
+			if want == 0 {
+				want = *at + more
+			}
+			if *at < want {
+				return fmt.Errorf("%s is at entry %d, not at %d", n.Name, *at, want)
+			}
+		}
+		return nil
+	})
 }
 
 // wantVoters waits until that many nodes vote, as every node sees it.
