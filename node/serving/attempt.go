@@ -46,7 +46,6 @@ type attempt struct {
 	start time.Time
 	first time.Duration // to the first content, zero before
 	head  Head
-	body  []byte // of a plain answer, reused
 	// usage that was asked for on the client's behalf and is its no business
 	stripUsage bool
 	in, out    int64 // tokens, as the upstream counted them
@@ -156,7 +155,7 @@ func (a *attempt) request() (*http.Request, error) {
 	if a.r.ID != "" {
 		h[headerRequestID] = []string{a.r.ID}
 	}
-	body := a.r.Body
+	var body []byte
 	var to *url.URL
 	if a.peer != nil {
 		var err error
