@@ -303,3 +303,22 @@ func TestAnHourOfBadWeather(t *testing.T) {
 		})
 	}
 }
+
+// A decision taken before an election is not carried out after it: a proposal
+// would be passed on to the new leader, which has its own wait.
+func TestDecisionOfAnEarlierTermIsDropped(t *testing.T) {
+	play(t, ones(13), func(t *testing.T, w *world) {
+		w.lead("c1")
+		c := w.nodes["c1"].coord
+		v, _, _, _ := c.Look()
+		l, ok := w.nodes["c1"].Leading()
+		if !ok {
+			t.Fatal("c1 does not lead")
+		}
+		c.promote(t.Context(), w.agreed(), "b", PrimaryLost, v, l.Term-1)
+		w.wantPrimary("a", 1)
+		w.lead("b1")
+		c.promote(t.Context(), w.agreed(), "b", PrimaryLost, v, l.Term)
+		w.wantPrimary("a", 1)
+	})
+}
