@@ -87,6 +87,7 @@ type Cluster struct {
 
 	quarantine atomic.Pointer[string] // why this leader holds still; nil: it does not
 	foundedNow atomic.Bool            // this process founded the cluster
+	leftBehind atomic.Pointer[string] // a peer is of a newer generation
 
 	founding   sync.Mutex // one Bootstrap at a time
 	founded    chan memberFile
@@ -128,6 +129,12 @@ func New(o Options) (*Cluster, error) {
 	c.mesh = NewMesh(MeshOptions{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
+		OnNewerGeneration: func(peer Identity, theirs Generation) {
+			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
+			if old := c.leftBehind.Swap(&words); old == nil {
+				c.log.Error("left behind by a recovery", "peer", peer.Node, "generation", theirs.Number)
+			}
+		},
 	})
 	c.layer = newGatedLayer(c.living, c.mesh.RaftLayer(o.Name), c.holdDial)
 	c.metrics = newMetrics(o.Registerer, c)
@@ -213,6 +220,14 @@ func (c *Cluster) Founded() bool { return c.foundedNow.Load() }
 func (c *Cluster) Quarantined() string {
 	if why := c.quarantine.Load(); why != nil {
 		return *why
+	}
+	return ""
+}
+
+// LeftBehind says that a recovery went on without this node; empty: not known.
+func (c *Cluster) LeftBehind() string {
+	if words := c.leftBehind.Load(); words != nil {
+		return *words
 	}
 	return ""
 }

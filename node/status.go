@@ -26,6 +26,7 @@ type sight struct {
 	waiting string
 	// quarantine is why this node, leading raft, holds still; empty: it does not.
 	quarantine string
+	leftBehind string // a recovery went on without this node, in words
 }
 
 func (n *Node) status() admin.Status {
@@ -34,7 +35,7 @@ func (n *Node) status() admin.Status {
 		patience: n.cluster.Timing().Patience, started: n.cluster.StartedAt(),
 		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
 		health: n.surround.Load().health, waiting: n.cluster.Waiting(),
-		quarantine: n.cluster.Quarantined(),
+		quarantine: n.cluster.Quarantined(), leftBehind: n.cluster.LeftBehind(),
 		left:       map[string]bool{},
 	}
 	for _, m := range n.cluster.Members() {
@@ -269,6 +270,9 @@ func (v sight) reasons(s admin.Status) []string {
 			words = fmt.Sprintf("no quorum since %s: the configuration and the primary can't change, requests go on", s.Raft.QuorumSince.Format(time.RFC3339))
 		}
 		out = append(out, words)
+	}
+	if v.leftBehind != "" {
+		out = append(out, v.leftBehind)
 	}
 	if v.quarantine != "" {
 		out = append(out, "quarantined: "+v.quarantine)
