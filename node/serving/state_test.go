@@ -144,7 +144,7 @@ func TestBulkhead(t *testing.T) {
 	b.set(func(w http.ResponseWriter, r *http.Request) { <-release; well(w, r) })
 	a.set(well)
 	go func() { done <- r.Serve(ctx, chat(false), &recorder{}) }()
-	eventually(t, "b is busy", func() bool { return b.active.Load() == 1 })
+	eventually(t, "b is busy", func() bool { return b.hits.Load() == 2 })
 	_, err = r.serve(t, chat(false))
 	var busy *BusyError
 	if !errors.As(err, &busy) || !errors.Is(err, ErrOverloaded) {
