@@ -2,7 +2,8 @@ package gateway
 
 import (
 	"context"
-	"fmt"
+	"encoding/binary"
+	"encoding/hex"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -83,12 +84,23 @@ func (x *exchange) infer(rt *route, index int) {
 func (x *exchange) identify() {
 	x.id = first(x.r.Header, "X-Request-Id")
 	if !saneID(x.id) {
-		x.id = fmt.Sprintf("req_%016x%016x", rand.Uint64(), rand.Uint64()) //nolint:gosec // a name, not a secret
+		x.id = newID()
 	}
 	h := x.w.Header()
 	h["X-Request-Id"] = []string{x.id}
 	h["X-Dsnode-Site"] = x.g.site
 	h["X-Dsnode-Node"] = x.g.node
+}
+
+// newID is "req_" and 128 random bits in hexadecimal.
+func newID() string {
+	const prefix = "req_"
+	var bits [16]byte
+	binary.BigEndian.PutUint64(bits[:8], rand.Uint64()) //nolint:gosec // a name, not a secret
+	binary.BigEndian.PutUint64(bits[8:], rand.Uint64()) //nolint:gosec // a name, not a secret
+	var id [len(prefix) + 2*len(bits)]byte
+	hex.Encode(id[copy(id[:], prefix):], bits[:])
+	return string(id[:])
 }
 
 // saneID: what may stand in headers and logs, here and upstream.
@@ -184,10 +196,13 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 	return f.status, false
 }
 
+// logFailure says why a request failed. What clients can cause at will, and
+// overload, is left to the metrics unless somebody debugs: a flood of requests
+// must not become a flood of lines.
 func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
-	level := slog.LevelInfo
-	if f.status >= http.StatusInternalServerError {
-		level = slog.LevelWarn
+	level := slog.LevelWarn
+	if f.status < http.StatusInternalServerError || f.kind == kindOverload {
+		level = slog.LevelDebug
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
 		slog.String("request", x.id), slog.String("endpoint", req.Endpoint), slog.String("model", printable(req.Model)),

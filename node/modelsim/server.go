@@ -132,7 +132,7 @@ func (s *Server) Run(ctx context.Context, ln net.Listener) error {
 	select {
 	case <-ctx.Done():
 		err = srv.Close()
-		_ = <-failed // http.ErrServerClosed
+		<-failed //nolint:errcheck // it is http.ErrServerClosed
 	case err = <-failed:
 	}
 	cancel()
