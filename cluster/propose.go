@@ -34,7 +34,7 @@ func (c *Cluster) Propose(ctx context.Context, t CommandType, data any) (uint64,
 	defer cancel()
 	index, err := c.route(ctx, cmd, b)
 	if err != nil {
-		return 0, fmt.Errorf("%s: %w", t, err)
+		return 0, err // it is in words already; a command's name is no word of a user's
 	}
 	return index, c.waitApplied(ctx, index)
 }
