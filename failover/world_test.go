@@ -609,7 +609,6 @@ func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (ui
 	}
 	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
 	if err == nil {
-		next.Parsed = w.states[0].Parsed
 		w.states = append(w.states, next)
 		w.apply(l)
 		w.apply(n)
