@@ -1,0 +1,176 @@
+package failover
+
+import (
+	"context"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// standing is what Role sees; the world asks Role with w.mu held.
+type standing struct{ n *node }
+
+func (s standing) State() *cluster.State { return s.n.w.states[s.n.applied] }
+func (s standing) Lease() (time.Duration, uint64) {
+	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
+}
+func (s standing) Changed() <-chan struct{} { return s.n.w.news }
+
+// awake blocks while the node is stopped, as a stopped process would.
+func (n *node) awake() {
+	for {
+		n.w.mu.Lock()
+		stopped, resumed := n.stopped, n.resumed
+		n.w.mu.Unlock()
+		if !stopped {
+			return
+		}
+		<-resumed
+	}
+}
+
+// What follows makes a node an Agreement.
+
+func (n *node) State() *cluster.State {
+	n.awake()
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.w.states[n.applied]
+}
+
+func (n *node) Changed() <-chan struct{} {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.w.news
+}
+
+func (n *node) Lease() (time.Duration, uint64) {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.leaseUntil - n.w.now(), n.leaseEpoch
+}
+
+func (n *node) Paused() time.Duration {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.paused()
+}
+
+func (n *node) Timing() cluster.Timing { return n.w.timing }
+
+func (n *node) Peers() map[string]cluster.PeerView {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	peers := map[string]cluster.PeerView{}
+	for name, p := range n.w.nodes {
+		if name == n.name {
+			continue
+		}
+		v := cluster.PeerView{Name: name, Site: p.site}
+		if h, ok := n.heard[name]; ok {
+			v = h.view
+			v.Ago = n.w.now() - h.sent
+			v.LeaseLeft -= v.Ago
+			v.HeardBy = h.heard
+		}
+		peers[name] = v
+	}
+	return peers
+}
+
+func (n *node) Raft() cluster.RaftView {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term}
+	for _, name := range n.w.names {
+		v.Servers = append(v.Servers, cluster.Server{Name: name, Voter: n.w.nodes[name].voter})
+	}
+	return v
+}
+
+func (n *node) Leading() (cluster.Leadership, bool) {
+	n.awake()
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	if !n.leads || n.firstCommit == 0 || n.w.now()-n.lastCommit > n.w.timing.Lease {
+		return cluster.Leadership{}, false
+	}
+	return cluster.Leadership{Term: n.leadTerm, FirstCommit: n.firstCommit}, true
+}
+
+// wait lets virtual time pass, or gives up with ctx.
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (uint64, error) {
+	n.awake()
+	cmd, err := cluster.NewCommand(t, time.Now(), data)
+	if err != nil {
+		return 0, err
+	}
+	w := n.w
+	if err := wait(ctx, 2*w.delay); err != nil {
+		return 0, cluster.ErrNoQuorum
+	}
+	w.mu.Lock()
+	l := w.nodes[w.leader]
+	if l == nil || !l.leads || l.firstCommit == 0 || !w.reach(n.name, l.name) || !w.majority(l.name) {
+		w.mu.Unlock()
+		return 0, cluster.ErrNoQuorum
+	}
+	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
+	if err == nil {
+		w.states = append(w.states, next)
+		w.apply(l)
+		w.apply(n)
+	}
+	index := uint64(len(w.states))
+	lost := w.rng.Float64() < w.forget || w.forgetNext
+	w.forgetNext = false
+	w.mu.Unlock()
+	if lost {
+		return 0, cluster.ErrLeadershipMoved
+	}
+	return index, err
+}
+
+func (n *node) TransferLeadership(ctx context.Context, to string) error {
+	if err := wait(ctx, 4*n.w.delay); err != nil {
+		return err
+	}
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	if !n.w.nodes[to].runs() || !n.w.majority(to) {
+		return cluster.ErrNoQuorum
+	}
+	n.w.term++
+	n.w.crown(to)
+	return nil
+}
+
+// Release makes the world a Releaser: the peer's rpc.
+func (w *world) Release(ctx context.Context, name, id string) error {
+	if err := wait(ctx, 2*w.delay); err != nil {
+		return err
+	}
+	for {
+		w.mu.Lock()
+		n, s := w.nodes[name], w.states[w.nodes[name].applied]
+		busy := !n.runs() || s.Switchover == nil || s.Switchover.ID != id
+		w.mu.Unlock()
+		if !busy {
+			return nil
+		}
+		if err := wait(ctx, 5*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
