@@ -51,6 +51,11 @@ func (c *Cluster) route(ctx context.Context, cmd Command, b []byte) (uint64, err
 	case c.opts.Name:
 		return c.commit(ctx, cmd, b)
 	}
+	// Raft names a leader for a while after it has gone. Once the quorum is known
+	// to be lost nothing is sent, so that nobody wonders whether it arrived.
+	if v := c.Raft(); !v.Quorum && !v.Since.IsZero() {
+		return 0, c.noQuorum()
+	}
 	client, err := c.client(leader)
 	if err != nil {
 		return 0, err

@@ -59,7 +59,6 @@ var arrows = []arrow{
 
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
 	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
-	{"node/admin", "node/serving", "shows the health of upstreams"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
@@ -67,7 +66,6 @@ var arrows = []arrow{
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
-	{"cluster", "storage", "Raft's log and snapshots"},
 	{"storage", "storage/keyring", "what is at rest is sealed"},
 }
 

@@ -15,7 +15,7 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-var errStillQuorum = errors.New("it still says healthy or quorum")
+var errStillQuorum = errors.New("it still says healthy, quorum or leader")
 
 // Every node in turn, killed and brought back, at the same or other addresses,
 // then all of them in a random order: the cluster is healthy again by itself.

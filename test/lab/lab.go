@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -202,10 +203,11 @@ func (l *Lab) bootstrap() {
 }
 
 // WaitHealthy waits until every running node says that the cluster is healthy,
-// and sees every running node as the process that it is now.
+// sees every running node as the process that it is now, and all name one leader.
 func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 	l.t.Helper()
 	return l.WaitFor(within, "the cluster to be healthy", func(ctx context.Context) error {
+		leaders := map[string]bool{}
 		for _, n := range l.Running() {
 			status, err := n.Status(ctx)
 			if err != nil {
@@ -217,6 +219,13 @@ func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 			if err := l.sees(n, status); err != nil {
 				return err
 			}
+			if status.Raft.Leader == nil {
+				return fmt.Errorf("%s knows no leader", n.Name)
+			}
+			leaders[*status.Raft.Leader] = true
+		}
+		if len(leaders) != 1 {
+			return fmt.Errorf("nodes name several leaders: %v", slices.Collect(maps.Keys(leaders)))
 		}
 		return nil
 	})
