@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"strings"
 	"time"
 )
 
@@ -50,21 +51,33 @@ type Upstream struct {
 	Kind UpstreamKind `yaml:"kind,omitempty"`
 	// URL is the base that "/chat/completions" is appended to, as users of
 	// OpenAI's clients write it: "http://vllm:8000/v1".
-	URL            string       `yaml:"url"`
-	APIKey         Secret       `yaml:"api_key,omitempty"`
-	TLS            UpstreamTLS  `yaml:"tls,omitempty"`
-	MaxConcurrency int          `yaml:"max_concurrency,omitempty"` // 0: 256
-	Discover       DiscoverMode `yaml:"discover,omitempty"`        // "": off
+	URL    string      `yaml:"url"`
+	APIKey Secret      `yaml:"api_key,omitempty"`
+	TLS    UpstreamTLS `yaml:"tls,omitempty"`
+	// MaxConcurrency is for each node, and for each instance that Discover
+	// finds. 0: 256.
+	MaxConcurrency int          `yaml:"max_concurrency,omitempty"`
+	Discover       DiscoverMode `yaml:"discover,omitempty"` // "": off
 	// Timeouts override the cluster's for this upstream; zero means inherit.
 	Timeouts Timeouts `yaml:"timeouts,omitempty"`
 }
 
-// DiscoverMode says how an upstream's URL becomes addresses.
+// Secure reports whether the upstream is reached over TLS. Else its TLS
+// settings are unused.
+func (u Upstream) Secure() bool { return strings.HasPrefix(strings.ToLower(u.URL), "https:") }
+
+// DiscoverMode says how an upstream's URL becomes addresses. Each address found
+// is an instance of the upstream with its own health.
 type DiscoverMode string
 
 const (
+	// DiscoverOff asks the URL as it is written.
 	DiscoverOff DiscoverMode = "off"
+	// DiscoverDNS asks every A and AAAA address of the URL's host, at the URL's port.
 	DiscoverDNS DiscoverMode = "dns"
+	// DiscoverSRV asks every target of the SRV records of the URL's host, or of
+	// _http._tcp.HOST or _https._tcp.HOST when the host names no service itself.
+	// Priorities and weights are not used: health and load decide.
 	DiscoverSRV DiscoverMode = "srv"
 )
 
@@ -102,13 +115,16 @@ type Serve struct {
 	Model    string `yaml:"model,omitempty"` // "": the same name
 }
 
-// Timeouts are the four timers of one request. Zero means inherit (model from
-// upstream from cluster from defaults).
+// Timeouts are the four timers of one request and the least pace of a stream.
+// Zero means inherit (model from upstream from cluster from defaults).
 type Timeouts struct {
 	Connect       Duration `yaml:"connect,omitempty"`        // 2s
 	FirstToken    Duration `yaml:"first_token,omitempty"`    // 120s
 	BetweenTokens Duration `yaml:"between_tokens,omitempty"` // 30s
 	Total         Duration `yaml:"total,omitempty"`          // 30m
+	// MinTokensPerSecond ends a stream whose pace, once it has begun, stays
+	// below this for ten seconds. 0: none.
+	MinTokensPerSecond int `yaml:"min_tokens_per_second,omitempty"`
 }
 
 // Limits bound what one node takes in.

@@ -90,10 +90,14 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 		nodeIs admin.NodeState
 		words  string
 	}{
-		{"a silent site is suspect first", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second }) },
-			"c", admin.SiteDown, "c-1", admin.NodeSuspect, "site c is down: last heard 3s ago"},
-		{"then dead", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute }) },
-			"c", admin.SiteDown, "c-1", admin.NodeDead, "site c is down: last heard 1m0s ago"},
+		{
+			"a silent site is suspect first", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second }) },
+			"c", admin.SiteDown, "c-1", admin.NodeSuspect, "site c is down: last heard 3s ago",
+		},
+		{
+			"then dead", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute }) },
+			"c", admin.SiteDown, "c-1", admin.NodeDead, "site c is down: last heard 1m0s ago",
+		},
 		{"one that said goodbye has left", func(v *sight) {
 			change(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second })
 			v.left["c-1"] = true
@@ -112,12 +116,18 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			v.started = v.now.Add(-time.Second)
 			change(v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
 		}, "c", admin.SiteUnknown, "c-1", admin.NodeSuspect, "site c: not heard of yet"},
-		{"a broken upstream elsewhere", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy = 0 }) },
-			"b", admin.SiteDegraded, "b-1", admin.NodeAlive, "site b: 0 of 1 upstreams are healthy"},
-		{"a broken upstream here", func(v *sight) { v.health.UpstreamsHealthy = 0 },
-			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "site a: 0 of 1 upstreams are healthy"},
-		{"a draining peer", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Draining = true }) },
-			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 is draining"},
+		{
+			"a broken upstream elsewhere", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy = 0 }) },
+			"b", admin.SiteDegraded, "b-1", admin.NodeAlive, "site b: 0 of 1 upstreams are healthy",
+		},
+		{
+			"a broken upstream here", func(v *sight) { v.health.UpstreamsHealthy = 0 },
+			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "site a: 0 of 1 upstreams are healthy",
+		},
+		{
+			"a draining peer", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Draining = true }) },
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 is draining",
+		},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")
