@@ -86,6 +86,9 @@ const (
 func Start(t testing.TB, top Topology) *Lab {
 	t.Helper()
 	Require(t)
+	if raceDetector && os.Getenv("LAB_RACE") != "1" {
+		t.Skip("clients and links that the race detector slows down say nothing about times: run without -race, or with LAB_RACE=1")
+	}
 	if len(top.Nodes) == 0 {
 		top.Nodes = []int{1, 1, 1}
 	}

@@ -1,0 +1,71 @@
+//go:build linux
+
+// Bench measures a dsnode beside what people would otherwise put in front of a
+// model server: nginx, and a tuned Go reverse proxy that decides nothing. All
+// of them run on this machine, in front of the same upstream, and take turns,
+// so that only figures of the same round are compared.
+//
+//	go run ./test/bench                     # five rounds, about five minutes
+//	go run ./test/bench -pairs 1 -what cpu  # one figure, quickly
+//	go run ./test/bench soak -for 10m       # clients that hang up, then a look for what they left
+//
+// Start reading at compare (compare.go) and at soak (soak.go).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, errUsage):
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(2)
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+var errUsage = errors.New("wrong usage")
+
+// run does what the arguments ask for. A figure that misses its target is no
+// error; something that did not run, or leaked, is.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	if len(args) > 0 {
+		switch args[0] {
+		case childUpstream:
+			return runUpstream(ctx)
+		case childReverseProxy:
+			return runReverseProxy(ctx, args[1:])
+		case "soak":
+			return runSoak(ctx, args[1:], stdout, stderr)
+		}
+	}
+	return runCompare(ctx, args, stdout, stderr)
+}
+
+// parse reads flags; whatever is wrong with them wraps errUsage.
+func parse(flags *flag.FlagSet, args []string) error {
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return err
+		}
+		return fmt.Errorf("%w: %w", errUsage, err)
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("%w: %q is no flag", errUsage, flags.Arg(0))
+	}
+	return nil
+}

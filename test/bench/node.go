@@ -1,0 +1,157 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+const (
+	clusterName = "bench"
+	siteName    = "here"
+	nodeName    = "here-1"
+	keysValid   = 24 * time.Hour
+)
+
+// buildNode builds the program as users run it, whatever GOFLAGS says of races.
+func (s *stage) buildNode(ctx context.Context) (string, error) {
+	binary := filepath.Join(s.dir, "dsnode")
+	cmd := exec.CommandContext(ctx, "go", "build", "-race=false", "-o", binary, "github.com/dsnode/dsnode/cmd/dsnode")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build dsnode: %w\n%s", err, out)
+	}
+	return binary, nil
+}
+
+// dsnode is a cluster of one node in front of one upstream.
+type dsnode struct {
+	*process
+	api   string // host:port
+	admin *admin.Client
+	key   string // an API key
+}
+
+// startNode writes what one node needs, starts it and founds its cluster.
+// models are served under the names that the upstream knows them by.
+func (s *stage) startNode(ctx context.Context, name, binary, upstream string, models ...string) (*dsnode, error) {
+	dir := filepath.Join(s.dir, name)
+	conf, err := nodeFiles(dir)
+	if err != nil {
+		return nil, fmt.Errorf("configure dsnode: %w", err)
+	}
+	n := &dsnode{api: conf.API.Bind}
+	if n.process, err = s.start(name, exec.Command(binary, "run", "--config", filepath.Join(dir, "node.yaml"))); err != nil {
+		return nil, err
+	}
+	n.admin, err = admin.NewClient([]string{"http://" + conf.Admin.Bind}, admin.ClientOptions{Author: "bench", Timeout: 20 * time.Second})
+	if err != nil {
+		return nil, err
+	}
+	text := clusterText(upstream, models)
+	if err := n.until(ctx, func() error { return n.admin.Bootstrap(ctx, []byte(text), "bench") }); err != nil {
+		return nil, fmt.Errorf("found the cluster: %w", err)
+	}
+	// With a key, because that is how people run it.
+	key, err := n.admin.CreateAPIKey(ctx, admin.APIKeyRequest{Tenant: "bench", Note: "bench"})
+	if err != nil {
+		return nil, fmt.Errorf("make an API key: %w", err)
+	}
+	n.key = key.Secret
+	return n, nil
+}
+
+// until tries again until there is no error, for 20 s at most.
+func (p *process) until(ctx context.Context, try func() error) error {
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		err := try()
+		if err == nil {
+			return nil
+		}
+		if gone := p.alive(); gone != nil {
+			return gone
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%w\n%s said last: %s", err, p.name, p.lastWords())
+		}
+		if err := pause(ctx, 20*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// nodeFiles makes a CA, a certificate, keys and node.yaml in a directory.
+func nodeFiles(dir string) (*node.Config, error) {
+	if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
+		return nil, err
+	}
+	caCert, caKey, err := cluster.NewCA(clusterName, keysValid+time.Hour)
+	if err != nil {
+		return nil, err
+	}
+	id := cluster.Identity{Cluster: clusterName, Site: siteName, Node: nodeName}
+	cert, key, err := cluster.Issue(caCert, caKey, id, []string{"127.0.0.1"}, keysValid)
+	if err != nil {
+		return nil, err
+	}
+	gossip := make([]byte, 32)
+	_, _ = rand.Read(gossip) // never fails; it ends the process instead
+	c := node.DefaultConfig()
+	c.Cluster, c.Site, c.Name, c.DataDir = clusterName, siteName, nodeName, "data"
+	c.Gossip.KeyFile = "gossip.key"
+	c.RPC.TLS = node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "ca.pem"}
+	c.OperatorKey.File = "operator.key"
+	for _, bind := range []*string{&c.API.Bind, &c.Admin.Bind, &c.Gossip.Bind, &c.RPC.Bind} {
+		port, err := freePort()
+		if err != nil {
+			return nil, err
+		}
+		*bind = fmt.Sprintf("127.0.0.1:%d", port)
+	}
+	text, err := c.Encode()
+	if err != nil {
+		return nil, err
+	}
+	var failed []error
+	for name, content := range map[string][]byte{
+		"ca.pem": caCert, "cert.pem": cert, "key.pem": key, "node.yaml": text,
+		"gossip.key":   []byte(base64.StdEncoding.EncodeToString(gossip)),
+		"operator.key": []byte(keyring.GenerateOperatorKey().Encode()),
+	} {
+		failed = append(failed, os.WriteFile(filepath.Join(dir, name), content, 0o600))
+	}
+	return c, errors.Join(failed...)
+}
+
+func clusterText(upstream string, models []string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "version: 1\nsites: {%s: {city: here, priority: 1}}\n", siteName)
+	fmt.Fprintf(&b, "upstreams: {model-server: {site: %s, url: \"http://%s/v1\", max_concurrency: 4096}}\nmodels:\n", siteName, upstream)
+	for _, m := range models {
+		fmt.Fprintf(&b, "  %q: {serve: [{upstream: model-server}]}\n", m)
+	}
+	return b.String()
+}

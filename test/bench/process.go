@@ -1,0 +1,183 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// Names under which this program starts itself.
+const (
+	childUpstream     = "child-upstream"
+	childReverseProxy = "child-reverseproxy"
+)
+
+// stage is where one run happens: a temporary directory and the processes that
+// were started. close ends and removes it all.
+type stage struct {
+	dir       string
+	processes []*process
+	starts    chan func() // run on the one thread that starts processes
+}
+
+// newStage makes a stage. Linux ends a process with the thread that started it
+// (Pdeathsig), so one thread starts them all and lives as long as the stage:
+// nothing outlives a bench that was killed.
+func newStage() (*stage, error) {
+	dir, err := os.MkdirTemp("", "dsnode-bench-")
+	if err != nil {
+		return nil, fmt.Errorf("make a temporary directory: %w", err)
+	}
+	s := &stage{dir: dir, starts: make(chan func())}
+	go func() {
+		runtime.LockOSThread()
+		for f := range s.starts {
+			f()
+		}
+	}()
+	return s, nil
+}
+
+func (s *stage) close() error {
+	for i := len(s.processes) - 1; i >= 0; i-- {
+		s.processes[i].stop()
+	}
+	close(s.starts)
+	if err := os.RemoveAll(s.dir); err != nil {
+		return fmt.Errorf("remove the temporary directory: %w", err)
+	}
+	return nil
+}
+
+// process is something that was started and is ended by stop.
+type process struct {
+	name string
+	log  string // file with its output
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+}
+
+func (p *process) pid() int { return p.cmd.Process.Pid }
+
+// start starts a command; its output goes to a file in the stage.
+func (s *stage) start(name string, cmd *exec.Cmd) (*process, error) {
+	p := &process{name: name, log: filepath.Join(s.dir, name+".log"), cmd: cmd, done: make(chan struct{})}
+	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the log of %s: %w", name, err)
+	}
+	defer func() { _ = log.Close() }() // the process has its own descriptor
+	cmd.Stdout, cmd.Stderr = log, log
+	// A group of its own: Ctrl-C is for the bench, which then ends the others.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	started := make(chan error)
+	s.starts <- func() { started <- cmd.Start() }
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		_ = cmd.Wait() // how it ended is in its log, and stop kills it
+		close(p.done)
+	}()
+	s.processes = append(s.processes, p)
+	return p, nil
+}
+
+// startSelf starts this program as a child that serves on a listener, which is
+// open before the child runs: nobody else can take the port.
+func (s *stage) startSelf(name string, args ...string) (*process, string, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, "", fmt.Errorf("find this program: %w", err)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, "", fmt.Errorf("listen for %s: %w", name, err)
+	}
+	defer func() { _ = ln.Close() }() // the child has its own descriptor
+	file, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		return nil, "", fmt.Errorf("listen for %s: %w", name, err)
+	}
+	defer func() { _ = file.Close() }()
+	cmd := exec.Command(exe, args...)
+	cmd.ExtraFiles = []*os.File{file}
+	p, err := s.start(name, cmd)
+	return p, ln.Addr().String(), err
+}
+
+// inherited is the listener that startSelf opened.
+func inherited() (net.Listener, error) {
+	ln, err := net.FileListener(os.NewFile(3, "listener"))
+	if err != nil {
+		return nil, fmt.Errorf("this command is for the bench itself: %w", err)
+	}
+	return ln, nil
+}
+
+// stop asks the process to end, then ends it.
+func (p *process) stop() {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by itself
+	select {
+	case <-p.done:
+	case <-time.After(10 * time.Second):
+		_ = p.cmd.Process.Kill()
+		<-p.done
+	}
+}
+
+var errEnded = errors.New("it ended")
+
+// alive says whether the process still runs; the error shows what it said last.
+func (p *process) alive() error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("%s: %w: %s", p.name, errEnded, p.lastWords())
+	default:
+		return nil
+	}
+}
+
+// lastWords is the end of the log.
+func (p *process) lastWords() string {
+	text, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	const most = 2000
+	if len(text) > most {
+		text = text[len(text)-most:]
+	}
+	return string(bytes.TrimSpace(text))
+}
+
+// freePort finds a port that tcp and udp may have now, below those that the
+// kernel gives to connections.
+func freePort() (int, error) {
+	for range 200 {
+		port := 20000 + rand.IntN(12000)
+		at := fmt.Sprintf("127.0.0.1:%d", port)
+		tcp, err := net.Listen("tcp", at)
+		if err != nil {
+			continue
+		}
+		udp, err := net.ListenPacket("udp", at)
+		_ = tcp.Close()
+		if err != nil {
+			continue
+		}
+		_ = udp.Close()
+		return port, nil
+	}
+	return 0, errors.New("found no free port on 127.0.0.1")
+}
