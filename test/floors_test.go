@@ -27,7 +27,8 @@ var floor = map[string]int{
 	"node/admin":    40,
 	"node/modelsim": 40,
 
-	"node/serving": 30,
+	"node/serving":   30,
+	"failover/drill": 30,
 
 	"failover": 20,
 
@@ -63,6 +64,8 @@ var arrows = []arrow{
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
 
+	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
+	{"failover/drill", "cluster", "records drills in the agreed state"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
