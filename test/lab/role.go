@@ -1,0 +1,203 @@
+//go:build linux
+
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+)
+
+// RoleWatch asks nodes for /healthz/primary every few milliseconds, each from
+// within its own site, and keeps when they answered 200. It is how a load
+// balancer sees the role, so it tells how long the role was idle and whether two
+// sites had it.
+type RoleWatch struct {
+	lab   *Lab
+	every time.Duration
+	stop  context.CancelFunc
+	wg    sync.WaitGroup
+
+	mu      sync.Mutex // guards all below
+	acting  []Acting
+	current map[string]int // a node's run that goes on, as index of acting
+	samples int
+	dropped int
+}
+
+// Look brackets the moment that an answer is about.
+type Look struct{ Asked, Answered time.Time }
+
+// Acting is an unbroken run of 200 answers by one process in one epoch.
+type Acting struct {
+	Site, Node string
+	PID        int
+	Epoch      uint64
+	First      Look // the first 200
+	Last       Look // the last 200 so far
+	Count      int
+}
+
+// maxActing bounds the record: changes of the role, and breaks of an answer.
+const maxActing = 1 << 16
+
+// roleTimeout bounds a look, so that looking goes on soon after a node was
+// stopped and continued. The one under way then is answered first of all.
+const roleTimeout = 250 * time.Millisecond
+
+// WatchRole begins at once, and ends with the test: then the law is checked.
+func (l *Lab) WatchRole(every time.Duration) *RoleWatch {
+	l.t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	w := &RoleWatch{lab: l, every: every, stop: stop, current: map[string]int{}}
+	for _, n := range l.Nodes() {
+		w.wg.Go(func() { w.watch(ctx, n) })
+	}
+	l.t.Cleanup(func() {
+		w.stop()
+		w.wg.Wait()
+		for _, broken := range w.Laws() {
+			l.t.Errorf("a law was broken: %s", broken)
+		}
+	})
+	return w
+}
+
+func (w *RoleWatch) watch(ctx context.Context, n *Node) {
+	tick := time.NewTicker(w.every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if !n.Running() {
+			w.end(n)
+			continue
+		}
+		look, pid := Look{Asked: time.Now()}, n.PID()
+		epoch, acts := askRole(ctx, n)
+		look.Answered = time.Now()
+		if ctx.Err() == nil {
+			w.note(n, pid, epoch, acts, look)
+		}
+	}
+}
+
+// askRole is whether the node says that it acts as primary, and in which epoch.
+func askRole(ctx context.Context, n *Node) (epoch uint64, acts bool) {
+	ctx, cancel := context.WithTimeout(ctx, roleTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, n.API()+"/healthz/primary", nil)
+	if err != nil {
+		return 0, false
+	}
+	resp, err := n.Site.http.Do(req)
+	if err != nil {
+		return 0, false
+	}
+	defer func() { _ = resp.Body.Close() }() // read to its end
+	var says struct{ Epoch uint64 }
+	if err := json.NewDecoder(resp.Body).Decode(&says); err != nil {
+		return 0, false
+	}
+	return says.Epoch, resp.StatusCode == http.StatusOK
+}
+
+func (w *RoleWatch) end(n *Node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.current, n.Name)
+}
+
+func (w *RoleWatch) note(n *Node, pid int, epoch uint64, acts bool, look Look) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.samples++
+	if !acts {
+		delete(w.current, n.Name)
+		return
+	}
+	if i, known := w.current[n.Name]; known && w.acting[i].PID == pid && w.acting[i].Epoch == epoch {
+		w.acting[i].Last = look
+		w.acting[i].Count++
+		return
+	}
+	if len(w.acting) >= maxActing {
+		w.dropped++
+		return
+	}
+	w.current[n.Name] = len(w.acting)
+	w.acting = append(w.acting, Acting{Site: n.Site.Name, Node: n.Name, PID: pid, Epoch: epoch, First: look, Last: look, Count: 1})
+}
+
+// Runs are all runs so far, in the order of their beginning.
+func (w *RoleWatch) Runs() []Acting {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.acting)
+}
+
+// Begun is the first look at which an epoch's primary acted, false while none has.
+func (w *RoleWatch) Begun(epoch uint64) (Look, bool) {
+	var first Look
+	for _, a := range w.Runs() {
+		if a.Epoch == epoch && (first.Asked.IsZero() || a.First.Answered.Before(first.Answered)) {
+			first = a.First
+		}
+	}
+	return first, !first.Asked.IsZero()
+}
+
+// Idle is how long at most nobody acted before an epoch: from the last question
+// that an earlier epoch's primary answered with 200 to the first such answer of
+// this one. False when one of them was not seen.
+func (w *RoleWatch) Idle(epoch uint64) (time.Duration, bool) {
+	begun, ok := w.Begun(epoch)
+	if !ok {
+		return 0, false
+	}
+	var last time.Time
+	for _, a := range w.Runs() {
+		if a.Epoch < epoch && a.Last.Asked.After(last) {
+			last = a.Last.Asked
+		}
+	}
+	return begun.Answered.Sub(last), !last.IsZero()
+}
+
+// Laws gives what breaks law 1, in words: a site that acted after a higher epoch's
+// primary did, or two sites in one epoch.
+func (w *RoleWatch) Laws() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	broken := twoActed(w.acting)
+	if w.dropped > 0 {
+		broken = append(broken, fmt.Sprintf("the record of the role was full: %d runs were not kept", w.dropped))
+	}
+	return broken
+}
+
+func twoActed(runs []Acting) []string {
+	var broken []string
+	for _, old := range runs {
+		for _, next := range runs {
+			switch {
+			case old.Epoch == next.Epoch && old.Site < next.Site:
+				broken = append(broken, fmt.Sprintf("law 1: %s and %s both acted as primary in epoch %d", old.Node, next.Node, old.Epoch))
+			case old.Epoch < next.Epoch && old.Last.Asked.After(next.First.Answered):
+				broken = append(broken, fmt.Sprintf("law 1: %s acted in epoch %d, asked %v after %s was seen to act in epoch %d",
+					old.Node, old.Epoch, old.Last.Asked.Sub(next.First.Answered), next.Node, next.Epoch))
+			}
+			if len(broken) >= maxBroken {
+				return broken
+			}
+		}
+	}
+	return broken
+}
