@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -19,6 +20,8 @@ import (
 const (
 	devCAValid   = 5 * 365 * 24 * time.Hour
 	devCertValid = 2 * 365 * 24 * time.Hour
+	// devGrace is what a running stream gets at Ctrl-C; less than devStopWithin.
+	devGrace = 5 * time.Second
 )
 
 // writeFiles makes everything that nodes read at their start. What an earlier
@@ -89,41 +92,36 @@ func (p *devPlan) writeNode(n devNode) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(p.path(n.name, "node.yaml"), []byte(p.nodeYAML(n)), 0o600); err != nil {
+	text, err := p.nodeConfig(n).Encode()
+	if err != nil {
+		return err
+	}
+	text = append([]byte("# Written by dsnode dev at each start.\n"), text...)
+	if err := os.WriteFile(p.path(n.name, "node.yaml"), text, 0o600); err != nil {
 		return fmt.Errorf("write node.yaml of %s: %w", n.name, err)
 	}
 	return nil
 }
 
-// nodeYAML is a node.yaml as a person would write it.
-func (p *devPlan) nodeYAML(n devNode) string {
-	var seeds []string
+// nodeConfig has relative paths, so that the folder can be moved.
+func (p *devPlan) nodeConfig(n devNode) *node.Config {
+	c := node.DefaultConfig()
+	c.Cluster, c.Name, c.Site, c.DataDir = devName, n.name, n.site, "data"
+	c.API.Bind = loopback(n.api)
+	c.Admin.Bind = loopback(n.admin)
+	c.Gossip = node.GossipConfig{Bind: loopback(n.gossip), KeyFile: "../gossip.key"}
+	c.RPC = node.RPCConfig{
+		Bind: loopback(n.rpc),
+		TLS:  node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "../ca.pem"},
+	}
 	for _, other := range p.nodes {
 		if other.name == other.site+"-1" && other.name != n.name {
-			seeds = append(seeds, loopback(other.gossip))
+			c.Seeds = append(c.Seeds, loopback(other.rpc))
 		}
 	}
-	list, err := json.Marshal(seeds)
-	if err != nil || seeds == nil {
-		list = []byte("[]") // strings always encode
-	}
-	return fmt.Sprintf(`# Written by dsnode dev at each start.
-version: 1
-cluster: %s
-name: %s
-site: %s
-data_dir: %s
-api: {bind: %s}
-admin: {bind: %s}
-gossip: {bind: %s, key_file: %s}
-rpc: {bind: %s, ca_file: %s, cert_file: %s, key_file: %s}
-seeds: %s
-operator_key: {file: %s}
-shutdown: {delay: 0s, grace: 5s}
-`, devName, n.name, n.site, quoted(p.path(n.name, "data")),
-		quoted(loopback(n.api)), quoted(loopback(n.admin)), quoted(loopback(n.gossip)), quoted(p.path("gossip.key")),
-		quoted(loopback(n.rpc)), quoted(p.path("ca.pem")), quoted(p.path(n.name, "cert.pem")), quoted(p.path(n.name, "key.pem")),
-		list, quoted(p.path("operator.key")))
+	c.OperatorKey.File = "../operator.key"
+	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(devGrace)}
+	return c
 }
 
 func (p *devPlan) writeRecord() error {
