@@ -18,7 +18,12 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m,
+		// memberlist's Shutdown does not wait for a probe under way; it ends by
+		// its own timer.
+		goleak.IgnoreAnyFunction("github.com/hashicorp/memberlist.(*Memberlist).probeNode"))
+}
 
 // testCA signs the identities of one test.
 type testCA struct {
@@ -67,7 +72,7 @@ type member struct {
 	name, site string
 	ca         *testCA
 	dir        string
-	logs       *raft.InmemStore
+	logs       *raft.InmemCommitTrackingStore
 	snaps      *raft.InmemSnapshotStore
 	stop       func()
 	ended      chan error
@@ -81,7 +86,7 @@ func (l testLog) Write(b []byte) (int, error) {
 }
 
 func newMember(t testing.TB, ca *testCA, site, name string) *member {
-	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: raft.NewInmemStore(), snaps: raft.NewInmemSnapshotStore()}
+	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: raft.NewInmemCommitTrackingStore(), snaps: raft.NewInmemSnapshotStore()}
 	t.Cleanup(func() {
 		if m.stop != nil {
 			m.halt(t)
@@ -289,6 +294,29 @@ func TestAllStopAndStartInAnotherOrder(t *testing.T) {
 	b.start(t, addr)
 	for _, m := range []*member{a, b, c} {
 		eventually(t, m.name+" settled", 15*time.Second, func() bool { return settled(m) }, m)
+	}
+}
+
+func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
+	a, b, c := threeMembers(t)
+	if _, err := a.Propose(deadline(t, 5*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "c-1 knows it", 5*time.Second, func() bool { return c.State().Config.Version == 2 })
+	eventually(t, "its snapshot holds raft's configuration", 10*time.Second, func() bool {
+		kept, err := c.snaps.List()
+		return err == nil && len(kept) > 0 && kept[0].Index >= c.fsm.configured.Load()
+	})
+	for _, m := range []*member{a, b, c} {
+		m.halt(t)
+	}
+	c.start(t)
+	eventually(t, "the configuration, without a quorum", 10*time.Second, func() bool {
+		s := c.State()
+		return s.Config.Version == 2 && s.Parsed != nil && len(s.Nodes) == 3
+	})
+	if left, _ := c.Lease(); left > 0 {
+		t.Error("alone, it holds a lease")
 	}
 }
 

@@ -21,6 +21,9 @@ type fsm struct {
 	applied atomic.Uint64 // raft index of the newest applied entry
 	ticked  atomic.Int64  // Boottime of the newest applied tick, 0: none since start
 	broken  atomic.Bool
+	// configured is the raft index of the newest committed configuration, 0
+	// before one was committed since the start.
+	configured atomic.Uint64
 
 	mu      sync.Mutex // guards changed, moved
 	changed chan struct{}
@@ -63,6 +66,15 @@ func (f *fsm) Apply(l *raft.Log) any {
 	}
 	return nil
 }
+
+// StoreConfiguration is raft's callback for each committed configuration: the
+// only way to its index.
+func (f *fsm) StoreConfiguration(index uint64, _ raft.Configuration) {
+	f.configured.Store(index)
+	f.advance(index)
+}
+
+var _ raft.ConfigurationStore = (*fsm)(nil)
 
 func (f *fsm) stop(index uint64, err error) {
 	f.broken.Store(true)

@@ -11,8 +11,9 @@ import (
 
 const houseEvery = 2 * time.Second
 
-// keepHouse does the leader's small duties: learning addresses from the agreed
-// state on every node, and raising the feature level on the leader.
+// keepHouse does small duties: learning addresses from the agreed state, a
+// snapshot after each change of raft's configuration, and, on the leader,
+// raising the feature level.
 func (c *Cluster) keepHouse(ctx context.Context) error {
 	tick := time.NewTicker(houseEvery)
 	defer tick.Stop()
@@ -22,6 +23,7 @@ func (c *Cluster) keepHouse(ctx context.Context) error {
 		for _, n := range s.Nodes {
 			c.book.learn(n)
 		}
+		c.snapshotConfiguration()
 		if _, leads := c.Leading(); leads {
 			if level := featureLevel(s); level > s.FeatureLevel {
 				if _, err := c.Propose(ctx, CmdFeatureRaise, FeatureRaise{Level: level}); err != nil && !errors.Is(err, context.Canceled) {
@@ -38,6 +40,30 @@ func (c *Cluster) keepHouse(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// snapshotConfiguration takes a snapshot when the newest one does not hold
+// raft's configuration. What is restored at a start ends before the newest
+// configuration outside a snapshot (see restoredLog), so without this a node
+// that restarts alone, before the first regular snapshot, would serve an agreed
+// state from before its cluster grew.
+func (c *Cluster) snapshotConfiguration() {
+	index := c.fsm.configured.Load()
+	if index <= c.snapshotted {
+		return
+	}
+	kept, err := c.opts.Snapshots.List()
+	if err != nil {
+		return // the store has said why
+	}
+	if len(kept) == 0 || kept[0].Index < index {
+		if err := c.raft.Load().Snapshot().Error(); err != nil {
+			c.log.Debug("no snapshot of raft's configuration yet", "err", err)
+			return
+		}
+		c.log.Info("snapshot taken: raft's configuration has changed", "configuration_index", index)
+	}
+	c.snapshotted = index
 }
 
 // featureLevel is the highest that every member supports.
