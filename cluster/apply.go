@@ -32,6 +32,8 @@ var (
 	ErrStaleEpoch      = errors.New("stale epoch")
 	ErrSwitchover      = errors.New("a switchover is in progress")
 	ErrNoSwitchover    = errors.New("that switchover is no longer in progress")
+	ErrDrillRunning    = errors.New("another drill is running")
+	ErrDrillEnded      = errors.New("that drill has ended")
 	ErrLastVoter       = errors.New("the last voter can't be removed")
 )
 
@@ -82,7 +84,7 @@ func Apply(s *State, c Command) (*State, error) {
 			return nil
 		})
 	case CmdDrillPut:
-		err = with(c, next.putDrill)
+		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
 	default:
 		err = fmt.Errorf("%w: %q", ErrUnknownCommand, c.Type)
 	}
@@ -249,9 +251,20 @@ func (s *State) acknowledge(d FailoverAck) error {
 	return nil
 }
 
-func (s *State) putDrill(d DrillRecord) error {
+// putDrill begins a drill, when no other runs, or says how one ended. One that
+// has ended never runs again.
+func (s *State) putDrill(d DrillRecord, at time.Time) error {
 	if len(d.Report) > maxDrillReport {
 		return fmt.Errorf("%w: drill report of %d bytes", ErrStateFull, len(d.Report))
+	}
+	for _, o := range s.Drills {
+		switch {
+		case d.Verdict != "":
+		case o.ID == d.ID && o.Verdict != "":
+			return fmt.Errorf("%w: %s", ErrDrillEnded, o.ID)
+		case o.ID != d.ID && o.Running(at):
+			return fmt.Errorf("%w: %s of %s, until %s at the latest", ErrDrillRunning, o.ID, o.Site, o.Deadline.Format(time.RFC3339))
+		}
 	}
 	drills := slices.Clone(s.Drills)
 	if i := slices.IndexFunc(drills, func(o DrillRecord) bool { return o.ID == d.ID }); i >= 0 {

@@ -49,7 +49,9 @@ type Options struct {
 	Health     func() Health // read on each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// Admit is asked at each dial and accept to another site; nil admits all.
+	// Admit is asked at each connection and gossip packet with a site, with ""
+	// for an address whose site nobody knows: that must be refused while anything
+	// is. Nil admits all. It must be quick. See Sever.
 	Admit func(site string) error
 	// Quarantined is asked before the first tick of each leadership and again
 	// until it says no: while it says why, this leader commits no tick, so
@@ -76,11 +78,14 @@ type Cluster struct {
 
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 
-	member  atomic.Pointer[memberFile] // nil until this node belongs to a cluster
-	joined  chan struct{}              // closes when member is set
-	raft    atomic.Pointer[raft.Raft]
-	layer   *gatedLayer
-	waiting atomic.Pointer[string] // why this node isn't a member yet, for the status
+	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	joined chan struct{}              // closes when member is set
+	raft   atomic.Pointer[raft.Raft]
+	layer  *gatedLayer
+	// snapshotted is the configuration index that the newest snapshot holds;
+	// keepHouse's alone.
+	snapshotted uint64
+	waiting     atomic.Pointer[string] // why this node isn't a member yet, for the status
 
 	fatal  context.CancelCauseFunc // set by Run
 	living context.Context         // ends with Run's work, its cause says why
@@ -238,6 +243,15 @@ func (c *Cluster) Cold() bool { return !c.lease.everHeld() }
 // Paused is the longest recent time that this process did not run.
 func (c *Cluster) Paused() time.Duration { return c.pauses.longest() }
 
+// Sever ends every connection with the sites that Options.Admit refuses now.
+// What comes later Admit refuses by itself.
+func (c *Cluster) Sever() {
+	c.mesh.CloseRefused()
+	if g := c.gossip.Load(); g != nil {
+		g.sever()
+	}
+}
+
 // Members is what gossip knows; nil before this node is a member.
 func (c *Cluster) Members() []Member {
 	if g := c.gossip.Load(); g != nil {
@@ -322,7 +336,7 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	defer context.AfterFunc(lctx, func() { cancel(nil) })()
 
 	<-ctx.Done()
-	if lctx.Err() == nil && context.Cause(ctx) == context.Canceled {
+	if lctx.Err() == nil && errors.Is(context.Cause(ctx), context.Canceled) {
 		c.handOver(carriage)
 	}
 	stopLoops()
@@ -378,7 +392,7 @@ func (c *Cluster) newGossip() *Gossip {
 				})
 			}
 		},
-		LeaveOnStop: true, Logger: c.log, Registerer: c.opts.Registerer,
+		Admit: c.opts.Admit, LeaveOnStop: true, Logger: c.log, Registerer: c.opts.Registerer,
 	})
 }
 

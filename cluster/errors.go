@@ -56,6 +56,8 @@ var wire = []struct {
 	{"stale_epoch", ErrStaleEpoch},
 	{"switchover", ErrSwitchover},
 	{"no_switchover", ErrNoSwitchover},
+	{"drill_running", ErrDrillRunning},
+	{"drill_ended", ErrDrillEnded},
 	{"last_voter", ErrLastVoter},
 }
 

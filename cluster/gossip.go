@@ -72,6 +72,9 @@ type GossipOptions struct {
 	// latest state (changes in between may be left out). It is called from Run,
 	// one at a time, and delays gossip's own view only when it blocks. May be nil.
 	OnChange func(Member)
+	// Admit refuses the packets and streams of a site with an error, "" being
+	// addresses that are nobody's: refused while any site is. Nil admits all.
+	Admit func(site string) error
 	// LeaveOnStop says goodbye when Run ends, so that nobody suspects anything.
 	LeaveOnStop bool
 	Logger      *slog.Logger
@@ -143,7 +146,7 @@ func (g *Gossip) listen() (*gossipTransport, error) {
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newGossipTransport(g.opts.Bind, g.metrics, g.faults)
+	t, err := newGossipTransport(g.opts.Bind, g.metrics, g.faults, g.admits)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
@@ -151,6 +154,32 @@ func (g *Gossip) listen() (*gossipTransport, error) {
 	g.addr.Store(&addr)
 	g.transport = t
 	return t, nil
+}
+
+// admits asks Admit for the site behind an address. A stream that was accepted
+// comes from any port, so there every site at that IP must be admitted: rather a
+// neighbour unheard for a while than a leak in a cut.
+func (g *Gossip) admits(remote netip.AddrPort, anyPort bool) bool {
+	if g.opts.Admit == nil || g.opts.Admit("") == nil {
+		return true
+	}
+	sites := g.table.sitesAt(remote, anyPort)
+	for _, site := range sites {
+		if g.opts.Admit(site) != nil {
+			return false
+		}
+	}
+	return len(sites) > 0
+}
+
+// sever closes the streams that are no longer admitted.
+func (g *Gossip) sever() {
+	g.mu.Lock()
+	t := g.transport
+	g.mu.Unlock()
+	if t != nil {
+		t.closeRefused()
+	}
 }
 
 func (g *Gossip) unlisten(t *gossipTransport) {

@@ -259,6 +259,23 @@ func (t *gossipTable) snapshot(now time.Time) []Member {
 	return all
 }
 
+// sitesAt are the sites of the members at an address, or, with anyPort, at its IP.
+func (t *gossipTable) sitesAt(a netip.AddrPort, anyPort bool) []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var sites []string
+	is := func(b netip.AddrPort) bool { return b == a || anyPort && b.Addr() == a.Addr() }
+	for _, e := range t.entries {
+		if is(e.addr) {
+			sites = append(sites, e.member.Site)
+		}
+		if e.claimAddr.IsValid() && is(e.claimAddr) {
+			sites = append(sites, e.claim.Site)
+		}
+	}
+	return sites
+}
+
 // meeting is what there is to know before meeting others.
 type meeting struct {
 	lost     []netip.AddrPort // members that memberlist has given up

@@ -42,7 +42,13 @@ type gossipTransport struct {
 	halt    context.CancelFunc
 
 	faults gossipFaults
+	// admits is asked for each packet and stream; anyPort when the remote port
+	// is not the one that the other listens on.
+	admits func(remote netip.AddrPort, anyPort bool) bool
 }
+
+// errGossipRefused is why nothing is sent to a site that is cut off.
+var errGossipRefused = errors.New("gossip with this address is cut off")
 
 // gossipFaults are what tests do to the network; nil does nothing.
 type gossipFaults struct {
@@ -51,10 +57,11 @@ type gossipFaults struct {
 }
 
 // newGossipTransport binds TCP and UDP to the same port.
-func newGossipTransport(bind string, metrics *gossipMetrics, faults gossipFaults) (*gossipTransport, error) {
+func newGossipTransport(bind string, metrics *gossipMetrics, faults gossipFaults, admits func(netip.AddrPort, bool) bool) (*gossipTransport, error) {
 	t := &gossipTransport{
 		metrics: metrics,
 		faults:  faults,
+		admits:  admits,
 		packets: make(chan *memberlist.Packet),
 		streams: make(chan net.Conn),
 		done:    make(chan struct{}),
@@ -155,10 +162,14 @@ func (t *gossipTransport) readPackets() {
 		if n == 0 || t.faults.losePacket != nil && t.faults.losePacket() {
 			continue
 		}
+		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
+		if !t.admits(from, false) {
+			continue
+		}
 		t.metrics.packetsIn.Inc()
 		packet := &memberlist.Packet{
 			Buf:       append([]byte(nil), buf[:n]...),
-			From:      net.UDPAddrFromAddrPort(netip.AddrPortFrom(from.Addr().Unmap(), from.Port())),
+			From:      net.UDPAddrFromAddrPort(from),
 			Timestamp: at,
 		}
 		select {
@@ -181,6 +192,9 @@ func (t *gossipTransport) WriteTo(b []byte, addr string) (time.Time, error) {
 	if err != nil {
 		return time.Time{}, fmt.Errorf("gossip address: %w", err)
 	}
+	if !t.admits(to, false) {
+		return time.Now(), nil // lost on the way, as far as memberlist is concerned
+	}
 	t.metrics.packetsOut.Inc()
 	_, err = t.udp.WriteToUDPAddrPort(b, to)
 	return time.Now(), err
@@ -193,6 +207,9 @@ func (t *gossipTransport) WriteToAddress(b []byte, a memberlist.Address) (time.T
 
 // DialTimeout opens a stream.
 func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
+	if to, err := netip.ParseAddrPort(addr); err == nil && !t.admits(to, false) {
+		return nil, errGossipRefused
+	}
 	dialer := net.Dialer{Timeout: timeout}
 	raw, err := dialer.DialContext(t.dialCtx, "tcp", addr)
 	if err != nil {
@@ -200,7 +217,7 @@ func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.C
 	}
 	stream, ok := t.track(raw, false)
 	if !ok {
-		_ = raw.Close() // the transport has ended
+		_ = raw.Close() // the transport has ended, or the site was cut off meanwhile
 		return nil, net.ErrClosed
 	}
 	return stream, nil
@@ -230,7 +247,7 @@ func (s *gossipStream) Close() error {
 func (t *gossipTransport) track(raw net.Conn, accepted bool) (*gossipStream, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.halted || t.faults.refuseStream != nil && t.faults.refuseStream() {
+	if t.halted || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), accepted) {
 		return nil, false
 	}
 	if accepted {
@@ -247,6 +264,28 @@ func (t *gossipTransport) track(raw net.Conn, accepted bool) (*gossipStream, boo
 	s := &gossipStream{Conn: raw, transport: t, accepted: accepted}
 	t.open[s] = struct{}{}
 	return s, true
+}
+
+// closeRefused ends the streams that are no longer admitted. One that is being
+// opened is either listed here already or asks for admission after this.
+func (t *gossipTransport) closeRefused() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for s := range t.open {
+		if !t.admits(remoteOf(s.Conn), s.accepted) {
+			_ = s.Conn.Close() // its user sees an error and closes it too
+		}
+	}
+}
+
+// remoteOf is the other end of a stream.
+func remoteOf(c net.Conn) netip.AddrPort {
+	a, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return netip.AddrPort{}
+	}
+	p := a.AddrPort()
+	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 
 // stopStreams ends all streams and dials, and allows no more. Datagrams go on:

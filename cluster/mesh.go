@@ -225,6 +225,15 @@ func (m *Mesh) CloseAll(site string) {
 	m.conns.drop(func(c *PeerConn) bool { return c.peer.Site == site })
 }
 
+// CloseRefused cuts every connection with the peers of a site that Admit refuses
+// now.
+func (m *Mesh) CloseRefused() {
+	if m.opts.Admit == nil {
+		return
+	}
+	m.conns.drop(func(c *PeerConn) bool { return m.opts.Admit(c.peer.Site) != nil })
+}
+
 // Close ends the gRPC channels, the listeners of all kinds and every
 // connection. Later dials fail with net.ErrClosed.
 func (m *Mesh) Close() error {

@@ -145,7 +145,16 @@ type DrillRecord struct {
 	StartedAt time.Time `json:"started_at"`
 	// Deadline is when the dead-man timer heals the site, whatever happens.
 	Deadline time.Time `json:"deadline"`
-	EndedAt  time.Time `json:"ended_at,omitzero"`
-	Verdict  string    `json:"verdict,omitempty"` // empty: running
-	Report   []byte    `json:"report,omitempty"`
+	// AbandonedAt is when a drill without a verdict counts as aborted: its runner
+	// has died.
+	AbandonedAt time.Time `json:"abandoned_at,omitzero"`
+	EndedAt     time.Time `json:"ended_at,omitzero"`
+	Verdict     string    `json:"verdict,omitempty"` // empty: running
+	Report      []byte    `json:"report,omitempty"`
+}
+
+// Running reports whether the drill goes on at a time. One whose runner died
+// ends by itself.
+func (d DrillRecord) Running(at time.Time) bool {
+	return d.Verdict == "" && (at.Before(d.Deadline) || at.Before(d.AbandonedAt))
 }

@@ -108,7 +108,7 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
 	add("no_switchover", !open, false, "a switchover is in progress: %v", open)
 	drill := r.Kind != cluster.FailoverDrill && slices.ContainsFunc(s.Drills, func(d cluster.DrillRecord) bool {
-		return d.EndedAt.IsZero() && d.Verdict == "" && c.o.Now().Before(d.Deadline)
+		return d.Running(c.o.Now())
 	})
 	add("no_drill", !drill, false, "a drill is running: %v", drill)
 	add("voters_reachable", len(c.silentVoters(in)) == 0, true, "voters that don't answer: %v", c.silentVoters(in))

@@ -19,6 +19,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
@@ -44,6 +45,8 @@ type Node struct {
 	gateway  *gateway.Gateway
 	admin    *admin.Server
 	doors    doors
+
+	isolation *isolation
 
 	draining atomic.Bool
 	released atomic.Bool // an operator ended the quarantine
@@ -130,6 +133,10 @@ func (n *Node) open() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
+	n.isolation = &isolation{
+		site: n.cfg.Site, boottime: cluster.Boottime, now: time.Now, log: n.log,
+		sever: func() { n.cluster.Sever() },
+	}
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
@@ -138,12 +145,13 @@ func (n *Node) open() error {
 		Credentials: credentials,
 		Logs:        store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
-		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined,
+		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
 	})
 	if err != nil {
 		return err
 	}
 	n.cluster.OnRelease(n.release)
+	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})
 	n.pipeline = serving.New(serving.Options{
 		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers },
 		Logger: n.log, Registerer: n.reg,
@@ -286,6 +294,7 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 type command struct {
 	role        *failover.Role
 	coordinator *failover.Coordinator
+	drills      *drill.Runner
 }
 
 func (n *Node) commandWhenMember(ctx context.Context) error {
@@ -302,10 +311,13 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 		Boottime: boottime, Now: time.Now, Quarantined: func() bool { return n.cluster.Quarantined() != "" },
 		Logger: n.log, Registerer: n.reg,
 	})
+	c.drills = n.newDrills(c)
 	n.command.Store(c)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return c.role.Run(ctx) })
 	g.Go(func() error { return c.coordinator.Run(ctx) })
+	g.Go(func() error { return c.drills.Run(ctx) })
+	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
 	g.Go(func() error { return n.cluster.WhileLeader(ctx, n.placeVoters) })
 	return g.Wait()
 }

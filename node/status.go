@@ -27,6 +27,7 @@ type sight struct {
 	// quarantine is why this node, leading raft, holds still; empty: it does not.
 	quarantine string
 	leftBehind string // a recovery went on without this node, in words
+	failback   *string
 }
 
 func (n *Node) status() admin.Status {
@@ -70,6 +71,10 @@ func describe(v sight) admin.Status {
 			From: f.From, To: f.To, Kind: string(f.Kind), Epoch: f.Epoch, At: f.At, RTOSeconds: f.RTOSeconds,
 			RPOSeconds: f.RPOSeconds, RecordsAtRisk: f.RecordsAtRisk, Acknowledged: f.Acknowledged,
 		}
+	}
+	s.FailbackAvailable = v.failback
+	if h := v.state.Hold; h != nil {
+		s.Hold = &admin.Hold{Reason: h.Reason, By: h.By, At: h.At}
 	}
 	s.Nodes = v.nodes()
 	if v.state.Parsed != nil {

@@ -22,6 +22,7 @@ type connection struct {
 	ca        string
 	tokenFile string
 	output    string
+	formats   []string
 	timeout   time.Duration
 }
 
@@ -35,12 +36,18 @@ type session struct {
 // onCluster makes cmd one that talks to a cluster: it gets the flags for that,
 // and work gets the session.
 func onCluster(env *environment, cmd *cobra.Command, work func(ctx context.Context, s *session, args []string) error) *cobra.Command {
-	var c connection
+	return onClusterAs(env, cmd, []string{outputTable, outputJSON, outputYAML}, work)
+}
+
+// onClusterAs is onCluster for an answer in other formats, the first of them by
+// default.
+func onClusterAs(env *environment, cmd *cobra.Command, formats []string, work func(ctx context.Context, s *session, args []string) error) *cobra.Command {
+	c := connection{formats: formats}
 	f := cmd.Flags()
 	f.StringSliceVar(&c.admin, "admin", nil, "admin `URL[,URL]`s, asked in turn (or DSNODE_ADMIN; default the dev cluster that runs, else "+defaultAdmin+")")
 	f.StringVar(&c.ca, "admin-ca", "", "PEM `FILE` with the CA of the admin port's certificate (default the system's)")
 	f.StringVar(&c.tokenFile, "admin-token-file", "", "`FILE` with the operator's token (or DSNODE_ADMIN_TOKEN)")
-	f.StringVarP(&c.output, "output", "o", outputTable, "`FORMAT` of the answer: table, json or yaml")
+	f.StringVarP(&c.output, "output", "o", formats[0], "`FORMAT` of the answer: "+orList(formats))
 	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "`TIME` that one question to the cluster may take")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		s, err := c.open(env)
@@ -58,7 +65,7 @@ func onCluster(env *environment, cmd *cobra.Command, work func(ctx context.Conte
 }
 
 func (c *connection) open(env *environment) (*session, error) {
-	if err := checkOutput(c.output); err != nil {
+	if err := checkOutput(c.output, c.formats); err != nil {
 		return nil, err
 	}
 	if c.timeout <= 0 {
@@ -75,6 +82,14 @@ func (c *connection) open(env *environment) (*session, error) {
 		return nil, &exitError{code: exitUsage, err: err, hint: "check --admin, --admin-ca and DSNODE_ADMIN"}
 	}
 	return &session{Client: client, env: env, output: c.output}, nil
+}
+
+// patient gives a command whose question takes long another default.
+func patient(cmd *cobra.Command, timeout time.Duration) *cobra.Command {
+	f := cmd.Flags().Lookup("timeout")
+	f.DefValue = timeout.String()
+	_ = f.Value.Set(f.DefValue) // it is a duration
+	return cmd
 }
 
 // urls are those of the flag, else of the environment, else of the dev cluster

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -18,6 +19,10 @@ type fakeCluster struct {
 	versions []admin.ConfigVersion
 	keys     []admin.APIKeyInfo
 	draining bool
+	held     *admin.Hold
+	lost     bool // the primary was lost, and nobody has acknowledged it
+	drills   []admin.Drill
+	asked    int // how often the running drill was asked about
 }
 
 var _ admin.Cluster = (*fakeCluster)(nil)
@@ -30,6 +35,13 @@ func (f *fakeCluster) setMood(mood string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mood = mood
+}
+
+// setLost makes the last failover one that nobody has acknowledged.
+func (f *fakeCluster) setLost() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mood, f.lost = "healthy", true
 }
 
 // change says whether a change can be made, as a node would.
@@ -90,6 +102,11 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 	if f.mood == "lost" {
 		s.Raft.Quorum, s.Raft.QuorumSince = false, ptr(fakeStart.Add(50*time.Minute))
 		s.Raft.Leader, s.Raft.LeaderSite, s.Nodes[0].Leader = nil, nil, ptr(false)
+	}
+	s.Hold = f.held
+	if f.lost {
+		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4)}
+		s.FailbackAvailable = ptr("beijing")
 	}
 	switch f.mood {
 	case "degraded":
@@ -224,4 +241,141 @@ func (f *fakeCluster) drain(name string, on bool) error {
 	}
 	f.draining = on
 	return nil
+}
+
+func (f *fakeCluster) PlanFailover(_ context.Context, r admin.FailoverRequest, _ string) (admin.FailoverPlan, error) {
+	known := r.To == "shanghai-b" || r.To == "beijing"
+	return admin.FailoverPlan{From: ptr("shanghai-a"), Epoch: ptr(uint64(1)), To: r.To, OK: known, Checks: []admin.Check{
+		{Name: "quorum", OK: true, Detail: "this node's lease is good for 1.1s"},
+		{Name: "target_known", OK: known, Detail: fmt.Sprintf("site %q", r.To)},
+	}}, nil
+}
+
+func (f *fakeCluster) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
+	f.mu.Lock()
+	err := f.change()
+	f.mu.Unlock()
+	if err != nil {
+		return admin.FailoverResult{}, &admin.Error{Code: "rolled_back", Message: "the switchover failed and was rolled back, nothing has changed: " + err.Error()}
+	}
+	plan, err := f.PlanFailover(ctx, r, by)
+	if err == nil && !plan.OK {
+		return admin.FailoverResult{}, &admin.Error{Code: "precheck_failed", Message: fmt.Sprintf("the switchover can't begin: target_known: site %q", r.To)}
+	}
+	return admin.FailoverResult{
+		ID: "sw-1", From: "shanghai-a", To: r.To, Epoch: 2, IdleSeconds: 0.0871, LeaderMoved: true, Checks: plan.Checks,
+		Steps: []admin.FailoverStep{
+			{Name: "announce", At: fakeStart, TookSeconds: 0.031}, {Name: "release", At: fakeStart, TookSeconds: 0.025},
+			{Name: "promote", At: fakeStart, TookSeconds: 0.0311}, {Name: "leadership", At: fakeStart, TookSeconds: 0.912},
+		},
+	}, err
+}
+
+func (f *fakeCluster) AckFailover(context.Context, string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.lost {
+		return admin.ErrNothingToAck
+	}
+	f.lost = false
+	return nil
+}
+
+func (f *fakeCluster) HoldFailover(_ context.Context, reason, _ string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held = &admin.Hold{Reason: reason, By: "ann@desk", At: fakeStart}
+	return nil
+}
+
+func (f *fakeCluster) ResumeFailover(context.Context, string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held = nil
+	return nil
+}
+
+func (f *fakeCluster) ReleaseQuarantine(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.mood != "lost" {
+		return fmt.Errorf("%w: this node does not lead a quarantined cluster", admin.ErrWrongNode)
+	}
+	return nil
+}
+
+func (f *fakeCluster) PlanDrill(_ context.Context, r admin.DrillRequest, _ string) (admin.DrillPlan, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	well := f.mood == "healthy"
+	return admin.DrillPlan{Kind: r.Kind, Site: r.Site, OK: well, Rehearses: "the loss of the primary", Checks: []admin.Check{
+		{Name: "quorum", OK: true, Detail: "this node's lease is good for 1.1s"},
+		{Name: "healthy", OK: well, Waivable: true, Detail: f.mood},
+	}}, nil
+}
+
+func (f *fakeCluster) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
+	if p, err := f.PlanDrill(ctx, r, by); err != nil || !p.OK {
+		return admin.Drill{}, &admin.Error{Code: "precheck_failed", Message: "the drill can't begin: healthy (" + f.mood + ")"}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d := admin.Drill{ID: fmt.Sprintf("drill-%d", len(f.drills)+1), Kind: r.Kind, Site: r.Site, By: "ann@desk", StartedAt: fakeStart, Deadline: fakeStart.Add(time.Minute)}
+	f.drills, f.asked = append(f.drills, d), 0
+	return d, nil
+}
+
+func (f *fakeCluster) Drills(context.Context) ([]admin.Drill, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]admin.Drill{}, f.drills...), nil
+}
+
+// Drill ends a drill when it is asked about for the second time: those of
+// beijing fail.
+func (f *fakeCluster) Drill(_ context.Context, id string) (admin.Drill, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := range f.drills {
+		d := &f.drills[i]
+		if d.ID != id {
+			continue
+		}
+		f.asked++
+		r := drill.Report{
+			Format: 1, ID: d.ID, Kind: drill.Kind(d.Kind), Site: d.Site, By: d.By, Runner: fakeNode, StartedAt: d.StartedAt, Requests: 120,
+			Rehearsed: "the loss of the primary", Timeline: []drill.Event{{At: fakeStart, What: "started"}},
+		}
+		if f.asked > 1 && d.Verdict == nil {
+			d.Verdict, d.EndedAt = ptr("pass"), ptr(fakeStart.Add(time.Minute))
+			if d.Site == "beijing" {
+				d.Verdict = ptr("fail")
+			}
+		}
+		if d.Verdict != nil {
+			r.Verdict, r.RTO.Achieved = drill.Verdict(*d.Verdict), ptr(3.25)
+			r.Timeline = append(r.Timeline, drill.Event{At: fakeStart, After: 61.5, What: "ended", Detail: *d.Verdict})
+			r.Criteria = []drill.Criterion{{Name: "client_errors", OK: *d.Verdict == "pass", Detail: "0 of 120 requests failed"}}
+		}
+		out := *d
+		var err error
+		out.Report, err = r.Encode()
+		return out, err
+	}
+	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+}
+
+func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := range f.drills {
+		if f.drills[i].ID == id {
+			if f.drills[i].Verdict != nil {
+				return fmt.Errorf("%w: %s", cluster.ErrDrillEnded, id)
+			}
+			f.drills[i].Verdict = ptr("aborted")
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
 }

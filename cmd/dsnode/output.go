@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
@@ -20,12 +21,17 @@ const (
 	outputYAML  = "yaml"
 )
 
-func checkOutput(output string) error {
-	switch output {
-	case outputTable, outputJSON, outputYAML:
+func checkOutput(output string, formats []string) error {
+	if slices.Contains(formats, output) {
 		return nil
 	}
-	return usage("write -o table, -o json or -o yaml", "there is no output %q", output)
+	return usage("write -o "+strings.NewReplacer(", ", ", -o ", " or ", " or -o ").Replace(orList(formats)), "there is no output %q", output)
+}
+
+// orList is a list in a sentence: a, b or c.
+func orList(words []string) string {
+	last := len(words) - 1
+	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
 // show writes value as JSON or YAML, or lets table write it for people.

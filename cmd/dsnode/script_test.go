@@ -81,13 +81,16 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 // setCluster gives the script's cluster a mood: cluster lost.
 func setCluster(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
-		ts.Fatalf("usage: cluster healthy|degraded|lost|outside")
+		ts.Fatalf("usage: cluster healthy|degraded|lost|outside|failedover")
 	}
 	f, ok := ts.Value("cluster").(*fakeCluster)
 	if !ok {
 		ts.Fatalf("the script has no cluster")
 	}
 	f.setMood(args[0])
+	if args[0] == "failedover" {
+		f.setLost()
+	}
 }
 
 // devRuns records a dev cluster as `dsnode dev` does, with the pid of this

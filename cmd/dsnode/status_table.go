@@ -83,6 +83,16 @@ func (t statusTable) facts() [][2]string {
 	if f := t.LastFailover; f != nil {
 		facts = append(facts, [2]string{"failover", fmt.Sprintf("%s, %s to %s, epoch %d, %s ago, took %s",
 			f.Kind, f.From, f.To, f.Epoch, age(t.now.Sub(f.At)), secondsText(f.RTOSeconds))})
+		if !f.Acknowledged {
+			facts = append(facts, [2]string{"", "not acknowledged: dsnode failover ack says that somebody has seen it"})
+		}
+	}
+	if h := t.Hold; h != nil {
+		facts = append(facts, [2]string{"hold", fmt.Sprintf("automatic promotions are paused by %s%s%s; dsnode failover resume ends it",
+			h.By, t.since(&h.At), inBrackets(h.Reason))})
+	}
+	if site := t.FailbackAvailable; site != nil {
+		facts = append(facts, [2]string{"failback", fmt.Sprintf("available: dsnode failover --to %s", *site)})
 	}
 	for _, a := range t.Alerts {
 		facts = append(facts, [2]string{"alert", fmt.Sprintf("%s %s %s%s", a.Name, a.State, a.Site, t.since(&a.Since))})
@@ -177,6 +187,13 @@ func (t statusTable) since(at *time.Time) string {
 		return ""
 	}
 	return fmt.Sprintf(" for %s (since %s)", age(t.now.Sub(*at)), at.UTC().Format(time.RFC3339))
+}
+
+func inBrackets(words string) string {
+	if words == "" {
+		return ""
+	}
+	return " (" + words + ")"
 }
 
 func secondsText(s *float64) string {

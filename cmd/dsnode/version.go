@@ -58,7 +58,7 @@ func newVersionCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "version", Short: "Show the version", Args: takes(),
 		RunE: func(*cobra.Command, []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := checkOutput(output, []string{outputTable, outputJSON, outputYAML}); err != nil {
 				return err
 			}
 			v := versionInfo{Version: env.version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}

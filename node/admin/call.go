@@ -16,15 +16,19 @@ import (
 	"unicode/utf8"
 )
 
-// read answers a question.
-func (s *Server) read(h handler) http.Handler {
+// read answers a question, with the parameters named.
+func (s *Server) read(h handler, parameters ...string) http.Handler {
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		query, err := readQuery(r, nil)
+		query, err := readQuery(r, parameters)
+		author := ""
+		if err == nil {
+			author, err = readAuthor(query.Get("author"))
+		}
 		if err != nil {
 			s.refuse(w, r, err)
 			return
 		}
-		if err := s.answer(w, r, h, call{path: r.PathValue, query: query}); err != nil {
+		if err := s.answer(w, r, h, call{path: r.PathValue, query: query, author: author}); err != nil {
 			s.refuse(w, r, err)
 		}
 	}))

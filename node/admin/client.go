@@ -16,6 +16,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -56,6 +57,7 @@ type Client struct {
 	author  string
 	timeout time.Duration
 	http    *http.Client
+	first   atomic.Int32 // index of the URL to begin with; see StartDrill
 }
 
 var _ Cluster = (*Client)(nil)
@@ -235,20 +237,28 @@ func expecting(q url.Values, version *uint64) url.Values {
 
 // ask tries the URLs in turn and decodes the first answer that counts.
 func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values, body []byte) (T, error) {
-	var value, none T
+	value, _, err := askFrom[T](ctx, c, method, path, query, body)
+	return value, err
+}
+
+// askFrom says too which of the URLs it was.
+func askFrom[T any](ctx context.Context, c *Client, method, path string, query url.Values, body []byte) (value T, at int, err error) {
+	var none T
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var failures []error
-	for i, base := range c.urls {
+	for i := range c.urls {
+		at := (i + int(c.first.Load())) % len(c.urls)
+		base := c.urls[at]
 		text, sent, err := c.attempt(ctx, base, len(c.urls)-i, method, path, query, body)
 		if err == nil {
 			if len(text) == 0 {
-				return value, nil
+				return value, at, nil
 			}
 			if err := json.Unmarshal(text, &value); err != nil {
-				return none, fmt.Errorf("%s: %w: %w", base, ErrNotAdmin, err)
+				return none, at, fmt.Errorf("%s: %w: %w", base, ErrNotAdmin, err)
 			}
-			return value, nil
+			return value, at, nil
 		}
 		var refused *Error
 		switch {
@@ -258,17 +268,17 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 			case "not_member", "wrong_node", "stopping":
 				failures = append(failures, err)
 			default:
-				return none, refused
+				return none, at, refused
 			}
 		case errors.Is(err, ErrNotAdmin):
-			return none, err
+			return none, at, err
 		case sent && method != http.MethodGet:
-			return none, fmt.Errorf("%s: %w: %w", base, ErrUnanswered, err)
+			return none, at, fmt.Errorf("%s: %w: %w", base, ErrUnanswered, err)
 		default:
 			failures = append(failures, err)
 		}
 	}
-	return none, unreachable(failures)
+	return none, 0, unreachable(failures)
 }
 
 // unreachable names each URL and what was wrong with it, in one line; but when

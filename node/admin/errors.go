@@ -18,6 +18,18 @@ var (
 	ErrWrongNode = errors.New("only the node itself can do this")
 	// ErrNodeAlive: a living node is not removed.
 	ErrNodeAlive = errors.New("the node is alive")
+	// ErrPrecheck: a switchover or a drill can't begin, and nothing was changed.
+	ErrPrecheck = errors.New("a precheck does not hold")
+	// ErrRolledBack: a switchover failed and nothing has changed.
+	ErrRolledBack = errors.New("the switchover was rolled back")
+	// ErrOvertaken: the primary changed otherwise meanwhile.
+	ErrOvertaken = errors.New("the switchover was overtaken")
+	// ErrUnknownOutcome: a switchover's end is not known yet.
+	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet")
+	// ErrNothingToAck: there was no failover, or it was acknowledged.
+	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
+	// ErrUnknownDrill: no drill has this id.
+	ErrUnknownDrill = errors.New("no such drill")
 	// ErrInvalidRequest: what was asked makes no sense, in the words around it.
 	ErrInvalidRequest = errors.New("invalid request")
 	// ErrInvalidConfig: the configuration has problems; errors.As finds them
@@ -78,6 +90,16 @@ var refusals = []refusal{
 	{cluster.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
 	{cluster.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
+	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
+	{ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
+	{ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
+	{ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
+	{ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
+	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
+	{cluster.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
+	{cluster.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows how"},
+	{cluster.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
+	{cluster.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
 	{ErrWrongNode, http.StatusMisdirectedRequest, "wrong_node", "ask the node's own admin port with --admin"},
 	{cluster.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
 	{ErrUnauthorized, http.StatusUnauthorized, "unauthorized", "give the token with --admin-token-file FILE or in DSNODE_ADMIN_TOKEN"},

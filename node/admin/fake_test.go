@@ -27,6 +27,8 @@ type fakeCluster struct {
 	nodes    []string
 	draining bool
 	fail     error
+	drills   []Drill
+	notes    []string // what was changed, in words
 	// hold, when not nil, keeps Status waiting until it is closed or the
 	// caller gives up.
 	hold chan struct{}
@@ -202,6 +204,88 @@ func (f *fakeCluster) drain(name string, on bool) error {
 	}
 	f.draining = on
 	return f.fail
+}
+
+func (f *fakeCluster) note(format string, args ...any) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fail == nil {
+		f.notes = append(f.notes, fmt.Sprintf(format, args...))
+	}
+	return f.fail
+}
+
+func (f *fakeCluster) noted() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.notes)
+}
+
+func (f *fakeCluster) PlanFailover(_ context.Context, r FailoverRequest, by string) (FailoverPlan, error) {
+	err := f.note("plan %s loss=%t waive=%v by %s", r.To, r.AcceptLoss, r.Waive, by)
+	return FailoverPlan{To: r.To, OK: true, Checks: []Check{{Name: "quorum", OK: true}}}, err
+}
+
+func (f *fakeCluster) Failover(_ context.Context, r FailoverRequest, by string) (FailoverResult, error) {
+	if err := f.note("move to %s loss=%t waive=%v by %s", r.To, r.AcceptLoss, r.Waive, by); err != nil {
+		return FailoverResult{}, err
+	}
+	return FailoverResult{ID: "sw-1", From: "shanghai-a", To: r.To, Epoch: 2, IdleSeconds: 0.1}, nil
+}
+
+func (f *fakeCluster) AckFailover(_ context.Context, by string) error { return f.note("ack by %s", by) }
+
+func (f *fakeCluster) HoldFailover(_ context.Context, reason, by string) error {
+	return f.note("hold %q by %s", reason, by)
+}
+
+func (f *fakeCluster) ResumeFailover(_ context.Context, by string) error {
+	return f.note("resume by %s", by)
+}
+
+func (f *fakeCluster) ReleaseQuarantine(context.Context) error { return f.note("release") }
+
+func (f *fakeCluster) PlanDrill(_ context.Context, r DrillRequest, by string) (DrillPlan, error) {
+	err := f.note("plan drill %+v by %s", r, by)
+	return DrillPlan{Kind: r.Kind, Site: r.Site, OK: true}, err
+}
+
+func (f *fakeCluster) StartDrill(_ context.Context, r DrillRequest, by string) (Drill, error) {
+	if r.Site == f.status.Observer.Site {
+		return Drill{}, fmt.Errorf("%w: this is %s", ErrWrongNode, r.Site)
+	}
+	if err := f.note("drill %+v by %s", r, by); err != nil {
+		return Drill{}, err
+	}
+	d := Drill{ID: "drill-1", Kind: r.Kind, Site: r.Site, By: by}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.drills = append(f.drills, d)
+	return d, nil
+}
+
+func (f *fakeCluster) Drills(context.Context) ([]Drill, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.drills), f.fail
+}
+
+func (f *fakeCluster) Drill(_ context.Context, id string) (Drill, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, d := range f.drills {
+		if d.ID == id {
+			return d, nil
+		}
+	}
+	return Drill{}, fmt.Errorf("%w: %s", ErrUnknownDrill, id)
+}
+
+func (f *fakeCluster) AbortDrill(ctx context.Context, id, by string) error {
+	if _, err := f.Drill(ctx, id); err != nil {
+		return err
+	}
+	return f.note("abort %s by %s", id, by)
 }
 
 func ptr[T any](v T) *T { return &v }

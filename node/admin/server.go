@@ -50,6 +50,9 @@ type Cluster interface {
 	// is ErrWrongNode.
 	DrainNode(ctx context.Context, name string) error
 	ResumeNode(ctx context.Context, name string) error
+
+	Failovers
+	Drills
 }
 
 // Options are what New needs. Cluster, Gatherer and Health are required.
@@ -127,6 +130,17 @@ func (s *Server) routes(o Options) []route {
 		{"DELETE /admin/v1/nodes/{name}", s.change(s.deleteNode)},
 		{"POST /admin/v1/nodes/{name}/drain", s.change(s.postDrain)},
 		{"POST /admin/v1/nodes/{name}/resume", s.change(s.postResume)},
+		{"GET /admin/v1/failover/plan", s.read(s.getFailoverPlan, "to", "accept_loss", "waive", "author")},
+		{"POST /admin/v1/failover", s.change(s.postFailover)},
+		{"POST /admin/v1/failover/ack", s.change(s.postFailoverAck)},
+		{"POST /admin/v1/failover/hold", s.change(s.postFailoverHold, "reason")},
+		{"POST /admin/v1/failover/resume", s.change(s.postFailoverResume)},
+		{"GET /admin/v1/drills", s.read(s.getDrills)},
+		{"GET /admin/v1/drills/plan", s.read(s.getDrillPlan, "kind", "site", "for_seconds", "return", "waive", "probe_model", "author")},
+		{"POST /admin/v1/drills", s.change(s.postDrill)},
+		{"GET /admin/v1/drills/{id}", s.read(s.getDrill)},
+		{"POST /admin/v1/drills/{id}/abort", s.change(s.postDrillAbort)},
+		{"POST /admin/v1/recover/release", s.change(s.postRelease)},
 
 		{"GET /metrics", s.authorized(metrics)},
 		{"GET /debug/pprof/", s.authorized(http.HandlerFunc(pprof.Index))},

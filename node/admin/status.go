@@ -22,6 +22,11 @@ type Status struct {
 	Jobs         *Jobs        `json:"jobs"`
 	Alerts       []Alert      `json:"alerts"` // nil: nobody watches for any
 	LastFailover *Failover    `json:"last_failover"`
+	// FailbackAvailable names the steady site of a better priority that a planned
+	// switchover could return to; nil: none.
+	FailbackAvailable *string `json:"failback_available"`
+	// Hold is a pause of automatic promotions, nil: they are on.
+	Hold *Hold `json:"hold"`
 }
 
 // Observer is the node that answered.
@@ -154,4 +159,11 @@ type Failover struct {
 	RPOSeconds    *float64  `json:"rpo_seconds"`
 	RecordsAtRisk *int64    `json:"records_at_risk"`
 	Acknowledged  bool      `json:"acknowledged"`
+}
+
+// Hold is who paused automatic promotions, when and why.
+type Hold struct {
+	Reason string    `json:"reason"`
+	By     string    `json:"by"`
+	At     time.Time `json:"at"`
 }

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+func newFailoverCommand(env *environment) *cobra.Command {
+	var r admin.FailoverRequest
+	var plan, yes bool
+	cmd := &cobra.Command{
+		Use:   "failover --to SITE",
+		Short: "Move the primary to another site by plan",
+		Long: "Move the primary to another site by plan: without loss, or not at all. The old primary lets go,\n" +
+			"the new one takes over, and the raft leadership follows. Whatever fails before that changes nothing.",
+		Example: "  dsnode failover --to shanghai-b\n  dsnode failover --to shanghai-b --plan",
+		Args:    takes(),
+	}
+	f := cmd.Flags()
+	f.StringVar(&r.To, "to", "", "`SITE` that is to be the primary (required)")
+	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although records may be lost; --plan names them first")
+	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK`s that need not hold")
+	f.BoolVar(&plan, "plan", false, "only say which checks hold; exit code 1 when it can't begin")
+	f.BoolVarP(&yes, "yes", "y", false, "don't ask")
+	onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		if r.To == "" {
+			return usage("see dsnode failover --help", "failover needs --to SITE")
+		}
+		if plan {
+			return planFailover(ctx, s, r)
+		}
+		if err := confirm(env, yes, fmt.Sprintf("Move the primary to %s now?", r.To)); err != nil {
+			return err
+		}
+		res, err := s.Failover(ctx, r, "")
+		if err != nil {
+			return err
+		}
+		return show(env.stdout, s.output, res, func(w io.Writer) error { return failoverText(w, env.palette(), res) })
+	})
+	patient(cmd, time.Minute)
+	cmd.AddCommand(newFailoverAckCommand(env), newFailoverHoldCommand(env), newFailoverResumeCommand(env))
+	return cmd
+}
+
+func planFailover(ctx context.Context, s *session, r admin.FailoverRequest) error {
+	p, err := s.PlanFailover(ctx, r, "")
+	if err != nil {
+		return err
+	}
+	err = show(s.env.stdout, s.output, p, func(w io.Writer) error {
+		if err := emit(w, "The primary would move from %s to %s.\n\n", text(p.From), printable(p.To)); err != nil {
+			return err
+		}
+		return checksGrid(p.Checks, r.Waive).write(w, s.env.palette())
+	})
+	if err == nil && !p.OK {
+		return quietly(exitFailed)
+	}
+	return err
+}
+
+func checksGrid(checks []admin.Check, waive []string) *grid {
+	g := &grid{heads: []string{"CHECK", "", "DETAIL"}}
+	waived := map[string]bool{}
+	for _, name := range waive {
+		waived[name] = true
+	}
+	for _, c := range checks {
+		state := cell{"ok", green}
+		switch {
+		case c.OK:
+		case c.Waivable && waived[c.Name]:
+			state = cell{"waived", yellow}
+		case c.Waivable:
+			state = cell{"no, waivable", red}
+		default:
+			state = cell{"no", red}
+		}
+		g.add(plain(c.Name), state, plain(c.Detail))
+	}
+	return g
+}
+
+func failoverText(w io.Writer, p palette, r admin.FailoverResult) error {
+	if err := emit(w, "The primary moved from %s to %s: epoch %d, the role was idle for %s.\n\n",
+		printable(r.From), printable(r.To), r.Epoch, milliseconds(r.IdleSeconds)); err != nil {
+		return err
+	}
+	g := &grid{heads: []string{"STEP", "TOOK", ""}}
+	for _, step := range r.Steps {
+		g.add(plain(step.Name), plain(milliseconds(step.TookSeconds)), cell{step.Error, red})
+	}
+	if err := g.write(w, p); err != nil || r.LeaderMoved {
+		return err
+	}
+	return emit(w, "\nThe raft leadership has not followed yet; the cluster goes on trying.\n")
+}
+
+func milliseconds(s float64) string {
+	return time.Duration(s * float64(time.Second)).Round(time.Millisecond).String()
+}
+
+func newFailoverAckCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "ack",
+		Short: "Say that somebody has seen the last automatic failover",
+		Long:  "Say that somebody has seen the last automatic failover. It ends the pause before the next one too.",
+		Args:  takes(),
+	}
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		if err := s.AckFailover(ctx, ""); err != nil {
+			return err
+		}
+		say(env.stderr, "done", "the failover is acknowledged")
+		return nil
+	})
+}
+
+func newFailoverHoldCommand(env *environment) *cobra.Command {
+	var reason string
+	cmd := &cobra.Command{
+		Use:   "hold",
+		Short: "Pause automatic promotions, for maintenance",
+		Long:  "Pause automatic promotions, for maintenance. While paused a lost primary is not replaced by itself.",
+		Args:  takes(),
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "why, in words that the status shows")
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		if err := s.HoldFailover(ctx, reason, ""); err != nil {
+			return err
+		}
+		say(env.stderr, "done", "automatic promotions are paused; dsnode failover resume ends it")
+		return nil
+	})
+}
+
+func newFailoverResumeCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{Use: "resume", Short: "End the pause of automatic promotions", Args: takes()}
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		if err := s.ResumeFailover(ctx, ""); err != nil {
+			return err
+		}
+		say(env.stderr, "done", "automatic promotions are on")
+		return nil
+	})
+}
+
+// confirm asks a person who is there. A script has decided already.
+func confirm(env *environment, yes bool, question string) error {
+	in, ok := env.stdin.(*os.File)
+	if yes || !ok || !term.IsTerminal(int(in.Fd())) { //nolint:gosec // a file descriptor fits
+		return nil
+	}
+	if _, err := fmt.Fprintf(env.stderr, "%s [y/N] ", question); err != nil {
+		return fmt.Errorf("ask: %w", err)
+	}
+	line, err := bufio.NewReader(in).ReadString('\n')
+	if answer := strings.ToLower(strings.TrimSpace(line)); err == nil && (answer == "y" || answer == "yes") {
+		return nil
+	}
+	return failure("--yes goes on without asking", "nothing was done")
+}

@@ -1,0 +1,81 @@
+package drill
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// HTTPAsker asks over HTTP, without a key. Close it.
+type HTTPAsker struct {
+	client *http.Client
+	scheme string
+	model  string
+}
+
+// NewHTTPAsker makes one. model is for AskCompletion; secure says that the
+// ports for clients speak TLS.
+func NewHTTPAsker(model string, secure bool) *HTTPAsker {
+	a := &HTTPAsker{model: model, scheme: "http", client: &http.Client{
+		Transport: &http.Transport{
+			DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
+			MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true,
+			// The nodes are asked by address, whatever names their certificates
+			// for clients have; nothing secret is sent and no answer is used.
+			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}, //nolint:gosec // see above
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+	if secure {
+		a.scheme = "https"
+	}
+	return a
+}
+
+// Close gives idle connections back.
+func (a *HTTPAsker) Close() { a.client.CloseIdleConnections() }
+
+// Ask implements Asker.
+func (a *HTTPAsker) Ask(ctx context.Context, t Target, q Question) (Answer, error) {
+	method, path, _ := strings.Cut(string(q), " ")
+	var body io.Reader
+	if q == AskCompletion {
+		text, err := json.Marshal(map[string]any{
+			"model": a.model, "max_tokens": 1, "messages": []map[string]string{{"role": "user", "content": "Say yes."}},
+		})
+		if err != nil {
+			return Answer{}, fmt.Errorf("encode a completion: %w", err)
+		}
+		body = strings.NewReader(string(text))
+	}
+	req, err := http.NewRequestWithContext(ctx, method, a.scheme+"://"+t.API+path, body)
+	if err != nil {
+		return Answer{}, fmt.Errorf("make a request: %w", err)
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := a.client.Do(req)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	switch {
+	case err != nil:
+		return Answer{}, fmt.Errorf("read the answer: %w", err)
+	case q == AskPrimary && resp.StatusCode == http.StatusServiceUnavailable:
+		return Answer{}, nil
+	case resp.StatusCode == http.StatusOK:
+		return Answer{Primary: q == AskPrimary}, nil
+	case q == AskModels && (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden):
+		return Answer{Refused: true}, nil
+	}
+	return Answer{}, fmt.Errorf("answered %s: %s", resp.Status, brief(strings.TrimSpace(string(text))))
+}

@@ -1,0 +1,202 @@
+// Package drill rehearses failovers: it says beforehand whether one may begin
+// (Plan), carries it out from a node that is not its victim (Runner), measures
+// from outside what clients see (probe.go), and writes down the evidence with a
+// verdict (report.go, render.go). Start at Runner.Start.
+//
+// It cuts nothing off itself: an isolation is a record in the agreed state that
+// the nodes of the site obey, and end by a timer of their own.
+package drill
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/failover"
+)
+
+// Kind is what is rehearsed.
+type Kind string
+
+// The kinds of this version.
+const (
+	Switchover Kind = "switchover" // move the primary to the site, without loss
+	Isolation  Kind = "isolation"  // cut the site off; a real failover when it is the primary
+)
+
+// Kinds are all of them, for words.
+func Kinds() []string { return []string{string(Switchover), string(Isolation)} }
+
+// How long an isolation may last, and does when nobody says.
+const (
+	DefaultFor = time.Minute
+	MinFor     = 10 * time.Second // an election and a promotion fit
+	MaxFor     = 10 * time.Minute
+)
+
+// Lead is between the agreement on an isolation and the cut: the site may hold
+// the raft leader, who would otherwise cut itself off before the others, and
+// who asked, could hear what was agreed.
+const Lead = 500 * time.Millisecond
+
+// What a drill can die of before it begins.
+var (
+	// ErrRefused: a precheck does not hold, and nothing was begun.
+	ErrRefused = errors.New("the drill can't begin")
+	// ErrWrongPlace: a node of the site that is to be cut off was asked.
+	ErrWrongPlace = errors.New("a node of another site must run this drill")
+	// ErrInvalid: what was asked makes no sense.
+	ErrInvalid = errors.New("no such drill")
+	// ErrUnknown: no record has this id.
+	ErrUnknown = errors.New("no drill has this id")
+)
+
+// Request asks for a drill.
+type Request struct {
+	Kind Kind
+	Site string
+	// For is how long an isolation lasts; zero is DefaultFor.
+	For time.Duration
+	// Return asks for a switchover back to where the primary was.
+	Return bool
+	// Waive names checks that need not hold.
+	Waive []string
+	// ProbeModel adds chat completions of one token to what is asked as a
+	// client; they may cost money. Empty: none.
+	ProbeModel string
+	By         string
+}
+
+// Normal fills in what was left open and refuses what makes no sense, with
+// ErrInvalid.
+func (r Request) Normal() (Request, error) {
+	if !slices.Contains(Kinds(), string(r.Kind)) {
+		return r, fmt.Errorf("%w: kind %q: this version rehearses %s", ErrInvalid, r.Kind, strings.Join(Kinds(), " and "))
+	}
+	if r.Site == "" {
+		return r, fmt.Errorf("%w: say which site", ErrInvalid)
+	}
+	if r.Kind != Isolation {
+		if r.For != 0 {
+			return r, fmt.Errorf("%w: only an isolation lasts for a time", ErrInvalid)
+		}
+		return r, nil
+	}
+	if r.For == 0 {
+		r.For = DefaultFor
+	}
+	if r.For < MinFor || r.For > MaxFor {
+		return r, fmt.Errorf("%w: an isolation lasts %s to %s, not %s", ErrInvalid, MinFor, MaxFor, r.For)
+	}
+	return r, nil
+}
+
+// SiteView is what a plan looks at of one site.
+type SiteView struct {
+	Name  string
+	Nodes int
+	// Ready nodes are heard, hold a lease and are in service.
+	Ready            int
+	UpstreamsHealthy int
+	Voters           int
+}
+
+// View is all that Plan looks at, as the node that would run the drill sees it.
+type View struct {
+	Site    string // of that node
+	Sites   []SiteView
+	Primary string
+	Lease   time.Duration // left of that node's
+
+	Quarantined, Held bool
+	// Unwell says in words what is not healthy; empty when all is well.
+	Unwell []string
+	// Running is the drill that runs now, empty when none does.
+	Running        string
+	SwitchoverOpen bool
+	// Unacknowledged: a person has not yet seen the last automatic failover.
+	Unacknowledged bool
+	// Handoff are the coordinator's own checks of a switchover there.
+	Handoff []failover.Check
+}
+
+// Plan gives the prechecks of a drill and whether they hold. It is pure. The
+// request is a normal one.
+func Plan(v View, r Request) []failover.Check {
+	var checks []failover.Check
+	add := func(name string, ok, waivable bool, format string, args ...any) {
+		checks = append(checks, failover.Check{Name: name, OK: ok, Waivable: waivable, Detail: fmt.Sprintf(format, args...)})
+	}
+	at := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == r.Site })
+	add("site_known", at >= 0, false, "site %s", r.Site)
+	if at < 0 {
+		return checks
+	}
+	add("quorum", v.Lease > 0, false, "this node's lease is good for %s", max(0, v.Lease).Round(time.Millisecond))
+	add("not_quarantined", !v.Quarantined, false, "%s", either(v.Quarantined, "quarantined after a cold restart", "not quarantined"))
+	add("no_drill", v.Running == "", false, "%s", either(v.Running != "", "drill "+v.Running+" is running", "no drill is running"))
+	add("no_switchover", !v.SwitchoverOpen, false, "%s", either(v.SwitchoverOpen, "a switchover is under way", "none is under way"))
+	add("healthy", len(v.Unwell) == 0, true, "%s", either(len(v.Unwell) > 0, strings.Join(v.Unwell, "; "), "the cluster is healthy"))
+	add("acknowledged", !v.Unacknowledged, true, "%s", either(v.Unacknowledged,
+		"the last automatic failover waits for dsnode failover ack", "no automatic failover waits to be acknowledged"))
+	if r.Kind == Isolation {
+		planIsolation(v, r, add)
+	}
+	for _, c := range v.Handoff {
+		if !slices.ContainsFunc(checks, func(o failover.Check) bool { return o.Name == c.Name }) {
+			checks = append(checks, c)
+		}
+	}
+	return checks
+}
+
+func planIsolation(v View, r Request, add func(name string, ok, waivable bool, format string, args ...any)) {
+	add("runs_elsewhere", v.Site != r.Site, false, "this node is at %s; who is cut off can't watch", v.Site)
+	voters, apart := 0, 0
+	var others []string
+	for _, s := range v.Sites {
+		voters += s.Voters
+		switch {
+		case s.Name == r.Site:
+			apart = s.Voters
+		case s.Ready > 0 && s.UpstreamsHealthy > 0:
+			others = append(others, s.Name)
+		}
+	}
+	add("others_have_quorum", 2*(voters-apart) > voters, false, "%d of %d voters are outside %s", voters-apart, voters, r.Site)
+	add("others_can_serve", len(others) > 0, false, "ready with a healthy upstream: %s", either(len(others) > 0, strings.Join(others, ", "), "none"))
+	if v.Primary != r.Site {
+		return
+	}
+	// With a single other site nobody confirms what it doesn't hear.
+	add("loss_confirmed", len(v.Sites) >= 3, true, "%d sites: %s", len(v.Sites),
+		either(len(v.Sites) >= 3, "a third confirms the loss", "nobody can confirm the loss, so it takes 30 s without a lease"))
+	add("not_held", !v.Held, false, "%s", either(v.Held, "automatic promotions are paused: dsnode failover resume", "automatic promotions are on"))
+}
+
+// Rehearses says in words what a drill will do.
+func Rehearses(v View, r Request) string {
+	switch {
+	case r.Kind == Switchover:
+		return fmt.Sprintf("a planned switchover of the primary from %s to %s", v.Primary, r.Site)
+	case r.Site == v.Primary:
+		return fmt.Sprintf("the loss of the primary: %s is cut off from the other sites for %s, and another site takes over", r.Site, r.For)
+	}
+	return fmt.Sprintf("the loss of a site that is not the primary: %s is cut off from the other sites for %s, and %s stays the primary", r.Site, r.For, v.Primary)
+}
+
+// blocking gives the checks that don't hold and are not waived.
+func blocking(checks []failover.Check, waive []string) []failover.Check {
+	return slices.DeleteFunc(slices.Clone(checks), func(c failover.Check) bool {
+		return c.OK || c.Waivable && slices.Contains(waive, c.Name)
+	})
+}
+
+func either(first bool, a, b string) string {
+	if first {
+		return a
+	}
+	return b
+}

@@ -1,0 +1,216 @@
+package drill
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/failover"
+)
+
+// Verdict is how a drill ended.
+type Verdict string
+
+// The verdicts.
+const (
+	Pass    Verdict = "pass"
+	Fail    Verdict = "fail"
+	Aborted Verdict = "aborted" // by an operator, or because its runner died
+	Skipped Verdict = "skipped" // it could not begin after all
+)
+
+// reportFormat is the version of Report.
+const reportFormat = 1
+
+// Bounds of a report: fifty of them are kept in the agreed state.
+const (
+	maxEvents     = 100
+	maxWords      = 400 // bytes of one detail
+	maxSamples    = 5   // errors that are shown of each site
+	maxReportSize = 64 << 10
+)
+
+// Report is the evidence of one drill. What nobody measured is nil, and null in
+// JSON.
+type Report struct {
+	Format    int        `json:"format"`
+	ID        string     `json:"id"`
+	Kind      Kind       `json:"kind"`
+	Site      string     `json:"site"`
+	By        string     `json:"by"`     // who asked
+	Runner    string     `json:"runner"` // the node that ran it
+	Rehearsed string     `json:"rehearsed"`
+	StartedAt time.Time  `json:"started_at"`
+	EndedAt   *time.Time `json:"ended_at"`
+
+	Primary Change     `json:"primary"`
+	Checks  []Precheck `json:"checks"`
+	// Timeline is what happened, in order, at most 100 events.
+	Timeline []Event `json:"timeline"`
+
+	RTO Figure `json:"rto_seconds"`
+	RPO Figure `json:"rpo_seconds"`
+	// IdleSeconds of a switchover: no site was the primary for so long.
+	IdleSeconds *float64 `json:"idle_seconds"`
+	// InPlaceSeconds is from the end of the cut until the site was healthy again.
+	InPlaceSeconds *float64 `json:"in_place_seconds"`
+	RecordsAtRisk  *int64   `json:"records_at_risk"`
+	JobsLost       *int64   `json:"jobs_lost"`
+
+	Clients  []Clients `json:"clients"`
+	Requests int       `json:"requests"`
+	Errors   int       `json:"errors"` // at the sites that are judged
+
+	Criteria []Criterion `json:"criteria"`
+	Verdict  Verdict     `json:"verdict"` // empty while it runs
+	Why      string      `json:"why"`     // of a verdict that is not pass
+}
+
+// Change is what became of the primary.
+type Change struct {
+	From      string `json:"from"`
+	FromEpoch uint64 `json:"from_epoch"`
+	To        string `json:"to"`
+	ToEpoch   uint64 `json:"to_epoch"`
+}
+
+// Precheck is a check as it was before the drill.
+type Precheck struct {
+	failover.Check
+	// WaivedBy names who went on although it did not hold.
+	WaivedBy string `json:"waived_by,omitempty"`
+}
+
+// Event is one line of the timeline.
+type Event struct {
+	At     time.Time `json:"at"`
+	After  float64   `json:"after_seconds"` // since the start
+	What   string    `json:"what"`
+	Detail string    `json:"detail,omitempty"`
+}
+
+// Figure is what was reached against what was promised.
+type Figure struct {
+	Achieved *float64 `json:"achieved"`
+	Target   *float64 `json:"target"`
+}
+
+// Clients is what probing clients saw at one site.
+type Clients struct {
+	Site string `json:"site"`
+	// Judged: its errors count. Those of a site that is cut off on purpose don't.
+	Judged   bool `json:"judged"`
+	Requests int  `json:"requests"`
+	Errors   int  `json:"errors"`
+	// Refused were answered 401 or 403, the probe having no key: served, as far
+	// as a client without a key can tell.
+	Refused int           `json:"refused"`
+	Slowest float64       `json:"slowest_seconds"`
+	Samples []ClientError `json:"samples"`
+}
+
+// ClientError is one error that a client saw.
+type ClientError struct {
+	At    time.Time `json:"at"`
+	Node  string    `json:"node"`
+	Asked string    `json:"asked"`
+	Error string    `json:"error"`
+}
+
+// Criterion is one thing that a pass needs.
+type Criterion struct {
+	Name   string `json:"name"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+}
+
+// Outcome is what a drill is judged by.
+type Outcome struct {
+	Kind Kind
+	Site string
+	// Aborted and Failed are empty, or why it did not get to its end.
+	Aborted, Failed string
+	Primary         Change
+	// Moves is how many changes of the primary there should have been.
+	Moves     uint64
+	RTO       *float64 // nil: no new primary answered
+	RTOTarget float64
+	Requests  int
+	Errors    int
+	// InPlace: the site was heard, caught up and healthy in time after the cut.
+	InPlace  bool
+	Returned *bool // nil: no return was asked for
+}
+
+// Judge gives the verdict and what it stands on. It is pure.
+func Judge(o Outcome) (Verdict, []Criterion) {
+	var all []Criterion
+	add := func(name string, ok bool, format string, args ...any) {
+		all = append(all, Criterion{Name: name, OK: ok, Detail: fmt.Sprintf(format, args...)})
+	}
+	if o.Aborted != "" {
+		add("completed", false, "%s", o.Aborted)
+		return Aborted, all
+	}
+	add("completed", o.Failed == "", "%s", either(o.Failed != "", o.Failed, "every step ended in time"))
+	moves := o.Primary.ToEpoch - o.Primary.FromEpoch
+	add("epoch", moves == o.Moves, "the epoch rose by %d, from %d to %d, and should by %d", moves, o.Primary.FromEpoch, o.Primary.ToEpoch, o.Moves)
+	if o.Moves > 0 {
+		switch {
+		case o.RTO == nil:
+			add("rto", false, "no new primary answered")
+		default:
+			add("rto", *o.RTO <= o.RTOTarget, "%.2f s, the target is %.0f s", *o.RTO, o.RTOTarget)
+		}
+	}
+	add("client_errors", o.Errors == 0 && o.Requests > 0, "%d of %d requests failed", o.Errors, o.Requests)
+	if o.Kind == Isolation {
+		add("in_its_place", o.InPlace, "%s %s", o.Site, either(o.InPlace, "is healthy again and not the primary by itself", "did not become healthy again in time"))
+	}
+	if o.Returned != nil {
+		add("returned", *o.Returned, "the primary %s", either(*o.Returned, "is back where it was", "did not go back"))
+	}
+	if slices.ContainsFunc(all, func(c Criterion) bool { return !c.OK }) {
+		return Fail, all
+	}
+	return Pass, all
+}
+
+// Encode is the report as it is agreed on, within its bound.
+func (r Report) Encode() ([]byte, error) {
+	b, err := json.Marshal(r)
+	if err == nil && len(b) > maxReportSize {
+		// Only an absurd number of sites or checks gets here: what happened is
+		// worth more than what clients saw of it.
+		for i := range r.Clients {
+			r.Clients[i].Samples = nil
+		}
+		r.Timeline = r.Timeline[max(0, len(r.Timeline)-20):]
+		b, err = json.Marshal(r)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("encode the drill's report: %w", err)
+	}
+	return b, nil
+}
+
+// DecodeReport reads a report of a record.
+func DecodeReport(b []byte) (Report, error) {
+	var r Report
+	if err := json.Unmarshal(b, &r); err != nil {
+		return Report{}, fmt.Errorf("decode the drill's report: %w", err)
+	}
+	if r.Format != reportFormat {
+		return Report{}, fmt.Errorf("the drill's report has format %d, this version reads %d", r.Format, reportFormat)
+	}
+	return r, nil
+}
+
+// brief cuts what a peer or an error says to what fits.
+func brief(s string) string {
+	if len(s) > maxWords {
+		return s[:maxWords] + "…"
+	}
+	return s
+}

@@ -1,0 +1,281 @@
+package drill
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+)
+
+// Agreement is what drills need of the cluster; *cluster.Cluster is one.
+type Agreement interface {
+	State() *cluster.State
+	Changed() <-chan struct{}
+	Lease() (left time.Duration, epoch uint64)
+	Peers() map[string]cluster.PeerView
+	Raft() cluster.RaftView
+	Timing() cluster.Timing
+	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
+}
+
+// Switcher carries out planned switchovers; *failover.Coordinator is one.
+type Switcher interface {
+	Precheck(r failover.SwitchoverRequest) []failover.Check
+	Switchover(ctx context.Context, r failover.SwitchoverRequest) (failover.SwitchoverResult, error)
+}
+
+// Options is what a Runner is made of. All of it is needed.
+type Options struct {
+	Node, Site  string
+	Agreement   Agreement
+	Switcher    Switcher
+	Quarantined func() bool
+	// Health is what this node says of itself; Unwell says in words what is not
+	// healthy in the cluster.
+	Health func() cluster.Health
+	Unwell func() []string
+	// API is where this node itself is asked.
+	API string
+	// NewAsker makes what asks as a client would, for one drill.
+	NewAsker func(model string) (a Asker, done func())
+	Boottime func() time.Duration
+	Now      func() time.Time
+	Logger   *slog.Logger
+}
+
+// Runner runs drills, one at a time. Start begins one, Run carries it out.
+type Runner struct {
+	o      Options
+	log    *slog.Logger
+	begin  chan *trial
+	mu     sync.Mutex // guards current, starting
+	busy   bool
+	active *trial
+}
+
+// NewRunner makes a Runner; Run starts it.
+func NewRunner(o Options) *Runner {
+	return &Runner{o: o, log: o.Logger, begin: make(chan *trial, 1)}
+}
+
+// Run carries out what Start begins, until ctx ends.
+func (r *Runner) Run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case t := <-r.begin:
+			t.run(ctx)
+			r.mu.Lock()
+			r.busy, r.active = false, nil
+			r.mu.Unlock()
+		}
+	}
+}
+
+// Plan gives the prechecks of a drill and says in words what it would do. It
+// changes nothing.
+func (r *Runner) Plan(q Request) (checks []failover.Check, rehearses string, err error) {
+	if q, err = q.Normal(); err != nil {
+		return nil, "", err
+	}
+	v := r.view(q)
+	return Plan(v, q), Rehearses(v, q), nil
+}
+
+// Start checks, agrees on the record, and returns it once the drill has begun.
+// Running it is Run's.
+func (r *Runner) Start(ctx context.Context, q Request) (cluster.DrillRecord, error) {
+	q, err := q.Normal()
+	if err != nil {
+		return cluster.DrillRecord{}, err
+	}
+	v := r.view(q)
+	if q.Kind == Isolation && q.Site == r.o.Site {
+		return cluster.DrillRecord{}, fmt.Errorf("%w: %s is of %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
+	}
+	r.mu.Lock()
+	if r.busy {
+		r.mu.Unlock()
+		return cluster.DrillRecord{}, fmt.Errorf("%w: this node still finishes one", cluster.ErrDrillRunning)
+	}
+	r.busy = true
+	r.mu.Unlock()
+	t, err := r.prepare(ctx, v, q)
+	if err != nil {
+		r.mu.Lock()
+		r.busy = false
+		r.mu.Unlock()
+		return cluster.DrillRecord{}, err
+	}
+	r.mu.Lock()
+	r.active = t
+	r.mu.Unlock()
+	r.begin <- t
+	return t.record, nil
+}
+
+// prepare makes the trial and has its record agreed on.
+func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error) {
+	t := newTrial(r, v, q)
+	if q.ProbeModel != "" {
+		t.tryModel(ctx)
+	}
+	if bad := blocking(t.checks, q.Waive); len(bad) > 0 {
+		words := make([]string, len(bad))
+		for i, c := range bad {
+			words[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
+		}
+		t.close()
+		return nil, fmt.Errorf("%w: %s", ErrRefused, strings.Join(words, "; "))
+	}
+	if err := t.agree(ctx); err != nil {
+		t.close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// Abort ends a drill wherever it runs. An isolated site does not hear of it and
+// heals by its timer.
+func (r *Runner) Abort(ctx context.Context, id, by string) error {
+	s := r.o.Agreement.State()
+	i := slices.IndexFunc(s.Drills, func(d cluster.DrillRecord) bool { return d.ID == id })
+	if i < 0 {
+		return fmt.Errorf("%w: %s", ErrUnknown, id)
+	}
+	d := s.Drills[i]
+	if d.Verdict != "" {
+		return fmt.Errorf("%w: %s", cluster.ErrDrillEnded, id)
+	}
+	d.Verdict, d.EndedAt = string(Aborted), r.o.Now().UTC()
+	report, err := Report{
+		Format: reportFormat, ID: d.ID, Kind: Kind(d.Kind), Site: d.Site, By: d.By, StartedAt: d.StartedAt, EndedAt: &d.EndedAt,
+		Verdict: Aborted, Why: "aborted by " + by,
+	}.Encode()
+	if err != nil {
+		return err
+	}
+	d.Report = report
+	_, err = r.o.Agreement.Propose(ctx, cluster.CmdDrillPut, d)
+	return err
+}
+
+// Live is the report so far of a drill that runs here.
+func (r *Runner) Live(id string) (Report, bool) {
+	r.mu.Lock()
+	t := r.active
+	r.mu.Unlock()
+	if t == nil || t.record.ID != id {
+		return Report{}, false
+	}
+	return t.soFar(), true
+}
+
+// view gathers what Plan looks at.
+func (r *Runner) view(q Request) View {
+	s := r.o.Agreement.State()
+	left, _ := r.o.Agreement.Lease()
+	now := r.o.Now()
+	v := View{
+		Site: r.o.Site, Primary: s.Primary.Site, Lease: left, Quarantined: r.o.Quarantined(), Held: s.Hold != nil,
+		Unwell:         r.o.Unwell(),
+		SwitchoverOpen: s.Switchover != nil && now.Before(s.Switchover.Deadline),
+		Unacknowledged: s.LastFailover != nil && !s.LastFailover.Acknowledged,
+	}
+	for _, d := range s.Drills {
+		if d.Running(now) {
+			v.Running = d.ID
+		}
+	}
+	if q.Kind == Switchover {
+		v.Handoff = r.o.Switcher.Precheck(failover.SwitchoverRequest{To: q.Site, By: q.By, Kind: cluster.FailoverDrill, Waive: q.Waive})
+	}
+	if s.Parsed == nil {
+		return v
+	}
+	voter := map[string]bool{}
+	for _, server := range r.o.Agreement.Raft().Servers {
+		voter[server.Name] = server.Voter
+	}
+	peers := r.o.Agreement.Peers()
+	for name := range s.Parsed.Sites {
+		site := SiteView{Name: name}
+		for _, n := range s.Nodes {
+			if n.Site != name {
+				continue
+			}
+			site.Nodes++
+			if voter[n.Name] {
+				site.Voters++
+			}
+			ready, upstreams := r.able(n.Name, peers[n.Name])
+			if ready {
+				site.Ready++
+			}
+			site.UpstreamsHealthy = max(site.UpstreamsHealthy, upstreams)
+		}
+		v.Sites = append(v.Sites, site)
+	}
+	slices.SortFunc(v.Sites, func(a, b SiteView) int { return strings.Compare(a.Name, b.Name) })
+	return v
+}
+
+// able reports whether a node is heard, leased and in service, and how many of
+// its upstreams are healthy.
+func (r *Runner) able(name string, p cluster.PeerView) (ready bool, upstreams int) {
+	if name == r.o.Node {
+		left, _ := r.o.Agreement.Lease()
+		h := r.o.Health()
+		return left > 0 && !h.Draining, h.UpstreamsHealthy
+	}
+	if !p.Heard || p.Ago >= r.o.Agreement.Timing().Patience {
+		return false, 0
+	}
+	return p.LeaseLeft+p.Ago > 0 && !p.Draining && !p.Cold, p.UpstreamsHealthy
+}
+
+// elsewhere names a node of another site that is heard, with its admin address.
+func (r *Runner) elsewhere() string {
+	best := ""
+	for name, p := range r.o.Agreement.Peers() {
+		if p.Site != r.o.Site && p.Heard && p.Ago < r.o.Agreement.Timing().Patience && (best == "" || name < best) {
+			best = name
+		}
+	}
+	if best == "" {
+		return "a node of another site (none is heard here)"
+	}
+	return fmt.Sprintf("%s at its admin address %s", best, r.o.Agreement.Peers()[best].Info.Admin)
+}
+
+// targets are all nodes' ports for clients.
+func (r *Runner) targets() []Target {
+	peers := r.o.Agreement.Peers()
+	var all []Target
+	for name, n := range r.o.Agreement.State().Nodes {
+		api := n.API
+		if p, known := peers[name]; known && p.Info.API != "" {
+			api = p.Info.API
+		}
+		if name == r.o.Node {
+			api = r.o.API
+		}
+		if api != "" {
+			all = append(all, Target{Site: n.Site, Node: name, API: api})
+		}
+	}
+	return chosen(all)
+}
+
+var errStopped = errors.New("the node that ran it is stopping")
+
+func newID() string { return "drill-" + strings.ToLower(rand.Text()[:10]) }

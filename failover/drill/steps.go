@@ -1,0 +1,219 @@
+package drill
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+)
+
+// switchover moves the primary to the site.
+func (t *trial) switchover(ctx context.Context, out *Outcome) error {
+	out.Moves = 1
+	began := t.o.Boottime()
+	res, err := t.move(ctx, t.q.Site)
+	if err != nil {
+		return err
+	}
+	idle := res.Idle.Seconds()
+	t.set(func(r *Report) { r.IdleSeconds, r.RecordsAtRisk = &idle, res.RecordsAtRisk })
+	return t.answering(ctx, out, t.q.Site, began)
+}
+
+// move is one planned switchover, with its steps in the timeline.
+func (t *trial) move(ctx context.Context, to string) (failover.SwitchoverResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, switchTimeout)
+	defer cancel()
+	t.event("switchover", "to "+to)
+	res, err := t.o.Switcher.Switchover(ctx, failover.SwitchoverRequest{
+		To: to, By: "drill " + t.record.ID, Kind: cluster.FailoverDrill, Waive: t.q.Waive,
+	})
+	for _, step := range res.Steps {
+		t.event("step "+step.Name, fmt.Sprintf("took %s%s", step.Took.Round(time.Millisecond), either(step.Err != "", ": "+step.Err, "")))
+	}
+	if err != nil {
+		return res, fmt.Errorf("switchover to %s: %w", to, err)
+	}
+	t.event("primary moved", fmt.Sprintf("%s in epoch %d, idle for %s, raft leadership moved: %t", to, res.Epoch, res.Idle.Round(time.Millisecond), res.LeaderMoved))
+	return res, nil
+}
+
+// answering waits until a node of the new primary answers that it acts as such,
+// which ends the RTO that began at since.
+func (t *trial) answering(ctx context.Context, out *Outcome, site string, since time.Duration) error {
+	var at time.Duration
+	err := t.within(ctx, answerTimeout, site+" to answer as the primary", func() (ok bool) {
+		at, ok = t.probe.acting(site)
+		return ok
+	})
+	if err != nil {
+		return err
+	}
+	rto := max(0, at-since).Seconds()
+	out.RTO = &rto
+	t.set(func(r *Report) { r.RTO.Achieved = &rto })
+	t.event("primary answers", fmt.Sprintf("%s, %.2f s after the loss began", site, rto))
+	return nil
+}
+
+// isolation watches the site go silent, another take over if it was the
+// primary, and the site come back.
+func (t *trial) isolation(ctx context.Context, out *Outcome) error {
+	nodes := t.nodesOf(t.q.Site)
+	var lastHeard time.Duration
+	err := t.within(ctx, silenceTimeout, t.q.Site+" to be cut off", func() bool {
+		last, silent := t.lastHeard(nodes)
+		lastHeard = last
+		return silent
+	})
+	if err != nil {
+		return err
+	}
+	t.event("cut off", fmt.Sprintf("no node of %s is heard any more", t.q.Site))
+	if t.state.Primary.Site == t.q.Site {
+		out.Moves = 1
+		if err := t.takenOver(ctx, out, lastHeard); err != nil {
+			return err
+		}
+	}
+	return t.healed(ctx, out, nodes)
+}
+
+// takenOver waits for the new primary.
+func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration) error {
+	var p cluster.Primary
+	// Once the cut has ended nothing more is lost.
+	limit := min(promoteTimeout, max(0, t.record.Deadline.Sub(t.o.Now()))+5*time.Second)
+	err := t.within(ctx, limit, "another site to be promoted", func() bool {
+		p = t.o.Agreement.State().Primary
+		return p.Epoch != t.state.Primary.Epoch
+	})
+	if err != nil {
+		return err
+	}
+	t.event("promoted", fmt.Sprintf("%s in epoch %d: %s", p.Site, p.Epoch, p.Reason))
+	if err := t.answering(ctx, out, p.Site, lost); err != nil {
+		return err
+	}
+	// The drill made this failover, and the drill's asker has seen it.
+	_, err = t.o.Agreement.Propose(ctx, cluster.CmdFailoverAck, cluster.FailoverAck{Epoch: p.Epoch, By: "drill " + t.record.ID})
+	if err != nil {
+		return fmt.Errorf("acknowledge the failover: %w", err)
+	}
+	t.event("acknowledged", "the drill made this failover")
+	return nil
+}
+
+// healed waits for the timer to end the cut, and for the site to be in its
+// place: heard, leased, caught up, not the primary, and all healthy.
+func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error {
+	rest := max(0, t.record.Deadline.Sub(t.o.Now())) + healTimeout
+	err := t.within(ctx, rest, t.q.Site+" to be heard again", func() bool { return t.allHeard(nodes) })
+	if err != nil {
+		return err
+	}
+	back := t.o.Boottime()
+	t.event("heard again", "the cut has ended")
+	caughtUp := t.o.Agreement.Raft().CommitIndex
+	var since time.Duration // in its place without a break
+	place := false
+	why := ""
+	err = t.within(ctx, inPlaceTimeout, "", func() bool {
+		now := t.o.Boottime()
+		was := place
+		if place, why = t.inPlace(nodes, caughtUp); !place {
+			return false
+		}
+		if !was {
+			since = now
+		}
+		return now-since >= settleTime
+	})
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err != nil:
+		t.event("not in its place", why)
+		return nil // out.InPlace says so
+	}
+	out.InPlace = true
+	took := (since - back).Seconds()
+	t.set(func(r *Report) { r.InPlaceSeconds = &took })
+	t.event("in its place", fmt.Sprintf("%.2f s after it was heard again", took))
+	return nil
+}
+
+// goBack returns the primary to where it was before the drill.
+func (t *trial) goBack(ctx context.Context, out *Outcome) error {
+	home := t.state.Primary.Site
+	returned := t.o.Agreement.State().Primary.Site == home
+	out.Returned = &returned
+	if returned {
+		return nil
+	}
+	out.Moves++
+	_, err := t.move(ctx, home)
+	returned = err == nil
+	return err
+}
+
+// nodesOf are the nodes of a site that are heard now.
+func (t *trial) nodesOf(site string) []string {
+	peers := t.o.Agreement.Peers()
+	var names []string
+	for name, n := range t.state.Nodes {
+		if p := peers[name]; n.Site == site && p.Heard && p.Ago < t.o.Agreement.Timing().Patience {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// lastHeard is when a node of the list last answered (Boottime), and whether
+// all of them have been silent for longer than a ping or two takes.
+func (t *trial) lastHeard(nodes []string) (last time.Duration, silent bool) {
+	now, peers := t.o.Boottime(), t.o.Agreement.Peers()
+	for _, name := range nodes {
+		if p := peers[name]; p.Heard {
+			last = max(last, now-p.Ago)
+		}
+	}
+	return last, now-last >= t.o.Agreement.Timing().Lease
+}
+
+func (t *trial) allHeard(nodes []string) bool {
+	peers := t.o.Agreement.Peers()
+	for _, name := range nodes {
+		if p := peers[name]; !p.Heard || p.Ago >= t.o.Agreement.Timing().Lease {
+			return false
+		}
+	}
+	return true
+}
+
+func (t *trial) inPlace(nodes []string, index uint64) (ok bool, why string) {
+	peers := t.o.Agreement.Peers()
+	for _, name := range nodes {
+		p := peers[name]
+		switch {
+		case !p.Heard || p.Ago >= t.o.Agreement.Timing().Patience:
+			return false, name + " is not heard"
+		case p.LeaseLeft+p.Ago <= 0:
+			return false, name + " has no lease"
+		case p.AppliedIndex < index:
+			return false, fmt.Sprintf("%s has applied entry %d of %d", name, p.AppliedIndex, index)
+		}
+	}
+	if t.state.Primary.Site == t.q.Site && t.o.Agreement.State().Primary.Site == t.q.Site {
+		return false, t.q.Site + " is the primary again by itself"
+	}
+	if _, acts := t.probe.acting(t.q.Site); acts && t.o.Agreement.State().Primary.Site != t.q.Site {
+		return false, t.q.Site + " still answers as the primary"
+	}
+	if unwell := t.o.Unwell(); len(unwell) > 0 && !t.wasUnwell {
+		return false, unwell[0]
+	}
+	return true, ""
+}

@@ -1,0 +1,330 @@
+package drill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+)
+
+// Every step of a drill has its deadline.
+const (
+	agreeTimeout    = 5 * time.Second
+	baselineTime    = time.Second      // of probing before and after, to see what was wrong before
+	silenceTimeout  = 15 * time.Second // from the agreement until the site is not heard any more
+	promoteTimeout  = 90 * time.Second
+	answerTimeout   = 30 * time.Second // from the promotion until the new primary answers so
+	healTimeout     = 30 * time.Second // beyond the timer, until the site is heard
+	inPlaceTimeout  = 30 * time.Second // from when it is heard until it is in its place
+	switchTimeout   = 30 * time.Second
+	recordTimeout   = 30 * time.Second // to have the verdict agreed on
+	lookEvery       = 50 * time.Millisecond
+	settleTime      = time.Second // in its place for so long without a break
+	maxExtraRunning = promoteTimeout + answerTimeout + healTimeout + inPlaceTimeout + 2*switchTimeout + recordTimeout
+)
+
+var errAborted = errors.New("aborted")
+
+// trial is one drill under way.
+type trial struct {
+	r      *Runner
+	o      Options
+	log    *slog.Logger
+	q      Request
+	record cluster.DrillRecord
+	checks []failover.Check
+	probe  *probe
+	done   func() // gives the asker back
+	began  time.Duration
+	state  *cluster.State // as it was before
+	// wasUnwell: something was not healthy before, and that was waived.
+	wasUnwell bool
+
+	mu     sync.Mutex // guards report
+	report Report
+}
+
+func newTrial(r *Runner, v View, q Request) *trial {
+	s := r.o.Agreement.State()
+	asker, done := r.o.NewAsker(q.ProbeModel)
+	now := r.o.Now().UTC()
+	t := &trial{
+		r: r, o: r.o, q: q, state: s, checks: Plan(v, q), done: done, began: r.o.Boottime(), wasUnwell: len(v.Unwell) > 0,
+		probe: &probe{
+			asker: asker, boottime: r.o.Boottime, now: r.o.Now, paid: q.ProbeModel != "",
+			sites: map[string]*Clients{}, roles: map[string]role{},
+		},
+	}
+	length := time.Duration(0)
+	if q.Kind == Isolation {
+		length = Lead + q.For
+	}
+	t.record = cluster.DrillRecord{
+		ID: newID(), Kind: string(q.Kind), Site: q.Site, By: q.By, StartedAt: now,
+		Deadline: now.Add(length), AbandonedAt: now.Add(length + maxExtraRunning),
+	}
+	t.log = r.log.With("drill", t.record.ID, "kind", q.Kind, "of", q.Site)
+	t.report = Report{
+		Format: reportFormat, ID: t.record.ID, Kind: q.Kind, Site: q.Site, By: q.By, Runner: r.o.Node,
+		Rehearsed: Rehearses(v, q), StartedAt: now, Clients: []Clients{}, Criteria: []Criterion{},
+		Primary: Change{From: s.Primary.Site, FromEpoch: s.Primary.Epoch, To: s.Primary.Site, ToEpoch: s.Primary.Epoch},
+	}
+	t.targetsOf(s)
+	return t
+}
+
+// targetsOf takes the promises from the configuration: those of the site whose
+// loss, or whose taking over, is rehearsed.
+func (t *trial) targetsOf(s *cluster.State) {
+	if s.Parsed == nil {
+		return
+	}
+	rto, rpo := s.Parsed.Sites[t.q.Site].RTOTarget.D().Seconds(), s.Parsed.Sites[t.q.Site].RPOTarget.D().Seconds()
+	t.report.RTO.Target, t.report.RPO.Target = &rto, &rpo
+}
+
+func (t *trial) close() { t.done() }
+
+// tryModel asks for one completion at each target beforehand, so that a wrong
+// name or a missing key is not taken for an outage.
+func (t *trial) tryModel(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	check := failover.Check{Name: "probe_model", OK: true, Detail: t.q.ProbeModel + " answers"}
+	for _, target := range t.r.targets() {
+		if _, err := t.probe.asker.Ask(ctx, target, AskCompletion); err != nil {
+			check.OK, check.Detail = false, fmt.Sprintf("%s at %s: %s", t.q.ProbeModel, target.Node, brief(err.Error()))
+		}
+	}
+	t.checks = append(t.checks, check)
+}
+
+// agree has the record agreed on. What the proposal says of a leader that moved
+// is not the last word: the record may stand all the same.
+func (t *trial) agree(ctx context.Context) error {
+	for _, c := range t.checks {
+		p := Precheck{Check: c}
+		p.Detail = brief(p.Detail)
+		if !c.OK {
+			p.WaivedBy = t.q.By
+		}
+		t.report.Checks = append(t.report.Checks, p)
+	}
+	ctx, cancel := context.WithTimeout(ctx, agreeTimeout)
+	defer cancel()
+	_, err := t.o.Agreement.Propose(ctx, cluster.CmdDrillPut, t.record)
+	if err == nil || !errors.Is(err, cluster.ErrLeadershipMoved) {
+		return err
+	}
+	if waitErr := t.until(ctx, func() bool { return t.standing() != nil }); waitErr != nil {
+		return err
+	}
+	return nil
+}
+
+// standing is the drill's record as it is agreed now.
+func (t *trial) standing() *cluster.DrillRecord {
+	s := t.o.Agreement.State()
+	if i := slices.IndexFunc(s.Drills, func(d cluster.DrillRecord) bool { return d.ID == t.record.ID }); i >= 0 {
+		return &s.Drills[i]
+	}
+	return nil
+}
+
+// until looks again and again, also when nothing is agreed on meanwhile.
+func (t *trial) until(ctx context.Context, is func() bool) error {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for !is() {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
+// within is until with a deadline and words for who misses it.
+func (t *trial) within(ctx context.Context, limit time.Duration, what string, is func() bool) error {
+	wait, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	if err := t.until(wait, is); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return fmt.Errorf("waited %s for %s", limit, what)
+	}
+	return nil
+}
+
+// run carries the drill out, judges it and has its report agreed on.
+func (t *trial) run(ctx context.Context) {
+	defer t.close()
+	acting, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	probing, stopProbe := context.WithCancel(ctx)
+	defer stopProbe()
+	var background sync.WaitGroup
+	background.Go(func() { t.probe.run(probing, t.r.targets()) })
+	background.Go(func() {
+		// Somebody may have written its end into the record.
+		if t.until(acting, func() bool { d := t.standing(); return d != nil && d.Verdict != "" }) == nil {
+			abort(errAborted)
+		}
+	})
+	t.event("started", t.report.Rehearsed+", asked for by "+t.q.By)
+	out := Outcome{Kind: t.q.Kind, Site: t.q.Site, RTOTarget: *orZero(t.report.RTO.Target)}
+	err := t.sleep(acting, baselineTime)
+	if err == nil {
+		switch t.q.Kind {
+		case Switchover:
+			err = t.switchover(acting, &out)
+		case Isolation:
+			err = t.isolation(acting, &out)
+		}
+	}
+	if err == nil && t.q.Return {
+		err = t.goBack(acting, &out)
+	}
+	if err == nil {
+		err = t.sleep(acting, baselineTime)
+	}
+	switch {
+	case err == nil:
+	case ctx.Err() != nil:
+		out.Aborted = errStopped.Error()
+	case errors.Is(context.Cause(acting), errAborted):
+		out.Aborted = t.abortWords()
+	default:
+		out.Failed = err.Error()
+		t.event("failed", out.Failed)
+	}
+	abort(nil)
+	stopProbe()
+	background.Wait()
+	t.finish(context.WithoutCancel(ctx), out)
+}
+
+func (t *trial) abortWords() string {
+	words := "aborted by an operator"
+	if d := t.standing(); d != nil {
+		if r, err := DecodeReport(d.Report); err == nil && r.Why != "" {
+			words = r.Why
+		}
+	}
+	if t.q.Kind == Isolation {
+		words += fmt.Sprintf("; %s heals by itself by %s at the latest", t.q.Site, t.record.Deadline.Format(time.RFC3339))
+	}
+	return words
+}
+
+// finish judges and writes down.
+func (t *trial) finish(ctx context.Context, out Outcome) {
+	s := t.o.Agreement.State()
+	t.mu.Lock()
+	t.report.Primary.To, t.report.Primary.ToEpoch = s.Primary.Site, s.Primary.Epoch
+	out.Primary = t.report.Primary
+	t.mu.Unlock()
+	seen := t.soFar()
+	out.Requests, out.Errors = seen.Requests, seen.Errors
+	verdict, criteria := Judge(out)
+	t.event("ended", string(verdict))
+	ended := t.o.Now().UTC()
+	t.mu.Lock()
+	t.report.Verdict, t.report.Criteria, t.report.EndedAt = verdict, criteria, &ended
+	for _, c := range criteria {
+		if !c.OK && t.report.Why == "" {
+			t.report.Why = brief(c.Detail)
+		}
+	}
+	t.mu.Unlock()
+	report := t.soFar()
+	t.log.Info("drill ended", "verdict", verdict, "why", report.Why, "requests", report.Requests, "errors", report.Errors)
+	if err := t.write(ctx, report); err != nil {
+		t.log.Warn("the drill's report was not agreed on", "err", err)
+	}
+}
+
+// write has the report agreed on, and tries again while there is time.
+func (t *trial) write(ctx context.Context, report Report) error {
+	text, err := report.Encode()
+	if err != nil {
+		return err
+	}
+	d := t.record
+	d.Verdict, d.EndedAt, d.Report = string(report.Verdict), *report.EndedAt, text
+	limit := recordTimeout
+	if report.Why == errStopped.Error() {
+		limit = 2 * time.Second // the node is about to end
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for {
+		if _, err = t.o.Agreement.Propose(ctx, cluster.CmdDrillPut, d); err == nil {
+			return nil
+		}
+		if t.sleep(ctx, time.Second) != nil {
+			return err
+		}
+	}
+}
+
+// sleep waits, or gives why ctx ended first.
+func (t *trial) sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		return nil
+	}
+}
+
+// event adds a line to the timeline and to the log.
+func (t *trial) event(what, detail string) {
+	t.log.Info("drill", "event", what, "detail", detail)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.report.Timeline) >= maxEvents {
+		return
+	}
+	t.report.Timeline = append(t.report.Timeline, Event{
+		At: t.o.Now().UTC(), After: (t.o.Boottime() - t.began).Seconds(), What: what, Detail: brief(detail),
+	})
+}
+
+// soFar is the report with what clients have seen.
+func (t *trial) soFar() Report {
+	except := ""
+	if t.q.Kind == Isolation {
+		except = t.q.Site
+	}
+	clients, requests, errs := t.probe.seen(except)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r := t.report
+	r.Timeline = slices.Clone(r.Timeline)
+	r.Clients, r.Requests, r.Errors = clients, requests, errs
+	return r
+}
+
+func (t *trial) set(change func(*Report)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	change(&t.report)
+}
+
+func orZero(f *float64) *float64 {
+	if f == nil {
+		return new(float64)
+	}
+	return f
+}

@@ -1,0 +1,266 @@
+package admin
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+)
+
+// This file is the surface of switchovers, drills and recovery, on both sides
+// of the wire.
+
+// Failovers is what operators ask about the primary.
+type Failovers interface {
+	// PlanFailover gives the checks of a switchover and changes nothing.
+	PlanFailover(ctx context.Context, r FailoverRequest, by string) (FailoverPlan, error)
+	// Failover moves the primary, or changes nothing; ErrPrecheck, ErrRolledBack,
+	// ErrOvertaken and ErrUnknownOutcome say how it failed.
+	Failover(ctx context.Context, r FailoverRequest, by string) (FailoverResult, error)
+	// AckFailover says that a person has seen the last failover.
+	AckFailover(ctx context.Context, by string) error
+	// HoldFailover pauses automatic promotions, ResumeFailover ends the pause.
+	HoldFailover(ctx context.Context, reason, by string) error
+	ResumeFailover(ctx context.Context, by string) error
+	// ReleaseQuarantine is an operator's word that no recovery has happened
+	// elsewhere. ErrWrongNode unless the node leads a quarantined cluster.
+	ReleaseQuarantine(ctx context.Context) error
+}
+
+// Drills is what operators ask about rehearsals.
+type Drills interface {
+	PlanDrill(ctx context.Context, r DrillRequest, by string) (DrillPlan, error)
+	// StartDrill begins a drill, which goes on in the node that was asked.
+	// ErrWrongNode when that is of the site that would be cut off.
+	StartDrill(ctx context.Context, r DrillRequest, by string) (Drill, error)
+	// Drills lists the newest ones, oldest first, without their reports.
+	Drills(ctx context.Context) ([]Drill, error)
+	Drill(ctx context.Context, id string) (Drill, error)
+	AbortDrill(ctx context.Context, id, by string) error
+}
+
+func (s *Server) getFailoverPlan(ctx context.Context, c call) (any, error) {
+	r := FailoverRequest{To: c.query.Get("to"), Waive: names(c.query.Get("waive"))}
+	var err error
+	if r.AcceptLoss, err = c.flag("accept_loss"); err != nil {
+		return nil, err
+	}
+	if r.To == "" {
+		return nil, fmt.Errorf("%w: say which site (?to=SITE)", ErrInvalidRequest)
+	}
+	return s.cluster.PlanFailover(ctx, r, c.author)
+}
+
+func (s *Server) postFailover(ctx context.Context, c call) (any, error) {
+	var r FailoverRequest
+	if err := c.decode(&r, "a switchover"); err != nil {
+		return nil, err
+	}
+	if r.To == "" {
+		return nil, fmt.Errorf("%w: say which site is to be the primary, in \"to\"", ErrInvalidRequest)
+	}
+	return s.cluster.Failover(ctx, r, c.author)
+}
+
+func (s *Server) postFailoverAck(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.AckFailover(ctx, c.author)
+}
+
+func (s *Server) postFailoverHold(ctx context.Context, c call) (any, error) {
+	reason, err := readAuthor(c.query.Get("reason"))
+	if err != nil {
+		return nil, fmt.Errorf("%w: the reason must be one line of at most %d bytes", ErrInvalidRequest, maxAuthor)
+	}
+	if !c.query.Has("reason") {
+		reason = ""
+	}
+	return nil, s.cluster.HoldFailover(ctx, reason, c.author)
+}
+
+func (s *Server) postFailoverResume(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.ResumeFailover(ctx, c.author)
+}
+
+func (s *Server) postRelease(ctx context.Context, _ call) (any, error) {
+	return nil, s.cluster.ReleaseQuarantine(ctx)
+}
+
+func (s *Server) getDrillPlan(ctx context.Context, c call) (any, error) {
+	r := DrillRequest{
+		Kind: c.query.Get("kind"), Site: c.query.Get("site"), Waive: names(c.query.Get("waive")), ProbeModel: c.query.Get("probe_model"),
+	}
+	var err error
+	if r.Return, err = c.flag("return"); err != nil {
+		return nil, err
+	}
+	if text := c.query.Get("for_seconds"); text != "" {
+		if r.ForSeconds, err = strconv.ParseFloat(text, 64); err != nil {
+			return nil, fmt.Errorf("%w: for_seconds must be a number, not %s", ErrInvalidRequest, quote(text))
+		}
+	}
+	return s.cluster.PlanDrill(ctx, r, c.author)
+}
+
+func (s *Server) postDrill(ctx context.Context, c call) (any, error) {
+	var r DrillRequest
+	if err := c.decode(&r, "a drill"); err != nil {
+		return nil, err
+	}
+	return s.cluster.StartDrill(ctx, r, c.author)
+}
+
+func (s *Server) getDrills(ctx context.Context, _ call) (any, error) {
+	return listOf(s.cluster.Drills(ctx))
+}
+
+func (s *Server) getDrill(ctx context.Context, c call) (any, error) {
+	return s.cluster.Drill(ctx, c.path("id"))
+}
+
+func (s *Server) postDrillAbort(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.AbortDrill(ctx, c.path("id"), c.author)
+}
+
+// decode reads a body that must be one known thing.
+func (c call) decode(into any, what string) error {
+	d := json.NewDecoder(bytes.NewReader(c.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(into); err != nil {
+		return fmt.Errorf("%w: the body is no request for %s: %w", ErrInvalidRequest, what, err)
+	}
+	if d.More() {
+		return fmt.Errorf("%w: something follows the request for %s", ErrInvalidRequest, what)
+	}
+	return nil
+}
+
+// flag reads a parameter that may be absent: false.
+func (c call) flag(name string) (bool, error) {
+	switch text := c.query.Get(name); text {
+	case "", "false":
+		return false, nil
+	case "true":
+		return true, nil
+	default:
+		return false, fmt.Errorf("%w: %s must be true or false, not %s", ErrInvalidRequest, name, quote(text))
+	}
+}
+
+// names reads a list with commas.
+func names(text string) []string {
+	if text == "" {
+		return nil
+	}
+	return strings.Split(text, ",")
+}
+
+// PlanFailover implements Failovers.
+func (c *Client) PlanFailover(ctx context.Context, r FailoverRequest, by string) (FailoverPlan, error) {
+	q := c.by(by)
+	q.Set("to", r.To)
+	q.Set("accept_loss", strconv.FormatBool(r.AcceptLoss))
+	q.Set("waive", strings.Join(r.Waive, ","))
+	return ask[FailoverPlan](ctx, c, http.MethodGet, "/admin/v1/failover/plan", q, nil)
+}
+
+// Failover implements Failovers.
+func (c *Client) Failover(ctx context.Context, r FailoverRequest, by string) (FailoverResult, error) {
+	body, err := json.Marshal(r)
+	if err != nil {
+		return FailoverResult{}, fmt.Errorf("encode the request for a switchover: %w", err)
+	}
+	return ask[FailoverResult](ctx, c, http.MethodPost, "/admin/v1/failover", c.by(by), body)
+}
+
+// AckFailover implements Failovers.
+func (c *Client) AckFailover(ctx context.Context, by string) error {
+	return c.post(ctx, "/admin/v1/failover/ack", c.by(by))
+}
+
+// HoldFailover implements Failovers.
+func (c *Client) HoldFailover(ctx context.Context, reason, by string) error {
+	q := c.by(by)
+	if reason != "" {
+		q.Set("reason", reason)
+	}
+	return c.post(ctx, "/admin/v1/failover/hold", q)
+}
+
+// ResumeFailover implements Failovers.
+func (c *Client) ResumeFailover(ctx context.Context, by string) error {
+	return c.post(ctx, "/admin/v1/failover/resume", c.by(by))
+}
+
+// ReleaseQuarantine implements Failovers. All URLs are asked until one is the
+// leader's.
+func (c *Client) ReleaseQuarantine(ctx context.Context) error {
+	return c.post(ctx, "/admin/v1/recover/release", c.by(""))
+}
+
+func (c *Client) post(ctx context.Context, path string, q url.Values) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, path, q, nil)
+	return err
+}
+
+// PlanDrill implements Drills.
+func (c *Client) PlanDrill(ctx context.Context, r DrillRequest, by string) (DrillPlan, error) {
+	q := c.by(by)
+	q.Set("kind", r.Kind)
+	q.Set("site", r.Site)
+	q.Set("for_seconds", strconv.FormatFloat(r.ForSeconds, 'f', -1, 64))
+	q.Set("return", strconv.FormatBool(r.Return))
+	q.Set("waive", strings.Join(r.Waive, ","))
+	q.Set("probe_model", r.ProbeModel)
+	return ask[DrillPlan](ctx, c, http.MethodGet, "/admin/v1/drills/plan", q, nil)
+}
+
+// StartDrill implements Drills. All URLs are asked until one is of a node that
+// can run it; that one is asked first from then on, since it knows most.
+func (c *Client) StartDrill(ctx context.Context, r DrillRequest, by string) (Drill, error) {
+	body, err := json.Marshal(r)
+	if err != nil {
+		return Drill{}, fmt.Errorf("encode the request for a drill: %w", err)
+	}
+	d, at, err := askFrom[Drill](ctx, c, http.MethodPost, "/admin/v1/drills", c.by(by), body)
+	if err == nil {
+		c.first.Store(int32(at)) //nolint:gosec // a handful of URLs
+	}
+	return d, err
+}
+
+// Drills implements Drills.
+func (c *Client) Drills(ctx context.Context) ([]Drill, error) {
+	l, err := ask[list[Drill]](ctx, c, http.MethodGet, "/admin/v1/drills", nil, nil)
+	return l.Data, err
+}
+
+// Drill implements Drills.
+func (c *Client) Drill(ctx context.Context, id string) (Drill, error) {
+	return ask[Drill](ctx, c, http.MethodGet, "/admin/v1/drills/"+url.PathEscape(id), nil, nil)
+}
+
+// AbortDrill implements Drills. Every URL is told: a site that is cut off hears
+// it from nobody else. One that did it is enough.
+func (c *Client) AbortDrill(ctx context.Context, id, by string) error {
+	var errs []error
+	done := false
+	for _, u := range c.urls {
+		one := &Client{urls: []*url.URL{u}, token: c.token, author: c.author, timeout: c.timeout, http: c.http}
+		err := one.post(ctx, "/admin/v1/drills/"+url.PathEscape(id)+"/abort", c.by(by))
+		done = done || err == nil
+		errs = append(errs, err)
+	}
+	if done {
+		return nil
+	}
+	var refused *Error
+	if errors.As(errors.Join(errs...), &refused) {
+		return refused
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,147 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+// This file is admin.Failovers: what operators ask about the primary.
+
+// commanding is what decides about roles, or why it is not there yet.
+func (n *Node) commanding() (*command, error) {
+	if c := n.command.Load(); c != nil {
+		return c, nil
+	}
+	return nil, n.notMember()
+}
+
+func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
+	return failover.SwitchoverRequest{To: r.To, By: by, Kind: cluster.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
+}
+
+// PlanFailover gives the checks of a switchover and changes nothing.
+func (n *Node) PlanFailover(_ context.Context, r admin.FailoverRequest, by string) (admin.FailoverPlan, error) {
+	c, err := n.commanding()
+	if err != nil {
+		return admin.FailoverPlan{}, err
+	}
+	p := admin.FailoverPlan{To: r.To}
+	p.Checks, p.OK = checksOf(c.coordinator.Precheck(switchoverOf(r, by)), r.Waive)
+	if s := n.cluster.State(); s.ClusterID != "" {
+		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
+	}
+	return p, nil
+}
+
+// checksOf puts checks into an operator's terms; ok when all of them hold or are
+// waived.
+func checksOf(checks []failover.Check, waive []string) (list []admin.Check, ok bool) {
+	list, ok = []admin.Check{}, true
+	waived := map[string]bool{}
+	for _, name := range waive {
+		waived[name] = true
+	}
+	for _, c := range checks {
+		list = append(list, admin.Check{Name: c.Name, OK: c.OK, Detail: c.Detail, Waivable: c.Waivable})
+		ok = ok && (c.OK || c.Waivable && waived[c.Name])
+	}
+	return list, ok
+}
+
+// Failover moves the primary by plan. It is not given up when the asker hangs
+// up: every step has its own deadline.
+func (n *Node) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
+	c, err := n.commanding()
+	if err != nil {
+		return admin.FailoverResult{}, err
+	}
+	res, err := c.coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
+	if err != nil {
+		return admin.FailoverResult{}, failed(err)
+	}
+	out := admin.FailoverResult{
+		ID: res.ID, From: res.From, To: res.To, Epoch: res.Epoch, IdleSeconds: res.Idle.Seconds(),
+		RecordsAtRisk: res.RecordsAtRisk, LeaderMoved: res.LeaderMoved,
+	}
+	out.Checks, _ = checksOf(res.Checks, r.Waive)
+	for _, step := range res.Steps {
+		out.Steps = append(out.Steps, admin.FailoverStep{Name: step.Name, At: step.At.UTC(), TookSeconds: step.Took.Seconds(), Error: step.Err})
+	}
+	return out, nil
+}
+
+// failed gives a switchover's end an operator's name. The words are its own, and
+// what it died of inside does not count as the answer.
+func failed(err error) error {
+	for _, end := range []struct {
+		is   error
+		code string
+	}{
+		{failover.ErrPrecheck, "precheck_failed"},
+		{failover.ErrOvertaken, "overtaken"},
+		{failover.ErrRolledBack, "rolled_back"},
+		{failover.ErrUnknownOutcome, "unknown_outcome"},
+	} {
+		if errors.Is(err, end.is) {
+			return &admin.Error{Code: end.code, Message: err.Error()}
+		}
+	}
+	return err
+}
+
+// AckFailover says that a person has seen the last failover.
+func (n *Node) AckFailover(ctx context.Context, by string) error {
+	s := n.cluster.State()
+	if s.ClusterID == "" {
+		return n.notMember()
+	}
+	if s.LastFailover == nil || s.LastFailover.Acknowledged {
+		return admin.ErrNothingToAck
+	}
+	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverAck, cluster.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
+	return err
+}
+
+// HoldFailover pauses automatic promotions.
+func (n *Node) HoldFailover(ctx context.Context, reason, by string) error {
+	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{Held: true, Reason: reason, By: by})
+	return err
+}
+
+// ResumeFailover ends the pause.
+func (n *Node) ResumeFailover(ctx context.Context, by string) error {
+	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{By: by})
+	return err
+}
+
+// failbackAvailable is what the coordinator's newest look says of it.
+func (n *Node) failbackAvailable() *string {
+	c := n.command.Load()
+	if c == nil {
+		return nil
+	}
+	view, _, _, looked := c.coordinator.Look()
+	if !looked {
+		return nil
+	}
+	site, ok := failover.FailbackAvailable(view)
+	if !ok {
+		return nil
+	}
+	return &site
+}
+
+// wrongLeader says where a quarantine can be ended.
+func (n *Node) wrongLeader() error {
+	if leader := n.cluster.Raft().Leader; leader != "" && leader != n.cfg.Name {
+		if m, known := n.cluster.State().Nodes[leader]; known {
+			return fmt.Errorf("%w: ask the raft leader %s at its admin address %s", admin.ErrWrongNode, leader, m.Admin)
+		}
+	}
+	return fmt.Errorf("%w: %w", admin.ErrWrongNode, errNotQuarantined)
+}

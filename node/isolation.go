@@ -1,0 +1,147 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover/drill"
+)
+
+// isolation cuts this node off from the other sites while a drill says so. Its
+// own site stays connected, and clients go on being served.
+//
+// It ends by a dead-man timer: Admit itself reads the clock, so that the cut
+// ends in time even when everything else in this process hangs.
+type isolation struct {
+	site     string
+	boottime func() time.Duration
+	now      func() time.Time
+	sever    func() // ends the connections that Admit refuses
+	log      *slog.Logger
+
+	cut atomic.Pointer[cut] // nil: there is none
+
+	mu sync.Mutex // guards over
+	// over is the drill whose cut has ended here; it does not begin again.
+	over string
+}
+
+// cut is one isolation, from begin to until on CLOCK_BOOTTIME.
+type cut struct {
+	drill        string
+	begin, until time.Duration
+}
+
+// isolateEvery is how often the agreed state is looked at when nothing changes:
+// the end of a cut and the reconnection after it are that exact.
+const isolateEvery = 100 * time.Millisecond
+
+// Admit is cluster.Options.Admit.
+func (i *isolation) Admit(site string) error {
+	c := i.cut.Load()
+	if c == nil || site == i.site {
+		return nil
+	}
+	if now := i.boottime(); now < c.begin || now >= c.until {
+		return nil
+	}
+	return fmt.Errorf("site %s is cut off by %s", i.site, c.drill)
+}
+
+// look begins and ends cuts as the agreed drills and the clock say.
+func (i *isolation) look(drills []cluster.DrillRecord) {
+	now := i.boottime()
+	c := i.cut.Load()
+	if c != nil {
+		switch {
+		case now >= c.until:
+			i.heal(c, "its time is over")
+		case ended(drills, c.drill):
+			i.heal(c, "the drill has ended")
+		}
+		return
+	}
+	for _, d := range drills {
+		if d.Kind != string(drill.Isolation) || d.Site != i.site || d.Verdict != "" || i.isOver(d.ID) {
+			continue
+		}
+		// A node that restarts in the middle has the wall clock alone; it only
+		// shortens.
+		length := min(d.Deadline.Sub(d.StartedAt), d.Deadline.Sub(i.now()), drill.MaxFor+drill.Lead)
+		if length <= drill.Lead {
+			continue
+		}
+		c := &cut{drill: d.ID, begin: now + drill.Lead, until: now + length}
+		i.log.Warn("this site is about to be cut off by a drill", "drill", d.ID, "by", d.By, "in", drill.Lead, "for", length-drill.Lead)
+		i.cut.Store(c)
+		return
+	}
+}
+
+func ended(drills []cluster.DrillRecord, id string) bool {
+	for _, d := range drills {
+		if d.ID == id {
+			return d.Verdict != ""
+		}
+	}
+	return true // a restore took it away
+}
+
+func (i *isolation) isOver(id string) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.over == id
+}
+
+func (i *isolation) heal(c *cut, why string) {
+	if !i.cut.CompareAndSwap(c, nil) {
+		return
+	}
+	i.mu.Lock()
+	i.over = c.drill
+	i.mu.Unlock()
+	i.log.Warn("this site is no longer cut off", "drill", c.drill, "why", why)
+}
+
+// Heal ends a drill's cut here and now, false when it has none.
+func (i *isolation) Heal(id string) bool {
+	c := i.cut.Load()
+	if c == nil || c.drill != id {
+		return false
+	}
+	i.heal(c, "an operator aborted the drill here")
+	return true
+}
+
+// Run follows the agreed drills until ctx ends.
+func (i *isolation) Run(ctx context.Context, state func() *cluster.State, changed func() <-chan struct{}) error {
+	tick := time.NewTicker(isolateEvery)
+	defer tick.Stop()
+	severed := "" // the drill for which connections were ended
+	for {
+		next := changed()
+		i.look(state().Drills)
+		var begin <-chan time.Time
+		if c := i.cut.Load(); c != nil && severed != c.drill {
+			if wait := c.begin - i.boottime(); wait > 0 {
+				begin = time.After(wait)
+			} else {
+				severed = c.drill
+				i.sever()
+				i.log.Warn("this site is cut off from the others", "drill", c.drill)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-next:
+		case <-begin:
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,132 @@
+//go:build linux
+
+package test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/failover/drill"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+// askAdmin asks a node's admin port from within its site.
+func askAdmin(ctx context.Context, n *lab.Node, method, path string, body, answer any) error {
+	var sent io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		sent = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, n.AdminURL()+path, sent)
+	if err != nil {
+		return err
+	}
+	resp, err := n.Site.Client().Do(req)
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(resp.Body)
+	if err = errors.Join(err, resp.Body.Close()); err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		return fmt.Errorf("%s %s at %s answered %s: %s", method, path, n.Name, resp.Status, text)
+	}
+	if answer == nil {
+		return nil
+	}
+	return json.Unmarshal(text, answer)
+}
+
+// runDrill starts a drill at a node and waits for its verdict and report.
+func runDrill(t *testing.T, l *lab.Lab, n *lab.Node, r admin.DrillRequest) (admin.Drill, drill.Report) {
+	t.Helper()
+	var d admin.Drill
+	if err := askAdmin(t.Context(), n, http.MethodPost, "/admin/v1/drills?author=test", r, &d); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	var report drill.Report
+	l.WaitFor(3*time.Minute, "the drill's verdict", func(ctx context.Context) error {
+		if err := askAdmin(ctx, n, http.MethodGet, "/admin/v1/drills/"+d.ID, nil, &d); err != nil {
+			return err
+		}
+		if d.Verdict == nil {
+			return fmt.Errorf("it runs")
+		}
+		var err error
+		report, err = drill.DecodeReport(d.Report)
+		return err
+	})
+	for _, e := range report.Timeline {
+		t.Logf("%6.2fs %s: %s", e.After, e.What, e.Detail)
+	}
+	for _, c := range report.Criteria {
+		t.Logf("%s: %t: %s", c.Name, c.OK, c.Detail)
+	}
+	t.Logf("%s %s after %v: %s, %d requests, %d errors", d.Kind, d.Site, time.Since(begun).Round(time.Millisecond), *d.Verdict, report.Requests, report.Errors)
+	if *d.Verdict != string(drill.Pass) {
+		text, err := report.Render("markdown")
+		t.Fatalf("the verdict is %s: %s\n%s (%v)", *d.Verdict, report.Why, text, err)
+	}
+	return d, report
+}
+
+// The primary is cut off at its own transports, another site takes over, and the
+// site comes back into its place; then the role goes home by a switchover drill
+// and nobody notices.
+func TestDrillsOfThePrimary(t *testing.T) {
+	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
+	first, second := l.Sites[0], l.Sites[1]
+	before := l.WaitPrimary(5*time.Second, first.Name)
+	running := l.StartLoad(lab.Load{Rate: 20, Streams: 2})
+	await(t, running, 50)
+
+	err := askAdmin(t.Context(), first.Nodes[0], http.MethodPost, "/admin/v1/drills", admin.DrillRequest{Kind: "isolation", Site: first.Name}, nil)
+	if err == nil {
+		t.Fatal("a node of the site that is to be cut off began the drill")
+	}
+	_, report := runDrill(t, l, second.Nodes[0], admin.DrillRequest{Kind: "isolation", Site: first.Name, ForSeconds: 12})
+	if report.RTO.Achieved == nil || *report.RTO.Achieved > 10 {
+		t.Errorf("RTO %v", report.RTO)
+	}
+	l.WaitHealthy(15 * time.Second)
+	after := l.WaitPrimary(5*time.Second, second.Name)
+	if after.Epoch != before.Epoch+1 {
+		t.Errorf("the epoch went from %d to %d, want one step", before.Epoch, after.Epoch)
+	}
+	status, err := second.Nodes[0].Status(t.Context())
+	if err != nil || status.LastFailover == nil || !status.LastFailover.Acknowledged || status.LastFailover.Kind != "unplanned" {
+		t.Errorf("the last failover: %+v, %v", status.LastFailover, err)
+	}
+
+	l.WaitFor(5*time.Second, "the site that was away to hear of the drill's end", func(ctx context.Context) error {
+		var heard struct{ Data []admin.Drill }
+		if err := askAdmin(ctx, first.Nodes[0], http.MethodGet, "/admin/v1/drills", nil, &heard); err != nil {
+			return err
+		}
+		if len(heard.Data) != 1 || heard.Data[0].Verdict == nil {
+			return fmt.Errorf("it knows %+v", heard.Data)
+		}
+		return nil
+	})
+	_, report = runDrill(t, l, first.Nodes[0], admin.DrillRequest{Kind: "switchover", Site: first.Name})
+	if report.IdleSeconds == nil || *report.IdleSeconds > 5 {
+		t.Errorf("idle %v", report.IdleSeconds)
+	}
+	if p := l.WaitPrimary(5*time.Second, first.Name); p.Epoch != after.Epoch+1 {
+		t.Errorf("the epoch is %d after the switchover, want %d", p.Epoch, after.Epoch+1)
+	}
+	wantNoFailure(t, running.Stop(), false)
+}
