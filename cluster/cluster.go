@@ -89,6 +89,9 @@ type Cluster struct {
 
 	fatal  context.CancelCauseFunc // set by Run
 	living context.Context         // ends with Run's work, its cause says why
+	// diskDead gets the error of a disk that hangs for good; then Run returns
+	// without waiting for what waits for the disk.
+	diskDead chan error
 
 	quarantine atomic.Pointer[string] // why this leader holds still; nil: it does not
 	foundedNow atomic.Bool            // this process founded the cluster
@@ -115,7 +118,7 @@ func New(o Options) (*Cluster, error) {
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
 		book: newAddressBook(), lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
-		founded: make(chan memberFile, 1), joined: make(chan struct{}),
+		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskDead: make(chan error, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 	}
 	if err := c.setTiming(m.heartbeat()); err != nil {
@@ -299,7 +302,16 @@ func (c *Cluster) Run(ctx context.Context) error {
 		defer stop()
 		return c.live(ctx, carriage)
 	})
-	return errors.Join(g.Wait(), c.mesh.Close())
+	ended := make(chan error, 1)
+	go func() { ended <- errors.Join(g.Wait(), c.mesh.Close()) }()
+	select {
+	case err := <-ended:
+		return err
+	case err := <-c.diskDead:
+		// raft waits for its disk, for ever perhaps, and so does all that would
+		// have to end before it.
+		return err
+	}
 }
 
 // live is the life of a member, from joining to leaving.
@@ -329,7 +341,7 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
 		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
-		newDiskWatchdog(c.opts.DataDir, c.log, c.diskStalled).Run, c.watchStore,
+		c.watchDisk, c.watchStore,
 	} {
 		g.Go(func() error { return loop(lctx) })
 	}
@@ -405,6 +417,14 @@ func (c *Cluster) watchStore(ctx context.Context) error {
 	case <-c.opts.StoreFailed:
 		return fmt.Errorf("raft's store failed: %w", c.opts.StoreError())
 	}
+}
+
+func (c *Cluster) watchDisk(ctx context.Context) error {
+	err := newDiskWatchdog(c.opts.DataDir, c.log, c.diskStalled).Run(ctx)
+	if errors.Is(err, ErrDiskStalled) {
+		c.diskDead <- err
+	}
+	return err
 }
 
 func (c *Cluster) diskStalled(stalled bool) {

@@ -193,7 +193,9 @@ func (n *Node) Addresses() Addresses {
 }
 
 // Run blocks until ctx ends, drains, hands over and closes everything. It
-// returns early with the reason when the node can't go on.
+// returns early with the reason when the node can't go on; when that is
+// cluster.ErrDiskStalled something still waits for the disk, and only the end of
+// the process frees it.
 func (n *Node) Run(ctx context.Context) error {
 	// Doors and cluster outlive ctx: a node that drains still answers.
 	living, stopLiving := context.WithCancel(context.WithoutCancel(ctx))
@@ -222,6 +224,12 @@ func (n *Node) Run(ctx context.Context) error {
 	stopCluster()
 	<-clusterDone
 	n.doors.close()
+	if err := context.Cause(living); errors.Is(err, cluster.ErrDiskStalled) {
+		// What is left would wait for the disk. The process ends without it, and
+		// nothing is lost: what counts was fsynced, or has not happened.
+		n.log.Error("node stopped, its disk hangs", "err", err)
+		return err
+	}
 	stopLiving()
 	err := errors.Join(g.Wait(), n.Close())
 	n.log.Info("node stopped", "err", err)
