@@ -177,33 +177,36 @@ func (c *configCheck) upstream(at ConfigPath, u Upstream) {
 	if !slices.Contains(kinds, string(u.Kind)) {
 		c.reject(at.At("kind"), c.src.suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
 	}
-	secure := c.upstreamURL(at.At("url"), u.URL)
-	c.upstreamTLS(at.At("tls"), u.TLS, secure)
+	c.upstreamURL(at.At("url"), u.URL)
+	c.upstreamTLS(at.At("tls"), u.TLS)
 	c.secret(at.At("api_key"), u.APIKey)
 	if u.MaxConcurrency < 0 || u.MaxConcurrency > 65536 {
 		c.reject(at.At("max_concurrency"), "write a number from 1 to 65536, or 0 for the default of 256", "%d is out of range", u.MaxConcurrency)
 	}
 	switch u.Discover {
 	case DiscoverOff:
-	case DiscoverDNS, DiscoverSRV:
-		c.reject(at.At("discover"), "write one upstream for each address, and discover: off", "discover: %s is not supported by this version", u.Discover)
+	case DiscoverDNS:
+	case DiscoverSRV:
+		if to, err := url.Parse(u.URL); err == nil && to.Port() != "" {
+			c.reject(at.At("url"), "remove it", "the URL has a port, but with discover: srv the ports come from the records")
+		}
 	default:
-		c.reject(at.At("discover"), "write off", "%s is not a way to discover", quoted(string(u.Discover)))
+		modes := []string{string(DiscoverOff), string(DiscoverDNS), string(DiscoverSRV)}
+		c.reject(at.At("discover"), c.src.suggest(string(u.Discover), modes, ""), "%s is not a way to discover", quoted(string(u.Discover)))
 	}
 }
 
-// upstreamURL reports whether a URL that may be wrong otherwise is https.
-func (c *configCheck) upstreamURL(at ConfigPath, raw string) (secure bool) {
+func (c *configCheck) upstreamURL(at ConfigPath, raw string) {
 	const sample = "write it like http://vllm:8000/v1"
 	if raw == "" {
 		c.missing(at, sample)
-		return true
+		return
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
 		// The text may hold a password, so it is not repeated.
 		c.reject(at, sample, "is not a URL")
-		return true
+		return
 	}
 	if len(raw) > 2048 {
 		c.reject(at, sample, "the URL has more than 2048 characters")
@@ -212,7 +215,7 @@ func (c *configCheck) upstreamURL(at ConfigPath, raw string) (secure bool) {
 	case "http", "https":
 	default:
 		c.reject(at, sample, "the URL is not one of http or https")
-		return true
+		return
 	}
 	port, err := strconv.Atoi(u.Port())
 	switch {
@@ -229,17 +232,11 @@ func (c *configCheck) upstreamURL(at ConfigPath, raw string) (secure bool) {
 	case strings.HasSuffix(strings.TrimSuffix(u.Path, "/"), "/completions"):
 		c.reject(at, "end it before /chat/completions, as clients of OpenAI do: "+sample[len("write it like "):], "the URL is an endpoint, not the base of all endpoints")
 	}
-	return u.Scheme == "https"
 }
 
-func (c *configCheck) upstreamTLS(at ConfigPath, t UpstreamTLS, secure bool) {
-	if t == (UpstreamTLS{}) {
-		return
-	}
-	if !secure {
-		c.reject(at, "write https in url, or remove tls", "tls is set, but url is http")
-		return
-	}
+// upstreamTLS checks the settings themselves. With an http url they are unused,
+// and no fault: the url may be about to change.
+func (c *configCheck) upstreamTLS(at ConfigPath, t UpstreamTLS) {
 	if (t.CertFile == "") != (t.KeyFile == "") {
 		c.reject(at, "write both, or none", "cert_file and key_file go together")
 	}

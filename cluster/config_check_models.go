@@ -163,6 +163,10 @@ func (c *configCheck) timers(at ConfigPath, own Timeouts) bool {
 		}
 		fine = false
 	}
+	if n := own.MinTokensPerSecond; n < 0 || n > 10_000 {
+		c.reject(at.At("min_tokens_per_second"), "write a number from 1 to 10000, or remove the key", "%d is out of range", n)
+		fine = false
+	}
 	return fine
 }
 

@@ -84,6 +84,8 @@ func (t Timeouts) over(base Timeouts) Timeouts {
 		FirstToken:    or(t.FirstToken, base.FirstToken),
 		BetweenTokens: or(t.BetweenTokens, base.BetweenTokens),
 		Total:         or(t.Total, base.Total),
+
+		MinTokensPerSecond: cmp.Or(t.MinTokensPerSecond, base.MinTokensPerSecond),
 	}
 }
 

@@ -21,7 +21,7 @@ sites:
   shanghai-b: {city: shanghai, priority: 2}
   beijing:    {city: beijing,  priority: 3}
 upstreams:
-  a-vllm: {site: shanghai-a, kind: vllm, url: "https://vllm:8000/v1", api_key: {env: VLLM_KEY}, tls: {ca_file: ca.pem}, max_concurrency: 256, discover: off}
+  a-vllm: {site: shanghai-a, kind: vllm, url: "http://vllm:8000/v1", api_key: {env: VLLM_KEY}, tls: {ca_file: ca.pem}, max_concurrency: 256, discover: dns}
 models:
   deepseek-chat: {serve: [{upstream: a-vllm, model: deepseek-ai/DeepSeek-V3.2}], fallbacks: []}
 timeouts: {connect: 2s, first_token: 120s, between_tokens: 30s, total: 30m}
@@ -194,7 +194,6 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"url with port 70000", up + "{site: a, url: 'http://h:70000/v1'}\n", `cluster.yaml:5: upstreams.u.url: the URL's port is not one; write a port from 1 to 65535, or none`},
 		{"url with an empty port", up + "{site: a, url: 'http://h:/v1'}\n", `cluster.yaml:5: upstreams.u.url: the URL's port is not one; write a port from 1 to 65535, or none`},
 		{"url of an endpoint", up + "{site: a, url: 'http://h/v1/chat/completions'}\n", `cluster.yaml:5: upstreams.u.url: the URL is an endpoint, not the base of all endpoints; end it before /chat/completions, as clients of OpenAI do: http://vllm:8000/v1`},
-		{"tls without https", up + "{site: a, url: 'http://h/v1', tls: {ca_file: x}}\n", `cluster.yaml:5: upstreams.u.tls: tls is set, but url is http; write https in url, or remove tls`},
 		{"half a client certificate", up + "{site: a, url: 'https://h/v1', tls: {cert_file: x}}\n", `cluster.yaml:5: upstreams.u.tls: cert_file and key_file go together; write both, or none`},
 		{
 			"verify and not", up + "{site: a, url: 'https://h/v1', tls: {ca_file: x, insecure_skip_verify: true}}\n",
@@ -214,8 +213,9 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"concurrency in words", up + "{site: a, url: http://h, max_concurrency: 1k}\n", `cluster.yaml:5: upstreams.u.max_concurrency: wants a whole number, not "1k"; write digits alone, without a unit or separators`},
 		{"octal concurrency", up + "{site: a, url: http://h, max_concurrency: 010}\n", `cluster.yaml:5: upstreams.u.max_concurrency: wants a whole number, not "010"; write digits alone, without a unit or separators`},
 		{"enormous concurrency", up + "{site: a, url: http://h, max_concurrency: 99999999999999999999}\n", `cluster.yaml:5: upstreams.u.max_concurrency: "99999999999999999999" is too large a number`},
-		{"discover dns", up + "{site: a, url: http://h, discover: dns}\n", `cluster.yaml:5: upstreams.u.discover: discover: dns is not supported by this version; write one upstream for each address, and discover: off`},
-		{"discover yes", up + "{site: a, url: http://h, discover: yes}\n", `cluster.yaml:5: upstreams.u.discover: "yes" is not a way to discover; write off`},
+		{"discover srv with a port", up + "{site: a, url: 'http://h:8000', discover: srv}\n", `cluster.yaml:5: upstreams.u.url: the URL has a port, but with discover: srv the ports come from the records; remove it`},
+		{"discover yes", up + "{site: a, url: http://h, discover: yes}\n", `cluster.yaml:5: upstreams.u.discover: "yes" is not a way to discover; write one of off, dns, srv`},
+		{"a negative pace", up + "{site: a, url: http://h, timeouts: {min_tokens_per_second: -1}}\n", `cluster.yaml:5: upstreams.u.timeouts.min_tokens_per_second: -1 is out of range; write a number from 1 to 10000, or remove the key`},
 
 		{"model's name", model + "  '': {serve: [{upstream: u}]}\n", `cluster.yaml:7: models: has a key that is not a plain word; write key: value`},
 		{"model's name with a line end", model + "  \"a\\nb\": {serve: [{upstream: u}]}\n", `cluster.yaml:7: models."a\nb": "a\nb" cannot be a model's name; write 1 to 256 printable characters`},
@@ -417,7 +417,7 @@ func drawConfig(t *rapid.T) string {
 		maybe("key", "    api_key: {%s: NAME}\n", rapid.SampledFrom([]string{"env", "file"}).Draw(t, "ref"))
 		maybe("tls", "    tls: {ca_file: %q}\n", rapid.SampledFrom([]string{"ca.pem", "null", "a: b", "~", "é"}).Draw(t, "ca"))
 		maybe("concurrency", "    max_concurrency: %d\n", number("max", 0, 65536))
-		maybe("discover", "    discover: off\n")
+		maybe("discover", "    discover: %s\n", rapid.SampledFrom([]string{"off", "dns"}).Draw(t, "how"))
 		maybe("timeouts", "    timeouts: {connect: %dms, total: 24h}\n", number("connect", 1, 9999))
 	}
 	b.WriteString("models:\n")

@@ -119,6 +119,9 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 		if !u.APIKey.IsZero() {
 			src.CheckSecret(at.At("api_key"), u.APIKey, lookupEnv, readFile)
 		}
+		if !u.Secure() {
+			continue
+		}
 		if u.TLS.CAFile != "" {
 			src.CheckCA(at.At("tls", "ca_file"), u.TLS.CAFile, readFile)
 		}

@@ -171,6 +171,12 @@ func (a *attempt) request() (*http.Request, error) {
 		body = upstreamBody(a.r, a.wireModel(), a.stripUsage && !a.target.noUsage.Load())
 		to = a.target.url(a.r.Endpoint)
 	}
+	if h["X-Idempotency-Key"] == nil && h["Idempotency-Key"] == nil {
+		// A name without a value is not sent. It lets the transport ask again when
+		// a connection that it kept turns out to be closed by the server and no
+		// byte of an answer has come: else that is an error for nothing.
+		h["X-Idempotency-Key"] = []string{}
+	}
 	req := &http.Request{
 		Method: http.MethodPost, URL: to, Host: to.Host,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -213,6 +219,23 @@ func (a *attempt) forward(h http.Header) ([]byte, error) {
 	h[HeaderPrincipal] = []string{string(principal)}
 	h[HeaderHops] = []string{strconv.Itoa(a.r.Hops + 1)}
 	return body, nil
+}
+
+// patience says for how long an answer may stay away after the first token's
+// timer; nil: no longer.
+func (a *attempt) patience() func() bool {
+	switch {
+	case a.r.Stream || !generates(a.r.Endpoint):
+		return nil
+	case a.peer != nil: // whose end ends the attempt, and whose node judges the upstream
+		return func() bool { return true }
+	}
+	return a.target.answersProbes
+}
+
+// generates reports whether a plain answer takes as long as all of its tokens.
+func generates(endpoint string) bool {
+	return completes(endpoint) || endpoint == "/v1/responses" || endpoint == "/v1/messages"
 }
 
 // completes reports whether the endpoint speaks in choices.

@@ -20,11 +20,13 @@ const (
 type backend struct {
 	name     string
 	site     string
+	address  string // of a discovered instance, empty else
 	node     string // a peer's node name, empty for an upstream
 	hash     uint64 // of the name
 	max      int64  // requests at a time, 0: unbounded
 	inFlight atomic.Int64
 	counts   *backendMetrics
+	retired  bool // gets no more requests; guarded by counts.mu
 
 	mu       sync.Mutex // guards all below
 	breaker  breaker

@@ -28,6 +28,8 @@ type server struct {
 	hits   atomic.Int64
 	active atomic.Int64
 	answer atomic.Pointer[func(w http.ResponseWriter, r *http.Request)]
+	sick   atomic.Bool // its probes fail
+	onHit  func()      // before the first answer
 
 	mu     sync.Mutex // guards bodies and heads
 	bodies [][]byte
@@ -42,7 +44,9 @@ func newServer(t *testing.T, name string, answer answering) *server {
 	s.set(answer)
 	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodGet {
-			w.WriteHeader(http.StatusOK)
+			if s.sick.Load() {
+				w.WriteHeader(http.StatusServiceUnavailable)
+			}
 			return
 		}
 		s.active.Add(1)
@@ -55,7 +59,9 @@ func newServer(t *testing.T, name string, answer answering) *server {
 		s.bodies = append(s.bodies, body)
 		s.heads = append(s.heads, r.Header.Clone())
 		s.mu.Unlock()
-		s.hits.Add(1)
+		if s.hits.Add(1) == 1 && s.onHit != nil {
+			s.onHit()
+		}
 		(*s.answer.Load())(w, r)
 	}))
 	t.Cleanup(func() {
@@ -281,6 +287,16 @@ func (l *lockedWriter) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.w.Write(b)
+}
+
+// instance is the only one of an upstream.
+func (r *rig) instance(t *testing.T, name string) *upstream {
+	t.Helper()
+	s := r.table.Load().services[name]
+	if s == nil || len(s.instances) != 1 {
+		t.Fatalf("upstream %s: %+v", name, s)
+	}
+	return s.instances[0]
 }
 
 func (r *rig) results(upstream, result string) float64 {

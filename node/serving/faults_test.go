@@ -135,6 +135,16 @@ func TestFaultsBeforeContent(t *testing.T) {
 				options = append(options, hasty)
 			}
 			r := newRig(t, []*server{bad, good}, options...)
+			if !c.stream && c.result == "timeout_first_token" {
+				// A plain answer may take long: only a server whose probes fail too is
+				// given up.
+				bad.onHit = func() {
+					bad.sick.Store(true)
+					for range probesToDie {
+						r.probeAll(t.Context())
+					}
+				}
+			}
 			saw, err := r.serve(t, chat(c.stream))
 			if err != nil {
 				t.Fatalf("Serve: %v\n%s", err, r.logs)
@@ -317,7 +327,7 @@ func TestConnectTimer(t *testing.T) {
 	good := newServer(t, "good", well)
 	dead.Server = good.Server
 	r := newRig(t, []*server{dead, good})
-	r.table.Load().upstreams["dead"].client = failing{&net.OpError{Op: "dial", Err: timeoutNow{}}}
+	r.instance(t, "dead").client = failing{&net.OpError{Op: "dial", Err: timeoutNow{}}}
 	if _, err := r.serve(t, chat(false)); err != nil {
 		t.Fatal(err)
 	}

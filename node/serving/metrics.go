@@ -1,6 +1,8 @@
 package serving
 
 import (
+	"sync"
+
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 )
@@ -15,11 +17,15 @@ type metrics struct {
 	tokens     *prometheus.CounterVec
 	firstToken prometheus.Histogram
 	perToken   prometheus.Histogram
+
+	mu       sync.Mutex // guards backends
+	backends map[string]*backendMetrics
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
 	f := promauto.With(reg)
 	return &metrics{
+		backends: map[string]*backendMetrics{},
 		requests: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_upstream_requests_total", Help: "Attempts at an upstream (or peer/SITE) by how they ended.",
 		}, []string{"upstream", "result"}),
@@ -46,36 +52,77 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 }
 
-// backendMetrics are one label's series, looked up once.
+// backendMetrics are one label's series, looked up once. The instances of one
+// upstream, and the nodes of one peer site, share them.
 type backendMetrics struct {
 	results  [results]prometheus.Counter
 	inFlight prometheus.Gauge
 	states   [breakerStates]prometheus.Gauge
+
+	mu     sync.Mutex // guards stands, and retired of who stands there
+	stands map[*backend]breakerState
 }
 
 func (m *metrics) backend(label string) *backendMetrics {
-	b := &backendMetrics{inFlight: m.inFlight.WithLabelValues(label)}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if b := m.backends[label]; b != nil {
+		return b
+	}
+	b := &backendMetrics{stands: map[*backend]breakerState{}, inFlight: m.inFlight.WithLabelValues(label)}
 	for r := range results {
 		b.results[r] = m.requests.WithLabelValues(label, r.String())
 	}
 	for s := range breakerStates {
 		b.states[s] = m.state.WithLabelValues(label, s.String())
 	}
+	m.backends[label] = b
 	return b
 }
 
-func (b *backendMetrics) show(state breakerState) {
+// stand notes where an instance's breaker stands; the first time it comes in.
+// The caller holds the instance's lock, so nothing here may ask for one.
+func (m *backendMetrics) stand(b *backend, at breakerState) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, known := m.stands[b]; known || !b.retired {
+		m.stands[b] = at
+		m.show()
+	}
+}
+
+// retire takes an instance out that gets no more requests.
+func (m *backendMetrics) retire(b *backend) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b.retired = true
+	delete(m.stands, b)
+	m.show()
+}
+
+// show sets 1 for the best state that any instance is in: the upstream is as
+// good as that. Without any instance it is in none.
+func (m *backendMetrics) show() {
+	best := breakerStates
+	for _, at := range m.stands {
+		if best == breakerStates || at == breakerClosed || best == breakerOpen {
+			best = at
+		}
+	}
 	for s := range breakerStates {
 		v := 0.0
-		if s == state {
+		if s == best {
 			v = 1
 		}
-		b.states[s].Set(v)
+		m.states[s].Set(v)
 	}
 }
 
 // forget drops a label that left the configuration.
 func (m *metrics) forget(label string) {
+	m.mu.Lock()
+	delete(m.backends, label)
+	m.mu.Unlock()
 	match := prometheus.Labels{"upstream": label}
 	m.requests.DeletePartialMatch(match)
 	m.state.DeletePartialMatch(match)

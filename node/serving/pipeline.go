@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -38,6 +39,10 @@ type Options struct {
 	Random func(n int) int
 	// Transport replaces the HTTP transport of an own upstream, for tests.
 	Transport func(upstream string) http.RoundTripper
+	// Resolver looks up the upstreams with discover, each LookUpEvery (5 s);
+	// the process's own by default.
+	Resolver    Resolver
+	LookUpEvery time.Duration
 }
 
 func (o *Options) complete() {
@@ -62,6 +67,12 @@ func (o *Options) complete() {
 	if o.Random == nil {
 		o.Random = rand.IntN
 	}
+	if o.Resolver == nil {
+		o.Resolver = net.DefaultResolver
+	}
+	if o.LookUpEvery <= 0 {
+		o.LookUpEvery = lookUpEvery
+	}
 }
 
 // Pipeline turns requests into answers. Configure it, run it, then Serve.
@@ -83,6 +94,7 @@ type Pipeline struct {
 	mu      sync.Mutex // serialises Configure and SetDrained; guards all below
 	drained map[string]bool
 	conf    *cluster.Config
+	found   map[string]*found // by upstream, of those with discover
 }
 
 // New makes a pipeline that knows no models yet. It starts nothing.
@@ -90,7 +102,7 @@ func New(o Options) *Pipeline {
 	o.complete()
 	p := &Pipeline{
 		site: o.Site, log: o.Logger, opts: o, peers: o.Peers, now: o.Now, random: o.Random,
-		metrics: newMetrics(o.Registerer), probe: make(chan struct{}, 1),
+		metrics: newMetrics(o.Registerer), probe: make(chan struct{}, 1), found: map[string]*found{},
 	}
 	p.fleet = fleet{metrics: p.metrics, onMove: p.moved, peers: map[string]*peer{}}
 	p.pick = p.choose
@@ -171,7 +183,7 @@ func (p *Pipeline) try(ctx context.Context, a *attempt) outcome {
 	if a.peer != nil {
 		gone = a.peer.gone
 	}
-	a.w = newWatch(ctx, a.timers, a.start.Add(a.timers.total), gone)
+	a.w = newWatch(ctx, a.timers, a.start.Add(a.timers.total), gone, a.patience())
 	asked := time.Now()
 	o := a.run()
 	a.w.stop()
@@ -190,10 +202,10 @@ func (p *Pipeline) try(ctx context.Context, a *attempt) outcome {
 // rejectedKey reads a key again that the upstream refused: it may have changed.
 func (p *Pipeline) rejectedKey(u *upstream) {
 	if err := u.refreshKey(p.opts.LookupEnv, p.opts.ReadFile); err != nil {
-		p.log.Error("upstream refused its api key, and it can't be read again", "upstream", u.name, "error", err)
+		p.log.Error("upstream refused its api key, and it can't be read again", append(u.words(), "error", err)...)
 		return
 	}
-	p.log.Error("upstream refused its api key or has no money left; check api_key", "upstream", u.name)
+	p.log.Error("upstream refused its api key or has no money left; check api_key", u.words()...)
 }
 
 func (p *Pipeline) observe(a *attempt, o outcome) {
@@ -306,6 +318,9 @@ func (a *attempt) describe(o outcome) []slog.Attr {
 	if a.peer != nil {
 		attrs = append(attrs, slog.String("peer", a.peer.node))
 	}
+	if at := a.permit.b.address; at != "" {
+		attrs = append(attrs, slog.String("instance", at))
+	}
 	return attrs
 }
 
@@ -317,16 +332,19 @@ func (p *Pipeline) moved(b *backend, to breakerState, why breakerReason) {
 	}
 	attrs := []slog.Attr{slog.String("upstream", b.name), slog.String("state", to.String()), slog.String("reason", string(why))}
 	if b.node == "" {
-		b.counts.show(to)
+		b.counts.stand(b, to)
 	} else {
 		attrs = append(attrs, slog.String("peer", b.node))
+	}
+	if b.address != "" {
+		attrs = append(attrs, slog.String("instance", b.address))
 	}
 	p.log.LogAttrs(context.Background(), level, "breaker", attrs...)
 }
 
 // Close closes idle connections. Call it when no request is under way.
 func (p *Pipeline) Close() {
-	for _, u := range p.table.Load().upstreams {
+	for u := range p.table.Load().instances() {
 		if u.transport != nil {
 			u.transport.CloseIdleConnections()
 		}

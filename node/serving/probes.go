@@ -16,6 +16,8 @@ import (
 const (
 	probeEvery   = 5 * time.Second
 	probeTimeout = 2 * time.Second
+	// probesToDie in a row must fail before a plain answer is no longer waited for.
+	probesToDie  = 2
 	probesAtOnce = 16
 )
 
@@ -27,16 +29,22 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	defer probes.Stop()
 	peers := time.NewTicker(peersEvery)
 	defer peers.Stop()
-	var round sync.WaitGroup
-	defer round.Wait()
-	busy := make(chan struct{}, 1) // one round at a time
-	start := func() {
-		select {
-		case busy <- struct{}{}:
-			round.Go(func() { p.probeAll(ctx); <-busy })
-		default:
+	lookUps := time.NewTicker(p.opts.LookUpEvery)
+	defer lookUps.Stop()
+	var rounds sync.WaitGroup
+	defer rounds.Wait()
+	// One round of each at a time.
+	round := func(what func(context.Context)) func() {
+		busy := make(chan struct{}, 1)
+		return func() {
+			select {
+			case busy <- struct{}{}:
+				rounds.Go(func() { what(ctx); <-busy })
+			default:
+			}
 		}
 	}
+	start, lookUp := round(p.probeAll), round(p.discover)
 	start()
 	for {
 		select {
@@ -46,6 +54,8 @@ func (p *Pipeline) Run(ctx context.Context) error {
 			start()
 		case <-probes.C:
 			start()
+		case <-lookUps.C:
+			lookUp()
 		case <-peers.C:
 			if !p.fleet.empty() {
 				p.fleet.check(p.peers())
@@ -60,22 +70,31 @@ func (p *Pipeline) probeAll(ctx context.Context) {
 	p.repair()
 	room := make(chan struct{}, probesAtOnce)
 	var all sync.WaitGroup
-	for _, u := range p.table.Load().upstreams {
+	for u := range p.table.Load().instances() {
 		if u.broken != nil {
 			continue
 		}
 		if err := u.refreshKey(p.opts.LookupEnv, p.opts.ReadFile); err != nil {
-			p.log.Error("api key can't be read", "upstream", u.name, "error", err)
+			p.log.Error("api key can't be read", append(u.words(), "error", err)...)
 		}
 		now := p.now()
-		if !u.open(now) && u.goodSince(now.Add(-probeEvery)) {
+		idle := u.open(now) || !u.goodSince(now.Add(-probeEvery))
+		if !idle {
 			u.probed.Store(&probe{at: now})
+		}
+		reports := u.rivals.Load() && u.reports(now)
+		if !idle && !reports {
 			continue
 		}
 		room <- struct{}{}
 		all.Go(func() {
 			defer func() { <-room }()
-			p.probeOne(ctx, u)
+			if idle {
+				p.probeOne(ctx, u)
+			}
+			if reports {
+				p.askLoad(ctx, u)
+			}
 		})
 	}
 	all.Wait()
@@ -87,13 +106,21 @@ func (p *Pipeline) probeOne(ctx context.Context, u *upstream) {
 		return
 	}
 	now := p.now()
-	before := u.probed.Swap(&probe{at: now, err: err})
+	before := u.probed.Load()
 	known := before != nil
+	next := &probe{at: now, err: err}
+	if err != nil {
+		next.fails = 1
+		if known {
+			next.fails += before.fails
+		}
+	}
+	u.probed.Store(next)
 	switch {
 	case err != nil && (!known || before.err == nil):
-		p.log.Warn("probe failed", "upstream", u.name, "error", err)
+		p.log.Warn("probe failed", append(u.words(), "error", err)...)
 	case err == nil && known && before.err != nil:
-		p.log.Info("probe answers again", "upstream", u.name)
+		p.log.Info("probe answers again", u.words()...)
 		u.revive(now)
 	}
 }
@@ -113,14 +140,8 @@ var errProbe = errors.New("probe")
 func (u *upstream) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.probeURL().String(), nil)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errProbe, err)
-	}
-	if key := u.key.Load(); key != nil {
-		req.Header.Set("Authorization", *key)
-	}
-	resp, err := u.client.RoundTrip(req)
+	at := u.probeURL()
+	resp, err := u.get(ctx, at)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errProbe, err)
 	}
@@ -129,9 +150,29 @@ func (u *upstream) ping(ctx context.Context) error {
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 256<<10))
 	// 4xx answers: it lives. A page that it lacks says nothing of its health.
 	if resp.StatusCode >= http.StatusInternalServerError {
-		return fmt.Errorf("%w: %s answered %d", errProbe, req.URL.Path, resp.StatusCode)
+		return fmt.Errorf("%w: %s answered %d", errProbe, at.Path, resp.StatusCode)
 	}
 	return nil
+}
+
+// get asks one page of the upstream.
+func (u *upstream) get(ctx context.Context, at *url.URL) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+	if key := u.key.Load(); key != nil {
+		req.Header.Set("Authorization", *key)
+	}
+	return u.client.RoundTrip(req)
+}
+
+// words name the upstream in the log.
+func (u *upstream) words() []any {
+	if u.address == "" {
+		return []any{"upstream", u.name}
+	}
+	return []any{"upstream", u.name, "instance", u.address}
 }
 
 func (u *upstream) probeURL() *url.URL {

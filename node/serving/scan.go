@@ -12,6 +12,7 @@ type answer struct {
 	errAt              Span // top-level "error", present and not null
 	hasChoices         bool
 	choices            int
+	text               int    // bytes of that, as JSON has them
 	content            bool   // some choice carries text, reasoning, a refusal or a tool call
 	seen, finished     uint64 // bit per choice index (0..63): met, has a finish_reason
 	exhausted          bool   // finish_reason insufficient_system_resource (DeepSeek)
@@ -379,6 +380,11 @@ func (s *scanner) content(a *answer) bool {
 	case "null", `""`, "[]", "{}":
 	default:
 		a.content = true
+		a.text += at.To - at.From - 2
 	}
 	return true
 }
+
+// tokens guesses how many an event holds: four bytes of text each, and one at
+// the least. Servers send one in an event, or a few at a time.
+func (a *answer) tokens() int { return max(1, a.text/4) }

@@ -165,14 +165,14 @@ func TestConfigureKeepsState(t *testing.T) {
 	a, b := newServer(t, "a", well), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
 	r.breakUpstream(t, a)
-	before := r.table.Load().upstreams["a"]
+	before := r.instance(t, "a")
 	conf := *r.conf
 	conf.Upstreams = map[string]cluster.Upstream{"a": r.conf.Upstreams["a"]}
 	conf.Models = map[string]cluster.Model{"m": {Serve: []cluster.Serve{{Upstream: "a"}}}}
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)
 	}
-	if r.table.Load().upstreams["a"] != before || r.status(t, "a").Breaker != "open" {
+	if r.instance(t, "a") != before || r.status(t, "a").Breaker != "open" {
 		t.Error("a lost its state although it didn't change")
 	}
 	if r.metric("dsnode_breaker_state", "upstream", "b") != 0 {

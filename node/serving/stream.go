@@ -115,7 +115,7 @@ func (s *relay) chunk(ev event) outcome {
 	s.finished |= found.finished
 	begins := found.content || found.finished != 0
 	if begins {
-		s.w.progress()
+		s.w.content(found.tokens())
 	}
 	raw := s.uniform(ev, &found)
 	if s.wait == nil {
@@ -152,7 +152,7 @@ func (s *relay) begin(raw []byte) outcome {
 }
 
 func (s *relay) pass(raw []byte) outcome {
-	if err := s.sink.Data(raw); err != nil {
+	if err := s.w.write(s.sink, raw); err != nil {
 		return outcome{result: resultCancelled, err: &sinkError{err}}
 	}
 	return outcome{}
@@ -294,7 +294,7 @@ func (a *attempt) streamAnything(events *eventReader) outcome {
 				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
 			}
 		}
-		if err := a.sink.Data(ev.raw); err != nil {
+		if err := a.w.write(a.sink, ev.raw); err != nil {
 			return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
 		}
 	}

@@ -3,6 +3,7 @@ package serving
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -19,7 +20,8 @@ import (
 
 const defaultConcurrency = 256
 
-// upstream is one model server of the own site.
+// upstream is one model server of the own site: what a configured upstream's
+// URL says, or one of the instances that were discovered for it.
 type upstream struct {
 	backend
 	def       cluster.Upstream
@@ -30,24 +32,27 @@ type upstream struct {
 	transport *http.Transport
 	client    http.RoundTripper // the transport, or a test's
 	key       atomic.Pointer[string]
-	drained   atomic.Bool
 	noUsage   atomic.Bool // it refused stream_options once
 	broken    error       // its files or URL are unusable: never asked
 	probed    atomic.Pointer[probe]
+	rivals    atomic.Bool // some model has others to choose from
+	reported  atomic.Pointer[report]
 }
 
 // probe is what the last cheap request for a sign of life gave.
 type probe struct {
-	at  time.Time
-	err error // nil: it answered
+	at    time.Time
+	err   error // nil: it answered
+	fails int   // in a row
 }
 
 var usualEndpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 
 // newUpstream makes an upstream; unreadable is why its files could not be read.
-func newUpstream(name string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *upstream {
+func newUpstream(name, address string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *upstream {
 	u := &upstream{def: def, connect: connect, material: files.digest()}
-	u.name, u.hash, u.site, u.max = name, hashName(name), def.Site, int64(def.MaxConcurrency)
+	u.name, u.address, u.site = name, address, def.Site
+	u.hash, u.max = hashName(name+address), int64(def.MaxConcurrency)
 	if u.max <= 0 {
 		u.max = defaultConcurrency
 	}
@@ -55,6 +60,7 @@ func newUpstream(name string, def cluster.Upstream, connect time.Duration, files
 	if u.broken != nil {
 		return u
 	}
+	u.base.host = identity(u.base.host)
 	u.urls = make(map[string]*url.URL, len(usualEndpoints))
 	for _, e := range usualEndpoints {
 		u.urls[e] = u.base.join(e)
@@ -62,23 +68,30 @@ func newUpstream(name string, def cluster.Upstream, connect time.Duration, files
 	var conf *tls.Config
 	conf, u.broken = files.tls(def.TLS)
 	u.broken = cmp.Or(unreadable, u.broken)
-	u.transport = newTransport(conf, connect, int(u.max))
+	u.transport = newTransport(conf, address, connect, int(u.max))
 	u.client = u.transport
 	return u
 }
 
 // newTransport is tuned like a reverse proxy: many idle connections, nothing
 // decompressed, HTTP/1.1 (a stream that stalls on HTTP/2 takes its neighbours'
-// flow control with it).
-func newTransport(conf *tls.Config, connect time.Duration, idle int) *http.Transport {
+// flow control with it). With an address, that is where all connections go; the
+// Host header and the name to be proved are the URL's all the same.
+func newTransport(conf *tls.Config, address string, connect time.Duration, idle int) *http.Transport {
 	dialer := &net.Dialer{
 		Timeout: connect,
 		// A server whose machine died says nothing: 15 s + 3 × 5 s.
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		Control:         boundUnacknowledged,
 	}
+	dial := dialer.DialContext
+	if address != "" {
+		dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return dialer.DialContext(ctx, network, address)
+		}
+	}
 	return &http.Transport{
-		DialContext:         dialer.DialContext,
+		DialContext:         dial,
 		TLSClientConfig:     conf,
 		TLSHandshakeTimeout: connect,
 		MaxIdleConnsPerHost: idle,
@@ -164,7 +177,14 @@ func (u *upstream) refreshKey(lookupEnv func(string) (string, bool), readFile fu
 // usable reports whether the upstream may be asked at all. A key that was
 // never readable is no reason to send requests without one.
 func (u *upstream) usable() bool {
-	return u.broken == nil && !u.drained.Load() && (u.def.APIKey.IsZero() || u.key.Load() != nil)
+	return u.broken == nil && (u.def.APIKey.IsZero() || u.key.Load() != nil)
+}
+
+// answersProbes reports that the upstream's probes say nothing against waiting
+// for it: they answer, or are not known.
+func (u *upstream) answersProbes() bool {
+	p := u.probed.Load()
+	return p == nil || p.fails < probesToDie || u.goodSince(p.at)
 }
 
 // probeFails reports that the last probe failed and that no real request went

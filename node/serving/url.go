@@ -50,6 +50,11 @@ func (b baseURL) join(endpoint string) *url.URL {
 // root is the base without its API version: where servers keep /health.
 func (b baseURL) root() string { return strings.TrimSuffix(b.path, "/v1") }
 
+// metrics is where vLLM and SGLang tell how busy they are.
+func (b baseURL) metrics() *url.URL {
+	return &url.URL{Scheme: b.scheme, Host: b.host, Path: b.root() + "/metrics"}
+}
+
 // health is what a probe asks of a server that has a health page.
 func (b baseURL) health() *url.URL {
 	return &url.URL{Scheme: b.scheme, Host: b.host, Path: b.root() + "/health"}

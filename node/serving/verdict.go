@@ -28,6 +28,7 @@ const (
 	resultFirstToken           //
 	resultBetweenTokens        //
 	resultTotal                //
+	resultTooSlow              // below the least pace
 	resultPeerBusy             // a peer can't answer either
 	resultPeerGone             // a peer was lost while it was asked
 	results
@@ -69,6 +70,7 @@ var effects = [results]effect{
 	resultConnectTimer:  {"timeout_connect", bad, true, ErrTimeout},
 	resultFirstToken:    {"timeout_first_token", bad, true, ErrTimeout},
 	resultBetweenTokens: {"timeout_between_tokens", bad, true, ErrTimeout},
+	resultTooSlow:       {"too_slow", bad, true, ErrTimeout},
 	// The total timer says that the request was long, not that this upstream,
 	// perhaps asked a second ago, is ill. And no time is left for another.
 	resultTotal:    {"timeout_total", neutral, false, ErrTimeout},
