@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -45,9 +44,9 @@ type dsnode struct {
 	key   string // an API key
 }
 
-// startNode writes what one node needs, starts it and founds its cluster.
-// models are served under the names that the upstream knows them by.
-func (s *stage) startNode(ctx context.Context, name, binary, upstream string, models ...string) (*dsnode, error) {
+// startNode writes what one node needs, starts it and founds its cluster with
+// the text of a cluster.yaml, whose one site is siteName.
+func (s *stage) startNode(ctx context.Context, name, binary, text string) (*dsnode, error) {
 	dir := filepath.Join(s.dir, name)
 	conf, err := nodeFiles(dir)
 	if err != nil {
@@ -61,7 +60,6 @@ func (s *stage) startNode(ctx context.Context, name, binary, upstream string, mo
 	if err != nil {
 		return nil, err
 	}
-	text := clusterText(upstream, models)
 	if err := n.until(ctx, func() error { return n.admin.Bootstrap(ctx, []byte(text), "bench") }); err != nil {
 		return nil, fmt.Errorf("found the cluster: %w", err)
 	}
@@ -144,14 +142,4 @@ func nodeFiles(dir string) (*node.Config, error) {
 		failed = append(failed, os.WriteFile(filepath.Join(dir, name), content, 0o600))
 	}
 	return c, errors.Join(failed...)
-}
-
-func clusterText(upstream string, models []string) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "version: 1\nsites: {%s: {city: here, priority: 1}}\n", siteName)
-	fmt.Fprintf(&b, "upstreams: {model-server: {site: %s, url: \"http://%s/v1\", max_concurrency: 4096}}\nmodels:\n", siteName, upstream)
-	for _, m := range models {
-		fmt.Fprintf(&b, "  %q: {serve: [{upstream: model-server}]}\n", m)
-	}
-	return b.String()
 }

@@ -1,0 +1,252 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// slowUpstream is the model server of the fixed rate.
+const slowUpstream = 60 * time.Millisecond
+
+// round starts every proxy afresh and gives each load to one after the other,
+// so that what is compared was measured seconds apart. The order turns around
+// from round to round.
+type round struct {
+	stage    *stage
+	set      *settings
+	number   int
+	upstream string
+	progress io.Writer
+
+	node    *dsnode
+	targets []target
+	runs    []measurement
+}
+
+func (r *round) burst() burst {
+	return burst{streams: r.set.Streams, within: time.Second / 2, events: r.set.Events, every: 20 * time.Millisecond}
+}
+
+func (r *round) run(ctx context.Context) ([]measurement, error) {
+	defer r.stop()
+	if err := r.start(ctx); err != nil {
+		return nil, err
+	}
+	type load struct {
+		name string
+		run  func(context.Context, target) (result, error)
+	}
+	// Idle comes first, before anything has asked for memory.
+	loads := []load{{loadIdle, func(context.Context, target) (result, error) { return result{}, nil }}}
+	warmed := r.set.length() / 5
+	loads = append(loads, load{"warm-up", func(ctx context.Context, t target) (result, error) {
+		return closedLoop(ctx, t, modelAtOnce, r.set.Connections, warmed), nil
+	}})
+	if r.set.wants("cpu", "rps") {
+		loads = append(loads, load{loadClosed, r.closed})
+	}
+	if r.set.wants("latency") {
+		loads = append(loads, load{loadRate, func(ctx context.Context, t target) (result, error) {
+			// Enough connections for answers that take four times as long.
+			connections := max(1, int(4*r.set.Rate*slowUpstream.Seconds()))
+			return openLoop(ctx, t, modelAfter(slowUpstream), r.set.Rate, connections, r.set.length()), nil
+		}})
+	}
+	if r.set.wants("streams", "memory") {
+		loads = append(loads, load{loadStreams, func(ctx context.Context, t target) (result, error) {
+			return streams(ctx, t, r.burst()), nil
+		}})
+	}
+	for _, l := range loads {
+		for _, t := range r.targets {
+			m, err := r.measure(ctx, t, l.name, l.run)
+			if err != nil {
+				return r.runs, fmt.Errorf("%s, %s: %w", t.name, l.name, err)
+			}
+			r.runs = append(r.runs, m)
+		}
+	}
+	return r.runs, nil
+}
+
+// start starts the proxies and waits until each answers.
+func (r *round) start(ctx context.Context) error {
+	name := func(n string) string { return fmt.Sprintf("%s-%d", n, r.number+1) }
+	models := []string{modelAtOnce, modelAfter(slowUpstream), modelStream(r.set.Events, r.burst().every)}
+	var err error
+	if r.node, err = r.stage.startNode(ctx, name(nameDsnode), r.set.binary, clusterText(r.upstream, models)+r.set.conf+"\n"); err != nil {
+		return err
+	}
+	proxy, addr, err := r.stage.startSelf(name(nameGoProxy), childReverseProxy, "http://"+r.upstream)
+	if err != nil {
+		return err
+	}
+	r.targets = []target{
+		{name: nameDirect, addr: r.upstream},
+		{name: nameDsnode, addr: r.node.api, proc: r.node.process},
+		{name: nameGoProxy, addr: addr, proc: proxy},
+	}
+	if r.set.nginx != "" {
+		p, addr, err := r.stage.startNginx(name(nameNginx), r.set.nginx, r.upstream)
+		if err != nil {
+			return err
+		}
+		r.targets = append(r.targets, target{name: nameNginx, addr: addr, proc: p})
+	}
+	for i := range r.targets {
+		t := &r.targets[i]
+		t.key = r.node.key // the others don't look at it
+		if t.proc == nil {
+			continue
+		}
+		if err := t.answers(ctx, t.proc); err != nil {
+			return err
+		}
+	}
+	if r.number%2 == 1 {
+		slices.Reverse(r.targets)
+	}
+	return nil
+}
+
+// clusterText serves models under the names that the upstream knows them by.
+func clusterText(upstream string, models []string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "version: 1\nsites: {%s: {city: here, priority: 1}}\n", siteName)
+	fmt.Fprintf(&b, "upstreams: {model-server: {site: %s, url: \"http://%s/v1\", max_concurrency: 4096}}\nmodels:\n", siteName, upstream)
+	for _, m := range models {
+		fmt.Fprintf(&b, "  %q: {serve: [{upstream: model-server}]}\n", m)
+	}
+	return b.String()
+}
+
+func (r *round) stop() {
+	for _, t := range r.targets {
+		if t.proc != nil {
+			t.proc.stop()
+		}
+	}
+}
+
+// closed is the closed loop, with wrk where it is installed.
+func (r *round) closed(ctx context.Context, t target) (res result, err error) {
+	if t.name == nameDsnode && r.set.profile != "" {
+		var wait sync.WaitGroup
+		defer func() { wait.Wait() }()
+		wait.Go(func() {
+			if err := r.profile(ctx); err != nil {
+				fmt.Fprintln(r.progress, "profile:", err)
+			}
+		})
+	}
+	if r.set.wrk != "" {
+		return r.stage.wrk(ctx, r.set.wrk, t, modelAtOnce, r.set.Connections, r.set.length())
+	}
+	return closedLoop(ctx, t, modelAtOnce, r.set.Connections, r.set.length()), nil
+}
+
+func (r *round) profile(ctx context.Context) error {
+	url := fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.node.admin.URLs()[0], max(1, int(r.set.Seconds)-1))
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(r.set.profile, text, 0o644)
+}
+
+// measure gives a load to a target and looks at its process before and after,
+// and at its memory meanwhile.
+func (r *round) measure(ctx context.Context, t target, load string, run func(context.Context, target) (result, error)) (measurement, error) {
+	m := measurement{Round: r.number + 1, Target: t.name, Load: load}
+	machineBefore, err := r.stage.busy()
+	if err != nil {
+		return m, err
+	}
+	var before time.Duration
+	if t.proc != nil {
+		if before, err = cpuTime(t.proc.pid()); err != nil {
+			return m, err
+		}
+	}
+	peak := t.watchMemory()
+	m.result, err = run(ctx, t)
+	highest, memErr := peak()
+	switch {
+	case ctx.Err() != nil:
+		return m, context.Cause(ctx)
+	case err != nil:
+		return m, err
+	case memErr != nil:
+		return m, memErr
+	}
+	m.Anonymous = highest
+	if t.proc != nil {
+		after, err := cpuTime(t.proc.pid())
+		if err != nil {
+			return m, err
+		}
+		m.CPU = (after - before).Seconds()
+	}
+	machineAfter, err := r.stage.busy()
+	if err != nil {
+		return m, err
+	}
+	m.Elsewhere = elsewhere(machineBefore, machineAfter)
+	if load != loadIdle {
+		fmt.Fprintf(r.progress, "round %d, %s: %-8s %d done, %d failed in %.1f s; others kept %.2f CPUs busy\n",
+			m.Round, load, t.name, m.Done, m.Failed, m.Seconds, m.Elsewhere)
+	}
+	return m, nil
+}
+
+// watchMemory looks at a process's anonymous memory ten times a second until
+// the function it gives is called, which tells the highest.
+func (t target) watchMemory() func() (int64, error) {
+	if t.proc == nil {
+		return func() (int64, error) { return 0, nil }
+	}
+	var highest int64
+	var err error
+	look := func() {
+		n, e := anonymous(t.proc.pid())
+		if e != nil {
+			err = e
+		}
+		highest = max(highest, n)
+	}
+	end := make(chan struct{})
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		for {
+			look()
+			select {
+			case <-end:
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+	})
+	return func() (int64, error) {
+		close(end)
+		watch.Wait()
+		return highest, err
+	}
+}

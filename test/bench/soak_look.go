@@ -1,0 +1,151 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+// look is what a node holds at one moment.
+type look struct {
+	goroutines, sockets, inFlight int64
+	heap, anonymous               int64 // bytes; the heap after a collection
+	opened                        int64 // breakers, since the start
+}
+
+// Some of what a node holds comes and goes by itself.
+const (
+	spareGoroutines = 4
+	spareSockets    = 2
+	spareMemory     = 8 << 20
+)
+
+// returned compares with an earlier look.
+func (l look) returned(before look) error {
+	var left []error
+	check := func(what string, have, most int64) {
+		if have > most {
+			left = append(left, fmt.Errorf("%w: %d %s, at most %d were expected", errLeft, have, what, most))
+		}
+	}
+	check("requests in flight", l.inFlight, 0)
+	check("goroutines", l.goroutines, before.goroutines+spareGoroutines)
+	check("sockets", l.sockets, before.sockets+spareSockets)
+	check("bytes of live heap", l.heap, before.heap+before.heap/4+spareMemory)
+	check("bytes of anonymous memory", l.anonymous, before.anonymous+before.anonymous/4+spareMemory)
+	return errors.Join(left...)
+}
+
+// settled waits until the node holds no more than before, or, where there is
+// nothing to compare with, until it holds no more than a moment ago. It gives
+// the last look when that takes too long.
+func (s *soak) settled(ctx context.Context, before look) (look, error) {
+	deadline := time.Now().Add(settleWithin)
+	first := before == look{}
+	for wait := s.calm; ; wait = time.Second {
+		if err := pause(ctx, wait); err != nil {
+			return look{}, err
+		}
+		now, err := s.look(ctx)
+		if err != nil {
+			return look{}, fmt.Errorf("look at the node: %w", err)
+		}
+		if now.inFlight == 0 && before != (look{}) && now.returned(before) == nil || time.Now().After(deadline) {
+			return now, nil
+		}
+		if first {
+			before = now
+		}
+	}
+}
+
+// look asks the node for its own figures, after a garbage collection.
+func (s *soak) look(ctx context.Context) (l look, err error) {
+	heap, err := s.fetch(ctx, "/debug/pprof/heap?gc=1&debug=1")
+	if err != nil {
+		return l, err
+	}
+	metrics, err := s.fetch(ctx, "/metrics")
+	if err != nil {
+		return l, err
+	}
+	for _, want := range []struct {
+		text, name string
+		to         *int64
+	}{
+		{heap, "# HeapAlloc = ", &l.heap},
+		{metrics, "go_goroutines ", &l.goroutines},
+		{metrics, "dsnode_requests_in_flight ", &l.inFlight},
+	} {
+		if *want.to, err = number(want.text, want.name); err != nil {
+			return l, err
+		}
+	}
+	n, err := sockets(s.node.pid())
+	if err != nil {
+		return l, err
+	}
+	l.sockets = int64(n)
+	if l.anonymous, err = anonymous(s.node.pid()); err != nil {
+		return l, err
+	}
+	l.opened, err = breakersOpened(s.node.log)
+	return l, err
+}
+
+func (s *soak) fetch(ctx context.Context, path string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.node.admin.URLs()[0]+path, nil)
+	if err != nil {
+		return "", err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return "", err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("%w: GET %s: %s", errWrong, path, resp.Status)
+	}
+	return string(text), nil
+}
+
+// number reads what follows a name at the start of a line.
+func number(text, name string) (int64, error) {
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(line, name); ok {
+			var f float64
+			if _, err := fmt.Sscan(rest, &f); err != nil {
+				return 0, fmt.Errorf("read %s: %w", name, err)
+			}
+			return int64(f), nil
+		}
+	}
+	return 0, fmt.Errorf("%w: no %q", errWrong, name)
+}
+
+// breakersOpened counts the lines of the node's log that say so: one that opened
+// and closed between two looks at the metrics would be missed there.
+func breakersOpened(log string) (int64, error) {
+	text, err := os.ReadFile(log)
+	if err != nil {
+		return 0, fmt.Errorf("read the node's log: %w", err)
+	}
+	n := int64(0)
+	for line := range strings.Lines(string(text)) {
+		if strings.Contains(line, `"msg":"breaker"`) && strings.Contains(line, `"state":"open"`) {
+			n++
+		}
+	}
+	return n, nil
+}
