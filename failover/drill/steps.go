@@ -31,7 +31,7 @@ func (t *trial) move(ctx context.Context, to string) (failover.SwitchoverResult,
 		To: to, By: "drill " + t.record.ID, Kind: cluster.FailoverDrill, Waive: t.q.Waive,
 	})
 	for _, step := range res.Steps {
-		t.event("step "+step.Name, fmt.Sprintf("took %s%s", step.Took.Round(time.Millisecond), either(step.Err != "", ": "+step.Err, "")))
+		t.eventAt(step.At.Add(step.Took), "step "+step.Name, fmt.Sprintf("took %s%s", step.Took.Round(time.Millisecond), either(step.Err != "", ": "+step.Err, "")))
 	}
 	if err != nil {
 		return res, fmt.Errorf("switchover to %s: %w", to, err)
@@ -54,7 +54,7 @@ func (t *trial) answering(ctx context.Context, out *Outcome, site string, since 
 	rto := max(0, at-since).Seconds()
 	out.RTO = &rto
 	t.set(func(r *Report) { r.RTO.Achieved = &rto })
-	t.event("primary answers", fmt.Sprintf("%s, %.2f s after the loss began", site, rto))
+	t.event("primary answers", fmt.Sprintf("%s, after %.2f s without one", site, rto))
 	return nil
 }
 

@@ -40,8 +40,7 @@ type trial struct {
 	record cluster.DrillRecord
 	checks []failover.Check
 	probe  *probe
-	done   func() // gives the asker back
-	began  time.Duration
+	done   func()         // gives the asker back
 	state  *cluster.State // as it was before
 	// wasUnwell: something was not healthy before, and that was waived.
 	wasUnwell bool
@@ -55,7 +54,7 @@ func newTrial(r *Runner, v View, q Request) *trial {
 	asker, done := r.o.NewAsker(q.ProbeModel)
 	now := r.o.Now().UTC()
 	t := &trial{
-		r: r, o: r.o, q: q, state: s, checks: Plan(v, q), done: done, began: r.o.Boottime(), wasUnwell: len(v.Unwell) > 0,
+		r: r, o: r.o, q: q, state: s, checks: Plan(v, q), done: done, wasUnwell: len(v.Unwell) > 0,
 		probe: &probe{
 			asker: asker, boottime: r.o.Boottime, now: r.o.Now, paid: q.ProbeModel != "",
 			sites: map[string]*Clients{}, roles: map[string]role{},
@@ -289,7 +288,9 @@ func (t *trial) sleep(ctx context.Context, d time.Duration) error {
 }
 
 // event adds a line to the timeline and to the log.
-func (t *trial) event(what, detail string) {
+func (t *trial) event(what, detail string) { t.eventAt(t.o.Now(), what, detail) }
+
+func (t *trial) eventAt(at time.Time, what, detail string) {
 	t.log.Info("drill", "event", what, "detail", detail)
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -297,7 +298,7 @@ func (t *trial) event(what, detail string) {
 		return
 	}
 	t.report.Timeline = append(t.report.Timeline, Event{
-		At: t.o.Now().UTC(), After: (t.o.Boottime() - t.began).Seconds(), What: what, Detail: brief(detail),
+		At: at.UTC(), After: at.Sub(t.report.StartedAt).Seconds(), What: what, Detail: brief(detail),
 	})
 }
 
