@@ -1,0 +1,202 @@
+//go:build linux
+
+package test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+// All nodes of the primary stand still, are replaced, and go on: at no moment
+// after that does one of them act, and each steps down by itself.
+func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
+	shapes, still := [][]int{{1, 1, 1}}, 8*time.Second
+	if full() {
+		shapes, still = [][]int{{1, 1, 1}, {2, 2, 1}}, 30*time.Second
+	}
+	for _, nodes := range shapes {
+		t.Run(shape(nodes), func(t *testing.T) {
+			s := begin(t, lab.Topology{Nodes: nodes})
+			old, epoch, leader := s.primary()
+			acted := actedLines(old)
+			if acted == 0 {
+				t.Fatalf("the log of %s does not say that it acts as primary, and it does", old.Name)
+			}
+			fault := time.Now()
+			old.Stop()
+			stopped := time.Now()
+			s.audit.Lost(old, false)
+			c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(old))
+			t.Logf("%s stopped, %s led: %s", old.Name, leader, c)
+			if c.known > replacedWithin {
+				t.Errorf("replaced after %v, want %v at most", c.known, replacedWithin)
+			}
+			s.lab.WaitFor(still+time.Second, "the time to go on", func(context.Context) error {
+				if passed := time.Since(stopped); passed < still {
+					return fmt.Errorf("stopped for %v of %v", passed, still)
+				}
+				return nil
+			})
+			s.audit.Found()
+			old.Continue()
+			continued := time.Now()
+			down := s.lab.WaitFor(backWithin, "the old primary to say that it is not", func(ctx context.Context) error {
+				for _, n := range old.Nodes {
+					if status, err := n.Status(ctx); err != nil || status.Primary == nil || status.Primary.Epoch <= epoch {
+						return fmt.Errorf("%s says %+v, %v", n.Name, status.Primary, err)
+					}
+				}
+				return nil
+			})
+			t.Logf("after %v it went on, knew of its successor after %v, and all was well after %v", still, down, s.returned(old, epoch+1)+down)
+			s.neverActed(old, stopped, continued)
+			if now := actedLines(old); now != acted {
+				t.Errorf("the log of %s says %d times that it acts as primary, before it was stopped %d times", old.Name, now, acted)
+			}
+			s.end(old)
+		})
+	}
+}
+
+// neverActed fails when a node of the site said that it acts: asked while it
+// stood still, or after. What was asked before may be answered after.
+func (s *story) neverActed(site *lab.Site, stopped, continued time.Time) {
+	s.t.Helper()
+	for _, a := range s.role.Runs() {
+		if a.Site == site.Name && a.Last.Asked.After(stopped) {
+			s.t.Errorf("%s acted in epoch %d: asked %v after it was stopped, answered %v after it went on",
+				a.Node, a.Epoch, a.Last.Asked.Sub(stopped), a.Last.Answered.Sub(continued))
+		}
+	}
+}
+
+func actedLines(site *lab.Site) int {
+	n := 0
+	for _, node := range site.Nodes {
+		n += strings.Count(node.LogTail(1<<20), `"msg":"acting as primary"`)
+	}
+	return n
+}
+
+// The primary is cut off in one direction or in both. It goes on serving its own
+// clients, so that nobody at all notices, and stops acting before another does.
+func TestFailoverWhenPrimaryIsCutOff(t *testing.T) {
+	cuts := map[string]func(*lab.Network){
+		"nothing gets out": func(w *lab.Network) { w.Cut(0, 1); w.Cut(0, 2) },
+	}
+	shapes := [][]int{{1, 1, 1}}
+	if full() {
+		shapes = append(shapes, []int{2, 2, 1})
+		cuts["nothing gets in"] = func(w *lab.Network) { w.Cut(1, 0); w.Cut(2, 0) }
+		cuts["both ways"] = func(w *lab.Network) { w.Isolate(0) }
+	}
+	for _, nodes := range shapes {
+		for name, cut := range cuts {
+			t.Run(shape(nodes)+" "+name, func(t *testing.T) { cutOff(t, nodes, cut) })
+		}
+	}
+}
+
+func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
+	s := begin(t, lab.Topology{Nodes: nodes})
+	old, epoch, leader := s.primary()
+	if old.Index != 0 {
+		t.Fatalf("%s is the primary at first", old.Name)
+	}
+	fault := time.Now()
+	cut(s.lab.Net)
+	s.audit.Lost(old, true)
+	c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(old))
+	idle, _ := s.role.Idle(epoch + 1)
+	t.Logf("%s cut off, %s led: %s; nobody acted for %v", old.Name, leader, c, idle)
+	if c.known > replacedWithin {
+		t.Errorf("replaced after %v, want %v at most", c.known, replacedWithin)
+	}
+	if to := s.lab.Site(c.site); to.City != old.City {
+		t.Errorf("%s took over, want the site in the same city", c.site)
+	}
+	s.goOn()
+	s.audit.Found()
+	s.lab.Net.MendAll()
+	t.Logf("all well %v after the cut was mended", s.returned(old, epoch+1))
+	s.end()
+}
+
+// Two sites can't hear each other, and a third hears both: nothing is lost, so
+// nothing changes.
+func TestFailoverNotForOneBrokenLink(t *testing.T) {
+	if !full() {
+		t.Skip("ten seconds in which nothing happens: in the full form, DSNODE_TEST_FULL=1")
+	}
+	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
+		for _, third := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, third site leads %v", shape(nodes), third), func(t *testing.T) {
+				s := begin(t, lab.Topology{Nodes: nodes})
+				hurt := []*lab.Site{}
+				if third {
+					s.leadFrom(s.lab.Sites[2])
+					hurt = s.lab.Sites // moving the leader has frozen them
+				}
+				_, epoch, _ := s.primary()
+				s.lab.Net.Cut(0, 1)
+				s.lab.Net.Cut(1, 0)
+				fault := time.Now()
+				s.lab.WaitFor(12*time.Second, "ten seconds without a failover", func(context.Context) error {
+					if passed := time.Since(fault); passed < 10*time.Second {
+						return fmt.Errorf("%v have passed", passed)
+					}
+					return nil
+				})
+				if site, now, leader := s.primary(); now != epoch {
+					t.Errorf("%s is the primary in epoch %d, %s leads; want epoch %d still", site.Name, now, leader, epoch)
+				}
+				s.lab.Net.MendAll()
+				t.Logf("all well %v after the link was mended", s.lab.WaitHealthy(backWithin))
+				s.end(hurt...)
+			})
+		}
+	}
+}
+
+// leadFrom moves the raft leadership to a site by freezing whoever leads, for
+// less than the patience, until chance brings it there.
+func (s *story) leadFrom(site *lab.Site) {
+	s.t.Helper()
+	_, epoch, _ := s.primary()
+	for range 30 {
+		_, _, leader := s.primary()
+		var at *lab.Node
+		for _, n := range s.lab.Nodes() {
+			if n.Name == leader {
+				at = n
+			}
+		}
+		if at.Site == site {
+			break
+		}
+		at.Stop()
+		fault := time.Now()
+		s.lab.WaitFor(10*time.Second, "another leader", func(ctx context.Context) error {
+			if time.Since(fault) > 2200*time.Millisecond {
+				return nil // patience would end; try again
+			}
+			for _, n := range s.others(at.Site) {
+				if status, err := n.Status(ctx); err == nil && status.Raft.Leader != nil && *status.Raft.Leader != leader {
+					return nil
+				}
+			}
+			return fmt.Errorf("%s still leads", leader)
+		})
+		at.Continue()
+		s.lab.WaitHealthy(backWithin)
+	}
+	primary, now, leader := s.primary()
+	if !strings.HasPrefix(leader, site.Name) || now != epoch {
+		s.t.Fatalf("%s leads and %s is the primary in epoch %d; the test needs a leader in %s and epoch %d", leader, primary.Name, now, site.Name, epoch)
+	}
+}

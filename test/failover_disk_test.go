@@ -1,0 +1,84 @@
+//go:build linux
+
+package test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/node"
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+// The raft leader's disk hangs, while its process and its network are well: it
+// goes on sending heartbeats, and only its own watchdog can tell. Another leads,
+// and is the primary, within 15 seconds.
+func TestFailoverWhenLeadersDiskHangs(t *testing.T) {
+	shapes := [][]int{{1, 1, 1}}
+	if full() {
+		shapes = append(shapes, []int{2, 2, 1})
+	}
+	for _, nodes := range shapes {
+		t.Run(shape(nodes), func(t *testing.T) { diskHangs(t, nodes) })
+	}
+}
+
+func diskHangs(t *testing.T, nodes []int) {
+	const replaced = 15 * time.Second
+	disk := lab.NewDisk(t)
+	defer disk.Resume()
+	s := begin(t, lab.Topology{Nodes: nodes, Node: func(c *node.Config) {
+		if c.Name == "shanghai-a-1" {
+			c.DataDir = disk.Dir()
+		}
+	}})
+	old, epoch, leader := s.primary()
+	hurt := old.Nodes[0]
+	if hurt.Name != "shanghai-a-1" || leader != hurt.Name {
+		t.Fatalf("%s leads and %s is the primary; the test needs shanghai-a-1 for both", leader, old.Name)
+	}
+	fault := time.Now()
+	disk.Hang()
+	led := s.lab.WaitFor(replaced, "another leader", func(ctx context.Context) error {
+		for _, n := range s.others(old) {
+			status, err := n.Status(ctx)
+			if err != nil {
+				return err
+			}
+			if status.Raft.Leader == nil || *status.Raft.Leader == hurt.Name {
+				return fmt.Errorf("%s names %v", n.Name, status.Raft.Leader)
+			}
+		}
+		return nil
+	})
+	t.Logf("another leads %v after the disk of %s hung", led, hurt.Name)
+	after := epoch
+	if len(old.Nodes) == 1 {
+		c := s.awaitChange(fault, epoch+1, replaced, s.others(old))
+		t.Logf("the primary follows: %s", c)
+		if c.known > replaced {
+			t.Errorf("replaced after %v, want %v at most", c.known, replaced)
+		}
+		after++
+	} else if site, now, _ := s.primary(); site != old || now != epoch {
+		// A second node of the site is well: the site needs no successor.
+		t.Errorf("%s is the primary in epoch %d, want %s in %d still", site.Name, now, old.Name, epoch)
+	}
+	s.goOn()
+	disk.Resume()
+	s.lab.WaitFor(backWithin, "the process with the stuck disk to end", func(context.Context) error {
+		if hurt.Running() {
+			return fmt.Errorf("%s runs still", hurt.Name)
+		}
+		return nil
+	})
+	hurt.Start()
+	back := s.lab.WaitHealthy(backWithin)
+	if site, now, _ := s.primary(); now != after {
+		t.Errorf("%s is the primary in epoch %d after the disk's return, want epoch %d", site.Name, now, after)
+	}
+	t.Logf("all well %v after %s restarted with a disk that works", back, hurt.Name)
+	s.end(old)
+}

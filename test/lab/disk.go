@@ -1,0 +1,116 @@
+//go:build linux
+
+package lab
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Disk is a file system of its own that can hang: what is written then waits,
+// and so does fsync, until it goes on. Reading works all the time.
+type Disk struct {
+	t   testing.TB
+	dir string
+
+	mu   sync.Mutex // guards hung
+	hung *os.File   // open while it hangs
+}
+
+const (
+	diskBytes = 128 << 20
+	// From linux/fs.h: _IOWR('X', 119, int) and its undoing.
+	fiFreeze = 0xc0045877
+	fiThaw   = 0xc0045878
+)
+
+// NewDisk makes one in a file, and unmounts it at the end of the test. Make it
+// before Start, so that it outlives the nodes, and defer Resume: a process
+// that waits for its disk can't even be killed. Where the kernel mounts no
+// files the test is skipped, like a lab without networks.
+func NewDisk(t testing.TB) *Disk {
+	t.Helper()
+	Require(t)
+	d := &Disk{t: t, dir: filepath.Join(t.TempDir(), "disk")}
+	if err := d.mount(d.dir + ".img"); err != nil {
+		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
+			t.Fatalf("no disk of a test's own here: %v", err)
+		}
+		t.Skipf("no disk of a test's own here: %v", err)
+	}
+	t.Cleanup(func() {
+		d.Resume()
+		if err := unix.Unmount(d.dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", d.dir, err)
+		}
+	})
+	return d
+}
+
+func (d *Disk) mount(image string) error {
+	if err := os.Mkdir(d.dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.Create(image)
+	if err != nil {
+		return err
+	}
+	if err := f.Truncate(diskBytes); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	for _, command := range [][]string{
+		{"mkfs.ext4", "-q", "-F", image},
+		{"mount", "-o", "loop", image, d.dir},
+	} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w: %s", strings.Join(command, " "), err, out)
+		}
+	}
+	return nil
+}
+
+// Dir is where it is mounted: a node's data_dir.
+func (d *Disk) Dir() string { return d.dir }
+
+// Hang begins at once.
+func (d *Disk) Hang() {
+	d.t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.hung != nil {
+		d.t.Fatal("the disk hangs already")
+	}
+	f, err := os.Open(d.dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	if err := unix.IoctlSetInt(int(f.Fd()), fiFreeze, 0); err != nil {
+		d.t.Fatalf("freeze %s: %v", d.dir, err)
+	}
+	d.hung = f
+}
+
+// Resume ends a Hang, and does nothing when there is none.
+func (d *Disk) Resume() {
+	d.t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.hung == nil {
+		return
+	}
+	if err := unix.IoctlSetInt(int(d.hung.Fd()), fiThaw, 0); err != nil {
+		d.t.Errorf("thaw %s: %v", d.dir, err)
+	}
+	_ = d.hung.Close() // only read from
+	d.hung = nil
+}
