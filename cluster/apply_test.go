@@ -89,6 +89,47 @@ func TestApplyRefuses(t *testing.T) {
 	}
 }
 
+// One drill at a time, and one that has ended stays so.
+func TestOneDrillAtATime(t *testing.T) {
+	s := founded(t)
+	put := func(at time.Duration, d DrillRecord) error {
+		next, err := Apply(s, command(t, CmdDrillPut, applyTime.Add(at), d))
+		s = next
+		return err
+	}
+	first := DrillRecord{ID: "d1", Kind: "isolation", Site: "a", Deadline: applyTime.Add(time.Minute), AbandonedAt: applyTime.Add(2 * time.Minute)}
+	second := first
+	second.ID = "d2"
+	if err := put(0, first); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range []time.Duration{time.Second, 90 * time.Second} { // it may heal, and still be running
+		if err := put(at, second); !errors.Is(err, ErrDrillRunning) {
+			t.Errorf("a second drill after %s: %v", at, err)
+		}
+	}
+	ended := first
+	ended.Verdict = "aborted"
+	if err := put(time.Second, ended); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(time.Second, first); !errors.Is(err, ErrDrillEnded) {
+		t.Errorf("a drill that has ended runs again: %v", err)
+	}
+	ended.Report = []byte("more") // who ran it says more than who aborted it
+	if err := put(time.Second, ended); err != nil || string(s.Drills[0].Report) != "more" {
+		t.Errorf("the report: %v", err)
+	}
+	if err := put(time.Second, second); err != nil {
+		t.Errorf("after the first has ended: %v", err)
+	}
+	third := second
+	third.ID = "d3"
+	if err := put(2*time.Minute, third); err != nil {
+		t.Errorf("after the second was abandoned: %v", err)
+	}
+}
+
 func TestApplyNeedsAFoundedCluster(t *testing.T) {
 	for typ := range commandLevel {
 		if typ == CmdInit || typ == CmdTick {

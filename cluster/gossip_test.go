@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -201,6 +202,47 @@ func TestPartitionHealsByItself(t *testing.T) {
 }
 
 // A firewall that drops UDP leaves everybody alive, and somebody must say so.
+// A site that cuts itself off hears its own nodes and nobody else, though all of
+// them are at the same IP address.
+func TestSiteCutsItselfOff(t *testing.T) {
+	failOnLeaks(t)
+	var cut atomic.Bool
+	admit := func(site string) error {
+		if cut.Load() && site != "site-of-a" {
+			return errors.New("cut off")
+		}
+		return nil
+	}
+	a := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "a", nil, func(o *GossipOptions) { o.Admit = admit })
+	near := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "near", []string{a.Addr()}, func(o *GossipOptions) {
+		o.Admit = admit
+		self := o.Self
+		o.Self = func() Member {
+			m := self()
+			m.Site = "site-of-a"
+			return m
+		}
+	})
+	far := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "far", []string{a.Addr()}, nil)
+	all := func(state MemberState) {
+		t.Helper()
+		for _, m := range []*testGossip{a, near} {
+			awaitCondition(t, m.opts.Name+" to see far as "+string(state), m.seesAs("far", state))
+			awaitCondition(t, "far to see "+m.opts.Name+" as "+string(state), far.seesAs(m.opts.Name, state))
+		}
+	}
+	all(MemberAlive)
+	cut.Store(true)
+	a.sever()
+	near.sever()
+	all(MemberDead)
+	if !a.seesAs("near", MemberAlive)() || !near.seesAs("a", MemberAlive)() {
+		t.Error("neighbours of one site lost each other")
+	}
+	cut.Store(false)
+	all(MemberAlive)
+}
+
 func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	failOnLeaks(t)
 	var blocked atomic.Bool

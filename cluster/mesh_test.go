@@ -339,7 +339,7 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 	works(httpC)
 
 	cutOff.Store("shanghai-b")
-	hub.CloseAll("shanghai-b")
+	hub.CloseRefused()
 	if !ended(httpB) {
 		t.Error("the connection with the cut site goes on")
 	}
@@ -352,7 +352,12 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 		t.Errorf("to the cut site: %v", err)
 	}
 	cutOff.Store("")
-	works(open(KindHTTP, peers[1]))
+	again := open(KindHTTP, peers[1])
+	works(again)
+	hub.CloseAll("shanghai-b")
+	if !ended(again) {
+		t.Error("a connection with a site whose connections were all closed goes on")
+	}
 
 	peers[2].CloseKind(KindHTTP) // dialled ones
 	if _, err := httpC.accepted.Read(make([]byte, 1)); err == nil {

@@ -104,6 +104,72 @@ func TestClientIsACluster(t *testing.T) {
 	}
 }
 
+func TestClientAsksForFailoversAndDrills(t *testing.T) {
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{Author: "ann@desk"}, serve(t, f, "").URL)
+	ctx := t.Context()
+	r := FailoverRequest{To: "shanghai-b", AcceptLoss: true, Waive: []string{"x", "y"}}
+	plan, err := c.PlanFailover(ctx, r, "")
+	if err != nil || !plan.OK || len(plan.Checks) != 1 {
+		t.Errorf("plan: %+v, %v", plan, err)
+	}
+	if res, err := c.Failover(ctx, r, "bob"); err != nil || res.Epoch != 2 || res.To != "shanghai-b" {
+		t.Errorf("failover: %+v, %v", res, err)
+	}
+	q := DrillRequest{Kind: "isolation", Site: "shanghai-b", ForSeconds: 12.5, Return: true, Waive: []string{"x"}, ProbeModel: "m"}
+	if p, err := c.PlanDrill(ctx, q, ""); err != nil || !p.OK {
+		t.Errorf("plan a drill: %+v, %v", p, err)
+	}
+	d, err := c.StartDrill(ctx, q, "")
+	if err != nil || d.ID != "drill-1" || d.Verdict != nil {
+		t.Errorf("drill: %+v, %v", d, err)
+	}
+	if all, err := c.Drills(ctx); err != nil || len(all) != 1 {
+		t.Errorf("drills: %+v, %v", all, err)
+	}
+	if got, err := c.Drill(ctx, d.ID); err != nil || got.Site != "shanghai-b" {
+		t.Errorf("drill: %+v, %v", got, err)
+	}
+	for _, err := range []error{
+		c.AbortDrill(ctx, d.ID, ""), c.AckFailover(ctx, ""), c.HoldFailover(ctx, "new switches", ""), c.ResumeFailover(ctx, ""), c.ReleaseQuarantine(ctx),
+	} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	drill := "{Kind:isolation Site:shanghai-b ForSeconds:12.5 Return:true Waive:[x] ProbeModel:m} by ann@desk"
+	want := []string{
+		"plan shanghai-b loss=true waive=[x y] by ann@desk", "move to shanghai-b loss=true waive=[x y] by bob",
+		"plan drill " + drill, "drill " + drill, "abort drill-1 by ann@desk", "ack by ann@desk", `hold "new switches" by ann@desk`,
+		"resume by ann@desk", "release",
+	}
+	if diff := cmp.Diff(want, f.noted()); diff != "" {
+		t.Errorf("the node heard (-want +got):\n%s", diff)
+	}
+}
+
+// A drill is run by a node of another site, which is asked about it from then
+// on; an abort goes to everybody.
+func TestClientFindsWhoRunsADrill(t *testing.T) {
+	victim, runner := newFake("a-1"), newFake("b-1")
+	runner.status.Observer.Site = "shanghai-b"
+	victim.drills = []Drill{{ID: "drill-1", Site: "shanghai-a"}}
+	c := dial(t, ClientOptions{}, serve(t, victim, "").URL, serve(t, runner, "").URL)
+	d, err := c.StartDrill(t.Context(), DrillRequest{Kind: "isolation", Site: "shanghai-a"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := c.Drill(t.Context(), d.ID); err != nil || got.Kind != "isolation" {
+		t.Errorf("asked the wrong one: %+v, %v", got, err)
+	}
+	if err := c.AbortDrill(t.Context(), d.ID, "ann"); err != nil || len(victim.noted()) != 1 || len(runner.noted()) != 2 {
+		t.Errorf("%v; heard: %q, %q", err, victim.noted(), runner.noted())
+	}
+	if err := c.AbortDrill(t.Context(), "nothing", ""); !errors.Is(err, ErrUnknownDrill) {
+		t.Errorf("abort of nothing: %v", err)
+	}
+}
+
 func TestClientGoesOnToTheNextURL(t *testing.T) {
 	f := newFake("me-1")
 	good := serve(t, f, "").URL

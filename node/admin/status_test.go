@@ -47,7 +47,7 @@ func TestUnknownIsNull(t *testing.T) {
 		in    map[string]any
 		names []string
 	}{
-		"status":      {got, []string{"generation", "primary", "alerts", "last_failover"}},
+		"status":      {got, []string{"generation", "primary", "alerts", "last_failover", "failback_available", "hold"}},
 		"raft":        {got["raft"].(map[string]any), []string{"leader", "leader_site", "term", "commit_index", "voters", "quorum_since"}},
 		"site":        {site, []string{"nodes_alive", "nodes_total", "upstreams_healthy", "upstreams_total", "last_heard_seconds", "degradation"}},
 		"replication": {site["replication"].(map[string]any), []string{"records_behind", "lag_seconds", "rpo_target_seconds", "rto_target_seconds"}},
