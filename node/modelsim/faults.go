@@ -82,8 +82,8 @@ type Fault struct {
 	Probability float64 `json:"probability,omitempty"`
 	// IntervalMS is for the drips and comments; 0 means 1000.
 	IntervalMS int `json:"interval_ms,omitempty"`
-	// Probes makes refuse, http_* and reset_before hit GET /health and
-	// /models too (refuse always does), without counting.
+	// Probes makes refuse, http_*, reset_before and the stalls hit GET /health
+	// and /models too (refuse always does), without counting.
 	Probes bool `json:"probes,omitempty"`
 }
 
@@ -105,6 +105,8 @@ func (f Fault) interval() time.Duration {
 	}
 	return time.Duration(f.IntervalMS) * time.Millisecond
 }
+
+func (f Fault) stalls() bool { return f.Mode == Stall || f.Mode == StallComments }
 
 // status of the modes that are an HTTP status, else 0.
 func (f Fault) status() int {
@@ -151,8 +153,8 @@ func (b *faultBox) take(probe bool) (Fault, bool) {
 	}
 	f := *b.armed
 	if probe {
-		quick := f.status() != 0 || f.Mode == ResetBefore
-		return f, f.Mode == Refuse || f.Probes && quick
+		whole := f.status() != 0 || f.Mode == ResetBefore || f.stalls()
+		return f, f.Mode == Refuse || f.Probes && whole
 	}
 	if f.Probability > 0 && b.rng.Float64() >= f.Probability {
 		return Fault{}, false

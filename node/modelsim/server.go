@@ -166,6 +166,9 @@ func (s *Server) serveGet(w http.ResponseWriter, r *http.Request, path string) {
 	if f, hit := s.faults.take(true); hit && f.status() != 0 {
 		s.writeStatusFault(w, f)
 		return
+	} else if hit && f.stalls() {
+		<-r.Context().Done()
+		return
 	} else if hit {
 		reset(w)
 		return
