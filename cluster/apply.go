@@ -83,6 +83,8 @@ func Apply(s *State, c Command) (*State, error) {
 			}
 			return nil
 		})
+	case CmdUpstreamDrain:
+		err = with(c, func(d UpstreamDrain) error { return next.drainUpstream(d, c.At) })
 	case CmdDrillPut:
 		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
 	default:

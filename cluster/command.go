@@ -34,6 +34,8 @@ const (
 	CmdFailoverAck  CommandType = "failover_ack"
 	CmdFailoverHold CommandType = "failover_hold"
 	CmdDrillPut     CommandType = "drill_put"
+	// CmdUpstreamDrain takes a model server out of use, or back.
+	CmdUpstreamDrain CommandType = "upstream_drain"
 	// CmdTick changes nothing. Committing one proves that a quorum was alive
 	// after it was proposed: the lease stands on it.
 	CmdTick CommandType = "tick"
@@ -43,7 +45,7 @@ const (
 var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
-	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1,
+	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
 }
 
 // Command is one entry of the agreed log.

@@ -52,6 +52,7 @@ var wire = []struct {
 	{"version_conflict", ErrVersionConflict},
 	{"unknown_node", ErrUnknownNode},
 	{"unknown_key", ErrUnknownKey},
+	{"unknown_upstream", ErrUnknownUpstream},
 	{"state_full", ErrStateFull},
 	{"stale_epoch", ErrStaleEpoch},
 	{"switchover", ErrSwitchover},

@@ -27,6 +27,9 @@ type State struct {
 	Switchover *Switchover `json:"switchover,omitempty"`
 	// Hold stops automatic promotions while it is set.
 	Hold *Hold `json:"hold,omitempty"`
+	// Drained holds the upstreams that get no new request, by name; every one
+	// was configured when it was drained.
+	Drained map[string]DrainedUpstream `json:"drained,omitempty"`
 	// Drills are the newest rehearsals, oldest first, bounded.
 	Drills []DrillRecord `json:"drills,omitempty"`
 
