@@ -1,0 +1,290 @@
+//go:build linux
+
+package test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+// deploy/haproxy.cfg with a real haproxy: its port for the primary follows the
+// role, through a switchover and a loss, and its port for clients always serves.
+func TestFailoverBehindHAProxy(t *testing.T) {
+	program := haproxy(t)
+	s := begin(t, lab.Topology{Nodes: []int{2, 2, 1}})
+	balancer := startHAProxy(t, s.lab, program)
+	first, epoch, _ := s.primary()
+
+	begun := time.Now()
+	if _, err := s.lab.Nodes()[2].Switchover(t.Context(), "beijing"); err != nil {
+		t.Fatal(err)
+	}
+	s.awaitChange(begun, epoch+1, 5*time.Second, s.lab.Nodes())
+	balancer.wantPrimary("beijing")
+	if failed := balancer.failures(port{clients, time.Time{}}); len(failed) > 0 {
+		t.Errorf("a client failed in a switchover: %v", failed[0])
+	}
+	s.lab.WaitHealthy(backWithin)
+	if _, err := s.lab.Nodes()[2].Switchover(t.Context(), first.Name); err != nil {
+		t.Fatal(err)
+	}
+	balancer.wantPrimary(first.Name)
+	s.lab.WaitHealthy(backWithin)
+
+	_, epoch, _ = s.primary()
+	fault := time.Now()
+	first.Kill()
+	c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(first))
+	balancer.wantPrimary(c.site)
+	s.goOn()
+	// What ran on the killed nodes is gone; what is sent after the balancer has
+	// seen one connection refused is served by another site.
+	if failed := balancer.failures(port{clients, fault.Add(time.Second)}); len(failed) > 0 {
+		t.Errorf("%d clients failed after a site was lost, first: %v", len(failed), failed[0])
+	}
+	t.Logf("failed right when the site was lost: %d", len(balancer.failures(port{clients, fault})))
+	t.Logf("the primary's port: %s", balancer.story(fault))
+	balancer.wantRightSites(s.role)
+	s.end(first)
+}
+
+func haproxy(t *testing.T) string {
+	t.Helper()
+	for _, name := range []string{"haproxy", "/usr/sbin/haproxy", "/usr/local/sbin/haproxy"} {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
+		t.Fatal("haproxy is not installed")
+	}
+	t.Skip("haproxy is not installed")
+	return ""
+}
+
+// balancer is a haproxy in the third site, which survives all of this, and a
+// client at each of its ports that asks 20 times a second.
+type balancer struct {
+	t  *testing.T
+	at *lab.Site
+
+	mu     sync.Mutex // guards asked
+	asked  []balanced
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+// balanced is one answer through the balancer.
+type balanced struct {
+	port     int
+	asked    time.Time
+	answered time.Time
+	site     string // of the node that answered
+	err      error
+}
+
+const (
+	clients = 8000
+	primary = 8001
+)
+
+// port is one of them, from some time on.
+type port struct {
+	number int
+	since  time.Time
+}
+
+func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
+	t.Helper()
+	text, err := os.ReadFile("../deploy/haproxy.cfg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := string(text)
+	for i, sample := range []string{"10.0.0.5:8080", "10.0.0.6:8080", "10.1.0.5:8080", "10.1.0.6:8080", "10.2.0.5:8080"} {
+		if strings.Count(config, sample) != 2 {
+			t.Fatalf("deploy/haproxy.cfg names %s %d times, want once for each port", sample, strings.Count(config, sample))
+		}
+		config = strings.ReplaceAll(config, sample, strings.TrimPrefix(l.Nodes()[i].API(), "http://"))
+	}
+	file := filepath.Join(t.TempDir(), "haproxy.cfg")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	site := l.Sites[2]
+	var log strings.Builder // written to until Wait has returned
+	cmd := exec.Command(program, "-db", "-f", file)
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := l.Net.Start(site.Index, cmd); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	b := &balancer{t: t, at: site, cancel: cancel}
+	t.Cleanup(func() {
+		cancel()
+		b.wg.Wait()
+		_ = cmd.Process.Kill() // how it ends is not of interest
+		_ = cmd.Wait()
+		if t.Failed() {
+			lines := strings.Split(log.String(), "\n")
+			t.Logf("--- end of haproxy's log\n%s", strings.Join(lines[max(0, len(lines)-40):], "\n"))
+		}
+	})
+	l.WaitFor(10*time.Second, "haproxy to serve on both ports", func(ctx context.Context) error {
+		return errors.Join(b.ask(ctx, clients).err, b.ask(ctx, primary).err)
+	})
+	for _, number := range []int{clients, primary} {
+		b.wg.Go(func() {
+			for tick := time.NewTicker(50 * time.Millisecond); ; {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+				}
+				// In its own time, as clients do.
+				b.wg.Go(func() {
+					ask, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+					defer cancel()
+					got := b.ask(ask, number)
+					b.mu.Lock()
+					defer b.mu.Unlock()
+					b.asked = append(b.asked, got)
+				})
+			}
+		})
+	}
+	return b
+}
+
+// ask asks which site answers at a port: a completion for clients, and for the
+// primary's whatever names the node.
+func (b *balancer) ask(ctx context.Context, number int) balanced {
+	got := balanced{port: number, asked: time.Now()}
+	method, path, body := http.MethodGet, "/healthz/live", ""
+	if number == clients {
+		method, path = http.MethodPost, "/v1/chat/completions"
+		body = fmt.Sprintf(`{"model":%q,"messages":[{"role":"user","content":"Hello"}]}`, lab.FastModel)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, fmt.Sprintf("http://127.0.0.1:%d%s", number, path), strings.NewReader(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := b.at.Client().Do(req)
+	if err == nil {
+		var text []byte
+		text, err = io.ReadAll(resp.Body)
+		_ = resp.Body.Close() // read to its end, or err says what was wrong
+		var says struct{ Site string }
+		switch {
+		case err != nil:
+		case resp.StatusCode != http.StatusOK:
+			err = fmt.Errorf("answered %s: %.100s", resp.Status, text)
+		case number == primary:
+			err = json.Unmarshal(text, &says)
+			got.site = says.Site
+		}
+	}
+	got.answered, got.err = time.Now(), err
+	return got
+}
+
+// wantPrimary waits until the primary's port leads there: one check and one
+// question after the site acts.
+func (b *balancer) wantPrimary(site string) {
+	b.t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		got := b.ask(ctx, primary)
+		cancel()
+		if got.err == nil && got.site == site {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.t.Fatalf("the primary's port leads to %q, %v; want %s", got.site, got.err, site)
+		}
+	}
+}
+
+func (b *balancer) failures(p port) []error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var failed []error
+	for _, a := range b.asked {
+		if a.port == p.number && a.err != nil && a.asked.After(p.since) {
+			failed = append(failed, fmt.Errorf("asked at %s: %w", a.asked.Format("15:04:05.000"), a.err))
+		}
+	}
+	return failed
+}
+
+// story tells where the primary's port led, and when.
+func (b *balancer) story(since time.Time) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	slices.SortFunc(b.asked, func(x, y balanced) int { return x.asked.Compare(y.asked) })
+	var words []string
+	last := ""
+	for _, a := range b.asked {
+		if a.port != primary || a.asked.Before(since) {
+			continue
+		}
+		now := a.site
+		if a.err != nil {
+			now = "nobody"
+		}
+		if now != last {
+			words = append(words, fmt.Sprintf("%s at %.2f s", now, a.asked.Sub(since).Seconds()))
+			last = now
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// wantRightSites fails when the primary's port led to a site that had not been
+// primary for longer than a check takes: another had acted for a second.
+func (b *balancer) wantRightSites(role *lab.RoleWatch) {
+	b.t.Helper()
+	const checked = time.Second
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	runs := role.Runs()
+	right := 0
+	for _, a := range b.asked {
+		if a.port != primary || a.err != nil {
+			continue
+		}
+		var newest lab.Acting
+		for _, r := range runs {
+			if r.First.Answered.Before(a.asked.Add(-checked)) && r.Epoch >= newest.Epoch {
+				newest = r
+			}
+		}
+		later := slices.ContainsFunc(runs, func(r lab.Acting) bool {
+			return r.Epoch > newest.Epoch && r.Site == a.site && r.First.Asked.Before(a.answered)
+		})
+		if newest.Site != "" && a.site != newest.Site && !later {
+			b.t.Errorf("at %s the primary's port led to %s; %s had acted since %s", a.asked.Format("15:04:05.000"), a.site, newest.Site, newest.First.Answered.Format("15:04:05.000"))
+			return
+		}
+		right++
+	}
+	if right < 20 {
+		b.t.Errorf("the primary's port answered only %d times", right)
+	}
+}
