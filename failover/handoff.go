@@ -188,12 +188,13 @@ type handoff struct {
 	r     SwitchoverRequest
 	res   *SwitchoverResult
 	state *cluster.State // as it was when the switchover was asked for
+	began time.Duration  // Boottime of the announcement
 	// announced: the announcement is known to be agreed, and seen here.
 	announced bool
 }
 
 func (h *handoff) run(ctx context.Context) error {
-	began := h.c.o.Boottime()
+	h.began = h.c.o.Boottime()
 	err := h.step(ctx, "announce", announceTimeout, h.announce)
 	if err == nil {
 		h.announced = true
@@ -212,7 +213,7 @@ func (h *handoff) run(ctx context.Context) error {
 		}
 	}
 	h.res.Epoch = h.state.Primary.Epoch + 1
-	h.res.Idle = h.c.o.Boottime() - began
+	h.res.Idle = h.c.o.Boottime() - h.began
 	h.lead(ctx)
 	return nil
 }
@@ -272,9 +273,10 @@ func (h *handoff) promote(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	idle := (h.c.o.Boottime() - h.began).Seconds()
 	_, err = h.c.o.Agreement.Propose(ctx, cluster.CmdPromote, cluster.Promote{
 		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
-		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID,
+		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID, RTOSeconds: &idle,
 		// If one of them could not be asked, the new primary waits until every
 		// lease from before has ended.
 		Released: all,

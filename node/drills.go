@@ -155,8 +155,8 @@ func (n *Node) liveReport(d *admin.Drill) error {
 func (n *Node) AbortDrill(ctx context.Context, id, by string) error {
 	if n.isolation.Heal(id) {
 		// The record can't be changed from here yet; who runs the drill finds the
-		// site back before its time. The other nodes of this site heal when they
-		// hear that the drill has ended.
+		// site back before its time. A node of this site that nobody tells waits
+		// for its own timer.
 		n.log.Warn("drill aborted at this node", "drill", id, "by", by)
 		return nil
 	}

@@ -136,12 +136,14 @@ func (n *Node) failbackAvailable() *string {
 	return &site
 }
 
-// wrongLeader says where a quarantine can be ended.
-func (n *Node) wrongLeader() error {
-	if leader := n.cluster.Raft().Leader; leader != "" && leader != n.cfg.Name {
-		if m, known := n.cluster.State().Nodes[leader]; known {
-			return fmt.Errorf("%w: ask the raft leader %s at its admin address %s", admin.ErrWrongNode, leader, m.Admin)
-		}
+// notHere says why a quarantine can't be ended at this node.
+func (n *Node) notHere() error {
+	r := n.cluster.Raft()
+	if r.Quorum || r.Leads {
+		return admin.ErrNotQuarantined
 	}
-	return fmt.Errorf("%w: %w", admin.ErrWrongNode, errNotQuarantined)
+	if m, known := n.cluster.State().Nodes[r.Leader]; known {
+		return fmt.Errorf("%w: the raft leader, %s, is asked at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
+	}
+	return fmt.Errorf("%w: it does not lead raft, and knows nobody who does", admin.ErrWrongNode)
 }

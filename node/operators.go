@@ -9,6 +9,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/serving"
 )
 
 // This file is admin.Cluster: what operators ask of a node.
@@ -218,6 +219,7 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 			Name: name, Site: u.Site, Kind: string(u.Kind), URL: u.URL, Models: []string{},
 			State: admin.UpstreamUnknown, MaxConcurrency: u.MaxConcurrency,
 		}
+		_, info.Drained = s.Drained[name]
 		for _, model := range sortedNames(s.Parsed.Models) {
 			for _, serve := range s.Parsed.Models[model].Serve {
 				if serve.Upstream == name {
@@ -238,17 +240,49 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 		}
 		info := &list[i]
 		info.InFlight = &u.InFlight
-		switch {
-		case u.Healthy:
-			info.State = admin.UpstreamHealthy
-		case u.Known:
-			info.State, info.Reason = admin.UpstreamUnhealthy, u.LastErr
+		info.State, info.Reason = stateOf(u.Standing)
+		for _, i := range u.Instances {
+			state, why := stateOf(i.Standing)
+			info.Instances = append(info.Instances, admin.InstanceInfo{Address: i.Address, State: state, Reason: why, InFlight: i.InFlight})
 		}
 		if !u.Since.IsZero() {
 			info.Since = &u.Since
 		}
 	}
 	return list, nil
+}
+
+func stateOf(s serving.Standing) (admin.UpstreamState, string) {
+	switch {
+	case s.Healthy:
+		return admin.UpstreamHealthy, ""
+	case s.Known:
+		return admin.UpstreamUnhealthy, s.LastErr
+	}
+	return admin.UpstreamUnknown, ""
+}
+
+// DrainUpstream lets an upstream get no new request from any node.
+func (n *Node) DrainUpstream(ctx context.Context, name, by string) error {
+	return n.setUpstream(ctx, cluster.UpstreamDrain{Name: name, Drained: true, By: by})
+}
+
+// ResumeUpstream ends that.
+func (n *Node) ResumeUpstream(ctx context.Context, name, by string) error {
+	return n.setUpstream(ctx, cluster.UpstreamDrain{Name: name, By: by})
+}
+
+func (n *Node) setUpstream(ctx context.Context, d cluster.UpstreamDrain) error {
+	s := n.cluster.State()
+	if s.Parsed == nil {
+		return n.notMember()
+	}
+	if _, known := s.Parsed.Upstreams[d.Name]; !known {
+		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, d.Name)
+	}
+	d.Configured, d.Expect = sortedNames(s.Parsed.Upstreams), s.Config.Version
+	_, err := n.cluster.Propose(ctx, cluster.CmdUpstreamDrain, d)
+	return err
 }
 
 // hearsay fills in what a node of the upstream's site said in its newest ping.
@@ -271,7 +305,4 @@ func (n *Node) hearsay(info *admin.UpstreamInfo) {
 // Status is the cluster at a glance.
 func (n *Node) Status(context.Context) (admin.Status, error) { return n.status(), nil }
 
-var (
-	errNoConfig       = errors.New("no configuration is known here yet")
-	errNotQuarantined = errors.New("this node does not lead a quarantined cluster")
-)
+var errNoConfig = errors.New("no configuration is known here yet")

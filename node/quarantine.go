@@ -51,7 +51,7 @@ func (n *Node) quarantined() (string, bool) {
 // elsewhere. It counts on the node that leads raft; others refuse.
 func (n *Node) ReleaseQuarantine(context.Context) error {
 	if n.cluster.Quarantined() == "" {
-		return n.wrongLeader()
+		return n.notHere()
 	}
 	n.released.Store(true)
 	n.log.Warn("quarantine released by an operator")

@@ -118,10 +118,37 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 	return s, nil
 }
 
+func (f *fakeCluster) DrainUpstream(_ context.Context, name, _ string) error {
+	return f.drainUpstream(name, true)
+}
+
+func (f *fakeCluster) ResumeUpstream(_ context.Context, name, _ string) error {
+	return f.drainUpstream(name, false)
+}
+
+func (f *fakeCluster) drainUpstream(name string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.change(); err != nil {
+		return err
+	}
+	if name != "a-vllm" {
+		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, name)
+	}
+	f.drained = on
+	return nil
+}
+
 func (f *fakeCluster) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return []admin.UpstreamInfo{
 		{Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://10.0.0.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, InFlight: ptr(3), MaxConcurrency: 256},
 		{Name: "b-vllm", Site: "beijing", Kind: "vllm", URL: "http://10.0.1.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamUnknown, Reason: "nobody has asked it yet", MaxConcurrency: 256},
+		{Name: "c-vllm", Site: "shanghai-a", Kind: "sglang", URL: "http://sglang:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, InFlight: ptr(2), MaxConcurrency: 64, Instances: []admin.InstanceInfo{
+			{Address: "10.0.0.7:8000", State: admin.UpstreamHealthy, InFlight: 2},
+			{Address: "10.0.0.8:8000", State: admin.UpstreamUnhealthy, Reason: "connection refused"},
+		}},
 	}, nil
 }
 
@@ -299,7 +326,7 @@ func (f *fakeCluster) ReleaseQuarantine(context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.mood != "lost" {
-		return fmt.Errorf("%w: this node does not lead a quarantined cluster", admin.ErrWrongNode)
+		return admin.ErrNotQuarantined
 	}
 	return nil
 }

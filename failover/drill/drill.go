@@ -167,6 +167,9 @@ func planIsolation(v View, r Request, add func(name string, ok, waivable bool, f
 	}
 	add("others_have_quorum", 2*(voters-apart) > voters, false, "%d of %d voters are outside %s", voters-apart, voters, r.Site)
 	add("others_can_serve", len(others) > 0, false, "ready with a healthy upstream: %s", either(len(others) > 0, strings.Join(others, ", "), "none"))
+	// A young cluster, or one that has lost a voter, is on its way from one
+	// voter to three, and passes two.
+	add("voters_placed", voters >= min(3, len(v.Sites)) && voters%2 == 1, true, "%d voters in %d sites", voters, len(v.Sites))
 	if v.Primary != r.Site {
 		return
 	}

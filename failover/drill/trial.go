@@ -158,7 +158,7 @@ func (t *trial) within(ctx context.Context, limit time.Duration, what string, is
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return fmt.Errorf("waited %s for %s", limit, what)
+		return fmt.Errorf("waited %s for %s", limit.Round(100*time.Millisecond), what)
 	}
 	return nil
 }

@@ -149,6 +149,18 @@ func (c *Client) Upstreams(ctx context.Context) ([]UpstreamInfo, error) {
 	return l.Data, err
 }
 
+// DrainUpstream implements Cluster.
+func (c *Client) DrainUpstream(ctx context.Context, name, by string) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/drain", c.by(by), nil)
+	return err
+}
+
+// ResumeUpstream implements Cluster.
+func (c *Client) ResumeUpstream(ctx context.Context, name, by string) error {
+	_, err := ask[struct{}](ctx, c, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/resume", c.by(by), nil)
+	return err
+}
+
 // Bootstrap implements Cluster.
 func (c *Client) Bootstrap(ctx context.Context, configText []byte, author string) error {
 	_, err := ask[ConfigVersion](ctx, c, http.MethodPost, "/admin/v1/bootstrap", c.by(author), configText)

@@ -28,6 +28,8 @@ var (
 	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet")
 	// ErrNothingToAck: there was no failover, or it was acknowledged.
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
+	// ErrNotQuarantined: there is no quarantine to end.
+	ErrNotQuarantined = errors.New("the cluster is not quarantined")
 	// ErrUnknownDrill: no drill has this id.
 	ErrUnknownDrill = errors.New("no such drill")
 	// ErrInvalidRequest: what was asked makes no sense, in the words around it.
@@ -88,6 +90,7 @@ var refusals = []refusal{
 	{cluster.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
 	{ErrNodeAlive, http.StatusConflict, "node_alive", "stop the node first"},
 	{cluster.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
+	{cluster.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
 	{cluster.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
 	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
@@ -96,6 +99,7 @@ var refusals = []refusal{
 	{ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
 	{ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
+	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status says what is not well"},
 	{cluster.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
 	{cluster.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows how"},
 	{cluster.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},

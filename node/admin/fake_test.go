@@ -19,16 +19,18 @@ import (
 // fakeCluster keeps in memory what a node agrees on. fail makes every call
 // fail, as a node without quorum would.
 type fakeCluster struct {
-	mu       sync.Mutex // guards all below
-	name     string
-	status   Status
-	versions []ConfigVersion // the last is the current one
-	keys     []APIKeyInfo
-	nodes    []string
-	draining bool
-	fail     error
-	drills   []Drill
-	notes    []string // what was changed, in words
+	mu        sync.Mutex // guards all below
+	name      string
+	status    Status
+	versions  []ConfigVersion // the last is the current one
+	keys      []APIKeyInfo
+	nodes     []string
+	draining  bool
+	drained   bool // the upstream
+	drainedBy string
+	fail      error
+	drills    []Drill
+	notes     []string // what was changed, in words
 	// hold, when not nil, keeps Status waiting until it is closed or the
 	// caller gives up.
 	hold chan struct{}
@@ -60,8 +62,26 @@ func (f *fakeCluster) Upstreams(context.Context) ([]UpstreamInfo, error) {
 	defer f.mu.Unlock()
 	return []UpstreamInfo{{
 		Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://vllm:8000/v1",
-		Models: []string{"deepseek-chat"}, State: UpstreamHealthy, MaxConcurrency: 256,
+		Models: []string{"deepseek-chat"}, State: UpstreamHealthy, Drained: f.drained, MaxConcurrency: 256,
 	}}, f.fail
+}
+
+func (f *fakeCluster) DrainUpstream(_ context.Context, name, by string) error {
+	return f.drainUpstream(name, by, true)
+}
+
+func (f *fakeCluster) ResumeUpstream(_ context.Context, name, by string) error {
+	return f.drainUpstream(name, by, false)
+}
+
+func (f *fakeCluster) drainUpstream(name, by string, on bool) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if name != "a-vllm" {
+		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, name)
+	}
+	f.drained, f.drainedBy = on, by
+	return f.fail
 }
 
 func (f *fakeCluster) Bootstrap(_ context.Context, text []byte, author string) error {

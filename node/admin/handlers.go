@@ -32,6 +32,14 @@ func (s *Server) getUpstreams(ctx context.Context, _ call) (any, error) {
 	return listOf(s.cluster.Upstreams(ctx))
 }
 
+func (s *Server) postUpstreamDrain(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.DrainUpstream(ctx, c.path("name"), c.author)
+}
+
+func (s *Server) postUpstreamResume(ctx context.Context, c call) (any, error) {
+	return nil, s.cluster.ResumeUpstream(ctx, c.path("name"), c.author)
+}
+
 func (s *Server) postBootstrap(ctx context.Context, c call) (any, error) {
 	if err := s.cluster.Bootstrap(ctx, c.body, c.author); err != nil {
 		return nil, err

@@ -27,6 +27,10 @@ import (
 type Cluster interface {
 	Status(ctx context.Context) (Status, error)
 	Upstreams(ctx context.Context) ([]UpstreamInfo, error)
+	// DrainUpstream lets an upstream get no new request, from any node, until
+	// ResumeUpstream; what runs there finishes.
+	DrainUpstream(ctx context.Context, name, by string) error
+	ResumeUpstream(ctx context.Context, name, by string) error
 
 	// Bootstrap founds the cluster. The same text again is no error.
 	Bootstrap(ctx context.Context, configText []byte, author string) error
@@ -119,6 +123,8 @@ func (s *Server) routes(o Options) []route {
 	return []route{
 		{"GET /admin/v1/status", s.read(s.getStatus)},
 		{"GET /admin/v1/upstreams", s.read(s.getUpstreams)},
+		{"POST /admin/v1/upstreams/{name}/drain", s.change(s.postUpstreamDrain)},
+		{"POST /admin/v1/upstreams/{name}/resume", s.change(s.postUpstreamResume)},
 		{"POST /admin/v1/bootstrap", s.change(s.postBootstrap)},
 		{"GET /admin/v1/config", s.read(s.getConfig)},
 		{"PUT /admin/v1/config", s.change(s.putConfig, "expect_version")},

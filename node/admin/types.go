@@ -19,12 +19,25 @@ type UpstreamInfo struct {
 	URL    string        `json:"url"`    // without user information
 	Models []string      `json:"models"` // names that clients ask for
 	State  UpstreamState `json:"state"`
+	// Drained: an operator lets it get no new request.
+	Drained bool `json:"drained"`
 	// Reason says why the state is not healthy, empty otherwise.
 	Reason string `json:"reason"`
 	// Since is when State took its present value.
 	Since          *time.Time `json:"since"`
-	InFlight       *int       `json:"in_flight"` // from the answering node
-	MaxConcurrency int        `json:"max_concurrency"`
+	InFlight       *int       `json:"in_flight"`       // from the answering node
+	MaxConcurrency int        `json:"max_concurrency"` // of each instance
+	// Instances are the addresses that were discovered, as the answering node
+	// sees them; absent without discovery and for another site's upstreams.
+	Instances []InstanceInfo `json:"instances,omitempty"`
+}
+
+// InstanceInfo is one address of an upstream that is discovered.
+type InstanceInfo struct {
+	Address  string        `json:"address"` // host:port
+	State    UpstreamState `json:"state"`
+	Reason   string        `json:"reason"`
+	InFlight int           `json:"in_flight"`
 }
 
 // UpstreamState is how an upstream is doing.
