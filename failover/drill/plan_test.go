@@ -41,10 +41,16 @@ func TestPlan(t *testing.T) {
 		{"another drill runs", isolate, func(v *View) { v.Running = "drill-x" }, "no_drill"},
 		{"a switchover runs", isolate, func(v *View) { v.SwitchoverOpen = true }, "no_switchover"},
 		{"not healthy", isolate, func(v *View) { v.Unwell = []string{"site c is down"} }, "healthy"},
-		{"not healthy, waived", Request{Kind: Isolation, Site: "a", For: time.Minute, Waive: []string{"healthy"}},
-			func(v *View) { v.Unwell = []string{"site c is down"} }, ""},
-		{"no quorum can't be waived", Request{Kind: Isolation, Site: "a", For: time.Minute, Waive: []string{"quorum"}},
-			func(v *View) { v.Lease = 0 }, "quorum"},
+		{
+			"not healthy, waived",
+			Request{Kind: Isolation, Site: "a", For: time.Minute, Waive: []string{"healthy"}},
+			func(v *View) { v.Unwell = []string{"site c is down"} }, "",
+		},
+		{
+			"no quorum can't be waived",
+			Request{Kind: Isolation, Site: "a", For: time.Minute, Waive: []string{"quorum"}},
+			func(v *View) { v.Lease = 0 }, "quorum",
+		},
 		{"a failover waits to be acknowledged", isolate, func(v *View) { v.Unacknowledged = true }, "acknowledged"},
 		{"asked at the victim", isolate, func(v *View) { v.Site = "a" }, "runs_elsewhere"},
 		{"the victim holds the majority", isolate, func(v *View) { v.Sites[0].Voters = 3 }, "others_have_quorum"},
@@ -84,8 +90,12 @@ func TestPlan(t *testing.T) {
 
 func TestRequestsThatMakeNoSense(t *testing.T) {
 	for _, q := range []Request{
-		{}, {Kind: "fire", Site: "a"}, {Kind: Isolation}, {Kind: Isolation, Site: "a", For: time.Second},
-		{Kind: Isolation, Site: "a", For: time.Hour}, {Kind: Switchover, Site: "a", For: time.Minute},
+		{},
+		{Kind: "fire", Site: "a"},
+		{Kind: Isolation},
+		{Kind: Isolation, Site: "a", For: time.Second},
+		{Kind: Isolation, Site: "a", For: time.Hour},
+		{Kind: Switchover, Site: "a", For: time.Minute},
 	} {
 		if _, err := q.Normal(); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%+v: %v", q, err)

@@ -285,8 +285,10 @@ func TestDiscoverSRV(t *testing.T) {
 		return uint16(n)
 	}
 	records := []*net.SRV{
-		{Target: "one.test.", Port: port(a), Priority: 1}, {Target: "two.test.", Port: port(b), Priority: 2},
-		{Target: "gone.test.", Port: 1}, {Target: "."},
+		{Target: "one.test.", Port: port(a), Priority: 1},
+		{Target: "two.test.", Port: port(b), Priority: 2},
+		{Target: "gone.test.", Port: 1},
+		{Target: "."},
 	}
 	for _, c := range []struct{ name, url string }{
 		{"_http._tcp.models.test", "http://models.test/v1"},
