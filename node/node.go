@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"runtime"
 	"sync/atomic"
@@ -277,13 +278,20 @@ func (n *Node) Reload() error {
 	return nil
 }
 
-// keepConfigured gives the agreed configuration to the pipeline whenever it
-// changes.
+// keepConfigured gives the agreed configuration, and what is drained of it, to
+// the pipeline whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
 	var current *cluster.Config
+	var drained map[string]cluster.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()
 		s := n.cluster.State()
+		if !maps.Equal(drained, s.Drained) {
+			drained = s.Drained
+			names := sortedNames(drained)
+			n.pipeline.SetDrained(names)
+			n.log.Info("upstreams that get no new request", "drained", names)
+		}
 		if s.Parsed != nil && s.Parsed != current {
 			current = s.Parsed
 			err := n.pipeline.Configure(current)

@@ -176,8 +176,8 @@ func (v sight) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatu
 		Replication: &admin.Replication{RPOTargetSeconds: &rpo, RTOTargetSeconds: &rto},
 	}
 	alive, total, upstreams := 0, 0, 0
-	for _, u := range cfg.Upstreams {
-		if u.Site == name {
+	for u, def := range cfg.Upstreams {
+		if _, drained := v.state.Drained[u]; def.Site == name && !drained {
 			upstreams++
 		}
 	}
@@ -303,6 +303,13 @@ func (v sight) reasons(s admin.Status) []string {
 	}
 	if v.health.Draining {
 		out = append(out, fmt.Sprintf("node %s is draining", v.name))
+	}
+	if v.state.Parsed != nil {
+		for _, u := range sortedNames(v.state.Drained) {
+			if def, known := v.state.Parsed.Upstreams[u]; known {
+				out = append(out, fmt.Sprintf("upstream %s of site %s is drained", u, def.Site))
+			}
+		}
 	}
 	for _, n := range s.Nodes {
 		if n.Name != v.name && n.Draining != nil && *n.Draining && n.State == admin.NodeAlive {

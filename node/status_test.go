@@ -128,6 +128,10 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			"a draining peer", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Draining = true }) },
 			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 is draining",
 		},
+		{"a drained upstream", func(v *sight) {
+			v.state.Drained = map[string]cluster.DrainedUpstream{"ub": {By: "ann"}}
+			change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy, p.UpstreamsTotal = 0, 0 })
+		}, "b", admin.SiteHealthy, "b-1", admin.NodeAlive, "upstream ub of site b is drained"},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")

@@ -38,6 +38,9 @@ func (n *Node) keepLooking(ctx context.Context) error {
 func (n *Node) look() {
 	s := &surroundings{health: cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()}}
 	for _, u := range n.pipeline.Upstreams() {
+		if u.Drained {
+			continue // it is nobody's to count on
+		}
 		s.health.UpstreamsTotal++
 		switch {
 		case u.Healthy:

@@ -19,6 +19,7 @@ type fakeCluster struct {
 	versions []admin.ConfigVersion
 	keys     []admin.APIKeyInfo
 	draining bool
+	drained  bool // a-vllm
 	held     *admin.Hold
 	lost     bool // the primary was lost, and nobody has acknowledged it
 	drills   []admin.Drill
@@ -143,7 +144,7 @@ func (f *fakeCluster) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return []admin.UpstreamInfo{
-		{Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://10.0.0.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, InFlight: ptr(3), MaxConcurrency: 256},
+		{Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://10.0.0.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, Drained: f.drained, InFlight: ptr(3), MaxConcurrency: 256},
 		{Name: "b-vllm", Site: "beijing", Kind: "vllm", URL: "http://10.0.1.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamUnknown, Reason: "nobody has asked it yet", MaxConcurrency: 256},
 		{Name: "c-vllm", Site: "shanghai-a", Kind: "sglang", URL: "http://sglang:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, InFlight: ptr(2), MaxConcurrency: 64, Instances: []admin.InstanceInfo{
 			{Address: "10.0.0.7:8000", State: admin.UpstreamHealthy, InFlight: 2},

@@ -96,6 +96,15 @@ func TestClientIsACluster(t *testing.T) {
 	if err := c.DrainNode(ctx, "me-1"); err != nil || !f.draining {
 		t.Errorf("drain: %v, draining %t", err, f.draining)
 	}
+	if err := c.DrainUpstream(ctx, "a-vllm", "ann"); err != nil || !f.drained || f.drainedBy != "ann" {
+		t.Errorf("drain upstream: %v, drained %t by %q", err, f.drained, f.drainedBy)
+	}
+	if err := c.ResumeUpstream(ctx, "a-vllm", ""); err != nil || f.drained {
+		t.Errorf("resume upstream: %v, drained %t", err, f.drained)
+	}
+	if err := c.DrainUpstream(ctx, "nobody", ""); !errors.Is(err, cluster.ErrUnknownUpstream) {
+		t.Errorf("drain nobody: %v", err)
+	}
 	if err := c.ResumeNode(ctx, "me-1"); err != nil || f.draining {
 		t.Errorf("resume: %v, draining %t", err, f.draining)
 	}
