@@ -121,7 +121,7 @@ func wantRuns(t *testing.T, runs []measurement, name, load string) {
 }
 
 func TestJudge(t *testing.T) {
-	set := &settings{Streams: 10, what: strings.Split(whatAll, ",")}
+	set := &settings{Streams: 10, Events: 1, what: strings.Split(whatAll, ",")}
 	var runs []measurement
 	add := func(round int, target, load string, r result, cpu float64) {
 		runs = append(runs, measurement{Round: round, Target: target, Load: load, result: r, CPU: cpu, Anonymous: 50 << 20})
@@ -145,6 +145,7 @@ func TestJudge(t *testing.T) {
 		"p99 at 0/s, upstream 60 ms":        {1.5, true, false},
 		"complete of 10 streams":            {10, false, false}, // one round lost one
 		"first byte p50 of streams":         {2, true, false},
+		"CPU of a stream's event":           {0, false, false}, // no target
 		"between events p99 (20 ms)":        {0, false, false}, // no target
 		"anonymous memory with the streams": {50, true, true},
 		"anonymous memory, idle":            {50, true, false},

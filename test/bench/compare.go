@@ -44,7 +44,7 @@ type settings struct {
 	wrk         string // path, empty: our own generator
 	nginx       string // path, empty: left out
 	binary      string // dsnode, empty: build it
-	profile     string // where to leave a CPU profile of dsnode
+	profile     string // prefix of CPU profiles of dsnode
 	conf        string // appended to cluster.yaml
 }
 
@@ -91,7 +91,7 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	format := flags.String("o", "table", "table or json")
 	generator := flags.String("generator", "auto", "of the closed loop: wrk, own, or auto for wrk where it is installed")
 	flags.StringVar(&s.binary, "binary", "", "a dsnode that is built already")
-	flags.StringVar(&s.profile, "profile", "", "write a CPU profile of dsnode in the closed loop to this file (it costs some %)")
+	flags.StringVar(&s.profile, "profile", "", "write CPU profiles of dsnode to files that begin like this, one for each load (it costs some %)")
 	flags.StringVar(&s.conf, "cluster", "", "text to append to cluster.yaml")
 	if err := parse(flags, args); err != nil {
 		return err

@@ -200,6 +200,9 @@ type burst struct {
 	every   time.Duration
 }
 
+// length is how long the burst takes at least.
+func (b burst) length() time.Duration { return b.within + time.Duration(b.events)*b.every }
+
 // streams starts a burst, each stream on a new connection, and reads all to
 // their ends.
 func streams(ctx context.Context, t target, b burst) result {

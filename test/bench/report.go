@@ -24,6 +24,7 @@ type figure struct {
 	against string
 	ratio   bool
 	atLeast bool
+	ofProxy bool    // it says nothing of the upstream itself
 	first   float64 // the target of the first complete version
 	then    float64 // where it is to go
 }
@@ -36,7 +37,7 @@ func figures(set *settings) []figure {
 	mb := func(m measurement) float64 { return float64(m.Anonymous) / (1 << 20) }
 	all := float64(set.Streams)
 	return []figure{
-		{what: "cpu", title: "CPU of a completion", load: loadClosed, unit: "µs", of: perAnswer, against: nameGoProxy, ratio: true, first: 1.2, then: 0.9},
+		{what: "cpu", title: "CPU of a completion", load: loadClosed, unit: "µs", of: perAnswer, ofProxy: true, against: nameGoProxy, ratio: true, first: 1.2, then: 0.9},
 		{
 			what: "rps", title: fmt.Sprintf("completions/s at %d connections", set.Connections), load: loadClosed, unit: "/s",
 			of: func(m measurement) float64 { return float64(m.Done) / m.Seconds }, against: nameGoProxy, ratio: true, atLeast: true, first: 0.85, then: 1.2,
@@ -46,8 +47,9 @@ func figures(set *settings) []figure {
 		{what: "streams", title: fmt.Sprintf("complete of %d streams", set.Streams), load: loadStreams, of: func(m measurement) float64 { return float64(m.Done) }, atLeast: true, first: all, then: all},
 		{what: "streams", title: "first byte p50 of streams", load: loadStreams, unit: "ms", of: ms(func(m measurement) float64 { return m.FirstP50 }), against: nameDirect, first: 5, then: 1},
 		{what: "streams", title: "between events p99 (20 ms)", load: loadStreams, unit: "ms", of: ms(func(m measurement) float64 { return m.GapP99 })},
-		{what: "memory", title: "anonymous memory with the streams", load: loadStreams, unit: "MiB", of: mb, first: 120, then: 60},
-		{what: "memory", title: "anonymous memory, idle", load: loadIdle, unit: "MiB", of: mb, first: 60, then: 40},
+		{what: "streams", title: "CPU of a stream's event", load: loadStreams, unit: "µs", of: func(m measurement) float64 { return perAnswer(m) / float64(set.Events) }, ofProxy: true},
+		{what: "memory", title: "anonymous memory with the streams", load: loadStreams, unit: "MiB", of: mb, ofProxy: true, first: 120, then: 60},
+		{what: "memory", title: "anonymous memory, idle", load: loadIdle, unit: "MiB", of: mb, ofProxy: true, first: 60, then: 40},
 	}
 }
 
@@ -78,7 +80,7 @@ func judge(runs []measurement, set *settings) []verdict {
 		}
 		v := verdict{What: f.what, Title: f.title, Unit: f.unit, Values: map[string][]float64{}, First: f.first, Then: f.then, AtLeast: f.atLeast}
 		for _, m := range runs {
-			if m.Load == f.load && (m.Target != nameDirect || f.load != loadIdle) {
+			if m.Load == f.load && (m.Target != nameDirect || !f.ofProxy) {
 				v.Values[m.Target] = append(v.Values[m.Target], f.of(m))
 			}
 		}
@@ -131,7 +133,7 @@ func (c *comparison) print(w io.Writer) error {
 	for _, v := range c.Verdicts {
 		p.f("%s", v.Title)
 		for _, t := range targets {
-			if values := v.Values[t]; len(values) == 0 || t == nameDirect && v.What == "cpu" || t == nameDirect && v.What == "memory" {
+			if values := v.Values[t]; len(values) == 0 {
 				p.f("\t–")
 			} else {
 				p.f("\t%s", show(median(values), v.Unit))

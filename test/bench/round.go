@@ -41,34 +41,13 @@ func (r *round) run(ctx context.Context) ([]measurement, error) {
 	if err := r.start(ctx); err != nil {
 		return nil, err
 	}
-	type load struct {
-		name string
-		run  func(context.Context, target) (result, error)
-	}
-	// Idle comes first, before anything has asked for memory.
-	loads := []load{{loadIdle, func(context.Context, target) (result, error) { return result{}, nil }}}
-	warmed := r.set.length() / 5
-	loads = append(loads, load{"warm-up", func(ctx context.Context, t target) (result, error) {
-		return closedLoop(ctx, t, modelAtOnce, r.set.Connections, warmed), nil
-	}})
-	if r.set.wants("cpu", "rps") {
-		loads = append(loads, load{loadClosed, r.closed})
-	}
-	if r.set.wants("latency") {
-		loads = append(loads, load{loadRate, func(ctx context.Context, t target) (result, error) {
-			// Enough connections for answers that take four times as long.
-			connections := max(1, int(4*r.set.Rate*slowUpstream.Seconds()))
-			return openLoop(ctx, t, modelAfter(slowUpstream), r.set.Rate, connections, r.set.length()), nil
-		}})
-	}
-	if r.set.wants("streams", "memory") {
-		loads = append(loads, load{loadStreams, func(ctx context.Context, t target) (result, error) {
-			return streams(ctx, t, r.burst()), nil
-		}})
-	}
-	for _, l := range loads {
+	for _, l := range r.loads() {
 		for _, t := range r.targets {
-			m, err := r.measure(ctx, t, l.name, l.run)
+			run := l.run
+			if t.name == nameDsnode && r.set.profile != "" && l.length > 0 {
+				run = r.profiled(l)
+			}
+			m, err := r.measure(ctx, t, l.name, run)
 			if err != nil {
 				return r.runs, fmt.Errorf("%s, %s: %w", t.name, l.name, err)
 			}
@@ -76,6 +55,40 @@ func (r *round) run(ctx context.Context) ([]measurement, error) {
 		}
 	}
 	return r.runs, nil
+}
+
+// load is what one target is given before the next one's turn.
+type load struct {
+	name   string
+	length time.Duration // 0: not worth a profile
+	run    func(context.Context, target) (result, error)
+}
+
+func (r *round) loads() []load {
+	closed, rate, streaming := r.set.length(), r.set.length(), r.burst()
+	all := []load{
+		// Before anything has asked for memory.
+		{loadIdle, 0, func(context.Context, target) (result, error) { return result{}, nil }},
+		{"warm-up", 0, func(ctx context.Context, t target) (result, error) {
+			return closedLoop(ctx, t, modelAtOnce, r.set.Connections, closed/5), nil
+		}},
+	}
+	if r.set.wants("cpu", "rps") {
+		all = append(all, load{loadClosed, closed, r.closed})
+	}
+	if r.set.wants("latency") {
+		// Enough connections for answers that take four times as long.
+		connections := max(1, int(4*r.set.Rate*slowUpstream.Seconds()))
+		all = append(all, load{loadRate, rate, func(ctx context.Context, t target) (result, error) {
+			return openLoop(ctx, t, modelAfter(slowUpstream), r.set.Rate, connections, rate), nil
+		}})
+	}
+	if r.set.wants("streams", "memory") {
+		all = append(all, load{loadStreams, streaming.length(), func(ctx context.Context, t target) (result, error) {
+			return streams(ctx, t, streaming), nil
+		}})
+	}
+	return all
 }
 
 // start starts the proxies and waits until each answers.
@@ -138,24 +151,30 @@ func (r *round) stop() {
 }
 
 // closed is the closed loop, with wrk where it is installed.
-func (r *round) closed(ctx context.Context, t target) (res result, err error) {
-	if t.name == nameDsnode && r.set.profile != "" {
-		var wait sync.WaitGroup
-		defer func() { wait.Wait() }()
-		wait.Go(func() {
-			if err := r.profile(ctx); err != nil {
-				fmt.Fprintln(r.progress, "profile:", err)
-			}
-		})
-	}
+func (r *round) closed(ctx context.Context, t target) (result, error) {
 	if r.set.wrk != "" {
 		return r.stage.wrk(ctx, r.set.wrk, t, modelAtOnce, r.set.Connections, r.set.length())
 	}
 	return closedLoop(ctx, t, modelAtOnce, r.set.Connections, r.set.length()), nil
 }
 
-func (r *round) profile(ctx context.Context) error {
-	url := fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.node.admin.URLs()[0], max(1, int(r.set.Seconds)-1))
+// profiled runs a load while the node writes a CPU profile of itself to
+// PREFIX.LOAD.pb.gz.
+func (r *round) profiled(l load) func(context.Context, target) (result, error) {
+	return func(ctx context.Context, t target) (result, error) {
+		var wait sync.WaitGroup
+		defer wait.Wait()
+		wait.Go(func() {
+			if err := r.profile(ctx, l); err != nil {
+				fmt.Fprintln(r.progress, "profile:", err)
+			}
+		})
+		return l.run(ctx, t)
+	}
+}
+
+func (r *round) profile(ctx context.Context, l load) error {
+	url := fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.node.admin.URLs()[0], max(1, int(l.length.Seconds())))
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
@@ -169,7 +188,7 @@ func (r *round) profile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(r.set.profile, text, 0o644)
+	return os.WriteFile(fmt.Sprintf("%s.%s.pb.gz", r.set.profile, l.name), text, 0o644)
 }
 
 // measure gives a load to a target and looks at its process before and after,
