@@ -293,8 +293,10 @@ func (f *fakeCluster) Failover(ctx context.Context, r admin.FailoverRequest, by 
 	return admin.FailoverResult{
 		ID: "sw-1", From: "shanghai-a", To: r.To, Epoch: 2, IdleSeconds: 0.0871, LeaderMoved: true, Checks: plan.Checks,
 		Steps: []admin.FailoverStep{
-			{Name: "announce", At: fakeStart, TookSeconds: 0.031}, {Name: "release", At: fakeStart, TookSeconds: 0.025},
-			{Name: "promote", At: fakeStart, TookSeconds: 0.0311}, {Name: "leadership", At: fakeStart, TookSeconds: 0.912},
+			{Name: "announce", At: fakeStart, TookSeconds: 0.031},
+			{Name: "release", At: fakeStart, TookSeconds: 0.025},
+			{Name: "promote", At: fakeStart, TookSeconds: 0.0311},
+			{Name: "leadership", At: fakeStart, TookSeconds: 0.912},
 		},
 	}, err
 }

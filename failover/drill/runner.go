@@ -56,7 +56,7 @@ type Runner struct {
 	o      Options
 	log    *slog.Logger
 	begin  chan *trial
-	mu     sync.Mutex // guards current, starting
+	mu     sync.Mutex // guards busy, active
 	busy   bool
 	active *trial
 }
