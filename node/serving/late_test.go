@@ -1,0 +1,348 @@
+package serving
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// TestLatePlainAnswers: a plain completion takes as long as all its tokens, and
+// is waited for while its server answers probes.
+func TestLatePlainAnswers(t *testing.T) {
+	late := func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(700 * time.Millisecond): // three times the timer
+			well(w, r)
+		case <-r.Context().Done():
+		}
+	}
+	embedding := `{"model":"m","input":"x"}`
+	for _, c := range []struct {
+		name  string
+		sick  bool
+		req   *Request
+		wants string // who answers
+	}{
+		{"probes answer", false, chat(false), "bad"},
+		{"probes fail", true, chat(false), "good"},
+		{"a stream has no excuse", false, chat(true), "good"},
+		{"nor has an embedding", false, request("/v1/embeddings", embedding, false), "good"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			bad, good := newServer(t, "bad", late), newServer(t, "good", well)
+			r := newRig(t, []*server{bad, good}, hasty)
+			bad.onHit = func() {
+				bad.sick.Store(c.sick)
+				for range probesToDie {
+					r.probeAll(t.Context())
+				}
+			}
+			saw, err := r.serve(t, c.req)
+			if err != nil || saw.heads[0].Upstream != c.wants {
+				t.Fatalf("%v %+v\n%s", err, saw.heads, r.logs)
+			}
+			if c.wants == "good" && r.results("bad", "timeout_first_token") != 1 {
+				t.Errorf("not the first token's timer:\n%s", r.logs)
+			}
+		})
+	}
+}
+
+// TestPace: the floor under a stream's pace, in virtual time.
+func TestPace(t *testing.T) {
+	type step struct {
+		after  time.Duration
+		tokens int
+	}
+	steady := func(each time.Duration, tokens, n int) (all []step) {
+		for range n {
+			all = append(all, step{each, tokens})
+		}
+		return all
+	}
+	for _, c := range []struct {
+		name  string
+		floor int
+		steps []step
+		end   time.Duration // when it is ended from the first step on, 0: it isn't
+	}{
+		{"no floor", 0, steady(20*time.Second, 1, 10), 0},
+		{"fast enough", 5, steady(100*time.Millisecond, 1, 600), 0},
+		{"just fast enough", 5, steady(time.Second, 6, 60), 0},
+		{"a drip", 5, steady(time.Second, 1, 60), 10 * time.Second},
+		{"a drip after a good start", 5, append(steady(100*time.Millisecond, 1, 300), steady(time.Second, 1, 60)...), 40 * time.Second},
+		{"a pause shorter than the window", 5, append(steady(100*time.Millisecond, 1, 100), step{8 * time.Second, 60}), 0},
+		{"nothing after the first", 5, []step{{0, 1}, {40 * time.Second, 1}}, 10 * time.Second},
+		{"much at a time", 5, []step{{0, 100}, {19 * time.Second, 100}, {19 * time.Second, 100}}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				limits := timers{firstToken: time.Minute, betweenTokens: 30 * time.Second, total: time.Hour, pace: c.floor}
+				w := newWatch(t.Context(), limits, time.Now().Add(limits.total), nil, nil)
+				defer w.stop()
+				time.Sleep(c.steps[0].after)
+				begun := time.Now()
+				for i, s := range c.steps {
+					if i > 0 {
+						select {
+						case <-w.Done():
+						case <-time.After(s.after):
+						}
+					}
+					if w.Err() != nil {
+						break
+					}
+					w.content(s.tokens)
+				}
+				ended := time.Since(begun)
+				var timer *timerError
+				if !errors.As(context.Cause(w), &timer) {
+					if c.end != 0 {
+						t.Fatalf("not ended: %v", context.Cause(w))
+					}
+					return
+				}
+				if timer.result != resultTooSlow || c.end == 0 || ended < c.end-time.Second || ended > c.end+10*time.Second {
+					t.Errorf("ended after %s, want %s: %v", ended, c.end, timer)
+				}
+			})
+		})
+	}
+}
+
+// TestSlowClientsAreNoFault of the upstream: what a write to the client takes
+// counts neither as silence nor as a slow pace.
+func TestSlowClientsAreNoFault(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limits := timers{firstToken: time.Minute, betweenTokens: 30 * time.Second, total: time.Hour, pace: 5}
+		w := newWatch(t.Context(), limits, time.Now().Add(limits.total), nil, nil)
+		defer w.stop()
+		slow := &recorder{onData: func(int) error { time.Sleep(40 * time.Second); return nil }}
+		for range 20 {
+			w.content(1)
+			if err := w.write(slow, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(9 * time.Second)
+		if w.Err() != nil {
+			t.Fatalf("ended: %v", context.Cause(w))
+		}
+		time.Sleep(2 * limits.betweenTokens)
+		synctest.Wait()
+		if w.Err() == nil {
+			t.Error("silence after a slow write is never ended")
+		}
+	})
+}
+
+// TestSlowDripEndsTheStream: the client gets an explicit error, the upstream a
+// failure.
+func TestSlowDripEndsTheStream(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the shortest window is ten seconds")
+	}
+	up := newServer(t, "up", then(events(roleChunk), func(w http.ResponseWriter, r *http.Request) {
+		tick := time.NewTicker(500 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			if _, err := io.WriteString(w, delta("x")); err != nil {
+				return
+			}
+			flush(w)
+			select {
+			case <-tick.C:
+			case <-r.Context().Done():
+				return
+			}
+		}
+	}))
+	r := newRig(t, []*server{up}, func(r *rig, _ *Options) { r.conf.Timeouts.MinTokensPerSecond = 10 })
+	saw, err := r.serve(t, chat(true))
+	if !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "min_tokens_per_second (10)") || r.results("up", "too_slow") != 1 {
+		t.Errorf("%v\n%s", err, r.logs)
+	}
+	if strings.Contains(saw.text(), "[DONE]") || r.status(t, "up").LastErr == "" {
+		t.Errorf("%q", saw.text())
+	}
+}
+
+// TestKeptConnections: a server that closes connections as soon as they are
+// idle, seen only when the next request is on its way, costs no client an error.
+func TestKeptConnections(t *testing.T) {
+	for _, how := range []string{"FIN", "RST"} {
+		t.Run(how, func(t *testing.T) {
+			ln, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var answered, closed atomic.Int64
+			var all sync.WaitGroup
+			t.Cleanup(all.Wait)
+			t.Cleanup(func() { _ = ln.Close() })
+			all.Go(func() {
+				for {
+					conn, err := ln.Accept()
+					if err != nil {
+						return
+					}
+					all.Go(func() {
+						defer func() { _ = conn.Close() }()
+						in := bufio.NewReader(conn)
+						req, err := http.ReadRequest(in)
+						if err != nil {
+							return
+						}
+						_, _ = io.Copy(io.Discard, req.Body)
+						answered.Add(1)
+						_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", len(plainBody), plainBody)
+						if _, err := in.Peek(1); err == nil { // the next request has come
+							closed.Add(1)
+							if tcp, ok := conn.(*net.TCPConn); ok && how == "RST" {
+								_ = tcp.SetLinger(0)
+							}
+						}
+					})
+				}
+			})
+			up := &server{name: "up", Server: &httptest.Server{URL: "http://" + ln.Addr().String()}}
+			r := newRig(t, []*server{up})
+			for range 20 {
+				if _, err := r.serve(t, chat(false)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if answered.Load() != 20 || closed.Load() == 0 || r.results("up", "ok") != 20 {
+				t.Errorf("%d answered, %d closed under a request", answered.Load(), closed.Load())
+			}
+		})
+	}
+}
+
+// TestUpstreamWorkStopsWithin100ms of the client's leaving, as the upstream
+// sees it. The median: a busy machine may delay one or the other.
+func TestUpstreamWorkStopsWithin100ms(t *testing.T) {
+	for _, stream := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stream=%t", stream), func(t *testing.T) {
+			began, ended := make(chan struct{}, 1), make(chan time.Time, 1)
+			up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
+				if stream {
+					events(roleChunk+delta("a"))(w, r)
+				}
+				began <- struct{}{}
+				<-r.Context().Done()
+				ended <- time.Now()
+			})
+			r := newRig(t, []*server{up})
+			var took []time.Duration
+			for range 20 {
+				ctx, leave := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				go func() { done <- r.Serve(ctx, chat(stream), &recorder{}) }()
+				<-began
+				left := time.Now()
+				leave()
+				took = append(took, (<-ended).Sub(left))
+				if err := <-done; !errors.Is(err, context.Canceled) {
+					t.Fatalf("Serve: %v", err)
+				}
+			}
+			slices.Sort(took)
+			t.Logf("median %s, worst %s", took[10], took[19])
+			if took[10] > 100*time.Millisecond {
+				t.Errorf("the upstream stops after %s at the median", took[10])
+			}
+		})
+	}
+}
+
+// TestReportedLoad: of two servers that look alike, the one is asked that says
+// it has less to do; what this node sent there is not counted twice.
+func TestReportedLoad(t *testing.T) {
+	metrics := func(s *server, kind cluster.UpstreamKind, running, waiting float64) {
+		names := reportNames[kind]
+		next := s.Config.Handler
+		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/metrics" {
+				next.ServeHTTP(w, r)
+				return
+			}
+			_, _ = fmt.Fprintf(w, "# HELP %[1]s x\n# TYPE %[1]s gauge\n%[1]s{engine=\"0\",model_name=\"a}b\\\"\"} %[2]v\n%[1]s_total 77\n%[3]s %[4]v 1700000000\n", names[0], running, names[1], waiting)
+		})
+	}
+	a, b := newServer(t, "a", well), newServer(t, "b", well)
+	metrics(a, cluster.KindVLLM, 30, 12)
+	metrics(b, cluster.KindSGLang, 1, 0)
+	now := time.Now()
+	r := newRig(t, []*server{a, b}, func(r *rig, o *Options) {
+		r.choosing = true
+		def := r.conf.Upstreams["b"]
+		def.Kind = cluster.KindSGLang
+		r.conf.Upstreams["b"] = def
+		o.Now = func() time.Time { return now }
+	})
+	r.probeAll(t.Context())
+	for name, want := range map[string]int64{"a": 42, "b": 1} {
+		if got := r.instance(t, name).load(now).inFlight; got != want {
+			t.Errorf("%s: load %d, want %d", name, got, want)
+		}
+	}
+	for range 10 {
+		if _, err := r.serve(t, request("/v1/rerank", `{"model":"m"}`, false)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a.hits.Load() != 0 || b.hits.Load() != 10 {
+		t.Errorf("hits %d, %d", a.hits.Load(), b.hits.Load())
+	}
+	u := r.instance(t, "a")
+	u.inFlight.Add(40)
+	r.askLoad(t.Context(), u)
+	if got := u.load(now).inFlight; got != 42 {
+		t.Errorf("with 40 of our own: load %d, want 42", got)
+	}
+	u.inFlight.Add(-40)
+	now = now.Add(reportAge)
+	if got := u.load(now).inFlight; got != 0 {
+		t.Errorf("an old report counts: %d", got)
+	}
+
+	// Where there is no choice nobody is asked.
+	alone := newRig(t, []*server{a})
+	alone.probeAll(t.Context())
+	if alone.instance(t, "a").reported.Load() != nil {
+		t.Error("metrics were read for nothing")
+	}
+	// A server without figures is left alone for a while.
+	c := newServer(t, "c", well)
+	silent := newRig(t, []*server{a, c})
+	silent.probeAll(t.Context())
+	if u := silent.instance(t, "c"); u.reports(time.Now()) || !u.reports(time.Now().Add(reportPause)) || u.load(time.Now()).inFlight != 0 {
+		t.Errorf("%+v", u.reported.Load())
+	}
+}
+
+func FuzzSumSeries(f *testing.F) {
+	f.Add("vllm:num_requests_running{a=\"b\"} 3.0\nvllm:num_requests_waiting 1e2 5\n")
+	f.Add("vllm:num_requests_running{a=\"}\\\"\"} NaN\nvllm:num_requests_waiting{ -1\n")
+	f.Fuzz(func(t *testing.T, page string) {
+		n, err := sumSeries(strings.NewReader(page), reportNames[cluster.KindVLLM])
+		if n < 0 || err != nil && n != 0 {
+			t.Errorf("%d, %v", n, err)
+		}
+	})
+}
