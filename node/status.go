@@ -37,7 +37,7 @@ func (n *Node) status() admin.Status {
 		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
 		health: n.surround.Load().health, waiting: n.cluster.Waiting(),
 		quarantine: n.cluster.Quarantined(), leftBehind: n.cluster.LeftBehind(),
-		left: map[string]bool{},
+		left: map[string]bool{}, failback: n.failbackAvailable(),
 	}
 	for _, m := range n.cluster.Members() {
 		v.left[m.Name] = m.State == cluster.MemberLeft

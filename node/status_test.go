@@ -161,6 +161,19 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 	}
 }
 
+// What a person should know, and what makes nothing unhealthy.
+func TestStatusNotes(t *testing.T) {
+	v := well(t)
+	home := "b"
+	v.failback = &home
+	v.state.Hold = &cluster.Hold{Reason: "new switches", By: "ann", At: v.now}
+	v.state.LastFailover = &cluster.FailoverRecord{From: "b", To: "a", Kind: cluster.FailoverUnplanned, Epoch: 3}
+	s := describe(v)
+	if !s.Healthy || s.FailbackAvailable == nil || *s.FailbackAvailable != "b" || s.Hold == nil || s.Hold.By != "ann" || s.LastFailover.Acknowledged {
+		t.Errorf("healthy %v, failback %v, hold %+v, last %+v", s.Healthy, s.FailbackAvailable, s.Hold, s.LastFailover)
+	}
+}
+
 // What nobody told is null, never a zero.
 func TestStatusOfTheUnknownIsNull(t *testing.T) {
 	v := well(t)
