@@ -89,6 +89,7 @@ func runDrill(t *testing.T, l *lab.Lab, n *lab.Node, r admin.DrillRequest) (admi
 func TestDrillsOfThePrimary(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	first, second := l.Sites[0], l.Sites[1]
+	wantVoters(t, l, 3)
 	before := l.WaitPrimary(5*time.Second, first.Name)
 	running := l.StartLoad(lab.Load{Rate: 20, Streams: 2})
 	await(t, running, 50)
