@@ -76,8 +76,12 @@ func (i *isolation) look(drills []cluster.DrillRecord) {
 		if length <= drill.Lead {
 			continue
 		}
-		c := &cut{drill: d.ID, begin: now + drill.Lead, until: now + length}
-		i.log.Warn("this site is about to be cut off by a drill", "drill", d.ID, "by", d.By, "in", drill.Lead, "for", length-drill.Lead)
+		lead := drill.Lead
+		if i.now().Sub(d.StartedAt) > 2*drill.Lead {
+			lead = 0 // everybody has heard of it long ago; this node restarted
+		}
+		c := &cut{drill: d.ID, begin: now + lead, until: now + length}
+		i.log.Warn("this site is about to be cut off by a drill", "drill", d.ID, "by", d.By, "in", lead, "for", length-lead)
 		i.cut.Store(c)
 		return
 	}

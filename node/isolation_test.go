@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover/drill"
 )
 
 // cutWorld is a node's isolation with a state that a test changes.
@@ -158,7 +159,10 @@ func TestIsolationAfterARestart(t *testing.T) {
 				w := newCutWorld()
 				w.agree(d)
 				w.run(t)
-				time.Sleep(time.Second)
+				if tc.after == 0 {
+					time.Sleep(drill.Lead)
+				}
+				time.Sleep(150 * time.Millisecond) // no more than a look or two
 				if w.isCut() != tc.cut {
 					t.Fatalf("cut off %v, want %v", w.isCut(), tc.cut)
 				}
