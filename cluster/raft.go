@@ -125,6 +125,13 @@ type RaftView struct {
 	// began, or when it was lost. A zero Since means that it was never known.
 	Quorum bool
 	Since  time.Time
+	// Ticked says that this node applied a tick of a leader since its start, and
+	// TickAgo how long ago the newest was: how old at least what it knows of the
+	// agreed state may be. The lease tells nothing of that, it goes by other ways.
+	Ticked  bool
+	TickAgo time.Duration
+	// Epoch is the highest heard of; above the agreed state's, that is old.
+	Epoch uint64
 }
 
 // Raft gives a RaftView; the zero one before this node is a member.
@@ -145,6 +152,10 @@ func (c *Cluster) Raft() RaftView {
 	}
 	ok, since := c.lease.quorum()
 	v.Quorum = ok
+	_, v.Epoch = c.lease.left()
+	if ticked := c.fsm.ticked.Load(); ticked != 0 {
+		v.Ticked, v.TickAgo = true, Boottime()-time.Duration(ticked)
+	}
 	if c.lease.everHeld() {
 		v.Since = time.Now().Add(since - Boottime())
 	}

@@ -276,6 +276,9 @@ func (v sight) reasons(s admin.Status) []string {
 		}
 		out = append(out, words)
 	}
+	if v.raft.Quorum {
+		out = append(out, v.behind()...)
+	}
 	if v.leftBehind != "" {
 		out = append(out, v.leftBehind)
 	}
@@ -317,6 +320,22 @@ func (v sight) reasons(s admin.Status) []string {
 		}
 	}
 	return out
+}
+
+// behind says that what this node knows of the agreed state is old: it has just
+// started, or hears the leader by other ways than raft's. With a quorum a tick
+// comes several times a second.
+func (v sight) behind() []string {
+	switch {
+	case v.raft.Epoch > v.state.Primary.Epoch:
+		return []string{fmt.Sprintf("node %s has heard of epoch %d and knows the primary of epoch %d only", v.name, v.raft.Epoch, v.state.Primary.Epoch)}
+	case !v.raft.Ticked:
+		return []string{fmt.Sprintf("node %s has not heard from the raft leader since its start: what it says of the agreed state may be old", v.name)}
+	case v.raft.TickAgo >= v.patience:
+		return []string{fmt.Sprintf("node %s has not heard from the raft leader for %s: what it says of the agreed state may be old",
+			v.name, v.raft.TickAgo.Round(100*time.Millisecond))}
+	}
+	return nil
 }
 
 func (v sight) degraded(site admin.SiteStatus, nodes []admin.NodeStatus) []string {

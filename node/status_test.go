@@ -31,7 +31,7 @@ func well(t *testing.T) sight {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	nodes := map[string]cluster.Node{}
 	peers := map[string]cluster.PeerView{}
-	raft := cluster.RaftView{Leader: "a-1", Leads: true, Term: 2, CommitIndex: 40, Quorum: true, Since: now.Add(-time.Hour)}
+	raft := cluster.RaftView{Leader: "a-1", Leads: true, Term: 2, CommitIndex: 40, Quorum: true, Since: now.Add(-time.Hour), Ticked: true, TickAgo: 200 * time.Millisecond, Epoch: 3}
 	for _, n := range []cluster.Node{{Name: "a-1", Site: "a"}, {Name: "b-1", Site: "b"}, {Name: "c-1", Site: "c"}} {
 		n.RPC = n.Name + ":7957"
 		nodes[n.Name] = n
@@ -132,6 +132,18 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			v.state.Drained = map[string]cluster.DrainedUpstream{"ub": {By: "ann"}}
 			change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy, p.UpstreamsTotal = 0, 0 })
 		}, "b", admin.SiteHealthy, "b-1", admin.NodeAlive, "upstream ub of site b is drained"},
+		{
+			"an epoch heard of, and not known", func(v *sight) { v.raft.Epoch = 4 },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 has heard of epoch 4 and knows the primary of epoch 3 only",
+		},
+		{
+			"a lease, but no entries since the start", func(v *sight) { v.raft.Ticked = false },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since its start: what it says of the agreed state may be old",
+		},
+		{
+			"a lease, but no entries", func(v *sight) { v.raft.TickAgo = 4 * time.Second },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: what it says of the agreed state may be old",
+		},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")
