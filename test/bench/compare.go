@@ -22,6 +22,7 @@ const (
 	nameDsnode  = "dsnode"
 	nameGoProxy = "goproxy"
 	nameNginx   = "nginx"
+	nameBeside  = "beside" // another dsnode
 )
 
 // Names of the loads.
@@ -44,6 +45,7 @@ type settings struct {
 	wrk         string // path, empty: our own generator
 	nginx       string // path, empty: left out
 	binary      string // dsnode, empty: build it
+	beside      string // another dsnode, empty: none
 	profile     string // prefix of CPU profiles of dsnode
 	conf        string // appended to cluster.yaml
 }
@@ -91,6 +93,7 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	format := flags.String("o", "table", "table or json")
 	generator := flags.String("generator", "auto", "of the closed loop: wrk, own, or auto for wrk where it is installed")
 	flags.StringVar(&s.binary, "binary", "", "a dsnode that is built already")
+	flags.StringVar(&s.beside, "beside", "", "another dsnode, an older one say, that takes its turns too")
 	flags.StringVar(&s.profile, "profile", "", "write CPU profiles of dsnode to files that begin like this, one for each load (it costs some %)")
 	flags.StringVar(&s.conf, "cluster", "", "text to append to cluster.yaml")
 	if err := parse(flags, args); err != nil {
@@ -188,6 +191,9 @@ func versions(ctx context.Context, set settings) map[string]string {
 		found[name] = strings.TrimPrefix(line, "nginx version: ")
 	}
 	ask(nameDsnode, set.binary, "version")
+	if set.beside != "" {
+		ask(nameBeside, set.beside, "version")
+	}
 	if set.nginx != "" {
 		ask(nameNginx, set.nginx, "-v")
 	}

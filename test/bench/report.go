@@ -129,6 +129,9 @@ func (c *comparison) print(w io.Writer) error {
 		p.f("%s: %s\n", name, c.Versions[name])
 	}
 	targets := []string{nameDsnode, nameGoProxy, nameNginx, nameDirect}
+	if c.Settings.beside != "" {
+		targets = slices.Insert(targets, 1, nameBeside)
+	}
 	p.f("\nmedians of %d rounds\t%s\n", c.Settings.Pairs, strings.Join(targets, "\t"))
 	for _, v := range c.Verdicts {
 		p.f("%s", v.Title)

@@ -95,8 +95,9 @@ func (r *round) loads() []load {
 func (r *round) start(ctx context.Context) error {
 	name := func(n string) string { return fmt.Sprintf("%s-%d", n, r.number+1) }
 	models := []string{modelAtOnce, modelAfter(slowUpstream), modelStream(r.set.Events, r.burst().every)}
+	text := clusterText(r.upstream, models) + r.set.conf + "\n"
 	var err error
-	if r.node, err = r.stage.startNode(ctx, name(nameDsnode), r.set.binary, clusterText(r.upstream, models)+r.set.conf+"\n"); err != nil {
+	if r.node, err = r.stage.startNode(ctx, name(nameDsnode), r.set.binary, text); err != nil {
 		return err
 	}
 	proxy, addr, err := r.stage.startSelf(name(nameGoProxy), childReverseProxy, "http://"+r.upstream)
@@ -105,8 +106,15 @@ func (r *round) start(ctx context.Context) error {
 	}
 	r.targets = []target{
 		{name: nameDirect, addr: r.upstream},
-		{name: nameDsnode, addr: r.node.api, proc: r.node.process},
+		{name: nameDsnode, addr: r.node.api, key: r.node.key, proc: r.node.process},
 		{name: nameGoProxy, addr: addr, proc: proxy},
+	}
+	if r.set.beside != "" {
+		n, err := r.stage.startNode(ctx, name(nameBeside), r.set.beside, text)
+		if err != nil {
+			return err
+		}
+		r.targets = append(r.targets, target{name: nameBeside, addr: n.api, key: n.key, proc: n.process})
 	}
 	if r.set.nginx != "" {
 		p, addr, err := r.stage.startNginx(name(nameNginx), r.set.nginx, r.upstream)
@@ -117,7 +125,9 @@ func (r *round) start(ctx context.Context) error {
 	}
 	for i := range r.targets {
 		t := &r.targets[i]
-		t.key = r.node.key // the others don't look at it
+		if t.key == "" {
+			t.key = r.node.key // they don't look at it
+		}
 		if t.proc == nil {
 			continue
 		}
