@@ -31,10 +31,10 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 			old.Stop()
 			stopped := time.Now()
 			s.audit.Lost(old, false)
-			c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(old))
+			c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 			t.Logf("%s stopped, %s led: %s", old.Name, leader, c)
-			if c.known > replacedWithin {
-				t.Errorf("replaced after %v, want %v at most", c.known, replacedWithin)
+			if c.known > within(replaces) {
+				t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 			}
 			s.lab.WaitFor(still+time.Second, "the time to go on", func(context.Context) error {
 				if passed := time.Since(stopped); passed < still {
@@ -45,7 +45,7 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 			s.audit.Found()
 			old.Continue()
 			continued := time.Now()
-			down := s.lab.WaitFor(backWithin, "the old primary to say that it is not", func(ctx context.Context) error {
+			down := s.lab.WaitFor(within(returns), "the old primary to say that it is not", func(ctx context.Context) error {
 				for _, n := range old.Nodes {
 					if status, err := n.Status(ctx); err != nil || status.Primary == nil || status.Primary.Epoch <= epoch {
 						return fmt.Errorf("%s says %+v, %v", n.Name, status.Primary, err)
@@ -111,11 +111,11 @@ func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
 	fault := time.Now()
 	cut(s.lab.Net)
 	s.audit.Lost(old, true)
-	c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(old))
+	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	idle, _ := s.role.Idle(epoch + 1)
 	t.Logf("%s cut off, %s led: %s; nobody acted for %v", old.Name, leader, c, idle)
-	if c.known > replacedWithin {
-		t.Errorf("replaced after %v, want %v at most", c.known, replacedWithin)
+	if c.known > within(replaces) {
+		t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 	}
 	if to := s.lab.Site(c.site); to.City != old.City {
 		t.Errorf("%s took over, want the site in the same city", c.site)
@@ -156,7 +156,7 @@ func TestFailoverNotForOneBrokenLink(t *testing.T) {
 					t.Errorf("%s is the primary in epoch %d, %s leads; want epoch %d still", site.Name, now, leader, epoch)
 				}
 				s.lab.Net.MendAll()
-				t.Logf("all well %v after the link was mended", s.lab.WaitHealthy(backWithin))
+				t.Logf("all well %v after the link was mended", s.lab.WaitHealthy(within(returns)))
 				s.end(hurt...)
 			})
 		}
@@ -193,7 +193,7 @@ func (s *story) leadFrom(site *lab.Site) {
 			return fmt.Errorf("%s still leads", leader)
 		})
 		at.Continue()
-		s.lab.WaitHealthy(backWithin)
+		s.lab.WaitHealthy(within(returns))
 	}
 	primary, now, leader := s.primary()
 	if !strings.HasPrefix(leader, site.Name) || now != epoch {

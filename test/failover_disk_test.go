@@ -26,7 +26,6 @@ func TestFailoverWhenLeadersDiskHangs(t *testing.T) {
 }
 
 func diskHangs(t *testing.T, nodes []int) {
-	const replaced = 15 * time.Second
 	disk := lab.NewDisk(t)
 	defer disk.Resume()
 	s := begin(t, lab.Topology{Nodes: nodes, Node: func(c *node.Config) {
@@ -41,7 +40,7 @@ func diskHangs(t *testing.T, nodes []int) {
 	}
 	fault := time.Now()
 	disk.Hang()
-	led := s.lab.WaitFor(replaced, "another leader", func(ctx context.Context) error {
+	led := s.lab.WaitFor(within(stuck), "another leader", func(ctx context.Context) error {
 		for _, n := range s.others(old) {
 			status, err := n.Status(ctx)
 			if err != nil {
@@ -56,10 +55,10 @@ func diskHangs(t *testing.T, nodes []int) {
 	t.Logf("another leads %v after the disk of %s hung", led, hurt.Name)
 	after := epoch
 	if len(old.Nodes) == 1 {
-		c := s.awaitChange(fault, epoch+1, replaced, s.others(old))
+		c := s.awaitChange(fault, epoch+1, within(stuck), s.others(old))
 		t.Logf("the primary follows: %s", c)
-		if c.known > replaced {
-			t.Errorf("replaced after %v, want %v at most", c.known, replaced)
+		if c.known > within(stuck) {
+			t.Errorf("replaced after %v, want %v at most", c.known, within(stuck))
 		}
 		after++
 	} else if site, now, _ := s.primary(); site != old || now != epoch {
@@ -68,14 +67,14 @@ func diskHangs(t *testing.T, nodes []int) {
 	}
 	s.goOn()
 	disk.Resume()
-	s.lab.WaitFor(backWithin, "the process with the stuck disk to end", func(context.Context) error {
+	s.lab.WaitFor(within(returns), "the process with the stuck disk to end", func(context.Context) error {
 		if hurt.Running() {
 			return fmt.Errorf("%s runs still", hurt.Name)
 		}
 		return nil
 	})
 	hurt.Start()
-	back := s.lab.WaitHealthy(backWithin)
+	back := s.lab.WaitHealthy(within(returns))
 	if site, now, _ := s.primary(); now != after {
 		t.Errorf("%s is the primary in epoch %d after the disk's return, want epoch %d", site.Name, now, after)
 	}

@@ -33,27 +33,27 @@ func TestFailoverBehindHAProxy(t *testing.T) {
 	if _, err := s.lab.Nodes()[2].Switchover(t.Context(), "beijing"); err != nil {
 		t.Fatal(err)
 	}
-	s.awaitChange(begun, epoch+1, 5*time.Second, s.lab.Nodes())
+	s.awaitChange(begun, epoch+1, within(5*time.Second), s.lab.Nodes())
 	balancer.wantPrimary("beijing")
 	if failed := balancer.failures(port{clients, time.Time{}}); len(failed) > 0 {
 		t.Errorf("a client failed in a switchover: %v", failed[0])
 	}
-	s.lab.WaitHealthy(backWithin)
+	s.lab.WaitHealthy(within(returns))
 	if _, err := s.lab.Nodes()[2].Switchover(t.Context(), first.Name); err != nil {
 		t.Fatal(err)
 	}
 	balancer.wantPrimary(first.Name)
-	s.lab.WaitHealthy(backWithin)
+	s.lab.WaitHealthy(within(returns))
 
 	_, epoch, _ = s.primary()
 	fault := time.Now()
 	first.Kill()
-	c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(first))
+	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(first))
 	balancer.wantPrimary(c.site)
 	s.goOn()
 	// What ran on the killed nodes is gone; what is sent after the balancer has
 	// seen one connection refused is served by another site.
-	if failed := balancer.failures(port{clients, fault.Add(time.Second)}); len(failed) > 0 {
+	if failed := balancer.failures(port{clients, fault.Add(within(time.Second))}); len(failed) > 0 {
 		t.Errorf("%d clients failed after a site was lost, first: %v", len(failed), failed[0])
 	}
 	t.Logf("failed right when the site was lost: %d", len(balancer.failures(port{clients, fault})))
@@ -207,7 +207,7 @@ func (b *balancer) ask(ctx context.Context, number int) balanced {
 // question after the site acts.
 func (b *balancer) wantPrimary(site string) {
 	b.t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(within(5 * time.Second))
 	for {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		got := b.ask(ctx, primary)
@@ -260,7 +260,7 @@ func (b *balancer) story(since time.Time) string {
 // primary for longer than a check takes: another had acted for a second.
 func (b *balancer) wantRightSites(role *lab.RoleWatch) {
 	b.t.Helper()
-	const checked = time.Second
+	checked := within(time.Second)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	runs := role.Runs()

@@ -59,12 +59,12 @@ func (s *story) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duratio
 	fault := time.Now()
 	old.Kill()
 	s.audit.Lost(old, false)
-	c := s.awaitChange(fault, epoch+1, replacedWithin, s.others(old))
+	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	if to := s.lab.Site(c.site); to.City != old.City {
 		s.t.Errorf("%s took over, want the site in the same city", c.site)
 	}
-	if c.known > replacedWithin {
-		s.t.Errorf("replaced after %v, want %v at most", c.known, replacedWithin)
+	if c.known > within(replaces) {
+		s.t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 	}
 	s.goOn()
 	s.audit.Found()

@@ -123,8 +123,7 @@ func TestFailoverIsLinearizable(t *testing.T) {
 	stop()
 	wg.Wait()
 	t.Logf("faults: %s", strings.Join(faults, ", "))
-	// The longest backoffs end long before.
-	s.lab.WaitHealthy(30 * time.Second)
+	s.lab.WaitHealthy(within(returns))
 	book.addUnplanned(s.lab.Observer.Between(time.Time{}, time.Now()))
 	_, epoch, _ := s.primary()
 	t.Logf("%s; epoch %d in the end", book.summary(), epoch)

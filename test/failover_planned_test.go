@@ -13,7 +13,6 @@ import (
 // Planned switchovers in a row, round all sites: nobody notices, and the role is
 // idle for half a second at most, by the cluster's word and as seen from outside.
 func TestFailoverPlanned(t *testing.T) {
-	const idleAtMost = 500 * time.Millisecond
 	times := 2
 	if full() {
 		times = 20
@@ -36,7 +35,7 @@ func TestFailoverPlanned(t *testing.T) {
 		if result.Epoch != epoch+1 || result.From != old.Name || result.To != to.Name || !result.LeaderMoved {
 			t.Errorf("from %s in epoch %d to %s gave %+v", old.Name, epoch, to.Name, result)
 		}
-		c := s.awaitChange(begun, epoch+1, 5*time.Second, s.lab.Nodes())
+		c := s.awaitChange(begun, epoch+1, within(5*time.Second), s.lab.Nodes())
 		outside, ok := s.role.Idle(epoch + 1)
 		if !ok {
 			t.Fatalf("nobody was seen to act in epochs %d and %d", epoch, epoch+1)
@@ -45,10 +44,10 @@ func TestFailoverPlanned(t *testing.T) {
 		said, seen = append(said, inside), append(seen, outside)
 		t.Logf("%d: %s (%s led) to %s, asked of %s: idle %v by its word, %v from outside; took %v; %s",
 			i+1, old.Name, leader, to.Name, asked.Name, inside, outside, took, c)
-		if inside > idleAtMost || outside > idleAtMost {
-			t.Errorf("the role was idle for %v by its word and %v from outside, want %v at most", inside, outside, idleAtMost)
+		if inside > within(planned) || outside > within(planned) {
+			t.Errorf("the role was idle for %v by its word and %v from outside, want %v at most", inside, outside, within(planned))
 		}
-		s.lab.WaitHealthy(backWithin)
+		s.lab.WaitHealthy(within(returns))
 	}
 	t.Logf("idle of %d: by its word median %v, worst %v; from outside median %v, worst %v", times,
 		percentile(said, 0.5), percentile(said, 1), percentile(seen, 0.5), percentile(seen, 1))

@@ -47,7 +47,7 @@ func TestFailoverNotForBadWeather(t *testing.T) {
 	}
 	t.Logf("%v of bad weather: statuses named the leaders %v, who changed %d times", lasts, leaders, changes)
 	s.ordinaryLinks()
-	s.lab.WaitHealthy(backWithin)
+	s.lab.WaitHealthy(within(returns))
 	if now, after, _ := s.primary(); now != site || after != epoch {
 		t.Errorf("%s is the primary in epoch %d, want %s in %d still", now.Name, after, site.Name, epoch)
 	}
