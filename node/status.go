@@ -304,6 +304,7 @@ func (v sight) reasons(s admin.Status) []string {
 			out = append(out, v.degraded(site, s.Nodes)...)
 		}
 	}
+	out = append(out, v.fewVoters(s)...)
 	if v.health.Draining {
 		out = append(out, fmt.Sprintf("node %s is draining", v.name))
 	}
@@ -320,6 +321,21 @@ func (v sight) reasons(s admin.Status) []string {
 		}
 	}
 	return out
+}
+
+// fewVoters says that the loss of one node would still cost the quorum although
+// three sites live: a young cluster, for some seconds.
+func (v sight) fewVoters(s admin.Status) []string {
+	up := 0
+	for _, site := range s.Sites {
+		if site.NodesAlive != nil && *site.NodesAlive > 0 {
+			up++
+		}
+	}
+	if !v.raft.Quorum || up < 3 || s.Raft.Voters == nil || *s.Raft.Voters >= 3 {
+		return nil
+	}
+	return []string{fmt.Sprintf("%d of 3 voters are placed: losing one node can still cost the quorum", *s.Raft.Voters)}
 }
 
 // behind says that what this node knows of the agreed state is old: it has just

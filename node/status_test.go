@@ -144,6 +144,10 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			"a lease, but no entries", func(v *sight) { v.raft.TickAgo = 4 * time.Second },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: what it says of the agreed state may be old",
 		},
+		{
+			"three sites and one vote", func(v *sight) { v.raft.Servers = v.raft.Servers[:1] },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "1 of 3 voters are placed",
+		},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")

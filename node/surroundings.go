@@ -18,6 +18,10 @@ type surroundings struct {
 	health cluster.Health
 	peers  []serving.Peer // of other sites, nearest knowledge of who lives
 	ready  bool           // some upstream in some site is reachable
+	// heardSince is when the present unbroken time of hearing each peer began,
+	// on cluster.Boottime. It is kept whether this node leads or not: a new
+	// leader must not take nodes that it has heard all along for newcomers.
+	heardSince map[string]time.Duration
 }
 
 const lookEvery = 100 * time.Millisecond
@@ -36,7 +40,11 @@ func (n *Node) keepLooking(ctx context.Context) error {
 }
 
 func (n *Node) look() {
-	s := &surroundings{health: cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()}}
+	s := &surroundings{
+		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
+		heardSince: map[string]time.Duration{},
+	}
+	before, now := n.surround.Load().heardSince, cluster.Boottime()
 	for _, u := range n.pipeline.Upstreams() {
 		if u.Drained {
 			continue // it is nobody's to count on
@@ -52,7 +60,14 @@ func (n *Node) look() {
 	s.ready = s.health.UpstreamsHealthy > 0
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
 	for name, p := range n.cluster.Peers() {
-		if !p.Heard || p.Ago >= patience || p.Site == n.cfg.Site {
+		if !p.Heard || p.Ago >= patience {
+			continue
+		}
+		s.heardSince[name] = now
+		if since, already := before[name]; already {
+			s.heardSince[name] = since
+		}
+		if p.Site == n.cfg.Site {
 			continue
 		}
 		s.ready = s.ready || p.UpstreamsHealthy > 0

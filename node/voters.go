@@ -20,11 +20,10 @@ const (
 func (n *Node) placeVoters(ctx context.Context, l cluster.Leadership) error {
 	tick := time.NewTicker(placeEvery)
 	defer tick.Stop()
-	aliveSince := map[string]time.Duration{} // Boottime
 	said := failover.PlacementReason("")
 	for {
 		if s := n.cluster.State(); s.Parsed != nil {
-			plan, why := failover.PlaceVoters(n.placement(s, l, aliveSince))
+			plan, why := failover.PlaceVoters(n.placement(s, l))
 			if why != said {
 				said = why
 				n.log.Info("voters", "reason", why, "step", plan.Step, "of", plan.Node)
@@ -57,9 +56,12 @@ func (n *Node) placeStep(ctx context.Context, p failover.Plan) error {
 	return nil
 }
 
-// placement is what PlaceVoters looks at. aliveSince is kept between calls.
-func (n *Node) placement(s *cluster.State, l cluster.Leadership, aliveSince map[string]time.Duration) failover.PlacementView {
-	now, patience := cluster.Boottime(), n.cluster.Timing().Patience
+// placement is what PlaceVoters looks at.
+func (n *Node) placement(s *cluster.State, l cluster.Leadership) failover.PlacementView {
+	now, heardSince := cluster.Boottime(), n.surround.Load().heardSince
+	// One that votes must answer now, not within the patience: a vote given to a
+	// node that has just gone silent can cost a young cluster its quorum.
+	fresh := 3 * n.cluster.Timing().Tick
 	raft := n.cluster.Raft()
 	v := failover.PlacementView{Leader: n.cfg.Name}
 	for name, site := range s.Parsed.Sites {
@@ -81,17 +83,14 @@ func (n *Node) placement(s *cluster.State, l cluster.Leadership, aliveSince map[
 	peers := n.cluster.Peers()
 	for name, p := range nodes {
 		peer, known := peers[name]
+		since, heard := heardSince[name]
 		switch {
 		case name == n.cfg.Name:
 			p.AliveFor, p.CaughtUp = now-l.FirstCommit+time.Hour, true // the leader hears itself
-		case known && peer.Heard && peer.Ago < patience:
-			if _, since := aliveSince[name]; !since {
-				aliveSince[name] = now
-			}
-			p.AliveFor = max(now-aliveSince[name], 1)
-			p.CaughtUp = peer.AppliedIndex+caughtUp >= raft.CommitIndex
+		case known && heard:
+			p.AliveFor = max(now-since, 1)
+			p.CaughtUp = peer.Ago < fresh && peer.AppliedIndex+caughtUp >= raft.CommitIndex
 		default:
-			delete(aliveSince, name)
 			// Before this leader's time it heard from nobody as leader.
 			p.DeadFor = max(now-l.FirstCommit, 1)
 			if known && peer.Heard {
