@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -207,6 +208,31 @@ func TestDrain(t *testing.T) {
 	r.SetDrained(nil)
 	if saw, err = r.serve(t, chat(false)); err != nil || saw.heads[0].Upstream != "a" {
 		t.Errorf("resumed: %v", err)
+	}
+}
+
+// TestDrainLetsRunningOnesFinish, and what drains at another site is not asked
+// there either.
+func TestDrainLetsRunningOnesFinish(t *testing.T) {
+	release := make(chan struct{})
+	letGo := sync.OnceFunc(func() { close(release) })
+	defer letGo()
+	hold := func(w http.ResponseWriter, r *http.Request) { <-release; well(w, r) }
+	r, up, sites := threeSites(t, hold, well, well)
+	done := make(chan error, 1)
+	go func() { done <- r.Serve(t.Context(), chat(true), &recorder{}) }()
+	eventually(t, "it runs", func() bool { return up["own"].active.Load() == 1 })
+	r.SetDrained([]string{"own", "near"})
+	saw, err := r.serve(t, chat(false))
+	if err != nil || saw.heads[0].Site != "west" || saw.heads[0].Attempts != 1 || sites["east2"].hits.Load() != 0 {
+		t.Errorf("%v %+v", err, saw.heads)
+	}
+	if st := r.status(t, "own"); !st.Drained || st.InFlight != 1 || len(st.Models) == 0 {
+		t.Errorf("%+v", st)
+	}
+	letGo()
+	if err := <-done; err != nil {
+		t.Errorf("the running one: %v", err)
 	}
 }
 
