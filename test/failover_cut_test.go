@@ -15,6 +15,7 @@ import (
 // All nodes of the primary stand still, are replaced, and go on: at no moment
 // after that does one of them act, and each steps down by itself.
 func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
+	sharing(t)
 	shapes, still := [][]int{{1, 1, 1}}, 8*time.Second
 	if full() {
 		shapes, still = [][]int{{1, 1, 1}, {2, 2, 1}}, 30*time.Second
@@ -28,7 +29,7 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 				t.Fatalf("the log of %s does not say that it acts as primary, and it does", old.Name)
 			}
 			fault := time.Now()
-			old.Stop()
+			old.StopStill()
 			stopped := time.Now()
 			s.audit.Lost(old, false)
 			c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
@@ -47,12 +48,8 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 			continued := time.Now()
 			down := s.lab.WaitFor(within(returns), "the old primary to say that it is not", func(ctx context.Context) error {
 				for _, n := range old.Nodes {
-					status, err := n.Status(ctx)
-					if err != nil {
-						return fmt.Errorf("ask %s: %w", n.Name, err)
-					}
-					if status.Primary == nil || status.Primary.Epoch <= epoch {
-						return fmt.Errorf("%s says %+v", n.Name, status.Primary)
+					if status, err := n.Status(ctx); err != nil || status.Primary == nil || status.Primary.Epoch <= epoch {
+						return fmt.Errorf("%s says %+v, %v", n.Name, status.Primary, err)
 					}
 				}
 				return nil
@@ -90,6 +87,7 @@ func actedLines(site *lab.Site) int {
 // The primary is cut off in one direction or in both. It goes on serving its own
 // clients, so that nobody at all notices, and stops acting before another does.
 func TestFailoverWhenPrimaryIsCutOff(t *testing.T) {
+	sharing(t)
 	cuts := map[string]func(*lab.Network){
 		"nothing gets out": func(w *lab.Network) { w.Cut(0, 1); w.Cut(0, 2) },
 	}
@@ -134,9 +132,7 @@ func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
 // Two sites can't hear each other, and a third hears both: nothing is lost, so
 // nothing changes.
 func TestFailoverNotForOneBrokenLink(t *testing.T) {
-	if !full() {
-		t.Skip("ten seconds in which nothing happens: in the full form, DSNODE_TEST_FULL=1")
-	}
+	fullOnly(t, "ten seconds in which nothing happens, four times")
 	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
 		for _, third := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, third site leads %v", shape(nodes), third), func(t *testing.T) {

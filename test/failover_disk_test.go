@@ -16,11 +16,8 @@ import (
 // goes on sending heartbeats, and only its own watchdog can tell. Another leads,
 // and is the primary, within 15 seconds.
 func TestFailoverWhenLeadersDiskHangs(t *testing.T) {
-	shapes := [][]int{{1, 1, 1}}
-	if full() {
-		shapes = append(shapes, []int{2, 2, 1})
-	}
-	for _, nodes := range shapes {
+	fullOnly(t, "a disk is given ten seconds before its node ends")
+	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
 		t.Run(shape(nodes), func(t *testing.T) { diskHangs(t, nodes) })
 	}
 }

@@ -57,12 +57,26 @@ func within(promised time.Duration) time.Duration {
 	return 3 * promised
 }
 
-// begin starts sites with so many nodes each. A short test shares the machine.
-func begin(t *testing.T, top lab.Topology) *story {
+// fullOnly skips a test that takes too long for every day.
+func fullOnly(t *testing.T, why string) {
+	t.Helper()
+	if !full() {
+		t.Skipf("%s: only in the full form, DSNODE_TEST_FULL=1", why)
+	}
+}
+
+// sharing makes a short test one of those that run at once.
+func sharing(t *testing.T) {
 	t.Helper()
 	if !full() {
 		t.Parallel()
 	}
+}
+
+// begin starts sites with so many nodes each.
+func begin(t *testing.T, top lab.Topology) *story {
+	t.Helper()
+	sharing(t)
 	top.Link = lab.RoundTrip(betweenCities)
 	l := lab.Start(t, top)
 	s := &story{t: t, lab: l}

@@ -15,7 +15,7 @@ import (
 // Two per cent of all packets are lost, there are 200 ms of jitter, and a node
 // stands still for 300 ms of every second: nothing is down, so nothing changes.
 func TestFailoverNotForBadWeather(t *testing.T) {
-	lasts := 20 * time.Second
+	lasts := 10 * time.Second
 	if full() {
 		lasts = time.Hour
 	}
