@@ -1,0 +1,134 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// hangingDisk answers writes until it is told to hang.
+type hangingDisk struct {
+	hang  atomic.Pointer[chan struct{}]
+	fails atomic.Pointer[error]
+}
+
+func (d *hangingDisk) probe(string) error {
+	if c := d.hang.Load(); c != nil {
+		<-*c
+	}
+	if err := d.fails.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+func (d *hangingDisk) stop() (goOn func()) {
+	c := make(chan struct{})
+	d.hang.Store(&c)
+	return func() { d.hang.Store(nil); close(c) }
+}
+
+func watch(t *testing.T, d *hangingDisk) (said *[]bool, ended chan error) {
+	said, ended = &[]bool{}, make(chan error, 1)
+	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), func(stalled bool) { *said = append(*said, stalled) })
+	w.probe = d.probe
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { ended <- w.Run(ctx) }()
+	t.Cleanup(cancel)
+	return said, ended
+}
+
+func TestWatchdogShutsTheGateWhileTheDiskHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &hangingDisk{}
+		said, _ := watch(t, d)
+		time.Sleep(5 * time.Second) // virtual
+		goOn := d.stop()
+		time.Sleep(2500 * time.Millisecond)
+		synctest.Wait()
+		if len(*said) != 0 {
+			t.Fatal("it cried before 2 s")
+		}
+		time.Sleep(1500 * time.Millisecond)
+		synctest.Wait()
+		if !slices.Equal(*said, []bool{true}) {
+			t.Fatalf("after 4 s it said %v", *said)
+		}
+		goOn()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if !slices.Equal(*said, []bool{true, false}) {
+			t.Errorf("after the disk came back it said %v", *said)
+		}
+	})
+}
+
+func TestWatchdogGivesUpOnADeadDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &hangingDisk{}
+		goOn := d.stop()
+		defer goOn()
+		_, ended := watch(t, d)
+		start := time.Now()
+		if err := <-ended; !errors.Is(err, ErrDiskStalled) {
+			t.Fatalf("it ended with %v", err)
+		}
+		if took := time.Since(start); took < 10*time.Second || took > 11*time.Second {
+			t.Errorf("after %s, want just over 10 s", took)
+		}
+	})
+}
+
+func TestWatchdogTellsAFullDiskFromABrokenOne(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		ends bool
+	}{{syscall.ENOSPC, false}, {syscall.EIO, true}} {
+		synctest.Test(t, func(t *testing.T) {
+			d := &hangingDisk{}
+			d.fails.Store(&tc.err)
+			_, ended := watch(t, d)
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			select {
+			case err := <-ended:
+				if !tc.ends || !errors.Is(err, tc.err) {
+					t.Errorf("%v ended it with %v", tc.err, err)
+				}
+			default:
+				if tc.ends {
+					t.Errorf("%v did not end it", tc.err)
+				}
+			}
+		})
+	}
+}
+
+func TestFeatureLevelRisesOnlyWithEveryMember(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		agreed  int
+		members []int
+		want    int
+	}{
+		{"nobody", 1, nil, 1},
+		{"all new", 0, []int{MaxFeatureLevel, MaxFeatureLevel}, MaxFeatureLevel},
+		{"one old", 0, []int{MaxFeatureLevel, 0}, 0},
+		{"never lower", 1, []int{0}, 1},
+		{"never above this build", 0, []int{MaxFeatureLevel + 5}, MaxFeatureLevel},
+	} {
+		s := &State{FeatureLevel: tc.agreed, Nodes: map[string]Node{}}
+		for i, f := range tc.members {
+			s.Nodes[string(rune('a'+i))] = Node{Feature: f}
+		}
+		if got := featureLevel(s); got != tc.want {
+			t.Errorf("%s: level %d, want %d", tc.name, got, tc.want)
+		}
+	}
+}
