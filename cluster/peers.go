@@ -39,6 +39,10 @@ type PeerView struct {
 	Term      uint64
 	Epoch     uint64
 	Paused    time.Duration // the longest recent gap in the peer's own loop
+	// Stuck is for how long its answers have shown no progress in applying
+	// entries. While there is a leader a tick comes several times a second, so
+	// then its disk hangs, or the leader's entries don't reach it.
+	Stuck time.Duration
 }
 
 // pingTimeout bounds one ping. Longer than a lost segment's retransmission,
@@ -57,11 +61,22 @@ type peerTable struct {
 type answer struct {
 	sent time.Duration // Boottime
 	got  *clusterpb.PingResponse
+	// moved is when the first answer with this applied index was asked for; put
+	// sets it.
+	moved time.Duration
 }
 
 func (t *peerTable) put(node string, a answer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	a.moved = a.sent
+	now := a.got.GetHealth()
+	if old, ok := t.answers[node]; ok {
+		before := old.got.GetHealth()
+		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
+			a.moved = old.moved
+		}
+	}
 	t.answers[node] = a
 }
 
@@ -221,7 +236,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 
 func (v *PeerView) fill(a answer, now time.Duration) {
 	g, h := a.got, a.got.GetHealth()
-	v.Heard, v.Ago = true, now-a.sent
+	v.Heard, v.Ago, v.Stuck = true, now-a.sent, a.sent-a.moved
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),

@@ -340,7 +340,7 @@ func (v sight) fewVoters(s admin.Status) []string {
 
 // behind says that what this node knows of the agreed state is old: it has just
 // started, or hears the leader by other ways than raft's. With a quorum a tick
-// comes several times a second.
+// comes several times a second. A peer can be behind likewise.
 func (v sight) behind() []string {
 	switch {
 	case v.raft.Epoch > v.state.Primary.Epoch:
@@ -351,7 +351,13 @@ func (v sight) behind() []string {
 		return []string{fmt.Sprintf("node %s has not heard from the raft leader for %s: what it says of the agreed state may be old",
 			v.name, v.raft.TickAgo.Round(100*time.Millisecond))}
 	}
-	return nil
+	var out []string
+	for _, name := range sortedNames(v.peers) {
+		if p := v.peers[name]; p.Heard && p.Ago < v.patience && p.Stuck >= v.patience {
+			out = append(out, fmt.Sprintf("node %s answers, but has not followed the agreed state for %s: look at its disk and its log", name, p.Stuck.Round(100*time.Millisecond)))
+		}
+	}
+	return out
 }
 
 func (v sight) degraded(site admin.SiteStatus, nodes []admin.NodeStatus) []string {

@@ -148,6 +148,10 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			"three sites and one vote", func(v *sight) { v.raft.Servers = v.raft.Servers[:1] },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "1 of 3 voters are placed",
 		},
+		{
+			"a peer that answers, and applies nothing", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 answers, but has not followed the agreed state for 3s",
+		},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")
