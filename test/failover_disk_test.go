@@ -37,6 +37,7 @@ func diskHangs(t *testing.T, nodes []int) {
 	}
 	fault := time.Now()
 	disk.Hang()
+	s.audit.Hurt()
 	led := s.lab.WaitFor(within(stuck), "another leader", func(ctx context.Context) error {
 		for _, n := range s.others(old) {
 			status, err := n.Status(ctx)
@@ -63,6 +64,7 @@ func diskHangs(t *testing.T, nodes []int) {
 		t.Errorf("%s is the primary in epoch %d, want %s in %d still", site.Name, now, old.Name, epoch)
 	}
 	s.goOn()
+	s.audit.Found()
 	disk.Resume()
 	s.lab.WaitFor(within(returns), "the process with the stuck disk to end", func(context.Context) error {
 		if hurt.Running() {

@@ -27,7 +27,8 @@ type Audit struct {
 	late   time.Duration
 }
 
-// deafness: an observer hears none of a site's nodes.
+// deafness: an observer hears none of a site's nodes. Without a site it is only
+// that something is wrong.
 type deafness struct {
 	observer string
 	site     string
@@ -84,7 +85,16 @@ func (a *Audit) Lost(site *Site, lives bool) {
 	}
 }
 
-// Found ends all that Lost said. It is called right before it ends.
+// Hurt says that from now on something is wrong, though everybody hears everybody.
+func (a *Audit) Hurt() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, n := range a.lab.Nodes() {
+		a.deaf = append(a.deaf, deafness{observer: n.Name, from: time.Now()})
+	}
+}
+
+// Found ends all that Lost and Hurt said. It is called right before it ends.
 func (a *Audit) Found() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -164,7 +174,7 @@ func (a *Audit) compareDeaf(s admin.Status, d deafness, asked time.Time) {
 		return
 	}
 	if s.Healthy {
-		a.lie(s, asked, "healthy, %v after %s was lost", since, d.site)
+		a.lie(s, asked, "healthy, %v after a fault (site lost: %q)", since, d.site)
 	}
 	for _, site := range s.Sites {
 		if site.Name != d.site {

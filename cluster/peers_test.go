@@ -1,0 +1,36 @@
+package cluster
+
+import (
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/clusterpb"
+)
+
+func TestPeerThatAppliesNothingIsStuck(t *testing.T) {
+	table := peerTable{answers: map[string]answer{}}
+	for i, step := range []struct {
+		at       time.Duration
+		instance string
+		applied  uint64
+		want     time.Duration
+	}{
+		{10 * time.Second, "x", 7, 0},
+		{11 * time.Second, "x", 7, time.Second},
+		{14 * time.Second, "x", 7, 4 * time.Second},
+		{15 * time.Second, "x", 8, 0},
+		{16 * time.Second, "x", 8, time.Second},
+		{17 * time.Second, "y", 8, 0}, // another process, which has just begun
+		{18 * time.Second, "y", 5, 0},
+	} {
+		table.put("b-1", answer{sent: step.at, got: &clusterpb.PingResponse{
+			Health: &clusterpb.Health{Instance: step.instance, AppliedIndex: step.applied},
+		}})
+		a, _ := table.get("b-1")
+		var v PeerView
+		v.fill(a, step.at+100*time.Millisecond)
+		if v.Stuck != step.want {
+			t.Errorf("answer %d: stuck for %v, want %v", i, v.Stuck, step.want)
+		}
+	}
+}
