@@ -1,6 +1,7 @@
 package serving
 
 import (
+	"errors"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,4 +19,21 @@ func boundUnacknowledged(_, _ string, c syscall.RawConn) error {
 		return err
 	}
 	return failed
+}
+
+// quiet reports that a connection which nothing is asked on is open and that
+// nothing came: what a server sends unasked must not be the next request's
+// answer.
+func quiet(c syscall.RawConn) bool {
+	if c == nil {
+		return true
+	}
+	open := false
+	err := c.Read(func(fd uintptr) bool {
+		var b [1]byte
+		_, _, e := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT) //nolint:gosec // a file descriptor fits
+		open = errors.Is(e, unix.EAGAIN)
+		return true
+	})
+	return err == nil && open
 }

@@ -18,7 +18,11 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 )
 
-const defaultConcurrency = 256
+const (
+	defaultConcurrency = 256
+	// maxAnswerHeader bounds the header of an upstream's answer.
+	maxAnswerHeader = 64 << 10
+)
 
 // upstream is one model server of the own site: what a configured upstream's
 // URL says, or one of the instances that were discovered for it.
@@ -29,7 +33,7 @@ type upstream struct {
 	material  [sha256.Size]byte // of its TLS files
 	base      baseURL
 	urls      map[string]*url.URL // of the usual endpoints, made once
-	transport *http.Transport
+	transport *http1
 	client    http.RoundTripper // the transport, or a test's
 	key       atomic.Pointer[string]
 	noUsage   atomic.Bool // it refused stream_options once
@@ -68,7 +72,7 @@ func newUpstream(name, address string, def cluster.Upstream, connect time.Durati
 	var conf *tls.Config
 	conf, u.broken = files.tls(def.TLS)
 	u.broken = cmp.Or(unreadable, u.broken)
-	u.transport = newTransport(conf, address, connect, int(u.max))
+	u.transport = newHTTP1(newTransport(conf, address, connect, int(u.max)), u.base.host)
 	u.client = u.transport
 	return u
 }
@@ -99,7 +103,7 @@ func newTransport(conf *tls.Config, address string, connect time.Duration, idle 
 		// sent on a connection that is just being closed is a failure for nothing.
 		IdleConnTimeout:        4 * time.Second,
 		DisableCompression:     true,
-		MaxResponseHeaderBytes: 64 << 10,
+		MaxResponseHeaderBytes: maxAnswerHeader,
 		WriteBufferSize:        16 << 10,
 		ReadBufferSize:         16 << 10,
 	}
