@@ -164,8 +164,12 @@ func (s *stage) busy() (busy, error) {
 	return b, nil
 }
 
-// elsewhere is how many CPUs others kept busy between two looks.
+// elsewhere is how many CPUs others kept busy between two looks; 0 when these
+// are too close for the unit of time.
 func elsewhere(from, to busy) float64 {
+	if to.at.Sub(from.at) < 20*tick {
+		return 0
+	}
 	return max(0, ((to.all-from.all)-(to.ours-from.ours)).Seconds()/to.at.Sub(from.at).Seconds())
 }
 

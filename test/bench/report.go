@@ -122,7 +122,9 @@ func (c *comparison) print(w io.Writer) error {
 	p.f("%s, %d × %s, %d GiB, Linux %s, %s\n", m.Time.UTC().Format("2006-01-02 15:04 UTC"), m.CPUs, m.CPU, m.Memory>>30, m.Kernel, m.Go)
 	var others []float64
 	for _, r := range c.Runs {
-		others = append(others, r.Elsewhere)
+		if r.Load != loadIdle {
+			others = append(others, r.Elsewhere)
+		}
 	}
 	p.f("load average at the start %s; others kept %.2f CPUs busy meanwhile (median; %.2f at most)\n", m.Load, median(others), slices.Max(others))
 	for _, name := range slices.Sorted(maps.Keys(c.Versions)) {
