@@ -90,6 +90,13 @@ func (l *Lab) StartLoad(load Load) *Running {
 	arrive, stop := context.WithCancel(context.Background())
 	ask, abort := context.WithCancel(context.Background())
 	r.stop, r.abort = stop, abort
+	// A test that ends early must not leave its clients to the next one.
+	l.t.Cleanup(func() {
+		stop()
+		abort()
+		r.arrivals.Wait()
+		r.requests.Wait()
+	})
 	if load.Balanced {
 		r.probe(arrive)
 		r.arrivals.Go(func() {
