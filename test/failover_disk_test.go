@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node"
+	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
@@ -59,11 +60,26 @@ func diskHangs(t *testing.T, nodes []int) {
 			t.Errorf("replaced after %v, want %v at most", c.known, within(stuck))
 		}
 		after++
-	} else if site, now, _ := s.primary(); site != old || now != epoch {
-		// A second node of the site is well: the site needs no successor.
-		t.Errorf("%s is the primary in epoch %d, want %s in %d still", site.Name, now, old.Name, epoch)
 	}
 	s.goOn()
+	s.lab.WaitFor(within(stuck), "the node with the stuck disk to fall silent", func(ctx context.Context) error {
+		for _, n := range s.others(old) {
+			status, err := n.Status(ctx)
+			if err != nil {
+				return err
+			}
+			for _, seen := range status.Nodes {
+				if seen.Name == hurt.Name && seen.State == admin.NodeAlive {
+					return fmt.Errorf("%s says that %s is alive", n.Name, hurt.Name)
+				}
+			}
+		}
+		return nil
+	})
+	if site, now, _ := s.primaryBy(s.others(old)[0]); now != after {
+		// Where a second node of the site is well the site needs no successor.
+		t.Errorf("%s is the primary in epoch %d, want epoch %d", site.Name, now, after)
+	}
 	s.audit.Found()
 	disk.Resume()
 	s.lab.WaitFor(within(returns), "the process with the stuck disk to end", func(context.Context) error {

@@ -130,8 +130,14 @@ func (s *story) end(hurt ...*lab.Site) {
 // primary is what the first running node holds for it.
 func (s *story) primary() (site *lab.Site, epoch uint64, leader string) {
 	s.t.Helper()
-	s.lab.WaitFor(5*time.Second, "a status", func(ctx context.Context) error {
-		status, err := s.lab.Running()[0].Status(ctx)
+	return s.primaryBy(s.lab.Running()[0])
+}
+
+// primaryBy is what that node holds for it.
+func (s *story) primaryBy(n *lab.Node) (site *lab.Site, epoch uint64, leader string) {
+	s.t.Helper()
+	s.lab.WaitFor(within(5*time.Second), "a status", func(ctx context.Context) error {
+		status, err := n.Status(ctx)
 		switch {
 		case err != nil:
 			return err
