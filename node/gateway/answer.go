@@ -76,6 +76,26 @@ func (x *exchange) Data(b []byte) error {
 	return x.put(b)
 }
 
+// Hold takes an event that Flush sends.
+func (x *exchange) Hold(b []byte) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.usable(); err != nil {
+		return err
+	}
+	return x.write(b)
+}
+
+// Flush sends what Hold took.
+func (x *exchange) Flush() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if err := x.usable(); err != nil {
+		return err
+	}
+	return x.flush()
+}
+
 // usable tells why nothing can be sent; x.mu is held.
 func (x *exchange) usable() error {
 	if x.ended {
@@ -84,13 +104,25 @@ func (x *exchange) usable() error {
 	return x.gone
 }
 
-// put writes and flushes; x.mu is held.
+// put writes and flushes; x.mu is held, as in the next two.
 func (x *exchange) put(b []byte) error {
+	if err := x.write(b); err != nil || !x.stream {
+		return err
+	}
+	return x.flush()
+}
+
+func (x *exchange) write(b []byte) error {
 	x.extendWrite(time.Now())
 	_, err := x.w.Write(b)
-	if err == nil && x.stream {
-		err = x.rc.Flush()
+	if err != nil {
+		x.gone = err
 	}
+	return err
+}
+
+func (x *exchange) flush() error {
+	err := x.rc.Flush()
 	if err != nil {
 		x.gone = err
 	}

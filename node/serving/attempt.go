@@ -42,6 +42,7 @@ type attempt struct {
 	w     *watch
 	r     *Request
 	sink  Sink
+	held  bool // the sink, a Batcher, holds events
 	now   func() time.Time
 	start time.Time
 	first time.Duration // to the first content, zero before

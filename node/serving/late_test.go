@@ -132,9 +132,10 @@ func TestSlowClientsAreNoFault(t *testing.T) {
 		w := newWatch(t.Context(), limits, time.Now().Add(limits.total), nil, nil)
 		defer w.stop()
 		slow := &recorder{onData: func(int) error { time.Sleep(40 * time.Second); return nil }}
+		a := &attempt{w: w, sink: slow}
 		for range 20 {
 			w.content(1)
-			if err := w.write(slow, nil); err != nil {
+			if err := a.send(nil); err != nil {
 				t.Fatal(err)
 			}
 		}

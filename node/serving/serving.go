@@ -66,6 +66,17 @@ type Sink interface {
 	Data([]byte) error
 }
 
+// Batcher is a Sink that can keep events back for a moment. What an upstream
+// sent in one piece then goes to the client in one piece: on a busy machine
+// several events share a write. No event is kept while another is waited for.
+type Batcher interface {
+	Sink
+	// Hold is Data for an event; Flush, or a Data, comes soon.
+	Hold([]byte) error
+	// Flush sends what was held.
+	Flush() error
+}
+
 // Server is the pipeline's seam: a request in, a sink for events out. An error
 // before Head was called is the client's answer, an error after it is an error
 // event in a stream and a broken connection for a plain body.

@@ -38,6 +38,9 @@ type eventReader struct {
 	began   bool // past a byte order mark
 	err     error
 	scratch []byte // joined data of events with several data lines
+	// before, unless nil, is called when more bytes have to be waited for. Its
+	// error ends the stream.
+	before func() error
 }
 
 var eventBuffers = sync.Pool{New: func() any { b := make([]byte, 16<<10); return &b }}
@@ -142,6 +145,11 @@ func lineEnd(b []byte) int {
 
 // fill reads more, making room first.
 func (e *eventReader) fill() {
+	if e.before != nil {
+		if e.err = e.before(); e.err != nil {
+			return
+		}
+	}
 	if e.start > 0 {
 		n := copy(e.buf, e.buf[e.start:e.end])
 		e.line -= e.start

@@ -48,6 +48,7 @@ type relay struct {
 func (a *attempt) stream(resp *http.Response) outcome {
 	events := newEventReader(resp.Body)
 	defer events.release()
+	events.before = a.flush
 	if !completes(a.r.Endpoint) {
 		return a.streamAnything(events)
 	}
@@ -152,10 +153,43 @@ func (s *relay) begin(raw []byte) outcome {
 }
 
 func (s *relay) pass(raw []byte) outcome {
-	if err := s.w.write(s.sink, raw); err != nil {
-		return outcome{result: resultCancelled, err: &sinkError{err}}
+	if err := s.send(raw); err != nil {
+		return outcome{result: resultCancelled, err: err}
 	}
 	return outcome{}
+}
+
+// send gives an event to the client. Until flush, a sink may keep it for the
+// company of those that came with it.
+func (a *attempt) send(event []byte) (err error) {
+	from := a.w.beginWrite()
+	if b, ok := a.sink.(Batcher); ok {
+		a.held = true
+		err = b.Hold(event)
+	} else {
+		err = a.sink.Data(event)
+	}
+	a.w.endWrite(from)
+	if err != nil {
+		return &sinkError{err}
+	}
+	return nil
+}
+
+// flush lets the client have what was sent, before more is waited for.
+func (a *attempt) flush() error {
+	b, ok := a.sink.(Batcher)
+	if !ok || !a.held {
+		return nil
+	}
+	a.held = false
+	from := a.w.beginWrite()
+	err := b.Flush()
+	a.w.endWrite(from)
+	if err != nil {
+		return &sinkError{err}
+	}
+	return nil
 }
 
 // uniform gives the event as the client sees it: one id, created and model in
@@ -270,6 +304,9 @@ func (a *attempt) streamAnything(events *eventReader) outcome {
 		case err != nil && !sent && errors.Is(err, io.EOF):
 			return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, errNoContent)}
 		case errors.Is(err, io.EOF):
+			if err := a.flush(); err != nil {
+				return outcome{result: resultCancelled, sent: true, err: err}
+			}
 			return outcome{result: resultOK, sent: true}
 		case err != nil && !sent:
 			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
@@ -294,8 +331,8 @@ func (a *attempt) streamAnything(events *eventReader) outcome {
 				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
 			}
 		}
-		if err := a.w.write(a.sink, ev.raw); err != nil {
-			return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+		if err := a.send(ev.raw); err != nil {
+			return outcome{result: resultCancelled, sent: true, err: err}
 		}
 	}
 }

@@ -112,22 +112,24 @@ func (w *watch) await(now time.Time) {
 	w.arm(r, due)
 }
 
-// write passes data on to the client.
-func (w *watch) write(to Sink, b []byte) error {
-	var from time.Time
+// beginWrite says that the client is being written to, endWrite that it was.
+func (w *watch) beginWrite() (from time.Time) {
 	if w.pace.floor > 0 {
 		from = time.Now()
 	}
 	w.writing.Store(true)
-	err := to.Data(b)
+	return from
+}
+
+func (w *watch) endWrite(from time.Time) {
 	w.writing.Store(false)
 	if w.pace.floor > 0 {
 		w.pace.pause(time.Since(from))
 	}
-	if w.missed.Load() && w.missed.Swap(false) {
+	if w.missed.Load() {
 		w.await(time.Now())
+		w.missed.Store(false) // not before: a timer that runs out just now looks at it
 	}
-	return err
 }
 
 // committed says that the client has seen something: no other backend can take
