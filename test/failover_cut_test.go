@@ -48,8 +48,12 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 			continued := time.Now()
 			down := s.lab.WaitFor(within(returns), "the old primary to say that it is not", func(ctx context.Context) error {
 				for _, n := range old.Nodes {
-					if status, err := n.Status(ctx); err != nil || status.Primary == nil || status.Primary.Epoch <= epoch {
-						return fmt.Errorf("%s says %+v, %v", n.Name, status.Primary, err)
+					status, err := n.Status(ctx)
+					if err != nil {
+						return fmt.Errorf("ask %s: %w", n.Name, err)
+					}
+					if status.Primary == nil || status.Primary.Epoch <= epoch {
+						return fmt.Errorf("%s says %+v", n.Name, status.Primary)
 					}
 				}
 				return nil

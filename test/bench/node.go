@@ -28,7 +28,7 @@ const (
 
 // buildNode builds the program as users run it, whatever GOFLAGS says of races.
 func (s *stage) buildNode(ctx context.Context) (string, error) {
-	binary := filepath.Join(s.dir, "dsnode")
+	binary := filepath.Join(s.dir, "dsnode.built") // a node's directory is called dsnode
 	cmd := exec.CommandContext(ctx, "go", "build", "-race=false", "-o", binary, "github.com/dsnode/dsnode/cmd/dsnode")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build dsnode: %w\n%s", err, out)
