@@ -161,7 +161,7 @@ sites:
   a: {city: x, priority: 1}
   b: {city: x, priority: 2}
   c: {city: y, priority: 3}
-timing: {heartbeat: 200ms}
+timing: {heartbeat: 400ms}
 `
 
 func deadline(t testing.TB, d time.Duration) context.Context {
@@ -181,13 +181,19 @@ func threeMembers(t testing.TB) (a, b, c *member) {
 	b = newMember(t, ca, "b", "b-1").start(t, a.opts.RPC)
 	c = newMember(t, ca, "c", "c-1").start(t, a.opts.RPC)
 	for _, m := range []*member{b, c} {
-		eventually(t, m.name+" is known", 10*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
-		if err := a.ChangeServer(m.name, MakeVoter); err != nil {
-			t.Fatal(err)
-		}
+		eventually(t, m.name+" is known", 20*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
+		// On a busy machine the leader may change meanwhile.
+		eventually(t, m.name+" votes", 20*time.Second, func() bool {
+			for _, leader := range []*member{a, b, c} {
+				if leader.Raft().Leads && leader.ChangeServer(m.name, MakeVoter) == nil {
+					return true
+				}
+			}
+			return false
+		}, a, b, c)
 	}
 	for _, m := range []*member{a, b, c} {
-		eventually(t, m.name+" holds a lease and hears the others", 10*time.Second, func() bool { return settled(m) }, m)
+		eventually(t, m.name+" holds a lease and hears the others", 20*time.Second, func() bool { return settled(m) }, m)
 	}
 	return a, b, c
 }
@@ -206,7 +212,7 @@ func settled(m *member) bool {
 func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
 	a, b, c := threeMembers(t)
 	k, _ := NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
-	if _, err := c.Propose(deadline(t, 5*time.Second), CmdAPIKeyPut, k); err != nil {
+	if _, err := c.Propose(deadline(t, 15*time.Second), CmdAPIKeyPut, k); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := c.State().APIKeys[k.ID]; !ok {
@@ -217,7 +223,7 @@ func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
 		_, inB := b.State().APIKeys[k.ID]
 		return inA && inB
 	})
-	if _, err := b.Propose(deadline(t, 5*time.Second), CmdConfigSet, ConfigSet{Expect: 9}); !errors.Is(err, ErrVersionConflict) {
+	if _, err := b.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 9}); !errors.Is(err, ErrVersionConflict) {
 		t.Errorf("a stale change through a follower: %v, want ErrVersionConflict", err)
 	}
 	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites), "again"); err != nil {
@@ -227,7 +233,7 @@ func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
 		t.Errorf("bootstrap again with another text: %v, want ErrAlreadyFounded", err)
 	}
 	free := newMember(t, a.ca, "b", "b-9").start(t, c.opts.RPC)
-	if err := free.Bootstrap(deadline(t, 5*time.Second), []byte(testSites), "x"); !errors.Is(err, ErrSeedKnows) && !errors.Is(err, ErrAlreadyFounded) && err != nil {
+	if err := free.Bootstrap(deadline(t, 15*time.Second), []byte(testSites), "x"); !errors.Is(err, ErrSeedKnows) && !errors.Is(err, ErrAlreadyFounded) && err != nil {
 		t.Errorf("bootstrap where a seed knows a cluster: %v", err)
 	}
 	if free.State().ClusterID != "" && free.State().ClusterID != a.State().ClusterID {
@@ -247,7 +253,7 @@ func TestJoinIsRefusedInWords(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newMember(t, tc.ca, tc.site, tc.node).start(t, a.opts.RPC)
-			eventually(t, "told why: "+tc.words, 10*time.Second, func() bool { return strings.Contains(n.Waiting(), tc.words) })
+			eventually(t, "told why: "+tc.words, 20*time.Second, func() bool { return strings.Contains(n.Waiting(), tc.words) })
 			t.Log(n.Waiting())
 			if n.Membership().ClusterID != "" {
 				t.Error("it joined")
@@ -260,16 +266,16 @@ func TestMemberReturnsWithNewAddresses(t *testing.T) {
 	a, b, c := threeMembers(t)
 	old := c.opts.RPC
 	c.halt(t)
-	if _, err := a.Propose(deadline(t, 5*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
+	if _, err := a.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
 	c.start(t) // no seeds: it remembers whom it knew
 	if c.opts.RPC == old {
 		t.Skip("the system gave the same port again")
 	}
-	eventually(t, "c-1 caught up", 10*time.Second, func() bool { return c.State().Config.Version == 2 })
+	eventually(t, "c-1 caught up", 20*time.Second, func() bool { return c.State().Config.Version == 2 })
 	for _, m := range []*member{a, b, c} {
-		eventually(t, m.name+" knows the new address", 10*time.Second, func() bool {
+		eventually(t, m.name+" knows the new address", 20*time.Second, func() bool {
 			return m.State().Nodes["c-1"].RPC == c.opts.RPC && settled(m)
 		}, m)
 	}
@@ -293,17 +299,17 @@ func TestAllStopAndStartInAnotherOrder(t *testing.T) {
 	a.start(t, addr)
 	b.start(t, addr)
 	for _, m := range []*member{a, b, c} {
-		eventually(t, m.name+" settled", 15*time.Second, func() bool { return settled(m) }, m)
+		eventually(t, m.name+" settled", 30*time.Second, func() bool { return settled(m) }, m)
 	}
 }
 
 func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
 	a, b, c := threeMembers(t)
-	if _, err := a.Propose(deadline(t, 5*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
+	if _, err := a.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "c-1 knows it", 5*time.Second, func() bool { return c.State().Config.Version == 2 })
-	eventually(t, "its snapshot holds raft's configuration", 10*time.Second, func() bool {
+	eventually(t, "its snapshot holds raft's configuration", 20*time.Second, func() bool {
 		kept, err := c.snaps.List()
 		return err == nil && len(kept) > 0 && kept[0].Index >= c.fsm.configured.Load()
 	})
@@ -311,7 +317,7 @@ func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
 		m.halt(t)
 	}
 	c.start(t)
-	eventually(t, "the configuration, without a quorum", 10*time.Second, func() bool {
+	eventually(t, "the configuration, without a quorum", 20*time.Second, func() bool {
 		s := c.State()
 		return s.Config.Version == 2 && s.Parsed != nil && len(s.Nodes) == 3
 	})
@@ -324,9 +330,9 @@ func TestLosingQuorumEndsTheLeaseAndKeepsTheState(t *testing.T) {
 	a, b, c := threeMembers(t)
 	b.halt(t)
 	c.halt(t)
-	eventually(t, "no lease", 10*time.Second, func() bool { left, _ := a.Lease(); return left <= 0 })
-	eventually(t, "no leadership", 10*time.Second, func() bool { _, leads := a.Leading(); return !leads })
-	eventually(t, "changes are refused", 10*time.Second, func() bool {
+	eventually(t, "no lease", 20*time.Second, func() bool { left, _ := a.Lease(); return left <= 0 })
+	eventually(t, "no leadership", 20*time.Second, func() bool { _, leads := a.Leading(); return !leads })
+	eventually(t, "changes are refused", 20*time.Second, func() bool {
 		_, err := a.Propose(deadline(t, time.Second), CmdTick, nil)
 		return errors.Is(err, ErrNoQuorum)
 	})

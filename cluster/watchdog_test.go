@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -31,12 +32,30 @@ func (d *hangingDisk) probe(string) error {
 func (d *hangingDisk) stop() (goOn func()) {
 	c := make(chan struct{})
 	d.hang.Store(&c)
-	return func() { d.hang.Store(nil); close(c) }
+	return sync.OnceFunc(func() { d.hang.Store(nil); close(c) })
 }
 
-func watch(t *testing.T, d *hangingDisk) (said *[]bool, ended chan error) {
-	said, ended = &[]bool{}, make(chan error, 1)
-	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), func(stalled bool) { *said = append(*said, stalled) })
+// words are what the watchdog said, in order.
+type words struct {
+	mu   sync.Mutex // guards list
+	list []bool
+}
+
+func (w *words) add(stalled bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.list = append(w.list, stalled)
+}
+
+func (w *words) all() []bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.list)
+}
+
+func watch(t *testing.T, d *hangingDisk) (said *words, ended chan error) {
+	said, ended = &words{}, make(chan error, 1)
+	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), said.add)
 	w.probe = d.probe
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { ended <- w.Run(ctx) }()
@@ -48,23 +67,24 @@ func TestWatchdogShutsTheGateWhileTheDiskHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := &hangingDisk{}
 		said, _ := watch(t, d)
-		time.Sleep(5 * time.Second) // virtual
+		time.Sleep(5500 * time.Millisecond) // virtual; the next write is at 6 s
 		goOn := d.stop()
-		time.Sleep(2500 * time.Millisecond)
+		defer goOn()
+		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if len(*said) != 0 {
+		if len(said.all()) != 0 {
 			t.Fatal("it cried before 2 s")
 		}
 		time.Sleep(1500 * time.Millisecond)
 		synctest.Wait()
-		if !slices.Equal(*said, []bool{true}) {
-			t.Fatalf("after 4 s it said %v", *said)
+		if !slices.Equal(said.all(), []bool{true}) {
+			t.Fatalf("after 4 s it said %v", said.all())
 		}
 		goOn()
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if !slices.Equal(*said, []bool{true, false}) {
-			t.Errorf("after the disk came back it said %v", *said)
+		if !slices.Equal(said.all(), []bool{true, false}) {
+			t.Errorf("after the disk came back it said %v", said.all())
 		}
 	})
 }
