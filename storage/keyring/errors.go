@@ -19,4 +19,16 @@ var (
 	// ErrWrongOperatorKey means that the node's key was wrapped with another
 	// operator key than the one given.
 	ErrWrongOperatorKey = errors.New("wrong operator key")
+	// ErrNoDataKey means that the cluster has not agreed on a data key yet, or
+	// not every site has confirmed it: what has to be sealed must wait.
+	ErrNoDataKey = errors.New("no data key is in use yet")
+	// ErrUnknownKey means that the bytes were sealed with a data key that this
+	// ring does not hold. The error is an UnknownKeyError.
+	ErrUnknownKey = errors.New("sealed with a data key that is not known here")
 )
+
+// UnknownKeyError names the data key that is missing. It is ErrUnknownKey.
+type UnknownKeyError struct{ Key KeyID }
+
+func (e *UnknownKeyError) Error() string        { return ErrUnknownKey.Error() + ": " + e.Key.String() }
+func (e *UnknownKeyError) Is(target error) bool { return target == ErrUnknownKey }

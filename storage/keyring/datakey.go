@@ -1,0 +1,177 @@
+package keyring
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+)
+
+// KeyID names a data key. It is derived from the key and says nothing about
+// it. The zero value is no key.
+type KeyID [keyIDSize]byte
+
+// String is the id in 16 hex digits.
+func (id KeyID) String() string { return hex.EncodeToString(id[:]) }
+
+// IsZero reports whether this is no key.
+func (id KeyID) IsZero() bool { return id == KeyID{} }
+
+// MarshalText writes the id in hex, also as a key of a JSON object.
+func (id KeyID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, id[:]), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (id *KeyID) UnmarshalText(text []byte) error {
+	parsed, err := ParseKeyID(string(text))
+	if err != nil {
+		return err
+	}
+	*id = parsed
+	return nil
+}
+
+// ParseKeyID reads 16 hex digits.
+func ParseKeyID(text string) (KeyID, error) {
+	var id KeyID
+	b, err := hex.DecodeString(text)
+	if err != nil || len(b) != len(id) {
+		return KeyID{}, fmt.Errorf("%q is not the id of a data key: want %d hex digits", text, hex.EncodedLen(len(id)))
+	}
+	copy(id[:], b)
+	return id, nil
+}
+
+// Kind says what a data key is for.
+type Kind string
+
+// The kinds of data keys.
+const (
+	// KindSeal encrypts records. It is rotated.
+	KindSeal Kind = "seal"
+	// KindMAC makes ids and digests that must be the same on every node for
+	// ever. There is one, and it is never rotated.
+	KindMAC Kind = "mac"
+)
+
+// DataKey is an opened data key. It prints as "[data key <id>]" wherever it is
+// printed; Wrap is the only way out. The zero value is no key.
+type DataKey struct {
+	id       KeyID
+	kind     Kind
+	material [keySize]byte
+}
+
+// NewDataKey makes a random key.
+func NewDataKey(kind Kind) DataKey {
+	var material [keySize]byte
+	_, _ = rand.Read(material[:]) // never fails; it ends the process instead
+	k, err := DataKeyFrom(kind, material[:])
+	if err != nil {
+		panic(err) // the size above is right; HKDF of 8 bytes can't fail
+	}
+	return k
+}
+
+// DataKeyFrom makes a key from 32 bytes of material.
+func DataKeyFrom(kind Kind, material []byte) (DataKey, error) {
+	if len(material) != keySize {
+		return DataKey{}, fmt.Errorf("key material has %d bytes, want %d", len(material), keySize)
+	}
+	if kind != KindSeal && kind != KindMAC {
+		return DataKey{}, fmt.Errorf("%w: data key of the kind %q", ErrNewerFormat, kind)
+	}
+	k := DataKey{kind: kind}
+	id, err := subkey(material, "dsnode data key id v1 "+string(kind), keyIDSize)
+	if err != nil {
+		return DataKey{}, err
+	}
+	copy(k.material[:], material)
+	copy(k.id[:], id)
+	return k, nil
+}
+
+// ID names the key.
+func (k DataKey) ID() KeyID { return k.id }
+
+// Kind says what the key is for.
+func (k DataKey) Kind() Kind { return k.kind }
+
+// String names the key without showing it.
+func (k DataKey) String() string { return "[data key " + k.id.String() + "]" }
+
+// GoString is String.
+func (k DataKey) GoString() string { return k.String() }
+
+// LogValue is String.
+func (k DataKey) LogValue() slog.Value { return slog.StringValue(k.String()) }
+
+// Both purposes end in a version; see subkey.
+const (
+	wrapPurpose        = "dsnode operator wraps data key v1"
+	fingerprintPurpose = "dsnode operator key fingerprint v1"
+)
+
+// Wrap seals the key with the operator's key, for this cluster alone.
+func (k DataKey) Wrap(op OperatorKey, clusterID string) ([]byte, error) {
+	s, err := op.sealer(wrapPurpose)
+	if err != nil {
+		return nil, err
+	}
+	return s.Seal(nil, k.material[:], wrapPlace(clusterID, k.id, k.kind)), nil
+}
+
+// UnwrapDataKey opens what Wrap made. The error is ErrWrongOperatorKey,
+// ErrDamaged, ErrNewerFormat or ErrNoOperatorKey.
+func UnwrapDataKey(op OperatorKey, clusterID string, id KeyID, kind Kind, wrapped []byte) (DataKey, error) {
+	s, err := op.sealer(wrapPurpose)
+	if err != nil {
+		return DataKey{}, err
+	}
+	material, err := s.Open(nil, wrapped, wrapPlace(clusterID, id, kind))
+	if errors.Is(err, ErrWrongKey) {
+		return DataKey{}, fmt.Errorf("data key %s: %w", id, ErrWrongOperatorKey)
+	}
+	if err != nil {
+		return DataKey{}, fmt.Errorf("data key %s: %w", id, err)
+	}
+	k, err := DataKeyFrom(kind, material)
+	if err != nil {
+		return DataKey{}, fmt.Errorf("data key %s: %w", id, err)
+	}
+	if k.id != id {
+		return DataKey{}, fmt.Errorf("data key %s: %w: it holds the key %s", id, ErrDamaged, k.id)
+	}
+	return k, nil
+}
+
+// WrappedSize is the length of every wrapped data key in bytes.
+const WrappedSize = keySize + Overhead
+
+func wrapPlace(clusterID string, id KeyID, kind Kind) []byte {
+	return appendParts(nil, []byte("dsnode data key"), []byte(clusterID), id[:], []byte(kind))
+}
+
+// Fingerprint names an operator key: 16 hex digits that are derived from the
+// key and say nothing about it. "" for no key.
+func (k OperatorKey) Fingerprint() string {
+	if !k.set {
+		return ""
+	}
+	b, err := subkey(k.material[:], fingerprintPurpose, keyIDSize)
+	if err != nil {
+		panic(err) // HKDF of 8 bytes can't fail
+	}
+	return hex.EncodeToString(b)
+}
+
+// appendParts joins parts so that no two lists of parts look alike: each is
+// preceded by its length.
+func appendParts(dst []byte, parts ...[]byte) []byte {
+	for _, p := range parts {
+		dst = binary.BigEndian.AppendUint64(dst, uint64(len(p)))
+		dst = append(dst, p...)
+	}
+	return dst
+}
