@@ -1,0 +1,258 @@
+package journal
+
+import (
+	"cmp"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"slices"
+	"strings"
+	"time"
+)
+
+var (
+	// ErrDamaged means that bytes are not a record, or not the one that was written.
+	ErrDamaged = errors.New("a journal record is damaged")
+	// ErrNewerFormat means that a later version of dsnode wrote the record.
+	ErrNewerFormat = errors.New("a journal record is of a format that this version does not know")
+	// ErrTooLarge means that a record exceeds MaxPayload or a name MaxOrigin.
+	ErrTooLarge = errors.New("a journal record is too large")
+)
+
+// Bounds of one record.
+const (
+	MaxPayload = 24 << 20 // sealed
+	MaxOrigin  = 128      // bytes of a node's name
+
+	recordFormat = 1
+	// fixed is the body up to the variable parts: format, kind, seq, clock, job,
+	// digest, incarnation.
+	fixedBytes   = 1 + 1 + 8 + 8 + 16 + 16 + 16
+	maxBodyBytes = fixedBytes + 3*binary.MaxVarintLen64 + 1 + MaxOrigin + MaxPayload
+	frameHeader  = 4 + 4 // length, crc32c of the body
+)
+
+// Incarnation is a random number of one run of a journal: each start of a node
+// writes under a new one, so a wiped disk or a restored image never gives one
+// sequence number to two records.
+type Incarnation [16]byte
+
+func (i Incarnation) String() string { return hex.EncodeToString(i[:]) }
+
+// ParseIncarnation reads what String wrote.
+func ParseIncarnation(text string) (Incarnation, error) {
+	var i Incarnation
+	b, err := hex.DecodeString(text)
+	if err != nil || len(b) != len(i) {
+		return i, fmt.Errorf("incarnation %q is not 32 hex digits", text)
+	}
+	copy(i[:], b)
+	return i, nil
+}
+
+// Stream names one append-only sequence of records: (origin node, incarnation).
+type Stream struct {
+	Origin      string
+	Incarnation Incarnation
+}
+
+// String is origin/incarnation, where a stream has to be one word.
+func (s Stream) String() string { return s.Origin + "/" + s.Incarnation.String() }
+
+// Compare orders streams, for a deterministic choice only.
+func (s Stream) Compare(o Stream) int {
+	return cmp.Or(strings.Compare(s.Origin, o.Origin), slices.Compare(s.Incarnation[:], o.Incarnation[:]))
+}
+
+// Token fences an owner: (generation, index of the raft entry that made it the
+// owner). Index 0 is that of an island: a stream nobody else has heard of.
+type Token struct{ Generation, Index uint64 }
+
+// Compare orders tokens; the higher one is the later owner.
+func (t Token) Compare(o Token) int {
+	return cmp.Or(cmp.Compare(t.Generation, o.Generation), cmp.Compare(t.Index, o.Index))
+}
+
+// Clock is a hybrid logical clock: 48 bits of Unix milliseconds, 16 of a
+// counter. It orders what one node saw in one order, whatever the wall clocks do.
+type Clock uint64
+
+// ClockAt is the first clock of a millisecond.
+func ClockAt(t time.Time) Clock { return Clock(t.UnixMilli()) << 16 }
+
+// Time is the wall-clock part.
+func (c Clock) Time() time.Time { return time.UnixMilli(int64(c >> 16)).UTC() }
+
+// JobID names a job everywhere. Random ones begin with their time, so that rows
+// of one time lie together; those of an Idempotency-Key are an HMAC.
+type JobID [16]byte
+
+const jobPrefix = "job_"
+
+func (id JobID) String() string { return jobPrefix + hex.EncodeToString(id[:]) }
+
+// Compare orders ids, for a deterministic choice only.
+func (id JobID) Compare(o JobID) int { return slices.Compare(id[:], o[:]) }
+
+// ParseJobID reads what String wrote.
+func ParseJobID(text string) (JobID, error) {
+	var id JobID
+	digits, found := strings.CutPrefix(text, jobPrefix)
+	b, err := hex.DecodeString(digits)
+	if !found || err != nil || len(b) != len(id) {
+		return id, fmt.Errorf("job id %q is not job_ and 32 hex digits", text)
+	}
+	copy(id[:], b)
+	return id, nil
+}
+
+// Kind says what happened.
+type Kind uint8
+
+// The kinds of records. The numbers are on disk: never reuse one.
+const (
+	// Submitted accepts a job; the payload is a Submission.
+	Submitted Kind = 1
+	// Started begins attempt Attempt under Token; no payload.
+	Started Kind = 2
+	// Retrying ends an attempt that failed and may be repeated; the payload is a Delay.
+	Retrying Kind = 3
+	// Finished ends the job; the payload is an Outcome.
+	Finished Kind = 4
+	// CancelAsked is a client's wish, written wherever the client asked; no payload.
+	CancelAsked Kind = 5
+	// Deleted hides the job for ever; no payload.
+	Deleted Kind = 6
+)
+
+func (k Kind) known() bool { return k >= Submitted && k <= Deleted }
+
+// Record is one entry of a journal. Everything but the payload is in clear:
+// numbers, the origin's name and a keyed digest. The payload is sealed under
+// Place, so a record can't be passed off as another.
+type Record struct {
+	Stream  Stream
+	Seq     uint64 // from 1, without gaps within a stream
+	Clock   Clock
+	Token   Token // of the owner that wrote it; of the stream's opening for a Submitted
+	Kind    Kind
+	Job     JobID
+	Attempt uint32 // from 1; 0 where there is none
+	// Digest is the first half of an HMAC over Place and the plaintext: it stays
+	// when the payload is sealed with another key.
+	Digest  [16]byte
+	Payload []byte // sealed; empty when the kind has none
+}
+
+// Place is the additional data that the payload is sealed with. It leaves out
+// Seq and Clock, which are given when the record is written.
+func (r *Record) Place() []byte {
+	b := make([]byte, 0, 64+len(r.Stream.Origin))
+	b = append(b, "job record v1\x00"...)
+	b = append(b, byte(r.Kind))
+	b = append(b, r.Job[:]...)
+	b = append(b, r.Stream.Incarnation[:]...)
+	b = binary.AppendUvarint(b, uint64(r.Attempt))
+	b = binary.AppendUvarint(b, r.Token.Generation)
+	b = binary.AppendUvarint(b, r.Token.Index)
+	return append(b, r.Stream.Origin...)
+}
+
+// A frame is
+//
+//	length of body (4) | crc32c of body (4) | body
+//
+// and the body, big-endian,
+//
+//	format (1) | kind (1) | seq (8) | clock (8) | job (16) | digest (16) | incarnation (16)
+//	| token generation | token index | attempt (uvarints) | origin length (1) | origin | payload
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// AppendFrame appends the record as it stands on disk and on the wire.
+func AppendFrame(dst []byte, r *Record) ([]byte, error) {
+	if len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin {
+		return dst, fmt.Errorf("%w: %d bytes of payload, origin of %d bytes", ErrTooLarge, len(r.Payload), len(r.Stream.Origin))
+	}
+	start := len(dst)
+	dst = append(dst, make([]byte, frameHeader)...)
+	dst = append(dst, recordFormat, byte(r.Kind))
+	dst = binary.BigEndian.AppendUint64(dst, r.Seq)
+	dst = binary.BigEndian.AppendUint64(dst, uint64(r.Clock))
+	dst = append(dst, r.Job[:]...)
+	dst = append(dst, r.Digest[:]...)
+	dst = append(dst, r.Stream.Incarnation[:]...)
+	dst = binary.AppendUvarint(dst, r.Token.Generation)
+	dst = binary.AppendUvarint(dst, r.Token.Index)
+	dst = binary.AppendUvarint(dst, uint64(r.Attempt))
+	dst = append(dst, byte(len(r.Stream.Origin)))
+	dst = append(dst, r.Stream.Origin...)
+	dst = append(dst, r.Payload...)
+	body := dst[start+frameHeader:]
+	binary.BigEndian.PutUint32(dst[start:], uint32(len(body)))
+	binary.BigEndian.PutUint32(dst[start+4:], crc32.Checksum(body, castagnoli))
+	return dst, nil
+}
+
+// ErrShort means that the bytes end within a frame: more may come, or a crash
+// cut it.
+var ErrShort = errors.New("a journal record is cut short")
+
+// NextFrame reads the record at the start of b and gives what follows it. The
+// payload points into b. The error is ErrShort, ErrDamaged or ErrNewerFormat.
+func NextFrame(b []byte) (r Record, rest []byte, err error) {
+	if len(b) < frameHeader {
+		return r, b, ErrShort
+	}
+	length := binary.BigEndian.Uint32(b)
+	if length < fixedBytes+4 || length > maxBodyBytes {
+		return r, b, fmt.Errorf("%w: a length of %d", ErrDamaged, length)
+	}
+	if uint64(len(b)) < frameHeader+uint64(length) {
+		return r, b, ErrShort
+	}
+	body := b[frameHeader : frameHeader+length]
+	if crc32.Checksum(body, castagnoli) != binary.BigEndian.Uint32(b[4:]) {
+		return r, b, fmt.Errorf("%w: checksum", ErrDamaged)
+	}
+	if body[0] != recordFormat {
+		return r, b, fmt.Errorf("%w: %d", ErrNewerFormat, body[0])
+	}
+	if r, err = decodeBody(body); err != nil {
+		return Record{}, b, err
+	}
+	return r, b[frameHeader+length:], nil
+}
+
+func decodeBody(body []byte) (r Record, err error) {
+	r.Kind = Kind(body[1])
+	r.Seq = binary.BigEndian.Uint64(body[2:])
+	r.Clock = Clock(binary.BigEndian.Uint64(body[10:]))
+	copy(r.Job[:], body[18:])
+	copy(r.Digest[:], body[34:])
+	copy(r.Stream.Incarnation[:], body[50:])
+	rest := body[fixedBytes:]
+	var attempt uint64
+	for _, field := range []*uint64{&r.Token.Generation, &r.Token.Index, &attempt} {
+		v, n := binary.Uvarint(rest)
+		if n <= 0 {
+			return r, fmt.Errorf("%w: a number that does not end", ErrDamaged)
+		}
+		*field, rest = v, rest[n:]
+	}
+	r.Attempt = uint32(attempt)
+	if len(rest) == 0 || int(rest[0]) > len(rest)-1 {
+		return r, fmt.Errorf("%w: origin", ErrDamaged)
+	}
+	origin := int(rest[0])
+	r.Stream.Origin, r.Payload = string(rest[1:1+origin]), rest[1+origin:]
+	if len(r.Payload) == 0 {
+		r.Payload = nil
+	}
+	switch {
+	case !r.Kind.known(), r.Seq == 0, uint64(r.Attempt) != attempt, origin == 0, origin > MaxOrigin, len(r.Payload) > MaxPayload:
+		return r, fmt.Errorf("%w: a field is out of its range", ErrDamaged)
+	}
+	return r, nil
+}
