@@ -57,6 +57,34 @@ func (s Status) Final() bool {
 	return s == Succeeded || s == Failed || s == Cancelled || s == Expired
 }
 
+const maxRank = 4
+
+// Rank is how a Finished record carries its status in clear: the higher one
+// counts when one attempt ended twice. 0 for what is not final.
+func (s Status) Rank() uint8 {
+	switch s {
+	case Succeeded:
+		return maxRank
+	case Failed:
+		return 3
+	case Cancelled:
+		return 2
+	case Expired:
+		return 1
+	}
+	return 0
+}
+
+// StatusOfRank is the status that Rank came from, Queued for 0.
+func StatusOfRank(rank uint8) Status {
+	for _, s := range []Status{Succeeded, Failed, Cancelled, Expired} {
+		if s.Rank() == rank {
+			return s
+		}
+	}
+	return Queued
+}
+
 // Outcome is the payload of Finished.
 type Outcome struct {
 	Status Status `json:"status"` // a final one

@@ -27,9 +27,9 @@ const (
 	MaxOrigin  = 128      // bytes of a node's name
 
 	recordFormat = 1
-	// fixed is the body up to the variable parts: format, kind, seq, clock, job,
-	// digest, incarnation.
-	fixedBytes   = 1 + 1 + 8 + 8 + 16 + 16 + 16
+	// fixedBytes is the body up to the variable parts: format, kind, rank, seq,
+	// clock, job, digest, incarnation.
+	fixedBytes   = 1 + 1 + 1 + 8 + 8 + 16 + 16 + 16
 	maxBodyBytes = fixedBytes + 3*binary.MaxVarintLen64 + 1 + MaxOrigin + MaxPayload
 	frameHeader  = 4 + 4 // length, crc32c of the body
 )
@@ -140,6 +140,9 @@ type Record struct {
 	Kind    Kind
 	Job     JobID
 	Attempt uint32 // from 1; 0 where there is none
+	// Rank of a Finished orders the outcomes of one attempt and tells its status
+	// without a key; see Status.Rank. 0 for the other kinds.
+	Rank uint8
 	// Digest is the first half of an HMAC over Place and the plaintext: it stays
 	// when the payload is sealed with another key.
 	Digest  [16]byte
@@ -151,7 +154,7 @@ type Record struct {
 func (r *Record) Place() []byte {
 	b := make([]byte, 0, 64+len(r.Stream.Origin))
 	b = append(b, "job record v1\x00"...)
-	b = append(b, byte(r.Kind))
+	b = append(b, byte(r.Kind), r.Rank)
 	b = append(b, r.Job[:]...)
 	b = append(b, r.Stream.Incarnation[:]...)
 	b = binary.AppendUvarint(b, uint64(r.Attempt))
@@ -166,7 +169,7 @@ func (r *Record) Place() []byte {
 //
 // and the body, big-endian,
 //
-//	format (1) | kind (1) | seq (8) | clock (8) | job (16) | digest (16) | incarnation (16)
+//	format (1) | kind (1) | rank (1) | seq (8) | clock (8) | job (16) | digest (16) | incarnation (16)
 //	| token generation | token index | attempt (uvarints) | origin length (1) | origin | payload
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
@@ -177,7 +180,7 @@ func AppendFrame(dst []byte, r *Record) ([]byte, error) {
 	}
 	start := len(dst)
 	dst = append(dst, make([]byte, frameHeader)...)
-	dst = append(dst, recordFormat, byte(r.Kind))
+	dst = append(dst, recordFormat, byte(r.Kind), r.Rank)
 	dst = binary.BigEndian.AppendUint64(dst, r.Seq)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(r.Clock))
 	dst = append(dst, r.Job[:]...)
@@ -226,12 +229,12 @@ func NextFrame(b []byte) (r Record, rest []byte, err error) {
 }
 
 func decodeBody(body []byte) (r Record, err error) {
-	r.Kind = Kind(body[1])
-	r.Seq = binary.BigEndian.Uint64(body[2:])
-	r.Clock = Clock(binary.BigEndian.Uint64(body[10:]))
-	copy(r.Job[:], body[18:])
-	copy(r.Digest[:], body[34:])
-	copy(r.Stream.Incarnation[:], body[50:])
+	r.Kind, r.Rank = Kind(body[1]), body[2]
+	r.Seq = binary.BigEndian.Uint64(body[3:])
+	r.Clock = Clock(binary.BigEndian.Uint64(body[11:]))
+	copy(r.Job[:], body[19:])
+	copy(r.Digest[:], body[35:])
+	copy(r.Stream.Incarnation[:], body[51:])
 	rest := body[fixedBytes:]
 	var attempt uint64
 	for _, field := range []*uint64{&r.Token.Generation, &r.Token.Index, &attempt} {
@@ -251,7 +254,7 @@ func decodeBody(body []byte) (r Record, err error) {
 		r.Payload = nil
 	}
 	switch {
-	case !r.Kind.known(), r.Seq == 0, uint64(r.Attempt) != attempt, origin == 0, origin > MaxOrigin, len(r.Payload) > MaxPayload:
+	case !r.Kind.known(), r.Rank > maxRank, (r.Rank > 0) != (r.Kind == Finished), r.Seq == 0, uint64(r.Attempt) != attempt, origin == 0, origin > MaxOrigin, len(r.Payload) > MaxPayload:
 		return r, fmt.Errorf("%w: a field is out of its range", ErrDamaged)
 	}
 	return r, nil
