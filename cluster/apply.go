@@ -30,6 +30,7 @@ var (
 	ErrUnknownKey      = errors.New("no such API key")
 	ErrStateFull       = errors.New("the agreed state has reached its bound")
 	ErrStaleEpoch      = errors.New("stale epoch")
+	ErrStaleTerm       = errors.New("decided by a raft leader of another term")
 	ErrSwitchover      = errors.New("a switchover is in progress")
 	ErrNoSwitchover    = errors.New("that switchover is no longer in progress")
 	ErrDrillRunning    = errors.New("another drill is running")
@@ -70,7 +71,7 @@ func Apply(s *State, c Command) (*State, error) {
 			return nil
 		})
 	case CmdPromote:
-		err = with(c, func(d Promote) error { return next.promote(d, c.At) })
+		err = with(c, func(d Promote) error { return next.promote(d, c) })
 	case CmdSwitchover:
 		err = with(c, func(d SwitchoverSet) error { return next.setSwitchover(d, c.At) })
 	case CmdFailoverAck:
@@ -85,6 +86,8 @@ func Apply(s *State, c Command) (*State, error) {
 		})
 	case CmdUpstreamDrain:
 		err = with(c, func(d UpstreamDrain) error { return next.drainUpstream(d, c.At) })
+	case CmdCachePurge:
+		err = with(c, func(d CachePurge) error { return next.purgeCache(d, c.At) })
 	case CmdDrillPut:
 		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
 	default:
@@ -198,7 +201,11 @@ func (s *State) revokeKey(d APIKeyRevoke, at time.Time) error {
 	return s.putKey(k)
 }
 
-func (s *State) promote(d Promote, at time.Time) error {
+func (s *State) promote(d Promote, c Command) error {
+	at := c.At
+	if d.Term != 0 && d.Term != c.Term {
+		return fmt.Errorf("%w: the promotion of %s was decided in term %d, it came in term %d", ErrStaleTerm, d.Site, d.Term, c.Term)
+	}
 	if d.Generation != s.Generation.Number || d.ExpectEpoch != s.Primary.Epoch {
 		return fmt.Errorf("%w: generation %d epoch %d, expected %d and %d", ErrStaleEpoch,
 			s.Generation.Number, s.Primary.Epoch, d.Generation, d.ExpectEpoch)

@@ -62,6 +62,7 @@ func TestApplyRefuses(t *testing.T) {
 		{"removing nobody", same, CmdNodeRemove, 0, NodeRemove{Name: "z"}, ErrUnknownNode},
 		{"revoking nothing", same, CmdAPIKeyRevoke, 0, APIKeyRevoke{ID: "z"}, ErrUnknownKey},
 		{"promotion with an old epoch", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 0, Generation: 1}, ErrStaleEpoch},
+		{"promotion decided in another term", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverUnplanned, Term: 3}, ErrStaleTerm},
 		{"promotion of another generation", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 2}, ErrStaleEpoch},
 		{"planned promotion without its switchover", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned, SwitchoverID: "w1"}, ErrNoSwitchover},
 		{"planned promotion after its deadline", switching, CmdPromote, 2 * time.Minute, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned, SwitchoverID: "w1"}, ErrNoSwitchover},

@@ -386,6 +386,38 @@ func TestLeadershipMovesAndIsVerified(t *testing.T) {
 	}
 }
 
+// A promotion that a leader decided has an effect in its term alone, whoever it
+// is handed to.
+func TestPromotionCountsInItsTermAlone(t *testing.T) {
+	a, b, c := threeMembers(t)
+	for _, to := range []*member{b, c} {
+		if err := to.TransferLeadership(deadline(t, 10*time.Second), to.name); err != nil {
+			t.Fatalf("to %s: %v", to.name, err)
+		}
+	}
+	term := c.Raft().Term
+	promote := func(by *member, term uint64) error {
+		_, err := by.Propose(deadline(t, 5*time.Second), CmdPromote, Promote{
+			Site: "b", ExpectEpoch: a.State().Primary.Epoch, Generation: 1, Kind: FailoverUnplanned, Term: term,
+		})
+		return err
+	}
+	for _, by := range []*member{b, c} { // passed on to the leader, and the leader's own
+		if err := promote(by, term-1); !errors.Is(err, ErrStaleTerm) {
+			t.Errorf("proposed by %s for the term before: %v", by.name, err)
+		}
+	}
+	if e := c.State().Primary.Epoch; e != 1 {
+		t.Fatalf("epoch %d", e)
+	}
+	if err := promote(c, term); err != nil {
+		t.Fatal(err)
+	}
+	if p := c.State().Primary; p.Epoch != 2 || p.Site != "b" {
+		t.Errorf("primary %+v", p)
+	}
+}
+
 func TestUnknownEntryEndsTheNodeInWords(t *testing.T) {
 	ca := newTestCA(t, "test")
 	a := newMember(t, ca, "a", "a-1").start(t)

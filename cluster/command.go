@@ -36,6 +36,8 @@ const (
 	CmdDrillPut     CommandType = "drill_put"
 	// CmdUpstreamDrain takes a model server out of use, or back.
 	CmdUpstreamDrain CommandType = "upstream_drain"
+	// CmdCachePurge makes kept answers unusable everywhere.
+	CmdCachePurge CommandType = "cache_purge"
 	// CmdTick changes nothing. Committing one proves that a quorum was alive
 	// after it was proposed: the lease stands on it.
 	CmdTick CommandType = "tick"
@@ -46,6 +48,7 @@ var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
+	CmdCachePurge: 1,
 }
 
 // Command is one entry of the agreed log.
@@ -54,6 +57,9 @@ type Command struct {
 	Type   CommandType     `json:"t"`
 	At     time.Time       `json:"at"` // the proposer's wall clock; Apply has no other
 	Data   json.RawMessage `json:"d,omitempty"`
+	// Term is that of the leader which took the entry into the log. It is the
+	// log's, never encoded.
+	Term uint64 `json:"-"`
 }
 
 // ErrUnknownCommand stops a node: going on would make its state differ from
@@ -142,6 +148,10 @@ type (
 		RTOSeconds   *float64     `json:"rto_seconds"`
 		// Released: every node of the old primary has let go; see Primary.
 		Released bool `json:"released,omitempty"`
+		// Term is that of the leader which decided this by itself; 0 of a planned
+		// one. It has no effect in another term: a new leader waits before it
+		// promotes, so it must not be handed the decision of the one before.
+		Term uint64 `json:"term,omitempty"`
 	}
 	// SwitchoverSet opens or closes a planned change; see State.Switchover.
 	SwitchoverSet struct {

@@ -55,6 +55,7 @@ var wire = []struct {
 	{"unknown_upstream", ErrUnknownUpstream},
 	{"state_full", ErrStateFull},
 	{"stale_epoch", ErrStaleEpoch},
+	{"stale_term", ErrStaleTerm},
 	{"switchover", ErrSwitchover},
 	{"no_switchover", ErrNoSwitchover},
 	{"drill_running", ErrDrillRunning},

@@ -225,6 +225,8 @@ func (c *Coordinator) promote(ctx context.Context, s *cluster.State, site string
 	p := cluster.Promote{
 		Site: site, ExpectEpoch: s.Primary.Epoch, Generation: s.Generation.Number,
 		Reason: string(reason), Kind: cluster.FailoverUnplanned,
+		// Another may be elected at this moment, and be handed the proposal.
+		Term: term,
 	}
 	if known {
 		seconds := down.Seconds()
@@ -238,8 +240,8 @@ func (c *Coordinator) promote(ctx context.Context, s *cluster.State, site string
 		c.metrics.duration.WithLabelValues(string(cluster.FailoverUnplanned)).Observe(down.Seconds())
 		c.log.Warn("primary replaced", "from", s.Primary.Site, "to", site, "epoch", s.Primary.Epoch+1,
 			"reason", reason, "rto", down)
-	case errors.Is(err, cluster.ErrStaleEpoch):
-		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch)
+	case errors.Is(err, cluster.ErrStaleEpoch), errors.Is(err, cluster.ErrStaleTerm):
+		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch, "err", err)
 	default:
 		c.log.Warn("promotion failed, the next look decides again", "to", site, "err", err)
 		c.pause(ctx)

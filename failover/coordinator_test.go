@@ -322,3 +322,31 @@ func TestDecisionOfAnEarlierTermIsDropped(t *testing.T) {
 		w.wantPrimary("a", 1)
 	})
 }
+
+// Another is elected while the promotion is on its way, and is handed it: it has
+// no effect, since the new leader has its own wait.
+func TestPromotionHandedToANewLeaderHasNoEffect(t *testing.T) {
+	play(t, ones(14), func(t *testing.T, w *world) {
+		w.lead("c1")
+		c := w.nodes["c1"].coord
+		v, _, _, _ := c.Look()
+		l, ok := w.nodes["c1"].Leading()
+		if !ok {
+			t.Fatal("c1 does not lead")
+		}
+		agreed := w.agreed()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			c.promote(t.Context(), agreed, "b", PrimaryLost, v, l.Term)
+		}()
+		synctest.Wait() // it has found itself leading, and is on its way
+		w.mu.Lock()
+		w.term++
+		w.crown("b1")
+		w.nodes["b1"].firstCommit = w.now()
+		w.mu.Unlock()
+		<-done
+		w.wantPrimary("a", 1)
+	})
+}

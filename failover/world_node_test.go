@@ -126,6 +126,7 @@ func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (ui
 		w.mu.Unlock()
 		return 0, cluster.ErrNoQuorum
 	}
+	cmd.Term = w.term
 	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
 	if err == nil {
 		w.states = append(w.states, next)
