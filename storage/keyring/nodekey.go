@@ -114,22 +114,28 @@ func writeNodeKey(dir string, material []byte, op OperatorKey) error {
 	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(wrapped, castagnoli))
 	b = append(b, wrapped...)
 
-	path := filepath.Join(dir, NodeKeyFile)
-	temp := path + ".tmp"
-	// A crash may have left one; it holds nothing that anybody relies on.
-	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("write node key: %w", err)
-	}
-	if err := writeNew(temp, b); err != nil {
-		return fmt.Errorf("write node key: %w", err)
-	}
-	if err := os.Rename(temp, path); err != nil {
-		return fmt.Errorf("write node key: %w", err)
-	}
-	if err := syncDir(dir); err != nil {
+	if err := replaceFile(dir, NodeKeyFile, b); err != nil {
 		return fmt.Errorf("write node key: %w", err)
 	}
 	return nil
+}
+
+// replaceFile leaves the old file or the new one, whatever happens; the new one
+// is durable when it returns.
+func replaceFile(dir, name string, b []byte) error {
+	path := filepath.Join(dir, name)
+	temp := path + ".tmp"
+	// A crash may have left one; it holds nothing that anybody relies on.
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := writeNew(temp, b); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	return syncDir(dir)
 }
 
 // writeNew makes a file of mode 0600 that must not exist yet, and syncs it.
