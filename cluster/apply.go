@@ -88,8 +88,16 @@ func Apply(s *State, c Command) (*State, error) {
 		err = with(c, func(d UpstreamDrain) error { return next.drainUpstream(d, c.At) })
 	case CmdCachePurge:
 		err = with(c, func(d CachePurge) error { return next.purgeCache(d, c.At) })
+	case CmdStreamOpen:
+		err = with(c, func(d StreamOpen) error { return next.openStream(d, c) })
+	case CmdStreamOwn:
+		err = with(c, func(d StreamOwn) error { return next.ownStream(d, c) })
+	case CmdStreamDrop:
+		err = with(c, func(d StreamDrop) error { return next.dropStreams(d, c) })
 	case CmdDrillPut:
 		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
+	case CmdDataKeyAdd, CmdDataKeyConfirm, CmdDataKeyActivate, CmdDataKeyDrop, CmdDataKeyRewrap:
+		err = next.applyDataKey(c)
 	default:
 		err = fmt.Errorf("%w: %q", ErrUnknownCommand, c.Type)
 	}
@@ -154,6 +162,7 @@ func (s *State) removeNode(d NodeRemove) error {
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	delete(s.Nodes, d.Name)
+	s.forgetConfirmations(d.Name)
 	return nil
 }
 

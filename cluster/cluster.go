@@ -46,6 +46,12 @@ type Options struct {
 	StoreFailed <-chan struct{} // closed when the store under raft can't go on
 	StoreError  func() error
 
+	// OperatorKey is the fingerprint of this node's operator key, and
+	// OperatorKeyPrevious of the one before it that still opens things; may be
+	// empty. A cluster whose data keys neither opens does not let the node in.
+	OperatorKey         string
+	OperatorKeyPrevious string
+
 	Health     func() Health // read on each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -77,6 +83,7 @@ type Cluster struct {
 	gossip  atomic.Pointer[Gossip]
 
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
+	carried func(context.Context) (map[string]int64, error)      // see OnCarried
 
 	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
 	joined chan struct{}              // closes when member is set
@@ -120,6 +127,7 @@ func New(o Options) (*Cluster, error) {
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskDead: make(chan error, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
+		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
 	}
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
@@ -137,6 +145,7 @@ func New(o Options) (*Cluster, error) {
 	c.mesh = NewMesh(MeshOptions{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
+		Relays: c.relays, Silent: c.silent,
 		OnNewerGeneration: func(peer Identity, theirs Generation) {
 			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&words); old == nil {
@@ -217,7 +226,18 @@ func (c *Cluster) ReloadCredentials() error { return c.opts.Credentials.Reload()
 // Lease is how long this node's knowledge of a live quorum is still good (zero
 // or less: fenced), and the highest epoch it has heard of. A node may act in a
 // role only while the lease lasts and that epoch is the one in its State.
-func (c *Cluster) Lease() (left time.Duration, epoch uint64) { return c.lease.left() }
+func (c *Cluster) Lease() (left time.Duration, epoch uint64) {
+	left, heard := c.lease.left()
+	return left, heard.epoch
+}
+
+// OwnershipLease is the lease for starting jobs: how long it is good (zero or
+// less: none), and the newest change of State.Ownership that was heard of. Who
+// acts for a stream does so only while the one in its State is not older.
+func (c *Cluster) OwnershipLease() (left time.Duration, ownership uint64) {
+	left, heard := c.lease.left()
+	return left, heard.ownership
+}
 
 // Founded reports whether this process founded the cluster: then there is
 // nothing older anywhere.
@@ -275,6 +295,7 @@ func (c *Cluster) self() Node {
 		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
 		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: MaxFeatureLevel,
 		Instance: c.instance, StartedAt: c.started,
+		OperatorKey: c.opts.OperatorKey, OperatorKeyPrevious: c.opts.OperatorKeyPrevious,
 	}
 	if host, port, err := net.SplitHostPort(n.Gossip); err == nil && port == "0" {
 		if g := c.gossip.Load(); g != nil {
@@ -296,6 +317,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 	defer stop()
 	g, carriage := errgroup.WithContext(carriage)
 	g.Go(func() error { return c.mesh.Serve(carriage, c.opts.Listener) })
+	g.Go(func() error { return c.mesh.KeepWays(carriage) })
 	g.Go(func() error { return c.serveRPC(carriage) })
 	g.Go(func() error { return c.opts.Credentials.Run(carriage) })
 	g.Go(func() error {

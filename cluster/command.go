@@ -38,6 +38,17 @@ const (
 	CmdUpstreamDrain CommandType = "upstream_drain"
 	// CmdCachePurge makes kept answers unusable everywhere.
 	CmdCachePurge CommandType = "cache_purge"
+	// CmdStreamOpen, CmdStreamOwn and CmdStreamDrop say who executes the jobs of
+	// which journal; see stream.go.
+	CmdStreamOpen CommandType = "stream_open"
+	CmdStreamOwn  CommandType = "stream_own"
+	CmdStreamDrop CommandType = "stream_drop"
+	// What is agreed about data keys; see datakey.go.
+	CmdDataKeyAdd      CommandType = "datakey_add"
+	CmdDataKeyConfirm  CommandType = "datakey_confirm"
+	CmdDataKeyActivate CommandType = "datakey_activate"
+	CmdDataKeyDrop     CommandType = "datakey_drop"
+	CmdDataKeyRewrap   CommandType = "datakey_rewrap"
 	// CmdTick changes nothing. Committing one proves that a quorum was alive
 	// after it was proposed: the lease stands on it.
 	CmdTick CommandType = "tick"
@@ -48,7 +59,8 @@ var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
-	CmdCachePurge: 1,
+	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1,
+	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 }
 
 // Command is one entry of the agreed log.
@@ -57,9 +69,10 @@ type Command struct {
 	Type   CommandType     `json:"t"`
 	At     time.Time       `json:"at"` // the proposer's wall clock; Apply has no other
 	Data   json.RawMessage `json:"d,omitempty"`
-	// Term is that of the leader which took the entry into the log. It is the
-	// log's, never encoded.
-	Term uint64 `json:"-"`
+	// Term is that of the leader which took the entry into the log, Index the
+	// entry's place in it. They are the log's, never encoded.
+	Term  uint64 `json:"-"`
+	Index uint64 `json:"-"`
 }
 
 // ErrUnknownCommand stops a node: going on would make its state differ from

@@ -16,6 +16,8 @@ type Config struct {
 	Timeouts  Timeouts            `yaml:"timeouts,omitempty"`
 	Limits    Limits              `yaml:"limits,omitempty"`
 	Access    Access              `yaml:"access,omitempty"`
+	Cache     Cache               `yaml:"cache,omitempty"`
+	Jobs      Jobs                `yaml:"jobs,omitempty"`
 	Timing    TimingConfig        `yaml:"timing,omitempty"`
 
 	source *ConfigSource // nil in a Config that was not parsed
@@ -107,6 +109,10 @@ type Model struct {
 	// that serves this one can answer.
 	Fallbacks []string `yaml:"fallbacks,omitempty"`
 	Timeouts  Timeouts `yaml:"timeouts,omitempty"`
+	// Revision names the weights. Answers that were kept under another are not
+	// used.
+	Revision string     `yaml:"revision,omitempty"`
+	Cache    ModelCache `yaml:"cache,omitempty"`
 }
 
 // Serve says that an upstream serves a model, under a name of its own.

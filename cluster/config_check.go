@@ -56,6 +56,8 @@ func (c *configCheck) all() {
 		c.timeouts()
 	}
 	c.limits()
+	c.cache()
+	c.jobs()
 	c.timing()
 }
 

@@ -25,6 +25,9 @@ func (c *configCheck) models() {
 		if len(m.Serve) == 0 {
 			c.missing(at.At("serve"), "write at least one, such as serve: [{upstream: "+firstName(upstreams, "a-vllm")+"}]")
 		}
+		if len(m.Revision) > 256 || !isPrintable(m.Revision) {
+			c.reject(at.At("revision"), "write up to 256 printable characters", "%s cannot be a revision", quoted(m.Revision))
+		}
 		if c.tooMany(at.At("serve"), len(m.Serve), maxServe) || c.tooMany(at.At("fallbacks"), len(m.Fallbacks), maxFallbacks) {
 			continue
 		}

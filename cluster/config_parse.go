@@ -44,6 +44,8 @@ func ParseConfig(name string, text []byte) (*Config, error) {
 	c := &Config{
 		Timeouts: DefaultTimeouts(),
 		Limits:   DefaultLimits(),
+		Cache:    DefaultCache(),
+		Jobs:     DefaultJobs(),
 		Timing:   TimingConfig{Heartbeat: Duration(DefaultHeartbeat)},
 	}
 	src := DecodeSource(name, text, c)
@@ -64,10 +66,10 @@ func (c *Config) Equal(o *Config) bool {
 		return c == o
 	}
 	return c.Version == o.Version && c.Timeouts == o.Timeouts && c.Limits == o.Limits &&
-		c.Access == o.Access && c.Timing == o.Timing &&
+		c.Access == o.Access && c.Timing == o.Timing && c.Jobs == o.Jobs && c.Cache.equal(o.Cache) &&
 		maps.Equal(c.Sites, o.Sites) && maps.Equal(c.Upstreams, o.Upstreams) &&
 		maps.EqualFunc(c.Models, o.Models, func(a, b Model) bool {
-			return a.Timeouts == b.Timeouts && slices.Equal(a.Serve, b.Serve) && slices.Equal(a.Fallbacks, b.Fallbacks)
+			return a.Timeouts == b.Timeouts && a.Revision == b.Revision && a.Cache == b.Cache && slices.Equal(a.Serve, b.Serve) && slices.Equal(a.Fallbacks, b.Fallbacks)
 		})
 }
 

@@ -48,6 +48,10 @@ func TestParseConfigFillsInDefaults(t *testing.T) {
 			BetweenTokens: Duration(30 * time.Second), Total: Duration(30 * time.Minute),
 		},
 		Limits: Limits{BodyBytes: 32 << 20, InFlight: 4096, Connections: 8192, HeaderBytes: 64 << 10},
+		Cache: Cache{
+			Enabled: true, Store: StoreDeterministic, LocalBytes: 128 << 20, LocalTTL: Duration(10 * time.Minute),
+			SharedBytes: 1 << 30, SharedTTL: Duration(time.Hour), Stale: Duration(24 * time.Hour), EntryBytes: 1 << 20,
+		},
 		Timing: TimingConfig{Heartbeat: Duration(800 * time.Millisecond)},
 	}
 	if diff := cmp.Diff(*want, *got, cmpopts.IgnoreUnexported(Config{})); diff != "" {
@@ -70,7 +74,16 @@ upstreams:
     timeouts: {connect: 1s}
 models:
   deepseek-ai/DeepSeek-V3.2: {serve: [{upstream: u}], timeouts: {total: 1h}}
-  1.10: {serve: [{upstream: u, model: 模型}], fallbacks: [deepseek-ai/DeepSeek-V3.2]}
+  1.10: {serve: [{upstream: u, model: 模型}], fallbacks: [deepseek-ai/DeepSeek-V3.2], revision: r1, cache: {enabled: false, store: all, stale: 0s}}
+cache:
+  local_ttl: 1m
+  shared_ttl: 2h
+  local_bytes: 8388608
+  shared_bytes: 16777216
+  entry_bytes: 1024
+  store: none
+  stale: 1h
+  sites: {a: {shared: redis, redis: {url: "rediss://me@h/3", password: {env: P}, tls: {ca_file: ca}}}}
 limits: {body_bytes: 1024, in_flight: 1, connections: 2, header_bytes: 4096}
 access: {anonymous: true}
 timing: {heartbeat: 100ms}
@@ -86,8 +99,24 @@ timing: {heartbeat: 100ms}
 	if got, want := c.Sites["a"], (Site{City: "上海", Priority: 7, RPOTarget: Duration(10 * time.Minute), RTOTarget: Duration(90 * time.Second)}); got != want {
 		t.Errorf("site: %+v", got)
 	}
-	if got, want := c.Models["1.10"], (Model{Serve: []Serve{{"u", "模型"}}, Fallbacks: []string{"deepseek-ai/DeepSeek-V3.2"}}); !cmp.Equal(got, want) {
+	if got, want := c.Models["1.10"], (Model{
+		Serve: []Serve{{"u", "模型"}}, Fallbacks: []string{"deepseek-ai/DeepSeek-V3.2"}, Revision: "r1",
+		Cache: ModelCache{Store: StoreAll, LocalTTL: Duration(time.Minute), SharedTTL: Duration(2 * time.Hour)},
+	}); !cmp.Equal(got, want) {
 		t.Errorf("model: %+v", got)
+	}
+	wantCache := Cache{
+		Enabled: true, Store: StoreNone, LocalBytes: 8 << 20, LocalTTL: Duration(time.Minute), SharedBytes: 16 << 20,
+		SharedTTL: Duration(2 * time.Hour), Stale: Duration(time.Hour), EntryBytes: 1 << 10,
+		Sites: map[string]SiteCache{"a": {Shared: SharedRedis, Redis: Redis{
+			URL: "rediss://me@h/3", Mode: RedisSingle, Password: Secret{Env: "P"}, TLS: UpstreamTLS{CAFile: "ca"},
+		}}},
+	}
+	if !c.Cache.equal(wantCache) {
+		t.Errorf("cache %+v", c.Cache)
+	}
+	if c.Cache.At("b").Shared != SharedEmbedded || c.MaxAge() != 3*time.Hour {
+		t.Errorf("elsewhere %+v, kept for %s", c.Cache.At("b"), c.MaxAge())
 	}
 	if c.Limits != (Limits{1024, 1, 2, 4096}) || !c.Access.Anonymous || c.Timing.Heartbeat.D() != 100*time.Millisecond {
 		t.Errorf("limits %+v, access %+v, timing %+v", c.Limits, c.Access, c.Timing)
@@ -152,8 +181,8 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"merge key", "version: 1\nsites:\n  a: {city: x, priority: 1, <<: {city: y}}\n", `cluster.yaml:3: sites.a: merge keys (<<) are not supported; write the values out`},
 		{"list as key", "version: 1\nsites:\n  a: {city: x, priority: 1, ? [b] : c}\n", `cluster.yaml:3: sites.a: has a key that is not a plain word; write key: value`},
 
-		{"unknown key", head + "upstream: {}\n", `cluster.yaml:4: upstream: unknown key "upstream"; did you mean "upstreams"? (allowed here: version, sites, upstreams, models, timeouts, limits, access, timing)`},
-		{"unknown key far from any", head + "colour: red\n", `cluster.yaml:4: colour: unknown key "colour"; allowed here: version, sites, upstreams, models, timeouts, limits, access, timing`},
+		{"unknown key", head + "upstream: {}\n", `cluster.yaml:4: upstream: unknown key "upstream"; did you mean "upstreams"? (allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, timing)`},
+		{"unknown key far from any", head + "colour: red\n", `cluster.yaml:4: colour: unknown key "colour"; allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, timing`},
 		{"a misspelt key is not missing too", "version: 1\nsites:\n  a: {ctiy: x, priority: 1}\n", `cluster.yaml:3: sites.a.ctiy: unknown key "ctiy"; did you mean "city"? (allowed here: city, priority, rpo_target, rto_target)`},
 		{"duplicate key", head + "  a: {city: y, priority: 2}\n", `cluster.yaml:4: sites.a: the key "a" stands here a second time, the first is on line 3; keep one of them`},
 		{"duplicate key at the top", head + "version: 1\n", `cluster.yaml:4: version: the key "version" stands here a second time, the first is on line 1; keep one of them`},
@@ -265,6 +294,21 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"no requests", head + "limits: {in_flight: 0}\n", `cluster.yaml:4: limits.in_flight: 0 is out of range; write a number from 1 to 1048576`},
 		{"no connections", head + "limits: {connections: 0}\n", `cluster.yaml:4: limits.connections: 0 is out of range; write a number from 1 to 1048576`},
 		{"small headers", head + "limits: {header_bytes: 100}\n", `cluster.yaml:4: limits.header_bytes: 100 is out of range; write a number from 4096 to 1048576`},
+		{"local_ttl above shared_ttl", head + "cache: {local_ttl: 2h}\n", `cluster.yaml:4: cache.local_ttl: local_ttl (2h) must not exceed shared_ttl (1h); lower local_ttl or raise shared_ttl`},
+		{"cache policy", head + "cache: {store: determinstic}\n", `cluster.yaml:4: cache.store: "determinstic" is no policy for what to keep; did you mean "deterministic"?`},
+		{"small cache", head + "cache: {local_bytes: 1000}\n", `cluster.yaml:4: cache.local_bytes: 1000 is out of range; write a number of bytes from 1048576 to 1099511627776`},
+		{"large entries", head + "cache: {local_bytes: 1048576}\n", `cluster.yaml:4: cache.entry_bytes: entry_bytes (1048576) must not exceed a quarter of local_bytes (1048576); lower entry_bytes or raise local_bytes`},
+		{"very stale", head + "cache: {stale: 1000h}\n", `cluster.yaml:4: cache.stale: 1000h is out of range; write a time from 0s to 720h`},
+		{"a model's cache", model + "  m: {serve: [{upstream: u}], cache: {shared_ttl: 1m}}\n", `cluster.yaml:7: models.m.cache.shared_ttl: local_ttl (10m) must not exceed shared_ttl (1m); lower local_ttl or raise shared_ttl`},
+		{"the cache of a stranger", head + "cache: {sites: {b: {}}}\n", `cluster.yaml:4: cache.sites.b: site "b" is not under sites; write one of a`},
+		{"shared tier", head + "cache: {sites: {a: {shared: reddis}}}\n", `cluster.yaml:4: cache.sites.a.shared: "reddis" is no kind of shared tier; did you mean "redis"?`},
+		{"redis without a url", head + "cache: {sites: {a: {shared: redis}}}\n", `cluster.yaml:4: cache.sites.a.redis.url: is missing; write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379`},
+		{"redis with a password", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://:hunter2@h'}}}}\n", `cluster.yaml:4: cache.sites.a.redis.url: the URL holds a password: remove it and write password: {env: NAME}; write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379`},
+		{"redis by http", head + "cache: {sites: {a: {shared: redis, redis: {url: 'http://h'}}}}\n", `cluster.yaml:4: cache.sites.a.redis.url: the URL is not one of redis or rediss; write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379`},
+		{"several addresses", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h?addr=g:1'}}}}\n", `cluster.yaml:4: cache.sites.a.redis.url: the URL names several addresses, which are for mode: cluster or mode: sentinel; write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379`},
+		{"sentinels without a master", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', mode: sentinel}}}}\n", `cluster.yaml:4: cache.sites.a.redis.master: is missing; write the name that the sentinels know the server by, such as mymaster`},
+		{"redis beside another tier", head + "cache: {sites: {a: {shared: embedded, redis: {url: 'redis://h'}}}}\n", `cluster.yaml:4: cache.sites.a.redis: there is a redis, but the shared tier is embedded; write shared: redis, or remove redis`},
+		{"revision", model + "  m: {serve: [{upstream: u}], revision: \"a\\nb\"}\n", `cluster.yaml:7: models.m.revision: "a\nb" cannot be a revision; write up to 256 printable characters`},
 		{"fast heartbeat", head + "timing: {heartbeat: 99ms}\n", `cluster.yaml:4: timing.heartbeat: 99ms is out of range; write a time from 100ms to 10s`},
 		{"slow heartbeat", head + "timing: {heartbeat: 11s}\n", `cluster.yaml:4: timing.heartbeat: 11s is out of range; write a time from 100ms to 10s`},
 	} {
@@ -427,9 +471,17 @@ func drawConfig(t *rapid.T) string {
 		if i > 0 {
 			maybe("fallbacks", "    fallbacks: [org/m.%d]\n", number("fallback", 0, i-1))
 		}
+		maybe("revision", "    revision: r%d\n", i)
+		maybe("model cache", "    cache: {enabled: %t, stale: %dm}\n", rapid.Bool().Draw(t, "enabled"), number("stale", 0, 60))
 		maybe("model timeouts", "    timeouts: {first_token: %dm}\n", number("first", 1, 30))
 	}
 	maybe("limits", "limits: {in_flight: %d}\n", number("in flight", 1, 9999))
+	if rapid.Bool().Draw(t, "cache") {
+		fmt.Fprintf(&b, "cache:\n  enabled: %t\n", rapid.Bool().Draw(t, "cache enabled"))
+		maybe("ttl", "  shared_ttl: %dh\n", number("hours", 1, 100))
+		maybe("no stale", "  stale: 0s\n")
+		maybe("where", "  sites: {s0: {shared: %s}}\n", rapid.SampledFrom([]string{"off", "embedded", "redis, redis: {url: 'redis://h:1/2'}"}).Draw(t, "tier"))
+	}
 	maybe("access", "access: {anonymous: %t}\n", rapid.Bool().Draw(t, "anonymous"))
 	maybe("timing", "timing: {heartbeat: %dms}\n", number("heartbeat", 100, 10000))
 	return b.String()

@@ -129,6 +129,18 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 			src.CheckKeyPair(at.At("tls"), u.TLS.CertFile, u.TLS.KeyFile, readFile)
 		}
 	}
+	if here := c.Cache.At(site); here.Shared == SharedRedis {
+		at := At("cache", "sites", site, "redis")
+		if !here.Redis.Password.IsZero() {
+			src.CheckSecret(at.At("password"), here.Redis.Password, lookupEnv, readFile)
+		}
+		if here.Redis.Secure() && here.Redis.TLS.CAFile != "" {
+			src.CheckCA(at.At("tls", "ca_file"), here.Redis.TLS.CAFile, readFile)
+		}
+		if here.Redis.Secure() && here.Redis.TLS.CertFile != "" {
+			src.CheckKeyPair(at.At("tls"), here.Redis.TLS.CertFile, here.Redis.TLS.KeyFile, readFile)
+		}
+	}
 	return src.Err()
 }
 

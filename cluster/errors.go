@@ -61,6 +61,15 @@ var wire = []struct {
 	{"drill_running", ErrDrillRunning},
 	{"drill_ended", ErrDrillEnded},
 	{"last_voter", ErrLastVoter},
+	{"unknown_data_key", ErrUnknownDataKey},
+	{"data_key_refused", ErrDataKeyRefused},
+	{"data_key_pending", ErrDataKeyPending},
+	{"data_key_unconfirmed", ErrDataKeyUnconfirmed},
+	{"data_key_in_use", ErrDataKeyInUse},
+	{"data_keys_changed", ErrDataKeysChanged},
+	{"operator_key", ErrOperatorKey},
+	{"operator_key_missing", ErrOperatorKeyMissing},
+	{"bad_purge", ErrBadPurge},
 }
 
 // refusal puts an expected error on the wire; nil for any other.

@@ -52,7 +52,7 @@ func (f *fsm) Apply(l *raft.Log) any {
 		f.ticked.Store(int64(Boottime()))
 		return nil
 	}
-	c.Term = l.Term
+	c.Term, c.Index = l.Term, l.Index
 	old := f.state.Load()
 	next, err := Apply(old, c)
 	if errors.Is(err, ErrUnknownCommand) {

@@ -26,6 +26,7 @@ func infoOf(n Node) *clusterpb.NodeInfo {
 		Name: n.Name, Site: n.Site, Rpc: n.RPC, Gossip: n.Gossip, Api: n.API, Admin: n.Admin,
 		Version: n.Version, Feature: uint32(n.Feature), Instance: n.Instance, //nolint:gosec // a small constant
 		StartedUnixMs: n.StartedAt.UnixMilli(),
+		OperatorKey:   n.OperatorKey, OperatorKeyPrevious: n.OperatorKeyPrevious,
 	}
 }
 
@@ -33,7 +34,8 @@ func nodeOf(i *clusterpb.NodeInfo) Node {
 	return Node{
 		Name: i.GetName(), Site: i.GetSite(), RPC: i.GetRpc(), Gossip: i.GetGossip(), API: i.GetApi(),
 		Admin: i.GetAdmin(), Version: i.GetVersion(), Feature: int(i.GetFeature()), Instance: i.GetInstance(),
-		StartedAt: time.UnixMilli(i.GetStartedUnixMs()).UTC(),
+		StartedAt:   time.UnixMilli(i.GetStartedUnixMs()).UTC(),
+		OperatorKey: i.GetOperatorKey(), OperatorKeyPrevious: i.GetOperatorKeyPrevious(),
 	}
 }
 
@@ -55,6 +57,9 @@ func (c *Cluster) awaitMembership(ctx context.Context) error {
 			}
 			if errors.Is(err, ErrNotMember) || ctx.Err() != nil {
 				continue // a seed that waits like us
+			}
+			if errors.Is(err, ErrOperatorKey) {
+				return err // no wait helps; a person must look
 			}
 			words := fmt.Sprintf("seed %s: %v", seed, err)
 			c.waiting.Store(&words)
@@ -198,6 +203,9 @@ func (c *Cluster) mayJoin(ctx context.Context, n Node) error {
 		if _, known := s.Parsed.Sites[n.Site]; !known {
 			return fmt.Errorf("%w: %q; add it under sites with dsnode config apply first (known: %v)", ErrUnknownSite, n.Site, sortedKeys(s.Parsed.Sites))
 		}
+	}
+	if err := s.mayOpen(n); err != nil {
+		return err
 	}
 	old, known := s.Nodes[n.Name]
 	if !known || old.Instance == n.Instance {

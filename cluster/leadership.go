@@ -178,7 +178,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 			case res.err == nil:
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
-				c.lease.committed(res.proposed, c.State().Primary.Epoch)
+				c.lease.committed(res.proposed, fencesOf(c.State()))
 				if !leading && Boottime()-lastCommit <= c.Timing().Lease {
 					lctx, cancelLeading := context.WithCancel(ctx)
 					leading, end = true, cancelLeading

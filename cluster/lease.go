@@ -16,6 +16,10 @@ import (
 // promotion have ended 1.1 L after it, which is how long the new primary waits
 // before it acts. That is the whole proof that two sites never act at once.
 //
+// The ownership of job streams is fenced in the same way, by the index of its
+// newest change (State.Ownership): who holds a lease from after a change knows
+// that there was one, and an adopter waits 1.1 L before it starts anything.
+//
 // All times are Boottime. Every step errs to the short side: a tick counts from
 // before it was proposed, an answer from before it was asked for.
 type lease struct {
@@ -24,8 +28,20 @@ type lease struct {
 	until  time.Duration
 	since  time.Duration // start of the unbroken run up to now
 	held   bool          // ever held since the process started
-	epoch  uint64        // the highest heard of
+	heard  fences        // the highest heard of
 }
+
+// fences are the counters that travel with a lease; they only rise.
+type fences struct {
+	epoch     uint64 // Primary.Epoch
+	ownership uint64 // State.Ownership
+}
+
+func (f fences) merge(o fences) fences {
+	return fences{max(f.epoch, o.epoch), max(f.ownership, o.ownership)}
+}
+
+func fencesOf(s *State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
 
 // setLength sets L, before the first use.
 func (l *lease) setLength(length time.Duration) {
@@ -35,28 +51,28 @@ func (l *lease) setLength(length time.Duration) {
 }
 
 // committed extends the lease on the leader: a tick proposed at `proposed` is
-// committed, while the agreed epoch was at least epoch.
-func (l *lease) committed(proposed time.Duration, epoch uint64) {
+// committed, while the agreed counters were at least known.
+func (l *lease) committed(proposed time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.extend(proposed+l.length, epoch)
+	l.extend(proposed+l.length, known)
 }
 
 // relayed extends the lease by a peer's answer to a ping sent at `sent`, saying
 // that the peer's own lease is good for `left` more.
-func (l *lease) relayed(sent, left time.Duration, epoch uint64) {
+func (l *lease) relayed(sent, left time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	// A peer that claims more than a whole lease is wrong or hostile.
 	if left > l.length {
 		left = 0
 	}
-	l.extend(sent+left, epoch)
+	l.extend(sent+left, known)
 }
 
-func (l *lease) extend(until time.Duration, epoch uint64) {
+func (l *lease) extend(until time.Duration, known fences) {
 	now := Boottime()
-	l.epoch = max(l.epoch, epoch)
+	l.heard = l.heard.merge(known)
 	if until <= l.until || until <= now {
 		return
 	}
@@ -68,11 +84,11 @@ func (l *lease) extend(until time.Duration, epoch uint64) {
 }
 
 // left is how long the lease is still good (zero or less: none), and the
-// highest epoch heard of.
-func (l *lease) left() (time.Duration, uint64) {
+// highest counters heard of.
+func (l *lease) left() (time.Duration, fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.until - Boottime(), l.epoch
+	return l.until - Boottime(), l.heard
 }
 
 // everHeld reports whether there was a lease since the process started; a node

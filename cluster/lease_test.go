@@ -10,23 +10,23 @@ import (
 func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
 	l := &lease{length: time.Minute}
 	now := Boottime()
-	l.committed(now-50*time.Second, 3)
-	left, epoch := l.left()
+	l.committed(now-50*time.Second, fences{epoch: 3})
+	left, heard := l.left()
 	if left > 10*time.Second || left < 9*time.Second {
 		t.Errorf("left %s, want just under 10 s", left)
 	}
-	if epoch != 3 {
-		t.Errorf("epoch %d, want 3", epoch)
+	if heard.epoch != 3 {
+		t.Errorf("epoch %d, want 3", heard.epoch)
 	}
-	l.committed(now-55*time.Second, 2)
-	if again, epoch := l.left(); again > left || epoch != 3 {
-		t.Errorf("an older tick changed the lease to %s, epoch %d", again, epoch)
+	l.committed(now-55*time.Second, fences{epoch: 2})
+	if again, heard := l.left(); again > left || heard.epoch != 3 {
+		t.Errorf("an older tick changed the lease to %s, epoch %d", again, heard.epoch)
 	}
 }
 
 func TestLeaseRefusesMoreThanALease(t *testing.T) {
 	l := &lease{length: time.Minute}
-	l.relayed(Boottime(), time.Hour, 1)
+	l.relayed(Boottime(), time.Hour, fences{epoch: 1})
 	if left, _ := l.left(); left > 0 {
 		t.Errorf("a peer that claims an hour gave %s", left)
 	}
@@ -37,9 +37,9 @@ func TestLeaseRefusesMoreThanALease(t *testing.T) {
 
 func TestLeaseTellsOfAPromotionEvenWithoutTime(t *testing.T) {
 	l := &lease{length: time.Minute}
-	l.relayed(Boottime(), 0, 7)
-	if left, epoch := l.left(); left > 0 || epoch != 7 {
-		t.Errorf("left %s epoch %d, want none and 7", left, epoch)
+	l.relayed(Boottime(), 0, fences{epoch: 7, ownership: 9})
+	if left, heard := l.left(); left > 0 || heard.epoch != 7 || heard.ownership != 9 {
+		t.Errorf("left %s epoch %d, want none and 7", left, heard.epoch)
 	}
 }
 
@@ -49,22 +49,22 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const length = time.Hour
 		leader := &lease{length: length}
-		leader.committed(Boottime()-time.Duration(rapid.Int64Range(0, int64(length)).Draw(t, "age")), 1)
+		leader.committed(Boottime()-time.Duration(rapid.Int64Range(0, int64(length)).Draw(t, "age")), fences{epoch: 1, ownership: 5})
 		from := leader
 		for range rapid.IntRange(1, 5).Draw(t, "hops") {
 			next := &lease{length: length}
 			sent := Boottime() - time.Duration(rapid.Int64Range(0, int64(time.Minute)).Draw(t, "wire"))
-			left, epoch := from.left()
-			next.relayed(sent, left, epoch)
+			left, heard := from.left()
+			next.relayed(sent, left, heard)
 			from = next
 		}
 		atLeader, _ := leader.left()
-		atEnd, epoch := from.left()
+		atEnd, heard := from.left()
 		if atEnd > atLeader+time.Millisecond {
 			t.Fatalf("the relayed lease lasts %s, the leader's %s", atEnd, atLeader)
 		}
-		if epoch != 1 {
-			t.Fatalf("epoch %d was lost on the way", epoch)
+		if heard != (fences{epoch: 1, ownership: 5}) {
+			t.Fatalf("of the counters %+v arrived", heard)
 		}
 	})
 }

@@ -24,6 +24,9 @@ type Health struct {
 // PeerView is what this node knows of another one.
 type PeerView struct {
 	Name, Site string
+	// Via is the node through which this one's connections go now, because it is
+	// not reached directly; empty: they are direct.
+	Via string
 	// Heard says whether the node ever answered a ping of this process; Ago is
 	// how long ago the newest answered ping was sent.
 	Heard bool
@@ -183,12 +186,14 @@ func (c *Cluster) pingPeer(ctx context.Context, name string) {
 func (c *Cluster) ping(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	client, err := c.client(name)
+	client, err := c.mesh.client(name)
 	if err != nil {
-		return err
+		return fmt.Errorf("connect to %s: %w", name, err)
 	}
+	// A ping that waits on the old way would be heard too late on the new one.
+	defer context.AfterFunc(client.replaced, cancel)()
 	sent := Boottime()
-	got, err := client.Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
+	got, err := clusterpb.NewPeerClient(client).Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
 	if err != nil {
 		return fmt.Errorf("ping %s: %w", name, err)
 	}
@@ -197,18 +202,20 @@ func (c *Cluster) ping(ctx context.Context, name string) error {
 	}
 	c.metrics.pingSeconds.Observe((Boottime() - sent).Seconds())
 	c.book.heard(nodeOf(got.GetNode()))
-	c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond, got.GetEpoch())
+	c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
+		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})
 	c.peers.put(name, answer{sent: sent, got: got})
 	return nil
 }
 
 // answerPing is the other side of ping.
 func (c *Cluster) answerPing() *clusterpb.PingResponse {
-	left, epoch := c.lease.left()
+	left, heard := c.lease.left()
+	heard = heard.merge(fencesOf(c.State()))
 	leader, term := c.leader()
 	return &clusterpb.PingResponse{
 		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(),
-		LeaseUs: max(0, left.Microseconds()), Epoch: max(epoch, c.State().Primary.Epoch),
+		LeaseUs: max(0, left.Microseconds()), Epoch: heard.epoch, Ownership: heard.ownership,
 		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(),
 	}
 }
@@ -225,7 +232,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 			n.RPC, n.API, n.Admin, n.Gossip = known.RPC, known.API, known.Admin, known.Gossip
 			n.Instance, n.StartedAt, n.Version = known.Instance, known.StartedAt, known.Version
 		}
-		v := PeerView{Name: name, Site: n.Site, Info: n}
+		v := PeerView{Name: name, Site: n.Site, Info: n, Via: c.mesh.Way(name)}
 		if a, ok := c.peers.get(name); ok {
 			v.fill(a, now)
 		}

@@ -152,7 +152,7 @@ func (c *Cluster) Raft() RaftView {
 	}
 	ok, since := c.lease.quorum()
 	v.Quorum = ok
-	_, v.Epoch = c.lease.left()
+	_, v.Epoch = c.Lease()
 	if ticked := c.fsm.ticked.Load(); ticked != 0 {
 		v.Ticked, v.TickAgo = true, Boottime()-time.Duration(ticked)
 	}

@@ -30,6 +30,17 @@ type State struct {
 	// Drained holds the upstreams that get no new request, by name; every one
 	// was configured when it was drained.
 	Drained map[string]DrainedUpstream `json:"drained,omitempty"`
+	// Purges says which kept answers must not be used any more.
+	Purges CachePurges `json:"cache_purges,omitzero"`
+	// Streams are the job journals that somebody has to execute, by StreamKey.
+	Streams map[string]JobStream `json:"streams,omitempty"`
+	// Ownership is the raft index of the newest change of Streams; it only rises.
+	Ownership uint64 `json:"ownership,omitempty"`
+	// DataKeys are what records are sealed with, oldest first, bounded.
+	DataKeys []DataKey `json:"data_keys,omitempty"`
+	// DataKeysVersion is one higher after each command about data keys: a node
+	// that replays its log tells by it which of two lists is the newer.
+	DataKeysVersion uint64 `json:"data_keys_version,omitempty"`
 	// Drills are the newest rehearsals, oldest first, bounded.
 	Drills []DrillRecord `json:"drills,omitempty"`
 
@@ -71,6 +82,11 @@ type Node struct {
 	Instance  string    `json:"instance"` // random per process start
 	StartedAt time.Time `json:"started_at"`
 	JoinedAt  time.Time `json:"joined_at"`
+	// OperatorKey is the fingerprint of the operator key that the process was
+	// started with, OperatorKeyPrevious of the one that it can still open things
+	// with. Neither says anything about the key.
+	OperatorKey         string `json:"operator_key,omitempty"`
+	OperatorKeyPrevious string `json:"operator_key_previous,omitempty"`
 }
 
 // ConfigVersion is a cluster.yaml as it was written, and who wrote it.

@@ -27,19 +27,21 @@ const (
 )
 
 type NodeInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Site          string                 `protobuf:"bytes,2,opt,name=site,proto3" json:"site,omitempty"`
-	Rpc           string                 `protobuf:"bytes,3,opt,name=rpc,proto3" json:"rpc,omitempty"`
-	Gossip        string                 `protobuf:"bytes,4,opt,name=gossip,proto3" json:"gossip,omitempty"`
-	Api           string                 `protobuf:"bytes,5,opt,name=api,proto3" json:"api,omitempty"`
-	Admin         string                 `protobuf:"bytes,6,opt,name=admin,proto3" json:"admin,omitempty"`
-	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
-	Feature       uint32                 `protobuf:"varint,8,opt,name=feature,proto3" json:"feature,omitempty"`
-	Instance      string                 `protobuf:"bytes,9,opt,name=instance,proto3" json:"instance,omitempty"` // random for each process start
-	StartedUnixMs int64                  `protobuf:"varint,10,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Name                string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Site                string                 `protobuf:"bytes,2,opt,name=site,proto3" json:"site,omitempty"`
+	Rpc                 string                 `protobuf:"bytes,3,opt,name=rpc,proto3" json:"rpc,omitempty"`
+	Gossip              string                 `protobuf:"bytes,4,opt,name=gossip,proto3" json:"gossip,omitempty"`
+	Api                 string                 `protobuf:"bytes,5,opt,name=api,proto3" json:"api,omitempty"`
+	Admin               string                 `protobuf:"bytes,6,opt,name=admin,proto3" json:"admin,omitempty"`
+	Version             string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Feature             uint32                 `protobuf:"varint,8,opt,name=feature,proto3" json:"feature,omitempty"`
+	Instance            string                 `protobuf:"bytes,9,opt,name=instance,proto3" json:"instance,omitempty"` // random for each process start
+	StartedUnixMs       int64                  `protobuf:"varint,10,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"`
+	OperatorKey         string                 `protobuf:"bytes,11,opt,name=operator_key,json=operatorKey,proto3" json:"operator_key,omitempty"`                           // fingerprint of the operator key, and of the one
+	OperatorKeyPrevious string                 `protobuf:"bytes,12,opt,name=operator_key_previous,json=operatorKeyPrevious,proto3" json:"operator_key_previous,omitempty"` // before it that still opens things
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *NodeInfo) Reset() {
@@ -140,6 +142,20 @@ func (x *NodeInfo) GetStartedUnixMs() int64 {
 		return x.StartedUnixMs
 	}
 	return 0
+}
+
+func (x *NodeInfo) GetOperatorKey() string {
+	if x != nil {
+		return x.OperatorKey
+	}
+	return ""
+}
+
+func (x *NodeInfo) GetOperatorKeyPrevious() string {
+	if x != nil {
+		return x.OperatorKeyPrevious
+	}
+	return ""
 }
 
 type JoinRequest struct {
@@ -714,6 +730,7 @@ type PingResponse struct {
 	// It travels with the lease: who holds a lease from after a promotion knows of
 	// the promotion.
 	Epoch         uint64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Ownership     uint64 `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -807,6 +824,13 @@ func (x *PingResponse) GetPausedMs() int64 {
 func (x *PingResponse) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PingResponse) GetOwnership() uint64 {
+	if x != nil {
+		return x.Ownership
 	}
 	return 0
 }
@@ -1019,11 +1043,167 @@ func (x *ReleaseResponse) GetRefused() *Refusal {
 	return nil
 }
 
+type CarriedKeysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarriedKeysRequest) Reset() {
+	*x = CarriedKeysRequest{}
+	mi := &file_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarriedKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarriedKeysRequest) ProtoMessage() {}
+
+func (x *CarriedKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarriedKeysRequest.ProtoReflect.Descriptor instead.
+func (*CarriedKeysRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *CarriedKeysRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+type CarriedKeysResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Carried       []*CarriedKey          `protobuf:"bytes,2,rep,name=carried,proto3" json:"carried,omitempty"` // keys that nothing is sealed with may be absent
+	Refused       *Refusal               `protobuf:"bytes,3,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarriedKeysResponse) Reset() {
+	*x = CarriedKeysResponse{}
+	mi := &file_cluster_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarriedKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarriedKeysResponse) ProtoMessage() {}
+
+func (x *CarriedKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarriedKeysResponse.ProtoReflect.Descriptor instead.
+func (*CarriedKeysResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *CarriedKeysResponse) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *CarriedKeysResponse) GetCarried() []*CarriedKey {
+	if x != nil {
+		return x.Carried
+	}
+	return nil
+}
+
+func (x *CarriedKeysResponse) GetRefused() *Refusal {
+	if x != nil {
+		return x.Refused
+	}
+	return nil
+}
+
+type CarriedKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"` // id of the data key
+	Records       int64                  `protobuf:"varint,2,opt,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CarriedKey) Reset() {
+	*x = CarriedKey{}
+	mi := &file_cluster_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CarriedKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CarriedKey) ProtoMessage() {}
+
+func (x *CarriedKey) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CarriedKey.ProtoReflect.Descriptor instead.
+func (*CarriedKey) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *CarriedKey) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *CarriedKey) GetRecords() int64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
 var File_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\rcluster.proto\x12\x11dsnode.cluster.v1\"\xfc\x01\n" +
+	"\rcluster.proto\x12\x11dsnode.cluster.v1\"\xd3\x02\n" +
 	"\bNodeInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04site\x18\x02 \x01(\tR\x04site\x12\x10\n" +
@@ -1035,7 +1215,9 @@ const file_cluster_proto_rawDesc = "" +
 	"\afeature\x18\b \x01(\rR\afeature\x12\x1a\n" +
 	"\binstance\x18\t \x01(\tR\binstance\x12&\n" +
 	"\x0fstarted_unix_ms\x18\n" +
-	" \x01(\x03R\rstartedUnixMs\"t\n" +
+	" \x01(\x03R\rstartedUnixMs\x12!\n" +
+	"\foperator_key\x18\v \x01(\tR\voperatorKey\x122\n" +
+	"\x15operator_key_previous\x18\f \x01(\tR\x13operatorKeyPrevious\"t\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x12\x1c\n" +
@@ -1079,7 +1261,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\vPingRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
-	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xb4\x02\n" +
+	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xd2\x02\n" +
 	"\fPingResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
@@ -1089,7 +1271,9 @@ const file_cluster_proto_rawDesc = "" +
 	"\x06leader\x18\x06 \x01(\tR\x06leader\x12\x12\n" +
 	"\x04term\x18\a \x01(\x04R\x04term\x12\x1b\n" +
 	"\tpaused_ms\x18\b \x01(\x03R\bpausedMs\x12\x14\n" +
-	"\x05epoch\x18\t \x01(\x04R\x05epoch\"6\n" +
+	"\x05epoch\x18\t \x01(\x04R\x05epoch\x12\x1c\n" +
+	"\townership\x18\n" +
+	" \x01(\x04R\townership\"6\n" +
 	"\fYieldRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"]\n" +
@@ -1103,13 +1287,24 @@ const file_cluster_proto_rawDesc = "" +
 	"switchover\"_\n" +
 	"\x0fReleaseResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
-	"\arefused\x18\x02 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused2\x88\x03\n" +
+	"\arefused\x18\x02 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\",\n" +
+	"\x12CarriedKeysRequest\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\x9c\x01\n" +
+	"\x13CarriedKeysResponse\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x127\n" +
+	"\acarried\x18\x02 \x03(\v2\x1d.dsnode.cluster.v1.CarriedKeyR\acarried\x124\n" +
+	"\arefused\x18\x03 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\"8\n" +
+	"\n" +
+	"CarriedKey\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
+	"\arecords\x18\x02 \x01(\x03R\arecords2\xe6\x03\n" +
 	"\x04Peer\x12G\n" +
 	"\x04Join\x12\x1e.dsnode.cluster.v1.JoinRequest\x1a\x1f.dsnode.cluster.v1.JoinResponse\x12P\n" +
 	"\aPropose\x12!.dsnode.cluster.v1.ProposeRequest\x1a\".dsnode.cluster.v1.ProposeResponse\x12G\n" +
 	"\x04Ping\x12\x1e.dsnode.cluster.v1.PingRequest\x1a\x1f.dsnode.cluster.v1.PingResponse\x12J\n" +
 	"\x05Yield\x12\x1f.dsnode.cluster.v1.YieldRequest\x1a .dsnode.cluster.v1.YieldResponse\x12P\n" +
-	"\aRelease\x12!.dsnode.cluster.v1.ReleaseRequest\x1a\".dsnode.cluster.v1.ReleaseResponseB,Z*github.com/dsnode/dsnode/cluster/clusterpbb\x06proto3"
+	"\aRelease\x12!.dsnode.cluster.v1.ReleaseRequest\x1a\".dsnode.cluster.v1.ReleaseResponse\x12\\\n" +
+	"\vCarriedKeys\x12%.dsnode.cluster.v1.CarriedKeysRequest\x1a&.dsnode.cluster.v1.CarriedKeysResponseB,Z*github.com/dsnode/dsnode/cluster/clusterpbb\x06proto3"
 
 var (
 	file_cluster_proto_rawDescOnce sync.Once
@@ -1123,22 +1318,25 @@ func file_cluster_proto_rawDescGZIP() []byte {
 	return file_cluster_proto_rawDescData
 }
 
-var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_cluster_proto_goTypes = []any{
-	(*NodeInfo)(nil),        // 0: dsnode.cluster.v1.NodeInfo
-	(*JoinRequest)(nil),     // 1: dsnode.cluster.v1.JoinRequest
-	(*JoinResponse)(nil),    // 2: dsnode.cluster.v1.JoinResponse
-	(*Refusal)(nil),         // 3: dsnode.cluster.v1.Refusal
-	(*ProposeRequest)(nil),  // 4: dsnode.cluster.v1.ProposeRequest
-	(*ProposeResponse)(nil), // 5: dsnode.cluster.v1.ProposeResponse
-	(*Health)(nil),          // 6: dsnode.cluster.v1.Health
-	(*Heard)(nil),           // 7: dsnode.cluster.v1.Heard
-	(*PingRequest)(nil),     // 8: dsnode.cluster.v1.PingRequest
-	(*PingResponse)(nil),    // 9: dsnode.cluster.v1.PingResponse
-	(*YieldRequest)(nil),    // 10: dsnode.cluster.v1.YieldRequest
-	(*YieldResponse)(nil),   // 11: dsnode.cluster.v1.YieldResponse
-	(*ReleaseRequest)(nil),  // 12: dsnode.cluster.v1.ReleaseRequest
-	(*ReleaseResponse)(nil), // 13: dsnode.cluster.v1.ReleaseResponse
+	(*NodeInfo)(nil),            // 0: dsnode.cluster.v1.NodeInfo
+	(*JoinRequest)(nil),         // 1: dsnode.cluster.v1.JoinRequest
+	(*JoinResponse)(nil),        // 2: dsnode.cluster.v1.JoinResponse
+	(*Refusal)(nil),             // 3: dsnode.cluster.v1.Refusal
+	(*ProposeRequest)(nil),      // 4: dsnode.cluster.v1.ProposeRequest
+	(*ProposeResponse)(nil),     // 5: dsnode.cluster.v1.ProposeResponse
+	(*Health)(nil),              // 6: dsnode.cluster.v1.Health
+	(*Heard)(nil),               // 7: dsnode.cluster.v1.Heard
+	(*PingRequest)(nil),         // 8: dsnode.cluster.v1.PingRequest
+	(*PingResponse)(nil),        // 9: dsnode.cluster.v1.PingResponse
+	(*YieldRequest)(nil),        // 10: dsnode.cluster.v1.YieldRequest
+	(*YieldResponse)(nil),       // 11: dsnode.cluster.v1.YieldResponse
+	(*ReleaseRequest)(nil),      // 12: dsnode.cluster.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),     // 13: dsnode.cluster.v1.ReleaseResponse
+	(*CarriedKeysRequest)(nil),  // 14: dsnode.cluster.v1.CarriedKeysRequest
+	(*CarriedKeysResponse)(nil), // 15: dsnode.cluster.v1.CarriedKeysResponse
+	(*CarriedKey)(nil),          // 16: dsnode.cluster.v1.CarriedKey
 }
 var file_cluster_proto_depIdxs = []int32{
 	0,  // 0: dsnode.cluster.v1.JoinRequest.node:type_name -> dsnode.cluster.v1.NodeInfo
@@ -1152,21 +1350,25 @@ var file_cluster_proto_depIdxs = []int32{
 	7,  // 8: dsnode.cluster.v1.PingResponse.heard:type_name -> dsnode.cluster.v1.Heard
 	3,  // 9: dsnode.cluster.v1.YieldResponse.refused:type_name -> dsnode.cluster.v1.Refusal
 	3,  // 10: dsnode.cluster.v1.ReleaseResponse.refused:type_name -> dsnode.cluster.v1.Refusal
-	1,  // 11: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
-	4,  // 12: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
-	8,  // 13: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
-	10, // 14: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
-	12, // 15: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
-	2,  // 16: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
-	5,  // 17: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
-	9,  // 18: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
-	11, // 19: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
-	13, // 20: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
-	16, // [16:21] is the sub-list for method output_type
-	11, // [11:16] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	16, // 11: dsnode.cluster.v1.CarriedKeysResponse.carried:type_name -> dsnode.cluster.v1.CarriedKey
+	3,  // 12: dsnode.cluster.v1.CarriedKeysResponse.refused:type_name -> dsnode.cluster.v1.Refusal
+	1,  // 13: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
+	4,  // 14: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
+	8,  // 15: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
+	10, // 16: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
+	12, // 17: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
+	14, // 18: dsnode.cluster.v1.Peer.CarriedKeys:input_type -> dsnode.cluster.v1.CarriedKeysRequest
+	2,  // 19: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
+	5,  // 20: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
+	9,  // 21: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
+	11, // 22: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
+	13, // 23: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
+	15, // 24: dsnode.cluster.v1.Peer.CarriedKeys:output_type -> dsnode.cluster.v1.CarriedKeysResponse
+	19, // [19:25] is the sub-list for method output_type
+	13, // [13:19] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_cluster_proto_init() }
@@ -1180,7 +1382,7 @@ func file_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_proto_rawDesc), len(file_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

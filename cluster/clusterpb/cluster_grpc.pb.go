@@ -24,11 +24,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Peer_Join_FullMethodName    = "/dsnode.cluster.v1.Peer/Join"
-	Peer_Propose_FullMethodName = "/dsnode.cluster.v1.Peer/Propose"
-	Peer_Ping_FullMethodName    = "/dsnode.cluster.v1.Peer/Ping"
-	Peer_Yield_FullMethodName   = "/dsnode.cluster.v1.Peer/Yield"
-	Peer_Release_FullMethodName = "/dsnode.cluster.v1.Peer/Release"
+	Peer_Join_FullMethodName        = "/dsnode.cluster.v1.Peer/Join"
+	Peer_Propose_FullMethodName     = "/dsnode.cluster.v1.Peer/Propose"
+	Peer_Ping_FullMethodName        = "/dsnode.cluster.v1.Peer/Ping"
+	Peer_Yield_FullMethodName       = "/dsnode.cluster.v1.Peer/Yield"
+	Peer_Release_FullMethodName     = "/dsnode.cluster.v1.Peer/Release"
+	Peer_CarriedKeys_FullMethodName = "/dsnode.cluster.v1.Peer/CarriedKeys"
 )
 
 // PeerClient is the client API for Peer service.
@@ -47,6 +48,8 @@ type PeerClient interface {
 	// Release asks a node of the primary site to end what it runs as primary,
 	// for the switchover in progress, and answers once it has.
 	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
+	// CarriedKeys asks how much is sealed with each data key here.
+	CarriedKeys(ctx context.Context, in *CarriedKeysRequest, opts ...grpc.CallOption) (*CarriedKeysResponse, error)
 }
 
 type peerClient struct {
@@ -107,6 +110,16 @@ func (c *peerClient) Release(ctx context.Context, in *ReleaseRequest, opts ...gr
 	return out, nil
 }
 
+func (c *peerClient) CarriedKeys(ctx context.Context, in *CarriedKeysRequest, opts ...grpc.CallOption) (*CarriedKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CarriedKeysResponse)
+	err := c.cc.Invoke(ctx, Peer_CarriedKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // PeerServer is the server API for Peer service.
 // All implementations must embed UnimplementedPeerServer
 // for forward compatibility.
@@ -123,6 +136,8 @@ type PeerServer interface {
 	// Release asks a node of the primary site to end what it runs as primary,
 	// for the switchover in progress, and answers once it has.
 	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
+	// CarriedKeys asks how much is sealed with each data key here.
+	CarriedKeys(context.Context, *CarriedKeysRequest) (*CarriedKeysResponse, error)
 	mustEmbedUnimplementedPeerServer()
 }
 
@@ -147,6 +162,9 @@ func (UnimplementedPeerServer) Yield(context.Context, *YieldRequest) (*YieldResp
 }
 func (UnimplementedPeerServer) Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Release not implemented")
+}
+func (UnimplementedPeerServer) CarriedKeys(context.Context, *CarriedKeysRequest) (*CarriedKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CarriedKeys not implemented")
 }
 func (UnimplementedPeerServer) mustEmbedUnimplementedPeerServer() {}
 func (UnimplementedPeerServer) testEmbeddedByValue()              {}
@@ -259,6 +277,24 @@ func _Peer_Release_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peer_CarriedKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CarriedKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeerServer).CarriedKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peer_CarriedKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeerServer).CarriedKeys(ctx, req.(*CarriedKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Peer_ServiceDesc is the grpc.ServiceDesc for Peer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -285,6 +321,10 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Release",
 			Handler:    _Peer_Release_Handler,
+		},
+		{
+			MethodName: "CarriedKeys",
+			Handler:    _Peer_CarriedKeys_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,58 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dsnode/dsnode/cluster/clusterpb"
+)
+
+// OnCarried sets what answers a peer's question how many records of this node
+// are sealed with each data key, by the key's id; before Run.
+func (c *Cluster) OnCarried(carried func(context.Context) (map[string]int64, error)) {
+	c.carried = carried
+}
+
+// Carried asks a node, which may be this one, how many of its records are sealed
+// with each data key, by the key's id. Keys that no record is sealed with may be
+// absent.
+func (c *Cluster) Carried(ctx context.Context, node string) (map[string]int64, error) {
+	if node == c.opts.Name {
+		return c.carried(ctx)
+	}
+	client, err := c.client(node)
+	if err != nil {
+		return nil, err
+	}
+	got, err := client.CarriedKeys(ctx, &clusterpb.CarriedKeysRequest{Format: rpcFormat})
+	if err != nil {
+		return nil, fmt.Errorf("ask %s which data keys it carries: %w", node, err)
+	}
+	if err := unrefuse(got.GetRefused()); err != nil {
+		return nil, err
+	}
+	counts := make(map[string]int64, len(got.GetCarried()))
+	for _, k := range got.GetCarried() {
+		counts[k.GetKey()] = k.GetRecords()
+	}
+	return counts, nil
+}
+
+// CarriedKeys says what this node has sealed with which data key.
+func (s *peerServer) CarriedKeys(ctx context.Context, _ *clusterpb.CarriedKeysRequest) (*clusterpb.CarriedKeysResponse, error) {
+	counts, err := s.c.carried(ctx)
+	if err != nil {
+		if no := refusal(err); no != nil {
+			return &clusterpb.CarriedKeysResponse{Format: rpcFormat, Refused: no}, nil
+		}
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	resp := &clusterpb.CarriedKeysResponse{Format: rpcFormat}
+	for _, id := range sortedKeys(counts) {
+		resp.Carried = append(resp.Carried, &clusterpb.CarriedKey{Key: id, Records: counts[id]})
+	}
+	return resp, nil
+}
