@@ -18,6 +18,7 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
@@ -63,6 +64,9 @@ type Options struct {
 	// until it says no: while it says why, this leader commits no tick, so
 	// nobody gets a lease, and refuses changes with ErrQuarantined. Nil: never.
 	Quarantined func() (why string, quarantined bool)
+	// Services registers what else is served to peers on the rpc port; nil:
+	// nothing. Handlers learn who calls from PeerFromContext.
+	Services func(grpc.ServiceRegistrar)
 }
 
 // Cluster is this node's part in the cluster.

@@ -27,6 +27,9 @@ func (c *Cluster) serveRPC(ctx context.Context) error {
 		grpc.MaxRecvMsgSize(maxRPCBytes), grpc.MaxConcurrentStreams(1024),
 		grpc.UnaryInterceptor(c.metrics.observeRPC))...)
 	clusterpb.RegisterPeerServer(s, &peerServer{c: c})
+	if c.opts.Services != nil {
+		c.opts.Services(s)
+	}
 	g := errgroup.Group{}
 	g.Go(func() error {
 		err := s.Serve(c.mesh.Listener(KindGRPC))
