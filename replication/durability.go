@@ -1,0 +1,79 @@
+package replication
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// ErrImpossible means that the cluster as configured can't give a durability,
+// whoever is alive.
+var ErrImpossible = errors.New("the cluster can't give this durability")
+
+// Member is a node of the cluster as this node sees it.
+type Member struct {
+	Node, Site, City string
+	// Heard says whether the node answers pings at present. The node itself is
+	// always heard.
+	Heard bool
+	// Hears are the nodes that it hears in turn, as far as it has said so.
+	Hears map[string]bool
+}
+
+// levels are the durabilities, weakest first.
+var levels = [...]journal.Durability{
+	journal.DurableNode, journal.DurableSite, journal.DurableTwoSites, journal.DurableTwoCities,
+}
+
+func levelIndex(level journal.Durability) int {
+	for i, l := range levels {
+		if l == level {
+			return i
+		}
+	}
+	return -1
+}
+
+// counts reports whether a copy at other makes a record of writer durable to the
+// level, beside the writer's own.
+func counts(level journal.Durability, writer, other Member) bool {
+	switch level {
+	case journal.DurableNode:
+		return writer.Node == other.Node
+	case journal.DurableSite:
+		return writer.Node != other.Node && writer.Site == other.Site
+	case journal.DurableTwoSites:
+		return writer.Site != other.Site
+	case journal.DurableTwoCities:
+		return writer.City != other.City
+	}
+	return false
+}
+
+// Satisfied reports whether a record that writer and the holders have on their
+// disks is durable to the level. The writer's own copy is part of each level.
+func Satisfied(level journal.Durability, writer Member, holders []Member) bool {
+	own, other := false, false
+	for _, h := range holders {
+		own = own || h.Node == writer.Node
+		other = other || counts(level, writer, h)
+	}
+	return own && other
+}
+
+// possible says whether some of the members can make a record of self durable to
+// the level.
+func possible(level journal.Durability, self Member, members []Member) error {
+	switch {
+	case levelIndex(level) < 0:
+		return fmt.Errorf("%w: %q is none", ErrImpossible, level)
+	case Satisfied(level, self, append(members[:len(members):len(members)], self)):
+		return nil
+	case level == journal.DurableSite:
+		return fmt.Errorf("%w: %q needs a second node in site %s", ErrImpossible, level, self.Site)
+	case level == journal.DurableTwoSites:
+		return fmt.Errorf("%w: %q needs a node in a second site", ErrImpossible, level)
+	}
+	return fmt.Errorf("%w: %q needs a node in a second city", ErrImpossible, level)
+}

@@ -1,0 +1,95 @@
+package replication
+
+import (
+	"context"
+	"slices"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/replication/replicationpb"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// wireFormat is the version of the messages that this build speaks.
+const wireFormat = 1
+
+// server is the rpc face of a Replication.
+type server struct {
+	replicationpb.UnimplementedReplicationServer
+	r *Replication
+}
+
+// callerOf names a peer as cluster's mesh knows it.
+func callerOf(ctx context.Context) (string, bool) {
+	id, ok := cluster.PeerFromContext(ctx)
+	return id.Node, ok
+}
+
+// caller gives the member that calls.
+func (s *server) caller(ctx context.Context, format uint32) (string, error) {
+	node, ok := s.r.opts.Caller(ctx)
+	if !ok {
+		return "", status.Error(codes.Unauthenticated, "no peer identity")
+	}
+	if format > wireFormat {
+		return "", status.Errorf(codes.FailedPrecondition, "replication format %d, this node reads %d", format, wireFormat)
+	}
+	if !slices.ContainsFunc(s.r.opts.Members(), func(m Member) bool { return m.Node == node }) {
+		return "", status.Errorf(codes.PermissionDenied, "node %s is no member", node)
+	}
+	return node, nil
+}
+
+func wireStream(s journal.Stream) *replicationpb.Stream {
+	return &replicationpb.Stream{Origin: s.Origin, Incarnation: s.Incarnation[:]}
+}
+
+func readStream(s *replicationpb.Stream) (journal.Stream, error) {
+	origin, inc := s.GetOrigin(), s.GetIncarnation()
+	if origin == "" || len(origin) > journal.MaxOrigin || len(inc) != len(journal.Incarnation{}) {
+		return journal.Stream{}, status.Error(codes.InvalidArgument, "a stream without a name")
+	}
+	return journal.Stream{Origin: origin, Incarnation: journal.Incarnation(inc)}, nil
+}
+
+func wireEnds(ends map[journal.Stream]uint64) []*replicationpb.StreamSeq {
+	out := make([]*replicationpb.StreamSeq, 0, len(ends))
+	for s, seq := range ends {
+		out = append(out, &replicationpb.StreamSeq{Stream: wireStream(s), Seq: seq})
+	}
+	return out
+}
+
+func readEnds(ends []*replicationpb.StreamSeq) (map[journal.Stream]uint64, error) {
+	out := make(map[journal.Stream]uint64, len(ends))
+	for _, e := range ends {
+		s, err := readStream(e.GetStream())
+		if err != nil {
+			return nil, err
+		}
+		out[s] = e.GetSeq()
+	}
+	return out, nil
+}
+
+func wireMarks(m Marks) []*replicationpb.HolderMarks {
+	out := make([]*replicationpb.HolderMarks, 0, len(m))
+	for holder, h := range m {
+		out = append(out, &replicationpb.HolderMarks{Holder: holder, Epoch: h.Epoch, Marks: wireEnds(h.Ends)})
+	}
+	return out
+}
+
+func readMarks(told []*replicationpb.HolderMarks) (Marks, error) {
+	out := make(Marks, len(told))
+	for _, h := range told {
+		ends, err := readEnds(h.GetMarks())
+		if err != nil {
+			return nil, err
+		}
+		out[h.GetHolder()] = Held{Epoch: h.GetEpoch(), Ends: ends}
+	}
+	return out, nil
+}
