@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/bits"
 	"slices"
 	"strings"
 	"time"
@@ -239,7 +240,7 @@ func decodeBody(body []byte) (r Record, err error) {
 	var attempt uint64
 	for _, field := range []*uint64{&r.Token.Generation, &r.Token.Index, &attempt} {
 		v, n := binary.Uvarint(rest)
-		if n <= 0 {
+		if n <= 0 || n != uvarintSize(v) { // one record, one form
 			return r, fmt.Errorf("%w: a number that does not end", ErrDamaged)
 		}
 		*field, rest = v, rest[n:]
@@ -253,9 +254,31 @@ func decodeBody(body []byte) (r Record, err error) {
 	if len(r.Payload) == 0 {
 		r.Payload = nil
 	}
-	switch {
-	case !r.Kind.known(), r.Rank > maxRank, (r.Rank > 0) != (r.Kind == Finished), r.Seq == 0, uint64(r.Attempt) != attempt, origin == 0, origin > MaxOrigin, len(r.Payload) > MaxPayload:
+	if uint64(r.Attempt) != attempt || len(r.Payload) > MaxPayload || origin > MaxOrigin {
 		return r, fmt.Errorf("%w: a field is out of its range", ErrDamaged)
 	}
-	return r, nil
+	return r, r.check()
+}
+
+// lengthOf is the length of the whole frame at the start of b, which was
+// checked before.
+func lengthOf(b []byte) int { return frameHeader + int(binary.BigEndian.Uint32(b)) }
+
+// frameSize is the length of the frame that AppendFrame makes.
+func frameSize(r *Record) int {
+	return frameHeader + fixedBytes + uvarintSize(r.Token.Generation) + uvarintSize(r.Token.Index) +
+		uvarintSize(uint64(r.Attempt)) + 1 + len(r.Stream.Origin) + len(r.Payload)
+}
+
+func uvarintSize(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }
+
+// check says whether the record can be written and read again.
+func (r *Record) check() error {
+	switch {
+	case len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin:
+		return fmt.Errorf("%w: %d bytes of payload, origin of %d bytes", ErrTooLarge, len(r.Payload), len(r.Stream.Origin))
+	case !r.Kind.known(), r.Rank > maxRank, (r.Rank > 0) != (r.Kind == Finished), r.Seq == 0, r.Stream.Origin == "":
+		return fmt.Errorf("%w: a field is out of its range", ErrDamaged)
+	}
+	return nil
 }

@@ -1,0 +1,248 @@
+package journal
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// A stream that is damaged keeps its good beginning. What is behind the damage
+// is moved aside, and a note says how far it reached, until peers have given it
+// again or an operator has accepted the loss.
+const (
+	damageFile    = "damage.json"
+	damageFormat  = 1
+	damagedSuffix = ".damaged"
+)
+
+type damageNote struct {
+	Format  int    `json:"format"`
+	From    uint64 `json:"from"`    // the first record that is missing
+	Through uint64 `json:"through"` // the last one that is known to have been there
+}
+
+func readDamage(dir string) (n damageNote, err error) {
+	b, err := os.ReadFile(filepath.Join(dir, damageFile))
+	if isNotExist(err) {
+		return n, nil
+	}
+	if err != nil {
+		return n, err
+	}
+	if err := json.Unmarshal(b, &n); err != nil {
+		return n, fmt.Errorf("%w: %s: %w", ErrDamaged, damageFile, err)
+	}
+	if n.Format > damageFormat {
+		return n, fmt.Errorf("%w: %s has format %d", ErrNewerFormat, damageFile, n.Format)
+	}
+	return n, nil
+}
+
+// cutDamaged ends the stream in front of the damage in segment i; g is its good
+// part, nil when there is none. Every step can be repeated after a crash.
+func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
+	l, s := r.l, r.s
+	end := r.files[i] - 1
+	if g != nil {
+		end = g.last
+	} else if len(s.segments) > 0 {
+		end = s.last().last
+	}
+	note := damageNote{Format: damageFormat, From: end + 1, Through: max(s.damaged, r.known.Durable, end+1)}
+	for j := i; j < len(r.files); j++ {
+		note.Through = max(note.Through, r.files[j]-1)
+		if err := salvage(l.disk, r.path(j), s.id, func(rec *Record) error {
+			note.Through = max(note.Through, rec.Seq)
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	l.metrics.damaged.Inc()
+	l.log.Error("a stream is damaged; it is cut, and what is missing must come from other nodes",
+		"stream", s.id.String(), "from", note.From, "through", note.Through, "segment", r.path(i), "err", trouble)
+	b, err := json.Marshal(note)
+	if err != nil {
+		return err
+	}
+	if err := l.replaceFile(filepath.Join(s.dir, damageFile), b); err != nil {
+		return err
+	}
+	s.damaged = note.Through
+	for j := len(r.files) - 1; j > i; j-- {
+		if err := l.disk.rename(r.path(j), asideName(r.path(j))); err != nil {
+			return err
+		}
+		if err := l.disk.syncDir(s.dir); err != nil {
+			return err
+		}
+	}
+	if g == nil {
+		if err := l.disk.rename(r.path(i), asideName(r.path(i))); err != nil {
+			return err
+		}
+		return l.disk.syncDir(s.dir)
+	}
+	if err := r.keepPrefix(g); err != nil {
+		return err
+	}
+	s.segments = append(s.segments, g)
+	return nil
+}
+
+// keepPrefix leaves the good part of a segment under its name, and the whole of
+// it aside.
+func (r *recovery) keepPrefix(g *segment) error {
+	l := r.l
+	from, err := l.disk.open(g.path, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = from.Close() }() // only read from
+	temp := g.path + tempSuffix
+	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return err
+	}
+	if err = copyBytes(to, from, 0, g.size); err == nil {
+		err = to.sync()
+	}
+	if err = errors.Join(err, to.Close()); err != nil {
+		return err
+	}
+	if err := os.Link(g.path, asideName(g.path)); err != nil {
+		return err
+	}
+	if err := l.disk.rename(temp, g.path); err != nil {
+		return err
+	}
+	return l.disk.syncDir(r.s.dir)
+}
+
+// asideName is a free name for a damaged segment.
+func asideName(path string) string {
+	for i := 0; ; i++ {
+		name := fmt.Sprintf("%s.%d%s", path, i, damagedSuffix)
+		if _, err := os.Lstat(name); isNotExist(err) {
+			return name
+		}
+	}
+}
+
+// salvage calls fn with every record of a file that can be read, whatever lies
+// in between. A disk that refuses a part ends it there.
+func salvage(d disk, path string, id Stream, fn func(*Record) error) error {
+	f, err := d.open(path, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }() // only read from
+	size, err := f.size()
+	if err != nil {
+		return err
+	}
+	var stop error
+	for at := int64(0); ; {
+		mark, found, err := nextMark(f, id, at, size)
+		if err != nil || !found {
+			return nil
+		}
+		at, err = walk(f, id, mark, size, func(_ int64, _ []byte, r *Record) error {
+			stop = fn(r)
+			return stop
+		})
+		if stop != nil {
+			return stop
+		}
+		if err == nil {
+			return nil
+		}
+		at++
+	}
+}
+
+// Salvage calls fn with the records behind a stream's damage that can still be
+// read, in no order and some perhaps twice. Their payloads are valid only inside.
+func (l *Log) Salvage(id Stream, fn func(*Record) error) error {
+	s, err := l.find(id)
+	if err != nil {
+		return err
+	}
+	names, err := asides(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := salvage(l.disk, filepath.Join(s.dir, name), id, fn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func asides(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), damagedSuffix) {
+			names = append(names, e.Name())
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// AcceptLoss ends a stream where it was cut: an operator has decided that what
+// was behind the damage need not come back. It goes on like any other.
+func (l *Log) AcceptLoss(id Stream) error {
+	s, err := l.find(id)
+	if err != nil {
+		return err
+	}
+	s.write.Lock()
+	defer s.write.Unlock()
+	if s.gone {
+		return fmt.Errorf("%w: %s", ErrNoStream, id)
+	}
+	e := s.end()
+	if e.Damaged == 0 {
+		return nil
+	}
+	l.log.Warn("the loss of records was accepted", "stream", id.String(), "from", e.Durable+1, "through", e.Damaged)
+	if err := l.heal(s); err != nil {
+		return l.setFailed("accept a loss", err)
+	}
+	return nil
+}
+
+// heal forgets a stream's damage.
+func (l *Log) heal(s *stream) error {
+	if err := l.disk.remove(filepath.Join(s.dir, damageFile)); err != nil && !isNotExist(err) {
+		return err
+	}
+	if err := l.disk.syncDir(s.dir); err != nil {
+		return err
+	}
+	names, err := asides(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := l.disk.remove(filepath.Join(s.dir, name)); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	s.damaged = 0
+	s.mu.Unlock()
+	l.moved.give()
+	l.log.Info("a damaged stream is whole again", "stream", s.id.String())
+	return nil
+}

@@ -1,0 +1,186 @@
+package journal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+func testOptions(dir string) Options {
+	return Options{
+		Dir:        filepath.Join(dir, "journal"),
+		Clock:      NewHLC(time.Now, 10*time.Minute),
+		Logger:     slog.New(slog.DiscardHandler),
+		Registerer: prometheus.NewRegistry(),
+		FreeFloor:  -1,
+	}
+}
+
+func mustOpen(t testing.TB, o Options) *Log {
+	t.Helper()
+	o.Registerer = prometheus.NewRegistry()
+	l, err := Open(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() }) // a test that cares has closed it
+	return l
+}
+
+func mustClose(t testing.TB, l *Log) {
+	t.Helper()
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func streamOf(n byte) Stream { return Stream{Origin: fmt.Sprintf("node-%d", n), Incarnation: Incarnation{15: n}} }
+
+func mustCreate(t testing.TB, l *Log, id Stream) {
+	t.Helper()
+	if err := l.Create(context.Background(), id); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// started is a record without a payload's meaning: the journal never opens one.
+func started(job byte, payload string) Record {
+	r := Record{Kind: Started, Job: JobID{job}, Attempt: 1, Token: Token{1, 300}}
+	if payload != "" {
+		r.Payload = []byte(payload)
+	}
+	return r
+}
+
+func mustAppend(t testing.TB, l *Log, id Stream, records ...Record) uint64 {
+	t.Helper()
+	last, err := l.Append(context.Background(), id, records)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return last
+}
+
+// records reads all of a stream from a seq on.
+func recordsOf(t testing.TB, l *Log, id Stream, from uint64) []Record {
+	t.Helper()
+	var all []Record
+	for {
+		frames, next, err := l.Read(id, from, 1000)
+		if err != nil {
+			t.Fatalf("read %s from %d: %v", id, from, err)
+		}
+		if next == from {
+			return all
+		}
+		for len(frames) > 0 {
+			var r Record
+			if r, frames, err = NextFrame(frames); err != nil {
+				t.Fatal(err)
+			}
+			if r.Seq != from {
+				t.Fatalf("record %d where %d was expected", r.Seq, from)
+			}
+			from++
+			all = append(all, r)
+		}
+		if from != next {
+			t.Fatalf("the frames end with %d, next is %d", from-1, next)
+		}
+	}
+}
+
+func TestAppendedIsThereAfterReopening(t *testing.T) {
+	o := testOptions(t.TempDir())
+	var mu sync.Mutex
+	var heard []uint64
+	o.Durable = func(_ Stream, records []Record) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, r := range records {
+			heard = append(heard, r.Seq)
+		}
+	}
+	l := mustOpen(t, o)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	changed := l.Changed()
+	records := []Record{started(1, "one"), started(2, ""), started(3, "three")}
+	if last := mustAppend(t, l, id, records...); last != 3 {
+		t.Fatalf("last seq %d", last)
+	}
+	select {
+	case <-changed:
+	default:
+		t.Fatal("nobody was told")
+	}
+	if records[0].Seq != 1 || records[2].Seq != 3 || records[2].Clock <= records[0].Clock {
+		t.Fatalf("the caller's records were not filled in: %+v", records)
+	}
+	got := recordsOf(t, l, id, 1)
+	mustClose(t, l)
+
+	l = mustOpen(t, o)
+	again := recordsOf(t, l, id, 1)
+	if len(again) != 3 || len(heard) != 3 || heard[2] != 3 {
+		t.Fatalf("%d records, heard %v", len(again), heard)
+	}
+	for i := range again {
+		if !again[i].same(&got[i]) || !bytes.Equal(again[i].Payload, got[i].Payload) {
+			t.Fatalf("record %d: %+v is not %+v", i, again[i], got[i])
+		}
+	}
+	if _, err := l.Append(context.Background(), id, records); !errors.Is(err, ErrFrozen) {
+		t.Fatalf("an old incarnation took an append: %v", err)
+	}
+}
+
+func TestReceiveCopiesFrames(t *testing.T) {
+	src, dst := mustOpen(t, testOptions(t.TempDir())), mustOpen(t, testOptions(t.TempDir()))
+	id := streamOf(1)
+	mustCreate(t, src, id)
+	for i := range 10 {
+		mustAppend(t, src, id, started(byte(i), "payload"))
+	}
+	frames, next, err := src.Read(id, 1, 1<<20)
+	if err != nil || next != 11 {
+		t.Fatalf("next %d: %v", next, err)
+	}
+	half := len(frames) / 2
+	for half%(len(frames)/10) != 0 {
+		half++
+	}
+	for _, part := range [][]byte{frames[:half], frames, frames[half:]} {
+		if _, err := dst.Receive(context.Background(), id, part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	copied, _, err := dst.Read(id, 1, 1<<20)
+	if err != nil || !bytes.Equal(copied, frames) {
+		t.Fatalf("the copy differs: %v", err)
+	}
+	if _, err := src.Receive(context.Background(), id, frames); !errors.Is(err, ErrFrozen) {
+		t.Fatalf("an own stream took a copy: %v", err)
+	}
+	other := streamOf(2)
+	if _, err := dst.Receive(context.Background(), other, frames); !errors.Is(err, ErrDamaged) {
+		t.Fatalf("another stream's frames were taken: %v", err)
+	}
+}
+
+func TestOpenMakesAStore(t *testing.T) {
+	o := testOptions(t.TempDir())
+	mustClose(t, mustOpen(t, o))
+	if _, err := os.Stat(filepath.Join(o.Dir, storeFile)); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,214 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Receive writes frames of another node's stream, or of an own one that is
+// closed. They must be contiguous; those that are held already are compared and
+// skipped. A stream that is not held begins with seq 1. durable is what is held
+// durably afterwards, also with an error.
+//
+// The errors are ErrGap when records are missing in front, ErrDiverged,
+// ErrFrozen for a stream that takes Append, ErrFull, ErrFailed, ErrClosed,
+// ErrTooManyStreams, ErrTooLarge beyond MaxAppend, and NextFrame's.
+func (l *Log) Receive(ctx context.Context, id Stream, frames []byte) (durable uint64, err error) {
+	records, buf, err := copyFrames(id, frames)
+	if err != nil {
+		return l.durableOf(id), err
+	}
+	if len(records) == 0 {
+		return l.durableOf(id), l.usable()
+	}
+	s, err := l.find(id)
+	if errors.Is(err, ErrNoStream) && records[0].Seq == 1 {
+		if s, err = l.add(id, 1, 0); errors.Is(err, ErrStreamExists) {
+			s, err = l.find(id)
+		}
+	}
+	if errors.Is(err, ErrNoStream) {
+		err = fmt.Errorf("%w: %s is not held, and was given from %d", ErrGap, id, records[0].Seq)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		return l.durableOf(id), err
+	}
+	s.write.Lock()
+	defer s.write.Unlock()
+	err = l.receive(s, records, buf)
+	return s.durable, err
+}
+
+func (l *Log) durableOf(id Stream) uint64 {
+	e, _ := l.End(id)
+	return e.Durable
+}
+
+// copyFrames checks frames and copies them behind room for a mark, because the
+// caller's buffer may be used again.
+func copyFrames(id Stream, frames []byte) ([]Record, []byte, error) {
+	if len(frames) > MaxAppend {
+		return nil, nil, fmt.Errorf("%w: %d bytes at once", ErrTooLarge, len(frames))
+	}
+	buf := make([]byte, markSize+len(frames))
+	copy(buf[markSize:], frames)
+	var records []Record
+	for rest := buf[markSize:]; len(rest) > 0; {
+		var r Record
+		var err error
+		if r, rest, err = NextFrame(rest); err != nil {
+			return nil, nil, fmt.Errorf("frame %d of %s: %w", len(records), id, err)
+		}
+		if r.Stream != id {
+			return nil, nil, fmt.Errorf("%w: a record of %s among those of %s", ErrDamaged, r.Stream, id)
+		}
+		if n := len(records); n > 0 && r.Seq != records[n-1].Seq+1 {
+			return nil, nil, fmt.Errorf("%w: %d of %s after %d", ErrGap, r.Seq, id, records[n-1].Seq)
+		}
+		r.Stream.Origin = id.Origin // one string for all
+		records = append(records, r)
+	}
+	return records, buf, nil
+}
+
+// receive is Receive under s.write.
+func (l *Log) receive(s *stream, records []Record, buf []byte) error {
+	if err := l.usable(); err != nil {
+		return err
+	}
+	e := s.end()
+	switch {
+	case s.gone:
+		return fmt.Errorf("%w: %s", ErrNoStream, s.id)
+	case e.Own:
+		return fmt.Errorf("%w: receive %s, which this process writes", ErrFrozen, s.id)
+	case records[0].Seq > e.Durable+1:
+		return fmt.Errorf("%w: %s is held to %d, and was given from %d", ErrGap, s.id, e.Durable, records[0].Seq)
+	}
+	held := 0
+	for held < len(records) && records[held].Seq <= e.Durable {
+		held++
+	}
+	if err := l.compare(s, records[:held]); err != nil {
+		return err
+	}
+	if held == len(records) {
+		return nil
+	}
+	if err := l.roomFor(2); err != nil {
+		return err
+	}
+	skip := 0
+	for i := range records[:held] {
+		skip += frameSize(&records[i])
+	}
+	records, buf = records[held:], buf[skip:] // the mark goes over what is skipped
+	if ahead, ok := l.clock.Observe(records[len(records)-1].Clock); !ok {
+		l.metrics.ahead.Inc()
+		l.log.Warn("records come from a node whose clock is too far ahead; ours does not follow",
+			"stream", s.id.String(), "ahead", ahead)
+	}
+	return l.put(s, buf, records, originCopy)
+}
+
+// compare says whether records are the ones that are held, but for what a
+// re-sealing changes. What is trimmed can't be compared.
+func (l *Log) compare(s *stream, given []Record) error {
+	for len(given) > 0 {
+		frames, _, err := l.read(s, given[0].Seq, windowBytes)
+		if errors.Is(err, ErrTrimmed) {
+			given = given[1:]
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for len(frames) > 0 && len(given) > 0 {
+			var held Record
+			if held, frames, err = NextFrame(frames); err != nil {
+				return l.setFailed("read "+s.id.String(), err)
+			}
+			if !given[0].same(&held) {
+				return fmt.Errorf("%w: %s at %d", ErrDiverged, s.id, held.Seq)
+			}
+			given = given[1:]
+		}
+	}
+	return nil
+}
+
+// same says whether two records are one, whatever key their payload is sealed with.
+func (r *Record) same(o *Record) bool {
+	a, b := *r, *o
+	a.Payload, b.Payload = nil, nil
+	return a.Stream == b.Stream && a.Seq == b.Seq && a.Clock == b.Clock && a.Token == b.Token && a.Kind == b.Kind &&
+		a.Job == b.Job && a.Attempt == b.Attempt && a.Rank == b.Rank && a.Digest == b.Digest
+}
+
+// ReceiveFrom makes a copy of a stream that begins with first, because a
+// snapshot has all in front of it. What is held of the stream goes, unless it
+// reaches to first-1 at least, or beyond: then nothing happens.
+func (l *Log) ReceiveFrom(id Stream, first uint64) error {
+	if first == 0 {
+		return fmt.Errorf("%w: a stream begins with 1", ErrGap)
+	}
+	s, err := l.find(id)
+	if errors.Is(err, ErrNoStream) {
+		_, err = l.add(id, first, flagBegins)
+		if !errors.Is(err, ErrStreamExists) {
+			return err
+		}
+		s, err = l.find(id)
+	}
+	if err != nil {
+		return err
+	}
+	s.write.Lock()
+	defer s.write.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
+	e := s.end()
+	switch {
+	case s.gone:
+		return fmt.Errorf("%w: %s", ErrNoStream, id)
+	case e.Own:
+		return fmt.Errorf("%w: receive %s, which this process writes", ErrFrozen, id)
+	case e.Durable+1 >= first:
+		return nil
+	}
+	if err := l.beginAnew(s, first); err != nil {
+		return l.setFailed("begin a stream anew", err)
+	}
+	return nil
+}
+
+// beginAnew puts one empty segment in place of all others.
+func (l *Log) beginAnew(s *stream, first uint64) error {
+	if err := s.closeActive(); err != nil {
+		return err
+	}
+	g, f, err := l.newSegment(s, first, flagBegins)
+	if err != nil {
+		return err
+	}
+	s.active = f
+	s.mu.Lock()
+	old := s.segments
+	s.segments, s.durable = []*segment{g}, first-1
+	healed := s.damaged != 0 && s.durable >= s.damaged
+	s.mu.Unlock()
+	l.tails.drop(s.id)
+	l.moved.give()
+	if healed {
+		if err := l.heal(s); err != nil {
+			return err
+		}
+	}
+	l.log.Warn("stream begun anew after a snapshot", "stream", s.id.String(), "first", first)
+	return l.removeSegments(s, old)
+}

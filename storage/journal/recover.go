@@ -1,0 +1,388 @@
+package journal
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// recover opens every stream of the directory.
+func (l *Log) recover() error {
+	if err := os.MkdirAll(l.o.Dir, 0o700); err != nil {
+		return err
+	}
+	if err := l.disk.syncDir(filepath.Dir(l.o.Dir)); err != nil {
+		return err
+	}
+	if err := l.openStore(); err != nil {
+		return err
+	}
+	known, err := l.readSettled()
+	if err != nil {
+		return err
+	}
+	origins, err := os.ReadDir(l.o.Dir)
+	if err != nil {
+		return err
+	}
+	for _, o := range origins {
+		origin, ok := unescape(o.Name())
+		if !o.IsDir() || !ok {
+			continue
+		}
+		dir := filepath.Join(l.o.Dir, o.Name())
+		incarnations, err := os.ReadDir(dir)
+		if err != nil {
+			return err
+		}
+		for _, i := range incarnations {
+			if strings.HasPrefix(i.Name(), droppedPrefix) {
+				if err := os.RemoveAll(filepath.Join(dir, i.Name())); err != nil {
+					return err
+				}
+				continue
+			}
+			incarnation, err := ParseIncarnation(i.Name())
+			if !i.IsDir() || err != nil {
+				continue
+			}
+			id := Stream{origin, incarnation}
+			s := &stream{id: id, dir: filepath.Join(dir, i.Name())}
+			r := recovery{l: l, s: s, known: known[id.String()]}
+			if err := r.run(); err != nil {
+				return fmt.Errorf("stream %s: %w", id, err)
+			}
+			if len(s.segments) > 0 {
+				l.streams[id] = s
+				l.clock.Observe(s.last().clock)
+			}
+		}
+	}
+	return l.settle(l.all())
+}
+
+func unescape(name string) (string, bool) {
+	var b []byte
+	for i := 0; i < len(name); i++ {
+		if name[i] != '%' {
+			b = append(b, name[i])
+			continue
+		}
+		var c byte
+		if i+2 >= len(name) {
+			return "", false
+		}
+		if _, err := fmt.Sscanf(name[i+1:i+3], "%02x", &c); err != nil {
+			return "", false
+		}
+		b = append(b, c)
+		i += 2
+	}
+	return string(b), escape(string(b)) == name && len(b) > 0 && len(b) <= MaxOrigin
+}
+
+// recovery reads one stream's files.
+type recovery struct {
+	l     *Log
+	s     *stream
+	known settled // zero when nothing is known
+
+	files []uint64 // first seqs of the segments there are
+}
+
+func (r *recovery) path(i int) string { return filepath.Join(r.s.dir, segmentName(r.files[i])) }
+
+func (r *recovery) run() error {
+	note, err := readDamage(r.s.dir)
+	if err != nil {
+		return err
+	}
+	r.s.damaged = note.Through
+	if err := r.list(); err != nil {
+		return err
+	}
+	for i := range r.files {
+		g, trouble, err := r.scan(i)
+		if err != nil {
+			return err
+		}
+		if trouble == nil {
+			r.s.segments = append(r.s.segments, g)
+			continue
+		}
+		torn := errors.Is(trouble, errTorn)
+		switch {
+		case torn && g == nil: // not even a header: nothing was in it
+			if err := r.l.disk.remove(r.path(i)); err != nil {
+				return err
+			}
+		case torn:
+			r.s.segments = append(r.s.segments, g)
+			if err := r.cutTorn(g); err != nil {
+				return err
+			}
+		default:
+			if err := r.cutDamaged(i, g, trouble); err != nil {
+				return err
+			}
+		}
+		break
+	}
+	if len(r.s.segments) == 0 {
+		if r.s.damaged == 0 {
+			// A crash while it was being made. Nothing was ever in it.
+			return os.RemoveAll(r.s.dir)
+		}
+		if err := r.emptySegment(max(note.From, 1)); err != nil {
+			return err
+		}
+	}
+	g := r.s.last()
+	r.s.durable = g.last
+	if err := r.renew(g); err != nil {
+		return fmt.Errorf("write the end of %s anew: %w", g.path, err)
+	}
+	r.l.segments.Add(int64(len(r.s.segments)))
+	for _, g := range r.s.segments {
+		r.l.bytes.Add(g.size)
+	}
+	if r.s.damaged != 0 && r.s.durable >= r.s.damaged {
+		return r.l.heal(r.s)
+	}
+	return nil
+}
+
+// list finds the segments, and removes those in front of one that begins the
+// stream anew, and what a crash left half-made.
+func (r *recovery) list() error {
+	entries, err := os.ReadDir(r.s.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), tempSuffix) {
+			if err := r.l.disk.remove(filepath.Join(r.s.dir, e.Name())); err != nil {
+				return err
+			}
+		}
+		if first, ok := parseSegmentName(e.Name()); ok {
+			r.files = append(r.files, first)
+		}
+	}
+	slices.Sort(r.files)
+	for i := len(r.files) - 1; i > 0; i-- {
+		flags, err := r.flags(i)
+		if err != nil {
+			return err
+		}
+		if flags&flagBegins == 0 {
+			continue
+		}
+		for j := range i {
+			if err := r.l.disk.remove(r.path(j)); err != nil {
+				return err
+			}
+		}
+		r.files = r.files[i:]
+		break
+	}
+	return nil
+}
+
+// flags are a header's, 0 when it can't be read.
+func (r *recovery) flags(i int) (byte, error) {
+	f, err := r.l.disk.open(r.path(i), os.O_RDONLY)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = f.Close() }() // only read from
+	size, err := f.size()
+	if err != nil {
+		return 0, err
+	}
+	w := window{f: f, end: size}
+	b, err := w.peek(maxHeader)
+	if err != nil {
+		return 0, nil // scan will say
+	}
+	_, _, flags, _, _ := parseHeader(b)
+	return flags, nil
+}
+
+// errTorn: a crash cut the last write short; nothing of it was acknowledged.
+var errTorn = errors.New("the last write was cut short")
+
+// scan reads segment i. trouble is errTorn or wraps ErrDamaged; then g ends in
+// front of it, and is nil when the header is not good.
+func (r *recovery) scan(i int) (g *segment, trouble, err error) {
+	f, err := r.l.disk.open(r.path(i), os.O_RDONLY)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = f.Close() }() // only read from
+	size, err := f.size()
+	if err != nil {
+		return nil, nil, err
+	}
+	first := r.files[i]
+	if n := len(r.s.segments); n > 0 && r.s.segments[n-1].last+1 != first {
+		return nil, fmt.Errorf("%w: a segment begins with %d, the one before ends with %d", ErrDamaged, first, r.s.segments[n-1].last), nil
+	}
+	head, err := r.header(f, size, first)
+	if err == nil {
+		g = &segment{path: r.path(i), first: first, last: first - 1, size: int64(head)}
+		var at int64
+		at, err = walk(f, r.s.id, int64(head), size, func(at int64, frame []byte, rec *Record) error {
+			if rec.Seq != g.last+1 {
+				return fmt.Errorf("%w: record %d after %d", ErrDamaged, rec.Seq, g.last)
+			}
+			g.note(rec, at)
+			g.size = at + int64(len(frame))
+			return nil
+		})
+		head = int(at)
+	}
+	last := i == len(r.files)-1
+	switch {
+	case errors.Is(err, ErrNewerFormat):
+		return nil, nil, fmt.Errorf("%s: %w; it was written by a later version of dsnode: start that one", r.path(i), err)
+	case err == nil && g.size == size:
+		if last && r.known.Durable > g.last {
+			return g, fmt.Errorf("%w: it ends with %d, but %d was durable", ErrDamaged, g.last, r.known.Durable), nil
+		}
+		return g, nil, nil
+	case err == nil: // a mark with nothing behind it
+		err = ErrShort
+	case errors.Is(err, unix.EIO):
+		return g, fmt.Errorf("%w: %w", ErrDamaged, err), nil
+	case !errors.Is(err, ErrShort) && !errors.Is(err, ErrDamaged):
+		return nil, nil, err
+	}
+	if !last {
+		return g, fmt.Errorf("%w: %w", ErrDamaged, err), nil
+	}
+	end := first - 1
+	if g != nil {
+		end = g.last
+	}
+	if r.known.Durable > end {
+		return g, fmt.Errorf("%w: %w; %d was durable", ErrDamaged, err, r.known.Durable), nil
+	}
+	mark, found, err2 := nextMark(f, r.s.id, int64(head)+1, size)
+	if err2 != nil {
+		return g, fmt.Errorf("%w: %w", ErrDamaged, err2), nil
+	}
+	if found {
+		return g, fmt.Errorf("%w: %w; what was written later, at %d, is there", ErrDamaged, err, mark), nil
+	}
+	return g, fmt.Errorf("%w: %w", errTorn, err), nil
+}
+
+// header reads a segment's header and gives its size. With an error, size is 0.
+func (r *recovery) header(f file, end int64, first uint64) (size int, err error) {
+	w := window{f: f, end: end}
+	b, err := w.peek(maxHeader)
+	if err != nil {
+		return 0, err
+	}
+	id, named, _, size, err := parseHeader(b)
+	if err != nil {
+		return 0, err
+	}
+	if id != r.s.id || named != first {
+		return 0, fmt.Errorf("%w: it is the segment %d of %s", ErrDamaged, named, id)
+	}
+	return size, nil
+}
+
+// nextMark finds the next good mark from an offset on.
+func nextMark(f file, id Stream, at, end int64) (offset int64, found bool, err error) {
+	magic := []byte{markMagic >> 24, markMagic >> 16 & 0xff, markMagic >> 8 & 0xff, markMagic & 0xff}
+	w := window{f: f, at: at, end: end}
+	for {
+		b, err := w.peek(windowBytes)
+		if err != nil || len(b) < markSize {
+			return 0, false, err
+		}
+		i := bytes.Index(b, magic)
+		switch {
+		case i < 0:
+			w.skip(len(b) - len(magic) + 1)
+			if w.at+markSize > end {
+				return 0, false, nil
+			}
+		case i > 0:
+			w.skip(i)
+		default:
+			if _, err := parseMark(b, id, w.at); err == nil {
+				return w.at, true, nil
+			}
+			w.skip(1)
+		}
+	}
+}
+
+// cutTorn takes the torn end off.
+func (r *recovery) cutTorn(g *segment) error {
+	f, err := r.l.disk.open(g.path, os.O_RDWR)
+	if err != nil {
+		return err
+	}
+	size, err := f.size()
+	if err == nil {
+		err = f.Truncate(g.size)
+	}
+	if err == nil {
+		err = f.sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	r.l.log.Info("the end of a stream was cut short by a crash; nothing of it was acknowledged",
+		"stream", r.s.id.String(), "after", g.last, "bytes", size-g.size)
+	return nil
+}
+
+// renew writes the end of the last segment in its own place and syncs it: the
+// kernel marks pages clean when their sync fails and never writes them again, yet
+// goes on showing them. Only the last write of a stream can be such a one.
+func (r *recovery) renew(g *segment) error {
+	from := max(g.size-(MaxAppend+markSize), 0)
+	if r.known.Segment == g.first {
+		if r.known.Size == g.size {
+			return nil
+		}
+		from = max(from, min(r.known.Size, g.size))
+	}
+	f, err := r.l.disk.open(g.path, os.O_RDWR)
+	if err != nil {
+		return err
+	}
+	if err = copyBytes(f, f, from, g.size); err == nil {
+		err = f.sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = r.l.disk.syncDir(r.s.dir)
+	}
+	return err
+}
+
+func (r *recovery) emptySegment(first uint64) error {
+	g, f, err := r.l.newSegment(r.s, first, 0)
+	if err != nil {
+		return err
+	}
+	r.l.segments.Add(-1) // run counts them
+	r.l.bytes.Add(-g.size)
+	r.s.segments = []*segment{g}
+	return f.Close()
+}
+
+func isNotExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -1,0 +1,152 @@
+package journal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// Carried says how many records in segments are sealed with each data key: a
+// key that is carried here can't be dropped.
+func (l *Log) Carried() map[keyring.KeyID]int64 {
+	carried := map[keyring.KeyID]int64{}
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	for _, s := range l.streams {
+		s.mu.Lock()
+		for _, g := range s.segments {
+			for _, k := range g.sealed {
+				carried[k.key] += k.records
+			}
+		}
+		s.mu.Unlock()
+	}
+	return carried
+}
+
+// Reseal seals the payloads that carry another key than the ring's current one anew, a
+// segment at a time; a segment that is being written to is closed first. All else
+// of the records stays. left is how many records it could not open.
+// It is for the background: it reads and writes what it changes once.
+func (l *Log) Reseal(ctx context.Context, sealer *Sealer) (left int64, err error) {
+	current, ok := sealer.ring.Current()
+	if !ok {
+		return 0, keyring.ErrNoDataKey
+	}
+	stale := func(g *segment) bool {
+		return slices.ContainsFunc(g.sealed, func(k sealedWith) bool { return k.key != current && k.records > 0 })
+	}
+	l.mu.RLock()
+	streams := l.all()
+	l.mu.RUnlock()
+	for _, s := range streams {
+		s.mu.Lock()
+		old := slices.DeleteFunc(slices.Clone(s.segments), func(g *segment) bool { return !stale(g) })
+		s.mu.Unlock()
+		for _, g := range old {
+			if err := ctx.Err(); err != nil {
+				return left, err
+			}
+			n, err := l.resealSegment(s, g, sealer)
+			left += n
+			if err != nil {
+				return left, err
+			}
+		}
+	}
+	return left, nil
+}
+
+// resealSegment writes a segment anew. Writers of its stream wait meanwhile, so
+// that it is neither trimmed nor written to; readers don't.
+func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, err error) {
+	s.write.Lock()
+	defer s.write.Unlock()
+	if err := l.usable(); err != nil {
+		return 0, err
+	}
+	if s.gone || l.trimmed(s, g) {
+		return 0, nil
+	}
+	if l.room.left(1) < g.size {
+		return 0, fmt.Errorf("%w: seal %d MiB anew", ErrFull, g.size>>20)
+	}
+	if g == s.last() {
+		if err := s.closeActive(); err != nil {
+			return 0, l.setFailed("close a segment", err)
+		}
+	}
+	sealed, left, err := l.rewriteSealed(s, g, sealer)
+	if err != nil {
+		return 0, l.setFailed("seal "+g.path+" anew", err)
+	}
+	s.mu.Lock()
+	g.sealed = sealed
+	s.mu.Unlock()
+	l.tails.drop(s.id)
+	if left > 0 {
+		l.log.Warn("records are sealed with keys that are not known here", "stream", s.id.String(), "records", left)
+	}
+	return left, nil
+}
+
+func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sealedWith, left int64, err error) {
+	from, err := l.disk.open(g.path, os.O_RDONLY)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer func() { _ = from.Close() }() // only read from
+	temp := g.path + tempSuffix
+	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return nil, 0, err
+	}
+	// What lies between the frames stays as it is.
+	err = copyBytes(to, from, 0, g.size)
+	if err == nil {
+		_, err = walk(from, s.id, g.index[0].offset, g.size, func(at int64, frame []byte, r *Record) error {
+			changed, err := sealer.Reseal(r)
+			if errors.Is(err, keyring.ErrUnknownKey) {
+				left++
+				err = nil
+			}
+			if err != nil {
+				return err
+			}
+			if len(r.Payload) > 0 {
+				id, err := keyring.SealedWith(r.Payload)
+				if err != nil {
+					return err
+				}
+				sealed = count(sealed, id, 1)
+			}
+			if !changed {
+				return nil
+			}
+			next, err := AppendFrame(nil, r)
+			if err != nil {
+				return err
+			}
+			if len(next) != len(frame) {
+				return fmt.Errorf("%w: a re-sealed record has %d bytes, not %d", ErrDamaged, len(next), len(frame))
+			}
+			_, err = to.WriteAt(next, at)
+			return err
+		})
+	}
+	if err == nil {
+		err = to.sync()
+	}
+	if err = errors.Join(err, to.Close()); err == nil {
+		err = l.disk.rename(temp, g.path)
+	}
+	if err == nil {
+		err = l.disk.syncDir(filepath.Dir(g.path))
+	}
+	return sealed, left, err
+}

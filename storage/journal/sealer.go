@@ -1,0 +1,275 @@
+package journal
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// A payload, before it is sealed, is
+//
+//	form (1): 0 as it is, 1 zstd | length of meta (uvarint) | meta, JSON | body
+//
+// where all behind the form is compressed together, and the digest is over it
+// uncompressed.
+const (
+	formRaw  = 0
+	formZstd = 1
+
+	// Below it compression costs more than it gives.
+	compressFrom = 4 << 10
+	maxPlaintext = MaxPayload - keyring.Overhead - 1
+
+	scopePurpose  = "job journal v1"
+	digestPurpose = "job digest v1"
+
+	// maxScopes bounds the ciphers kept, one a stream.
+	maxScopes = 256
+)
+
+// Sealer seals and opens the payloads of records. One per node; safe for many
+// goroutines.
+type Sealer struct {
+	ring    *keyring.Ring
+	mac     atomic.Pointer[keyring.MAC]
+	encoder *zstd.Encoder
+	decoder *zstd.Decoder
+
+	mu     sync.RWMutex // guards scopes
+	scopes map[Stream]keyring.Scoped
+}
+
+// NewSealer makes a sealer; the ring may still be empty.
+func NewSealer(ring *keyring.Ring) *Sealer {
+	s := &Sealer{ring: ring, scopes: map[Stream]keyring.Scoped{}}
+	var err error
+	if s.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithLowerEncoderMem(true)); err == nil {
+		s.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxMemory(maxPlaintext))
+	}
+	if err != nil {
+		panic("journal: zstd refuses constant options: " + err.Error())
+	}
+	return s
+}
+
+// SealSubmission fills Kind, Payload and Digest. All else but Seq and Clock must
+// be set: the payload is bound to it. The error is keyring.ErrNoDataKey or
+// ErrTooLarge.
+func (s *Sealer) SealSubmission(r *Record, v *Submission) error {
+	r.Kind, r.Rank = Submitted, 0
+	return s.seal(r, v, v.Body)
+}
+
+// OpenSubmission reads what SealSubmission sealed. The errors of the Open calls
+// are keyring.ErrUnknownKey, keyring.ErrNewerFormat, keyring.ErrDamaged and ErrDamaged.
+func (s *Sealer) OpenSubmission(r *Record) (Submission, error) {
+	var v Submission
+	body, err := s.open(r, Submitted, &v)
+	v.Body = body
+	return v, err
+}
+
+// SealOutcome fills Kind, Rank, Payload and Digest, like SealSubmission.
+func (s *Sealer) SealOutcome(r *Record, v *Outcome) error {
+	if !v.Status.Final() {
+		return fmt.Errorf("seal an outcome: %q is no final status", v.Status)
+	}
+	r.Kind, r.Rank = Finished, v.Status.Rank()
+	return s.seal(r, v, v.Body)
+}
+
+// OpenOutcome reads what SealOutcome sealed.
+func (s *Sealer) OpenOutcome(r *Record) (Outcome, error) {
+	var v Outcome
+	body, err := s.open(r, Finished, &v)
+	if err == nil && v.Status.Rank() != r.Rank {
+		err = fmt.Errorf("%w: rank %d of an outcome %q", ErrDamaged, r.Rank, v.Status)
+	}
+	v.Body = body
+	return v, err
+}
+
+// SealDelay fills Kind, Payload and Digest, like SealSubmission.
+func (s *Sealer) SealDelay(r *Record, v *Delay) error {
+	r.Kind, r.Rank = Retrying, 0
+	return s.seal(r, v, nil)
+}
+
+// OpenDelay reads what SealDelay sealed.
+func (s *Sealer) OpenDelay(r *Record) (Delay, error) {
+	var v Delay
+	_, err := s.open(r, Retrying, &v)
+	return v, err
+}
+
+// Reseal seals the payload with the ring's current key, unless it is already.
+// Place and Digest stay, and so does the payload's size.
+func (s *Sealer) Reseal(r *Record) (changed bool, err error) {
+	if len(r.Payload) == 0 {
+		return false, nil
+	}
+	with, err := keyring.SealedWith(r.Payload)
+	if err != nil {
+		return false, err
+	}
+	current, ok := s.ring.Current()
+	if !ok {
+		return false, keyring.ErrNoDataKey
+	}
+	if with == current {
+		return false, nil
+	}
+	scope, place := s.scope(r.Stream), r.Place()
+	plain, err := scope.Open(nil, r.Payload, place)
+	if err != nil {
+		return false, err
+	}
+	payload, err := scope.Seal(nil, plain, place)
+	if err != nil {
+		return false, err
+	}
+	r.Payload = payload
+	return true, nil
+}
+
+// CanOpen says whether the payload's key is held, without opening it; true when
+// there is no payload.
+func (s *Sealer) CanOpen(r *Record) (bool, error) {
+	if len(r.Payload) == 0 {
+		return true, nil
+	}
+	id, err := keyring.SealedWith(r.Payload)
+	return err == nil && s.ring.Has(id), err
+}
+
+func (s *Sealer) seal(r *Record, meta any, body []byte) error {
+	mac, err := s.digester()
+	if err != nil {
+		return err
+	}
+	text, err := json.Marshal(meta)
+	if err != nil {
+		return fmt.Errorf("encode %T: %w", meta, err)
+	}
+	plain := make([]byte, 0, 1+binary.MaxVarintLen64+len(text)+len(body))
+	plain = append(plain, formRaw)
+	plain = binary.AppendUvarint(plain, uint64(len(text)))
+	plain = append(plain, text...)
+	plain = append(plain, body...)
+	if len(plain) > maxPlaintext {
+		return fmt.Errorf("%w: %d bytes of payload", ErrTooLarge, len(plain))
+	}
+	place := r.Place()
+	sum := mac.Sum(place, plain[1:])
+	if len(plain) >= compressFrom {
+		packed := s.encoder.EncodeAll(plain[1:], append(make([]byte, 0, len(plain)), formZstd))
+		if len(packed) < len(plain)-len(plain)/16 {
+			plain = packed
+		}
+	}
+	payload, err := s.scope(r.Stream).Seal(nil, plain, place)
+	if err != nil {
+		return err
+	}
+	r.Payload = payload
+	copy(r.Digest[:], sum[:])
+	return nil
+}
+
+func (s *Sealer) open(r *Record, want Kind, meta any) (body []byte, err error) {
+	if r.Kind != want {
+		return nil, fmt.Errorf("%w: kind %d where %d was expected", ErrDamaged, r.Kind, want)
+	}
+	place := r.Place()
+	plain, err := s.scope(r.Stream).Open(nil, r.Payload, place)
+	if err != nil {
+		return nil, err
+	}
+	if plain, err = s.unpack(plain); err != nil {
+		return nil, err
+	}
+	mac, err := s.digester()
+	if err != nil {
+		return nil, err
+	}
+	if sum := mac.Sum(place, plain); string(sum[:len(r.Digest)]) != string(r.Digest[:]) {
+		return nil, fmt.Errorf("%w: digest", ErrDamaged)
+	}
+	return decodePlain(plain, meta)
+}
+
+// unpack takes the form off.
+func (s *Sealer) unpack(plain []byte) ([]byte, error) {
+	if len(plain) == 0 {
+		return nil, fmt.Errorf("%w: an empty payload", ErrDamaged)
+	}
+	switch plain[0] {
+	case formRaw:
+		return plain[1:], nil
+	case formZstd:
+		plain, err := s.decoder.DecodeAll(plain[1:], nil)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		return plain, nil
+	}
+	return nil, fmt.Errorf("%w: payload form %d", ErrNewerFormat, plain[0])
+}
+
+func decodePlain(plain []byte, meta any) (body []byte, err error) {
+	length, n := binary.Uvarint(plain)
+	if n <= 0 || length > uint64(len(plain)-n) {
+		return nil, fmt.Errorf("%w: length of meta", ErrDamaged)
+	}
+	plain = plain[n:]
+	if err := json.Unmarshal(plain[:length], meta); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if body = plain[length:]; len(body) == 0 {
+		body = nil
+	}
+	return body, nil
+}
+
+// digester is kept once it could be made: the MAC key never changes.
+func (s *Sealer) digester() (*keyring.MAC, error) {
+	if m := s.mac.Load(); m != nil {
+		return m, nil
+	}
+	m, err := s.ring.MAC(digestPurpose)
+	if err != nil {
+		return nil, err
+	}
+	s.mac.Store(m)
+	return m, nil
+}
+
+func (s *Sealer) scope(stream Stream) keyring.Scoped {
+	s.mu.RLock()
+	scoped, ok := s.scopes[stream]
+	s.mu.RUnlock()
+	if ok {
+		return scoped
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if scoped, ok := s.scopes[stream]; ok {
+		return scoped
+	}
+	if len(s.scopes) >= maxScopes {
+		for victim := range s.scopes { // any: they are made again in microseconds
+			delete(s.scopes, victim)
+			break
+		}
+	}
+	scoped = s.ring.Scope(scopePurpose, []byte(stream.Origin), stream.Incarnation[:])
+	s.scopes[stream] = scoped
+	return scoped
+}

@@ -1,0 +1,158 @@
+package journal
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+const (
+	// storeFile says when the directory was made:
+	//
+	//	"DSNJSTOR" (8) | format (1) | Unix milliseconds (8) | random id (16) | crc32c of all that (4)
+	storeFile   = "store"
+	storeMagic  = "DSNJSTOR"
+	storeFormat = 1
+	storeSize   = len(storeMagic) + 1 + 8 + 16 + 4
+
+	// settledFile says what of each stream needs no doubt: see settled.
+	settledFile   = "settled.json"
+	settledFormat = 1
+
+	tempSuffix = ".new"
+)
+
+type storeID struct {
+	epoch uint64
+	id    [16]byte
+}
+
+// openStore reads the store's identity, or makes it. One that can't be read is
+// made anew: to the others this node then holds only what it tells them from now on.
+func (l *Log) openStore() error {
+	path := filepath.Join(l.o.Dir, storeFile)
+	b, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err == nil {
+		l.store, err = parseStore(b)
+		if !errors.Is(err, ErrDamaged) {
+			return err
+		}
+		l.metrics.damaged.Inc()
+		l.log.Error("the journal's identity is damaged; it gets a new one", "path", path, "err", err)
+	}
+	l.store.epoch = uint64(time.Now().UnixMilli())
+	_, _ = rand.Read(l.store.id[:]) // never fails; it ends the process instead
+	b = append([]byte(storeMagic), storeFormat)
+	b = binary.BigEndian.AppendUint64(b, l.store.epoch)
+	b = append(b, l.store.id[:]...)
+	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+	return l.replaceFile(path, b)
+}
+
+func parseStore(b []byte) (s storeID, err error) {
+	const at = len(storeMagic)
+	switch {
+	case len(b) > at && string(b[:at]) == storeMagic && b[at] > storeFormat:
+		return s, fmt.Errorf("%w: store format %d", ErrNewerFormat, b[at])
+	case len(b) != storeSize || string(b[:at]) != storeMagic || b[at] != storeFormat ||
+		crc32.Checksum(b[:storeSize-4], castagnoli) != binary.BigEndian.Uint32(b[storeSize-4:]):
+		return s, fmt.Errorf("%w: %s", ErrDamaged, storeFile)
+	}
+	s.epoch = binary.BigEndian.Uint64(b[at+1:])
+	copy(s.id[:], b[at+9:])
+	return s, nil
+}
+
+// settled says of a stream that its last segment was on the disk up to a size,
+// at a moment when nothing was being written: after an open, and at a close in
+// order. What is behind it may be in the page cache only, left by a failed sync.
+type settled struct {
+	Segment uint64 `json:"segment"` // first seq
+	Size    int64  `json:"size"`
+	Durable uint64 `json:"durable"`
+}
+
+type settledList struct {
+	Format  int                `json:"format"`
+	Streams map[string]settled `json:"streams"`
+}
+
+func (l *Log) settle(streams []*stream) error {
+	list := settledList{Format: settledFormat, Streams: map[string]settled{}}
+	for _, s := range streams {
+		s.mu.Lock()
+		g := s.last()
+		list.Streams[s.id.String()] = settled{Segment: g.first, Size: g.size, Durable: s.durable}
+		s.mu.Unlock()
+	}
+	b, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	return l.replaceFile(filepath.Join(l.o.Dir, settledFile), b)
+}
+
+// readSettled gives nothing for a list that can't be read: then everything is in doubt.
+func (l *Log) readSettled() (map[string]settled, error) {
+	b, err := os.ReadFile(filepath.Join(l.o.Dir, settledFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var list settledList
+	if err := json.Unmarshal(b, &list); err != nil {
+		l.log.Warn("the list of what is settled is damaged", "file", settledFile, "err", err)
+		return nil, nil
+	}
+	if list.Format > settledFormat {
+		return nil, fmt.Errorf("%w: %s has format %d", ErrNewerFormat, settledFile, list.Format)
+	}
+	return list.Streams, nil
+}
+
+// replaceFile makes a file durable under its name, whole or not at all.
+func (l *Log) replaceFile(path string, b []byte) error {
+	temp := path + tempSuffix
+	f, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
+	if err != nil {
+		return err
+	}
+	if _, err = f.WriteAt(b, 0); err == nil {
+		err = f.sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = l.disk.rename(temp, path)
+	}
+	if err == nil {
+		err = l.disk.syncDir(filepath.Dir(path))
+	}
+	return err
+}
+
+// copyBytes copies a part of a file to the same place of another.
+func copyBytes(to, from file, at, end int64) error {
+	buf := make([]byte, min(windowBytes, max(end-at, 1)))
+	for at < end {
+		n := min(int64(len(buf)), end-at)
+		if _, err := from.ReadAt(buf[:n], at); err != nil {
+			return err
+		}
+		if _, err := to.WriteAt(buf[:n], at); err != nil {
+			return err
+		}
+		at += n
+	}
+	return nil
+}

@@ -1,0 +1,148 @@
+package journal
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Trim lets go of the records below keepFrom, by whole segments: the last one
+// stays always.
+func (l *Log) Trim(id Stream, keepFrom uint64) error {
+	s, err := l.find(id)
+	if err != nil {
+		return err
+	}
+	s.write.Lock()
+	defer s.write.Unlock()
+	return l.trim(s, keepFrom)
+}
+
+// trim is Trim under s.write.
+func (l *Log) trim(s *stream, keepFrom uint64) error {
+	s.mu.Lock()
+	n := 0
+	for n < len(s.segments)-1 && s.segments[n].last < keepFrom {
+		n++
+	}
+	old := s.segments[:n:n]
+	s.segments = s.segments[n:]
+	s.mu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	l.moved.give()
+	if err := l.removeSegments(s, old); err != nil {
+		return l.setFailed("trim "+s.id.String(), err)
+	}
+	return nil
+}
+
+// removeSegments deletes files that are no part of the stream any more, the
+// oldest first and each durably: a hole that a crash leaves would look like
+// damage.
+func (l *Log) removeSegments(s *stream, old []*segment) error {
+	for _, g := range old {
+		if err := l.disk.remove(g.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := l.disk.syncDir(s.dir); err != nil {
+			return err
+		}
+		l.segments.Add(-1)
+		l.bytes.Add(-g.size)
+	}
+	return nil
+}
+
+// Bytes is what all segments take on the disk.
+func (l *Log) Bytes() int64 { return l.bytes.Load() }
+
+// Shrink brings the log back within BudgetBytes, if it can: it trims the segments
+// with the oldest records first, those of which applied says that all is in the
+// own table: the highest seq of the stream that is, durably. Who still
+// lacks them needs a snapshot. It gives the streams that it trimmed, with what
+// they begin with now.
+func (l *Log) Shrink(applied func(Stream) uint64) (map[Stream]uint64, error) {
+	trimmed := map[Stream]uint64{}
+	for l.bytes.Load() > l.o.BudgetBytes {
+		if err := l.usable(); err != nil {
+			return trimmed, err
+		}
+		var oldest *stream
+		var clock Clock
+		var upTo uint64
+		l.mu.RLock()
+		for _, s := range l.streams {
+			s.mu.Lock()
+			g := s.segments[0]
+			if len(s.segments) > 1 && g.last <= applied(s.id) && (oldest == nil || g.clock < clock) {
+				oldest, clock, upTo = s, g.clock, g.last
+			}
+			s.mu.Unlock()
+		}
+		l.mu.RUnlock()
+		if oldest == nil {
+			break
+		}
+		if err := l.Trim(oldest.id, upTo+1); err != nil && !errors.Is(err, ErrNoStream) {
+			return trimmed, err
+		}
+		trimmed[oldest.id] = upTo + 1
+		l.log.Warn("journal beyond its budget; a segment is gone that not everybody may have",
+			"stream", oldest.id.String(), "up_to", upTo)
+	}
+	return trimmed, nil
+}
+
+// droppedPrefix begins the name of a stream's directory that is being deleted.
+const droppedPrefix = ".dropped-"
+
+// Drop deletes a stream.
+func (l *Log) Drop(id Stream) error {
+	s, err := l.find(id)
+	if err != nil {
+		return err
+	}
+	s.freeze(fmt.Errorf("%w: %s", ErrNoStream, id))
+	s.write.Lock()
+	defer s.write.Unlock()
+	if s.gone {
+		return fmt.Errorf("%w: %s", ErrNoStream, id)
+	}
+	s.gone = true
+	l.mu.Lock()
+	delete(l.streams, id)
+	l.mu.Unlock()
+	l.tails.drop(id)
+	l.moved.give()
+	if err := l.removeStream(s); err != nil {
+		return l.setFailed("drop "+id.String(), err)
+	}
+	l.log.Info("stream dropped", "stream", id.String())
+	return nil
+}
+
+func (l *Log) removeStream(s *stream) error {
+	if err := s.closeActive(); err != nil {
+		return err
+	}
+	// Away with the name first: half a stream would look damaged.
+	parent := filepath.Dir(s.dir)
+	gone := filepath.Join(parent, droppedPrefix+s.id.Incarnation.String())
+	if err := l.disk.rename(s.dir, gone); err != nil {
+		return err
+	}
+	if err := l.disk.syncDir(parent); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	for _, g := range s.segments {
+		l.segments.Add(-1)
+		l.bytes.Add(-g.size)
+	}
+	s.mu.Unlock()
+	return os.RemoveAll(gone)
+}
