@@ -181,8 +181,8 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"merge key", "version: 1\nsites:\n  a: {city: x, priority: 1, <<: {city: y}}\n", `cluster.yaml:3: sites.a: merge keys (<<) are not supported; write the values out`},
 		{"list as key", "version: 1\nsites:\n  a: {city: x, priority: 1, ? [b] : c}\n", `cluster.yaml:3: sites.a: has a key that is not a plain word; write key: value`},
 
-		{"unknown key", head + "upstream: {}\n", `cluster.yaml:4: upstream: unknown key "upstream"; did you mean "upstreams"? (allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, timing)`},
-		{"unknown key far from any", head + "colour: red\n", `cluster.yaml:4: colour: unknown key "colour"; allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, timing`},
+		{"unknown key", head + "upstream: {}\n", `cluster.yaml:4: upstream: unknown key "upstream"; did you mean "upstreams"? (allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, jobs, timing)`},
+		{"unknown key far from any", head + "colour: red\n", `cluster.yaml:4: colour: unknown key "colour"; allowed here: version, sites, upstreams, models, timeouts, limits, access, cache, jobs, timing`},
 		{"a misspelt key is not missing too", "version: 1\nsites:\n  a: {ctiy: x, priority: 1}\n", `cluster.yaml:3: sites.a.ctiy: unknown key "ctiy"; did you mean "city"? (allowed here: city, priority, rpo_target, rto_target)`},
 		{"duplicate key", head + "  a: {city: y, priority: 2}\n", `cluster.yaml:4: sites.a: the key "a" stands here a second time, the first is on line 3; keep one of them`},
 		{"duplicate key at the top", head + "version: 1\n", `cluster.yaml:4: version: the key "version" stands here a second time, the first is on line 1; keep one of them`},

@@ -1,0 +1,103 @@
+package cache
+
+import (
+	"context"
+	"sync"
+)
+
+// Queue holds what waits, bounded in number and bytes. When there is no room the
+// oldest go: nobody waits for room. It is safe for many goroutines.
+type Queue[T any] struct {
+	size            func(T) int
+	maxLen, maxSize int
+	dropped         func(n int)
+
+	mu     sync.Mutex // guards all below
+	items  []T
+	head   int
+	bytes  int
+	filled chan struct{} // holds a token when there is something to take
+}
+
+// NewQueue makes an empty queue of at most maxLen things of maxBytes in all.
+// dropped is told of those that went without being taken; nil: nobody is.
+func NewQueue[T any](maxLen, maxBytes int, size func(T) int, dropped func(n int)) *Queue[T] {
+	if dropped == nil {
+		dropped = func(int) {}
+	}
+	return &Queue[T]{size: size, maxLen: maxLen, maxSize: maxBytes, dropped: dropped, filled: make(chan struct{}, 1)}
+}
+
+// Offer adds one thing and never waits.
+func (q *Queue[T]) Offer(v T) {
+	n := q.size(v)
+	if n > q.maxSize {
+		q.dropped(1)
+		return
+	}
+	q.mu.Lock()
+	lost := 0
+	for q.len() > 0 && (q.len() >= q.maxLen || q.bytes+n > q.maxSize) {
+		q.pop()
+		lost++
+	}
+	q.items = append(q.items, v)
+	q.bytes += n
+	q.mu.Unlock()
+	if lost > 0 {
+		q.dropped(lost)
+	}
+	select {
+	case q.filled <- struct{}{}:
+	default:
+	}
+}
+
+// Take waits for something and gives all that is there, oldest first, up to a
+// number. The error is ctx's.
+func (q *Queue[T]) Take(ctx context.Context, most int) ([]T, error) {
+	for {
+		if batch := q.now(most); len(batch) > 0 {
+			return batch, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-q.filled:
+		}
+	}
+}
+
+// now takes what is there.
+func (q *Queue[T]) now(most int) []T {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var batch []T
+	for q.len() > 0 && len(batch) < most {
+		batch = append(batch, q.pop())
+	}
+	return batch
+}
+
+// Len is how many wait, and their bytes.
+func (q *Queue[T]) Len() (n, bytes int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.len(), q.bytes
+}
+
+func (q *Queue[T]) len() int { return len(q.items) - q.head }
+
+func (q *Queue[T]) pop() T {
+	var zero T
+	v := q.items[q.head]
+	q.items[q.head] = zero
+	q.head++
+	q.bytes -= q.size(v)
+	if q.head > len(q.items)/2 {
+		n := copy(q.items, q.items[q.head:])
+		clear(q.items[n:])
+		q.items, q.head = q.items[:n], 0
+	}
+	return v
+}
