@@ -3,6 +3,7 @@ package storage
 import (
 	"errors"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -10,9 +11,9 @@ var (
 	// ErrDamaged means that a file is not what was written: bytes have
 	// changed, records are missing, or an older copy stands in its place. What
 	// is left is not used.
-	ErrDamaged = errors.New("stored data is damaged")
+	ErrDamaged = boltfile.ErrDamaged
 	// ErrForeign means that a file is of another kind than its name says.
-	ErrForeign = errors.New("not a file of dsnode")
+	ErrForeign = boltfile.ErrForeign
 	// ErrFailed means that a write failed earlier. Nothing is read or written
 	// from then on; only a restart of the node, with a sound disk, helps.
 	ErrFailed = errors.New("storage has failed")

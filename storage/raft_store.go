@@ -19,6 +19,7 @@ import (
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -144,12 +145,12 @@ func (s *RaftStore) open(dir, path string) error {
 		return err
 	}
 
-	pages, err := checkPagesOf(path, string(bucketLog), string(bucketMeta), string(bucketStable))
+	pages, err := boltfile.CheckFile(path, raftLayout())
 	if err != nil {
 		return err
 	}
 	if !isNew && (!marked || mark.state != markClosed) {
-		if err := rewriteRaftFile(dir, path, int64(pages.highWater)*pageSize); err != nil {
+		if err := rewriteRaftFile(dir, path, int64(pages.HighWater)*pageSize); err != nil {
 			return fmt.Errorf("write it anew: %w", err)
 		}
 	}
@@ -178,7 +179,7 @@ func (s *RaftStore) open(dir, path string) error {
 }
 
 func openBolt(path string) (db *bbolt.DB, err error) {
-	defer contain(&err, debug.SetPanicOnFault(true))
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
 		// The data directory's lock is ours; this one must be free.
 		Timeout:        time.Millisecond,
@@ -338,7 +339,7 @@ func (s *RaftStore) publish() {
 
 func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
 	s.stuck = true
-	defer contain(&err, debug.SetPanicOnFault(true))
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	tx, err := s.db.Begin(true)
 	if err == nil {
 		txid = uint64(tx.ID())
@@ -362,7 +363,7 @@ func (s *RaftStore) view(fn func(*bbolt.Tx) error) (err error) {
 	if err := s.usable(); err != nil {
 		return err
 	}
-	defer contain(&err, debug.SetPanicOnFault(true))
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	err = s.db.View(fn)
 	if errors.Is(err, berrors.ErrDatabaseNotOpen) {
 		return ErrClosed
@@ -383,17 +384,6 @@ func (s *RaftStore) writeMark() error {
 		return fmt.Errorf("write %s: %w", raftMarkFile, err)
 	}
 	return nil
-}
-
-// contain turns a panic of bbolt into ErrDamaged: it panics on pages that
-// changed under it. A page that the disk refuses to give arrives as a fault at
-// its mapped address, which is a panic, too, between SetPanicOnFault(true) and
-// here; before is what that call returned.
-func contain(err *error, before bool) {
-	debug.SetPanicOnFault(before)
-	if p := recover(); p != nil {
-		*err = fmt.Errorf("%w: %v", ErrDamaged, p)
-	}
 }
 
 func syncDir(dir string) error {

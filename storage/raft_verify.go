@@ -7,12 +7,14 @@ import (
 
 	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
+
+	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
 // verify opens every record of a file whose pages are sound, and says where
 // the store stands. It takes about a microsecond an entry.
 func (s *RaftStore) verify() (now raftMark, err error) {
-	defer contain(&err, debug.SetPanicOnFault(true))
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	err = s.db.View(func(tx *bbolt.Tx) error {
 		now.txid = uint64(tx.ID())
 		// The key's fault is named before any other.

@@ -13,6 +13,8 @@ import (
 
 	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
+
+	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
 // content is all that a store holds, for comparing.
@@ -302,7 +304,7 @@ func TestDamageWhileRunningStopsTheStore(t *testing.T) {
 			dir := t.TempDir()
 			s := filled(t, dir)
 			path := filepath.Join(dir, RaftFile)
-			pages, err := checkPagesOf(path, "log", "meta", "stable")
+			pages, err := boltfile.CheckFile(path, raftLayout())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -310,7 +312,7 @@ func TestDamageWhileRunningStopsTheStore(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := errors.Join(tt.spoil(f, int64(pages.highWater)*pageSize), f.Close()); err != nil {
+			if err := errors.Join(tt.spoil(f, int64(pages.HighWater)*pageSize), f.Close()); err != nil {
 				t.Fatal(err)
 			}
 			err = s.GetLog(200, new(raft.Log))
@@ -358,7 +360,7 @@ func TestPageCheckAgreesWithBolt(t *testing.T) {
 				mustDelete(t, s, 0, rand.Uint64N(last))
 			}
 		}
-		if _, err := checkPagesOf(filepath.Join(dir, RaftFile), "log", "meta", "stable"); err != nil {
+		if _, err := boltfile.CheckFile(filepath.Join(dir, RaftFile), raftLayout()); err != nil {
 			t.Fatalf("store %d: %v", n, err)
 		}
 		if err := s.db.View(func(tx *bbolt.Tx) error {
@@ -388,18 +390,18 @@ func FuzzCheckPages(f *testing.F) {
 		f.Fatal(err)
 	}
 	db := readFile(f, filepath.Join(dir, RaftFile))
-	pages, err := checkPagesOf(filepath.Join(dir, RaftFile), "log", "meta", "stable")
+	pages, err := boltfile.CheckFile(filepath.Join(dir, RaftFile), raftLayout())
 	if err != nil {
 		f.Fatal(err)
 	}
-	db = db[:pages.highWater*pageSize]
+	db = db[:pages.HighWater*pageSize]
 	f.Add(uint32(0), []byte{})
 	f.Add(uint32(2*pageSize+8), []byte{1, 0, 255, 255})
 	// A patch of a good file reaches further than bytes from nothing.
 	f.Fuzz(func(t *testing.T, at uint32, patch []byte) {
 		b := bytes.Clone(db)
 		copy(b[int(at)%len(b):], patch)
-		_, err := checkPages(bytes.NewReader(b), int64(len(b)), "log", "meta", "stable")
+		_, err := checkPages(bytes.NewReader(b), int64(len(b)))
 		if err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign) && !errors.Is(err, io.EOF) {
 			t.Fatalf("unnamed error %v", err)
 		}

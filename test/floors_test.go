@@ -35,8 +35,11 @@ var floor = map[string]int{
 	"cluster":           10,
 	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
 
-	"storage":         1,
-	"storage/keyring": 0,
+	"storage/jobtable": 2,
+	"storage":          1,
+	"storage/journal":  1,
+	"storage/boltfile": 0,
+	"storage/keyring":  0,
 }
 
 // An arrow is an import that is allowed, and why it has to be.
@@ -72,6 +75,10 @@ var arrows = []arrow{
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
 	{"storage", "storage/keyring", "what is at rest is sealed"},
+	{"storage", "storage/boltfile", "may bbolt open Raft's file"},
+	{"storage/journal", "storage/keyring", "payloads are sealed"},
+	{"storage/jobtable", "storage/journal", "rows are joined from records"},
+	{"storage/jobtable", "storage/keyring", "tenants in indexes, and which keys are still in use"},
 }
 
 type listed struct {
