@@ -33,7 +33,7 @@ type Ownership struct {
 	node     string
 	standing OwnershipStanding
 	boottime func() time.Duration
-	wait     time.Duration
+	wait     func() time.Duration
 
 	mu sync.Mutex // guards known; the state and the lease are read under it
 	// known holds, of each stream that this node owns, the token and from when on
@@ -47,8 +47,9 @@ type tenancy struct {
 }
 
 // NewOwnership makes an Ownership of a node. newLeaderWait is 1.1 L of
-// cluster.Timing, boottime the clock that leases are counted on.
-func NewOwnership(node string, s OwnershipStanding, newLeaderWait time.Duration, boottime func() time.Duration) *Ownership {
+// cluster.Timing, which is known once the node is a member; boottime is the clock
+// that leases are counted on.
+func NewOwnership(node string, s OwnershipStanding, newLeaderWait func() time.Duration, boottime func() time.Duration) *Ownership {
 	return &Ownership{node: node, standing: s, boottime: boottime, wait: newLeaderWait, known: map[string]tenancy{}}
 }
 
@@ -103,7 +104,7 @@ func (o *Ownership) note(s *cluster.State, now time.Duration) {
 		}
 		t := tenancy{token: j.Token}
 		if j.Before != "" && j.Before != o.node {
-			t.notBefore = now + o.wait
+			t.notBefore = now + o.wait()
 		}
 		o.known[key] = t
 	}

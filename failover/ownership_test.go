@@ -50,7 +50,7 @@ func newOwnershipWorld(names ...string) *ownershipWorld {
 
 func (n *ownershipNode) restart() {
 	n.until, n.heard = 0, 0
-	n.ownership = NewOwnership(n.name, n, testWait, func() time.Duration { return n.world.now })
+	n.ownership = NewOwnership(n.name, n, func() time.Duration { return testWait }, func() time.Duration { return n.world.now })
 }
 
 func (n *ownershipNode) State() *cluster.State    { return n.world.log[n.applied] }
