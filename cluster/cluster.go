@@ -112,6 +112,9 @@ type Cluster struct {
 	founded    chan memberFile
 	leadership leadershipBoard
 	yielding   atomic.Bool // a transfer is under way: no ticks
+	// committed has an entry when something was committed here that followers
+	// don't know of yet: a tick tells them. See commit.
+	committed chan struct{}
 }
 
 // New makes a Cluster; Run starts it.
@@ -129,7 +132,7 @@ func New(o Options) (*Cluster, error) {
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
 		book: newAddressBook(), lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
-		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskDead: make(chan error, 1),
+		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskDead: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
 	}
@@ -242,6 +245,10 @@ func (c *Cluster) OwnershipLease() (left time.Duration, ownership uint64) {
 	left, heard := c.lease.left()
 	return left, heard.ownership
 }
+
+// LeaseChanged gives a channel that closes when a lease begins or a higher epoch
+// or change of ownership is heard of. Its end is no event: Lease tells it beforehand.
+func (c *Cluster) LeaseChanged() <-chan struct{} { return c.lease.changed() }
 
 // Founded reports whether this process founded the cluster: then there is
 // nothing older anywhere.

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc"
 )
 
 // ErrNoAddress means that no address of the dialled node is known.
@@ -38,8 +37,16 @@ type MeshOptions struct {
 	Address    func(node string) (addr string, ok bool)
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// DialTimeout bounds name lookup, TCP, TLS and preface together. 0: 2 s.
+	// DialTimeout bounds name lookup, TCP, TLS and preface together, and the
+	// detour when that fails. 0: 2 s.
 	DialTimeout time.Duration
+	// Relays names the peers that lately said that they hear a node, the best
+	// first: when the node is not reached directly they are asked for a tunnel.
+	// Nil: there are no tunnels from here. It must not block.
+	Relays func(node string) []string
+	// Silent names the nodes that answered once and don't now. KeepWays asks
+	// several times a second. It must not block.
+	Silent func() []string
 	// Admit refuses a site's peers with an error; nil admits all. It is asked at
 	// each dial and each accept, when the peer is known and the connection can
 	// already be found by CloseAll: a site that is first refused here and then
@@ -63,10 +70,17 @@ type Mesh struct {
 
 	conns    peerConns
 	arrivals arrivals
+	ways     ways
+	relayed  relayed
+	timing   wayTiming
+
+	living context.Context // of examinations and replaced channels, until Close
+	die    context.CancelFunc
+	tasks  sync.WaitGroup // all that runs under living
 
 	mu        sync.Mutex // guards listeners, clients, closed
 	listeners map[Kind]*kindListener
-	clients   map[string]*grpc.ClientConn
+	clients   map[string]*meshClient
 	closed    bool
 }
 
@@ -86,8 +100,12 @@ func NewMesh(o MeshOptions) *Mesh {
 		conns:     peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
 		arrivals:  newArrivals(maxHandshakes, defaultAcceptTime),
 		listeners: map[Kind]*kindListener{},
-		clients:   map[string]*grpc.ClientConn{},
+		clients:   map[string]*meshClient{},
+		ways:      newWays(metrics),
+		timing:    defaultWayTiming,
+		relayed:   relayed{most: maxRelayed, each: maxRelayedEach, of: map[string]int{}},
 	}
+	m.living, m.die = context.WithCancel(context.Background())
 	m.transport = m.newHTTPTransport()
 	return m
 }
@@ -96,12 +114,18 @@ func NewMesh(o MeshOptions) *Mesh {
 // say that name, whatever the address. The error wraps ErrNoAddress,
 // ErrWrongNode, ErrForeignCluster, ErrCertificateRefused or is a *RefusedError
 // where one of these is the reason.
+//
+// Where the network is the reason a tunnel through a common peer takes the
+// place of the direct way, for this dial and, once it is certain, for those
+// that follow.
 func (m *Mesh) Dial(ctx context.Context, kind Kind, node string) (net.Conn, error) {
 	addr, ok := m.opts.Address(node)
 	if !ok {
 		return nil, fmt.Errorf("dial node %s: %w", node, ErrNoAddress)
 	}
-	conn, err := m.dial(ctx, kind, node, addr)
+	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout)
+	defer cancel()
+	conn, err := m.dialAnyWay(ctx, kind, node, addr)
 	if err != nil {
 		return nil, fmt.Errorf("dial node %s at %s: %w", node, addr, err)
 	}
@@ -109,24 +133,33 @@ func (m *Mesh) Dial(ctx context.Context, kind Kind, node string) (net.Conn, erro
 }
 
 // DialAddr opens a connection to whatever node of the cluster is at an address:
-// a seed, whose name is not known beforehand. Peer tells who it was.
+// a seed, whose name is not known beforehand. Peer tells who it was. It is
+// always direct: who could be asked for a tunnel is not known either.
 func (m *Mesh) DialAddr(ctx context.Context, kind Kind, addr string) (*PeerConn, error) {
-	conn, err := m.dial(ctx, kind, "", addr)
+	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout)
+	defer cancel()
+	conn, err := m.dial(ctx, greeting{kind: kind}, addr)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", addr, err)
 	}
 	return conn, nil
 }
 
-func (m *Mesh) dial(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout)
-	defer cancel()
+// greeting is what a dialler wants: a kind of connection with a node, by name
+// unless any will do. A tunnel has a target beyond that node.
+type greeting struct {
+	kind         Kind
+	node, target string
+}
+
+// dial is the direct way, and one half of a tunnel. The caller bounds ctx.
+func (m *Mesh) dial(ctx context.Context, to greeting, addr string) (*PeerConn, error) {
 	raw, err := m.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		m.metrics.failures.WithLabelValues("dialled", handshakeReason(err)).Inc()
 		return nil, err
 	}
-	conn, err := m.greet(ctx, raw, kind, node)
+	conn, err := m.greet(ctx, raw, to)
 	if err != nil {
 		_ = raw.Close() // the reason is err
 		err = explainHandshake(err)
@@ -137,13 +170,13 @@ func (m *Mesh) dial(ctx context.Context, kind Kind, node, addr string) (*PeerCon
 }
 
 // greet is the dialler's side of a handshake. The caller closes raw on an error.
-func (m *Mesh) greet(ctx context.Context, raw net.Conn, kind Kind, node string) (*PeerConn, error) {
+func (m *Mesh) greet(ctx context.Context, raw net.Conn, to greeting) (*PeerConn, error) {
 	// Reads and writes of the preface know no context: a deadline in the past
 	// ends them.
 	stop := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 
-	secure := tls.Client(raw, m.opts.Credentials.ClientTLS(node))
+	secure := tls.Client(raw, m.opts.Credentials.ClientTLS(to.node))
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
@@ -153,8 +186,8 @@ func (m *Mesh) greet(ctx context.Context, raw net.Conn, kind Kind, node string) 
 	}
 	self, me := m.opts.Membership(), m.opts.Credentials.Identity()
 	request, err := appendPreface(nil, prefaceRequest{
-		Format: prefaceFormat, Kind: kind, ClusterID: self.ClusterID, Generation: self.Generation,
-		Node: me.Node, Site: me.Site,
+		Format: prefaceFormat, Kind: to.kind, ClusterID: self.ClusterID, Generation: self.Generation,
+		Node: me.Node, Site: me.Site, Target: to.target,
 	})
 	if err != nil {
 		return nil, err
@@ -170,12 +203,13 @@ func (m *Mesh) greet(ctx context.Context, raw net.Conn, kind Kind, node string) 
 	theirs := Membership{ClusterID: reply.ClusterID, Generation: reply.Generation}
 	m.noticeGeneration(self, theirs, peer)
 	if refused == nil {
-		refused = judge(self, theirs, kind)
+		refused = judge(self, theirs, to.kind)
 	}
 	if refused != nil {
 		return nil, refused
 	}
-	conn := &PeerConn{Conn: secure, raw: raw, mesh: m, peer: peer, membership: theirs, kind: kind, direction: "dialled"}
+	conn := newPeerConn(secure, raw, m, "dialled")
+	conn.peer, conn.membership, conn.kind = peer, theirs, to.kind
 	if err := m.settle(conn); err != nil {
 		return nil, err
 	}
@@ -235,7 +269,8 @@ func (m *Mesh) CloseRefused() {
 }
 
 // Close ends the gRPC channels, the listeners of all kinds and every
-// connection. Later dials fail with net.ErrClosed.
+// connection, and waits for the examinations under way. Later dials fail with
+// net.ErrClosed.
 func (m *Mesh) Close() error {
 	m.mu.Lock()
 	m.closed = true
@@ -254,5 +289,19 @@ func (m *Mesh) Close() error {
 	}
 	m.conns.close()
 	m.transport.CloseIdleConnections()
+	m.die()
+	m.tasks.Wait()
 	return errors.Join(errs...)
+}
+
+// background runs something until it ends or the mesh is closed, which waits
+// for it. It reports whether it was begun.
+func (m *Mesh) background(run func(ctx context.Context)) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.tasks.Go(func() { run(m.living) })
+	return true
 }

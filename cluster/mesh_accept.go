@@ -13,8 +13,9 @@ import (
 )
 
 // Serve accepts peers until ctx ends or the listener fails, and hands each to
-// the listener of its kind. It closes the listener and waits for the
-// handshakes under way; connections that were handed over stay.
+// the listener of its kind. It closes the listener, ends the tunnels that this
+// node relays, and waits for them and for the handshakes under way;
+// connections that were handed over stay.
 func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -45,31 +46,45 @@ func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
 			continue
 		}
 		arrival := m.arrivals.enter(ctx)
-		m.metrics.handshakes.Inc()
 		handshakes.Go(func() {
-			defer m.metrics.handshakes.Dec()
-			defer m.arrivals.leave(arrival)
-			m.accept(arrival.ctx, raw)
+			if tunnel := m.accept(arrival, raw); tunnel != nil {
+				m.relay(ctx, tunnel)
+			}
 		})
 	}
 }
 
-// accept takes one connection from TCP to its kind's listener, or closes it.
-func (m *Mesh) accept(ctx context.Context, raw net.Conn) {
-	stop := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
+// accept takes one connection from TCP to its kind's listener, or closes it. A
+// peer that wants a tunnel is given to the caller.
+func (m *Mesh) accept(arrival *arrival, tcp net.Conn) (tunnel *PeerConn) {
+	m.metrics.handshakes.Inc()
+	defer m.metrics.handshakes.Dec()
+	defer m.arrivals.leave(arrival)
+	ctx := arrival.ctx
+	stop := context.AfterFunc(ctx, func() { _ = tcp.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	tunePeerConn(raw)
+	tunePeerConn(tcp)
 
+	raw := tcp
 	conn, err := m.receive(ctx, raw)
+	if err == nil && conn.kind == KindRelayed {
+		// The node that the tunnel is for now shakes hands inside it, within the
+		// same bounds, and is then a peer like any other.
+		raw = conn
+		conn, err = m.receive(ctx, raw)
+	}
 	if err == nil {
 		if stop() {
-			err = raw.SetDeadline(time.Time{})
+			err = tcp.SetDeadline(time.Time{})
 		} else {
 			err = context.Cause(ctx)
 		}
 		if err == nil {
+			if conn.kind == KindTunnel {
+				return conn
+			}
 			if err = m.deliver(ctx, conn); err == nil {
-				return
+				return nil
 			}
 		}
 		conn.forget()
@@ -81,7 +96,8 @@ func (m *Mesh) accept(ctx context.Context, raw net.Conn) {
 	}
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
-	m.reportUnaccepted(raw.RemoteAddr(), m.countFailure("accepted", err), err)
+	m.reportUnaccepted(tcp.RemoteAddr(), m.countFailure("accepted", err), err)
+	return nil
 }
 
 func (m *Mesh) reportUnaccepted(remote net.Addr, reason string, err error) {
@@ -107,7 +123,8 @@ func linger(raw net.Conn) {
 	_, _ = io.CopyN(io.Discard, raw, prefaceMax) // whatever it is
 }
 
-// receive is the acceptor's side of a handshake. The caller closes raw on an error.
+// receive is the acceptor's side of a handshake, in a tunnel too: then raw is
+// the tunnel's half here. The caller closes raw on an error.
 func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 	secure := tls.Server(raw, m.serverTLS)
 	if err := secure.HandshakeContext(ctx); err != nil {
@@ -128,10 +145,15 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 		m.noticeGeneration(self, theirs, peer)
 		refused = judge(self, theirs, request.Kind)
 	}
-	if refused == nil && !m.listening(request.Kind) {
+	conn := newPeerConn(secure, raw, m, "accepted")
+	conn.peer, conn.membership, conn.kind, conn.target = peer, theirs, request.Kind, request.Target
+	switch {
+	case refused != nil:
+	case request.Kind.ofTunnel() && conn.via != "":
+		refused = &RefusedError{Code: CodeNoTunnel, Message: "a tunnel leads to a node and not into another tunnel"}
+	case !request.Kind.ofTunnel() && !m.listening(request.Kind):
 		refused = &RefusedError{Code: CodeKindClosed, Message: fmt.Sprintf("this node takes no %s connections now", request.Kind)}
 	}
-	conn := &PeerConn{Conn: secure, raw: raw, mesh: m, peer: peer, membership: theirs, kind: request.Kind, direction: "accepted"}
 	if refused == nil {
 		err := m.settle(conn)
 		if err != nil && !errors.As(err, &refused) {

@@ -23,6 +23,17 @@ type PeerConn struct {
 	membership Membership
 	kind       Kind
 	direction  string // "dialled" or "accepted"
+	via        string // the node whose tunnel it runs through; then raw is that half of it
+	target     string // of an accepted KindTunnel
+	opened     time.Time
+}
+
+func newPeerConn(secure *tls.Conn, raw net.Conn, m *Mesh, direction string) *PeerConn {
+	c := &PeerConn{Conn: secure, raw: raw, mesh: m, direction: direction, opened: time.Now()}
+	if half, ok := raw.(*PeerConn); ok {
+		c.via = half.peer.Node
+	}
+	return c
 }
 
 // Peer is who is at the other end, as its certificate says.
@@ -33,6 +44,13 @@ func (c *PeerConn) Membership() Membership { return c.membership }
 
 // Kind is what the connection carries.
 func (c *PeerConn) Kind() Kind { return c.kind }
+
+// Via is the node through which the connection runs, empty when it is direct.
+// That node sees nothing but ciphertext.
+func (c *PeerConn) Via() string { return c.via }
+
+// dials reports whether this node opened the connection, to that one.
+func (c *PeerConn) dials(node string) bool { return c.direction == "dialled" && c.peer.Node == node }
 
 // Close closes the connection. It may be called more than once.
 func (c *PeerConn) Close() error {
@@ -45,7 +63,14 @@ func (c *PeerConn) forget() { c.mesh.conns.remove(c) }
 
 // cut closes the connection without TLS's farewell, which could wait for a
 // peer that no longer reads. Its owner sees errors and closes it.
-func (c *PeerConn) cut() { _ = c.raw.Close() }
+func (c *PeerConn) cut() {
+	if half, ok := c.raw.(*PeerConn); ok { // a tunnel's, with TLS of its own
+		half.forget()
+		half.cut()
+		return
+	}
+	_ = c.raw.Close()
+}
 
 // peerConns is every connection that stands.
 type peerConns struct {

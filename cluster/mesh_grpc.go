@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -24,10 +25,31 @@ const (
 	grpcBackoffMax  = time.Second
 )
 
+// meshClient is the gRPC channel to a node, until another takes its place
+// because the way to the node has changed.
+type meshClient struct {
+	*grpc.ClientConn
+	first atomic.Pointer[PeerConn] // to begin with, when there is one already
+	via   atomic.Pointer[string]   // of the newest connection; nil before the first
+
+	replaced context.Context
+	replace  context.CancelFunc
+}
+
 // ClientConn is the gRPC channel to a node, one for all callers, opened on
 // first use. It dials by name each time it must, so it follows new addresses.
+// Ask for it anew for each call: when the way to the node changes another
+// channel takes its place, and this one is closed when replaceGrace has passed.
 // The caller doesn't close it: Forget or Close does.
 func (m *Mesh) ClientConn(node string) (*grpc.ClientConn, error) {
+	client, err := m.client(node)
+	if err != nil {
+		return nil, err
+	}
+	return client.ClientConn, nil
+}
+
+func (m *Mesh) client(node string) (*meshClient, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
@@ -39,14 +61,94 @@ func (m *Mesh) ClientConn(node string) (*grpc.ClientConn, error) {
 	if len(m.clients) >= maxClientConns {
 		return nil, fmt.Errorf("channel to node %s: %w: %d channels", node, errTooManyConns, len(m.clients))
 	}
-	client, err := m.newClient(node, func(ctx context.Context, _ string) (net.Conn, error) {
-		return m.Dial(ctx, KindGRPC, node)
-	})
+	client, err := m.newMeshClient(node, nil)
 	if err != nil {
 		return nil, err
 	}
 	m.clients[node] = client
 	return client, nil
+}
+
+func (m *Mesh) newMeshClient(node string, first *PeerConn) (*meshClient, error) {
+	c := &meshClient{}
+	c.first.Store(first)
+	c.replaced, c.replace = context.WithCancel(context.Background())
+	var err error
+	c.ClientConn, err = m.newClient(node, func(ctx context.Context, _ string) (net.Conn, error) {
+		if conn := c.first.Swap(nil); conn != nil {
+			c.via.Store(&conn.via)
+			return conn, nil
+		}
+		conn, err := m.Dial(ctx, KindGRPC, node)
+		if peer, ok := conn.(*PeerConn); ok {
+			c.via.Store(&peer.via)
+		}
+		return conn, err
+	})
+	return c, err
+}
+
+// tunnelled reports whether the channel goes through another node.
+func (c *meshClient) tunnelled() bool {
+	via := c.via.Load()
+	return via != nil && *via != ""
+}
+
+// Close ends the channel, and calls under way with it.
+func (c *meshClient) Close() error {
+	c.replace()
+	err := c.ClientConn.Close()
+	if unused := c.first.Swap(nil); unused != nil {
+		unused.forget()
+		unused.cut()
+	}
+	return err
+}
+
+// replaceGrace is how long calls on a replaced channel may still take: longer
+// than any of ours.
+const replaceGrace = 15 * time.Second
+
+// rechannel puts a new gRPC channel in the place of a node's present one, so
+// that it goes the present way. Calls under way may finish; whoever would
+// rather ask again sees meshClient.replaced. The connection to begin with may
+// be nil.
+func (m *Mesh) rechannel(node string, first *PeerConn) {
+	old, fresh := m.exchange(node, first)
+	if fresh == nil {
+		if first != nil {
+			_ = first.Close() // nobody ever asked for a channel
+		}
+		return
+	}
+	fresh.Connect()
+	old.replace()
+	closing := m.background(func(ctx context.Context) {
+		select {
+		case <-ctx.Done():
+		case <-time.After(replaceGrace):
+		}
+		_ = old.Close() // it is a closed one at worst
+	})
+	if !closing {
+		_ = old.Close()
+	}
+}
+
+// exchange gives nothing when there is no channel to replace.
+func (m *Mesh) exchange(node string, first *PeerConn) (old, fresh *meshClient) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	old, ok := m.clients[node] // a closed mesh has none
+	if !ok {
+		return nil, nil
+	}
+	fresh, err := m.newMeshClient(node, first)
+	if err != nil {
+		return nil, nil // the old one finds the way by itself, later
+	}
+	m.clients[node] = fresh
+	return old, fresh
 }
 
 // SeedConn is a gRPC channel to whatever node of the cluster is at an address.
@@ -87,6 +189,7 @@ func (m *Mesh) Forget(node string) error {
 	client, ok := m.clients[node]
 	delete(m.clients, node)
 	m.mu.Unlock()
+	m.ways.forget(node)
 	if !ok {
 		return nil
 	}

@@ -30,6 +30,8 @@ type meshMetrics struct {
 	handshakes  prometheus.Gauge
 	failures    *prometheus.CounterVec
 	refused     *prometheus.CounterVec
+	tunnels     *prometheus.CounterVec
+	detours     prometheus.Gauge
 }
 
 func newMeshMetrics(reg prometheus.Registerer) *meshMetrics {
@@ -50,6 +52,13 @@ func newMeshMetrics(reg prometheus.Registerer) *meshMetrics {
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_refused_total", Help: "Connections with known peers that one of both sides refused.",
 		}, []string{"code", "by"}),
+		// Those that stand are connections of the kinds tunnel and relayed.
+		tunnels: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "dsnode_peer_tunnels_total", Help: "Tunnels to a node through a common peer that were asked for, by this node (dialled) or of it (relayed).",
+		}, []string{"side", "result"}),
+		detours: f.NewGauge(prometheus.GaugeOpts{
+			Name: "dsnode_peer_detours", Help: "Nodes that this one reaches only through another.",
+		}),
 	}
 }
 
@@ -64,7 +73,7 @@ func (m *Mesh) countFailure(direction string, err error) string {
 	code, by := "other", "self" // a peer may send any code
 	switch refused.Code {
 	case CodeUnknownFormat, CodeUnknownKind, CodeMalformed, CodeIdentity, CodeNotMember, CodePeerNotMember,
-		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeKindClosed, CodeIsolated:
+		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeKindClosed, CodeIsolated, CodeNoTunnel, CodeUnreached:
 		code = refused.Code
 	}
 	if refused.ByPeer {

@@ -285,7 +285,7 @@ const pauseWindow = 500 * time.Millisecond
 
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
-	const interval = 50 * time.Millisecond
+	const interval = 100 * time.Millisecond
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	last, slotEnds := Boottime(), Boottime()+pauseWindow

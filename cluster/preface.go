@@ -17,15 +17,26 @@ const (
 	KindRaft Kind = "raft"
 	KindGRPC Kind = "grpc"
 	KindHTTP Kind = "http"
+	// KindTunnel asks the acceptor for a way to the node that the preface names
+	// as target. After the welcome a second answer follows: whether that node was
+	// reached. What comes then is between the dialler and that node.
+	KindTunnel Kind = "tunnel"
+	// KindRelayed is the other half: the dialler speaks for a third node, whose
+	// own handshake follows the welcome.
+	KindRelayed Kind = "relayed"
 )
 
 func (k Kind) known() bool {
 	switch k {
-	case KindRaft, KindGRPC, KindHTTP:
+	case KindRaft, KindGRPC, KindHTTP, KindTunnel, KindRelayed:
 		return true
 	}
 	return false
 }
+
+// ofTunnel reports whether such a connection is half of a tunnel, and carries
+// another one.
+func (k Kind) ofTunnel() bool { return k == KindTunnel || k == KindRelayed }
 
 // Membership is what a node knows of the cluster it belongs to. The zero value
 // is a node that has not joined any.
@@ -49,6 +60,8 @@ const (
 	CodeForkGeneration  = "fork_generation"  // two recoveries of the same number
 	CodeKindClosed      = "kind_closed"      // nobody takes connections of that kind now
 	CodeIsolated        = "isolated"         // the site is cut off on purpose
+	CodeNoTunnel        = "no_tunnel"        // this node makes no tunnel there, or no more of them
+	CodeUnreached       = "unreached"        // this node does not reach the tunnel's target directly
 )
 
 // RefusedError is a connection that one of both nodes didn't want, though TLS
@@ -125,6 +138,7 @@ type prefaceRequest struct {
 	Generation Generation `json:"generation"`
 	Node       string     `json:"node"`
 	Site       string     `json:"site"`
+	Target     string     `json:"target,omitzero"` // of KindTunnel, and of no other
 }
 
 // prefaceReply is the acceptor's half. It comes before a refusal too, so that
@@ -192,9 +206,13 @@ func decodeRequest(text []byte, cert Identity) (prefaceRequest, *RefusedError) {
 		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: "the preface is not the JSON that it should be"}
 	}
 	if len(p.Kind) > prefaceFieldMax || len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax ||
-		len(p.Node) > prefaceFieldMax || len(p.Site) > prefaceFieldMax {
+		len(p.Node) > prefaceFieldMax || len(p.Site) > prefaceFieldMax || len(p.Target) > prefaceFieldMax {
 		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: fmt.Sprintf(
 			"a member of the preface is longer than %d bytes", prefaceFieldMax)}
+	}
+	if (p.Kind == KindTunnel) != (p.Target != "") {
+		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: fmt.Sprintf(
+			"a %s connection names a target, and no other does: kind %q, target %q", KindTunnel, p.Kind, p.Target)}
 	}
 	if p.Node != cert.Node || p.Site != cert.Site {
 		return prefaceRequest{}, &RefusedError{Code: CodeIdentity, Message: fmt.Sprintf(

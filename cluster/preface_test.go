@@ -36,6 +36,8 @@ func TestJudge(t *testing.T) {
 		{"joining", noCluster, first, KindGRPC, "", ""},
 		{"not joined, raft", noCluster, first, KindRaft, CodeNotMember, CodePeerNotMember},
 		{"not joined, http", noCluster, recovered, KindHTTP, CodeNotMember, CodePeerNotMember},
+		{"not joined, a tunnel", noCluster, first, KindTunnel, CodeNotMember, CodePeerNotMember},
+		{"left behind, a tunnel", first, recovered, KindRelayed, CodeNewerGeneration, CodeOlderGeneration},
 		{"both not joined", noCluster, noCluster, KindGRPC, "", ""},
 		{"both not joined, raft", noCluster, noCluster, KindRaft, CodeNotMember, CodeNotMember},
 		{"unknown kind", first, first, "telnet", CodeUnknownKind, CodeUnknownKind},
@@ -70,7 +72,7 @@ func TestJudgeIsSymmetric(t *testing.T) {
 	})
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := membership.Draw(t, "a"), membership.Draw(t, "b")
-		kind := rapid.SampledFrom([]Kind{KindRaft, KindGRPC, KindHTTP}).Draw(t, "kind")
+		kind := rapid.SampledFrom([]Kind{KindRaft, KindGRPC, KindHTTP, KindTunnel, KindRelayed}).Draw(t, "kind")
 		if (judge(a, b, kind) == nil) != (judge(b, a, kind) == nil) {
 			t.Fatalf("one side of %v and %v admits %s, the other doesn't", a, b, kind)
 		}
@@ -108,6 +110,11 @@ func TestDecodeRequest(t *testing.T) {
 		{"a wrong type", `{"format":1,"kind":7,"node":"a-1","site":"a"}`, CodeMalformed},
 		{"a negative number", `{"format":1,"kind":"grpc","generation":{"number":-1},"node":"a-1","site":"a"}`, CodeMalformed},
 		{"a long id", `{"format":1,"kind":"grpc","node":"a-1","site":"a","cluster_id":"` + strings.Repeat("c", 200) + `"}`, CodeMalformed},
+		{"a tunnel", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":"b-1"}`, ""},
+		{"a tunnel to nowhere", `{"format":1,"kind":"tunnel","node":"a-1","site":"a"}`, CodeMalformed},
+		{"a tunnel to an endless name", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":"` + strings.Repeat("b", 200) + `"}`, CodeMalformed},
+		{"a tunnel to a list", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":["b-1","c-1"]}`, CodeMalformed},
+		{"a target, but no tunnel", `{"format":1,"kind":"relayed","node":"a-1","site":"a","target":"b-1"}`, CodeMalformed},
 		{"no JSON", `GET / HTTP/1.1`, CodeMalformed},
 		{"nothing", ``, CodeMalformed},
 	} {
@@ -193,7 +200,10 @@ func FuzzPreface(f *testing.F) {
 	id := Identity{"dev", "a", "a-1"}
 	for _, message := range []any{
 		prefaceRequest{Format: 1, Kind: KindRaft, ClusterID: "c1", Generation: Generation{3, "g"}, Node: "a-1", Site: "a"},
+		prefaceRequest{Format: 1, Kind: KindTunnel, ClusterID: "c1", Generation: first.Generation, Node: "a-1", Site: "a", Target: "b-1"},
+		prefaceRequest{Format: 1, Kind: KindRelayed, ClusterID: "c1", Generation: first.Generation, Node: "a-1", Site: "a"},
 		prefaceReply{Format: 1, Code: CodeOtherCluster, Message: "no", ClusterID: "c2"},
+		prefaceReply{Format: 1, Code: CodeUnreached, Message: "no", ClusterID: "c1"},
 		prefaceReply{Format: 2},
 	} {
 		wire, err := appendPreface(nil, message)
@@ -226,6 +236,9 @@ func FuzzPreface(f *testing.F) {
 			theirs := Membership{request.ClusterID, request.Generation}
 			if refused := judge(first, theirs, request.Kind); refused == nil && theirs != first && request.Kind != KindGRPC {
 				t.Fatalf("admitted %+v", request)
+			}
+			if (request.Kind == KindTunnel) != (request.Target != "") || len(request.Target) > prefaceFieldMax {
+				t.Fatalf("understood %+v", request)
 			}
 		} else if refused.Code == "" || refused.Message == "" {
 			t.Fatalf("refused without a word: %+v", refused)
