@@ -14,6 +14,9 @@ type Jobs struct {
 	Durability string `yaml:"durability,omitempty"`
 	// Concurrency bounds the jobs that one node runs at once. 16.
 	Concurrency int `yaml:"concurrency,omitempty"`
+	// Paused starts no job on any node, and takes them all the same: for the time
+	// in which model servers are looked after.
+	Paused bool `yaml:"paused,omitempty"`
 	// MaxQueued and MaxQueuedBytes bound the jobs of one node that are not done,
 	// and the bytes of their bodies. 100000, 1 GiB.
 	MaxQueued      int   `yaml:"max_queued,omitempty"`

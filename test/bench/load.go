@@ -97,6 +97,11 @@ type connection struct {
 }
 
 func (k *connection) ask(ctx context.Context, request []byte) error {
+	return k.do(ctx, (*client).ask, request)
+}
+
+// do sends a request in the way of send, over a connection that works.
+func (k *connection) do(ctx context.Context, send func(*client, []byte) error, request []byte) error {
 	if k.c == nil {
 		c, err := dial(ctx, k.addr)
 		if err != nil {
@@ -105,7 +110,7 @@ func (k *connection) ask(ctx context.Context, request []byte) error {
 		}
 		k.c = c
 	}
-	err := k.c.ask(request)
+	err := send(k.c, request)
 	if err != nil {
 		k.close()
 	}
@@ -122,13 +127,17 @@ func (k *connection) close() {
 // closedLoop keeps a number of connections busy: each sends its next request
 // when it has the answer to the one before.
 func closedLoop(ctx context.Context, t target, model string, connections int, d time.Duration) result {
-	request := t.request(model, false)
+	return closedLoopOf(ctx, t.addr, (*client).ask, t.request(model, false), connections, d)
+}
+
+// closedLoopOf is closedLoop for any request and way to send it.
+func closedLoopOf(ctx context.Context, addr string, send func(*client, []byte) error, request []byte, connections int, d time.Duration) result {
 	var all tally
 	begun := time.Now()
 	var clients sync.WaitGroup
 	for range connections {
 		clients.Go(func() {
-			k := connection{addr: t.addr}
+			k := connection{addr: addr}
 			defer k.close()
 			var took []time.Duration
 			for ctx.Err() == nil {
@@ -136,7 +145,7 @@ func closedLoop(ctx context.Context, t target, model string, connections int, d 
 				if start.Sub(begun) > d {
 					break
 				}
-				if err := k.ask(ctx, request); err != nil {
+				if err := k.do(ctx, send, request); err != nil {
 					all.fail(err)
 					continue
 				}

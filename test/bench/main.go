@@ -8,6 +8,7 @@
 //	go run ./test/bench                     # five rounds, about five minutes
 //	go run ./test/bench -pairs 1 -what cpu  # one figure, quickly
 //	go run ./test/bench soak -for 10m       # clients that hang up, then a look for what they left
+//	go run ./test/bench jobs                # durable jobs beside a RabbitMQ quorum queue
 //
 // Start reading at compare (compare.go) and at soak (soak.go).
 package main
@@ -51,6 +52,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return runReverseProxy(ctx, args[1:])
 		case "soak":
 			return runSoak(ctx, args[1:], stdout, stderr)
+		case "jobs":
+			return runJobs(ctx, args[1:], stdout, stderr)
 		}
 	}
 	return runCompare(ctx, args, stdout, stderr)

@@ -40,6 +40,7 @@ func (s *stage) buildNode(ctx context.Context) (string, error) {
 type dsnode struct {
 	*process
 	api   string // host:port
+	rpc   string // likewise
 	admin *admin.Client
 	key   string // an API key
 }
@@ -47,16 +48,67 @@ type dsnode struct {
 // startNode writes what one node needs, starts it and founds its cluster with
 // the text of a cluster.yaml, whose one site is siteName.
 func (s *stage) startNode(ctx context.Context, name, binary, text string) (*dsnode, error) {
-	dir := filepath.Join(s.dir, name)
-	conf, err := nodeFiles(dir)
+	common, err := newCommonFiles()
 	if err != nil {
 		return nil, fmt.Errorf("configure dsnode: %w", err)
 	}
-	n := &dsnode{api: conf.API.Bind}
+	return s.foundNode(ctx, name, binary, text, common)
+}
+
+// startSite starts some nodes of the one site, the first of which founds the
+// cluster, and waits until all are members.
+func (s *stage) startSite(ctx context.Context, binary, text string, count int) ([]*dsnode, error) {
+	common, err := newCommonFiles()
+	if err != nil {
+		return nil, fmt.Errorf("configure dsnode: %w", err)
+	}
+	first, err := s.foundNode(ctx, "dsnode", binary, text, common)
+	if err != nil {
+		return nil, err
+	}
+	nodes := []*dsnode{first}
+	for i := 1; i < count; i++ {
+		n, err := s.runNode(fmt.Sprintf("dsnode-%d", i+1), fmt.Sprintf("%s-%d", siteName, i+1), binary, common, first.rpc)
+		if err != nil {
+			return nil, err
+		}
+		nodes = append(nodes, n)
+	}
+	return nodes, first.until(ctx, func() error {
+		status, err := first.admin.Status(ctx)
+		if err != nil {
+			return err
+		}
+		alive := 0
+		for _, n := range status.Nodes {
+			if n.State == "alive" {
+				alive++
+			}
+		}
+		if alive != count {
+			return fmt.Errorf("%d of %d nodes are there", alive, count)
+		}
+		return nil
+	})
+}
+
+// runNode starts a node that joins those at the seeds.
+func (s *stage) runNode(name, node, binary string, common *commonFiles, seeds ...string) (*dsnode, error) {
+	dir := filepath.Join(s.dir, name)
+	conf, err := common.nodeFiles(dir, node, seeds)
+	if err != nil {
+		return nil, fmt.Errorf("configure dsnode: %w", err)
+	}
+	n := &dsnode{api: conf.API.Bind, rpc: conf.RPC.Bind}
 	if n.process, err = s.start(name, exec.Command(binary, "run", "--config", filepath.Join(dir, "node.yaml"))); err != nil {
 		return nil, err
 	}
 	n.admin, err = admin.NewClient([]string{"http://" + conf.Admin.Bind}, admin.ClientOptions{Author: "bench", Timeout: 20 * time.Second})
+	return n, err
+}
+
+func (s *stage) foundNode(ctx context.Context, name, binary, text string, common *commonFiles) (*dsnode, error) {
+	n, err := s.runNode(name, nodeName, binary, common)
 	if err != nil {
 		return nil, err
 	}
@@ -101,24 +153,36 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// nodeFiles makes a CA, a certificate, keys and node.yaml in a directory.
-func nodeFiles(dir string) (*node.Config, error) {
-	if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
-		return nil, err
-	}
+// commonFiles is what the nodes of one cluster share.
+type commonFiles struct {
+	caCert, caKey, gossip, operator []byte
+}
+
+func newCommonFiles() (*commonFiles, error) {
 	caCert, caKey, err := cluster.NewCA(clusterName, keysValid+time.Hour)
-	if err != nil {
-		return nil, err
-	}
-	id := cluster.Identity{Cluster: clusterName, Site: siteName, Node: nodeName}
-	cert, key, err := cluster.Issue(caCert, caKey, id, []string{"127.0.0.1"}, keysValid)
 	if err != nil {
 		return nil, err
 	}
 	gossip := make([]byte, 32)
 	_, _ = rand.Read(gossip) // never fails; it ends the process instead
+	return &commonFiles{
+		caCert: caCert, caKey: caKey, gossip: []byte(base64.StdEncoding.EncodeToString(gossip)),
+		operator: []byte(keyring.GenerateOperatorKey().Encode()),
+	}, nil
+}
+
+// nodeFiles makes a node's certificate and node.yaml in a directory.
+func (f *commonFiles) nodeFiles(dir, name string, seeds []string) (*node.Config, error) {
+	if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
+		return nil, err
+	}
+	id := cluster.Identity{Cluster: clusterName, Site: siteName, Node: name}
+	cert, key, err := cluster.Issue(f.caCert, f.caKey, id, []string{"127.0.0.1"}, keysValid)
+	if err != nil {
+		return nil, err
+	}
 	c := node.DefaultConfig()
-	c.Cluster, c.Site, c.Name, c.DataDir = clusterName, siteName, nodeName, "data"
+	c.Cluster, c.Site, c.Name, c.DataDir, c.Seeds = clusterName, siteName, name, "data", seeds
 	c.Gossip.KeyFile = "gossip.key"
 	c.RPC.TLS = node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "ca.pem"}
 	c.OperatorKey.File = "operator.key"
@@ -135,9 +199,8 @@ func nodeFiles(dir string) (*node.Config, error) {
 	}
 	var failed []error
 	for name, content := range map[string][]byte{
-		"ca.pem": caCert, "cert.pem": cert, "key.pem": key, "node.yaml": text,
-		"gossip.key":   []byte(base64.StdEncoding.EncodeToString(gossip)),
-		"operator.key": []byte(keyring.GenerateOperatorKey().Encode()),
+		"ca.pem": f.caCert, "cert.pem": cert, "key.pem": key, "node.yaml": text,
+		"gossip.key": f.gossip, "operator.key": f.operator,
 	} {
 		failed = append(failed, os.WriteFile(filepath.Join(dir, name), content, 0o600))
 	}

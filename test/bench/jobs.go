@@ -1,0 +1,260 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// jobsSettings are the flags of `bench jobs`.
+type jobsSettings struct {
+	pairs    int
+	seconds  float64
+	inFlight []int
+	// durability of the submissions, and the nodes of the one site.
+	durability string
+	nodes      int
+	peer       string // a command that prints "N msg/s", instead of RabbitMQ
+	json       bool
+}
+
+// jobsRun is one measurement of one system.
+type jobsRun struct {
+	Round     int     `json:"round"`
+	System    string  `json:"system"`
+	InFlight  int     `json:"in_flight"`
+	PerSecond float64 `json:"per_second"`
+	P50       float64 `json:"p50_seconds,omitempty"`
+	P99       float64 `json:"p99_seconds,omitempty"`
+	CPU       float64 `json:"cpu_seconds_per_1000,omitempty"`
+	Failed    int     `json:"failed,omitempty"`
+}
+
+const jobBytes = 1024
+
+func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var set jobsSettings
+	inFlight := ""
+	flags := flag.NewFlagSet("bench jobs", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.IntVar(&set.pairs, "pairs", 5, "rounds")
+	flags.Float64Var(&set.seconds, "seconds", 3, "length of each measurement")
+	flags.StringVar(&inFlight, "in-flight", "1,64", "submissions in flight")
+	flags.StringVar(&set.durability, "durability", "node", "what the submissions ask for: node or site")
+	flags.IntVar(&set.nodes, "nodes", 1, "nodes of the site")
+	flags.StringVar(&set.peer, "peer", "", `a command to measure beside dsnode instead of RabbitMQ; {n} stands for the number in flight, {s} for the seconds, and it prints "N msg/s"`)
+	flags.BoolVar(&set.json, "json", false, "print the measurements as JSON lines")
+	if err := parse(flags, args); err != nil {
+		return err
+	}
+	for text := range strings.SplitSeq(inFlight, ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 {
+			return fmt.Errorf("%w: -in-flight %q is no list of numbers", errUsage, inFlight)
+		}
+		set.inFlight = append(set.inFlight, n)
+	}
+	s, err := newStage()
+	if err != nil {
+		return err
+	}
+	runs, err := set.compare(ctx, s, stderr)
+	if closed := s.close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		return err
+	}
+	return set.print(stdout, runs)
+}
+
+// compare takes turns: in each round every number in flight is asked of both, in
+// an order that turns around.
+func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writer) ([]jobsRun, error) {
+	ours, err := s.startJobNodes(ctx, set)
+	if err != nil {
+		return nil, err
+	}
+	theirs, err := set.startPeer(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	var runs []jobsRun
+	for round := range set.pairs {
+		for _, n := range set.inFlight {
+			both := []func(context.Context, int) (jobsRun, error){ours, theirs}
+			if round%2 == 1 {
+				both[0], both[1] = both[1], both[0]
+			}
+			for _, measure := range both {
+				run, err := measure(ctx, n)
+				if err != nil {
+					return nil, err
+				}
+				run.Round, run.InFlight = round+1, n
+				runs = append(runs, run)
+				if _, err := fmt.Fprintf(progress, "round %d: %-12s %3d in flight: %8.0f/s  p50 %6.2f ms  p99 %6.2f ms\n",
+					run.Round, run.System, n, run.PerSecond, run.P50*1e3, run.P99*1e3); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	return runs, nil
+}
+
+// startJobNodes starts dsnode with an executor that stands still: what is
+// measured is the submission.
+func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(context.Context, int) (jobsRun, error), error) {
+	binary, err := s.buildNode(ctx)
+	if err != nil {
+		return nil, err
+	}
+	text := fmt.Sprintf("version: 1\nsites: {%s: {city: here}}\nupstreams: {none: {site: %s, url: \"http://127.0.0.1:9/v1\"}}\n"+
+		"models: {m: {serve: [{upstream: none, model: m}]}}\njobs: {paused: true, max_queued: 1000000}\n", siteName, siteName)
+	nodes, err := s.startSite(ctx, binary, text, set.nodes)
+	if err != nil {
+		return nil, err
+	}
+	first := nodes[0]
+	job := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","durability":%q,"body":{"model":"m","messages":[{"role":"user","content":"`, set.durability)
+	job += strings.Repeat("x", jobBytes-len(job)-6) + `"}]}}`
+	request := fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s",
+		first.api, first.key, len(job), job)
+	if err := first.until(ctx, func() error { // the keys have to be agreed on first
+		c, err := dial(ctx, first.api)
+		if err != nil {
+			return err
+		}
+		defer c.close()
+		return c.submit(request)
+	}); err != nil {
+		return nil, fmt.Errorf("submit a first job: %w", err)
+	}
+	return func(ctx context.Context, n int) (jobsRun, error) {
+		before, err := cpuOf(nodes)
+		if err != nil {
+			return jobsRun{}, err
+		}
+		r := closedLoopOf(ctx, first.api, (*client).submit, request, n, time.Duration(set.seconds*float64(time.Second)))
+		after, err := cpuOf(nodes)
+		if err != nil {
+			return jobsRun{}, err
+		}
+		if r.Done == 0 {
+			return jobsRun{}, fmt.Errorf("no job was accepted: %v", r.Errors)
+		}
+		return jobsRun{
+			System: "dsnode", PerSecond: float64(r.Done) / r.Seconds, P50: r.P50, P99: r.P99, Failed: r.Failed,
+			CPU: (after - before).Seconds() / float64(r.Done) * 1000,
+		}, nil
+	}, nil
+}
+
+func cpuOf(nodes []*dsnode) (time.Duration, error) {
+	var all time.Duration
+	for _, n := range nodes {
+		d, err := cpuTime(n.pid())
+		if err != nil {
+			return 0, err
+		}
+		all += d
+	}
+	return all, nil
+}
+
+// submit sends one job and reads the 202.
+func (c *client) submit(request []byte) error {
+	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
+		return err
+	}
+	if _, err := c.conn.Write(request); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(c.in, nil)
+	if err != nil {
+		return err
+	}
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusAccepted || !bytes.Contains(text, []byte(`"job_`)) {
+		return fmt.Errorf("%w: status %d: %.200s", errWrong, resp.StatusCode, text)
+	}
+	return nil
+}
+
+var messagesPerSecond = regexp.MustCompile(`([0-9.]+) msg/s`)
+
+// startPeer gives what is measured beside: RabbitMQ, or a command.
+func (set *jobsSettings) startPeer(ctx context.Context, s *stage) (func(context.Context, int) (jobsRun, error), error) {
+	if set.peer == "" {
+		r, err := s.startRabbit(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return func(ctx context.Context, n int) (jobsRun, error) {
+			return r.publish(ctx, n, time.Duration(set.seconds*float64(time.Second)))
+		}, nil
+	}
+	return func(ctx context.Context, n int) (jobsRun, error) {
+		words := strings.Fields(strings.NewReplacer("{n}", strconv.Itoa(n), "{s}", fmt.Sprint(set.seconds)).Replace(set.peer))
+		out, err := exec.CommandContext(ctx, words[0], words[1:]...).CombinedOutput()
+		found := messagesPerSecond.FindSubmatch(out)
+		if err != nil || found == nil {
+			return jobsRun{}, fmt.Errorf("%s: %w: %s", set.peer, err, out)
+		}
+		rate, err := strconv.ParseFloat(string(found[1]), 64)
+		return jobsRun{System: "peer", PerSecond: rate}, err
+	}, nil
+}
+
+// print shows every round's ratio and their median.
+func (set *jobsSettings) print(w io.Writer, runs []jobsRun) error {
+	if set.json {
+		out := json.NewEncoder(w)
+		for _, r := range runs {
+			if err := out.Encode(r); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	p := &printer{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
+	for _, n := range set.inFlight {
+		var ratios, rates, p50, p99, cpu []float64
+		for round := range set.pairs {
+			var ours, theirs jobsRun
+			for _, r := range runs {
+				switch {
+				case r.Round != round+1 || r.InFlight != n:
+				case r.System == "dsnode":
+					ours = r
+				default:
+					theirs = r
+				}
+			}
+			ratios, rates = append(ratios, ours.PerSecond/theirs.PerSecond), append(rates, ours.PerSecond)
+			p50, p99, cpu = append(p50, ours.P50*1e3), append(p99, ours.P99*1e3), append(cpu, ours.CPU*1e3)
+		}
+		p.f("%d in flight, durability %s: %.2f × the peer (rounds %.2f); %.0f/s, p50 %.2f ms, p99 %.2f ms, %.0f µs of CPU a job\n",
+			n, set.durability, median(ratios), ratios, median(rates), median(p50), median(p99), median(cpu))
+	}
+	if p.err == nil {
+		p.err = p.w.Flush()
+	}
+	return p.err
+}

@@ -1,0 +1,45 @@
+//go:build linux
+
+package test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/test/lab"
+)
+
+// A loaded node is killed at random moments, again and again: it restarts, every
+// job that it has acknowledged is there and ends well, once, and its journal and
+// its table agree each time.
+func TestJobsSurviveKills(t *testing.T) {
+	sharing(t)
+	kills := 5
+	if full() {
+		kills = 200
+	}
+	l := lab.Start(t, lab.Topology{Nodes: []int{1}, Cluster: withJobs})
+	n := l.Nodes()[0]
+	ledger := l.StartJobs(lab.JobLoad{Clients: 32, Durabilities: []string{"node"}, Model: jobModel, Every: 10 * time.Millisecond})
+	for kill := range kills {
+		before := ledger.Count()
+		l.WaitFor(within(20*time.Second), fmt.Sprintf("jobs acknowledged after kill %d", kill), func(context.Context) error {
+			if ledger.Count() < before+20 {
+				return fmt.Errorf("%d so far", ledger.Count()-before)
+			}
+			return nil
+		})
+		<-time.After(time.Duration(l.Random.IntN(400)) * time.Millisecond) // the random moment
+		n.Kill()
+		n.Start()
+		l.WaitFor(within(15*time.Second), "journal and table to agree", n.CheckJobs)
+	}
+	jobs := ledger.Stop()
+	s := &lossStory{t: t, lab: l, ledger: ledger, wiped: map[string]bool{}, lostAt: time.Now()}
+	s.verify(lossRow{keeps: all}, jobs)
+	if err := n.CheckJobs(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
