@@ -2,6 +2,7 @@ package journal
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -113,49 +114,55 @@ func (l *Log) Create(ctx context.Context, id Stream) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	s, err := l.add(id, 1, 0)
-	if err != nil {
+	if _, err := l.add(id, 1, 0, newQueue()); err != nil {
 		return fmt.Errorf("create stream %s: %w", id, err)
 	}
-	q := newQueue()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.closed {
-		return ErrClosed
-	}
-	s.mu.Lock()
-	s.queue = q
-	s.mu.Unlock()
-	l.committers.Go(func() { l.commit(s, q) })
 	l.log.Info("stream created", "stream", id.String())
 	return nil
 }
 
-// add makes a stream with an empty segment. The log's lock is held throughout: it
-// happens once a start and node.
-func (l *Log) add(id Stream, first uint64, flags byte) (*stream, error) {
-	if id.Origin == "" || len(id.Origin) > MaxOrigin || len(escape(id.Origin)) > 255 {
+// add makes a stream with an empty segment, and with a queue if it is to take
+// appends.
+func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error) {
+	if id.Origin == "" || len(id.Origin) > MaxOrigin || len(escape(id.Origin)) > maxFileName {
 		return nil, fmt.Errorf("%w: a node's name of %d bytes", ErrTooLarge, len(id.Origin))
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case l.closed:
-		return nil, ErrClosed
-	case l.Err() != nil:
-		return nil, l.Err()
-	case l.streams[id] != nil:
-		return nil, ErrStreamExists
-	case len(l.streams) >= MaxStreams:
-		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, len(l.streams))
+	l.making.Lock()
+	defer l.making.Unlock()
+	if err := l.mayAdd(id); err != nil {
+		return nil, err
 	}
-	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1}
+	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1, queue: q}
 	if err := l.makeStream(s, first, flags); err != nil {
 		return nil, l.setFailed("make a stream", err)
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil, errors.Join(ErrClosed, s.active.Close())
+	}
 	l.streams[id] = s
+	if q != nil {
+		l.committers.Go(func() { l.commit(s, q) })
+	}
 	l.moved.give()
 	return s, nil
+}
+
+func (l *Log) mayAdd(id Stream) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	switch {
+	case l.closed:
+		return ErrClosed
+	case l.Err() != nil:
+		return l.Err()
+	case l.streams[id] != nil:
+		return ErrStreamExists
+	case len(l.streams) >= MaxStreams:
+		return fmt.Errorf("%w: %d", ErrTooManyStreams, len(l.streams))
+	}
+	return nil
 }
 
 func (l *Log) makeStream(s *stream, first uint64, flags byte) error {
@@ -167,6 +174,9 @@ func (l *Log) makeStream(s *stream, first uint64, flags byte) error {
 		return err
 	}
 	s.active, s.segments = f, []*segment{g}
+	if err := l.actives.add(s); err != nil {
+		return err
+	}
 	origin := filepath.Dir(s.dir)
 	if err := l.disk.syncDir(origin); err != nil {
 		return err
@@ -272,7 +282,7 @@ func (l *Log) writeBatch(s *stream, b *batch) error {
 	if s.gone {
 		return fmt.Errorf("%w: %s", ErrNoStream, s.id)
 	}
-	buf := make([]byte, markSize, markSize+b.bytes+len(b.records)*seqSlack)
+	buf := make([]byte, markSize, markSize+b.bytes)
 	seq := s.durable // only changes under s.write
 	for i := range b.records {
 		r := &b.records[i]
@@ -283,15 +293,12 @@ func (l *Log) writeBatch(s *stream, b *batch) error {
 			return l.setFailed("encode a record", err) // checked before
 		}
 	}
-	return l.put(s, buf, b.records, originOwn)
+	return l.put(s, buf, b.records, &l.metrics.own)
 }
-
-// seqSlack: Seq and Clock have a fixed size in a frame, so there is none.
-const seqSlack = 0
 
 // put writes frames, which stand behind the room for a mark, syncs, and shows
 // them. The caller holds s.write.
-func (l *Log) put(s *stream, buf []byte, records []Record, origin string) error {
+func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) error {
 	began := time.Now()
 	g, err := l.activate(s, int64(len(buf)))
 	if err != nil {
@@ -305,6 +312,9 @@ func (l *Log) put(s *stream, buf []byte, records []Record, origin string) error 
 		return l.setFailed("sync records", err)
 	}
 	took := time.Since(began)
+	if err := l.marks.put(s, records[len(records)-1].Seq); err != nil {
+		return l.setFailed("mark what is durable", err)
+	}
 
 	s.mu.Lock()
 	at := g.size + markSize
@@ -322,12 +332,13 @@ func (l *Log) put(s *stream, buf []byte, records []Record, origin string) error 
 	l.moved.give()
 	l.metrics.fsync.Observe(took.Seconds())
 	l.metrics.batch.Observe(float64(len(records)))
-	l.metrics.records.WithLabelValues(origin).Add(float64(len(records)))
-	l.metrics.bytes.WithLabelValues(origin).Add(float64(len(buf)))
+	counts.records.Add(float64(len(records)))
+	counts.bytes.Add(float64(len(buf)))
 	if healed {
 		if err := l.heal(s); err != nil {
 			return l.setFailed("heal a stream", err)
 		}
+		l.log.Info("a damaged stream is whole again", "stream", s.id.String())
 	}
 	l.o.Durable(s.id, records)
 	return nil
@@ -337,18 +348,10 @@ func (l *Log) put(s *stream, buf []byte, records []Record, origin string) error 
 func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 	g := s.last() // segments are only added under s.write
 	if g.last >= g.first && g.size+bytes > l.o.SegmentBytes {
-		if err := s.closeActive(); err != nil {
+		if err := l.rotate(s); err != nil {
 			return nil, err
 		}
-		next, f, err := l.newSegment(s, s.durable+1, 0)
-		if err != nil {
-			return nil, err
-		}
-		s.mu.Lock()
-		s.segments = append(s.segments, next)
-		s.mu.Unlock()
-		s.active = f
-		return next, nil
+		g = s.last()
 	}
 	if s.active == nil {
 		f, err := l.disk.open(g.path, os.O_RDWR)
@@ -356,8 +359,27 @@ func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 			return nil, err
 		}
 		s.active = f
+		if err := l.actives.add(s); err != nil {
+			return nil, err
+		}
 	}
 	return g, nil
+}
+
+// rotate makes the next records go to a new segment. The caller holds s.write.
+func (l *Log) rotate(s *stream) error {
+	if err := l.closeActive(s); err != nil {
+		return err
+	}
+	next, f, err := l.newSegment(s, s.durable+1, 0)
+	if err != nil {
+		return err
+	}
+	s.active = f
+	s.mu.Lock()
+	s.segments = append(s.segments, next)
+	s.mu.Unlock()
+	return l.actives.add(s)
 }
 
 // Freeze ends appends to an own stream: what is queued is still written. It is

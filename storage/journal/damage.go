@@ -72,7 +72,7 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 	if err := l.replaceFile(filepath.Join(s.dir, damageFile), b); err != nil {
 		return err
 	}
-	s.damaged = note.Through
+	s.damaged, r.note = note.Through, note
 	for j := len(r.files) - 1; j > i; j-- {
 		if err := l.disk.rename(r.path(j), asideName(r.path(j))); err != nil {
 			return err
@@ -222,7 +222,7 @@ func (l *Log) AcceptLoss(id Stream) error {
 	return nil
 }
 
-// heal forgets a stream's damage.
+// heal forgets a stream's damage: it is as long again as it was, or needs not be.
 func (l *Log) heal(s *stream) error {
 	if err := l.disk.remove(filepath.Join(s.dir, damageFile)); err != nil && !isNotExist(err) {
 		return err
@@ -243,6 +243,5 @@ func (l *Log) heal(s *stream) error {
 	s.damaged = 0
 	s.mu.Unlock()
 	l.moved.give()
-	l.log.Info("a damaged stream is whole again", "stream", s.id.String())
 	return nil
 }

@@ -40,8 +40,8 @@ type Options struct {
 
 	// Durable is told of records that have become durable, in order for each stream and
 	// before those who appended them. It may keep the records, and must not change
-	// them. While it blocks, the stream takes no more. It must not call the Log's
-	// Append, Receive, Freeze, Drop or Close.
+	// them. While it blocks, the stream takes no more. It may read and Trim, but must
+	// not wait for a call of the Log that writes to the same stream.
 	Durable func(Stream, []Record)
 }
 
@@ -57,6 +57,10 @@ type Log struct {
 	room    room
 	tails   tails
 	moved   notice
+	actives actives
+	marks   *marks
+
+	making sync.Mutex // held while streams are made and dropped; before mu
 
 	bytes, segments atomic.Int64
 
@@ -87,9 +91,14 @@ type stream struct {
 	id  Stream
 	dir string
 
-	write  sync.Mutex // held while writing; guards active, gone
+	// Locks are taken in the order write, prune, mu.
+
+	write  sync.Mutex // held while writing to the end, and while Durable is told; guards active, gone
 	active file       // the last segment, nil until it is needed
 	gone   bool
+	slot   int // of its mark, 0 for none yet
+
+	prune sync.Mutex // held while files other than the last are deleted or replaced
 
 	mu       sync.Mutex // guards what follows
 	segments []*segment // never empty, rising
@@ -195,23 +204,15 @@ func (l *Log) Close() error {
 	var err error
 	for _, s := range streams {
 		s.write.Lock()
-		err = errors.Join(err, s.closeActive())
+		err = errors.Join(err, l.closeActive(s))
 		s.gone = true
 		s.write.Unlock()
 	}
+	err = errors.Join(err, l.marks.close())
 	if l.Err() != nil {
 		return err // the next start trusts nothing that was not settled before
 	}
 	return errors.Join(err, l.settle(streams))
-}
-
-func (s *stream) closeActive() error {
-	if s.active == nil {
-		return nil
-	}
-	err := s.active.Close()
-	s.active = nil
-	return err
 }
 
 // all lists the streams; the caller holds l.mu.

@@ -43,7 +43,9 @@ func mustClose(t testing.TB, l *Log) {
 	}
 }
 
-func streamOf(n byte) Stream { return Stream{Origin: fmt.Sprintf("node-%d", n), Incarnation: Incarnation{15: n}} }
+func streamOf(n byte) Stream {
+	return Stream{Origin: fmt.Sprintf("node-%d", n), Incarnation: Incarnation{15: n}}
+}
 
 func mustCreate(t testing.TB, l *Log, id Stream) {
 	t.Helper()

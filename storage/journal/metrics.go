@@ -6,27 +6,33 @@ import (
 )
 
 type metrics struct {
-	records  *prometheus.CounterVec
-	bytes    *prometheus.CounterVec
+	own      written
+	copies   written
 	fsync    prometheus.Histogram
 	batch    prometheus.Histogram
 	failures prometheus.Counter
 	damaged  prometheus.Counter
 	refused  prometheus.Counter
+	diverged prometheus.Counter
 	ahead    prometheus.Counter
 }
 
+// written counts what was made durable, of own streams or of copies.
+type written struct{ records, bytes prometheus.Counter }
+
 func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 	f := promauto.With(reg)
+	records := f.NewCounterVec(prometheus.CounterOpts{
+		Name: "dsnode_journal_records_total",
+		Help: "Records made durable, own ones and copies of other nodes'.",
+	}, []string{"origin"})
+	bytes := f.NewCounterVec(prometheus.CounterOpts{
+		Name: "dsnode_journal_written_bytes_total",
+		Help: "Bytes made durable, of own records and of copies.",
+	}, []string{"origin"})
 	m := &metrics{
-		records: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "dsnode_journal_records_total",
-			Help: "Records made durable, own ones and copies of other nodes'.",
-		}, []string{"origin"}),
-		bytes: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "dsnode_journal_written_bytes_total",
-			Help: "Bytes made durable, of own records and of copies.",
-		}, []string{"origin"}),
+		own:    written{records.WithLabelValues("own"), bytes.WithLabelValues("own")},
+		copies: written{records.WithLabelValues("copy"), bytes.WithLabelValues("copy")},
 		fsync: f.NewHistogram(prometheus.HistogramOpts{
 			Name: "dsnode_journal_fsync_seconds",
 			Help: "Time to write and sync one batch of records.",
@@ -50,6 +56,10 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 			Name: "dsnode_journal_full_total",
 			Help: "Appends refused because the disk has less room than the floor.",
 		}),
+		diverged: f.NewCounter(prometheus.CounterOpts{
+			Name: "dsnode_journal_diverged_total",
+			Help: "Records received that differ from the ones held in their place.",
+		}),
 		ahead: f.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_journal_clock_ahead_total",
 			Help: "Batches received with a clock too far ahead of this node's to be believed.",
@@ -69,8 +79,3 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 	}, func() float64 { return float64(l.streamCount()) })
 	return m
 }
-
-const (
-	originOwn  = "own"
-	originCopy = "copy"
-)

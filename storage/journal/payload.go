@@ -22,11 +22,14 @@ type Submission struct {
 	Endpoint   string     `json:"endpoint"`         // "/v1/chat/completions"
 	Model      string     `json:"model"`
 	Durability Durability `json:"durability"` // asked for; the result is shown when it is as durable
-	Priority   int        `json:"priority"`   // 0–9, 9 first
-	Site       string     `json:"site"`       // that accepted it
-	CreatedAt  time.Time  `json:"created_at"`
-	ExpiresAt  time.Time  `json:"expires_at"` // not started by then: expired; never zero
-	RetryOf    string     `json:"retry_of,omitempty"`
+	// MinDurability is enough for who asked when Durability can't be had; empty:
+	// nothing less is.
+	MinDurability Durability `json:"min_durability,omitempty"`
+	Priority      int        `json:"priority"` // 0–9, 9 first
+	Site          string     `json:"site"`     // that accepted it
+	CreatedAt     time.Time  `json:"created_at"`
+	ExpiresAt     time.Time  `json:"expires_at"` // not started by then: expired; never zero
+	RetryOf       string     `json:"retry_of,omitempty"`
 	// KeyHash is an HMAC of tenant and Idempotency-Key, empty without one: two
 	// jobs with one KeyHash were given one key with two bodies.
 	KeyHash string `json:"key_hash,omitempty"`

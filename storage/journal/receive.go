@@ -24,7 +24,7 @@ func (l *Log) Receive(ctx context.Context, id Stream, frames []byte) (durable ui
 	}
 	s, err := l.find(id)
 	if errors.Is(err, ErrNoStream) && records[0].Seq == 1 {
-		if s, err = l.add(id, 1, 0); errors.Is(err, ErrStreamExists) {
+		if s, err = l.add(id, 1, 0, nil); errors.Is(err, ErrStreamExists) {
 			s, err = l.find(id)
 		}
 	}
@@ -112,7 +112,7 @@ func (l *Log) receive(s *stream, records []Record, buf []byte) error {
 		l.log.Warn("records come from a node whose clock is too far ahead; ours does not follow",
 			"stream", s.id.String(), "ahead", ahead)
 	}
-	return l.put(s, buf, records, originCopy)
+	return l.put(s, buf, records, &l.metrics.copies)
 }
 
 // compare says whether records are the ones that are held, but for what a
@@ -133,6 +133,9 @@ func (l *Log) compare(s *stream, given []Record) error {
 				return l.setFailed("read "+s.id.String(), err)
 			}
 			if !given[0].same(&held) {
+				l.metrics.diverged.Inc()
+				l.log.Error("two different records have one place in a stream; was a disk copied, or an image restored?",
+					"stream", s.id.String(), "seq", held.Seq)
 				return fmt.Errorf("%w: %s at %d", ErrDiverged, s.id, held.Seq)
 			}
 			given = given[1:]
@@ -158,7 +161,7 @@ func (l *Log) ReceiveFrom(id Stream, first uint64) error {
 	}
 	s, err := l.find(id)
 	if errors.Is(err, ErrNoStream) {
-		_, err = l.add(id, first, flagBegins)
+		_, err = l.add(id, first, flagBegins, nil)
 		if !errors.Is(err, ErrStreamExists) {
 			return err
 		}
@@ -189,7 +192,9 @@ func (l *Log) ReceiveFrom(id Stream, first uint64) error {
 
 // beginAnew puts one empty segment in place of all others.
 func (l *Log) beginAnew(s *stream, first uint64) error {
-	if err := s.closeActive(); err != nil {
+	s.prune.Lock()
+	defer s.prune.Unlock()
+	if err := l.closeActive(s); err != nil {
 		return err
 	}
 	g, f, err := l.newSegment(s, first, flagBegins)
@@ -197,6 +202,9 @@ func (l *Log) beginAnew(s *stream, first uint64) error {
 		return err
 	}
 	s.active = f
+	if err := l.actives.add(s); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	old := s.segments
 	s.segments, s.durable = []*segment{g}, first-1

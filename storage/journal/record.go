@@ -26,12 +26,18 @@ var (
 const (
 	MaxPayload = 24 << 20 // sealed
 	MaxOrigin  = 128      // bytes of a node's name
+	MaxExt     = 1 << 10  // bytes that a later format may add
 
-	recordFormat = 1
+	// readFormat is the newest format that is read. It is one above the newest
+	// that this version knows: a format only adds to Ext, and what is in there is
+	// kept byte for byte. So two versions next to each other share a cluster, and
+	// a cluster can go back to the one before. See DESIGN.md, Formats.
+	readFormat  = knownFormat + 1
+	knownFormat = 1
 	// fixedBytes is the body up to the variable parts: format, kind, rank, seq,
 	// clock, job, digest, incarnation.
 	fixedBytes   = 1 + 1 + 1 + 8 + 8 + 16 + 16 + 16
-	maxBodyBytes = fixedBytes + 3*binary.MaxVarintLen64 + 1 + MaxOrigin + MaxPayload
+	maxBodyBytes = fixedBytes + 4*binary.MaxVarintLen64 + 1 + MaxOrigin + MaxExt + MaxPayload
 	frameHeader  = 4 + 4 // length, crc32c of the body
 )
 
@@ -148,6 +154,10 @@ type Record struct {
 	// when the payload is sealed with another key.
 	Digest  [16]byte
 	Payload []byte // sealed; empty when the kind has none
+	// Format is the one that the record was written in; 0: the one that this
+	// version writes. Ext is what a later format than knownFormat says.
+	Format uint8
+	Ext    []byte
 }
 
 // Place is the additional data that the payload is sealed with. It leaves out
@@ -171,17 +181,23 @@ func (r *Record) Place() []byte {
 // and the body, big-endian,
 //
 //	format (1) | kind (1) | rank (1) | seq (8) | clock (8) | job (16) | digest (16) | incarnation (16)
-//	| token generation | token index | attempt (uvarints) | origin length (1) | origin | payload
+//	| token generation | token index | attempt (uvarints) | origin length (1) | origin
+//	| length of ext (uvarint) | ext | payload
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // AppendFrame appends the record as it stands on disk and on the wire.
 func AppendFrame(dst []byte, r *Record) ([]byte, error) {
-	if len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin {
-		return dst, fmt.Errorf("%w: %d bytes of payload, origin of %d bytes", ErrTooLarge, len(r.Payload), len(r.Stream.Origin))
+	if len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin || len(r.Ext) > MaxExt {
+		return dst, fmt.Errorf("%w: %d bytes of payload, origin of %d bytes, ext of %d bytes", ErrTooLarge,
+			len(r.Payload), len(r.Stream.Origin), len(r.Ext))
+	}
+	format, ext := r.Format, r.Ext
+	if format == 0 {
+		format, ext = writeFormat, writeExt
 	}
 	start := len(dst)
 	dst = append(dst, make([]byte, frameHeader)...)
-	dst = append(dst, recordFormat, byte(r.Kind), r.Rank)
+	dst = append(dst, format, byte(r.Kind), r.Rank)
 	dst = binary.BigEndian.AppendUint64(dst, r.Seq)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(r.Clock))
 	dst = append(dst, r.Job[:]...)
@@ -192,6 +208,8 @@ func AppendFrame(dst []byte, r *Record) ([]byte, error) {
 	dst = binary.AppendUvarint(dst, uint64(r.Attempt))
 	dst = append(dst, byte(len(r.Stream.Origin)))
 	dst = append(dst, r.Stream.Origin...)
+	dst = binary.AppendUvarint(dst, uint64(len(ext)))
+	dst = append(dst, ext...)
 	dst = append(dst, r.Payload...)
 	body := dst[start+frameHeader:]
 	binary.BigEndian.PutUint32(dst[start:], uint32(len(body)))
@@ -220,7 +238,7 @@ func NextFrame(b []byte) (r Record, rest []byte, err error) {
 	if crc32.Checksum(body, castagnoli) != binary.BigEndian.Uint32(b[4:]) {
 		return r, b, fmt.Errorf("%w: checksum", ErrDamaged)
 	}
-	if body[0] != recordFormat {
+	if body[0] == 0 || body[0] > readFormat {
 		return r, b, fmt.Errorf("%w: %d", ErrNewerFormat, body[0])
 	}
 	if r, err = decodeBody(body); err != nil {
@@ -230,7 +248,7 @@ func NextFrame(b []byte) (r Record, rest []byte, err error) {
 }
 
 func decodeBody(body []byte) (r Record, err error) {
-	r.Kind, r.Rank = Kind(body[1]), body[2]
+	r.Format, r.Kind, r.Rank = body[0], Kind(body[1]), body[2]
 	r.Seq = binary.BigEndian.Uint64(body[3:])
 	r.Clock = Clock(binary.BigEndian.Uint64(body[11:]))
 	copy(r.Job[:], body[19:])
@@ -250,7 +268,15 @@ func decodeBody(body []byte) (r Record, err error) {
 		return r, fmt.Errorf("%w: origin", ErrDamaged)
 	}
 	origin := int(rest[0])
-	r.Stream.Origin, r.Payload = string(rest[1:1+origin]), rest[1+origin:]
+	r.Stream.Origin, rest = string(rest[1:1+origin]), rest[1+origin:]
+	ext, n := binary.Uvarint(rest)
+	if n <= 0 || ext > MaxExt || ext > uint64(len(rest)-n) {
+		return r, fmt.Errorf("%w: ext", ErrDamaged)
+	}
+	r.Ext, r.Payload = rest[n:uint64(n)+ext], rest[uint64(n)+ext:]
+	if len(r.Ext) == 0 {
+		r.Ext = nil
+	}
 	if len(r.Payload) == 0 {
 		r.Payload = nil
 	}
@@ -266,8 +292,12 @@ func lengthOf(b []byte) int { return frameHeader + int(binary.BigEndian.Uint32(b
 
 // frameSize is the length of the frame that AppendFrame makes.
 func frameSize(r *Record) int {
+	ext := r.Ext
+	if r.Format == 0 {
+		ext = writeExt
+	}
 	return frameHeader + fixedBytes + uvarintSize(r.Token.Generation) + uvarintSize(r.Token.Index) +
-		uvarintSize(uint64(r.Attempt)) + 1 + len(r.Stream.Origin) + len(r.Payload)
+		uvarintSize(uint64(r.Attempt)) + 1 + len(r.Stream.Origin) + uvarintSize(uint64(len(ext))) + len(ext) + len(r.Payload)
 }
 
 func uvarintSize(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }

@@ -28,6 +28,10 @@ func (l *Log) recover() error {
 	if err != nil {
 		return err
 	}
+	marked, err := readMarks(l.o.Dir)
+	if err != nil {
+		return err
+	}
 	origins, err := os.ReadDir(l.o.Dir)
 	if err != nil {
 		return err
@@ -56,6 +60,7 @@ func (l *Log) recover() error {
 			id := Stream{origin, incarnation}
 			s := &stream{id: id, dir: filepath.Join(dir, i.Name())}
 			r := recovery{l: l, s: s, known: known[id.String()]}
+			r.known.Durable = max(r.known.Durable, marked[incarnation].of(id))
 			if err := r.run(); err != nil {
 				return fmt.Errorf("stream %s: %w", id, err)
 			}
@@ -65,7 +70,14 @@ func (l *Log) recover() error {
 			}
 		}
 	}
-	return l.settle(l.all())
+	// Only now: what the old ones said is in the list or in a note.
+	if err := l.settle(l.all()); err != nil {
+		return err
+	}
+	if l.marks, err = newMarks(l.disk, l.o.Dir); err != nil {
+		return err
+	}
+	return nil
 }
 
 func unescape(name string) (string, bool) {
@@ -94,17 +106,18 @@ type recovery struct {
 	s     *stream
 	known settled // zero when nothing is known
 
+	note  damageNote
 	files []uint64 // first seqs of the segments there are
 }
 
 func (r *recovery) path(i int) string { return filepath.Join(r.s.dir, segmentName(r.files[i])) }
 
 func (r *recovery) run() error {
-	note, err := readDamage(r.s.dir)
-	if err != nil {
+	var err error
+	if r.note, err = readDamage(r.s.dir); err != nil {
 		return err
 	}
-	r.s.damaged = note.Through
+	r.s.damaged = r.note.Through
 	if err := r.list(); err != nil {
 		return err
 	}
@@ -140,7 +153,7 @@ func (r *recovery) run() error {
 			// A crash while it was being made. Nothing was ever in it.
 			return os.RemoveAll(r.s.dir)
 		}
-		if err := r.emptySegment(max(note.From, 1)); err != nil {
+		if err := r.emptySegment(max(r.note.From, 1)); err != nil {
 			return err
 		}
 	}

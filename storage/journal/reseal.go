@@ -62,24 +62,22 @@ func (l *Log) Reseal(ctx context.Context, sealer *Sealer) (left int64, err error
 	return left, nil
 }
 
-// resealSegment writes a segment anew. Writers of its stream wait meanwhile, so
-// that it is neither trimmed nor written to; readers don't.
+// resealSegment writes a segment anew. Readers and writers of its stream go on
+// meanwhile; it is not trimmed.
 func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, err error) {
-	s.write.Lock()
-	defer s.write.Unlock()
-	if err := l.usable(); err != nil {
-		return 0, err
-	}
-	if s.gone || l.trimmed(s, g) {
-		return 0, nil
-	}
 	if l.room.left(1) < g.size {
 		return 0, fmt.Errorf("%w: seal %d MiB anew", ErrFull, g.size>>20)
 	}
-	if g == s.last() {
-		if err := s.closeActive(); err != nil {
-			return 0, l.setFailed("close a segment", err)
-		}
+	if err := l.closeSegment(s, g); err != nil {
+		return 0, err
+	}
+	s.prune.Lock()
+	defer s.prune.Unlock()
+	if err := l.usable(); err != nil {
+		return 0, err
+	}
+	if l.trimmed(s, g) {
+		return 0, nil
 	}
 	sealed, left, err := l.rewriteSealed(s, g, sealer)
 	if err != nil {
@@ -88,11 +86,28 @@ func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, 
 	s.mu.Lock()
 	g.sealed = sealed
 	s.mu.Unlock()
+	// What is in memory has the old seals. The file is as good.
 	l.tails.drop(s.id)
 	if left > 0 {
 		l.log.Warn("records are sealed with keys that are not known here", "stream", s.id.String(), "records", left)
 	}
 	return left, nil
+}
+
+// closeSegment sees to it that nothing more is written to the segment.
+func (l *Log) closeSegment(s *stream, g *segment) error {
+	s.write.Lock()
+	defer s.write.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
+	if s.gone || g != s.last() {
+		return nil
+	}
+	if err := l.rotate(s); err != nil {
+		return l.setFailed("close a segment", err)
+	}
+	return nil
 }
 
 func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sealedWith, left int64, err error) {

@@ -30,6 +30,7 @@ const (
 	segmentFormat = 1
 	headerFixed   = len(segmentMagic) + 1 + 1 + 8 + 16 + 1
 	maxHeader     = headerFixed + MaxOrigin + 4
+	maxFileName   = 255
 
 	markSize  = 4 + 4 + 8 + 8
 	markMagic = 0xD5B0A7C1

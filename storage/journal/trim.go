@@ -15,13 +15,8 @@ func (l *Log) Trim(id Stream, keepFrom uint64) error {
 	if err != nil {
 		return err
 	}
-	s.write.Lock()
-	defer s.write.Unlock()
-	return l.trim(s, keepFrom)
-}
-
-// trim is Trim under s.write.
-func (l *Log) trim(s *stream, keepFrom uint64) error {
+	s.prune.Lock()
+	defer s.prune.Unlock()
 	s.mu.Lock()
 	n := 0
 	for n < len(s.segments)-1 && s.segments[n].last < keepFrom {
@@ -100,8 +95,10 @@ func (l *Log) Shrink(applied func(Stream) uint64) (map[Stream]uint64, error) {
 // droppedPrefix begins the name of a stream's directory that is being deleted.
 const droppedPrefix = ".dropped-"
 
-// Drop deletes a stream.
+// Drop deletes a stream. Who asks for it afterwards gets ErrNoStream.
 func (l *Log) Drop(id Stream) error {
+	l.making.Lock()
+	defer l.making.Unlock()
 	s, err := l.find(id)
 	if err != nil {
 		return err
@@ -109,15 +106,12 @@ func (l *Log) Drop(id Stream) error {
 	s.freeze(fmt.Errorf("%w: %s", ErrNoStream, id))
 	s.write.Lock()
 	defer s.write.Unlock()
-	if s.gone {
-		return fmt.Errorf("%w: %s", ErrNoStream, id)
+	s.prune.Lock()
+	defer s.prune.Unlock()
+	if err := l.usable(); err != nil {
+		return err
 	}
 	s.gone = true
-	l.mu.Lock()
-	delete(l.streams, id)
-	l.mu.Unlock()
-	l.tails.drop(id)
-	l.moved.give()
 	if err := l.removeStream(s); err != nil {
 		return l.setFailed("drop "+id.String(), err)
 	}
@@ -126,23 +120,39 @@ func (l *Log) Drop(id Stream) error {
 }
 
 func (l *Log) removeStream(s *stream) error {
-	if err := s.closeActive(); err != nil {
+	if err := l.closeActive(s); err != nil {
 		return err
 	}
 	// Away with the name first: half a stream would look damaged.
 	parent := filepath.Dir(s.dir)
-	gone := filepath.Join(parent, droppedPrefix+s.id.Incarnation.String())
-	if err := l.disk.rename(s.dir, gone); err != nil {
+	aside := filepath.Join(parent, droppedPrefix+s.id.Incarnation.String())
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if err := l.disk.rename(s.dir, aside); err != nil {
 		return err
 	}
 	if err := l.disk.syncDir(parent); err != nil {
 		return err
 	}
+	// And with what is known of it, should a stream of this name ever come again.
+	if err := l.marks.free(s); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	delete(l.streams, s.id)
+	rest := l.all()
+	l.mu.Unlock()
+	if err := l.settle(rest); err != nil {
+		return err
+	}
+	l.tails.drop(s.id)
+	l.moved.give()
 	s.mu.Lock()
 	for _, g := range s.segments {
 		l.segments.Add(-1)
 		l.bytes.Add(-g.size)
 	}
 	s.mu.Unlock()
-	return os.RemoveAll(gone)
+	return os.RemoveAll(aside)
 }
