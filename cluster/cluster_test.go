@@ -390,10 +390,11 @@ func TestLeadershipMovesAndIsVerified(t *testing.T) {
 // is handed to.
 func TestPromotionCountsInItsTermAlone(t *testing.T) {
 	a, b, c := threeMembers(t)
-	for _, to := range []*member{b, c} {
-		if err := to.TransferLeadership(deadline(t, 10*time.Second), to.name); err != nil {
-			t.Fatalf("to %s: %v", to.name, err)
-		}
+	if err := a.TransferLeadership(deadline(t, 10*time.Second), c.name); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.waitLeader(deadline(t, 10*time.Second), c.name); err != nil {
+		t.Fatal(err)
 	}
 	term := c.Raft().Term
 	promote := func(by *member, term uint64) error {

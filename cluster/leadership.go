@@ -91,13 +91,13 @@ func (c *Cluster) WhileLeader(ctx context.Context, task func(context.Context, Le
 
 // leadLoop notices leadership and ticks through it, until ctx ends.
 func (c *Cluster) leadLoop(ctx context.Context) error {
-	// raft's own channel is a hint that drops all but the newest value, so the
-	// state is read again and again.
-	const look = 20 * time.Millisecond
-	tick := time.NewTicker(look)
+	// raft's own channel says that something changed, not what: it drops all but
+	// the newest value, so the state is read. The ticker is for the case that it
+	// once says nothing.
+	tick := time.NewTicker(c.Timing().Tick)
 	defer tick.Stop()
 	for {
-		if c.raft.Load().State() == raft.Leader {
+		for ctx.Err() == nil && c.raft.Load().State() == raft.Leader {
 			if err := c.lead(ctx); err != nil {
 				return err
 			}
@@ -147,8 +147,8 @@ func (c *Cluster) lead(ctx context.Context) error {
 	}()
 	every := time.NewTicker(c.Timing().Tick)
 	defer every.Stop()
-	look := time.NewTicker(20 * time.Millisecond)
-	defer look.Stop()
+	overdue := time.NewTimer(0) // fires a lease's length after the newest commit
+	defer overdue.Stop()
 	propose := func() {
 		if pending >= maxTicks || c.yielding.Load() || (lastCommit == 0 && c.holdStill()) {
 			return
@@ -158,20 +158,21 @@ func (c *Cluster) lead(ctx context.Context) error {
 	}
 	propose()
 	for r.State() == raft.Leader && r.CurrentTerm() == term {
+		if leading && Boottime()-lastCommit > c.Timing().Lease {
+			// Still raft's leader by name, but without proof of a quorum.
+			leading = false
+			end()
+			c.log.Warn("leadership suspended: no tick was committed for a lease's length", "term", term)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-r.LeaderCh():
+		case <-overdue.C:
 		case <-every.C:
 			propose()
-			continue
-		case <-look.C:
-			if leading && Boottime()-lastCommit > c.Timing().Lease {
-				// Still raft's leader by name, but without proof of a quorum.
-				leading = false
-				end()
-				c.log.Warn("leadership suspended: no tick was committed for a lease's length", "term", term)
-			}
-			continue
+		case <-c.committed:
+			propose()
 		case res := <-results:
 			pending--
 			switch {
@@ -179,6 +180,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
+				overdue.Reset(max(0, lastCommit+c.Timing().Lease-Boottime()) + time.Millisecond)
 				if !leading && Boottime()-lastCommit <= c.Timing().Lease {
 					lctx, cancelLeading := context.WithCancel(ctx)
 					leading, end = true, cancelLeading

@@ -29,6 +29,7 @@ type lease struct {
 	since  time.Duration // start of the unbroken run up to now
 	held   bool          // ever held since the process started
 	heard  fences        // the highest heard of
+	news   chan struct{} // closes when a lease begins or higher fences are heard of; nil: nobody waits
 }
 
 // fences are the counters that travel with a lease; they only rise.
@@ -72,15 +73,39 @@ func (l *lease) relayed(sent, left time.Duration, known fences) {
 
 func (l *lease) extend(until time.Duration, known fences) {
 	now := Boottime()
-	l.heard = l.heard.merge(known)
+	if heard := l.heard.merge(known); heard != l.heard {
+		l.heard = heard
+		l.tell()
+	}
 	if until <= l.until || until <= now {
 		return
 	}
 	if l.until < now {
 		l.since = now
+		l.tell()
 	}
 	l.until = until
 	l.held = true
+}
+
+// tell assumes the lock.
+func (l *lease) tell() {
+	if l.news != nil {
+		close(l.news)
+		l.news = nil
+	}
+}
+
+// changed gives a channel that closes when a lease begins, or when higher
+// fences are heard of. That a lease goes on is no news, and that it ends is known
+// from left beforehand.
+func (l *lease) changed() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.news == nil {
+		l.news = make(chan struct{})
+	}
+	return l.news
 }
 
 // left is how long the lease is still good (zero or less: none), and the

@@ -7,6 +7,42 @@ import (
 	"pgregory.net/rapid"
 )
 
+// A waiter is told when a lease begins and of a higher epoch, not of each
+// extension.
+func TestLeaseTellsWhatIsNew(t *testing.T) {
+	l := &lease{length: time.Minute}
+	told := func(f func()) bool {
+		news := l.changed()
+		f()
+		select {
+		case <-news:
+			return true
+		default:
+			return false
+		}
+	}
+	for _, c := range []struct {
+		name  string
+		f     func()
+		heard bool
+	}{
+		{"a lease begins", func() { l.committed(Boottime(), fences{epoch: 1}) }, true},
+		{"it goes on", func() { l.committed(Boottime(), fences{epoch: 1}) }, false},
+		{"it is handed on", func() { l.relayed(Boottime(), time.Minute, fences{epoch: 1}) }, false},
+		{"a higher epoch", func() { l.relayed(Boottime(), time.Second, fences{epoch: 2}) }, true},
+		{"a lower epoch", func() { l.relayed(Boottime(), time.Second, fences{epoch: 1}) }, false},
+		{"a change of ownership", func() { l.relayed(Boottime(), time.Second, fences{ownership: 7}) }, true},
+		{"another after its end", func() {
+			l.until = Boottime() - time.Second
+			l.relayed(Boottime(), time.Second, fences{epoch: 2})
+		}, true},
+	} {
+		if told(c.f) != c.heard {
+			t.Errorf("%s: told %v, want %v", c.name, !c.heard, c.heard)
+		}
+	}
+}
+
 func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
 	l := &lease{length: time.Minute}
 	now := Boottime()

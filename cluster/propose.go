@@ -109,6 +109,13 @@ func (c *Cluster) commit(ctx context.Context, cmd Command, b []byte) (uint64, er
 			return 0, translate(err)
 		}
 	}
+	// Followers learn that an entry is committed with the next one. So the next
+	// one comes at once: whoever waits for it there waits half a round trip, and
+	// raft needs no timer for that (CommitTimeout), which would turn all day long.
+	select {
+	case c.committed <- struct{}{}:
+	default: // it is coming already
+	}
 	if err, refused := f.Response().(error); refused {
 		return 0, err
 	}

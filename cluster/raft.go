@@ -33,6 +33,8 @@ func (c *Cluster) raftConfig() *raft.Config {
 	conf.HeartbeatTimeout = c.Timing().Heartbeat
 	conf.ElectionTimeout = c.Timing().Heartbeat
 	conf.LeaderLeaseTimeout = c.Timing().Heartbeat
+	// A tick does this after each commit and four times a second anyway.
+	conf.CommitTimeout = c.Timing().Tick
 	conf.SnapshotThreshold = snapshotThreshold
 	conf.SnapshotInterval = time.Minute
 	conf.TrailingLogs = trailingLogs

@@ -26,13 +26,14 @@ type diskWatchdog struct {
 	log      *slog.Logger
 	probe    func(path string) error // replaced in tests
 	started  atomic.Int64            // Boottime of the write under way, 0: none
+	moved    chan struct{}           // started has changed
 	watching time.Duration
 }
 
 func newDiskWatchdog(dir string, log *slog.Logger, onStall func(bool)) *diskWatchdog {
 	return &diskWatchdog{
 		dir: dir, every: time.Second, stalled: 2 * time.Second, dead: 10 * time.Second,
-		watching: 100 * time.Millisecond, onStall: onStall, log: log, probe: writeAndSync,
+		watching: 100 * time.Millisecond, moved: make(chan struct{}, 1), onStall: onStall, log: log, probe: writeAndSync,
 	}
 }
 
@@ -43,10 +44,10 @@ func (w *diskWatchdog) Run(ctx context.Context) error {
 	go func() { failed <- w.writeLoop(ctx) }()
 	tick := time.NewTicker(w.watching)
 	defer tick.Stop()
+	tick.Stop() // it turns only while a write is under way
 	shut := false
 	// A write counts as stuck by the watcher's own ticks, not by the clock: a
 	// process that was stopped for a minute has no stuck disk.
-	var current int64
 	var stuck time.Duration
 	for {
 		select {
@@ -57,11 +58,12 @@ func (w *diskWatchdog) Run(ctx context.Context) error {
 				return nil
 			}
 			return err
+		case <-w.moved:
+			stuck = 0
+			if tick.Stop(); w.started.Load() != 0 {
+				tick.Reset(w.watching)
+			}
 		case <-tick.C:
-		}
-		if s := w.started.Load(); s == 0 || s != current {
-			current, stuck = s, 0
-		} else {
 			stuck += w.watching
 		}
 		switch {
@@ -84,9 +86,9 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 	tick := time.NewTicker(w.every)
 	defer tick.Stop()
 	for {
-		w.started.Store(int64(Boottime()))
+		w.move(int64(Boottime()))
 		err := w.probe(path)
-		w.started.Store(0)
+		w.move(0)
 		switch {
 		case errors.Is(err, syscall.ENOSPC):
 			// A full disk answers. Whether raft can still write is raft's store's
@@ -100,6 +102,14 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
+	}
+}
+
+func (w *diskWatchdog) move(started int64) {
+	w.started.Store(started)
+	select {
+	case w.moved <- struct{}{}:
+	default: // the watcher has yet to look
 	}
 }
 

@@ -23,6 +23,8 @@ type Standing interface {
 	State() *cluster.State
 	Changed() <-chan struct{}
 	Lease() (left time.Duration, epoch uint64)
+	// LeaseChanged closes when a lease begins, or a higher epoch is heard of.
+	LeaseChanged() <-chan struct{}
 }
 
 // Role is this node's part in being the primary: whether it may act, and the
@@ -168,6 +170,7 @@ func (r *Role) WhilePrimary(ctx context.Context) (primary context.Context, done 
 	}
 	t := &tenure{epoch: epoch, end: end}
 	r.held[t] = struct{}{}
+	r.changed() // Run looks more often now
 	return primary, func() {
 		end(nil)
 		r.mu.Lock()
@@ -203,9 +206,8 @@ func (r *Role) Release(ctx context.Context, switchoverID string) error {
 	for {
 		agreed := r.standing.Changed()
 		s := r.standing.State()
-		r.refresh()
+		_, change := r.refresh()
 		r.mu.Lock()
-		change := r.change
 		busy := len(r.held) + len(r.ended)
 		unused := r.lastToken - r.boottime()
 		r.mu.Unlock()
@@ -231,35 +233,46 @@ func (r *Role) Release(ctx context.Context, switchoverID string) error {
 	}
 }
 
-// refreshEvery bounds how late the end of a lease ends the contexts. They are
-// the courtesy; Check and the epoch are the fence.
-const refreshEvery = 20 * time.Millisecond
+const (
+	// heldLook is the longest sleep of Run while something runs as primary. The
+	// end of the lease wakes it by itself, but on a clock that stands still while
+	// the machine is suspended: this is how long after that contexts live on.
+	// They are the courtesy; Check and the epoch are the fence.
+	heldLook = StartWithin
+	idleLook = time.Second
+)
 
 // Run ends the primary contexts when their time is over, until ctx ends; then
 // it ends all of them.
 func (r *Role) Run(ctx context.Context) error {
-	tick := time.NewTicker(refreshEvery)
-	defer tick.Stop()
+	wake := time.NewTimer(0)
+	defer wake.Stop()
 	for {
-		changed := r.standing.Changed()
-		r.refresh()
+		agreed, leased := r.standing.Changed(), r.standing.LeaseChanged()
+		sleep, change := r.refresh()
+		wake.Reset(sleep)
 		select {
 		case <-ctx.Done():
 			r.mu.Lock()
 			r.endAll(fmt.Errorf("%w: this node stops", ErrNotPrimary))
 			r.mu.Unlock()
 			return nil
-		case <-changed:
-		case <-tick.C:
+		case <-agreed:
+		case <-leased:
+		case <-change:
+		case <-wake.C:
 		}
 	}
 }
 
-// refresh ends what may not go on, and tells waiters of a change.
-func (r *Role) refresh() {
+// refresh ends what may not go on, and tells waiters of a change. It gives the
+// time until something may change by itself, and what closes at the next change
+// from elsewhere.
+func (r *Role) refresh() (sleep time.Duration, change <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	epoch, _, err := r.may(r.boottime())
+	now := r.boottime()
+	epoch, left, err := r.may(now)
 	if err == nil {
 		for t := range r.held {
 			if t.epoch != epoch {
@@ -278,6 +291,16 @@ func (r *Role) refresh() {
 		}
 		r.changed()
 	}
+	sleep = idleLook
+	switch {
+	case err == nil && len(r.held) > 0:
+		sleep = min(left, heldLook)
+	case err == nil:
+		sleep = min(left, idleLook)
+	case now < r.notBefore:
+		sleep = min(r.notBefore-now, idleLook)
+	}
+	return sleep, r.change
 }
 
 func (r *Role) endAll(cause error) {

@@ -14,7 +14,8 @@ func (s standing) State() *cluster.State { return s.n.w.states[s.n.applied] }
 func (s standing) Lease() (time.Duration, uint64) {
 	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
 }
-func (s standing) Changed() <-chan struct{} { return s.n.w.news }
+func (s standing) Changed() <-chan struct{}      { return s.n.w.news }
+func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Role runs in the world
 
 // awake blocks while the node is stopped, as a stopped process would.
 func (n *node) awake() {

@@ -37,8 +37,8 @@ type cut struct {
 	begin, until time.Duration
 }
 
-// isolateEvery is how often the agreed state is looked at when nothing changes:
-// the end of a cut and the reconnection after it are that exact.
+// isolateEvery is how often a node that is cut off, or about to be, looks at the
+// clock: the end of a cut and the reconnection after it are that exact.
 const isolateEvery = 100 * time.Millisecond
 
 // Admit is cluster.Options.Admit.
@@ -124,28 +124,28 @@ func (i *isolation) Heal(id string) bool {
 
 // Run follows the agreed drills until ctx ends.
 func (i *isolation) Run(ctx context.Context, state func() *cluster.State, changed func() <-chan struct{}) error {
-	tick := time.NewTicker(isolateEvery)
-	defer tick.Stop()
 	severed := "" // the drill for which connections were ended
 	for {
 		next := changed()
 		i.look(state().Drills)
-		var begin <-chan time.Time
-		if c := i.cut.Load(); c != nil && severed != c.drill {
-			if wait := c.begin - i.boottime(); wait > 0 {
-				begin = time.After(wait)
-			} else {
+		var again <-chan time.Time // only a change of the agreed state begins a cut
+		if c := i.cut.Load(); c != nil {
+			wait := c.begin - i.boottime()
+			if wait <= 0 && severed != c.drill {
 				severed = c.drill
 				i.sever()
 				i.log.Warn("this site is cut off from the others", "drill", c.drill)
 			}
+			if wait <= 0 {
+				wait = isolateEvery
+			}
+			again = time.After(min(wait, isolateEvery))
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-next:
-		case <-begin:
-		case <-tick.C:
+		case <-again:
 		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 type cutWorld struct {
 	*isolation
 	state   atomic.Pointer[cluster.State]
+	news    atomic.Pointer[chan struct{}]
 	severed atomic.Int32
 	start   time.Time
 }
@@ -27,21 +28,25 @@ func newCutWorld() *cutWorld {
 		site: "a", now: time.Now, boottime: func() time.Duration { return time.Since(w.start) },
 		sever: func() { w.severed.Add(1) }, log: slog.New(slog.DiscardHandler),
 	}
-	w.state.Store(&cluster.State{})
+	w.agree()
 	return w
 }
 
 func (w *cutWorld) agree(drills ...cluster.DrillRecord) {
 	w.state.Store(&cluster.State{Drills: drills})
+	next := make(chan struct{})
+	if old := w.news.Swap(&next); old != nil {
+		close(*old)
+	}
 }
 
-// run follows the state until the test ends; a change is seen at the next tick.
+// run follows the state until the test ends.
 func (w *cutWorld) run(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := w.Run(ctx, w.state.Load, func() <-chan struct{} { return nil }); err != nil {
+		if err := w.Run(ctx, w.state.Load, func() <-chan struct{} { return *w.news.Load() }); err != nil {
 			t.Error(err)
 		}
 	}()
