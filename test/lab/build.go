@@ -47,6 +47,18 @@ func Build(t testing.TB) string {
 	return filepath.Join(built.dir, "dsnode")
 }
 
+// BuildTagged builds dsnode with build tags, for one test.
+func BuildTagged(t testing.TB, tags string) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "dsnode-"+tags)
+	cmd := exec.Command("go", "build", "-tags", tags, "-o", binary, "github.com/dsnode/dsnode/cmd/dsnode")
+	cmd.Env = append(os.Environ(), "GOFLAGS="+plainFlags(os.Getenv("GOFLAGS")))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build dsnode with %s: %v\n%s", tags, err, out)
+	}
+	return binary
+}
+
 // Main runs a package's tests and removes what Build made.
 func Main(m *testing.M) {
 	code := m.Run()

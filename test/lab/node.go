@@ -30,6 +30,8 @@ type Node struct {
 
 	lab   *Lab
 	ports ports
+	// binary is another build than the lab has; see Use.
+	binary string
 
 	mu   sync.Mutex // guards cmd, done
 	cmd  *exec.Cmd
@@ -63,7 +65,7 @@ func (n *Node) Start() {
 		t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }() // the process has its own descriptor
-	cmd := exec.Command(n.lab.binary, "run", "--config", filepath.Join(n.dir(), "node.yaml"))
+	cmd := exec.Command(n.program(), "run", "--config", filepath.Join(n.dir(), "node.yaml"))
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := n.lab.Net.Start(n.Site.Index, cmd); err != nil {
 		t.Fatalf("start %s: %v", n.Name, err)
@@ -74,6 +76,17 @@ func (n *Node) Start() {
 		_ = cmd.Wait() // how it ended is in the log, and most are killed
 		close(done)
 	}()
+}
+
+// Use makes the node run another build from its next start on; "" is the one
+// that the lab has built.
+func (n *Node) Use(binary string) { n.binary = binary }
+
+func (n *Node) program() string {
+	if n.binary != "" {
+		return n.binary
+	}
+	return n.lab.binary
 }
 
 // Kill ends the process as a power failure does, and waits until it is gone.
