@@ -3,6 +3,7 @@ package gateway
 import (
 	"errors"
 	"net/http"
+	"net/url"
 	"strconv"
 	"time"
 
@@ -54,6 +55,7 @@ func (x *exchange) Head(h serving.Head) error {
 	if h.Node != "" && h.Node != x.g.o.Node {
 		to["X-Dsnode-Node"] = values[3:4:4]
 	}
+	x.labelCache(&h)
 	if h.Stream {
 		x.startStream(h.Status)
 		return nil
@@ -64,6 +66,40 @@ func (x *exchange) Head(h serving.Head) error {
 	}
 	x.begin(h.Status)
 	return nil
+}
+
+// cacheLabels are the values of X-Dsnode-Cache, shared by all answers.
+var cacheLabels = map[serving.CacheStatus][]string{
+	serving.HitLocal: {string(serving.HitLocal)}, serving.HitShared: {string(serving.HitShared)}, serving.Stale: {string(serving.Stale)},
+	serving.Coalesced: {string(serving.Coalesced)}, serving.Miss: {string(serving.Miss)}, serving.Bypass: {string(serving.Bypass)},
+}
+
+// labelCache tells what the cache had to do with the answer. A peer is told which
+// model answered: its own node keeps the answer, unless a fallback gave it.
+func (x *exchange) labelCache(h *serving.Head) {
+	to := x.w.Header()
+	if x.door == peers {
+		if h.Model != "" {
+			to[serving.HeaderModel] = []string{url.QueryEscape(h.Model)}
+		}
+		return
+	}
+	c := &h.Cache
+	if label, ok := cacheLabels[c.Status]; ok {
+		to["X-Dsnode-Cache"] = label
+	}
+	if c.Key == "" {
+		return
+	}
+	// RFC 9211. The key is what dsnode cache purge --key takes.
+	b := make([]byte, 0, 128)
+	b = append(b, "dsnode; hit; ttl="...)
+	b = strconv.AppendInt(b, int64(c.Left/time.Second), 10)
+	b = append(append(append(b, `; key="`...), c.Key...), `"; detail=`...)
+	b = append(b, c.Status...)
+	values := [2]string{string(b), strconv.FormatInt(int64(c.Age/time.Second), 10)}
+	to["Cache-Status"] = values[0:1:1]
+	to["Age"] = values[1:2:2]
 }
 
 // Data sends a piece of a body or one event, which is flushed.

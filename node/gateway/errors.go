@@ -141,6 +141,16 @@ func explain(err error, model string) *failure {
 		}
 	case errors.Is(err, serving.ErrOverloaded):
 		return shed("The model is overloaded now. Please try again later.")
+	case errors.Is(err, serving.ErrNotCached):
+		return &failure{
+			status: http.StatusGatewayTimeout, kind: kindInvalid, code: "not_cached", final: true, header: http.Header{"X-Dsnode-Cache": {string(serving.Miss)}},
+			message: "The answer is not in the cache, and X-Dsnode-Cache: only asks for nothing else.",
+		}
+	case errors.Is(err, serving.ErrLagging):
+		return &failure{
+			status: http.StatusServiceUnavailable, kind: kindOverload, code: "reader_too_slow", retryAfter: time.Second,
+			message: "The answer is shared with others and can't be held for this connection any longer. Please try again.",
+		}
 	case errors.Is(err, serving.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
 		return &failure{status: http.StatusGatewayTimeout, kind: kindTimeout, code: "upstream_timeout", message: "The model server did not answer in time.", final: true}
 	case errors.Is(err, serving.ErrHopLimit):

@@ -134,12 +134,31 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 	req := &serving.Request{
 		ID: x.id, Endpoint: rt.endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
 		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
-		Header: forwarded(x.r.Header), Principal: who, Hops: hops,
+		Header: forwarded(x.r.Header), Principal: who, Hops: hops, Deterministic: read.deterministic,
+	}
+	if req.Cache, f = cacheMode(x.r.Header); f != nil {
+		return nil, f
 	}
 	if n, err := strconv.Atoi(first(x.r.Header, "X-Stainless-Retry-Count")); err == nil && n > 0 {
 		req.RetryCount = n
 	}
 	return req, nil
+}
+
+// cacheMode reads what the client wants of the cache. A word that is not known
+// must not become its opposite.
+func cacheMode(h http.Header) (serving.CacheMode, *failure) {
+	values := h["X-Dsnode-Cache"]
+	if len(values) == 0 {
+		return "", nil
+	}
+	switch mode := serving.CacheMode(values[0]); mode {
+	case serving.CacheStore, serving.CacheNoStore, serving.CacheOnly, serving.CacheRefresh:
+		if len(values) == 1 {
+			return mode, nil
+		}
+	}
+	return "", invalid(http.StatusBadRequest, "invalid_cache_mode", "X-Dsnode-Cache must be one of store, no-store, only and refresh.")
 }
 
 // forwarded keeps the headers that are the upstream's business. The values are

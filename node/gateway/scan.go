@@ -32,6 +32,8 @@ type scanned struct {
 	choices   int
 	usageAt   serving.Span
 	wantUsage bool
+	// deterministic: temperature is there and zero.
+	deterministic bool
 	// Who a request is for and which prompts share a prefix, decoded.
 	safetyID, user, cacheKey []byte
 }
@@ -86,7 +88,7 @@ func scan(body []byte, full bool) (out scanned, err error) {
 }
 
 var memberNames = [...]string{
-	"model", "stream", "n", "user", "stream_options", "prompt_cache_key", "safety_identifier",
+	"model", "stream", "n", "user", "stream_options", "prompt_cache_key", "safety_identifier", "temperature",
 }
 
 // memberName is the name of ours that a key matches in any case (encoding/json
@@ -131,6 +133,10 @@ func (s *scanner) member(out *scanned, name string) (err error) {
 		out.safetyID, err = s.text(name, maxLabel)
 	case "prompt_cache_key":
 		out.cacheKey, err = s.text(name, maxLabel)
+	case "temperature":
+		// What is no number is the model server's to refuse.
+		err = s.skip()
+		out.deterministic = err == nil && isZero(s.b[from:s.i])
 	case "stream_options":
 		if s.i == len(s.b) || s.b[s.i] != '{' {
 			return &badBody{s.i, name, "stream_options must be an object"}
@@ -154,6 +160,20 @@ func (s *scanner) member(out *scanned, name string) (err error) {
 		out.usageAt = serving.Span{From: from, To: s.i}
 	}
 	return err
+}
+
+// isZero reports whether a JSON value is the number zero, however it is written.
+func isZero(value []byte) bool {
+	for i, c := range value {
+		switch {
+		case c == '0', c == '.', c == '-' && i == 0:
+		case c == 'e' || c == 'E':
+			return i > 0
+		default:
+			return false
+		}
+	}
+	return true
 }
 
 func badUTF8(body []byte) error {

@@ -34,6 +34,9 @@ const (
 	headerSite      = "X-Dsnode-Site"
 	headerError     = "X-Dsnode-Error" // a door's own code
 	headerAttempts  = "X-Dsnode-Attempts"
+	// HeaderModel tells a peer which model answered, query-escaped: a fallback's
+	// answer is not the asked model's.
+	HeaderModel = "X-Dsnode-Model"
 )
 
 // attempt is one request to one backend.
@@ -256,9 +259,10 @@ func (a *attempt) setHead(resp *http.Response) {
 // label says whose answer it is.
 func (a *attempt) label(h http.Header) {
 	if a.peer == nil {
-		a.head.Upstream, a.head.Site = a.permit.b.name, a.permit.b.site
+		a.head.Upstream, a.head.Site, a.head.Model = a.permit.b.name, a.permit.b.site, a.model.name
 		return
 	}
+	a.head.Model, _ = url.QueryUnescape(h.Get(HeaderModel)) // "", unknown, when it can't be read
 	a.head.Upstream, a.head.Site, a.head.Node = h.Get(headerUpstream), h.Get(headerSite), a.peer.node
 	if a.head.Site == "" {
 		a.head.Site = a.peer.site

@@ -16,6 +16,7 @@ var (
 	ErrHopLimit       = errors.New("hop limit reached")
 	ErrTruncated      = errors.New("upstream ended the answer early")
 	ErrUpstreamFailed = errors.New("upstream failed")
+	ErrNotCached      = errors.New("not in the cache") // of who asked for the cache alone
 )
 
 // BusyError carries when it is worth asking again.

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/cache"
 )
 
 // MaxHops is how many peers a request may pass.
@@ -25,9 +26,10 @@ const MaxHops = 1
 
 // Options are what a Pipeline is made of. Zero values are replaced by defaults.
 type Options struct {
-	Site       string // the own site's name in the configuration
-	Node       string // the own node's name, for the log
-	Peers      Peers  // nil: none
+	Site       string       // the own site's name in the configuration
+	Node       string       // the own node's name, for the log
+	Peers      Peers        // nil: none
+	Cache      *cache.Cache // nil: none
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	// LookupEnv and ReadFile resolve secrets and TLS files; the process's own
@@ -86,6 +88,8 @@ type Pipeline struct {
 	metrics *metrics
 	budget  budget
 	fleet   fleet
+	cache   *cache.Cache // nil: none
+	flights flights
 	probe   chan struct{} // asks Run for a round of probes now
 	table   atomic.Pointer[table]
 	// pick chooses among usable upstreams; it is choose, but for tests.
@@ -101,7 +105,7 @@ type Pipeline struct {
 func New(o Options) *Pipeline {
 	o.complete()
 	p := &Pipeline{
-		site: o.Site, log: o.Logger, opts: o, peers: o.Peers, now: o.Now, random: o.Random,
+		site: o.Site, log: o.Logger, opts: o, peers: o.Peers, cache: o.Cache, now: o.Now, random: o.Random,
 		metrics: newMetrics(o.Registerer), probe: make(chan struct{}, 1), found: map[string]*found{},
 	}
 	p.fleet = fleet{metrics: p.metrics, onMove: p.moved, peers: map[string]*peer{}}
@@ -110,9 +114,9 @@ func New(o Options) *Pipeline {
 	return p
 }
 
-// Serve answers one request: who may ask, then the pool in its order, then one
-// upstream after another until one has shown content. Stages that are to come
-// (split, degradation, cache, admission, continuation) go between these lines.
+// Serve answers one request: who may ask, then the cache, then the pool in its
+// order, then one upstream after another until one has shown content. Stages that
+// are to come (split, degradation, admission, continuation) go between these lines.
 //
 // The error is nil when the sink has got a complete answer. Otherwise it wraps
 // one of this package's sentinels, or is a *StatusError or *BusyError, or what
@@ -123,8 +127,13 @@ func (p *Pipeline) Serve(ctx context.Context, r *Request, sink Sink) error {
 	if err != nil {
 		return err
 	}
+	return p.cached(ctx, t, m, r, sink)
+}
+
+// fetch gets an answer that nobody has yet.
+func (p *Pipeline) fetch(ctx context.Context, t *table, m *model, r *Request, sink Sink, cached CacheStatus) error {
 	p.budget.deposit(p.now(), r.RetryCount > 0)
-	pool := &search{p: p, t: t, r: r, model: m, rest: m.fallbacks}
+	pool := &search{p: p, t: t, r: r, model: m, rest: m.fallbacks, cached: cached}
 	return p.ask(ctx, pool, sink)
 }
 
@@ -160,7 +169,7 @@ func (p *Pipeline) ask(ctx context.Context, pool *search, sink Sink) error {
 			return failed(pool, &last, attempts)
 		}
 		a := &attempt{candidate: c, r: pool.r, sink: sink, now: p.now, start: start}
-		a.head.Attempts = attempts + 1
+		a.head.Attempts, a.head.Cache.Status = attempts+1, pool.cached
 		o := p.try(ctx, a)
 		attempts += max(o.attempts, 1)
 		if o.result == resultOK {
@@ -344,6 +353,7 @@ func (p *Pipeline) moved(b *backend, to breakerState, why breakerReason) {
 
 // Close closes idle connections. Call it when no request is under way.
 func (p *Pipeline) Close() {
+	p.flights.work.Wait() // those whose clients have all just gone
 	for u := range p.table.Load().instances() {
 		if u.transport != nil {
 			u.transport.CloseIdleConnections()

@@ -22,14 +22,15 @@ type candidate struct {
 // the same again for each fallback model. No upstream is asked twice, no peer
 // site either, unless its first node failed at connect.
 type search struct {
-	p     *Pipeline
-	t     *table
-	r     *Request
-	now   time.Time
-	model *model
-	rest  []string // fallbacks not yet tried
-	stage stage
-	site  int // index into model.remote
+	p      *Pipeline
+	t      *table
+	r      *Request
+	now    time.Time
+	model  *model
+	rest   []string // fallbacks not yet tried
+	cached CacheStatus
+	stage  stage
+	site   int // index into model.remote
 
 	tried     []*backend // asked, or refused for good
 	asked     []string   // sites whose peers were asked

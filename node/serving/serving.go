@@ -26,6 +26,10 @@ type Request struct {
 	// hop-by-hop or of authorisation.
 	Header    http.Header
 	Principal Principal
+	// Cache is what the client wants of the cache, "" when it did not say.
+	Cache CacheMode
+	// Deterministic: the body has temperature 0.
+	Deterministic bool
 	// Hops counts the peers that this request has passed; a request with one
 	// hop is answered by the site's own upstreams or not at all.
 	Hops int
@@ -52,7 +56,11 @@ type Head struct {
 	Upstream string // name in the configuration
 	Site     string // whose upstream it was
 	Node     string // the peer that answered, empty when it was this node
-	Attempts int    // upstream attempts, this one included
+	Attempts int    // upstream attempts, this one included; 0: nobody was asked
+	// Model is the configured name that was answered for, a fallback's when one
+	// stood in; "" unknown.
+	Model string
+	Cache Cached
 }
 
 // Sink takes an answer. Calls come from one goroutine. An error from it means

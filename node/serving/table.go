@@ -48,6 +48,8 @@ type model struct {
 	remote    []remoteSite // nearest first
 	fallbacks []string
 	timers    timers // for what a peer is asked
+	revision  string // of the weights
+	cache     cluster.ModelCache
 }
 
 // target is an instance of the own site under the name it knows the model by.
@@ -72,6 +74,7 @@ func newTable(c *cluster.Config, site string, services map[string]*service, drai
 		def := c.Models[name]
 		m := &model{name: name, quoted: quoted(name), fallbacks: def.Fallbacks, timers: timersOf(c.TimeoutsFor(name, ""))}
 		m.timers.pace = 0 // a peer's own node sees to it
+		m.revision, m.cache = def.Revision, def.Cache
 		for _, s := range def.Serve {
 			up, ok := c.Upstreams[s.Upstream]
 			if !ok {
