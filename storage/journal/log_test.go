@@ -73,7 +73,7 @@ func mustAppend(t testing.TB, l *Log, id Stream, records ...Record) uint64 {
 }
 
 // records reads all of a stream from a seq on.
-func recordsOf(t testing.TB, l *Log, id Stream, from uint64) []Record {
+func recordsOf(t fataler, l *Log, id Stream, from uint64) []Record {
 	t.Helper()
 	var all []Record
 	for {

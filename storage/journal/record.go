@@ -270,7 +270,7 @@ func decodeBody(body []byte) (r Record, err error) {
 	origin := int(rest[0])
 	r.Stream.Origin, rest = string(rest[1:1+origin]), rest[1+origin:]
 	ext, n := binary.Uvarint(rest)
-	if n <= 0 || ext > MaxExt || ext > uint64(len(rest)-n) {
+	if n <= 0 || n != uvarintSize(ext) || ext > MaxExt || ext > uint64(len(rest)-n) {
 		return r, fmt.Errorf("%w: ext", ErrDamaged)
 	}
 	r.Ext, r.Payload = rest[n:uint64(n)+ext], rest[uint64(n)+ext:]
@@ -305,7 +305,7 @@ func uvarintSize(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }
 // check says whether the record can be written and read again.
 func (r *Record) check() error {
 	switch {
-	case len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin:
+	case len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin || len(r.Ext) > MaxExt:
 		return fmt.Errorf("%w: %d bytes of payload, origin of %d bytes", ErrTooLarge, len(r.Payload), len(r.Stream.Origin))
 	case !r.Kind.known(), r.Rank > maxRank, (r.Rank > 0) != (r.Kind == Finished), r.Seq == 0, r.Stream.Origin == "":
 		return fmt.Errorf("%w: a field is out of its range", ErrDamaged)
