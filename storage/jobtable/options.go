@@ -24,9 +24,6 @@ var (
 	ErrNewerFormat = errors.New("the job table is of a format that this version does not know")
 )
 
-// File is the table's file in its directory.
-const File = "jobs.db"
-
 // Options say where the table is and what it needs. Dir, Sealer and
 // Ring are required.
 type Options struct {

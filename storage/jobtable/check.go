@@ -1,0 +1,138 @@
+package jobtable
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// Check reads the whole table and says whether it agrees with itself: every row
+// is canonical, every index has an entry for it and no other, and counts, seals
+// and digests are those of the rows. The error wraps ErrDamaged.
+//
+// It makes everything durable first and then reads at one moment; a file that
+// has to grow meanwhile waits for it. It takes some microseconds a row.
+func (t *Table) Check(ctx context.Context) error {
+	if err := t.flush(ctx); err != nil {
+		return err
+	}
+	return asDamaged(t.view(func(tx *bbolt.Tx) error { return checkTables(ctx, tx) }))
+}
+
+func checkTables(ctx context.Context, tx *bbolt.Tx) error {
+	all := newBatch()
+	var entries [tables]int
+	err := bucket(tx, tableRows).ForEach(func(k, v []byte) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if len(k) != len(journal.JobID{}) {
+			return fmt.Errorf("%w: a row's key is %x", ErrDamaged, k)
+		}
+		id := journal.JobID(k)
+		s, err := parseValue(id, v)
+		if err != nil {
+			return err
+		}
+		if err := checkRow(&s); err != nil {
+			return fmt.Errorf("job %s: %w", id, err)
+		}
+		all.account(id, &s, 1)
+		for _, e := range s.appendIndexKeys(nil, id) {
+			entries[e.index]++
+			c := bucket(tx, e.index).Cursor()
+			if found, _ := c.Seek(e.key); !bytes.Equal(found, e.key) {
+				return fmt.Errorf("%w: job %s is not in the index %q", ErrDamaged, id, bucketNames[e.index])
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, n := range []int{indexDue, indexKeys, indexList, indexLive} {
+		count := 0
+		err := bucket(tx, n).ForEach(func(_, _ []byte) error { count++; return ctx.Err() })
+		if err != nil {
+			return err
+		}
+		if count != entries[n] {
+			return fmt.Errorf("%w: the index %q has %d entries for %d", ErrDamaged, bucketNames[n], count, entries[n])
+		}
+	}
+	return errors.Join(checkCounts(tx, all), checkSeals(tx, all), checkDigests(tx, all))
+}
+
+func checkRow(s *state) error {
+	subs := s.submissions()
+	switch {
+	case !canonical(s.records):
+		return fmt.Errorf("%w: the row is not in canonical order", ErrDamaged)
+	case s.until > 0 && len(s.records) > 0:
+		return fmt.Errorf("%w: a forgotten job has records", ErrDamaged)
+	case len(subs) > 0 && s.at != subs[0].Clock:
+		return fmt.Errorf("%w: the row's time is not that of its submission", ErrDamaged)
+	case len(s.records) > 0 && (s.noted > 0) == (Row{s.records}).visible():
+		return fmt.Errorf("%w: a row without submission and when it was seen", ErrDamaged)
+	}
+	return nil
+}
+
+func checkCounts(tx *bbolt.Tx, all *batch) error {
+	b := bucket(tx, tableMeta).Get(keyCounts)
+	for i, want := range all.counts {
+		var n int64
+		if len(b) == 8*len(statuses) {
+			n = int64(binary.BigEndian.Uint64(b[8*i:]))
+		}
+		if n != want {
+			return fmt.Errorf("%w: %d jobs are said to be %s, %d are", ErrDamaged, n, statuses[i], want)
+		}
+	}
+	return nil
+}
+
+func checkSeals(tx *bbolt.Tx, all *batch) error {
+	left := maps.Clone(all.seals)
+	err := bucket(tx, tableSeals).ForEach(func(k, v []byte) error {
+		if len(k) != 8 || len(v) != 8 {
+			return fmt.Errorf("%w: seals of key %x", ErrDamaged, k)
+		}
+		id := [8]byte(k)
+		if n := int64(binary.BigEndian.Uint64(v)); n != left[id] {
+			return fmt.Errorf("%w: key %x is said to seal %d payloads, it does %d", ErrDamaged, k, n, left[id])
+		}
+		delete(left, id)
+		return nil
+	})
+	if err == nil && len(left) > 0 {
+		err = fmt.Errorf("%w: %d keys seal payloads and are not counted", ErrDamaged, len(left))
+	}
+	return err
+}
+
+// checkDigests compares the slots that are there and not yet half forgotten.
+func checkDigests(tx *bbolt.Tx, all *batch) error {
+	for slot, want := range all.digests {
+		v := bucket(tx, tableDigests).Get(slot.key())
+		if v == nil && slot != liveSlot {
+			continue // before the cut
+		}
+		if len(v) != len(want)*16 {
+			return fmt.Errorf("%w: digests of %d bytes", ErrDamaged, len(v))
+		}
+		for i := range want {
+			if !bytes.Equal(v[16*i:16*i+16], want[i][:]) {
+				return fmt.Errorf("%w: the digest of bucket %d in slot %d", ErrDamaged, i, slot)
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,427 @@
+package jobtable
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/subtle"
+	"encoding/binary"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dsnode/dsnode/storage/boltfile"
+	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// commitEvery is how long changes collect in memory. A job that is submitted,
+// executed and finished meanwhile is written once, and the journal's own syncs
+// have the disk for themselves.
+const commitEvery = 100 * time.Millisecond
+
+// Run commits what Apply and Merge changed and sweeps what is due, until ctx
+// ends; what was visible then is durable. An error means that the node has to
+// stop: it wraps ErrFailed.
+func (t *Table) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return t.commitLoop(ctx) })
+	g.Go(func() error { return t.sweepLoop(ctx) })
+	return g.Wait()
+}
+
+func (t *Table) commitLoop(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return t.commit()
+		case <-t.failed:
+			return t.usable()
+		case <-t.urgent:
+		case <-t.kick:
+			timer := time.NewTimer(commitEvery)
+			select {
+			case <-timer.C:
+			case <-t.urgent:
+			case <-ctx.Done():
+			case <-t.failed:
+			}
+			timer.Stop()
+		}
+		if err := t.commit(); err != nil {
+			return err
+		}
+	}
+}
+
+// change of one row that a commit writes.
+type rowChange struct {
+	id      journal.JobID
+	next    state
+	version uint64
+}
+
+// batch is what one transaction writes, and its scratch.
+type batch struct {
+	applied map[journal.Stream]position
+	rows    []rowChange
+
+	counts  [len(statuses)]int64
+	seals   map[keyring.KeyID]int64
+	digests map[Slot]*[256][16]byte
+
+	arena   []byte // values; bbolt keeps them until the commit
+	scratch []byte
+	old     []indexKey
+	next    []indexKey
+}
+
+func newBatch() *batch {
+	return &batch{
+		applied: map[journal.Stream]position{},
+		seals:   map[keyring.KeyID]int64{},
+		digests: map[Slot]*[256][16]byte{},
+	}
+}
+
+// commit writes all that is visible. Its callers don't overlap.
+func (t *Table) commit() error {
+	if err := t.usable(); err != nil {
+		return err
+	}
+	b := t.collect()
+	if len(b.rows) > 0 || len(b.applied) > 0 {
+		start := time.Now()
+		if err := t.write(b); err != nil {
+			// The mark first: should the node be killed now, the file is not believed.
+			t.now.state = markDamaged
+			if markErr := t.mark.write(t.now); markErr != nil {
+				t.o.Logger.Error("the damaged job table can't be marked as such", "err", markErr)
+			}
+			return t.setFailed("commit", err)
+		}
+		t.metrics.commit.Observe(time.Since(start).Seconds())
+		t.metrics.rows.Add(float64(len(b.rows)))
+	}
+	t.retire(b)
+	return nil
+}
+
+// collect takes what has changed. Positions first: the rows that are taken
+// after them hold at least that much.
+func (t *Table) collect() *batch {
+	b := newBatch()
+	t.mu.Lock()
+	t.begun++
+	for s, p := range t.streams {
+		if p.drop || p.seen > p.durable {
+			b.applied[s] = *p
+		}
+	}
+	t.mu.Unlock()
+	for i := range t.stripes {
+		s := &t.stripes[i]
+		s.mu.Lock()
+		for id, e := range s.entries {
+			b.rows = append(b.rows, rowChange{id: id, next: e.state, version: e.version})
+		}
+		s.mu.Unlock()
+	}
+	slices.SortFunc(b.rows, func(x, y rowChange) int { return x.id.Compare(y.id) })
+	return b
+}
+
+// retire forgets what the file holds now, and wakes who waited for it.
+func (t *Table) retire(b *batch) {
+	for i := range b.rows {
+		c := &b.rows[i]
+		s := t.stripe(c.id)
+		s.mu.Lock()
+		if e := s.entries[c.id]; e != nil && e.version == c.version {
+			t.pending.Add(-e.bytes)
+			delete(s.entries, c.id)
+		}
+		s.mu.Unlock()
+	}
+	t.metrics.pending.Set(float64(t.pending.Load()))
+	t.mu.Lock()
+	for s, p := range b.applied {
+		switch now := t.streams[s]; {
+		case p.drop && now.drop:
+			delete(t.streams, s)
+		case p.drop: // used again since
+			now.durable = 0
+		default:
+			now.durable = p.seen
+		}
+	}
+	t.done = t.begun
+	t.mu.Unlock()
+	t.room.open()
+	t.finished.open()
+}
+
+func (t *Table) write(b *batch) (err error) {
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
+	tx, err := t.db.Begin(true)
+	if err != nil {
+		return err
+	}
+	t.now.txid = uint64(tx.ID())
+	if err := t.fill(tx, b); err != nil {
+		_ = tx.Rollback() // the table has failed, whatever it says
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	return t.mark.write(t.now)
+}
+
+func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
+	var buckets [tables]*bbolt.Bucket
+	for n := range buckets {
+		buckets[n] = bucket(tx, n)
+	}
+	// Rows and indexes mostly grow at an end: half-filled pages behind it would
+	// stay so. What changes later still finds some room.
+	buckets[tableRows].FillPercent = 0.9
+	buckets[indexList].FillPercent = 0.8
+	buckets[indexDue].FillPercent = 0.9
+	for i := range b.rows {
+		if err := t.putRow(&buckets, b, &b.rows[i]); err != nil {
+			return err
+		}
+	}
+	if err := putCounts(buckets[tableMeta], b); err != nil {
+		return err
+	}
+	if err := putSeals(buckets[tableSeals], b); err != nil {
+		return err
+	}
+	if err := putDigests(buckets[tableDigests], b, t.DigestsCut()); err != nil {
+		return err
+	}
+	for s, p := range b.applied {
+		key := streamKey(s)
+		var err error
+		if p.drop {
+			err = buckets[tableStreams].Delete(key)
+		} else {
+			err = buckets[tableStreams].Put(key, binary.BigEndian.AppendUint64(nil, p.seen))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// putRow writes one row, and all that follows from its change.
+func (t *Table) putRow(buckets *[tables]*bbolt.Bucket, b *batch, c *rowChange) error {
+	old, err := parseValue(c.id, buckets[tableRows].Get(c.id[:]))
+	if err != nil {
+		return err
+	}
+	next := &c.next
+	t.fillHead(c.id, next)
+	if next.empty() {
+		if err := buckets[tableRows].Delete(c.id[:]); err != nil {
+			return err
+		}
+	} else {
+		start := len(b.arena)
+		if b.arena, err = appendValue(b.arena, next); err != nil {
+			return err
+		}
+		if err := buckets[tableRows].Put(c.id[:], b.arena[start:len(b.arena):len(b.arena)]); err != nil {
+			return err
+		}
+	}
+	b.account(c.id, &old, -1)
+	b.account(c.id, next, 1)
+	b.old = old.appendIndexKeys(b.old[:0], c.id)
+	b.next = next.appendIndexKeys(b.next[:0], c.id)
+	for _, k := range b.old {
+		if !containsKey(b.next, k) {
+			if err := buckets[k.index].Delete(k.key); err != nil {
+				return err
+			}
+		}
+	}
+	for _, k := range b.next {
+		if !containsKey(b.old, k) {
+			if err := buckets[k.index].Put(k.key, nil); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func containsKey(keys []indexKey, k indexKey) bool {
+	return slices.ContainsFunc(keys, func(o indexKey) bool { return o.index == k.index && bytes.Equal(o.key, k.key) })
+}
+
+// account adds n times what the row counts for.
+func (b *batch) account(id journal.JobID, s *state, n int64) {
+	if status, ok := s.counted(); ok {
+		b.counts[status] += n
+	}
+	for i := range s.records {
+		if len(s.records[i].Payload) == 0 {
+			continue
+		}
+		b.seals[sealOf(&s.records[i])] += n
+	}
+	if slot, ok := s.slot(); ok {
+		d := b.digests[slot]
+		if d == nil {
+			d = new([256][16]byte)
+			b.digests[slot] = d
+		}
+		var sum [16]byte
+		sum, b.scratch = s.contribution(b.scratch)
+		of := &d[bucketOf(id)]
+		subtle.XORBytes(of[:], of[:], sum[:])
+	}
+}
+
+// sealOf is the key of a payload, zero when that can't be told.
+func sealOf(r *journal.Record) keyring.KeyID {
+	id, err := keyring.SealedWith(r.Payload)
+	if err != nil {
+		return keyring.KeyID{}
+	}
+	return id
+}
+
+func putCounts(meta *bbolt.Bucket, b *batch) error {
+	value := make([]byte, 8*len(statuses))
+	copy(value, meta.Get(keyCounts))
+	for i, n := range b.counts {
+		at := value[8*i:]
+		binary.BigEndian.PutUint64(at, uint64(int64(binary.BigEndian.Uint64(at))+n))
+	}
+	return meta.Put(keyCounts, value)
+}
+
+func putSeals(seals *bbolt.Bucket, b *batch) error {
+	for id, n := range b.seals {
+		if n == 0 {
+			continue
+		}
+		if v := seals.Get(id[:]); len(v) == 8 {
+			n += int64(binary.BigEndian.Uint64(v))
+		}
+		var err error
+		if n == 0 {
+			err = seals.Delete(id[:])
+		} else {
+			err = seals.Put(id[:], binary.BigEndian.AppendUint64(nil, uint64(n)))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// putDigests also forgets the slots that nobody compares any more: two before
+// the cut still count for a node whose clock is behind.
+func putDigests(digests *bbolt.Bucket, b *batch, cut Slot) error {
+	for slot, change := range b.digests {
+		key := slot.key()
+		sums := make([]byte, 256*16)
+		if v := digests.Get(key); v != nil && copy(sums, v) != len(sums) {
+			return fmt.Errorf("%w: digests of %d bytes", ErrDamaged, len(v))
+		}
+		for i := range change {
+			subtle.XORBytes(sums[16*i:16*i+16], sums[16*i:16*i+16], change[i][:])
+		}
+		if err := digests.Put(key, sums); err != nil {
+			return err
+		}
+	}
+	c := digests.Cursor()
+	for k, _ := c.Seek((liveSlot + 1).key()); k != nil && bytes.Compare(k, (max(cut, 3)-2).key()) < 0; k, _ = c.Seek((liveSlot + 1).key()) {
+		if err := c.Delete(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s Slot) key() []byte { return binary.BigEndian.AppendUint64(nil, uint64(s)) }
+
+// tenantPurpose of the MAC that hides tenants in the file.
+const tenantPurpose = "job table tenant v1"
+
+// tenantHash is how a tenant stands in the file.
+func (t *Table) tenantHash(name string) (sum [16]byte, err error) {
+	mac := t.tenant.Load()
+	if mac == nil {
+		if mac, err = t.o.Ring.MAC(tenantPurpose); err != nil {
+			return sum, err
+		}
+		t.tenant.Store(mac)
+	}
+	full := mac.Sum([]byte(name))
+	copy(sum[:], full[:])
+	if sum == everybody {
+		sum[0] = 1 // one of 2^128
+	}
+	return sum, nil
+}
+
+// keyHashOf is how a KeyHash stands in the file. It is an HMAC already.
+func (t *Table) keyHashOf(keyHash string) (sum [16]byte, err error) {
+	mac := t.tenant.Load()
+	if mac == nil {
+		if _, err := t.tenantHash(""); err != nil {
+			return sum, err
+		}
+		mac = t.tenant.Load()
+	}
+	full := mac.Sum([]byte("key"), []byte(keyHash))
+	copy(sum[:], full[:])
+	return sum, nil
+}
+
+// fillHead reads what the indexes need of a submission, where that is not known
+// yet. A submission that can't be opened, for want of its key, is tried again by
+// the sweeper.
+func (t *Table) fillHead(id journal.JobID, s *state) {
+	subs := s.submissions()
+	if s.head.known || len(subs) == 0 {
+		return
+	}
+	h := head{known: true}
+	for i := range subs {
+		v, err := t.o.Sealer.OpenSubmission(&subs[i])
+		if err == nil {
+			h.expires = max(h.expires, v.ExpiresAt.UnixMilli())
+		}
+		if err == nil && i == 0 {
+			h.tenant, err = t.tenantHash(v.Tenant)
+			if err == nil && v.KeyHash != "" {
+				h.key, err = t.keyHashOf(v.KeyHash)
+			}
+		}
+		if err != nil {
+			t.metrics.unreadable.Inc()
+			t.o.Logger.Error("a job's submission can't be read; it is in no list of its tenant", "job", id, "err", err)
+			return
+		}
+	}
+	s.head = h
+}
+
+// compareKeys orders list entries, the newest first.
+func compareKeys(a, b *listed) int {
+	return cmp.Or(cmp.Compare(b.at, a.at), b.id.Compare(a.id))
+}

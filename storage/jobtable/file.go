@@ -1,0 +1,193 @@
+package jobtable
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dsnode/dsnode/storage/boltfile"
+)
+
+// Files of the table in its directory.
+const (
+	File     = "jobs.db"
+	markFile = "jobs.mark"
+	tempFile = "jobs.db.tmp"
+)
+
+// pageSize holds several rows of a few KiB a page: with 4 KiB many a row would
+// fill a page by itself and leave half of it empty.
+const pageSize = 16 << 10
+
+// The buckets of the file, in order. Indexes hold keys alone; see facts.go.
+const (
+	indexDue     = iota // class (1) | ms (8) | job
+	indexKeys           // hash of a KeyHash (16) | job
+	indexList           // tenant (16) | status (1) | clock of the submission (8) | job
+	indexLive           // incarnation (16) | origin | job
+	tableDigests        // slot (8) → 256 digests of 16
+	tableMeta           // "store" → format, id; "counts" → a number (8) for each status
+	tableRows           // job → value.go
+	tableSeals          // key id (8) → number of payloads (8)
+	tableStreams        // incarnation (16) | origin → applied seq (8)
+	tables
+)
+
+var (
+	bucketNames = [tables]string{"due", "keys", "list", "live", "digests", "meta", "rows", "seals", "streams"}
+	keyStore    = []byte("store")
+	keyCounts   = []byte("counts")
+)
+
+// fileFormat is of the whole file: which buckets there are and what they hold.
+const fileFormat = 1
+
+func layout(depth boltfile.Depth) boltfile.Layout {
+	names := slices.Clone(bucketNames[:])
+	slices.Sort(names)
+	return boltfile.Layout{PageSize: pageSize, Buckets: names, Freelist: true, Depth: depth}
+}
+
+// Discard removes the table's files, so that the next Open makes an empty one.
+// Nothing is lost that the journals or another node's rows can't give again;
+// the caller sees to it that they do.
+func Discard(dir string) error {
+	for _, name := range []string{File, tempFile, markFile} { // the mark last: it demands the file
+		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("discard the job table: %w", err)
+		}
+	}
+	return syncDir(dir)
+}
+
+// openFile opens the file or makes one, and checks it as far as that can be done
+// in little time.
+func (t *Table) openFile() (err error) {
+	dir, path := t.o.Dir, filepath.Join(t.o.Dir, File)
+	if err := os.Remove(filepath.Join(dir, tempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	found, marked, err := readMark(filepath.Join(dir, markFile))
+	if err != nil {
+		return err
+	}
+	_, err = os.Stat(path)
+	t.fresh = errors.Is(err, fs.ErrNotExist)
+	switch {
+	case t.fresh && marked:
+		return fmt.Errorf("%w: %s is gone, but %s says that it was there", ErrDamaged, File, markFile)
+	case t.fresh:
+		err = createFile(dir, path)
+	case marked && found.state == markDamaged:
+		err = fmt.Errorf("%w: damage was found in it, or a write failed", ErrDamaged)
+	}
+	if err != nil {
+		return err
+	}
+	depth := boltfile.Branches
+	if !marked || found.state != markClosed {
+		depth = boltfile.Heads // it was not closed in order
+	}
+	if _, err := boltfile.CheckFile(path, layout(depth)); err != nil {
+		return asDamaged(err)
+	}
+	if t.db, err = openBolt(path); err != nil {
+		return asDamaged(err)
+	}
+	if t.mark, err = openMark(filepath.Join(dir, markFile)); err != nil {
+		return errors.Join(err, t.db.Close())
+	}
+	err = t.view(func(tx *bbolt.Tx) error {
+		t.now = mark{txid: uint64(tx.ID()), state: markOpen}
+		head := tx.Bucket([]byte(bucketNames[tableMeta])).Get(keyStore)
+		if len(head) < 1 || head[0] != fileFormat {
+			return fmt.Errorf("%w: file format %x", ErrNewerFormat, head[:min(1, len(head))])
+		}
+		if copy(t.now.store[:], head[1:]) != len(t.now.store) {
+			return fmt.Errorf("%w: its head is short", ErrDamaged)
+		}
+		return t.readCounts(tx)
+	})
+	if err == nil && marked {
+		err = found.allows(t.now)
+	}
+	if err == nil {
+		err = t.mark.write(t.now)
+	}
+	if err != nil {
+		return errors.Join(asDamaged(err), t.mark.Close(), t.db.Close())
+	}
+	return nil
+}
+
+// openBolt. Unlike Raft's file this one keeps its free list: without, bbolt
+// reads every page at each open and keeps a map of them, which for a million
+// jobs takes seconds and a hundred megabytes. The list is as long as a few
+// commits have pages, and is written once a commit.
+func openBolt(path string) (db *bbolt.DB, err error) {
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
+	return bbolt.Open(path, 0o600, &bbolt.Options{
+		Timeout:      time.Millisecond, // the directory's lock is the caller's; this one must be free
+		PageSize:     pageSize,
+		FreelistType: bbolt.FreelistMapType, // the array is searched from its start for each page
+		NoStatistics: true,
+	})
+}
+
+// createFile makes a file with empty buckets under a temporary name, so that
+// it is either absent or whole.
+func createFile(dir, path string) error {
+	temp := filepath.Join(dir, tempFile)
+	db, err := openBolt(temp)
+	if err != nil {
+		return err
+	}
+	head := make([]byte, 17)
+	head[0] = fileFormat
+	_, _ = rand.Read(head[1:]) // never fails; it ends the process instead
+	put := func(tx *bbolt.Tx) error {
+		for _, name := range bucketNames {
+			if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
+				return err
+			}
+		}
+		return tx.Bucket([]byte(bucketNames[tableMeta])).Put(keyStore, head)
+	}
+	// Twice, so that both meta pages are ours and none is bbolt's first one.
+	err = db.Update(put)
+	if err == nil {
+		err = db.Update(put)
+	}
+	err = errors.Join(err, db.Close())
+	if err == nil {
+		err = os.Rename(temp, path)
+	}
+	if err == nil {
+		err = syncDir(dir)
+	}
+	return err
+}
+
+// asDamaged gives boltfile's words for it our name.
+func asDamaged(err error) error {
+	if errors.Is(err, boltfile.ErrDamaged) || errors.Is(err, boltfile.ErrForeign) {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return err
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

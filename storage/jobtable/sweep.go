@@ -1,0 +1,157 @@
+package jobtable
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	sweepEvery = time.Second
+	sweepPage  = 1000 // rows looked up at once
+)
+
+// clock is what time it is where the records' clocks come from.
+func (t *Table) clock() time.Time { return t.o.Clock.Now().Time() }
+
+func (t *Table) sweepLoop(ctx context.Context) error {
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	var heads <-chan struct{} // closed when keys have changed since heads were tried
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+		tryHeads := heads == nil
+		select {
+		case <-heads:
+			tryHeads = true
+		default:
+		}
+		if tryHeads {
+			heads = t.o.Ring.Changed()
+			if err := t.sweepHeads(ctx); err != nil {
+				return err
+			}
+		}
+		if err := t.sweep(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// sweep forgets what is due: the content of jobs whose retention is over, ids
+// that nothing can bring back, and records whose submission never came.
+func (t *Table) sweep(ctx context.Context) error {
+	now := t.clock()
+	for _, class := range []struct {
+		name byte
+		to   time.Time // what is due up to here
+		what string
+	}{
+		{dueFinal, now.Add(-t.o.Retention), "content"},
+		{dueOrphan, now.Add(-orphanFor), "orphan"},
+		{dueGone, now, "id"},
+	} {
+		from := dueKey(class.name, 0, journal.JobID{})
+		for from != nil && ctx.Err() == nil {
+			var ids []journal.JobID
+			var err error
+			if ids, from, err = t.dueUpTo(class.name, from, class.to.UnixMilli()); err != nil {
+				return err
+			}
+			for _, id := range ids {
+				forgotten, err := t.forget(id, class.name, class.to.UnixMilli())
+				if err != nil {
+					return err
+				}
+				if forgotten {
+					t.metrics.forgotten.WithLabelValues(class.what).Inc()
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// dueUpTo gives rows of a class that are due, and where to go on; nil when that
+// was all.
+func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID, next []byte, err error) {
+	err = t.read("look for due jobs", func(tx *bbolt.Tx) error {
+		c := bucket(tx, indexDue).Cursor()
+		for k, _ := c.Seek(from); len(k) > 0 && k[0] == class; k, _ = c.Next() {
+			if len(k) != 1+8+16 {
+				return fmt.Errorf("%w: a due entry of %d bytes", ErrDamaged, len(k))
+			}
+			if int64(binary.BigEndian.Uint64(k[1:])) > to {
+				return nil
+			}
+			if len(ids) == sweepPage {
+				next = append([]byte(nil), k...)
+				return nil
+			}
+			ids = append(ids, journal.JobID(k[9:]))
+		}
+		return nil
+	})
+	return ids, next, err
+}
+
+// forget does what is due with a row, if it still is.
+func (t *Table) forget(id journal.JobID, class byte, to int64) (forgotten bool, err error) {
+	if err := t.waitForRoom(); err != nil {
+		return false, err
+	}
+	now := t.clock().UnixMilli()
+	err = t.change(id, false, func(s state) (state, bool) {
+		of, at, ok := s.due()
+		if !ok || of != class || at > to {
+			return s, false
+		}
+		forgotten = true
+		if class != dueFinal {
+			return state{}, true
+		}
+		until := s.goneAt()
+		if until <= now {
+			return state{}, true
+		}
+		return state{at: s.at, until: until}, true
+	})
+	return forgotten, err
+}
+
+// sweepHeads tries to open the submissions again that could not be opened.
+func (t *Table) sweepHeads(ctx context.Context) error {
+	from := dueKey(dueHead, 0, journal.JobID{})
+	for from != nil && ctx.Err() == nil {
+		var ids []journal.JobID
+		var err error
+		if ids, from, err = t.dueUpTo(dueHead, from, 0); err != nil {
+			return err
+		}
+		for _, id := range ids {
+			if err := t.waitForRoom(); err != nil {
+				return err
+			}
+			err := t.change(id, false, func(s state) (state, bool) {
+				if s.head.known || len(s.submissions()) == 0 {
+					return s, false
+				}
+				t.fillHead(id, &s)
+				return s, s.head.known
+			})
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
