@@ -126,7 +126,7 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 		return memberFile{}, err
 	}
 	defer done()
-	got, err := client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(c.self())})
+	got, err := client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(c.self()), Fresh: true})
 	if err != nil {
 		return memberFile{}, fmt.Errorf("join: %w", err)
 	}
@@ -138,7 +138,7 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	}
 	m := memberFile{
 		ClusterID: got.GetClusterId(), Name: got.GetName(), HeartbeatMS: got.GetHeartbeatMs(),
-		Generation: Generation{Number: got.GetGeneration(), ID: got.GetGenerationId()},
+		Generation: Generation{Number: got.GetGeneration(), ID: got.GetGenerationId()}, VoteFrom: got.GetIndex(),
 	}
 	for _, n := range got.GetNodes() {
 		m.Nodes = append(m.Nodes, nodeOf(n))
@@ -152,8 +152,9 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	return m, c.becomeMember(m)
 }
 
-// join admits n: on the leader by agreement, elsewhere by asking the leader.
-func (c *Cluster) join(ctx context.Context, n Node, forwarded bool) (*clusterpb.JoinResponse, error) {
+// join admits n: on the leader by agreement, elsewhere by asking the leader. A
+// fresh one has nothing on its disk.
+func (c *Cluster) join(ctx context.Context, n Node, fresh, forwarded bool) (*clusterpb.JoinResponse, error) {
 	if c.raft.Load() == nil {
 		return nil, ErrNotMember
 	}
@@ -168,13 +169,19 @@ func (c *Cluster) join(ctx context.Context, n Node, forwarded bool) (*clusterpb.
 		if err != nil {
 			return nil, err
 		}
-		return client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(n), Forwarded: true})
+		return client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(n), Fresh: fresh, Forwarded: true})
 	}
 	if err := c.mayJoin(ctx, n); err != nil {
 		c.log.Warn("join refused", "node", n.Name, "site", n.Site, "err", err)
 		return nil, err
 	}
-	if _, err := c.Propose(ctx, CmdNodePut, n); err != nil {
+	if fresh {
+		if err := c.disenfranchise(n.Name); err != nil {
+			return nil, err
+		}
+	}
+	index, err := c.Propose(ctx, CmdNodePut, n)
+	if err != nil {
 		return nil, err
 	}
 	c.log.Info("join accepted", "node", n.Name, "site", n.Site, "rpc", n.RPC, "version", n.Version)
@@ -182,7 +189,7 @@ func (c *Cluster) join(ctx context.Context, n Node, forwarded bool) (*clusterpb.
 	resp := &clusterpb.JoinResponse{
 		Format: rpcFormat, ClusterId: s.ClusterID, Name: s.Name,
 		Generation: s.Generation.Number, GenerationId: s.Generation.ID,
-		HeartbeatMs: c.Timing().Heartbeat.Milliseconds(),
+		HeartbeatMs: c.Timing().Heartbeat.Milliseconds(), Index: index,
 	}
 	for _, m := range s.Nodes {
 		resp.Nodes = append(resp.Nodes, infoOf(m))
@@ -362,7 +369,7 @@ func (c *Cluster) announce(ctx context.Context) error {
 		me.JoinedAt = old.JoinedAt
 		if founded := c.State().ClusterID != ""; founded && (!known || old != me) {
 			jctx, cancel := context.WithTimeout(ctx, joinTimeout)
-			resp, err := c.join(jctx, me, false)
+			resp, err := c.join(jctx, me, false, false)
 			cancel()
 			if err == nil {
 				err = unrefuse(resp.GetRefused())

@@ -25,6 +25,8 @@ type memberFile struct {
 	// known: only then may this node bootstrap empty raft stores. Later, empty
 	// stores mean a lost disk, and a second founding would be a second cluster.
 	Founder bool `json:"founder,omitempty"`
+	// VoteFrom is the entry that let this node in; see voterTransport.
+	VoteFrom uint64 `json:"vote_from,omitempty"`
 }
 
 func (m memberFile) membership() Membership {

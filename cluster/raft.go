@@ -12,10 +12,6 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// Pre-vote is silently off unless the transport offers it (traps: a node that
-// comes back would depose a healthy leader).
-var _ raft.WithPreVote = (*raft.NetworkTransport)(nil)
-
 const (
 	// A tick each 250 ms is 14,400 entries an hour: a snapshot about every half
 	// hour, and a log that is read in well under a second at start. The log
@@ -61,9 +57,10 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.foundRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
-	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, transport)
+	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load)
+	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("start raft: %w", err), transport.Close())
+		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}
 	c.raft.Store(r)
 	return r, nil

@@ -106,7 +106,7 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 	if !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site) {
 		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: it says site %s node %s, the configuration site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name))}, nil
 	}
-	resp, err := s.c.join(ctx, n, r.GetForwarded())
+	resp, err := s.c.join(ctx, n, r.GetFresh(), r.GetForwarded())
 	if err != nil {
 		if no := refusal(err); no != nil {
 			return &clusterpb.JoinResponse{Format: rpcFormat, Refused: no}, nil

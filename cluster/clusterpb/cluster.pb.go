@@ -163,6 +163,7 @@ type JoinRequest struct {
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	Forwarded     bool                   `protobuf:"varint,3,opt,name=forwarded,proto3" json:"forwarded,omitempty"` // a member passed it on: answer or refuse, don't pass it again
+	Fresh         bool                   `protobuf:"varint,4,opt,name=fresh,proto3" json:"fresh,omitempty"`         // the node belongs to no cluster: whatever it was told before, its disk has lost it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -218,6 +219,13 @@ func (x *JoinRequest) GetForwarded() bool {
 	return false
 }
 
+func (x *JoinRequest) GetFresh() bool {
+	if x != nil {
+		return x.Fresh
+	}
+	return false
+}
+
 type JoinResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
@@ -228,6 +236,7 @@ type JoinResponse struct {
 	Nodes         []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	HeartbeatMs   int64                  `protobuf:"varint,7,opt,name=heartbeat_ms,json=heartbeatMs,proto3" json:"heartbeat_ms,omitempty"`
 	Refused       *Refusal               `protobuf:"bytes,8,opt,name=refused,proto3" json:"refused,omitempty"` // set: the rest is empty
+	Index         uint64                 `protobuf:"varint,9,opt,name=index,proto3" json:"index,omitempty"`    // of the entry that let the node in
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -316,6 +325,13 @@ func (x *JoinResponse) GetRefused() *Refusal {
 		return x.Refused
 	}
 	return nil
+}
+
+func (x *JoinResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
 }
 
 // Refusal is an expected no, in words for a person.
@@ -1217,11 +1233,12 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fstarted_unix_ms\x18\n" +
 	" \x01(\x03R\rstartedUnixMs\x12!\n" +
 	"\foperator_key\x18\v \x01(\tR\voperatorKey\x122\n" +
-	"\x15operator_key_previous\x18\f \x01(\tR\x13operatorKeyPrevious\"t\n" +
+	"\x15operator_key_previous\x18\f \x01(\tR\x13operatorKeyPrevious\"\x8a\x01\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x12\x1c\n" +
-	"\tforwarded\x18\x03 \x01(\bR\tforwarded\"\xaa\x02\n" +
+	"\tforwarded\x18\x03 \x01(\bR\tforwarded\x12\x14\n" +
+	"\x05fresh\x18\x04 \x01(\bR\x05fresh\"\xc0\x02\n" +
 	"\fJoinResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -1233,7 +1250,8 @@ const file_cluster_proto_rawDesc = "" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x121\n" +
 	"\x05nodes\x18\x06 \x03(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x05nodes\x12!\n" +
 	"\fheartbeat_ms\x18\a \x01(\x03R\vheartbeatMs\x124\n" +
-	"\arefused\x18\b \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\"7\n" +
+	"\arefused\x18\b \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\x12\x14\n" +
+	"\x05index\x18\t \x01(\x04R\x05index\"7\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"B\n" +
