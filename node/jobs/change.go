@@ -1,0 +1,87 @@
+package jobs
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// cancelWait is how long Cancel waits for the job's end, so that a job that
+// waits here is shown as cancelled at once.
+const cancelWait = time.Second
+
+// Cancel asks the job's owner to end it, and gives it as it is then: a job that
+// runs elsewhere may still be running. Of a job that is done it changes nothing.
+func (j *Jobs) Cancel(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
+	row, v, _, err := j.find(who, id)
+	if err != nil || v.Status.Final() || row.Status().Final() {
+		return v, err
+	}
+	if _, asked := row.CancelAsked(); !asked {
+		if err := j.note(ctx, id, journal.CancelAsked); err != nil {
+			return nil, err
+		}
+	}
+	until := time.Now().Add(cancelWait)
+	for {
+		_, v, _, err = j.find(who, id)
+		if err != nil || v.Status.Final() || !time.Now().Before(until) {
+			return v, err
+		}
+		if sleep(ctx, 10*time.Millisecond) != nil {
+			return v, nil
+		}
+	}
+}
+
+// Delete takes a job away that is done. The error is ErrNotFinal for another.
+func (j *Jobs) Delete(ctx context.Context, who Caller, id journal.JobID) error {
+	_, v, _, err := j.find(who, id)
+	switch {
+	case err != nil:
+		return err
+	case !v.Status.Final():
+		return fmt.Errorf("%w: it is %s", ErrNotFinal, v.Status)
+	}
+	return j.note(ctx, id, journal.Deleted)
+}
+
+// Retry submits a job again that has failed, expired or was cancelled, as a new
+// job with the same request and wishes. The key that submitted it must have had
+// the rights; the new one runs with the caller's, when it is of the tenant.
+func (j *Jobs) Retry(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
+	_, v, sub, err := j.find(who, id)
+	switch {
+	case err != nil:
+		return nil, err
+	case !v.Status.Final() || v.Status == journal.Succeeded:
+		return nil, fmt.Errorf("%w: it is %s", ErrNotRetryable, v.Status)
+	}
+	as := who.Principal
+	if who.Operator {
+		as = serving.Principal{Tenant: sub.Tenant, KeyID: sub.KeyID, Models: sub.Models}
+	}
+	r := Request{
+		Who: as, Endpoint: sub.Endpoint, Model: sub.Model, Body: sub.Body, Priority: sub.Priority,
+		Durability: sub.Durability, MinDurability: sub.MinDurability, ExpiresIn: sub.ExpiresAt.Sub(sub.CreatedAt),
+		RetryOf: id.String(),
+	}
+	return j.Submit(ctx, &r)
+}
+
+// note writes a record without payload about a job, whoever owns it.
+func (j *Jobs) note(ctx context.Context, id journal.JobID, kind journal.Kind) error {
+	s, token, begun := j.streams.current()
+	if !begun || j.closed.Load() {
+		return ErrNotReady
+	}
+	ctx, done := context.WithTimeout(ctx, writeWait)
+	defer done()
+	if _, err := j.o.Journal.Append(ctx, s, []journal.Record{{Stream: s, Token: token, Kind: kind, Job: id}}); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return nil
+}

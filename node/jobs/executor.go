@@ -1,0 +1,521 @@
+package jobs
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dsnode/dsnode/storage/jobtable"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	// againWhenBlocked is how soon it is looked again whether jobs may start that
+	// had no permit or no room.
+	againWhenBlocked = 50 * time.Millisecond
+	// maxEndings bounds the records that are being written at one time for jobs
+	// that end without running.
+	maxEndings = 64
+	// foreignHomeWait is how long a job that was accepted in several sites under
+	// one key is left to the site that was first, before another runs it too.
+	foreignHomeWait = time.Minute
+)
+
+// Why a running job is called off.
+var (
+	errCancelAsked = errors.New("a client asked to cancel the job")
+	errSuperseded  = errors.New("the job was ended by another owner")
+	errLateResult  = errors.New("a result of an earlier owner came")
+	errLateStart   = errors.New("the start was not permitted any more when it happened")
+	errStopping    = errors.New("the node is stopping")
+)
+
+// executor runs the jobs of the streams that this node owns. One goroutine, in
+// run, decides what starts; each attempt has one of its own (attempt.go).
+type executor struct {
+	o       *Options
+	log     *slog.Logger
+	metrics *metrics
+	streams *streams
+	wake    chan struct{} // has room for one
+	work    sync.WaitGroup
+
+	mu sync.Mutex // guards all below
+	q  queue
+	// pending are submissions that are being written here; observe takes them
+	// over when the table shows them.
+	pending      map[journal.JobID]*entry
+	pendingBytes int64
+	dirty        map[journal.JobID]struct{} // rows to look at; of jobs in q or of its lanes
+	endings      []*entry                   // taken out of q's order, to be ended
+	running      int
+	ending       int
+	stopped      bool
+}
+
+// run is one start of a job.
+type run struct {
+	cancel  context.CancelCauseFunc
+	token   journal.Token
+	writing bool            // its end is being written
+	late    *journal.Record // the result of an earlier owner
+}
+
+func newExecutor(o *Options, m *metrics, s *streams) *executor {
+	return &executor{
+		o: o, log: o.Logger, metrics: m, streams: s, wake: make(chan struct{}, 1), q: newQueue(),
+		pending: map[journal.JobID]*entry{}, dirty: map[journal.JobID]struct{}{},
+	}
+}
+
+func (x *executor) nudge() {
+	select {
+	case x.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run starts and ends jobs until ctx ends, then gives those that run their time.
+func (x *executor) run(ctx context.Context) error {
+	work, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer abandon(errStopping)
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		timer.Reset(x.round(work))
+		select {
+		case <-ctx.Done():
+			x.stop(abandon)
+			return nil
+		case <-x.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+func (x *executor) stop(abandon context.CancelCauseFunc) {
+	x.mu.Lock()
+	x.stopped = true
+	running := x.running
+	x.mu.Unlock()
+	if running > 0 {
+		x.log.Info("jobs are running; no more are started", "running", running, "grace", x.o.Grace)
+	}
+	grace := time.AfterFunc(x.o.Grace, func() { abandon(errStopping) })
+	x.work.Wait()
+	grace.Stop()
+}
+
+// round does what there is to do now, and says when to look again at the latest.
+func (x *executor) round(work context.Context) time.Duration {
+	x.lookAtRows()
+	usable := x.usableLanes()
+	cfg, spare := x.o.config(), x.o.Spare()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	now := time.Now()
+	may := func(l *lane) bool { return usable[l] }
+	for _, e := range x.q.ripen(now, may) {
+		x.toEnd(e)
+	}
+	x.endSome(work, may)
+	for x.running < cfg.Concurrency && spare > 0 {
+		e := x.q.next(may)
+		if e == nil {
+			break
+		}
+		spare--
+		x.start(work, e)
+	}
+	next := time.Minute
+	if at, ok := x.q.wake(); ok {
+		next = min(next, max(time.Until(at), time.Millisecond))
+	}
+	if x.running < cfg.Concurrency && x.ready() || len(x.endings) > 0 {
+		next = min(next, againWhenBlocked)
+	}
+	return next
+}
+
+func (x *executor) ready() bool {
+	return slices.ContainsFunc(x.q.lanes, func(l *lane) bool { return l.size > 0 })
+}
+
+// usableLanes asks for a permit of each lane, so that jobs are not taken out of
+// their order for nothing. The permit that counts is taken at the start.
+func (x *executor) usableLanes() map[*lane]bool {
+	x.mu.Lock()
+	lanes := slices.DeleteFunc(slices.Clone(x.q.lanes), func(l *lane) bool { return l.gone || l.jobs == 0 })
+	x.mu.Unlock()
+	usable := make(map[*lane]bool, len(lanes))
+	now := time.Now()
+	for _, l := range lanes {
+		if _, err := x.streams.check(l.stream); err == nil && !now.Before(x.blockedUntil(l)) {
+			usable[l] = true
+		}
+	}
+	return usable
+}
+
+func (x *executor) blockedUntil(l *lane) time.Time {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return l.blocked
+}
+
+// start and endSome are called with mu held.
+func (x *executor) start(work context.Context, e *entry) {
+	ctx, cancel := context.WithCancelCause(work)
+	e.running = &run{cancel: cancel}
+	x.running++
+	x.work.Go(func() {
+		defer cancel(nil)
+		next := x.attempt(work, ctx, e)
+		x.mu.Lock()
+		x.running--
+		x.settle(e, next)
+		x.mu.Unlock()
+		x.nudge()
+	})
+}
+
+func (x *executor) endSome(work context.Context, may func(*lane) bool) {
+	later := x.endings[:0]
+	for _, e := range x.endings {
+		if x.q.byID[e.id] != e {
+			continue // dropped meanwhile
+		}
+		if x.ending == maxEndings || !may(e.lane) {
+			later = append(later, e)
+			continue
+		}
+		e.toEnd = false
+		e.running = &run{cancel: func(error) {}} // it is short
+		x.ending++
+		x.work.Go(func() {
+			next := x.end(work, e)
+			x.mu.Lock()
+			x.ending--
+			x.settle(e, next)
+			x.mu.Unlock()
+			x.nudge()
+		})
+	}
+	clear(x.endings[len(later):])
+	x.endings = later
+}
+
+// step is what comes of an entry after an attempt: it is done with, or waits.
+type step struct {
+	done      bool
+	notBefore time.Time
+}
+
+var (
+	finished = step{done: true}
+	// leftAlone: another owner has it, or the next start of this node.
+	leftAlone = step{done: true}
+)
+
+func again(in time.Duration) step { return step{notBefore: time.Now().Add(in)} }
+
+// settle puts an entry back or forgets it; mu is held.
+func (x *executor) settle(e *entry, next step) {
+	e.running = nil
+	if next.done || e.lane.gone || x.q.byID[e.id] != e {
+		x.q.drop(e)
+		return
+	}
+	e.notBefore = next.notBefore
+	if e.cancel {
+		x.toEnd(e)
+		return
+	}
+	x.q.wait(e, time.Now())
+}
+
+// reserve takes room for a submission, false when there is none.
+func (x *executor) reserve(e *entry, maxJobs int, maxBytes int64) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.stopped || len(x.q.byID)+len(x.pending) >= maxJobs || x.q.bytes+x.pendingBytes+e.bytes > maxBytes {
+		return false
+	}
+	x.pending[e.id] = e
+	x.pendingBytes += e.bytes
+	return true
+}
+
+// release gives back the room of a submission that was not written.
+func (x *executor) release(e *entry) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.takePending(e.id)
+}
+
+func (x *executor) takePending(id journal.JobID) *entry {
+	e := x.pending[id]
+	if e != nil {
+		delete(x.pending, id)
+		x.pendingBytes -= e.bytes
+	}
+	return e
+}
+
+// observe sees each change of a row, in the table's own goroutines: it only
+// notes what has to be looked at.
+func (x *executor) observe(row jobtable.Row) {
+	id := row.ID()
+	status := row.Status()
+	over := status == "" || status.Final()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if e := x.takePending(id); e != nil && !over {
+		if e.lane = x.q.lane(e.home); e.lane != nil && x.q.byID[id] == nil {
+			x.q.add(e, time.Now())
+			x.nudge()
+			return
+		}
+	}
+	_, asked := row.CancelAsked()
+	e := x.q.byID[id]
+	switch {
+	case e != nil && (over || asked && !e.cancel):
+	case e == nil && !over && x.laneOf(row) != nil:
+	default:
+		return
+	}
+	x.dirty[id] = struct{}{}
+	x.nudge()
+}
+
+// laneOf is the lane of the first of a job's homes that is this node's to
+// execute; mu is held.
+func (x *executor) laneOf(row jobtable.Row) *lane {
+	for _, s := range row.Homes() {
+		if l := x.q.lane(s); l != nil && !l.gone {
+			return l
+		}
+	}
+	return nil
+}
+
+// lookAtRows brings the entries in line with the rows that have changed.
+func (x *executor) lookAtRows() {
+	x.mu.Lock()
+	ids := make([]journal.JobID, 0, len(x.dirty))
+	for id := range x.dirty {
+		ids = append(ids, id)
+	}
+	clear(x.dirty)
+	x.mu.Unlock()
+	for _, id := range ids {
+		row, known, err := x.o.Table.Get(id)
+		if err != nil {
+			x.log.Error("read a job", "job", id, "err", err)
+			continue
+		}
+		if known {
+			x.lookAt(row)
+		}
+	}
+}
+
+func (x *executor) lookAt(row jobtable.Row) {
+	id, status := row.ID(), row.Status()
+	over := status == "" || status.Final()
+	_, asked := row.CancelAsked()
+	x.mu.Lock()
+	e, l := x.q.byID[id], x.laneOf(row)
+	if e != nil {
+		x.change(e, row, over, asked)
+	}
+	x.mu.Unlock()
+	if e != nil || over || l == nil {
+		return
+	}
+	if err := x.admit(row, l); err != nil {
+		x.log.Error("a job can't be read; it is tried again", "job", id, "err", err)
+		x.mu.Lock()
+		l.incomplete = true
+		x.mu.Unlock()
+	}
+}
+
+// change acts on what others have written of a job; mu is held.
+func (x *executor) change(e *entry, row jobtable.Row, over, asked bool) {
+	e.cancel = e.cancel || asked
+	r := e.running
+	switch {
+	case r != nil && r.writing: // most likely what was seen is its own doing
+	case over && r == nil:
+		x.q.drop(e)
+	case over:
+		// What an earlier owner has finished may have been shown to a client, and
+		// stays. A later owner has said its own word.
+		if current, ok := row.Current(); ok && current.Token.Compare(r.token) < 0 && r.token != (journal.Token{}) {
+			r.late = &current
+			r.cancel(errLateResult)
+			return
+		}
+		r.cancel(errSuperseded)
+	case asked && r != nil:
+		r.cancel(errCancelAsked)
+	case asked:
+		x.toEnd(e)
+	}
+}
+
+// toEnd takes a waiting job out of the order, to be ended; mu is held.
+func (x *executor) toEnd(e *entry) {
+	x.q.hold(e)
+	if !e.toEnd {
+		e.toEnd = true
+		x.endings = append(x.endings, e)
+	}
+}
+
+// admit makes an entry of a row that was not submitted here just now.
+func (x *executor) admit(row jobtable.Row, l *lane) error {
+	rec, ok := row.Submitted()
+	if !ok {
+		return nil
+	}
+	sub, err := x.o.Sealer.OpenSubmission(&rec)
+	if err != nil {
+		return err
+	}
+	e := newEntry(rec.Job, &sub)
+	e.lane, e.home, e.created, e.attempts = l, l.stream, rec.Clock, row.Attempts()
+	_, e.cancel = row.CancelAsked()
+	if current, ok := row.Current(); ok && current.Kind == journal.Retrying {
+		delay, err := x.o.Sealer.OpenDelay(&current)
+		if err != nil {
+			return err
+		}
+		e.notBefore = delay.NotBefore
+	}
+	if rec.Stream != l.stream {
+		e.notBefore = time.Now().Add(foreignHomeWait)
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch {
+	case x.q.byID[e.id] != nil || l.gone:
+	case e.cancel:
+		x.q.add(e, time.Now())
+		x.toEnd(e)
+	default:
+		x.q.add(e, time.Now())
+	}
+	x.nudge()
+	return nil
+}
+
+// newEntry has all that the submission says; lane, home and created are missing.
+func newEntry(id journal.JobID, sub *journal.Submission) *entry {
+	return &entry{
+		id: id, priority: min(max(sub.Priority, 0), len(lane{}.levels)-1), tenant: sub.Tenant,
+		bytes: int64(len(sub.Body)), expires: sub.ExpiresAt, accepted: sub.CreatedAt,
+		created: journal.ClockAt(sub.CreatedAt), readyAt: -1, timedAt: -1,
+	}
+}
+
+// open begins a lane. What is in the stream already comes with load.
+func (x *executor) open(s journal.Stream) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if l := x.q.lane(s); l != nil {
+		l.gone = false
+		return
+	}
+	x.q.lanes = append(x.q.lanes, &lane{stream: s})
+}
+
+// load takes in the jobs of a stream that are not done.
+func (x *executor) load(s journal.Stream) (jobs int, err error) {
+	x.mu.Lock()
+	l := x.q.lane(s)
+	x.mu.Unlock()
+	var errs error
+	err = x.o.Table.Live(s, func(row jobtable.Row) bool {
+		if bad := x.admit(row, l); bad != nil {
+			errs = bad // the others are read all the same
+			return true
+		}
+		jobs++
+		return true
+	})
+	return jobs, errors.Join(err, errs)
+}
+
+// leave forgets a lane that has another owner now. What runs, runs on: its
+// result counts as a late one.
+func (x *executor) leave(s journal.Stream) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	l := x.q.lane(s)
+	if l == nil {
+		return
+	}
+	l.gone = true
+	for _, e := range x.q.byID {
+		if e.lane == l && e.running == nil {
+			x.q.drop(e)
+		}
+	}
+	x.q.lanes = slices.DeleteFunc(x.q.lanes, func(o *lane) bool { return o == l })
+}
+
+// live is how many jobs of a stream are held here.
+func (x *executor) live(s journal.Stream) int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	n := 0
+	if l := x.q.lane(s); l != nil {
+		n = l.jobs
+	}
+	for _, e := range x.pending {
+		if e.home == s {
+			n++
+		}
+	}
+	return n
+}
+
+// block keeps a lane from being tried for a moment.
+func (x *executor) block(l *lane, d time.Duration) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	l.blocked = time.Now().Add(d)
+}
+
+// incomplete marks a lane to be loaded again.
+func (x *executor) incomplete(s journal.Stream) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if l := x.q.lane(s); l != nil {
+		l.incomplete = true
+	}
+}
+
+// loadAgain reads lanes again of which some jobs could not be read.
+func (x *executor) loadAgain() {
+	x.mu.Lock()
+	var again []journal.Stream
+	for _, l := range x.q.lanes {
+		if l.incomplete {
+			l.incomplete = false
+			again = append(again, l.stream)
+		}
+	}
+	x.mu.Unlock()
+	for _, s := range again {
+		if _, err := x.load(s); err != nil {
+			x.incomplete(s)
+		}
+	}
+}

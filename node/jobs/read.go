@@ -1,0 +1,99 @@
+package jobs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/storage/jobtable"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// Caller is who asks. An operator sees the jobs of all tenants, and which tenant
+// they are of.
+type Caller struct {
+	serving.Principal
+	Operator bool
+}
+
+// Get gives a job of the caller's tenant, with its result. The error is
+// ErrNotFound, also for another tenant's, or what the table said.
+func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, error) {
+	_, v, _, err := j.find(who, id)
+	return v, err
+}
+
+func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
+	row, known, err := j.o.Table.Get(id)
+	switch {
+	case err != nil:
+		return row, nil, nil, fmt.Errorf("read job %s: %w", id, err)
+	case !known:
+		return row, nil, nil, ErrNotFound
+	}
+	if v, sub, err = j.view(row, true); err != nil {
+		return row, nil, nil, fmt.Errorf("read job %s: %w", id, err)
+	}
+	if !who.Operator && sub.Tenant != who.Tenant {
+		return row, nil, nil, ErrNotFound
+	}
+	v.forOperator = who.Operator
+	return row, v, sub, nil
+}
+
+// Query says which jobs List gives.
+type Query struct {
+	// Status is one of these, as shown; any when empty.
+	Status []journal.Status
+	// After gives what is older than this job, Before what is newer; at most one.
+	After, Before journal.JobID
+	Limit         int // 1 to MaxPage
+	// Tenant of an operator's question: its jobs only; empty: all.
+	Tenant string
+}
+
+// MaxPage bounds a page of List.
+const MaxPage = jobtable.MaxLimit
+
+// Page is a part of the list, the newest first, without results.
+type Page struct {
+	Jobs []*View
+	More bool
+}
+
+// List gives a page of the caller's jobs. The error is ErrBadCursor or what the
+// table said.
+func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
+	for _, cursor := range []journal.JobID{q.After, q.Before} {
+		if cursor == (journal.JobID{}) {
+			continue
+		}
+		if _, _, _, err := j.find(who, cursor); errors.Is(err, ErrNotFound) {
+			return Page{}, ErrBadCursor
+		} else if err != nil {
+			return Page{}, err
+		}
+	}
+	f := jobtable.Filter{Tenant: who.Tenant, Status: q.Status, After: q.After, Before: q.Before, Limit: q.Limit}
+	if who.Operator {
+		f.Tenant, f.AllTenants = q.Tenant, q.Tenant == ""
+	}
+	rows, more, err := j.o.Table.List(f)
+	if err != nil {
+		return Page{}, fmt.Errorf("list jobs: %w", err)
+	}
+	p := Page{More: more, Jobs: make([]*View, 0, len(rows))}
+	for _, row := range rows {
+		v, _, err := j.view(row, false)
+		if errors.Is(err, ErrNotFound) {
+			continue // it went this very moment
+		}
+		if err != nil {
+			return Page{}, fmt.Errorf("list jobs: %w", err)
+		}
+		v.forOperator = who.Operator
+		p.Jobs = append(p.Jobs, v)
+	}
+	return p, nil
+}

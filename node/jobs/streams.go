@@ -1,0 +1,465 @@
+package jobs
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	lookAtStreams = 250 * time.Millisecond
+	// leaseLoss is how long a node may be without a lease before it takes new
+	// jobs in a stream that nobody else can get: longer than a new leader needs.
+	leaseLoss = 2 * time.Second
+	// openWait bounds one proposal, retryWait is the pause after one that failed.
+	openWait  = 10 * time.Second
+	retryWait = 2 * time.Second
+	dropEvery = 10 * time.Second
+	loadAgain = 5 * time.Second
+	proposals = "proposed.json"
+	// maxProposals bounds that file; the cluster agrees on fewer.
+	maxProposals = 4096
+)
+
+// streams are those that this node writes, and those whose jobs it executes.
+//
+// A stream that nobody was told of is an island: only this node can execute it,
+// and it needs no lease for that. Before the cluster is asked to agree on it that
+// is noted on disk, because from then on another may adopt it: it needs a permit
+// for each start for ever after, also after a crash.
+type streams struct {
+	o    *Options
+	log  *slog.Logger
+	path string
+
+	mu       sync.Mutex // guards all below
+	begun    bool
+	now      journal.Stream                   // zero before begun
+	token    journal.Token                    // of now
+	islands  map[journal.Stream]struct{}      // own streams that were never proposed
+	proposed map[journal.Incarnation]struct{} // own streams that were, as on disk
+}
+
+// permit lets one start happen, like failover.Permit.
+type permit struct {
+	token  journal.Token
+	inTime func() bool
+}
+
+func newStreams(o *Options) (*streams, error) {
+	s := &streams{
+		o: o, log: o.Logger, path: filepath.Join(o.Dir, proposals),
+		islands: map[journal.Stream]struct{}{}, proposed: map[journal.Incarnation]struct{}{},
+	}
+	old := map[journal.Stream]struct{}{}
+	for st := range o.Journal.Ends() {
+		if st.Origin == o.Node {
+			old[st] = struct{}{}
+		}
+	}
+	known, err := s.readProposed()
+	if err != nil {
+		return nil, err
+	}
+	for st := range old {
+		if _, noted := s.proposed[st.Incarnation]; noted || !known {
+			s.proposed[st.Incarnation] = struct{}{}
+		} else {
+			s.islands[st] = struct{}{}
+		}
+	}
+	return s, nil
+}
+
+// begin opens a new stream for what is written from now on.
+func (s *streams) begin(ctx context.Context) error {
+	next := journal.Stream{Origin: s.o.Node}
+	_, _ = rand.Read(next.Incarnation[:]) // it never fails
+	if err := s.o.Journal.Create(ctx, next); err != nil {
+		return fmt.Errorf("begin a job stream: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.now, s.token, s.begun = next, s.islandToken(), true
+	s.islands[next] = struct{}{}
+	return nil
+}
+
+func (s *streams) islandToken() journal.Token {
+	if st := s.o.State(); st != nil {
+		return journal.Token{Generation: st.Generation.Number}
+	}
+	return journal.Token{}
+}
+
+// current is where this node writes, and the token of what it accepts there;
+// false before there is such a stream.
+func (s *streams) current() (journal.Stream, journal.Token, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.now, s.token, s.begun
+}
+
+// check permits one start of a job of a stream.
+func (s *streams) check(st journal.Stream) (permit, error) {
+	if s.island(st) {
+		return permit{token: s.islandToken(), inTime: func() bool { return s.island(st) }}, nil
+	}
+	p, err := s.o.Ownership.Check(keyOf(st))
+	if err != nil {
+		return permit{}, err
+	}
+	return permit{token: tokenOf(p.Token), inTime: p.InTime}, nil
+}
+
+func (s *streams) island(st journal.Stream) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, island := s.islands[st]
+	return island
+}
+
+func keyOf(st journal.Stream) string {
+	return cluster.StreamKey(st.Origin, st.Incarnation.String())
+}
+
+// caring is what run keeps between its looks.
+type caring struct {
+	leasedAt time.Time
+	retryAt  time.Time
+	dropAt   time.Time
+	loadAt   time.Time
+	lanes    map[journal.Stream]context.CancelFunc // taken over; ends a taking over that is under way
+	work     sync.WaitGroup
+}
+
+// run keeps the streams in line with what is agreed, until ctx ends.
+func (s *streams) run(ctx context.Context, x *executor) error {
+	if err := s.beginFirst(ctx); err != nil {
+		return err
+	}
+	c := &caring{leasedAt: time.Now(), lanes: map[journal.Stream]context.CancelFunc{}}
+	ctx, stop := context.WithCancel(ctx)
+	defer c.work.Wait()
+	defer stop()
+	tick := time.NewTicker(lookAtStreams)
+	defer tick.Stop()
+	for {
+		changed := s.o.Ownership.Changed()
+		if err := s.look(ctx, c, x); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		case <-tick.C:
+		}
+	}
+}
+
+// beginFirst waits for room on the disk, if it has to.
+func (s *streams) beginFirst(ctx context.Context) error {
+	for {
+		err := s.begin(ctx)
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return nil
+		case !errors.Is(err, journal.ErrFull):
+			return err
+		}
+		s.log.Warn("no jobs are taken yet", "err", err)
+		if sleep(ctx, retryWait) != nil {
+			return nil
+		}
+	}
+}
+
+func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
+	now := time.Now()
+	leased := s.o.Ownership.Leased()
+	if leased {
+		c.leasedAt = now
+	}
+	current, _, _ := s.current()
+	if !leased && now.Sub(c.leasedAt) > leaseLoss && !s.island(current) {
+		if err := s.begin(ctx); err != nil {
+			s.log.Error("no stream of its own for a node without a lease", "err", err)
+		} else {
+			s.log.Warn("no lease: new jobs go to a stream that this node alone executes")
+		}
+	}
+	s.follow(ctx, c, x)
+	if leased && !now.Before(c.retryAt) {
+		if err := s.propose(ctx); err != nil {
+			c.retryAt = now.Add(retryWait)
+			if errors.Is(err, errNote) {
+				return err
+			}
+			s.log.Warn("the cluster did not agree on a job stream", "err", err)
+		}
+	}
+	if leased && !now.Before(c.dropAt) {
+		c.dropAt = now.Add(dropEvery)
+		s.drop(ctx, x)
+	}
+	if !now.Before(c.loadAt) {
+		c.loadAt = now.Add(loadAgain)
+		x.loadAgain()
+	}
+	return nil
+}
+
+// follow takes streams over that this node is to execute, and leaves those that
+// it is not any more.
+func (s *streams) follow(ctx context.Context, c *caring, x *executor) {
+	mine := s.mine()
+	for st, stop := range c.lanes {
+		if !slices.Contains(mine, st) {
+			stop()
+			x.leave(st)
+			delete(c.lanes, st)
+			s.log.Info("job stream has another owner, or is done with", "stream", st)
+		}
+	}
+	for _, st := range mine {
+		if _, taken := c.lanes[st]; taken {
+			continue
+		}
+		taking, stop := context.WithCancel(ctx)
+		c.lanes[st] = stop
+		c.work.Go(func() { s.takeOver(taking, st, x) })
+	}
+}
+
+// mine are the streams to execute. One that is proposed and not yet agreed on is
+// kept: nobody else has it.
+func (s *streams) mine() []journal.Stream {
+	var mine []journal.Stream
+	for _, j := range s.o.Ownership.Mine() {
+		if i, err := journal.ParseIncarnation(j.Incarnation); err == nil {
+			mine = append(mine, journal.Stream{Origin: j.Origin, Incarnation: i})
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for st := range s.islands {
+		mine = append(mine, st)
+	}
+	if !slices.Contains(mine, s.now) && !s.agreed(s.now) {
+		mine = append(mine, s.now)
+	}
+	return mine
+}
+
+// agreed reports whether the cluster has agreed on a stream.
+func (s *streams) agreed(st journal.Stream) bool {
+	state := s.o.State()
+	if state == nil {
+		return false
+	}
+	_, agreed := state.Streams[keyOf(st)]
+	return agreed
+}
+
+// takeOver queues what is in a stream. Of another node's, all that any living
+// node holds comes first: a job that was finished there shall not run again.
+func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) {
+	began := time.Now()
+	if st.Origin != s.o.Node {
+		s.log.Warn("adopting a job stream", "stream", st)
+		if err := s.o.Replication.AwaitCaughtUp(ctx, st); err != nil {
+			if ctx.Err() == nil {
+				s.log.Error("an adopted job stream can't be caught up with", "stream", st, "err", err)
+			}
+			return
+		}
+	}
+	x.open(st)
+	n, err := x.load(st)
+	if ctx.Err() != nil {
+		x.leave(st)
+		return
+	}
+	if err != nil {
+		s.log.Error("not all jobs of a stream can be read; it is tried again", "stream", st, "err", err)
+		x.incomplete(st)
+	}
+	if n > 0 || st.Origin != s.o.Node {
+		s.log.Info("jobs of a stream are queued", "stream", st, "jobs", n, "took", time.Since(began))
+	}
+}
+
+var errNote = errors.New("note that a job stream is proposed")
+
+// propose makes the islands known that have something in them, or may get it.
+func (s *streams) propose(ctx context.Context) error {
+	live := s.o.Table.LiveCounts()
+	s.mu.Lock()
+	var todo []journal.Stream
+	for st := range s.islands {
+		if st == s.now || live[st] > 0 {
+			todo = append(todo, st)
+		}
+	}
+	if _, noted := s.proposed[s.now.Incarnation]; noted && !s.agreed(s.now) {
+		todo = append(todo, s.now)
+	}
+	s.mu.Unlock()
+	for _, st := range todo {
+		if err := s.note(st); err != nil {
+			return fmt.Errorf("%w: %w", errNote, err)
+		}
+		opening, stop := context.WithTimeout(ctx, openWait)
+		token, err := s.o.Ownership.Open(opening, st.Incarnation.String())
+		stop()
+		if err != nil {
+			return err
+		}
+		s.mu.Lock()
+		if st == s.now {
+			s.token = tokenOf(token)
+		}
+		s.mu.Unlock()
+		s.log.Info("the cluster knows a job stream", "stream", st, "index", token.Index)
+	}
+	return nil
+}
+
+// note writes down that others may know of a stream from now on.
+func (s *streams) note(st journal.Stream) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	held := map[journal.Incarnation]struct{}{st.Incarnation: {}}
+	for other := range s.o.Journal.Ends() {
+		if _, noted := s.proposed[other.Incarnation]; noted && other.Origin == s.o.Node {
+			held[other.Incarnation] = struct{}{}
+		}
+	}
+	if err := writeProposed(s.path, held); err != nil {
+		return err
+	}
+	s.proposed = held
+	delete(s.islands, st)
+	return nil
+}
+
+// drop lets the cluster forget streams of which nothing is left to do. What is
+// not this node's own may have an end that only its origin has.
+func (s *streams) drop(ctx context.Context, x *executor) {
+	current, _, _ := s.current()
+	live := s.o.Table.LiveCounts()
+	var done []string
+	for _, j := range s.o.Ownership.Mine() {
+		i, err := journal.ParseIncarnation(j.Incarnation)
+		st := journal.Stream{Origin: j.Origin, Incarnation: i}
+		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
+			continue
+		}
+		if st.Origin != s.o.Node && !s.whole(ctx, st) {
+			continue
+		}
+		done = append(done, j.Key())
+	}
+	if len(done) == 0 {
+		return
+	}
+	dropping, stop := context.WithTimeout(ctx, openWait)
+	defer stop()
+	if err := s.o.Ownership.Drop(dropping, done...); err != nil {
+		s.log.Warn("job streams that are done with stay agreed", "streams", len(done), "err", err)
+		return
+	}
+	s.log.Info("job streams are done with", "streams", done)
+}
+
+// whole reports that nothing of another node's stream can still come.
+func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
+	if !s.o.Heard(st.Origin) {
+		return false
+	}
+	ctx, stop := context.WithTimeout(ctx, time.Second)
+	defer stop()
+	return s.o.Replication.AwaitCaughtUp(ctx, st) == nil && s.o.Table.LiveCounts()[st] == 0
+}
+
+// noted is the file with the streams that were proposed.
+type noted struct {
+	Format   int      `json:"format"` // 1
+	Proposed []string `json:"proposed"`
+}
+
+// readProposed fills proposed. known is false when what was proposed can't be
+// told: then every stream has to count as if it was.
+func (s *streams) readProposed() (known bool, err error) {
+	text, err := os.ReadFile(s.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, writeProposed(s.path, nil) // the first start, unless somebody removed it
+	}
+	if err != nil {
+		return false, fmt.Errorf("read which job streams were proposed: %w", err)
+	}
+	var n noted
+	err = json.Unmarshal(text, &n)
+	if err == nil && n.Format != 1 {
+		err = fmt.Errorf("format %d", n.Format)
+	}
+	for _, text := range n.Proposed {
+		i, bad := journal.ParseIncarnation(text)
+		err = errors.Join(err, bad)
+		s.proposed[i] = struct{}{}
+	}
+	if err != nil {
+		s.log.Warn("which job streams were proposed can't be read; all count as if they were", "file", s.path, "err", err)
+		return false, nil
+	}
+	return true, nil
+}
+
+// writeProposed replaces the file, durably and in one step.
+func writeProposed(path string, held map[journal.Incarnation]struct{}) error {
+	n := noted{Format: 1, Proposed: make([]string, 0, len(held))}
+	for i := range held {
+		n.Proposed = append(n.Proposed, i.String())
+	}
+	slices.Sort(n.Proposed)
+	if len(n.Proposed) > maxProposals {
+		return fmt.Errorf("%d job streams of this node are not done with", len(n.Proposed))
+	}
+	text, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	next := path + ".next"
+	f, err := os.OpenFile(next, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(text, '\n'))
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(next, path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+var _ Ownership = (*failover.Ownership)(nil)

@@ -1,0 +1,225 @@
+package jobs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	// durabilityWait bounds how long a submission waits for other nodes' disks.
+	durabilityWait = 2 * time.Second
+	// writeWait bounds how long it waits for this node's own.
+	writeWait = 5 * time.Second
+)
+
+// Request is a submission that was read and checked as far as its form goes.
+type Request struct {
+	Who      serving.Principal
+	Endpoint string // canonical, one that jobs may have
+	Model    string
+	// Body is the request itself. It is copied before Submit returns.
+	Body []byte
+	// Durability and MinDurability are empty when the client did not say.
+	Durability, MinDurability journal.Durability
+	Priority                  int           // 0–9
+	ExpiresIn                 time.Duration // 0: as configured
+	IdempotencyKey            string        // empty: none
+	RetryOf                   string        // of Retry
+}
+
+// Endpoints are those that jobs may have.
+var Endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+
+// Submit takes a job. When it returns nil the job is as durable as the View
+// says, and that is what was asked for. The errors are ErrImpossible, ErrKeyReused,
+// ErrNotReady, ErrBusy, ErrUnavailable, or a *DurabilityError: the job is here,
+// but not known to be as durable as asked.
+func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
+	began := time.Now()
+	v, err := j.submit(ctx, r, began)
+	if reason := refusal(err); reason != "" {
+		j.metrics.refused.WithLabelValues(reason).Inc()
+	}
+	j.metrics.submit.Observe(time.Since(began).Seconds())
+	return v, err
+}
+
+func refusal(err error) string {
+	var short *DurabilityError
+	switch {
+	case errors.As(err, &short):
+		return "durability"
+	case errors.Is(err, ErrBusy):
+		return "full"
+	case errors.Is(err, ErrUnavailable):
+		return "journal"
+	case errors.Is(err, ErrNotReady):
+		return "not_ready"
+	}
+	return ""
+}
+
+func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, error) {
+	stream, token, begun := j.streams.current()
+	if !begun || j.closed.Load() || !j.o.Ring.Ready() {
+		return nil, ErrNotReady
+	}
+	cfg := j.o.config()
+	want, least, err := j.durability(r, journal.Durability(cfg.Durability))
+	if err != nil {
+		return nil, err
+	}
+	expires := r.ExpiresIn
+	if expires == 0 {
+		expires = cfg.ExpiresIn.D()
+	}
+	sub := journal.Submission{
+		Tenant: r.Who.Tenant, KeyID: r.Who.KeyID, Models: r.Who.Models, Endpoint: r.Endpoint, Model: r.Model,
+		Durability: want, MinDurability: least, Priority: r.Priority, Site: j.o.Site,
+		CreatedAt: now.UTC(), ExpiresAt: now.Add(expires).UTC(), RetryOf: r.RetryOf, Body: r.Body,
+	}
+	id := newID(now)
+	if r.IdempotencyKey != "" {
+		if id, sub.KeyHash, err = j.ids.keyed(r.Who.Tenant, r.IdempotencyKey, r.Endpoint, r.Body); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNotReady, err)
+		}
+		leave, err := j.keys.enter(ctx, sub.KeyHash)
+		if err != nil {
+			return nil, err
+		}
+		defer leave()
+		if v, err := j.earlier(ctx, id, sub.KeyHash, want, least); v != nil || err != nil {
+			return v, err
+		}
+	}
+	return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+}
+
+// durability says what to wait for, and what is enough when it can't be had. An
+// explicit wish that the configured nodes can't give is an error at once.
+func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least journal.Durability, err error) {
+	want, least = r.Durability, r.MinDurability
+	if want != "" {
+		if err := j.o.Replication.Possible(want); err != nil {
+			return "", "", fmt.Errorf("%w: %w", ErrImpossible, err)
+		}
+		return want, least, nil
+	}
+	want = byDefault
+	if least == "" {
+		least = journal.DurableNode
+	} else if err := j.o.Replication.Possible(least); err != nil {
+		return "", "", fmt.Errorf("%w: %w", ErrImpossible, err)
+	}
+	if levelOf(want) < levelOf(least) {
+		want = least
+	}
+	return want, least, nil
+}
+
+// earlier finds what the key was used for before: the same job, or another one.
+func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, want, least journal.Durability) (*View, error) {
+	row, known, err := j.o.Table.Get(id)
+	if err != nil {
+		return nil, fmt.Errorf("look for the key's job: %w", err)
+	}
+	if known && !row.Deleted() {
+		v, _, err := j.view(row, true)
+		if err != nil {
+			return nil, err
+		}
+		// A repeat is how a client finds out after durability_timeout: it must be
+		// told the truth again, not a 202 that is none.
+		rec, _ := row.Submitted()
+		if v.Durability, err = j.await(ctx, id, rec.Stream, rec.Seq, want, least); err != nil {
+			return nil, err
+		}
+		return v, nil
+	}
+	same, err := j.o.Table.FindKey(keyHash)
+	if err != nil {
+		return nil, fmt.Errorf("look for the key's jobs: %w", err)
+	}
+	if len(same) > 0 {
+		return nil, fmt.Errorf("%w: %s", ErrKeyReused, same[0])
+	}
+	return nil, nil
+}
+
+func (j *Jobs) write(ctx context.Context, rec journal.Record, sub *journal.Submission) (*View, error) {
+	if err := j.o.Sealer.SealSubmission(&rec, sub); err != nil {
+		if errors.Is(err, journal.ErrTooLarge) {
+			return nil, err
+		}
+		return nil, fmt.Errorf("%w: %w", ErrNotReady, err)
+	}
+	cfg := j.o.config()
+	e := newEntry(rec.Job, sub)
+	e.home = rec.Stream
+	if !j.exec.reserve(e, cfg.MaxQueued, cfg.MaxQueuedBytes) {
+		return nil, ErrBusy
+	}
+	// A client that leaves now must not leave a job behind that nobody queued:
+	// the writing goes on, within its own time.
+	writing, done := context.WithTimeout(context.WithoutCancel(ctx), writeWait)
+	seq, err := j.o.Journal.Append(writing, rec.Stream, []journal.Record{rec})
+	done()
+	if err != nil {
+		if !errors.Is(err, journal.ErrUncertain) { // else it may show up in the table yet
+			j.exec.release(e)
+		}
+		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	has, err := j.await(ctx, rec.Job, rec.Stream, seq, sub.Durability, sub.MinDurability)
+	if err != nil {
+		return nil, err
+	}
+	return &View{
+		ID: rec.Job, Status: journal.Queued, Site: sub.Site, Durability: has, CreatedAt: sub.CreatedAt,
+	}, nil
+}
+
+// await waits until a record is as durable as wanted, and says what it really is
+// after that. least is enough after durabilityWait, or at once when the nodes
+// that can be heard can't give more; empty: nothing less will do.
+func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, seq uint64, want, least journal.Durability) (journal.Durability, error) {
+	has := j.reached(s, seq)
+	if levelOf(has) >= levelOf(want) {
+		return has, nil
+	}
+	began := time.Now()
+	wait := want
+	if least != "" && !j.o.Replication.Reachable(want) {
+		if wait = least; levelOf(has) >= levelOf(least) {
+			return has, nil
+		}
+	}
+	waiting, done := context.WithTimeout(ctx, durabilityWait)
+	err := j.o.Replication.Await(waiting, s, seq, wait)
+	done()
+	j.metrics.durable.WithLabelValues(string(wait)).Observe(time.Since(began).Seconds())
+	has = j.reached(s, seq)
+	switch {
+	case err == nil && levelOf(has) < levelOf(wait):
+		has = wait // it was true a moment ago; what counts now are other nodes' disks
+	case err != nil && (least == "" || levelOf(has) < levelOf(least)):
+		j.metrics.unsettled.WithLabelValues(string(want)).Inc()
+		return has, &DurabilityError{ID: id, Wanted: want, Has: has, After: time.Since(began)}
+	}
+	return has, nil
+}
+
+// ParseExpiry reads "90s", "1h", "7d".
+func ParseExpiry(text string) (time.Duration, bool) {
+	if days, found := strings.CutSuffix(text, "d"); found && len(days) == 1 && days[0] >= '0' && days[0] <= '9' {
+		return time.Duration(days[0]-'0') * 24 * time.Hour, true
+	}
+	d, err := time.ParseDuration(text)
+	return d, err == nil
+}
