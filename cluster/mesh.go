@@ -102,7 +102,7 @@ func NewMesh(o MeshOptions) *Mesh {
 		listeners: map[Kind]*kindListener{},
 		clients:   map[string]*meshClient{},
 		ways:      newWays(metrics),
-		timing:    defaultWayTiming,
+		timing:    defaultWayTiming(),
 		relayed:   relayed{most: maxRelayed, each: maxRelayedEach, of: map[string]int{}},
 	}
 	m.living, m.die = context.WithCancel(context.Background())

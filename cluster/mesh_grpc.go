@@ -126,7 +126,7 @@ func (m *Mesh) rechannel(node string, first *PeerConn) {
 	closing := m.background(func(ctx context.Context) {
 		select {
 		case <-ctx.Done():
-		case <-time.After(replaceGrace):
+		case <-time.After(m.timing.grace):
 		}
 		_ = old.Close() // it is a closed one at worst
 	})

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,6 +18,8 @@ import (
 // drops. Mended, it goes on where it was.
 type testLink struct {
 	addr string
+	ln   net.Listener
+	held atomic.Int64 // pieces of data that wait for the end of a cut
 
 	mu   sync.Mutex // guards open
 	open chan struct{}
@@ -28,7 +31,7 @@ func newTestLink(t testing.TB, to string) *testLink {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &testLink{addr: ln.Addr().String(), open: make(chan struct{})}
+	l := &testLink{addr: ln.Addr().String(), ln: ln, open: make(chan struct{})}
 	close(l.open)
 	runInTest(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
@@ -63,9 +66,14 @@ func (l *testLink) carry(ctx context.Context, near net.Conn, to string) {
 			b := make([]byte, 4096)
 			for {
 				n, err := way[0].Read(b)
-				if err != nil || !l.pass(ctx) {
+				if err != nil {
 					return
 				}
+				l.held.Add(1)
+				if !l.pass(ctx) {
+					return
+				}
+				l.held.Add(-1)
 				if _, err := way[1].Write(b[:n]); err != nil {
 					return
 				}
@@ -93,6 +101,9 @@ func (l *testLink) cut() {
 	l.open = make(chan struct{})
 }
 
+// refuse has the link answer new connections with a reset, for good.
+func (l *testLink) refuse() error { return l.ln.Close() }
+
 func (l *testLink) mend() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -107,6 +118,7 @@ func (l *testLink) mend() {
 // can be cut, and c, which both reach.
 type triangle struct {
 	a, b, c *testPeer
+	stopC   func()    // from accepting
 	link    *testLink // from a to b
 	book    *testBook
 	ca      tlsAuthority
@@ -145,7 +157,7 @@ func newTriangle(t *testing.T) *triangle {
 	}
 	w.b, w.c = make("b", nil), make("c", nil)
 	w.b.serve(t, w.book)
-	w.c.serve(t, w.book)
+	w.stopC = w.c.serve(t, w.book)
 	w.link = newTestLink(t, w.b.addr)
 	w.a = make("a", func(o *MeshOptions) {
 		o.Address = func(node string) (string, bool) {
@@ -171,7 +183,7 @@ func newTriangle(t *testing.T) *triangle {
 	w.a.serve(t, w.book)
 	w.a.timing = wayTiming{
 		headStart: 20 * time.Millisecond, soft: 100 * time.Millisecond, every: 50 * time.Millisecond,
-		recheck: 100 * time.Millisecond, confirm: 20 * time.Millisecond,
+		recheck: 100 * time.Millisecond, confirm: 20 * time.Millisecond, grace: 50 * time.Millisecond,
 	}
 	return w
 }
@@ -221,6 +233,18 @@ func (w *triangle) through(t *testing.T, kind Kind) *PeerConn {
 		t.Fatalf("connected with %s via %q, want %s via c-1", c.Peer(), c.Via(), w.b.id)
 	}
 	return c
+}
+
+// goes tells which way a leads to b.
+func (w *triangle) goes(via string) func() bool {
+	return func() bool { return w.a.Way("b-1") == via }
+}
+
+// carries reports how many tunnels stand at a node.
+func (p *testPeer) carries() int {
+	p.relayed.mu.Lock()
+	defer p.relayed.mu.Unlock()
+	return p.relayed.all
 }
 
 func roundTrip(conn net.Conn) error {

@@ -44,15 +44,15 @@ func TestTunnelCarriesEveryKind(t *testing.T) {
 		t.Errorf("raft: %v", err)
 	}
 	for _, kind := range []Kind{KindHTTP, KindRaft} {
-		if n := testutil.ToFloat64(w.b.metrics.connections.WithLabelValues(string(kind), "accepted")); n != 1 {
-			t.Errorf("%v connections of kind %s stand at b, want 1", n, kind)
+		if n := testutil.ToFloat64(w.b.metrics.opened.WithLabelValues(string(kind), "accepted")); n == 0 {
+			t.Errorf("b has accepted no connection of kind %s", kind)
 		}
 	}
 	if n := testutil.ToFloat64(w.c.metrics.tunnels.WithLabelValues("relayed", "ok")); n < 3 {
 		t.Errorf("c relayed %v tunnels, want 3 at least", n)
 	}
-	if n := testutil.ToFloat64(w.c.metrics.connections.WithLabelValues("relayed", "dialled")); n < 3 {
-		t.Errorf("%v tunnels stand at c, want 3 at least", n)
+	if n := testutil.ToFloat64(w.b.metrics.opened.WithLabelValues("relayed", "accepted")); n < 3 {
+		t.Errorf("b accepted %v tunnels, want 3 at least", n)
 	}
 }
 
@@ -151,11 +151,7 @@ func TestTunnelsRespectIsolation(t *testing.T) {
 					t.Errorf("the standing tunnel goes on: %v", err)
 				}
 			}
-			awaitCondition(t, "the relay to let go", func() bool {
-				w.c.relayed.mu.Lock()
-				defer w.c.relayed.mu.Unlock()
-				return w.c.relayed.all == 0
-			})
+			awaitCondition(t, "the relay to let go", func() bool { return w.c.carries() == 0 })
 		})
 	}
 }
@@ -187,10 +183,14 @@ func TestRelayRefuses(t *testing.T) {
 	failOnLeaks(t)
 	w := newTriangle(t)
 	w.book.set("dead-1", "127.0.0.1:1")
-	w.c.opts.Relays = func(string) []string { return nil }
-	w.c.ways.of["detoured-1"] = &way{via: "b-1"}
 	w.book.set("detoured-1", w.b.addr)
+	if !w.c.ways.begin("detoured-1", 0) {
+		t.Fatal("there is no place for a way")
+	}
+	w.c.ways.set("detoured-1", "b-1")
+	w.c.relayed.mu.Lock()
 	w.c.relayed.most = 3
+	w.c.relayed.mu.Unlock()
 	ask := func(target string) (*PeerConn, error) {
 		half, err := w.a.dial(withTimeout(t), greeting{kind: KindTunnel, node: "c-1", target: target}, w.c.addr)
 		if err != nil {
@@ -297,8 +297,8 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 	failOnLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindHTTP)
-	relayedHalf := func() *PeerConn {
-		half, err := w.c.dial(withTimeout(t), greeting{kind: KindRelayed, node: "b-1"}, w.b.addr)
+	relayedHalf := func(to *testPeer) *PeerConn {
+		half, err := w.c.dial(withTimeout(t), greeting{kind: KindRelayed, node: to.id.Node}, to.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -310,7 +310,7 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 		if kind == KindTunnel {
 			inside.target = "c-1"
 		}
-		if _, err := w.a.greet(withTimeout(t), relayedHalf(), inside); !refusedAs(CodeNoTunnel)(err) {
+		if _, err := w.a.greet(withTimeout(t), relayedHalf(w.b), inside); !refusedAs(CodeNoTunnel)(err) {
 			t.Errorf("%s inside of a tunnel: %v", kind, err)
 		}
 	}
@@ -319,23 +319,27 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 		"closed":  {},
 	} {
 		before := testutil.ToFloat64(w.b.metrics.failures.WithLabelValues("accepted", reason))
-		half := relayedHalf()
+		half := relayedHalf(w.b)
 		_, _ = half.Write(say)
 		_ = half.Close()
 		awaitCondition(t, "it to be counted as "+reason, func() bool {
 			return testutil.ToFloat64(w.b.metrics.failures.WithLabelValues("accepted", reason)) == before+1
 		})
 	}
-	// Silence costs a place for strangers, for as long as there.
-	w.b.arrivals.limit = 50 * time.Millisecond
-	half := relayedHalf()
+	// Silence is dropped as soon as a stranger's.
+	strict := newTestPeer(t, w.ca, w.book, Identity{"dev", "d", "d-1"}, nil)
+	strict.arrivals.limit = 300 * time.Millisecond
+	strict.serve(t, w.book)
+	half := relayedHalf(strict)
 	if err := half.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := half.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a silent one is kept: %v", err)
 	}
-	awaitCondition(t, "nothing to be left", func() bool { return len(remoteAddrs(w.b.Mesh)) == 0 })
+	for _, p := range []*testPeer{w.b, strict} {
+		awaitCondition(t, "nothing to be left", func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
+	}
 }
 
 // The ends of a tunnel come to an end together, and what was said before that

@@ -34,10 +34,14 @@ const (
 
 // wayTiming are the times that tests shorten.
 type wayTiming struct {
-	headStart, soft, every, recheck, confirm time.Duration
+	headStart, soft, every, recheck, confirm, grace time.Duration
 }
 
-var defaultWayTiming = wayTiming{headStart: wayHeadStart, soft: waySoft, every: wayEvery, recheck: wayRecheck, confirm: wayConfirm}
+func defaultWayTiming() wayTiming {
+	return wayTiming{
+		headStart: wayHeadStart, soft: waySoft, every: wayEvery, recheck: wayRecheck, confirm: wayConfirm, grace: replaceGrace,
+	}
+}
 
 // ways is how nodes are reached. A node without an entry is reached directly,
 // as far as anybody knows.
