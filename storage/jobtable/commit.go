@@ -74,10 +74,30 @@ type batch struct {
 	seals   map[keyring.KeyID]int64
 	digests map[Slot]*[256][16]byte
 
-	arena   []byte // values; bbolt keeps them until the commit
+	arena   arena // of values
 	scratch []byte
 	old     []indexKey
 	next    []indexKey
+}
+
+// arena gives room for values, which bbolt keeps until the commit.
+type arena struct{ free []byte }
+
+const arenaChunk = 1 << 20
+
+// room is empty, with a capacity of at least n.
+func (a *arena) room(n int) []byte {
+	if cap(a.free) < n {
+		a.free = make([]byte, 0, max(n, arenaChunk))
+	}
+	return a.free[:0]
+}
+
+// took says that n bytes of the last room are used.
+func (a *arena) took(n int) {
+	if n <= cap(a.free) { // else it did not fit after all, and was moved
+		a.free = a.free[n:n:cap(a.free)]
+	}
 }
 
 func newBatch() *batch {
@@ -234,11 +254,12 @@ func (t *Table) putRow(buckets *[tables]*bbolt.Bucket, b *batch, c *rowChange) e
 			return err
 		}
 	} else {
-		start := len(b.arena)
-		if b.arena, err = appendValue(b.arena, next); err != nil {
+		value, err := appendValue(b.arena.room(int(next.size())), next)
+		if err != nil {
 			return err
 		}
-		if err := buckets[tableRows].Put(c.id[:], b.arena[start:len(b.arena):len(b.arena)]); err != nil {
+		b.arena.took(len(value))
+		if err := buckets[tableRows].Put(c.id[:], value); err != nil {
 			return err
 		}
 	}

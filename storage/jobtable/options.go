@@ -31,8 +31,9 @@ type Options struct {
 	Sealer *journal.Sealer
 	// Ring is the sealer's. Tenants stand in indexes as a MAC of it.
 	Ring *keyring.Ring
-	// Retention is how long after its end a job is kept; 24 h when 0.
-	Retention time.Duration
+	// Retention is how long after its end a job is kept, asked each time: it may
+	// change. Nil: 24 h.
+	Retention func() time.Duration
 	Now       func() time.Time // time.Now when nil
 	Clock     *journal.HLC     // of Now when nil; it says what time the records' clocks have come to
 	Logger    *slog.Logger     // none when nil
@@ -46,8 +47,8 @@ const (
 )
 
 func (o Options) withDefaults() Options {
-	if o.Retention <= 0 {
-		o.Retention = defaultRetention
+	if o.Retention == nil {
+		o.Retention = func() time.Duration { return defaultRetention }
 	}
 	if o.Now == nil {
 		o.Now = time.Now

@@ -56,7 +56,7 @@ func (t *Table) sweep(ctx context.Context) error {
 		to   time.Time // what is due up to here
 		what string
 	}{
-		{dueFinal, now.Add(-t.o.Retention), "content"},
+		{dueFinal, now.Add(-t.o.Retention()), "content"},
 		{dueOrphan, now.Add(-orphanFor), "orphan"},
 		{dueGone, now, "id"},
 	} {

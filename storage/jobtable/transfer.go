@@ -80,7 +80,7 @@ type Digests struct {
 // DigestsCut is the slot from which on this node has forgotten nothing yet. Two
 // nodes compare from the later one of theirs.
 func (t *Table) DigestsCut() Slot {
-	from := t.clock().Add(-t.o.Retention)
+	from := t.clock().Add(-t.o.Retention())
 	return slotOf(from.Add(slotLength)) // the first slot that begins after it
 }
 
