@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"time"
 
@@ -289,6 +290,7 @@ func (c *Cluster) yield(ctx context.Context, to string) error {
 		return fmt.Errorf("transfer to %s: another transfer is under way: %w", to, ErrNotLeader)
 	}
 	defer c.yielding.Store(false)
+	term := r.CurrentTerm()
 	done := make(chan error, 1)
 	go func() { done <- r.LeadershipTransferToServer(raft.ServerID(to), raft.ServerAddress(to)).Error() }()
 	select {
@@ -299,16 +301,29 @@ func (c *Cluster) yield(ctx context.Context, to string) error {
 	case <-ctx.Done():
 		return fmt.Errorf("transfer leadership to %s: %w", to, ctx.Err())
 	}
-	return c.waitLeader(ctx, to)
+	// Not longer than anybody else leads: should that be this node again, it has
+	// ticks to commit.
+	return c.waitSuccessor(ctx, to, term)
 }
 
+// waitLeader waits until this node sees want lead.
 func (c *Cluster) waitLeader(ctx context.Context, want string) error {
+	return c.waitSuccessor(ctx, want, math.MaxUint64)
+}
+
+// waitSuccessor gives up when it sees another lead in a later term than after.
+func (c *Cluster) waitSuccessor(ctx context.Context, want string, after uint64) error {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		leader, _ := c.leader()
+		leader, term := c.leader()
 		if leader == want {
 			return nil
+		}
+		// While it steps down, raft names itself in a term that is another's.
+		other := leader != "" && (leader != c.opts.Name || c.raft.Load().State() == raft.Leader)
+		if other && term > after {
+			return fmt.Errorf("leadership went to %s in term %d, not to %s: %w", leader, term, want, ErrLeadershipMoved)
 		}
 		select {
 		case <-ctx.Done():

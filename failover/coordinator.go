@@ -75,7 +75,7 @@ const (
 	// grudgeTime is how long a site that was replaced is the last choice.
 	grudgeTime = 60 * time.Second
 	// followFor is how long after a promotion the raft leader is moved to the
-	// primary site; later an election elsewhere is left alone.
+	// primary site at once; of a later election elsewhere see GoHome.
 	followFor = 2 * time.Minute
 	// followTries bounds the attempts of one leadership to move itself.
 	followTries   = 6
@@ -129,6 +129,9 @@ type watch struct {
 	term   uint64
 	moves  int
 	moveAt time.Duration
+	homing homing
+	// homingSaid is what was last logged of it.
+	homingSaid HomingReason
 }
 
 // Run looks and acts until ctx ends.
@@ -181,6 +184,7 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 		w.epoch, w.epochAt, w.moves, w.moveAt = s.Primary.Epoch, at, 0, now
 	}
 	in := c.input(s, now)
+	w.homing.observe(s, in, in.RaftLeader)
 	var sites []SiteView
 	w.memory, sites = Observe(w.memory, in)
 	v := c.newView(s, sites, now, w)
@@ -210,7 +214,11 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 		return func(ctx context.Context) { c.expire(ctx, s) }
 	case Stay:
 	}
-	return c.follow(w, s, in, now)
+	if act := c.follow(w, s, in, now); act != nil {
+		w.homing.try(l.Term, now)
+		return act
+	}
+	return c.goHome(w, s, in, l, reason)
 }
 
 // promote proposes the one entry that changes the primary. Only if the epoch is
@@ -313,6 +321,31 @@ func (c *Coordinator) follow(w *watch, s *cluster.State, in Input, now time.Dura
 			return
 		}
 		c.log.Info("raft leadership moved to the primary site", "to", to, "site", s.Primary.Site)
+	}
+}
+
+// goHome moves the raft leadership back to the primary's site in calm weather,
+// nil when it stays.
+func (c *Coordinator) goHome(w *watch, s *cluster.State, in Input, l cluster.Leadership, reason Reason) func(context.Context) {
+	v := w.homing.view(s, in, l, reason == PrimaryHealthy, c.o.Now())
+	to, why := GoHome(v)
+	if w.homingSaid != why {
+		w.homingSaid = why
+		if why != HomingAtHome {
+			c.log.Info("raft leadership away from the primary site", "leader_site", v.LeaderSite, "primary", v.Primary,
+				"reason", why, "elections", v.Elected, "tried", v.Tried)
+		}
+	}
+	if to == "" {
+		return nil
+	}
+	w.homing.try(l.Term, in.Now)
+	return func(ctx context.Context) {
+		if err := c.moveLeader(ctx, to); err != nil {
+			c.log.Warn("raft leadership did not return to the primary site", "to", to, "try", v.Tried+1, "err", err)
+			return
+		}
+		c.log.Info("raft leadership returned to the primary site", "to", to, "site", s.Primary.Site)
 	}
 }
 

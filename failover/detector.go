@@ -52,6 +52,10 @@ type Member struct {
 	// Steady is Ready with the patience instead of a lease's length, so that a
 	// lossy link does not break it.
 	Steady bool
+	// Calm is Ready with three pings' time, and the node was not stopped lately.
+	Calm bool
+	// CaughtUp: it has applied what is committed, but for what is on its way.
+	CaughtUp bool
 	// UpstreamsHealthy of its site, as it sees them.
 	UpstreamsHealthy int
 	Voter            bool
@@ -66,6 +70,8 @@ type Input struct {
 	Leader  Observation // of the leader itself
 	Others  []Observation
 	Primary string
+	// RaftLeader is who leads raft as far as this node knows, empty for nobody.
+	RaftLeader string
 	// Behind of a site is how many records its copy lacks; absent: unknown.
 	Behind map[string]int64
 }

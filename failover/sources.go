@@ -23,13 +23,15 @@ func (c *Coordinator) input(s *cluster.State, now time.Duration) Input {
 		in.Behind = c.o.Behind()
 	}
 	voters := map[string]bool{}
-	for _, server := range c.o.Agreement.Raft().Servers {
+	raft := c.o.Agreement.Raft()
+	in.RaftLeader = raft.Leader
+	for _, server := range raft.Servers {
 		voters[server.Name] = server.Voter
 	}
 	health := c.o.Health()
 	able := left > 0 && !health.Draining
 	in.Members = append(in.Members, Member{
-		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able,
+		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Calm: able, CaughtUp: true,
 		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name],
 	})
 	for name, p := range peers {
@@ -40,6 +42,8 @@ func (c *Coordinator) input(s *cluster.State, now time.Duration) Input {
 			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold
 			m.Ready = able && p.Ago < c.timing.Lease
 			m.Steady = able && p.Ago < c.timing.Patience
+			m.Calm = able && p.Ago < 3*c.timing.Tick && p.Paused <= c.timing.Tick
+			m.CaughtUp = p.AppliedIndex+onItsWay >= raft.CommitIndex
 			in.Others = append(in.Others, observationOf(p))
 		}
 		in.Members = append(in.Members, m)
@@ -47,6 +51,10 @@ func (c *Coordinator) input(s *cluster.State, now time.Duration) Input {
 	slices.SortFunc(in.Members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
 	return in
 }
+
+// onItsWay is how many entries a node may lack and yet be caught up: they are
+// two seconds of ticks.
+const onItsWay = 8
 
 // observationOf is a peer's own table as its last answer carried it.
 func observationOf(p cluster.PeerView) Observation {

@@ -82,7 +82,7 @@ func (n *node) Peers() map[string]cluster.PeerView {
 func (n *node) Raft() cluster.RaftView {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
-	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term}
+	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term, CommitIndex: uint64(len(n.w.states) - 1)}
 	for _, name := range n.w.names {
 		v.Servers = append(v.Servers, cluster.Server{Name: name, Voter: n.w.nodes[name].voter})
 	}

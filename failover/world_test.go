@@ -263,7 +263,7 @@ func (n *node) ping(to *node) {
 			return
 		}
 		view := cluster.PeerView{
-			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams},
+			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: uint64(to.applied)},
 			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
