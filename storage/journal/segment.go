@@ -131,7 +131,11 @@ func appendHeader(b []byte, s Stream, first uint64, flags byte) []byte {
 	b = append(b, s.Incarnation[:]...)
 	b = append(b, byte(len(s.Origin)))
 	b = append(b, s.Origin...)
-	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b[start:], castagnoli))
+	return append(b[:start], appendSum(b[start:])...)
+}
+
+func appendSum(b []byte) []byte {
+	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
 // parseHeader reads the header at the start of b. The error is ErrShort,

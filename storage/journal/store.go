@@ -55,8 +55,7 @@ func (l *Log) openStore() error {
 	b = append([]byte(storeMagic), storeFormat)
 	b = binary.BigEndian.AppendUint64(b, l.store.epoch)
 	b = append(b, l.store.id[:]...)
-	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
-	return l.replaceFile(path, b)
+	return l.replaceFile(path, appendSum(b))
 }
 
 func parseStore(b []byte) (s storeID, err error) {

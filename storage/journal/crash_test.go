@@ -1,0 +1,389 @@
+package journal
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The test binary is its own victim: with this variable set it writes journals
+// in the directory it names, and prints what it did.
+const childEnv = "DSNODE_TEST_JOURNAL_CHILD"
+
+// full says that a test may take minutes.
+func full() bool { return os.Getenv("DSNODE_TEST_FULL") != "" }
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		os.Exit(child(dir))
+	}
+	os.Exit(m.Run())
+}
+
+// copied is a stream of another node, all of whose records are known.
+var copied = streamOf(9)
+
+func copiedRecord(seq uint64) Record {
+	r := Record{Stream: copied, Seq: seq, Clock: Clock(seq), Kind: CancelAsked, Format: knownFormat}
+	binary.BigEndian.PutUint64(r.Job[:], seq)
+	r.Payload = make([]byte, seq%700)
+	return r
+}
+
+// child appends and copies as fast as it can until it is killed. Lines on
+// stdout, each one write:
+//
+//	acked STREAM SEQ JOB   an append has returned
+//	copied SEQ             a copy is durable up to SEQ
+//	trimming STREAM SEQ    what is below SEQ may be gone
+func child(dir string) int {
+	var saying sync.Mutex
+	say := func(format string, args ...any) {
+		saying.Lock()
+		defer saying.Unlock()
+		_, _ = fmt.Fprintf(os.Stdout, format+"\n", args...) // the parent has gone, and so do we
+	}
+	o := testOptions(dir)
+	o.SegmentBytes = 64 << 10
+	l, err := Open(o)
+	if err != nil {
+		say("open failed: %v", err)
+		return 4
+	}
+	id := Stream{Origin: "self"}
+	binary.BigEndian.PutUint64(id.Incarnation[:], rand.Uint64())
+	if err := l.Create(context.Background(), id); err != nil {
+		say("create failed: %v", err)
+		return 4
+	}
+	say("open")
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for {
+				var r Record
+				r.Kind, r.Payload = Deleted, make([]byte, rand.IntN(2000))
+				binary.BigEndian.PutUint64(r.Job[:], rand.Uint64())
+				last, err := l.Append(context.Background(), id, []Record{r})
+				if err != nil {
+					say("append failed: %v", err)
+					return
+				}
+				say("acked %s %d %s", id, last, r.Job)
+				if rand.IntN(300) == 0 && last > 200 {
+					say("trimming %s %d", id, last-200)
+					if err := l.Trim(id, last-200); err != nil {
+						say("trim failed: %v", err)
+					}
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		for {
+			e, _ := l.End(copied)
+			var frames []byte
+			for i := range 1 + rand.Uint64N(20) {
+				r := copiedRecord(e.Durable + 1 + i)
+				frames, err = AppendFrame(frames, &r)
+				if err != nil {
+					say("frame: %v", err)
+					return
+				}
+			}
+			durable, err := l.Receive(context.Background(), copied, frames)
+			if err != nil {
+				say("receive failed: %v", err)
+				return
+			}
+			say("copied %d", durable)
+		}
+	})
+	wg.Wait()
+	return 3
+}
+
+// promises is what children have acknowledged, over all their lives.
+type promises struct {
+	acked   map[string]map[uint64]string // by stream and seq: the job
+	trimmed map[string]uint64
+	copied  uint64
+	count   int
+}
+
+func (p *promises) hear(line string) error {
+	var stream, job string
+	var seq uint64
+	word, rest, _ := strings.Cut(line, " ")
+	var err error
+	switch word {
+	case "open":
+	case "acked":
+		_, err = fmt.Sscanf(rest, "%s %d %s", &stream, &seq, &job)
+		if p.acked[stream] == nil {
+			p.acked[stream] = map[uint64]string{}
+		}
+		if was := p.acked[stream][seq]; was != "" {
+			err = fmt.Errorf("%s %d was given to %s, too", stream, seq, was)
+		}
+		p.acked[stream][seq] = job
+		p.count++
+	case "copied":
+		_, err = fmt.Sscanf(rest, "%d", &p.copied)
+		p.count++
+	case "trimming":
+		_, err = fmt.Sscanf(rest, "%s %d", &stream, &seq)
+		p.trimmed[stream] = max(p.trimmed[stream], seq)
+	default:
+		err = errors.New("unexpected")
+	}
+	if err != nil {
+		return fmt.Errorf("child said %q: %w", line, err)
+	}
+	return nil
+}
+
+// check opens what a dead child left and compares it with its promises.
+func (p *promises) check(t *testing.T, dir string) {
+	t.Helper()
+	l := mustOpen(t, testOptions(dir))
+	defer mustClose(t, l)
+	ends := l.Ends()
+	for id, e := range ends {
+		if e.Damaged != 0 {
+			t.Fatalf("%s is taken for damaged: %+v", id, e)
+		}
+		acked, held := p.acked[id.String()], map[uint64]string{}
+		if e.First > max(p.trimmed[id.String()], 1) {
+			t.Fatalf("%s begins with %d, trimmed was %d", id, e.First, p.trimmed[id.String()])
+		}
+		if err := l.Replay(id, e.First, func(records []Record) error {
+			for _, r := range records {
+				held[r.Seq] = r.Job.String()
+				if id == copied && r.Job != copiedRecord(r.Seq).Job {
+					return fmt.Errorf("copy %d is another record", r.Seq)
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		for seq, job := range acked {
+			if seq >= e.First && held[seq] != job {
+				t.Fatalf("%s %d is %q, acknowledged was %q; it ends with %d", id, seq, held[seq], job, e.Durable)
+			}
+		}
+		delete(p.acked, id.String())
+		if id != copied { // enough of it
+			if err := l.Drop(id); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for id := range p.acked {
+		t.Fatalf("%s is gone", id)
+	}
+	if ends[copied].Durable < p.copied {
+		t.Fatalf("the copy ends with %d, durable was %d", ends[copied].Durable, p.copied)
+	}
+}
+
+// A node is killed at random moments; whatever it had acknowledged is there.
+func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
+	rounds := 30
+	switch {
+	case full():
+		rounds = 500
+	case testing.Short():
+		rounds = 5
+	}
+	dir := t.TempDir()
+	p := promises{acked: map[string]map[uint64]string{}, trimmed: map[string]uint64{}}
+	for range rounds {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+dir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		kill := func() { _ = cmd.Process.Kill() } // it may have ended, which the lines show
+		// Every tenth dies while it opens.
+		lines := rand.IntN(1500)
+		if rand.IntN(10) == 0 {
+			lines = 0
+		}
+		var timer *time.Timer
+		heard := 0
+		for sc := bufio.NewScanner(out); ; heard++ {
+			if heard == lines && timer == nil {
+				timer = time.AfterFunc(time.Duration(rand.IntN(8000))*time.Microsecond, kill)
+			}
+			if !sc.Scan() {
+				break
+			}
+			if err := p.hear(sc.Text()); err != nil {
+				kill()
+				t.Fatal(err)
+			}
+		}
+		var exit *exec.ExitError
+		if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			t.Fatalf("the child ended by itself: %v", err)
+		}
+		p.check(t, dir)
+	}
+	t.Logf("%d kills, %d promises kept", rounds, p.count)
+	if p.count < 100*rounds {
+		t.Fatalf("only %d promises in %d lives: nothing was tested", p.count, rounds)
+	}
+}
+
+// require skips when something is absent, and fails where it must be there.
+func require(t *testing.T, ok bool, why string) {
+	t.Helper()
+	switch {
+	case ok:
+	case os.Getenv("DSNODE_TEST_REQUIRE") == "1":
+		t.Fatal(why)
+	default:
+		t.Skip(why)
+	}
+}
+
+func smallDisk(t *testing.T, size string) (dir string, resize func(string)) {
+	t.Helper()
+	dir = t.TempDir()
+	err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size)
+	require(t, err == nil, fmt.Sprintf("only root may mount a small file system: %v", err))
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	return dir, func(size string) {
+		t.Helper()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "size="+size); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A full disk without a floor is like a failing one.
+func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
+	dir, resize := smallDisk(t, "1m")
+	o := testOptions(dir)
+	l := mustOpen(t, o)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	payload := string(make([]byte, 5000))
+	var acked uint64
+	var err error
+	for err == nil {
+		if _, err = l.Append(context.Background(), id, []Record{started(1, payload)}); err == nil {
+			acked++
+		}
+	}
+	if !errors.Is(err, ErrFailed) || !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("a full disk: %v", err)
+	}
+	<-l.Failed()
+	if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); !errors.Is(err, ErrFailed) {
+		t.Fatalf("acknowledged after the failure: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	resize("8m")
+	l = mustOpen(t, o)
+	defer mustClose(t, l) // before the file system goes
+	if e, _ := l.End(id); e.Durable < acked || e.Damaged != 0 {
+		t.Fatalf("%+v, acknowledged were %d", e, acked)
+	}
+	if got := recordsOf(t, l, id, 1); len(got) < int(acked) {
+		t.Fatalf("%d records of %d", len(got), acked)
+	}
+}
+
+// With a floor nothing fails: jobs are refused in time, what is in flight can
+// end, and it recovers when there is room.
+func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
+	o, d := testOptions(t.TempDir()), newFaultDisk()
+	o.FreeFloor = 4 << 20
+	l, err := open(o, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, l)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	submit := func() error {
+		r := started(1, "")
+		r.Kind = Submitted
+		_, err := l.Append(context.Background(), id, []Record{r})
+		return err
+	}
+	finish := func() error {
+		_, err := l.Append(context.Background(), id, []Record{started(1, "")})
+		return err
+	}
+	copying := func() error {
+		e, _ := l.End(copied)
+		r := copiedRecord(e.Durable + 1)
+		frame, err := AppendFrame(nil, &r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = l.Receive(context.Background(), copied, frame)
+		return err
+	}
+	room := func(free int64) {
+		d.mu.Lock()
+		d.room = free
+		d.mu.Unlock()
+		l.room.mu.Lock()
+		l.room.known = false
+		l.room.mu.Unlock()
+	}
+	for _, tt := range []struct {
+		free                    int64
+		submit, copying, finish bool
+	}{
+		{5 << 20, true, true, true},
+		{3 << 20, false, true, true},
+		{3 << 19, false, false, true},
+		{1 << 19, false, false, false},
+		{5 << 20, true, true, true},
+	} {
+		room(tt.free)
+		for name, got := range map[string]struct {
+			err error
+			ok  bool
+		}{"submit": {submit(), tt.submit}, "copy": {copying(), tt.copying}, "finish": {finish(), tt.finish}} {
+			if (got.err == nil) != got.ok || got.err != nil && !errors.Is(got.err, ErrFull) {
+				t.Errorf("%s with %d bytes free: %v", name, tt.free, got.err)
+			}
+		}
+	}
+	if err := l.Err(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(o.Dir, marksFile)); err != nil {
+		t.Fatal(err)
+	}
+}
