@@ -28,6 +28,9 @@ func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
 		}
 		return who, 0, nil
 	}
+	if x.door == operators {
+		return who, 0, nil
+	}
 	hops, err := strconv.Atoi(x.r.Header.Get(serving.HeaderHops))
 	switch {
 	case err != nil || hops < 1:

@@ -16,7 +16,8 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// failure is an error as a client sees it. This file alone makes them.
+// failure is an error as a client sees it. This file and, for jobs,
+// jobs_errors.go make them.
 type failure struct {
 	status     int
 	kind       string // "type" in OpenAI's shape

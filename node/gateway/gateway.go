@@ -54,6 +54,8 @@ type Options struct {
 	Config func() *cluster.Config
 	Auth   Auth
 	Health Health
+	// Jobs is nil on a node without jobs: then their routes are not there.
+	Jobs Jobs
 	// Site and Node are this node's names.
 	Site, Node string
 	Logger     *slog.Logger
@@ -137,13 +139,31 @@ func (g *Gateway) PeerHandler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, peers) })
 }
 
+// OperatorHandler answers the job routes for operators: who asks was proven at
+// the admin port, whose /admin was taken off the path.
+func (g *Gateway) OperatorHandler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, operators) })
+}
+
 // door says who stands before it.
 type door int
 
 const (
 	clients door = iota
 	peers
+	operators
 )
+
+// opens reports whether a route is there for who stands at a door.
+func (g *Gateway) opens(rt *route, d door) bool {
+	switch {
+	case rt.job:
+		return g.o.Jobs != nil
+	case d == peers:
+		return rt.endpoint != ""
+	}
+	return d == clients
+}
 
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 	x := exchange{g: g, w: w, r: r, door: d, start: time.Now(), rc: http.NewResponseController(w)}
@@ -153,7 +173,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 		w.Header()["Connection"] = closeConnection
 	}
 	index, id := g.find(r.URL.Path)
-	if index < 0 || d == peers && routes[index].endpoint == "" {
+	if index < 0 || !g.opens(&routes[index], d) {
 		x.identify()
 		x.refuse(unknownRoute(r))
 		g.metrics.unrouted(http.StatusNotFound)

@@ -126,16 +126,11 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 	if f != nil {
 		return nil, f
 	}
-	full := rt.endpoint == "/v1/chat/completions" || rt.endpoint == "/v1/completions"
-	read, err := scan(body, full)
+	req, err := Parse(rt.endpoint, body)
 	if err != nil {
 		return nil, explain(err, "")
 	}
-	req := &serving.Request{
-		ID: x.id, Endpoint: rt.endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
-		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
-		Header: forwarded(x.r.Header), Principal: who, Hops: hops, Deterministic: read.deterministic,
-	}
+	req.ID, req.Header, req.Principal, req.Hops = x.id, forwarded(x.r.Header), who, hops
 	if req.Cache, f = cacheMode(x.r.Header); f != nil {
 		return nil, f
 	}
@@ -143,6 +138,19 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 		req.RetryCount = n
 	}
 	return req, nil
+}
+
+// Parse reads a request's body. The error says what is wrong with it, for people.
+func Parse(endpoint string, body []byte) (*serving.Request, error) {
+	read, err := scan(body, endpoint == "/v1/chat/completions" || endpoint == "/v1/completions")
+	if err != nil {
+		return nil, err
+	}
+	return &serving.Request{
+		Endpoint: endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
+		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
+		Deterministic: read.deterministic,
+	}, nil
 }
 
 // cacheMode reads what the client wants of the cache. A word that is not known

@@ -15,6 +15,8 @@ type route struct {
 	// routes that the gateway answers itself.
 	endpoint string
 	answer   func(x *exchange, id string)
+	// job: it is there when the node has jobs, at all doors.
+	job bool
 }
 
 var (
@@ -25,37 +27,40 @@ var (
 
 // routes is the whole surface.
 var routes = []route{
-	{post, "/chat/completions", false, "/v1/chat/completions", nil},
-	{post, "/completions", false, "/v1/completions", nil},
-	{post, "/embeddings", false, "/v1/embeddings", nil},
+	{post, "/chat/completions", false, "/v1/chat/completions", nil, false},
+	{post, "/completions", false, "/v1/completions", nil, false},
+	{post, "/embeddings", false, "/v1/embeddings", nil, false},
 
 	// Passed through: pool, breaker and failover before content, no more.
-	{post, "/responses", false, "/v1/responses", nil},
-	{post, "/messages", false, "/v1/messages", nil},
-	{post, "/messages/count_tokens", false, "/v1/messages/count_tokens", nil},
-	{post, "/rerank", false, "/v1/rerank", nil},
-	{post, "/score", false, "/v1/score", nil},
-	{post, "/classify", false, "/v1/classify", nil},
-	{post, "/pooling", false, "/v1/pooling", nil},
-	{post, "/moderations", false, "/v1/moderations", nil},
-	{post, "/images/generations", false, "/v1/images/generations", nil},
-	{post, "/audio/speech", false, "/v1/audio/speech", nil},
+	{post, "/responses", false, "/v1/responses", nil, false},
+	{post, "/messages", false, "/v1/messages", nil, false},
+	{post, "/messages/count_tokens", false, "/v1/messages/count_tokens", nil, false},
+	{post, "/rerank", false, "/v1/rerank", nil, false},
+	{post, "/score", false, "/v1/score", nil, false},
+	{post, "/classify", false, "/v1/classify", nil, false},
+	{post, "/pooling", false, "/v1/pooling", nil, false},
+	{post, "/moderations", false, "/v1/moderations", nil, false},
+	{post, "/images/generations", false, "/v1/images/generations", nil, false},
+	{post, "/audio/speech", false, "/v1/audio/speech", nil, false},
 	// Servers keep these two beside /v1.
-	{post, "/tokenize", false, "/tokenize", nil},
-	{post, "/detokenize", false, "/detokenize", nil},
+	{post, "/tokenize", false, "/tokenize", nil, false},
+	{post, "/detokenize", false, "/detokenize", nil, false},
 
-	{get, "/models", false, "", (*exchange).listModels},
-	{get, "/models/", false, "", (*exchange).showModel},
+	{get, "/models", false, "", (*exchange).listModels, false},
+	{get, "/models/", false, "", (*exchange).showModel, false},
 
-	{probe, "/healthz/live", true, "", (*exchange).live},
-	{probe, "/healthz/ready", true, "", (*exchange).ready},
-	{probe, "/healthz/primary", true, "", (*exchange).primary},
-	{probe, "/healthz/same-city", true, "", (*exchange).sameCity},
-	{probe, "/healthz/remote", true, "", (*exchange).remote},
-	{probe, "/healthz/quorum", true, "", (*exchange).quorum},
-	{probe, "/livez", true, "", (*exchange).live},
-	{probe, "/readyz", true, "", (*exchange).ready},
-	{probe, "/health", true, "", (*exchange).ready},
+	{[]string{http.MethodPost, http.MethodGet, http.MethodHead}, "/jobs", false, "", (*exchange).jobs, true},
+	{[]string{http.MethodGet, http.MethodHead, http.MethodDelete, http.MethodPost}, "/jobs/", false, "", (*exchange).job, true},
+
+	{probe, "/healthz/live", true, "", (*exchange).live, false},
+	{probe, "/healthz/ready", true, "", (*exchange).ready, false},
+	{probe, "/healthz/primary", true, "", (*exchange).primary, false},
+	{probe, "/healthz/same-city", true, "", (*exchange).sameCity, false},
+	{probe, "/healthz/remote", true, "", (*exchange).remote, false},
+	{probe, "/healthz/quorum", true, "", (*exchange).quorum, false},
+	{probe, "/livez", true, "", (*exchange).live, false},
+	{probe, "/readyz", true, "", (*exchange).ready, false},
+	{probe, "/health", true, "", (*exchange).ready, false},
 }
 
 func (rt *route) paths() []string {
@@ -74,7 +79,7 @@ func (g *Gateway) find(path string) (index int, id string) {
 		return i, ""
 	}
 	// A model's name may hold slashes: deepseek-ai/DeepSeek-V3.2.
-	for _, prefix := range [...]string{"/v1/models/", "/models/"} {
+	for _, prefix := range [...]string{"/v1/jobs/", "/v1/models/", "/models/", "/jobs/"} {
 		if id, ok := strings.CutPrefix(path, prefix); ok && id != "" {
 			return g.byPath[prefix], id
 		}

@@ -56,7 +56,6 @@ func scan(body []byte, full bool) (out scanned, err error) {
 		return out, badUTF8(body)
 	}
 	s := scanner{b: body}
-	out.choices = 1
 	s.space()
 	if s.i == len(body) {
 		return out, &badBody{at: s.i, text: "the body is empty; it must be a JSON object"}
@@ -64,7 +63,21 @@ func scan(body []byte, full bool) (out scanned, err error) {
 	if body[s.i] != '{' {
 		return out, &badBody{at: s.i, text: "the body must be a JSON object"}
 	}
-	err = s.object(func(key []byte, at int) error {
+	if err := s.request(&out, full); err != nil {
+		return out, err
+	}
+	s.space()
+	if s.i != len(body) {
+		return out, &badBody{at: s.i, text: "there is more after the JSON object"}
+	}
+	return out, nil
+}
+
+// request reads the object at i.
+func (s *scanner) request(out *scanned, full bool) error {
+	from := s.i
+	out.choices = 1
+	err := s.object(func(key []byte, at int) error {
 		name := memberName(key)
 		if name == "" || !full && name != "model" && name != "stream" {
 			return s.skip()
@@ -72,19 +85,12 @@ func scan(body []byte, full bool) (out scanned, err error) {
 		if string(key) != name {
 			return &badBody{at, name, fmt.Sprintf("member %q must be written %q", key, name)}
 		}
-		return s.member(&out, name)
+		return s.member(out, name)
 	})
-	if err != nil {
-		return out, err
+	if err == nil && len(out.model) == 0 {
+		err = &badBody{at: from, param: "model", text: "you must provide a model"}
 	}
-	s.space()
-	if s.i != len(body) {
-		return out, &badBody{at: s.i, text: "there is more after the JSON object"}
-	}
-	if len(out.model) == 0 {
-		return out, &badBody{at: 0, param: "model", text: "you must provide a model"}
-	}
-	return out, nil
+	return err
 }
 
 var memberNames = [...]string{
@@ -470,7 +476,9 @@ func (s *scanner) boolean(param string) (bool, error) {
 }
 
 // count reads a whole number from 1 to most.
-func (s *scanner) count(param string, most int) (int, error) {
+func (s *scanner) count(param string, most int) (int, error) { return s.whole(param, 1, most) }
+
+func (s *scanner) whole(param string, least, most int) (int, error) {
 	from, n := s.i, 0
 	if err := s.number(); err != nil {
 		return 0, &badBody{from, param, param + " must be a whole number"}
@@ -481,8 +489,8 @@ func (s *scanner) count(param string, most int) (int, error) {
 		}
 		n = min(n*10+int(c-'0'), most+1)
 	}
-	if n < 1 || n > most {
-		return 0, &badBody{from, param, fmt.Sprintf("%s must be between 1 and %d", param, most)}
+	if n < least || n > most {
+		return 0, &badBody{from, param, fmt.Sprintf("%s must be between %d and %d", param, least, most)}
 	}
 	return n, nil
 }

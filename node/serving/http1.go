@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"strings"
@@ -106,6 +107,15 @@ func (h *http1) RoundTrip(req *http.Request) (*http.Response, error) {
 		c, err := h.connection(req.Context())
 		if err != nil {
 			return nil, err
+		}
+		// The last word before the request is written, as with http.Transport: who
+		// needs a permit to ask looks at it here.
+		if t := httptrace.ContextClientTrace(req.Context()); t != nil && t.GotConn != nil {
+			t.GotConn(httptrace.GotConnInfo{Conn: c, Reused: c.reused})
+			if req.Context().Err() != nil {
+				_ = c.Close() // nothing was sent on it
+				return nil, context.Cause(req.Context())
+			}
 		}
 		resp, again, err := h.exchange(c, req, text)
 		if !again {

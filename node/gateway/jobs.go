@@ -1,0 +1,347 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"unicode/utf8"
+
+	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// Jobs is what the job routes need; *jobs.Jobs is one.
+type Jobs interface {
+	Submit(ctx context.Context, r *jobs.Request) (*jobs.View, error)
+	Get(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
+	List(ctx context.Context, who jobs.Caller, q jobs.Query) (jobs.Page, error)
+	Cancel(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
+	Retry(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
+	Delete(ctx context.Context, who jobs.Caller, id journal.JobID) error
+	// Elsewhere asks other nodes for a job that is not known here.
+	Elsewhere(ctx context.Context, who jobs.Caller, method, path string, id journal.JobID) (*jobs.Relayed, error)
+}
+
+const (
+	defaultPage = 20
+	maxKeyBytes = 255 // of an Idempotency-Key
+	maxTenant   = 256
+)
+
+var jobBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 1<<10); return &b }}
+
+// jobs is POST and GET /v1/jobs.
+func (x *exchange) jobs(string) {
+	x.aboutJobs(func(who jobs.Caller) *failure {
+		if x.r.Method == http.MethodPost {
+			return x.submitJob(who)
+		}
+		return x.listJobs(who)
+	})
+}
+
+// job is /v1/jobs/{id} and what is below it.
+func (x *exchange) job(rest string) {
+	text, verb, below := strings.Cut(rest, "/")
+	method, change := x.r.Method, (*exchange).showJob
+	switch {
+	case below && verb != "cancel" && verb != "retry":
+		x.identify()
+		x.refuse(unknownRoute(x.r))
+		return
+	case below && method != http.MethodPost, !below && method == http.MethodPost:
+		x.identify()
+		allowed := &route{methods: []string{http.MethodGet, http.MethodHead, http.MethodDelete}}
+		if below {
+			allowed.methods = post
+		}
+		x.w.Header()["Allow"] = []string{strings.Join(allowed.methods, ", ")}
+		x.refuse(wrongMethod(x.r, allowed))
+		return
+	case verb == "cancel":
+		change = (*exchange).cancelJob
+	case verb == "retry":
+		change = (*exchange).retryJob
+	case method == http.MethodDelete:
+		change = (*exchange).deleteJob
+	}
+	x.aboutJobs(func(who jobs.Caller) *failure {
+		if f := x.noParameters(); f != nil {
+			return f
+		}
+		id, err := journal.ParseJobID(text)
+		if err != nil {
+			return unknownJob(text)
+		}
+		err = change(x, who, id)
+		if errors.Is(err, jobs.ErrNotFound) && x.door == clients {
+			path := "/v1/jobs/" + id.String()
+			if below {
+				path += "/" + verb
+			}
+			var there *jobs.Relayed
+			if there, err = x.g.o.Jobs.Elsewhere(x.r.Context(), who, method, path, id); err == nil {
+				x.relayJob(there)
+				return nil
+			}
+		}
+		if errors.Is(err, jobs.ErrNotFound) {
+			return unknownJob(text)
+		}
+		return x.explainJob(err, who)
+	})
+}
+
+// aboutJobs finds out who asks, keeps within limits.in_flight, and says what
+// went wrong.
+func (x *exchange) aboutJobs(answer func(who jobs.Caller) *failure) {
+	x.identify()
+	g := x.g
+	if int(g.inFlight.Add(1)) > g.config().Limits.InFlight {
+		g.inFlight.Add(-1)
+		x.refuse(g.shed(shedInFlight))
+		return
+	}
+	defer g.inFlight.Add(-1)
+	defer x.release()
+	principal, _, f := x.admit()
+	if f == nil {
+		f = answer(jobs.Caller{Principal: principal, Operator: x.door == operators})
+	}
+	if f != nil && x.r.Context().Err() == nil {
+		x.refuse(f)
+	}
+}
+
+func (x *exchange) submitJob(who jobs.Caller) *failure {
+	if x.door == peers {
+		return unknownRoute(x.r) // who asks a node takes its jobs
+	}
+	if f := x.tenant(&who); f != nil {
+		return f
+	}
+	cfg := x.g.config()
+	body, f := x.readBody(cfg.Limits.BodyBytes)
+	if f != nil {
+		return f
+	}
+	r, err := scanJob(body)
+	if err != nil {
+		return explain(err, "")
+	}
+	if keys := x.r.Header["Idempotency-Key"]; len(keys) > 0 {
+		if len(keys) > 1 || !validKey(keys[0]) {
+			return invalid(http.StatusBadRequest, "invalid_idempotency_key", "Idempotency-Key must be one value of 1 to 255 printable characters.")
+		}
+		r.IdempotencyKey = keys[0]
+	}
+	if _, known := cfg.Models[r.Model]; !known || !mayUse(&who.Principal, r.Model) {
+		f := unknownModel(r.Model)
+		f.param = "body.model"
+		return f
+	}
+	r.Who = who.Principal
+	v, err := x.g.o.Jobs.Submit(x.r.Context(), &r)
+	if err != nil {
+		return x.explainJob(err, who)
+	}
+	x.sendJob(http.StatusAccepted, v)
+	return nil
+}
+
+func validKey(key string) bool {
+	return key != "" && len(key) <= maxKeyBytes && strings.IndexFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) < 0
+}
+
+// tenant lets an operator name the tenant whose job it is to be.
+func (x *exchange) tenant(who *jobs.Caller) *failure {
+	q, f := x.parameters()
+	if f != nil {
+		return f
+	}
+	for name := range q {
+		if name != "tenant" || !who.Operator {
+			return unknownParameter(name)
+		}
+	}
+	if who.Operator {
+		who.Tenant = q.Get("tenant")
+	}
+	return validTenant(who.Tenant)
+}
+
+func (x *exchange) showJob(who jobs.Caller, id journal.JobID) error {
+	v, err := x.g.o.Jobs.Get(x.r.Context(), who, id)
+	if err == nil {
+		x.sendJob(http.StatusOK, v)
+	}
+	return err
+}
+
+func (x *exchange) cancelJob(who jobs.Caller, id journal.JobID) error {
+	v, err := x.g.o.Jobs.Cancel(x.r.Context(), who, id)
+	if err == nil {
+		x.sendJob(http.StatusOK, v)
+	}
+	return err
+}
+
+func (x *exchange) retryJob(who jobs.Caller, id journal.JobID) error {
+	v, err := x.g.o.Jobs.Retry(x.r.Context(), who, id)
+	if err == nil {
+		x.sendJob(http.StatusAccepted, v)
+	}
+	return err
+}
+
+func (x *exchange) deleteJob(who jobs.Caller, id journal.JobID) error {
+	err := x.g.o.Jobs.Delete(x.r.Context(), who, id)
+	if err == nil {
+		x.reply(http.StatusOK, struct {
+			ID      string `json:"id"`
+			Object  string `json:"object"`
+			Deleted bool   `json:"deleted"`
+		}{id.String(), "job", true})
+	}
+	return err
+}
+
+func (x *exchange) listJobs(who jobs.Caller) *failure {
+	q, f := x.listQuery(who)
+	if f != nil {
+		return f
+	}
+	page, err := x.g.o.Jobs.List(x.r.Context(), who, q)
+	if err != nil {
+		return x.explainJob(err, who)
+	}
+	b := append([]byte(nil), `{"object":"list","data":[`...)
+	for i, v := range page.Jobs {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = v.AppendJSON(b)
+	}
+	first, last := "null", "null"
+	if n := len(page.Jobs); n > 0 {
+		first, last = strconv.Quote(page.Jobs[0].ID.String()), strconv.Quote(page.Jobs[n-1].ID.String())
+	}
+	b = append(b, `],"first_id":`+first+`,"last_id":`+last+`,"has_more":`...)
+	b = append(strconv.AppendBool(b, page.More), '}')
+	x.sendJSON(http.StatusOK, b)
+	return nil
+}
+
+func (x *exchange) listQuery(who jobs.Caller) (q jobs.Query, f *failure) {
+	values, f := x.parameters()
+	if f != nil {
+		return q, f
+	}
+	q.Limit = defaultPage
+	for name := range values {
+		text := values.Get(name)
+		var err error
+		switch {
+		case name == "limit":
+			q.Limit, err = strconv.Atoi(text)
+			if err != nil || q.Limit < 1 || q.Limit > jobs.MaxPage {
+				return q, badParameter(name, "must be a number from 1 to "+strconv.Itoa(jobs.MaxPage))
+			}
+		case name == "status":
+			for one := range strings.SplitSeq(text, ",") {
+				s := journal.Status(one)
+				if !s.Final() && s != journal.Queued && s != journal.Running {
+					return q, badParameter(name, "must be one of queued, running, succeeded, failed, cancelled, expired, or several with commas between")
+				}
+				q.Status = append(q.Status, s)
+			}
+		case name == "after":
+			q.After, err = journal.ParseJobID(text)
+		case name == "before":
+			q.Before, err = journal.ParseJobID(text)
+		case name == "tenant" && who.Operator:
+			if q.Tenant, f = text, validTenant(text); f != nil {
+				return q, f
+			}
+		default:
+			return q, unknownParameter(name)
+		}
+		if err != nil {
+			return q, badParameter(name, "must be the id of a job")
+		}
+	}
+	if values.Has("after") && values.Has("before") {
+		return q, badParameter("before", "can't be given together with after")
+	}
+	return q, nil
+}
+
+func validTenant(name string) *failure {
+	if len(name) > maxTenant || !utf8.ValidString(name) {
+		return badParameter("tenant", "must be a tenant's name")
+	}
+	return nil
+}
+
+// parameters refuses what stands there twice.
+func (x *exchange) parameters() (url.Values, *failure) {
+	if x.r.URL.RawQuery == "" {
+		return nil, nil
+	}
+	q, err := url.ParseQuery(x.r.URL.RawQuery)
+	if err != nil {
+		return nil, badParameter("", "the query can't be read")
+	}
+	for name, values := range q {
+		if len(values) > 1 {
+			return nil, badParameter(name, "stands there twice")
+		}
+	}
+	return q, nil
+}
+
+func (x *exchange) noParameters() *failure {
+	q, f := x.parameters()
+	for name := range q {
+		return unknownParameter(name)
+	}
+	return f
+}
+
+func (x *exchange) sendJob(status int, v *jobs.View) {
+	buf := jobBuffers.Get().(*[]byte) //nolint:errcheck // the pool holds nothing else
+	b := v.AppendJSON((*buf)[:0])
+	if status == http.StatusAccepted {
+		x.w.Header()["Location"] = []string{"/v1/jobs/" + v.ID.String()}
+	}
+	x.sendJSON(status, b)
+	if cap(b) <= 64<<10 {
+		*buf = b
+		jobBuffers.Put(buf)
+	}
+}
+
+func (x *exchange) sendJSON(status int, b []byte) {
+	h := x.w.Header()
+	h["Content-Type"] = jsonType
+	h["Content-Length"] = []string{strconv.Itoa(len(b))}
+	h["Cache-Control"] = noStore
+	x.w.WriteHeader(status)
+	if x.r.Method != http.MethodHead {
+		_, _ = x.w.Write(b) // a client that has gone can't be told
+	}
+}
+
+// relayJob passes another node's answer on.
+func (x *exchange) relayJob(there *jobs.Relayed) {
+	for _, k := range [...]string{"Location", "Retry-After", "X-Should-Retry", "X-Dsnode-Node", "X-Dsnode-Site"} {
+		if v, ok := there.Header[k]; ok {
+			x.w.Header()[k] = v
+		}
+	}
+	x.sendJSON(there.Status, there.Body)
+}
