@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/failover"
@@ -25,7 +26,6 @@ import (
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage"
-	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 // Options are what a Node needs besides its configuration.
@@ -45,6 +45,8 @@ type Node struct {
 	pipeline *serving.Pipeline
 	gateway  *gateway.Gateway
 	admin    *admin.Server
+	keys     *dataKeys
+	work     *work
 	doors    doors
 
 	isolation *isolation
@@ -102,12 +104,18 @@ func (n *Node) open() error {
 		return err
 	}
 	n.onStop("data directory lock", lock.Unlock)
-	operatorKey, err := keyring.LoadOperatorKey(keyring.KeyRef(n.cfg.OperatorKey))
+	operator, err := loadOperatorKeys(n.cfg)
 	if err != nil {
 		return err
 	}
-	sealer, err := keyring.OpenNodeKey(n.cfg.DataDir, operatorKey)
+	sealer, err := operator.openNodeKey(n.cfg.DataDir, n.log)
 	if err != nil {
+		return err
+	}
+	if n.keys, err = newDataKeys(n.cfg.Name, n.cfg.DataDir, sealer, operator, n.log); err != nil {
+		return err
+	}
+	if err := n.openWork(); err != nil {
 		return err
 	}
 	metrics := storage.NewMetrics(n.reg)
@@ -144,14 +152,21 @@ func (n *Node) open() error {
 		Listener: n.doors.rpc, RPC: n.doors.rpcAddr, API: n.doors.apiAddr, Admin: n.doors.adminAddr,
 		Gossip: n.cfg.Gossip.Advertise, GossipBind: n.cfg.Gossip.Bind, GossipKey: gossipKey,
 		Credentials: credentials,
-		Logs:        store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
+		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
+		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
 		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
+		Services: func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
 	})
 	if err != nil {
 		return err
 	}
 	n.cluster.OnRelease(n.release)
+	if err := n.work.connect(); err != nil {
+		return err
+	}
+	n.keys.agreed = n.cluster
+	n.cluster.OnCarried(n.keys.carried)
 	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})
 	n.pipeline = serving.New(serving.Options{
 		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers },
@@ -161,7 +176,7 @@ func (n *Node) open() error {
 	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
 	n.gateway = gateway.New(gateway.Options{
 		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
-		Auth: keyCheck{n.cluster}, Health: n, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
 		Cluster: n, Gatherer: n.reg, Health: n.gateway, Token: n.doors.adminToken, Logger: n.log,
@@ -206,7 +221,7 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopCluster()
 
 	n.look()
-	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember} {
+	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.keepKeys, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
 	clusterDone := make(chan struct{})
@@ -242,6 +257,7 @@ func (n *Node) drain(ctx context.Context) {
 	delay, grace := n.cfg.Shutdown.Delay.D(), n.cfg.Shutdown.Grace.D()
 	n.log.Info("draining", "delay", delay, "grace", grace)
 	n.setDraining(true)
+	n.work.stopStarting()
 	select {
 	case <-time.After(delay):
 	case <-ctx.Done():

@@ -9,6 +9,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/replication"
 )
 
 // sight is all that a status is made of, gathered at one moment.
@@ -27,6 +28,9 @@ type sight struct {
 	// quarantine is why this node, leading raft, holds still; empty: it does not.
 	quarantine string
 	leftBehind string // a recovery went on without this node, in words
+	keys       string // which data key can't be opened here, and why
+	jobs       *admin.Jobs
+	copies     map[string]replication.Copy // by site; absent: not known
 	failback   *string
 }
 
@@ -37,8 +41,9 @@ func (n *Node) status() admin.Status {
 		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
 		health: n.surround.Load().health, waiting: n.cluster.Waiting(),
 		quarantine: n.cluster.Quarantined(), leftBehind: n.cluster.LeftBehind(),
-		left: map[string]bool{}, failback: n.failbackAvailable(),
+		left: map[string]bool{}, failback: n.failbackAvailable(), keys: n.keys.Problem(),
 	}
+	v.jobs, v.copies = n.work.status(v.state)
 	for _, m := range n.cluster.Members() {
 		v.left[m.Name] = m.State == cluster.MemberLeft
 	}
@@ -76,6 +81,7 @@ func describe(v sight) admin.Status {
 	if h := v.state.Hold; h != nil {
 		s.Hold = &admin.Hold{Reason: h.Reason, By: h.By, At: h.At}
 	}
+	s.Jobs = v.jobs
 	s.Nodes = v.nodes()
 	if v.state.Parsed != nil {
 		for _, name := range sortedNames(v.state.Parsed.Sites) {
@@ -174,6 +180,9 @@ func (v sight) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatu
 	s := admin.SiteStatus{
 		Name: name, City: site.City, Role: admin.Role(cfg.Role(name, v.state.Primary.Site)),
 		Replication: &admin.Replication{RPOTargetSeconds: &rpo, RTOTargetSeconds: &rto},
+	}
+	if c, known := v.copies[name]; known {
+		s.Replication.RecordsBehind, s.Replication.LagSeconds = c.RecordsBehind, c.LagSeconds
 	}
 	alive, total, upstreams := 0, 0, 0
 	for u, def := range cfg.Upstreams {
@@ -282,6 +291,9 @@ func (v sight) reasons(s admin.Status) []string {
 	if v.leftBehind != "" {
 		out = append(out, v.leftBehind)
 	}
+	if v.keys != "" {
+		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
+	}
 	if v.quarantine != "" {
 		out = append(out, "quarantined: "+v.quarantine)
 	}
@@ -302,6 +314,10 @@ func (v sight) reasons(s admin.Status) []string {
 			out = append(out, fmt.Sprintf("site %s is isolated", site.Name))
 		case admin.SiteDegraded:
 			out = append(out, v.degraded(site, s.Nodes)...)
+		}
+		if r := site.Replication; r.LagSeconds != nil && *r.LagSeconds > *r.RPOTargetSeconds {
+			out = append(out, fmt.Sprintf("site %s: its copy of the other sites' jobs is %.0f s old, the target is %.0f s",
+				site.Name, *r.LagSeconds, *r.RPOTargetSeconds))
 		}
 	}
 	out = append(out, v.fewVoters(s)...)

@@ -1,0 +1,382 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/gateway"
+	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/replication"
+	"github.com/dsnode/dsnode/storage/jobtable"
+	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+const (
+	jobsDir    = "jobs" // of the table, and of what node/jobs notes
+	journalDir = "journal"
+	// clockAhead is how far a peer's clock may be ahead of this node's before it is
+	// no longer followed.
+	clockAhead = 10 * time.Minute
+	// shrinkEvery is how often the journals are held against their budget.
+	shrinkEvery = 10 * time.Second
+	// spareShare of the room at the model servers is left to clients that wait.
+	spareShare = 4 // a quarter
+)
+
+// work is this node's part in asynchronous jobs: the journals, the table that is
+// derived from them, what carries them to other nodes, and who executes them.
+type work struct {
+	n           *Node
+	clock       *journal.HLC
+	sealer      *journal.Sealer
+	log         *journal.Log
+	table       *jobtable.Table
+	replication *replication.Replication
+	ownership   *failover.Ownership
+
+	// jobs is nil until this node is a member, has the data keys and has brought
+	// its table up to date.
+	jobs atomic.Pointer[jobs.Jobs]
+	// stop ends the starting of jobs, before the node's doors close.
+	stop atomic.Pointer[context.CancelFunc]
+}
+
+// openWork opens the files. The cluster's services are registered by serve.
+func (n *Node) openWork() error {
+	w := &work{n: n, clock: journal.NewHLC(time.Now, clockAhead), sealer: journal.NewSealer(n.keys.ring)}
+	var err error
+	dir := filepath.Join(n.cfg.DataDir, jobsDir)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make a directory for jobs: %w", err)
+	}
+	if w.table, err = w.openTable(dir); err != nil {
+		return err
+	}
+	n.onStop("job table", func() error { return w.table.Close() })
+	w.log, err = journal.Open(journal.Options{
+		Dir: filepath.Join(n.cfg.DataDir, journalDir), Clock: w.clock, Logger: n.log, Registerer: n.reg, Durable: w.table.Apply,
+	})
+	if err != nil {
+		return fmt.Errorf("open the journals: %w", err)
+	}
+	n.onStop("journals", w.log.Close)
+	n.keys.carry("journals", journalCarrier{w.log, w.sealer})
+	n.keys.carry("job table", tableCarrier{w.table})
+	n.work = w
+	return nil
+}
+
+// openTable makes a damaged table anew: it is derived.
+func (w *work) openTable(dir string) (*jobtable.Table, error) {
+	o := jobtable.Options{
+		Dir: dir, Sealer: w.sealer, Ring: w.n.keys.ring, Clock: w.clock, Logger: w.n.log, Registerer: w.n.reg,
+		Retention: w.retention,
+	}
+	t, err := jobtable.Open(o)
+	if errors.Is(err, jobtable.ErrDamaged) {
+		w.n.log.Error("the job table is damaged; it is made anew from the journals and from other nodes", "err", err)
+		if err := jobtable.Discard(dir); err != nil {
+			return nil, err
+		}
+		t, err = jobtable.Open(o)
+	}
+	return t, err
+}
+
+func (w *work) retention() time.Duration {
+	if w.n.cluster != nil {
+		if s := w.n.cluster.State(); s.Parsed != nil {
+			return s.Parsed.Jobs.Retention.D()
+		}
+	}
+	return cluster.DefaultJobs().Retention.D()
+}
+
+// connect makes what needs the cluster.
+func (w *work) connect() error {
+	n := w.n
+	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
+	var err error
+	w.replication, err = replication.New(replication.Options{
+		Self: n.cfg.Name, Site: n.cfg.Site, Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
+		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
+		Retired: w.retired, Boottime: cluster.Boottime, Now: time.Now, Logger: n.log, Registerer: n.reg,
+	})
+	return err
+}
+
+// members are the nodes that carry journals, this one among them.
+func (w *work) members() []replication.Member {
+	s := w.n.cluster.State()
+	if s.Parsed == nil {
+		return nil
+	}
+	patience := w.n.cluster.Timing().Patience
+	peers := w.n.cluster.Peers()
+	members := make([]replication.Member, 0, len(s.Nodes))
+	for name, node := range s.Nodes {
+		m := replication.Member{Node: name, Site: node.Site, City: s.Parsed.Sites[node.Site].City, Heard: name == w.n.cfg.Name}
+		if p, known := peers[name]; known && p.Heard && p.Ago < patience {
+			m.Heard, m.Hears = true, make(map[string]bool, len(p.HeardBy))
+			for other, ago := range p.HeardBy {
+				m.Hears[other] = p.Ago+ago < patience
+			}
+		}
+		members = append(members, m)
+	}
+	return members
+}
+
+// retired reports whether nothing of a stream is left to do: its owner has
+// dropped it, or it was never agreed on and its origin is no member.
+func (w *work) retired(s journal.Stream) bool {
+	state := w.n.cluster.State()
+	if _, agreed := state.Streams[cluster.StreamKey(s.Origin, s.Incarnation.String())]; agreed {
+		return false
+	}
+	_, member := state.Nodes[s.Origin]
+	return !member
+}
+
+// run brings the table up to date and then takes, carries and executes jobs
+// until ctx ends. An error means that this node must not go on.
+func (w *work) run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return w.table.Run(ctx) })
+	g.Go(func() error { return w.watchJournals(ctx) })
+	g.Go(func() error {
+		if !w.awaitReady(ctx) {
+			return nil
+		}
+		if err := w.replay(ctx); err != nil {
+			return err
+		}
+		j, err := jobs.New(w.options())
+		if err != nil {
+			return err
+		}
+		starting, stop := context.WithCancel(ctx)
+		defer stop()
+		w.stop.Store(&stop)
+		w.jobs.Store(j)
+		g.Go(func() error { return w.replication.Run(ctx) })
+		g.Go(func() error { return w.shrink(ctx) })
+		adopter := failover.NewAdopter(failover.Options{
+			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,
+			Health:      func() cluster.Health { return w.n.surround.Load().health },
+			Boottime:    cluster.Boottime,
+			Quarantined: func() bool { return w.n.cluster.Quarantined() != "" },
+			Logger:      w.n.log, Registerer: w.n.reg,
+		})
+		g.Go(func() error { return w.n.cluster.WhileLeader(ctx, adopter.Lead) })
+		return j.Run(starting)
+	})
+	return g.Wait()
+}
+
+// stopStarting ends the executor: what runs gets its grace, the rest waits for
+// the next start, or for another owner.
+func (w *work) stopStarting() {
+	if stop := w.stop.Load(); stop != nil {
+		(*stop)()
+	}
+}
+
+// watchJournals ends the node when its journals fail: after a failed write
+// nobody knows what is on the disk.
+func (w *work) watchJournals(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-w.log.Failed():
+		return fmt.Errorf("this node's journals failed: %w", w.log.Err())
+	}
+}
+
+// awaitReady waits until this node is a member and can open its records.
+func (w *work) awaitReady(ctx context.Context) bool {
+	if err := w.n.cluster.AwaitMember(ctx); err != nil {
+		return false
+	}
+	for {
+		changed := w.n.keys.ring.Changed()
+		if w.n.keys.ring.Ready() {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// replay applies what the table had not committed when the node last stopped.
+func (w *work) replay(ctx context.Context) error {
+	began, streams := time.Now(), 0
+	for s, end := range w.log.Ends() {
+		from := w.table.Applied(s) + 1
+		if from < end.First {
+			// Only a table that was made anew lacks what its journals have dropped. The
+			// rows come from other nodes, when the digests are compared.
+			w.n.log.Warn("the job table lacks records that this node's journals no longer hold; other nodes have them",
+				"stream", s.String(), "from", from, "to", end.First-1)
+			if err := w.table.SetApplied(ctx, s, end.First-1); err != nil {
+				return err
+			}
+			from = end.First
+		}
+		if from > end.Durable {
+			continue
+		}
+		streams++
+		err := w.log.Replay(s, from, func(records []journal.Record) error {
+			w.table.Apply(s, records)
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("bring the job table up to date: %w", err)
+		}
+	}
+	w.n.log.Info("job table is up to date", "streams", streams, "took", time.Since(began), "jobs", w.table.Counts())
+	return nil
+}
+
+func (w *work) options() jobs.Options {
+	n := w.n
+	return jobs.Options{
+		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
+		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.ring, Replication: jobReplication{w.replication, w},
+		Ownership: w.ownership, State: n.cluster.State,
+		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Elsewhere: w.elsewhere,
+		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
+	}
+}
+
+// spare is how many more jobs may run now: a part of the room at the site's
+// model servers is for those who wait.
+func (w *work) spare() int {
+	free, most := w.n.pipeline.Room()
+	return free - (most+spareShare-1)/spareShare
+}
+
+// elsewhere are the other living nodes, of this site too.
+func (w *work) elsewhere() []serving.Peer {
+	n := w.n
+	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
+	var peers []serving.Peer
+	for name, p := range n.cluster.Peers() {
+		if p.Heard && p.Ago < patience {
+			peers = append(peers, serving.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
+		}
+	}
+	return peers
+}
+
+// shrink keeps the journals within their budget.
+func (w *work) shrink(ctx context.Context) error {
+	tick := time.NewTicker(shrinkEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			trimmed, err := w.log.Shrink(w.table.Applied)
+			for s, first := range trimmed {
+				w.n.log.Warn("the journals are over their budget; who lacks what was dropped gets rows instead", "stream", s.String(), "begins", first)
+			}
+			if err != nil {
+				w.n.log.Warn("journals not shrunk", "err", err)
+			}
+		}
+	}
+}
+
+// status is what this node knows of jobs, and of how far the copies of each site
+// are behind; nothing before it carries any.
+func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Copy) {
+	j := w.jobs.Load()
+	if j == nil || s.Parsed == nil {
+		return nil, nil
+	}
+	c := j.Counts()
+	copies := make(map[string]replication.Copy, len(s.Parsed.Sites))
+	for site := range s.Parsed.Sites {
+		copies[site] = w.replication.Copy(site)
+	}
+	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
+}
+
+// check compares the journals with the table, for an operator and for tests.
+func (w *work) check(ctx context.Context) error {
+	if w.jobs.Load() == nil {
+		return jobs.ErrNotReady
+	}
+	ends := w.log.Ends()
+	if err := w.table.Check(ctx); err != nil {
+		return err
+	}
+	for s, end := range ends {
+		if applied := w.table.Applied(s); applied < end.Durable {
+			return fmt.Errorf("the table has %s up to %d, the journal up to %d", s, applied, end.Durable)
+		}
+	}
+	return nil
+}
+
+// jobReplication adds who can be heard.
+type jobReplication struct {
+	*replication.Replication
+	w *work
+}
+
+// Heard reports whether a node can be heard now.
+func (r jobReplication) Heard(node string) bool {
+	if node == r.w.n.cfg.Name {
+		return true
+	}
+	p, known := r.w.n.cluster.Peers()[node]
+	return known && p.Heard && p.Ago < r.w.n.cluster.Timing().Patience
+}
+
+// journalCarrier and tableCarrier are the stores as the keyring sees them.
+type journalCarrier struct {
+	log    *journal.Log
+	sealer *journal.Sealer
+}
+
+func (c journalCarrier) Carries(context.Context) (map[keyring.KeyID]int64, error) {
+	return c.log.Carried(), nil
+}
+
+func (c journalCarrier) Reseal(ctx context.Context, _ keyring.KeyID) (int64, error) {
+	return c.log.Reseal(ctx, c.sealer)
+}
+
+type tableCarrier struct{ table *jobtable.Table }
+
+func (c tableCarrier) Carries(ctx context.Context) (map[keyring.KeyID]int64, error) {
+	return c.table.Carries(ctx)
+}
+
+func (c tableCarrier) Reseal(ctx context.Context, from keyring.KeyID) (int64, error) {
+	if err := c.table.Reseal(ctx, from); err != nil {
+		return 0, err
+	}
+	counts, err := c.table.Carries(ctx)
+	return counts[from], err
+}
