@@ -244,13 +244,6 @@ func (l *ledger) setMembers(members []Member) {
 	l.announce()
 }
 
-// snapshot copies the marks for a decision.
-func (l *ledger) snapshot() Marks {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.marks.Clone()
-}
-
 // held is up to where a node holds a stream.
 func (l *ledger) held(node string, s journal.Stream) uint64 {
 	l.mu.Lock()
@@ -262,6 +255,64 @@ func (l *ledger) heldByAll(s journal.Stream) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.marks.HeldByAll(s, l.nodes)
+}
+
+// gains is how many records each node holds that this one lacks, by origin.
+func (l *ledger) gains(unwanted func(journal.Stream) bool) map[string]map[string]uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	own := l.marks[l.self].Ends
+	out := map[string]map[string]uint64{}
+	for node, h := range l.marks {
+		if node == l.self {
+			continue
+		}
+		for s, seq := range h.Ends {
+			if seq <= own[s] || unwanted(s) {
+				continue
+			}
+			if out[s.Origin] == nil {
+				out[s.Origin] = map[string]uint64{}
+			}
+			out[s.Origin][node] += seq - own[s]
+		}
+	}
+	return out
+}
+
+// ownByOrigin is how many records of each origin this node holds or held.
+func (l *ledger) ownByOrigin() map[string]uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := map[string]uint64{}
+	for s, seq := range l.marks[l.self].Ends {
+		out[s.Origin] += seq
+	}
+	return out
+}
+
+// behind is how many records of the origins some node is known to hold and none
+// of the holders does.
+func (l *ledger) behind(origins, holders []string) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	most, have := map[journal.Stream]uint64{}, map[journal.Stream]uint64{}
+	for node, h := range l.marks {
+		holder := slices.Contains(holders, node)
+		for s, seq := range h.Ends {
+			if slices.Contains(origins, s.Origin) {
+				most[s] = max(most[s], seq)
+				if holder {
+					have[s] = max(have[s], seq)
+				}
+			}
+		}
+	}
+	n := int64(0)
+	for s, seq := range most {
+		n += int64(seq - have[s])
+	}
+	return n
 }
 
 // reached is, for each level, up to where a stream that this node writes is that

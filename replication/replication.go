@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -24,7 +25,9 @@ type Log interface {
 	Read(s journal.Stream, from uint64, maxBytes int) (frames []byte, next uint64, err error)
 	Receive(ctx context.Context, s journal.Stream, frames []byte) (durable uint64, err error)
 	ReceiveFrom(s journal.Stream, first uint64) error
-	Trim(s journal.Stream, through uint64) error
+	Trim(s journal.Stream, keepFrom uint64) error
+	Shrink(applied func(journal.Stream) uint64) (map[journal.Stream]uint64, error)
+	Drop(s journal.Stream) error
 }
 
 // Table is what replication needs of the jobs' table; *jobtable.Table is one.
@@ -35,7 +38,7 @@ type Table interface {
 	Rows(after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
 	Merge(ctx context.Context, frames []byte) error
 	SetApplied(ctx context.Context, s journal.Stream, seq uint64) error
-	Digests() [256][16]byte
+	Digests() ([256][16]byte, error)
 	Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
 }
 
@@ -91,8 +94,14 @@ type Options struct {
 // Replication is one node's part in carrying journals. It does nothing before
 // Run.
 type Replication struct {
-	opts   Options
-	ledger *ledger
+	opts    Options
+	ledger  *ledger
+	fresh   *freshness
+	metrics *metrics
+	bulk    pacer
+	news    news
+	life    life
+	pulled  atomic.Value // []string, the nodes pulled from
 }
 
 // ErrTooManyWaiting means that more calls wait for durability than are allowed.
@@ -103,10 +112,23 @@ func New(o Options) (*Replication, error) {
 	if o.Limits.Waiting == 0 {
 		o.Limits.Waiting = 65536
 	}
+	if o.Limits.BulkBytesPerSecond == 0 {
+		o.Limits.BulkBytesPerSecond = 64 << 20
+	}
+	if o.Limits.FeedBytesPerSecond == 0 {
+		o.Limits.FeedBytesPerSecond = 8 << 20
+	}
 	if o.Caller == nil {
 		o.Caller = callerOf
 	}
-	r := &Replication{opts: o, ledger: newLedger(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger)}
+	r := &Replication{
+		opts: o, ledger: newLedger(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),
+		fresh: newFreshness(o.Boottime),
+		bulk:  pacer{now: o.Boottime, perSecond: o.Limits.BulkBytesPerSecond},
+		news:  news{subs: map[*headlines]struct{}{}},
+		life:  life{pulls: map[string]*context.CancelFunc{}},
+	}
+	r.metrics = newMetrics(o.Registerer, r)
 	r.ledger.setOwn(durable(o.Log.Ends()))
 	r.ledger.setMembers(o.Members())
 	return r, nil
@@ -115,12 +137,6 @@ func New(o Options) (*Replication, error) {
 // Register offers the journals to peers. They are refused until Run.
 func (r *Replication) Register(s grpc.ServiceRegistrar) {
 	replicationpb.RegisterReplicationServer(s, &server{r: r})
-}
-
-// Run pulls and serves until ctx ends, and waits for all that it started.
-func (r *Replication) Run(ctx context.Context) error {
-	<-ctx.Done()
-	return nil
 }
 
 // Await blocks until record seq of a stream that this node writes is durable to
@@ -209,23 +225,6 @@ func (r *Replication) CaughtUp(s journal.Stream, nodes []string) bool {
 func (r *Replication) AwaitCaughtUp(ctx context.Context, s journal.Stream) error {
 	return r.awaitCaughtUp(ctx, s)
 }
-
-// Lag is how old this node's copy of the journals of a site is, in seconds: the
-// oldest of its nodes'. False: not known, because some were never heard.
-func (r *Replication) Lag(originSite string) (seconds float64, known bool) { return 0, false }
-
-// Behind is how many records of a site this node is known to lack. False: not
-// known, because some of the site's nodes can't be heard at present.
-func (r *Replication) Behind(originSite string) (records int64, known bool) { return 0, false }
-
-// Copy says how far a site's copy of the other sites' journals is behind.
-type Copy struct {
-	RecordsBehind *int64   // nil: not known
-	LagSeconds    *float64 // nil: not known
-}
-
-// Copy is a site's, as this node knows it.
-func (r *Replication) Copy(peerSite string) Copy { return Copy{} }
 
 // durable is the ends alone.
 func durable(ends map[journal.Stream]journal.End) map[journal.Stream]uint64 {

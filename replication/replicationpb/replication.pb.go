@@ -192,30 +192,32 @@ func (x *HolderMarks) GetMarks() []*StreamSeq {
 	return nil
 }
 
-// How old a node's copy of an origin's journals is, when the message is sent.
-type Age struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Holder        string                 `protobuf:"bytes,1,opt,name=holder,proto3" json:"holder,omitempty"`
-	Origin        string                 `protobuf:"bytes,2,opt,name=origin,proto3" json:"origin,omitempty"`
-	AgeUs         uint64                 `protobuf:"varint,3,opt,name=age_us,json=ageUs,proto3" json:"age_us,omitempty"`
+// How old a node's copy of the journals of a site is, when the message is sent.
+type SiteAge struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Holder     string                 `protobuf:"bytes,1,opt,name=holder,proto3" json:"holder,omitempty"`
+	OriginSite string                 `protobuf:"bytes,2,opt,name=origin_site,json=originSite,proto3" json:"origin_site,omitempty"`
+	AgeUs      uint64                 `protobuf:"varint,3,opt,name=age_us,json=ageUs,proto3" json:"age_us,omitempty"`
+	// How long ago the holder itself said so.
+	SaidUs        uint64 `protobuf:"varint,4,opt,name=said_us,json=saidUs,proto3" json:"said_us,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *Age) Reset() {
-	*x = Age{}
+func (x *SiteAge) Reset() {
+	*x = SiteAge{}
 	mi := &file_replication_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *Age) String() string {
+func (x *SiteAge) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*Age) ProtoMessage() {}
+func (*SiteAge) ProtoMessage() {}
 
-func (x *Age) ProtoReflect() protoreflect.Message {
+func (x *SiteAge) ProtoReflect() protoreflect.Message {
 	mi := &file_replication_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -227,26 +229,86 @@ func (x *Age) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use Age.ProtoReflect.Descriptor instead.
-func (*Age) Descriptor() ([]byte, []int) {
+// Deprecated: Use SiteAge.ProtoReflect.Descriptor instead.
+func (*SiteAge) Descriptor() ([]byte, []int) {
 	return file_replication_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *Age) GetHolder() string {
+func (x *SiteAge) GetHolder() string {
 	if x != nil {
 		return x.Holder
 	}
 	return ""
 }
 
-func (x *Age) GetOrigin() string {
+func (x *SiteAge) GetOriginSite() string {
+	if x != nil {
+		return x.OriginSite
+	}
+	return ""
+}
+
+func (x *SiteAge) GetAgeUs() uint64 {
+	if x != nil {
+		return x.AgeUs
+	}
+	return 0
+}
+
+func (x *SiteAge) GetSaidUs() uint64 {
+	if x != nil {
+		return x.SaidUs
+	}
+	return 0
+}
+
+// How old the sender's copy of the journals of a node is.
+type OriginAge struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Origin        string                 `protobuf:"bytes,1,opt,name=origin,proto3" json:"origin,omitempty"`
+	AgeUs         uint64                 `protobuf:"varint,2,opt,name=age_us,json=ageUs,proto3" json:"age_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OriginAge) Reset() {
+	*x = OriginAge{}
+	mi := &file_replication_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OriginAge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OriginAge) ProtoMessage() {}
+
+func (x *OriginAge) ProtoReflect() protoreflect.Message {
+	mi := &file_replication_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OriginAge.ProtoReflect.Descriptor instead.
+func (*OriginAge) Descriptor() ([]byte, []int) {
+	return file_replication_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *OriginAge) GetOrigin() string {
 	if x != nil {
 		return x.Origin
 	}
 	return ""
 }
 
-func (x *Age) GetAgeUs() uint64 {
+func (x *OriginAge) GetAgeUs() uint64 {
 	if x != nil {
 		return x.AgeUs
 	}
@@ -256,7 +318,8 @@ func (x *Age) GetAgeUs() uint64 {
 type PullRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// want replaces the origins that were wanted before; absent: no change.
+	// want replaces the origins that were wanted before; absent: no change. What
+	// is wanted newly begins where resume in the same message says.
 	Want *Want `protobuf:"bytes,2,opt,name=want,proto3" json:"want,omitempty"`
 	// Where to go on: the next record of the stream to send is seq + 1. A stream
 	// of a wanted origin that was never named here begins at 1.
@@ -264,11 +327,11 @@ type PullRequest struct {
 	// Marks that changed. The sender's own are acknowledgements.
 	Marks []*HolderMarks `protobuf:"bytes,4,rep,name=marks,proto3" json:"marks,omitempty"`
 	// probe, when not 0, is answered at once with what the source holds.
-	Probe uint64 `protobuf:"varint,5,opt,name=probe,proto3" json:"probe,omitempty"`
-	Ages  []*Age `protobuf:"bytes,6,rep,name=ages,proto3" json:"ages,omitempty"`
+	Probe uint64     `protobuf:"varint,5,opt,name=probe,proto3" json:"probe,omitempty"`
+	Ages  []*SiteAge `protobuf:"bytes,6,rep,name=ages,proto3" json:"ages,omitempty"`
 	// The sender's newest measured round trip, 0 when it has none.
 	RoundTripUs uint64 `protobuf:"varint,7,opt,name=round_trip_us,json=roundTripUs,proto3" json:"round_trip_us,omitempty"`
-	// The newest page of the snapshot that is merged and on disk.
+	// The newest page of the snapshot that is merged and on disk; 0: no change.
 	SnapshotPage  uint64 `protobuf:"varint,8,opt,name=snapshot_page,json=snapshotPage,proto3" json:"snapshot_page,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -276,7 +339,7 @@ type PullRequest struct {
 
 func (x *PullRequest) Reset() {
 	*x = PullRequest{}
-	mi := &file_replication_proto_msgTypes[4]
+	mi := &file_replication_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -288,7 +351,7 @@ func (x *PullRequest) String() string {
 func (*PullRequest) ProtoMessage() {}
 
 func (x *PullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[4]
+	mi := &file_replication_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -301,7 +364,7 @@ func (x *PullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullRequest.ProtoReflect.Descriptor instead.
 func (*PullRequest) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{4}
+	return file_replication_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PullRequest) GetFormat() uint32 {
@@ -339,7 +402,7 @@ func (x *PullRequest) GetProbe() uint64 {
 	return 0
 }
 
-func (x *PullRequest) GetAges() []*Age {
+func (x *PullRequest) GetAges() []*SiteAge {
 	if x != nil {
 		return x.Ages
 	}
@@ -369,7 +432,7 @@ type Want struct {
 
 func (x *Want) Reset() {
 	*x = Want{}
-	mi := &file_replication_proto_msgTypes[5]
+	mi := &file_replication_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -381,7 +444,7 @@ func (x *Want) String() string {
 func (*Want) ProtoMessage() {}
 
 func (x *Want) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[5]
+	mi := &file_replication_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -394,7 +457,7 @@ func (x *Want) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Want.ProtoReflect.Descriptor instead.
 func (*Want) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{5}
+	return file_replication_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Want) GetOrigins() []string {
@@ -410,7 +473,7 @@ type PullResponse struct {
 	Frames        []*Frames              `protobuf:"bytes,2,rep,name=frames,proto3" json:"frames,omitempty"`
 	Marks         []*HolderMarks         `protobuf:"bytes,3,rep,name=marks,proto3" json:"marks,omitempty"`
 	Probe         *ProbeAnswer           `protobuf:"bytes,4,opt,name=probe,proto3" json:"probe,omitempty"`
-	Ages          []*Age                 `protobuf:"bytes,5,rep,name=ages,proto3" json:"ages,omitempty"`
+	Ages          []*SiteAge             `protobuf:"bytes,5,rep,name=ages,proto3" json:"ages,omitempty"`
 	Snapshot      *SnapshotPage          `protobuf:"bytes,6,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -418,7 +481,7 @@ type PullResponse struct {
 
 func (x *PullResponse) Reset() {
 	*x = PullResponse{}
-	mi := &file_replication_proto_msgTypes[6]
+	mi := &file_replication_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -430,7 +493,7 @@ func (x *PullResponse) String() string {
 func (*PullResponse) ProtoMessage() {}
 
 func (x *PullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[6]
+	mi := &file_replication_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -443,7 +506,7 @@ func (x *PullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullResponse.ProtoReflect.Descriptor instead.
 func (*PullResponse) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{6}
+	return file_replication_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PullResponse) GetFormat() uint32 {
@@ -474,7 +537,7 @@ func (x *PullResponse) GetProbe() *ProbeAnswer {
 	return nil
 }
 
-func (x *PullResponse) GetAges() []*Age {
+func (x *PullResponse) GetAges() []*SiteAge {
 	if x != nil {
 		return x.Ages
 	}
@@ -506,7 +569,7 @@ type Frames struct {
 
 func (x *Frames) Reset() {
 	*x = Frames{}
-	mi := &file_replication_proto_msgTypes[7]
+	mi := &file_replication_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +581,7 @@ func (x *Frames) String() string {
 func (*Frames) ProtoMessage() {}
 
 func (x *Frames) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[7]
+	mi := &file_replication_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +594,7 @@ func (x *Frames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Frames.ProtoReflect.Descriptor instead.
 func (*Frames) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{7}
+	return file_replication_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Frames) GetStream() *Stream {
@@ -582,16 +645,16 @@ type ProbeAnswer struct {
 	// What the source holds of the wanted origins: all of it in the first answer
 	// of a call and after each change of the wanted origins, later what changed.
 	Ends []*StreamSeq `protobuf:"bytes,2,rep,name=ends,proto3" json:"ends,omitempty"`
-	// How old the source's own copies are, of each wanted origin but itself. An
+	// How old the source's own copies are, of each wanted origin; 0 for itself. An
 	// origin that is missing is one of which the source doesn't know it.
-	Ages          []*Age `protobuf:"bytes,3,rep,name=ages,proto3" json:"ages,omitempty"`
+	Ages          []*OriginAge `protobuf:"bytes,3,rep,name=ages,proto3" json:"ages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProbeAnswer) Reset() {
 	*x = ProbeAnswer{}
-	mi := &file_replication_proto_msgTypes[8]
+	mi := &file_replication_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -603,7 +666,7 @@ func (x *ProbeAnswer) String() string {
 func (*ProbeAnswer) ProtoMessage() {}
 
 func (x *ProbeAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[8]
+	mi := &file_replication_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -616,7 +679,7 @@ func (x *ProbeAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeAnswer.ProtoReflect.Descriptor instead.
 func (*ProbeAnswer) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{8}
+	return file_replication_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProbeAnswer) GetProbe() uint64 {
@@ -633,7 +696,7 @@ func (x *ProbeAnswer) GetEnds() []*StreamSeq {
 	return nil
 }
 
-func (x *ProbeAnswer) GetAges() []*Age {
+func (x *ProbeAnswer) GetAges() []*OriginAge {
 	if x != nil {
 		return x.Ages
 	}
@@ -656,7 +719,7 @@ type SnapshotPage struct {
 
 func (x *SnapshotPage) Reset() {
 	*x = SnapshotPage{}
-	mi := &file_replication_proto_msgTypes[9]
+	mi := &file_replication_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -668,7 +731,7 @@ func (x *SnapshotPage) String() string {
 func (*SnapshotPage) ProtoMessage() {}
 
 func (x *SnapshotPage) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[9]
+	mi := &file_replication_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -681,7 +744,7 @@ func (x *SnapshotPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotPage.ProtoReflect.Descriptor instead.
 func (*SnapshotPage) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{9}
+	return file_replication_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SnapshotPage) GetPage() uint64 {
@@ -729,7 +792,7 @@ type HoldsRequest struct {
 
 func (x *HoldsRequest) Reset() {
 	*x = HoldsRequest{}
-	mi := &file_replication_proto_msgTypes[10]
+	mi := &file_replication_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +804,7 @@ func (x *HoldsRequest) String() string {
 func (*HoldsRequest) ProtoMessage() {}
 
 func (x *HoldsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[10]
+	mi := &file_replication_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +817,7 @@ func (x *HoldsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldsRequest.ProtoReflect.Descriptor instead.
 func (*HoldsRequest) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{10}
+	return file_replication_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *HoldsRequest) GetFormat() uint32 {
@@ -782,7 +845,7 @@ type HoldsResponse struct {
 
 func (x *HoldsResponse) Reset() {
 	*x = HoldsResponse{}
-	mi := &file_replication_proto_msgTypes[11]
+	mi := &file_replication_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +857,7 @@ func (x *HoldsResponse) String() string {
 func (*HoldsResponse) ProtoMessage() {}
 
 func (x *HoldsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[11]
+	mi := &file_replication_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +870,7 @@ func (x *HoldsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldsResponse.ProtoReflect.Descriptor instead.
 func (*HoldsResponse) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{11}
+	return file_replication_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HoldsResponse) GetFormat() uint32 {
@@ -840,7 +903,7 @@ type DigestsRequest struct {
 
 func (x *DigestsRequest) Reset() {
 	*x = DigestsRequest{}
-	mi := &file_replication_proto_msgTypes[12]
+	mi := &file_replication_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +915,7 @@ func (x *DigestsRequest) String() string {
 func (*DigestsRequest) ProtoMessage() {}
 
 func (x *DigestsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[12]
+	mi := &file_replication_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +928,7 @@ func (x *DigestsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DigestsRequest.ProtoReflect.Descriptor instead.
 func (*DigestsRequest) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{12}
+	return file_replication_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DigestsRequest) GetFormat() uint32 {
@@ -878,8 +941,8 @@ func (x *DigestsRequest) GetFormat() uint32 {
 type DigestsResponse struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// What the table had applied while the digests were taken; absent when that
-	// changed meanwhile.
+	// What the table had applied of the streams that are held, before and after
+	// the digests were taken; steady: it was the same.
 	Applied       []*StreamSeq `protobuf:"bytes,2,rep,name=applied,proto3" json:"applied,omitempty"`
 	Steady        bool         `protobuf:"varint,3,opt,name=steady,proto3" json:"steady,omitempty"`
 	Digests       [][]byte     `protobuf:"bytes,4,rep,name=digests,proto3" json:"digests,omitempty"`
@@ -889,7 +952,7 @@ type DigestsResponse struct {
 
 func (x *DigestsResponse) Reset() {
 	*x = DigestsResponse{}
-	mi := &file_replication_proto_msgTypes[13]
+	mi := &file_replication_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -901,7 +964,7 @@ func (x *DigestsResponse) String() string {
 func (*DigestsResponse) ProtoMessage() {}
 
 func (x *DigestsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[13]
+	mi := &file_replication_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -914,7 +977,7 @@ func (x *DigestsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DigestsResponse.ProtoReflect.Descriptor instead.
 func (*DigestsResponse) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{13}
+	return file_replication_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DigestsResponse) GetFormat() uint32 {
@@ -945,33 +1008,32 @@ func (x *DigestsResponse) GetDigests() [][]byte {
 	return nil
 }
 
-type BucketRequest struct {
+type BucketRows struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	Bucket uint32                 `protobuf:"varint,2,opt,name=bucket,proto3" json:"bucket,omitempty"`
-	// rows to merge at the answering node.
-	Rows []byte `protobuf:"bytes,3,opt,name=rows,proto3" json:"rows,omitempty"`
-	// after is where the answer's rows begin; empty: at the first.
-	After         []byte `protobuf:"bytes,4,opt,name=after,proto3" json:"after,omitempty"`
+	Rows   []byte                 `protobuf:"bytes,3,opt,name=rows,proto3" json:"rows,omitempty"`
+	// more says that the page goes on in the next message.
+	More          bool `protobuf:"varint,4,opt,name=more,proto3" json:"more,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *BucketRequest) Reset() {
-	*x = BucketRequest{}
-	mi := &file_replication_proto_msgTypes[14]
+func (x *BucketRows) Reset() {
+	*x = BucketRows{}
+	mi := &file_replication_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *BucketRequest) String() string {
+func (x *BucketRows) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*BucketRequest) ProtoMessage() {}
+func (*BucketRows) ProtoMessage() {}
 
-func (x *BucketRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[14]
+func (x *BucketRows) ProtoReflect() protoreflect.Message {
+	mi := &file_replication_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,97 +1044,37 @@ func (x *BucketRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use BucketRequest.ProtoReflect.Descriptor instead.
-func (*BucketRequest) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{14}
+// Deprecated: Use BucketRows.ProtoReflect.Descriptor instead.
+func (*BucketRows) Descriptor() ([]byte, []int) {
+	return file_replication_proto_rawDescGZIP(), []int{15}
 }
 
-func (x *BucketRequest) GetFormat() uint32 {
+func (x *BucketRows) GetFormat() uint32 {
 	if x != nil {
 		return x.Format
 	}
 	return 0
 }
 
-func (x *BucketRequest) GetBucket() uint32 {
+func (x *BucketRows) GetBucket() uint32 {
 	if x != nil {
 		return x.Bucket
 	}
 	return 0
 }
 
-func (x *BucketRequest) GetRows() []byte {
+func (x *BucketRows) GetRows() []byte {
 	if x != nil {
 		return x.Rows
 	}
 	return nil
 }
 
-func (x *BucketRequest) GetAfter() []byte {
+func (x *BucketRows) GetMore() bool {
 	if x != nil {
-		return x.After
+		return x.More
 	}
-	return nil
-}
-
-type BucketResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Rows          []byte                 `protobuf:"bytes,2,opt,name=rows,proto3" json:"rows,omitempty"`
-	Next          []byte                 `protobuf:"bytes,3,opt,name=next,proto3" json:"next,omitempty"` // empty: these were the last
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *BucketResponse) Reset() {
-	*x = BucketResponse{}
-	mi := &file_replication_proto_msgTypes[15]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *BucketResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*BucketResponse) ProtoMessage() {}
-
-func (x *BucketResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[15]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use BucketResponse.ProtoReflect.Descriptor instead.
-func (*BucketResponse) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{15}
-}
-
-func (x *BucketResponse) GetFormat() uint32 {
-	if x != nil {
-		return x.Format
-	}
-	return 0
-}
-
-func (x *BucketResponse) GetRows() []byte {
-	if x != nil {
-		return x.Rows
-	}
-	return nil
-}
-
-func (x *BucketResponse) GetNext() []byte {
-	if x != nil {
-		return x.Next
-	}
-	return nil
+	return false
 }
 
 type FeedItem struct {
@@ -1194,28 +1196,33 @@ const file_replication_proto_rawDesc = "" +
 	"\vHolderMarks\x12\x16\n" +
 	"\x06holder\x18\x01 \x01(\tR\x06holder\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x126\n" +
-	"\x05marks\x18\x03 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x05marks\"L\n" +
-	"\x03Age\x12\x16\n" +
-	"\x06holder\x18\x01 \x01(\tR\x06holder\x12\x16\n" +
-	"\x06origin\x18\x02 \x01(\tR\x06origin\x12\x15\n" +
-	"\x06age_us\x18\x03 \x01(\x04R\x05ageUs\"\xd9\x02\n" +
+	"\x05marks\x18\x03 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x05marks\"r\n" +
+	"\aSiteAge\x12\x16\n" +
+	"\x06holder\x18\x01 \x01(\tR\x06holder\x12\x1f\n" +
+	"\vorigin_site\x18\x02 \x01(\tR\n" +
+	"originSite\x12\x15\n" +
+	"\x06age_us\x18\x03 \x01(\x04R\x05ageUs\x12\x17\n" +
+	"\asaid_us\x18\x04 \x01(\x04R\x06saidUs\":\n" +
+	"\tOriginAge\x12\x16\n" +
+	"\x06origin\x18\x01 \x01(\tR\x06origin\x12\x15\n" +
+	"\x06age_us\x18\x02 \x01(\x04R\x05ageUs\"\xdd\x02\n" +
 	"\vPullRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04want\x18\x02 \x01(\v2\x1b.dsnode.replication.v1.WantR\x04want\x128\n" +
 	"\x06resume\x18\x03 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06resume\x128\n" +
 	"\x05marks\x18\x04 \x03(\v2\".dsnode.replication.v1.HolderMarksR\x05marks\x12\x14\n" +
-	"\x05probe\x18\x05 \x01(\x04R\x05probe\x12.\n" +
-	"\x04ages\x18\x06 \x03(\v2\x1a.dsnode.replication.v1.AgeR\x04ages\x12\"\n" +
+	"\x05probe\x18\x05 \x01(\x04R\x05probe\x122\n" +
+	"\x04ages\x18\x06 \x03(\v2\x1e.dsnode.replication.v1.SiteAgeR\x04ages\x12\"\n" +
 	"\rround_trip_us\x18\a \x01(\x04R\vroundTripUs\x12#\n" +
 	"\rsnapshot_page\x18\b \x01(\x04R\fsnapshotPage\" \n" +
 	"\x04Want\x12\x18\n" +
-	"\aorigins\x18\x01 \x03(\tR\aorigins\"\xc2\x02\n" +
+	"\aorigins\x18\x01 \x03(\tR\aorigins\"\xc6\x02\n" +
 	"\fPullResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x125\n" +
 	"\x06frames\x18\x02 \x03(\v2\x1d.dsnode.replication.v1.FramesR\x06frames\x128\n" +
 	"\x05marks\x18\x03 \x03(\v2\".dsnode.replication.v1.HolderMarksR\x05marks\x128\n" +
-	"\x05probe\x18\x04 \x01(\v2\".dsnode.replication.v1.ProbeAnswerR\x05probe\x12.\n" +
-	"\x04ages\x18\x05 \x03(\v2\x1a.dsnode.replication.v1.AgeR\x04ages\x12?\n" +
+	"\x05probe\x18\x04 \x01(\v2\".dsnode.replication.v1.ProbeAnswerR\x05probe\x122\n" +
+	"\x04ages\x18\x05 \x03(\v2\x1e.dsnode.replication.v1.SiteAgeR\x04ages\x12?\n" +
 	"\bsnapshot\x18\x06 \x01(\v2#.dsnode.replication.v1.SnapshotPageR\bsnapshot\"\xac\x01\n" +
 	"\x06Frames\x125\n" +
 	"\x06stream\x18\x01 \x01(\v2\x1d.dsnode.replication.v1.StreamR\x06stream\x12\x12\n" +
@@ -1223,11 +1230,11 @@ const file_replication_proto_rawDesc = "" +
 	"\x04more\x18\x03 \x01(\bR\x04more\x12\x14\n" +
 	"\x05first\x18\x04 \x01(\x04R\x05first\x12\x12\n" +
 	"\x04last\x18\x05 \x01(\x04R\x04last\x12\x19\n" +
-	"\braw_size\x18\x06 \x01(\x04R\arawSize\"\x89\x01\n" +
+	"\braw_size\x18\x06 \x01(\x04R\arawSize\"\x8f\x01\n" +
 	"\vProbeAnswer\x12\x14\n" +
 	"\x05probe\x18\x01 \x01(\x04R\x05probe\x124\n" +
-	"\x04ends\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04ends\x12.\n" +
-	"\x04ages\x18\x03 \x03(\v2\x1a.dsnode.replication.v1.AgeR\x04ages\"\x98\x01\n" +
+	"\x04ends\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04ends\x124\n" +
+	"\x04ages\x18\x03 \x03(\v2 .dsnode.replication.v1.OriginAgeR\x04ages\"\x98\x01\n" +
 	"\fSnapshotPage\x12\x12\n" +
 	"\x04page\x18\x01 \x01(\x04R\x04page\x12\x12\n" +
 	"\x04rows\x18\x02 \x01(\fR\x04rows\x12\x12\n" +
@@ -1247,27 +1254,24 @@ const file_replication_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12:\n" +
 	"\aapplied\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\aapplied\x12\x16\n" +
 	"\x06steady\x18\x03 \x01(\bR\x06steady\x12\x18\n" +
-	"\adigests\x18\x04 \x03(\fR\adigests\"i\n" +
-	"\rBucketRequest\x12\x16\n" +
+	"\adigests\x18\x04 \x03(\fR\adigests\"d\n" +
+	"\n" +
+	"BucketRows\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06bucket\x18\x02 \x01(\rR\x06bucket\x12\x12\n" +
-	"\x04rows\x18\x03 \x01(\fR\x04rows\x12\x14\n" +
-	"\x05after\x18\x04 \x01(\fR\x05after\"P\n" +
-	"\x0eBucketResponse\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
-	"\x04rows\x18\x02 \x01(\fR\x04rows\x12\x12\n" +
-	"\x04next\x18\x03 \x01(\fR\x04next\"L\n" +
+	"\x04rows\x18\x03 \x01(\fR\x04rows\x12\x12\n" +
+	"\x04more\x18\x04 \x01(\bR\x04more\"L\n" +
 	"\bFeedItem\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04item\x18\x02 \x01(\fR\x04item\x12\x14\n" +
 	"\x05relay\x18\x03 \x01(\bR\x05relay\"%\n" +
 	"\vFeedSummary\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format2\xb6\x03\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format2\xb3\x03\n" +
 	"\vReplication\x12S\n" +
 	"\x04Pull\x12\".dsnode.replication.v1.PullRequest\x1a#.dsnode.replication.v1.PullResponse(\x010\x01\x12R\n" +
 	"\x05Holds\x12#.dsnode.replication.v1.HoldsRequest\x1a$.dsnode.replication.v1.HoldsResponse\x12X\n" +
-	"\aDigests\x12%.dsnode.replication.v1.DigestsRequest\x1a&.dsnode.replication.v1.DigestsResponse\x12U\n" +
-	"\x06Bucket\x12$.dsnode.replication.v1.BucketRequest\x1a%.dsnode.replication.v1.BucketResponse\x12M\n" +
+	"\aDigests\x12%.dsnode.replication.v1.DigestsRequest\x1a&.dsnode.replication.v1.DigestsResponse\x12R\n" +
+	"\x06Bucket\x12!.dsnode.replication.v1.BucketRows\x1a!.dsnode.replication.v1.BucketRows(\x010\x01\x12M\n" +
 	"\x04Feed\x12\x1f.dsnode.replication.v1.FeedItem\x1a\".dsnode.replication.v1.FeedSummary(\x01B4Z2github.com/dsnode/dsnode/replication/replicationpbb\x06proto3"
 
 var (
@@ -1287,49 +1291,49 @@ var file_replication_proto_goTypes = []any{
 	(*Stream)(nil),          // 0: dsnode.replication.v1.Stream
 	(*StreamSeq)(nil),       // 1: dsnode.replication.v1.StreamSeq
 	(*HolderMarks)(nil),     // 2: dsnode.replication.v1.HolderMarks
-	(*Age)(nil),             // 3: dsnode.replication.v1.Age
-	(*PullRequest)(nil),     // 4: dsnode.replication.v1.PullRequest
-	(*Want)(nil),            // 5: dsnode.replication.v1.Want
-	(*PullResponse)(nil),    // 6: dsnode.replication.v1.PullResponse
-	(*Frames)(nil),          // 7: dsnode.replication.v1.Frames
-	(*ProbeAnswer)(nil),     // 8: dsnode.replication.v1.ProbeAnswer
-	(*SnapshotPage)(nil),    // 9: dsnode.replication.v1.SnapshotPage
-	(*HoldsRequest)(nil),    // 10: dsnode.replication.v1.HoldsRequest
-	(*HoldsResponse)(nil),   // 11: dsnode.replication.v1.HoldsResponse
-	(*DigestsRequest)(nil),  // 12: dsnode.replication.v1.DigestsRequest
-	(*DigestsResponse)(nil), // 13: dsnode.replication.v1.DigestsResponse
-	(*BucketRequest)(nil),   // 14: dsnode.replication.v1.BucketRequest
-	(*BucketResponse)(nil),  // 15: dsnode.replication.v1.BucketResponse
+	(*SiteAge)(nil),         // 3: dsnode.replication.v1.SiteAge
+	(*OriginAge)(nil),       // 4: dsnode.replication.v1.OriginAge
+	(*PullRequest)(nil),     // 5: dsnode.replication.v1.PullRequest
+	(*Want)(nil),            // 6: dsnode.replication.v1.Want
+	(*PullResponse)(nil),    // 7: dsnode.replication.v1.PullResponse
+	(*Frames)(nil),          // 8: dsnode.replication.v1.Frames
+	(*ProbeAnswer)(nil),     // 9: dsnode.replication.v1.ProbeAnswer
+	(*SnapshotPage)(nil),    // 10: dsnode.replication.v1.SnapshotPage
+	(*HoldsRequest)(nil),    // 11: dsnode.replication.v1.HoldsRequest
+	(*HoldsResponse)(nil),   // 12: dsnode.replication.v1.HoldsResponse
+	(*DigestsRequest)(nil),  // 13: dsnode.replication.v1.DigestsRequest
+	(*DigestsResponse)(nil), // 14: dsnode.replication.v1.DigestsResponse
+	(*BucketRows)(nil),      // 15: dsnode.replication.v1.BucketRows
 	(*FeedItem)(nil),        // 16: dsnode.replication.v1.FeedItem
 	(*FeedSummary)(nil),     // 17: dsnode.replication.v1.FeedSummary
 }
 var file_replication_proto_depIdxs = []int32{
 	0,  // 0: dsnode.replication.v1.StreamSeq.stream:type_name -> dsnode.replication.v1.Stream
 	1,  // 1: dsnode.replication.v1.HolderMarks.marks:type_name -> dsnode.replication.v1.StreamSeq
-	5,  // 2: dsnode.replication.v1.PullRequest.want:type_name -> dsnode.replication.v1.Want
+	6,  // 2: dsnode.replication.v1.PullRequest.want:type_name -> dsnode.replication.v1.Want
 	1,  // 3: dsnode.replication.v1.PullRequest.resume:type_name -> dsnode.replication.v1.StreamSeq
 	2,  // 4: dsnode.replication.v1.PullRequest.marks:type_name -> dsnode.replication.v1.HolderMarks
-	3,  // 5: dsnode.replication.v1.PullRequest.ages:type_name -> dsnode.replication.v1.Age
-	7,  // 6: dsnode.replication.v1.PullResponse.frames:type_name -> dsnode.replication.v1.Frames
+	3,  // 5: dsnode.replication.v1.PullRequest.ages:type_name -> dsnode.replication.v1.SiteAge
+	8,  // 6: dsnode.replication.v1.PullResponse.frames:type_name -> dsnode.replication.v1.Frames
 	2,  // 7: dsnode.replication.v1.PullResponse.marks:type_name -> dsnode.replication.v1.HolderMarks
-	8,  // 8: dsnode.replication.v1.PullResponse.probe:type_name -> dsnode.replication.v1.ProbeAnswer
-	3,  // 9: dsnode.replication.v1.PullResponse.ages:type_name -> dsnode.replication.v1.Age
-	9,  // 10: dsnode.replication.v1.PullResponse.snapshot:type_name -> dsnode.replication.v1.SnapshotPage
+	9,  // 8: dsnode.replication.v1.PullResponse.probe:type_name -> dsnode.replication.v1.ProbeAnswer
+	3,  // 9: dsnode.replication.v1.PullResponse.ages:type_name -> dsnode.replication.v1.SiteAge
+	10, // 10: dsnode.replication.v1.PullResponse.snapshot:type_name -> dsnode.replication.v1.SnapshotPage
 	0,  // 11: dsnode.replication.v1.Frames.stream:type_name -> dsnode.replication.v1.Stream
 	1,  // 12: dsnode.replication.v1.ProbeAnswer.ends:type_name -> dsnode.replication.v1.StreamSeq
-	3,  // 13: dsnode.replication.v1.ProbeAnswer.ages:type_name -> dsnode.replication.v1.Age
+	4,  // 13: dsnode.replication.v1.ProbeAnswer.ages:type_name -> dsnode.replication.v1.OriginAge
 	1,  // 14: dsnode.replication.v1.SnapshotPage.covers:type_name -> dsnode.replication.v1.StreamSeq
 	0,  // 15: dsnode.replication.v1.HoldsRequest.stream:type_name -> dsnode.replication.v1.Stream
 	1,  // 16: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
-	4,  // 17: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
-	10, // 18: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
-	12, // 19: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
-	14, // 20: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRequest
+	5,  // 17: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
+	11, // 18: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
+	13, // 19: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
+	15, // 20: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
 	16, // 21: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
-	6,  // 22: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
-	11, // 23: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
-	13, // 24: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
-	15, // 25: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketResponse
+	7,  // 22: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
+	12, // 23: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
+	14, // 24: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
+	15, // 25: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
 	17, // 26: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedSummary
 	22, // [22:27] is the sub-list for method output_type
 	17, // [17:22] is the sub-list for method input_type

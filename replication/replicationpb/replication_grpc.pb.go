@@ -41,8 +41,9 @@ type ReplicationClient interface {
 	Holds(ctx context.Context, in *HoldsRequest, opts ...grpc.CallOption) (*HoldsResponse, error)
 	// Digests compares the tables of two nodes.
 	Digests(ctx context.Context, in *DigestsRequest, opts ...grpc.CallOption) (*DigestsResponse, error)
-	// Bucket exchanges the rows of one bucket of the table, page by page.
-	Bucket(ctx context.Context, in *BucketRequest, opts ...grpc.CallOption) (*BucketResponse, error)
+	// Bucket exchanges the rows of one bucket of the table: first the caller's,
+	// which the answering node merges, then its own.
+	Bucket(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[BucketRows, BucketRows], error)
 	// Feed carries items that may be lost, each to every site once.
 	Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[FeedItem, FeedSummary], error)
 }
@@ -88,19 +89,22 @@ func (c *replicationClient) Digests(ctx context.Context, in *DigestsRequest, opt
 	return out, nil
 }
 
-func (c *replicationClient) Bucket(ctx context.Context, in *BucketRequest, opts ...grpc.CallOption) (*BucketResponse, error) {
+func (c *replicationClient) Bucket(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[BucketRows, BucketRows], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(BucketResponse)
-	err := c.cc.Invoke(ctx, Replication_Bucket_FullMethodName, in, out, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[1], Replication_Bucket_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	return out, nil
+	x := &grpc.GenericClientStream[BucketRows, BucketRows]{ClientStream: stream}
+	return x, nil
 }
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_BucketClient = grpc.BidiStreamingClient[BucketRows, BucketRows]
 
 func (c *replicationClient) Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[FeedItem, FeedSummary], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[1], Replication_Feed_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[2], Replication_Feed_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -122,8 +126,9 @@ type ReplicationServer interface {
 	Holds(context.Context, *HoldsRequest) (*HoldsResponse, error)
 	// Digests compares the tables of two nodes.
 	Digests(context.Context, *DigestsRequest) (*DigestsResponse, error)
-	// Bucket exchanges the rows of one bucket of the table, page by page.
-	Bucket(context.Context, *BucketRequest) (*BucketResponse, error)
+	// Bucket exchanges the rows of one bucket of the table: first the caller's,
+	// which the answering node merges, then its own.
+	Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error
 	// Feed carries items that may be lost, each to every site once.
 	Feed(grpc.ClientStreamingServer[FeedItem, FeedSummary]) error
 	mustEmbedUnimplementedReplicationServer()
@@ -145,8 +150,8 @@ func (UnimplementedReplicationServer) Holds(context.Context, *HoldsRequest) (*Ho
 func (UnimplementedReplicationServer) Digests(context.Context, *DigestsRequest) (*DigestsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Digests not implemented")
 }
-func (UnimplementedReplicationServer) Bucket(context.Context, *BucketRequest) (*BucketResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Bucket not implemented")
+func (UnimplementedReplicationServer) Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error {
+	return status.Error(codes.Unimplemented, "method Bucket not implemented")
 }
 func (UnimplementedReplicationServer) Feed(grpc.ClientStreamingServer[FeedItem, FeedSummary]) error {
 	return status.Error(codes.Unimplemented, "method Feed not implemented")
@@ -215,23 +220,12 @@ func _Replication_Digests_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Replication_Bucket_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(BucketRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(ReplicationServer).Bucket(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Replication_Bucket_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ReplicationServer).Bucket(ctx, req.(*BucketRequest))
-	}
-	return interceptor(ctx, in, info, handler)
+func _Replication_Bucket_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ReplicationServer).Bucket(&grpc.GenericServerStream[BucketRows, BucketRows]{ServerStream: stream})
 }
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_BucketServer = grpc.BidiStreamingServer[BucketRows, BucketRows]
 
 func _Replication_Feed_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(ReplicationServer).Feed(&grpc.GenericServerStream[FeedItem, FeedSummary]{ServerStream: stream})
@@ -255,15 +249,17 @@ var Replication_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Digests",
 			Handler:    _Replication_Digests_Handler,
 		},
-		{
-			MethodName: "Bucket",
-			Handler:    _Replication_Bucket_Handler,
-		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Pull",
 			Handler:       _Replication_Pull_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Bucket",
+			Handler:       _Replication_Bucket_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},

@@ -1,0 +1,242 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dsnode/dsnode/replication/replicationpb"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	compareEvery = time.Minute
+	// compareTries and compareAgain: two tables can be compared only when both
+	// have applied the same, which under load is a matter of luck.
+	compareTries   = 10
+	compareAgain   = time.Second
+	compareTimeout = 10 * time.Second
+	repairTimeout  = time.Minute
+)
+
+const buckets = 256
+
+// compareAll compares the table with those of the nodes that are pulled from,
+// until ctx ends. A bucket that differs twice in a row is repaired by joining its
+// rows both ways; once may be an expiry that one node was a little earlier with.
+func (r *Replication) compareAll(ctx context.Context) error {
+	differed := map[string][buckets]bool{}
+	for pause(ctx, compareEvery) {
+		now := map[string][buckets]bool{}
+		for _, peer := range r.sources() {
+			differ, ok := r.compare(ctx, peer)
+			if !ok {
+				now[peer] = differed[peer]
+				continue
+			}
+			now[peer] = differ
+			r.repair(ctx, peer, differ, differed[peer])
+		}
+		differed = now
+	}
+	return nil
+}
+
+// compare gives the buckets that differ; false when there was no moment at which
+// both nodes had applied the same.
+func (r *Replication) compare(ctx context.Context, peer string) (differ [buckets]bool, ok bool) {
+	for try := range compareTries {
+		if try > 0 && !pause(ctx, compareAgain) {
+			return differ, false
+		}
+		applied, digests, steady, err := r.digests()
+		if err != nil {
+			r.opts.Logger.Error("the table has no digests", "err", err)
+			return differ, false
+		}
+		if !steady {
+			continue
+		}
+		theirs, err := r.askDigests(ctx, peer)
+		if err != nil {
+			r.opts.Logger.Debug("tables are not compared", "peer", peer, "err", err)
+			return differ, false
+		}
+		ends, err := readEnds(theirs.GetApplied())
+		if err != nil || !theirs.GetSteady() || len(theirs.GetDigests()) != buckets || !maps.Equal(ends, applied) {
+			continue
+		}
+		for i, d := range theirs.GetDigests() {
+			differ[i] = string(d) != string(digests[i][:])
+		}
+		r.metrics.compared.Inc()
+		return differ, true
+	}
+	r.metrics.uncompared.Inc()
+	return differ, false
+}
+
+// digests are the table's, with what it had applied of the streams that are held.
+func (r *Replication) digests() (applied map[journal.Stream]uint64, digests [buckets][16]byte, steady bool, err error) {
+	before := r.applied()
+	digests, err = r.opts.Table.Digests()
+	return before, digests, maps.Equal(before, r.applied()), err
+}
+
+func (r *Replication) applied() map[journal.Stream]uint64 {
+	ends, applied := r.opts.Log.Ends(), r.opts.Table.AppliedAll()
+	out := make(map[journal.Stream]uint64, len(ends))
+	for s := range ends {
+		if applied[s] > 0 {
+			out[s] = applied[s]
+		}
+	}
+	return out
+}
+
+func (r *Replication) askDigests(ctx context.Context, peer string) (*replicationpb.DigestsResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, compareTimeout)
+	defer cancel()
+	conn, err := r.opts.Dial(peer)
+	if err != nil {
+		return nil, fmt.Errorf("ask %s for digests: %w", peer, err)
+	}
+	got, err := replicationpb.NewReplicationClient(conn).Digests(ctx, &replicationpb.DigestsRequest{Format: wireFormat})
+	if err != nil {
+		return nil, fmt.Errorf("ask %s for digests: %w", peer, err)
+	}
+	return got, nil
+}
+
+func (r *Replication) repair(ctx context.Context, peer string, differ, before [buckets]bool) {
+	for i := range buckets {
+		if !differ[i] || !before[i] {
+			continue
+		}
+		r.metrics.diverged.Inc()
+		err := r.joinBucket(ctx, peer, i)
+		r.opts.Logger.Error("the tables of two nodes that have the same journals differ; the rows are joined both ways", "peer", peer, "bucket", i, "err", err)
+	}
+}
+
+// joinBucket sends the rows of a bucket to a peer, which joins them, and joins
+// the peer's.
+func (r *Replication) joinBucket(ctx context.Context, peer string, bucket int) error {
+	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
+	defer cancel()
+	conn, err := r.opts.Dial(peer)
+	if err != nil {
+		return fmt.Errorf("join bucket with %s: %w", peer, err)
+	}
+	stream, err := replicationpb.NewReplicationClient(conn).Bucket(ctx)
+	if err != nil {
+		return fmt.Errorf("join bucket with %s: %w", peer, err)
+	}
+	if err := r.sendBucket(ctx, bucket, stream.Send); err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("send bucket to %s: %w", peer, err)
+	}
+	if err := stream.CloseSend(); err != nil {
+		return fmt.Errorf("send bucket to %s: %w", peer, err)
+	}
+	if _, err := r.receiveBucket(ctx, stream.Recv, nil); err != nil {
+		return fmt.Errorf("receive bucket from %s: %w", peer, err)
+	}
+	return nil
+}
+
+// sendBucket sends all rows of a bucket, at least one message.
+func (r *Replication) sendBucket(ctx context.Context, bucket int, send func(*replicationpb.BucketRows) error) error {
+	after := journal.JobID{}
+	for more := true; more; {
+		var rows []byte
+		var err error
+		if rows, after, more, err = r.opts.Table.Bucket(byte(bucket), after, pageBytes); err != nil {
+			return err
+		}
+		if !pause(ctx, r.bulk.take(len(rows))) {
+			return ctx.Err()
+		}
+		for {
+			m := &replicationpb.BucketRows{Format: wireFormat, Bucket: uint32(bucket), Rows: rows}
+			if len(rows) > maxPiece {
+				m.Rows, m.More, rows = rows[:maxPiece], true, rows[maxPiece:]
+			}
+			if err := send(m); err != nil {
+				return err
+			}
+			if !m.More {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// receiveBucket joins rows until the sender ends, and gives the bucket.
+func (r *Replication) receiveBucket(ctx context.Context, recv func() (*replicationpb.BucketRows, error), first *replicationpb.BucketRows) (bucket int, err error) {
+	var page []byte
+	for m := first; ; m = nil {
+		if m == nil {
+			if m, err = recv(); errors.Is(err, io.EOF) {
+				return bucket, nil
+			} else if err != nil {
+				return bucket, err
+			}
+		}
+		bucket = int(m.GetBucket())
+		if page = append(page, m.GetRows()...); len(page) > maxRow {
+			return bucket, fmt.Errorf("%w: a page of a bucket", errFlooded)
+		}
+		if m.GetMore() || len(page) == 0 {
+			continue
+		}
+		if err := r.opts.Table.Merge(ctx, page); err != nil {
+			return bucket, err
+		}
+		page = nil
+	}
+}
+
+// Digests answers with those of this node's table.
+func (s *server) Digests(ctx context.Context, q *replicationpb.DigestsRequest) (*replicationpb.DigestsResponse, error) {
+	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
+		return nil, err
+	}
+	applied, digests, steady, err := s.r.digests()
+	if err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	out := &replicationpb.DigestsResponse{Format: wireFormat, Applied: wireEnds(applied), Steady: steady}
+	for _, d := range digests {
+		out.Digests = append(out.Digests, d[:])
+	}
+	return out, nil
+}
+
+// Bucket joins a caller's rows and gives this node's.
+func (s *server) Bucket(stream grpc.BidiStreamingServer[replicationpb.BucketRows, replicationpb.BucketRows]) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if _, err := s.caller(stream.Context(), first.GetFormat()); err != nil {
+		return err
+	}
+	ctx, leave, err := s.r.enter(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer leave()
+	bucket, err := s.r.receiveBucket(ctx, stream.Recv, first)
+	if err != nil {
+		return err
+	}
+	return s.r.sendBucket(ctx, bucket, stream.Send)
+}

@@ -1,0 +1,63 @@
+package replication
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+)
+
+type metrics struct {
+	sent, received       prometheus.Counter
+	breaks, refused      prometheus.Counter
+	snapshots, skipped   prometheus.Counter
+	compared, uncompared prometheus.Counter
+	diverged             prometheus.Counter
+	keyWaits             prometheus.Gauge
+}
+
+func newMetrics(reg prometheus.Registerer, r *Replication) *metrics {
+	f := promauto.With(reg)
+	counter := func(name, help string) prometheus.Counter {
+		return f.NewCounter(prometheus.CounterOpts{Name: "dsnode_replication_" + name, Help: help})
+	}
+	reg.MustRegister(&lagCollector{r: r})
+	return &metrics{
+		sent:       counter("sent_bytes_total", "Bytes of records and rows sent to peers."),
+		received:   counter("received_bytes_total", "Bytes of peers' records made durable here."),
+		breaks:     counter("breaks_total", "Calls to pull from a peer that broke off or failed."),
+		refused:    counter("refused_streams_total", "Streams of peers that can't be stored: another record is in the place, or there are too many streams."),
+		snapshots:  counter("snapshots_total", "Tables sent to peers that lack records which are trimmed here."),
+		skipped:    counter("skipped_streams_total", "Streams that go on after what came as rows of a peer's table."),
+		compared:   counter("comparisons_total", "Comparisons of the table with a peer's."),
+		uncompared: counter("comparisons_missed_total", "Comparisons with a peer that found no moment at which both tables had applied the same."),
+		diverged:   counter("diverged_buckets_total", "Buckets in which two tables differed that had applied the same; their rows were joined."),
+		keyWaits: f.NewGauge(prometheus.GaugeOpts{
+			Name: "dsnode_replication_key_waits",
+			Help: "Streams that wait because their next record is sealed with a key that this node can't open.",
+		}),
+	}
+}
+
+// lagCollector gives what is known at the moment, and nothing of what is not.
+type lagCollector struct{ r *Replication }
+
+var (
+	lagDesc = prometheus.NewDesc("dsnode_replication_lag_seconds",
+		"Age of this node's copy of a site's journals: the site is known to have had nothing more, this long ago.",
+		[]string{"origin_site", "peer_site"}, nil)
+	behindDesc = prometheus.NewDesc("dsnode_replication_records_behind",
+		"Records of a site that this node is known to lack.",
+		[]string{"origin_site", "peer_site"}, nil)
+)
+
+func (c *lagCollector) Describe(ch chan<- *prometheus.Desc) { ch <- lagDesc; ch <- behindDesc }
+
+func (c *lagCollector) Collect(ch chan<- prometheus.Metric) {
+	for _, site := range c.r.originSites() {
+		if lag, ok := c.r.Lag(site); ok {
+			ch <- prometheus.MustNewConstMetric(lagDesc, prometheus.GaugeValue, lag, site, c.r.opts.Site)
+		}
+		if n, ok := c.r.Behind(site); ok {
+			ch <- prometheus.MustNewConstMetric(behindDesc, prometheus.GaugeValue, float64(n), site, c.r.opts.Site)
+		}
+	}
+}
