@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -320,14 +321,14 @@ const roomEvery = 25 * time.Millisecond
 // measured is not held against the caller: the write itself will tell.
 func (r *room) left(part int64) int64 {
 	if r.floor < 0 {
-		return 1
+		return math.MaxInt64
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if since := time.Since(r.began); !r.known || since-r.checked >= roomEvery {
 		free, err := r.disk.free(r.dir)
 		if err != nil {
-			return 1
+			return math.MaxInt64
 		}
 		r.free, r.checked, r.known = free, since, true
 	}

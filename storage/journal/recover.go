@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -316,7 +317,7 @@ func (r *recovery) header(f file, end int64, first uint64) (size int, err error)
 }
 
 // nextMark finds the next good mark from an offset on.
-func nextMark(f file, id Stream, at, end int64) (offset int64, found bool, err error) {
+func nextMark(f io.ReaderAt, id Stream, at, end int64) (offset int64, found bool, err error) {
 	magic := []byte{markMagic >> 24, markMagic >> 16 & 0xff, markMagic >> 8 & 0xff, markMagic & 0xff}
 	w := window{f: f, at: at, end: end}
 	for {

@@ -40,6 +40,7 @@ type Sealer struct {
 	mac     atomic.Pointer[keyring.MAC]
 	encoder *zstd.Encoder
 	decoder *zstd.Decoder
+	scratch sync.Pool // of *scratch
 
 	mu     sync.RWMutex // guards scopes
 	scopes map[Stream]keyring.Scoped
@@ -48,6 +49,7 @@ type Sealer struct {
 // NewSealer makes a sealer; the ring may still be empty.
 func NewSealer(ring *keyring.Ring) *Sealer {
 	s := &Sealer{ring: ring, scopes: map[Stream]keyring.Scoped{}}
+	s.scratch.New = func() any { return new(scratch) }
 	var err error
 	if s.encoder, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithLowerEncoderMem(true)); err == nil {
 		s.decoder, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderLowmem(true),
@@ -149,22 +151,30 @@ func (s *Sealer) CanOpen(r *Record) (bool, error) {
 	return err == nil && s.ring.Has(id), err
 }
 
-func (s *Sealer) seal(r *Record, meta any, body []byte) error {
+// meta is what a payload says beside its body.
+type meta interface {
+	appendMeta(b []byte) ([]byte, error)
+}
+
+func (s *Sealer) seal(r *Record, v meta, body []byte) error {
 	mac, err := s.digester()
 	if err != nil {
 		return err
 	}
-	text, err := json.Marshal(meta)
-	if err != nil {
-		return fmt.Errorf("encode %T: %w", meta, err)
+	w := s.scratch.Get().(*scratch) //nolint:forcetypeassert // New is the only source
+	defer s.scratch.Put(w)
+	if w.meta, err = v.appendMeta(w.meta[:0]); err != nil {
+		return fmt.Errorf("encode %T: %w", v, err)
 	}
-	plain := make([]byte, 0, 1+binary.MaxVarintLen64+len(text)+len(body))
-	plain = append(plain, formRaw)
-	plain = binary.AppendUvarint(plain, uint64(len(text)))
-	plain = append(plain, text...)
+	if len(w.meta)+len(body)+binary.MaxVarintLen64 > maxPlaintext {
+		return fmt.Errorf("%w: %d bytes of payload", ErrTooLarge, len(w.meta)+len(body))
+	}
+	plain := append(w.plain[:0], formRaw)
+	plain = binary.AppendUvarint(plain, uint64(len(w.meta)))
+	plain = append(plain, w.meta...)
 	plain = append(plain, body...)
-	if len(plain) > maxPlaintext {
-		return fmt.Errorf("%w: %d bytes of payload", ErrTooLarge, len(plain))
+	if cap(plain) <= maxScratch {
+		w.plain = plain
 	}
 	place := r.Place()
 	sum := mac.Sum(place, plain[1:])
@@ -174,7 +184,8 @@ func (s *Sealer) seal(r *Record, meta any, body []byte) error {
 			plain = packed
 		}
 	}
-	payload, err := s.scope(r.Stream).Seal(nil, plain, place)
+	// The exact size: it is kept as long as the record.
+	payload, err := s.scope(r.Stream).Seal(make([]byte, 0, len(plain)+keyring.Overhead), plain, place)
 	if err != nil {
 		return err
 	}
@@ -182,6 +193,11 @@ func (s *Sealer) seal(r *Record, meta any, body []byte) error {
 	copy(r.Digest[:], sum[:])
 	return nil
 }
+
+// scratch is memory that is used again.
+type scratch struct{ meta, plain []byte }
+
+const maxScratch = 64 << 10
 
 func (s *Sealer) open(r *Record, want Kind, meta any) (body []byte, err error) {
 	if r.Kind != want {

@@ -1,0 +1,694 @@
+package journal
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
+)
+
+func TestHLC(t *testing.T) {
+	now := time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC)
+	h := NewHLC(func() time.Time { return now }, 10*time.Minute)
+	a := h.Now()
+	if a != ClockAt(now) {
+		t.Fatalf("%d", a)
+	}
+	now = now.Add(-time.Hour) // set back
+	if b := h.Now(); b <= a {
+		t.Fatal("the clock fell")
+	}
+	now = now.Add(time.Hour)
+	if ahead, ok := h.Observe(ClockAt(now.Add(9 * time.Minute))); !ok || ahead != 9*time.Minute {
+		t.Fatalf("%s %v", ahead, ok)
+	}
+	c := h.Now()
+	if c <= ClockAt(now.Add(9*time.Minute)) {
+		t.Fatal("it does not come after what was seen")
+	}
+	if ahead, ok := h.Observe(ClockAt(now.Add(11 * time.Minute))); ok || ahead != 11*time.Minute {
+		t.Fatalf("%s %v", ahead, ok)
+	}
+	if ahead, ok := h.Observe(ClockAt(now.Add(-time.Hour))); !ok || ahead != -time.Hour || h.Now() != c+1 {
+		t.Fatalf("%s %v", ahead, ok)
+	}
+}
+
+func TestHLCRisesForAll(t *testing.T) {
+	h := NewHLC(time.Now, time.Minute)
+	var wg sync.WaitGroup
+	all := make([][]Clock, 8)
+	for i := range all {
+		wg.Go(func() {
+			for range 1000 {
+				all[i] = append(all[i], h.Now())
+			}
+		})
+	}
+	wg.Wait()
+	seen := map[Clock]bool{}
+	for _, clocks := range all {
+		for i, c := range clocks {
+			if seen[c] || i > 0 && c <= clocks[i-1] {
+				t.Fatal("a clock was given twice, or fell")
+			}
+			seen[c] = true
+		}
+	}
+}
+
+// Appends, copies, reads, trims and re-reads at once: everyone sees one order,
+// whole, and only what is durable.
+func TestEverythingAtOnce(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	o := testOptions(t.TempDir())
+	o.SegmentBytes, o.TailBytes = 20_000, 10_000
+	var told sync.Map // stream → *atomic.Uint64
+	o.Durable = func(id Stream, records []Record) {
+		v, _ := told.LoadOrStore(id, new(atomic.Uint64))
+		last := v.(*atomic.Uint64)
+		for i := range records {
+			if !last.CompareAndSwap(records[i].Seq-1, records[i].Seq) {
+				t.Errorf("%s: told of %d after %d", id, records[i].Seq, last.Load())
+			}
+		}
+	}
+	dst := mustOpen(t, o)
+	so := testOptions(t.TempDir())
+	so.SegmentBytes, so.TailBytes = 20_000, 10_000
+	src := mustOpen(t, so)
+	own := streamOf(1)
+	mustCreate(t, dst, own)
+	mustCreate(t, src, copied)
+
+	const writers, each = 8, 60
+	var wg sync.WaitGroup
+	for w := range writers {
+		wg.Go(func() {
+			for range each {
+				for _, at := range []struct {
+					l  *Log
+					id Stream
+				}{{dst, own}, {src, copied}} {
+					r := []Record{started(byte(w), strings.Repeat("x", rand.IntN(300)))}
+					last, err := at.l.Append(context.Background(), at.id, r)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if at.l != dst {
+						continue
+					}
+					if v, ok := told.Load(at.id); !ok || v.(*atomic.Uint64).Load() < last {
+						t.Errorf("acknowledged %d before it was told", last)
+					}
+				}
+			}
+		})
+	}
+	const total = writers * each
+	// follow reads a stream to its end as it grows.
+	follow := func(l *Log, id Stream, fn func(frames []byte, next uint64) error) {
+		for from := uint64(1); from <= total; {
+			changed := l.Changed()
+			frames, next, err := l.Read(id, from, 2000)
+			if errors.Is(err, ErrTrimmed) {
+				e, _ := l.End(id)
+				from = e.First
+				continue
+			}
+			if err == nil && len(frames) > 0 {
+				err = fn(frames, next)
+			}
+			if err != nil {
+				t.Errorf("follow %s from %d: %v", id, from, err)
+				return
+			}
+			if next == from {
+				<-changed
+			}
+			from = next
+		}
+	}
+	wg.Go(func() {
+		follow(src, copied, func(frames []byte, next uint64) error {
+			durable, err := dst.Receive(context.Background(), copied, bytes.Clone(frames))
+			if err == nil && durable != next-1 {
+				err = fmt.Errorf("durable %d of %d", durable, next-1)
+			}
+			return err
+		})
+	})
+	for _, id := range []Stream{own, copied} {
+		for range 2 {
+			wg.Go(func() {
+				for _, held := dst.End(id); !held; _, held = dst.End(id) {
+					<-dst.Changed()
+				}
+				follow(dst, id, func(frames []byte, next uint64) error {
+					if e, _ := dst.End(id); e.Durable < next-1 {
+						return fmt.Errorf("read up to %d, durable is %d", next-1, e.Durable)
+					}
+					for len(frames) > 0 {
+						var err error
+						if _, frames, err = NextFrame(frames); err != nil {
+							return err
+						}
+					}
+					if rand.IntN(4) == 0 {
+						return dst.Trim(id, max(next, 50)-50)
+					}
+					return nil
+				})
+			})
+		}
+	}
+	wg.Wait()
+	for _, id := range []Stream{own, copied} {
+		if e, _ := dst.End(id); e.Durable != total {
+			t.Errorf("%s ends with %+v", id, e)
+		}
+	}
+	mustClose(t, dst)
+	mustClose(t, src)
+	dst = mustOpen(t, o)
+	if e, _ := dst.End(own); e.Durable != total {
+		t.Errorf("after reopening: %+v", e)
+	}
+	mustClose(t, dst)
+}
+
+// A caller that goes away while its records are written is told that it can't know.
+func TestCallerGoesAway(t *testing.T) {
+	o, d := testOptions(t.TempDir()), newFaultDisk()
+	l, err := open(o, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	syncing, release := make(chan struct{}), make(chan struct{})
+	d.failing(func(call, _ string) error {
+		if call == "sync" {
+			syncing <- struct{}{}
+			<-release
+		}
+		return nil
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	answer := make(chan error)
+	go func() {
+		_, err := l.Append(ctx, id, []Record{started(1, "")})
+		answer <- err
+	}()
+	<-syncing
+	if e, _ := l.End(id); e.Durable != 0 {
+		t.Errorf("it shows %d before the sync", e.Durable)
+	}
+	if frames, _, err := l.Read(id, 1, 1000); err != nil || len(frames) > 0 {
+		t.Errorf("read before the sync: %d bytes, %v", len(frames), err)
+	}
+	cancel()
+	if err := <-answer; !errors.Is(err, ErrUncertain) || !errors.Is(err, context.Canceled) {
+		t.Errorf("answered %v", err)
+	}
+	d.failing(nil)
+	close(release)
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	if e, _ := l.End(id); e.Durable != 1 {
+		t.Errorf("%+v", e)
+	}
+}
+
+// While one batch is on its way a bounded number wait, and all of them share syncs.
+func TestManyShareASync(t *testing.T) {
+	o, d := testOptions(t.TempDir()), newFaultDisk()
+	l, err := open(o, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, l)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	syncing, release := make(chan struct{}, 1000), make(chan struct{})
+	var syncs atomic.Int64
+	d.failing(func(call, _ string) error {
+		if call == "sync" {
+			syncs.Add(1)
+			syncing <- struct{}{}
+			<-release
+		}
+		return nil
+	})
+	var wg sync.WaitGroup
+	one := func() {
+		if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); err != nil {
+			t.Error(err)
+		}
+	}
+	wg.Go(one)
+	<-syncing
+	s, err := l.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		wg.Go(one)
+	}
+	waiting := func() (n int) {
+		s.queue.mu.Lock()
+		defer s.queue.mu.Unlock()
+		for _, b := range s.queue.batches {
+			n += len(b.records)
+		}
+		return n
+	}
+	for waiting() < 100 {
+		<-time.After(time.Millisecond)
+	}
+	close(release)
+	wg.Wait()
+	if n := syncs.Load(); n != 2 {
+		t.Errorf("%d syncs for 1 + 100 appends", n)
+	}
+}
+
+func TestQueueIsBounded(t *testing.T) {
+	q := newQueue()
+	big := []Record{{}}
+	for range maxBatches {
+		if _, _, err := q.add(context.Background(), big, batchBytes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, _, err := q.add(ctx, big, batchBytes); !errors.Is(err, context.Canceled) || errors.Is(err, ErrUncertain) {
+		t.Fatalf("a full queue: %v", err)
+	}
+	go func() { close(q.next().done) }()
+	if _, _, err := q.add(context.Background(), big, batchBytes); err != nil {
+		t.Fatal(err)
+	}
+	q.close(ErrFrozen)
+	if _, _, err := q.add(context.Background(), big, 1); !errors.Is(err, ErrFrozen) {
+		t.Fatal(err)
+	}
+	for range maxBatches {
+		if q.next() == nil {
+			t.Fatal("what was queued was forgotten")
+		}
+	}
+	if q.next() != nil {
+		t.Fatal("more than there was")
+	}
+}
+
+func TestFreezeWritesWhatIsQueued(t *testing.T) {
+	l := mustOpen(t, testOptions(t.TempDir()))
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	if e, _ := l.End(id); !e.Own {
+		t.Fatal("not own")
+	}
+	mustAppend(t, l, id, started(1, ""))
+	if err := l.Freeze(id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); !errors.Is(err, ErrFrozen) {
+		t.Fatal(err)
+	}
+	if e, _ := l.End(id); e != (End{First: 1, Durable: 1}) {
+		t.Fatalf("%+v", e)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	ctx := context.Background()
+	l := mustOpen(t, testOptions(t.TempDir()))
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	mustAppend(t, l, id, started(1, ""), started(1, ""))
+	frame := func(seq uint64) []byte {
+		r := copiedRecord(seq)
+		b, err := AppendFrame(nil, &r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	two := append(frame(1), frame(2)...)
+	if d, err := l.Receive(ctx, copied, two); d != 2 || err != nil {
+		t.Fatal(d, err)
+	}
+	other := copiedRecord(2)
+	other.Job[15]++
+	diverged, err := AppendFrame(nil, &other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := func(_ any, err error) error { return err }
+	read := func(id Stream, from uint64) error {
+		_, _, err := l.Read(id, from, 10)
+		return err
+	}
+	for name, tt := range map[string]struct{ got, want error }{
+		"create again":         {l.Create(ctx, id), ErrStreamExists},
+		"no name":              {l.Create(ctx, Stream{}), ErrTooLarge},
+		"append to none":       {answer(l.Append(ctx, streamOf(7), []Record{started(1, "")})), ErrNoStream},
+		"append to a copy":     {answer(l.Append(ctx, copied, []Record{started(1, "")})), ErrFrozen},
+		"append no record":     {answer(l.Append(ctx, id, []Record{{Kind: 99}})), ErrDamaged},
+		"append too much":      {answer(l.Append(ctx, id, []Record{{Kind: Started, Payload: make([]byte, MaxPayload+1)}})), ErrTooLarge},
+		"append too many":      {answer(l.Append(ctx, id, []Record{started(1, string(make([]byte, 20<<20))), started(1, string(make([]byte, 20<<20)))})), ErrTooLarge},
+		"receive own":          {answer(l.Receive(ctx, id, nil)), nil},
+		"receive a gap":        {answer(l.Receive(ctx, copied, frame(4))), ErrGap},
+		"receive gaps":         {answer(l.Receive(ctx, copied, append(frame(3), frame(5)...))), ErrGap},
+		"receive from 5":       {answer(l.Receive(ctx, Stream{"x", Incarnation{1}}, frame(5))), ErrDamaged},
+		"receive another":      {answer(l.Receive(ctx, copied, diverged)), ErrDiverged},
+		"receive half a frame": {answer(l.Receive(ctx, copied, frame(3)[:30])), ErrShort},
+		"read none":            {read(streamOf(7), 1), ErrNoStream},
+		"read behind the end":  {read(copied, 4), ErrGap},
+		"read at the end":      {read(copied, 3), nil},
+		"trim none":            {l.Trim(streamOf(7), 1), ErrNoStream},
+		"drop none":            {l.Drop(streamOf(7)), ErrNoStream},
+		"freeze none":          {l.Freeze(streamOf(7)), ErrNoStream},
+	} {
+		if !errors.Is(tt.got, tt.want) || tt.want == nil && tt.got != nil {
+			t.Errorf("%s: %v, want %v", name, tt.got, tt.want)
+		}
+	}
+	if err := l.Err(); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, l)
+	mustClose(t, l)
+	if err := read(id, 1); !errors.Is(err, ErrClosed) {
+		t.Errorf("read after the close: %v", err)
+	}
+	if err := answer(l.Append(ctx, id, []Record{started(1, "")})); !errors.Is(err, ErrClosed) {
+		t.Errorf("append after the close: %v", err)
+	}
+	if err := answer(l.Receive(ctx, copied, frame(3))); !errors.Is(err, ErrClosed) {
+		t.Errorf("receive after the close: %v", err)
+	}
+}
+
+func TestTooManyStreams(t *testing.T) {
+	l, err := open(testOptions(t.TempDir()), newFaultDisk()) // which syncs no directories
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, l)
+	for i := range MaxStreams {
+		r := copiedRecord(1)
+		r.Stream.Incarnation = Incarnation{1, byte(i >> 8), byte(i)}
+		frame, err := AppendFrame(nil, &r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := l.Receive(context.Background(), r.Stream, frame); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Create(context.Background(), streamOf(1)); !errors.Is(err, ErrTooManyStreams) {
+		t.Fatal(err)
+	}
+	if n := len(l.actives.order); n > maxActive {
+		t.Fatalf("%d files are open", n)
+	}
+}
+
+// After a snapshot a copy begins in the middle; what was there before goes.
+func TestReceiveFrom(t *testing.T) {
+	ctx := context.Background()
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	frames := func(from, to uint64) (b []byte) {
+		for seq := from; seq <= to; seq++ {
+			r := copiedRecord(seq)
+			var err error
+			if b, err = AppendFrame(b, &r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return b
+	}
+	if _, err := l.Receive(ctx, copied, frames(1, 10)); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.ReceiveFrom(copied, 5); err != nil {
+		t.Fatal(err)
+	}
+	if e, _ := l.End(copied); e != (End{First: 1, Durable: 10}) {
+		t.Fatalf("%+v", e)
+	}
+	if err := l.ReceiveFrom(copied, 100); err != nil {
+		t.Fatal(err)
+	}
+	other := copied
+	other.Incarnation[3]++
+	if err := l.ReceiveFrom(other, 7); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Receive(ctx, copied, frames(100, 110)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if e, _ := l.End(copied); e != (End{First: 100, Durable: 110}) {
+			t.Fatalf("%+v", e)
+		}
+		if e, _ := l.End(other); e != (End{First: 7, Durable: 6}) {
+			t.Fatalf("%+v", e)
+		}
+		if _, _, err := l.Read(copied, 10, 1000); !errors.Is(err, ErrTrimmed) {
+			t.Fatal(err)
+		}
+		// An overlap that reaches back behind the beginning.
+		if d, err := l.Receive(ctx, copied, frames(90, 105)); d != 110 || err != nil {
+			t.Fatal(d, err)
+		}
+		mustClose(t, l)
+		l = mustOpen(t, o)
+	}
+}
+
+// A crash between the new beginning and the end of the old segments.
+func TestReceiveFromCutShort(t *testing.T) {
+	o, d := testOptions(t.TempDir()), newFaultDisk()
+	l, err := open(o, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := copiedRecord(1)
+	frame, err := AppendFrame(nil, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Receive(context.Background(), copied, frame); err != nil {
+		t.Fatal(err)
+	}
+	d.failing(failAll("remove", unix.EIO))
+	if err := l.ReceiveFrom(copied, 100); !errors.Is(err, ErrFailed) {
+		t.Fatal(err)
+	}
+	_ = l.Close()
+	l = mustOpen(t, o)
+	if e, _ := l.End(copied); e != (End{First: 100, Durable: 99}) {
+		t.Fatalf("%+v", e)
+	}
+}
+
+// Beyond the budget the oldest segments go, of what is applied.
+func TestShrink(t *testing.T) {
+	o := testOptions(t.TempDir())
+	o.SegmentBytes, o.BudgetBytes = 1000, 6000
+	l := mustOpen(t, o)
+	a, b := streamOf(1), streamOf(2)
+	mustCreate(t, l, a)
+	mustCreate(t, l, b)
+	for range 50 {
+		mustAppend(t, l, a, started(1, strings.Repeat("x", 100)))
+	}
+	for range 20 {
+		mustAppend(t, l, b, started(1, strings.Repeat("x", 100)))
+	}
+	none, err := l.Shrink(func(Stream) uint64 { return 0 })
+	if err != nil || len(none) > 0 || l.Bytes() <= o.BudgetBytes {
+		t.Fatalf("%v trimmed without being applied, %d bytes: %v", none, l.Bytes(), err)
+	}
+	got, err := l.Shrink(func(id Stream) uint64 {
+		if id == a {
+			return 30
+		}
+		return 1000
+	})
+	if err != nil || l.Bytes() > o.BudgetBytes {
+		t.Fatalf("%d bytes left: %v", l.Bytes(), err)
+	}
+	ea, _ := l.End(a)
+	if got[a] != ea.First || ea.First > 31 || ea.First < 2 {
+		t.Fatalf("%v, %+v", got, ea)
+	}
+	before := l.Bytes()
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	if l.Bytes() != before {
+		t.Fatalf("%d bytes, before %d", l.Bytes(), before)
+	}
+}
+
+// After a rotation of the keys the old one is carried by nothing once all is
+// sealed anew, and every record is the same.
+func TestResealing(t *testing.T) {
+	ring, keys := keyringtest.New(t, 1)
+	sealer := NewSealer(ring)
+	o := testOptions(t.TempDir())
+	o.SegmentBytes = 3000
+	l := mustOpen(t, o)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	submit := func() {
+		t.Helper()
+		r, v := Record{Stream: id, Job: JobID{1}}, submission()
+		if err := sealer.SealSubmission(&r, &v); err != nil {
+			t.Fatal(err)
+		}
+		mustAppend(t, l, id, r, started(1, ""))
+	}
+	for range 20 {
+		submit()
+	}
+	before := recordsOf(t, l, id, 1)
+	keys = keyringtest.Rotate(t, ring, keys)
+	submit()
+	if c := l.Carried(); c[keys[1].ID()] != 20 || c[keys[2].ID()] != 1 {
+		t.Fatalf("carried: %v", c)
+	}
+	if left, err := l.Reseal(context.Background(), sealer); left != 0 || err != nil {
+		t.Fatalf("%d left: %v", left, err)
+	}
+	submit()
+	if err := ring.Set(keys[2].ID(), keys[0], keys[2]); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if c := l.Carried(); c[keys[1].ID()] != 0 || c[keys[2].ID()] != 22 {
+			t.Fatalf("carried: %v", c)
+		}
+		after := recordsOf(t, l, id, 1)
+		if len(after) != 44 {
+			t.Fatalf("%d records", len(after))
+		}
+		for i := range after {
+			if i < len(before) && !after[i].same(&before[i]) {
+				t.Fatalf("record %d has changed", i+1)
+			}
+			if after[i].Kind != Submitted {
+				continue
+			}
+			if _, err := sealer.OpenSubmission(&after[i]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		mustClose(t, l)
+		l = mustOpen(t, o)
+	}
+	// A key that is not known leaves its records as they are.
+	if err := ring.Set(keys[1].ID(), keys[0], keys[1]); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := l.Reseal(context.Background(), sealer); left != 22 || err != nil {
+		t.Fatalf("%d left: %v", left, err)
+	}
+	if c := l.Carried(); c[keys[2].ID()] != 22 {
+		t.Fatalf("carried: %v", c)
+	}
+}
+
+// A live tail is read from memory.
+func TestTailNeedsNoDisk(t *testing.T) {
+	o, d := testOptions(t.TempDir()), newFaultDisk()
+	l, err := open(o, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mustClose(t, l)
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	mustAppend(t, l, id, started(1, "one"), started(2, "two"))
+	mustAppend(t, l, id, started(3, "three"))
+	d.failing(failAll("open", unix.EIO))
+	if got := recordsOf(t, l, id, 2); len(got) != 2 {
+		t.Fatalf("%d records", len(got))
+	}
+	d.failing(nil)
+}
+
+func TestTailsAreBounded(t *testing.T) {
+	ts := tails{limit: 1000, of: map[Stream][]*chunk{}}
+	for i := range uint64(100) {
+		r := copiedRecord(i + 1)
+		r.Payload = make([]byte, 100)
+		for n := range byte(3) {
+			r.Stream = streamOf(n)
+			frame, err := AppendFrame(nil, &r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ts.add(r.Stream, r.Seq, r.Seq, frame)
+			if ts.held > ts.limit {
+				t.Fatalf("%d bytes are held", ts.held)
+			}
+		}
+		if i == 50 {
+			ts.drop(streamOf(1))
+		}
+	}
+	if _, next, ok := ts.read(streamOf(0), 100, 10); !ok || next != 101 {
+		t.Fatalf("the last one is not there: %v %d", ok, next)
+	}
+	if _, _, ok := ts.read(streamOf(0), 3, 10); ok {
+		t.Fatal("an old one is there")
+	}
+	for n := range byte(3) {
+		ts.drop(streamOf(n))
+	}
+	if ts.held != 0 || len(ts.of) != 0 {
+		t.Fatalf("%d bytes are held of nothing", ts.held)
+	}
+}
+
+func TestStoreEpoch(t *testing.T) {
+	o := testOptions(t.TempDir())
+	l := mustOpen(t, o)
+	epoch := l.StoreEpoch()
+	mustClose(t, l)
+	l = mustOpen(t, o)
+	if l.StoreEpoch() != epoch || epoch < uint64(time.Now().Add(-time.Hour).UnixMilli()) {
+		t.Fatalf("%d, before %d", l.StoreEpoch(), epoch)
+	}
+	mustClose(t, l)
+	if err := os.RemoveAll(o.Dir); err != nil {
+		t.Fatal(err)
+	}
+	for uint64(time.Now().UnixMilli()) == epoch {
+		<-time.After(time.Millisecond)
+	}
+	l = mustOpen(t, o)
+	if l.StoreEpoch() <= epoch {
+		t.Fatalf("%d, before %d", l.StoreEpoch(), epoch)
+	}
+}
