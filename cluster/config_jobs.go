@@ -30,6 +30,14 @@ type Jobs struct {
 	ExpiresIn Duration `yaml:"expires_in,omitempty"`
 }
 
+// Running is how many jobs a node may run at once.
+func (j Jobs) Running() int {
+	if j.Paused {
+		return 0
+	}
+	return j.Concurrency
+}
+
 // JobDurabilities are the durabilities of jobs, weakest first.
 func JobDurabilities() []string { return []string{"node", "site", "two-sites", "two-cities"} }
 

@@ -380,3 +380,6 @@ func (c tableCarrier) Reseal(ctx context.Context, from keyring.KeyID) (int64, er
 	counts, err := c.table.Carries(ctx)
 	return counts[from], err
 }
+
+// CheckJobs implements admin.JobsChecker.
+func (n *Node) CheckJobs(ctx context.Context) error { return n.work.check(ctx) }

@@ -113,7 +113,7 @@ func (x *executor) stop(abandon context.CancelCauseFunc) {
 func (x *executor) round(work context.Context) time.Duration {
 	x.lookAtRows()
 	usable := x.usableLanes()
-	cfg, spare := x.o.config(), x.o.Spare()
+	most, spare := x.o.config().Running(), x.o.Spare()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	now := time.Now()
@@ -122,7 +122,7 @@ func (x *executor) round(work context.Context) time.Duration {
 		x.toEnd(e)
 	}
 	x.endSome(work, may)
-	for x.running < cfg.Concurrency && spare > 0 {
+	for x.running < most && spare > 0 {
 		e := x.q.next(may)
 		if e == nil {
 			break
@@ -134,7 +134,7 @@ func (x *executor) round(work context.Context) time.Duration {
 	if at, ok := x.q.wake(); ok {
 		next = min(next, max(time.Until(at), time.Millisecond))
 	}
-	if x.running < cfg.Concurrency && x.ready() || len(x.endings) > 0 {
+	if x.running < most && x.ready() || len(x.endings) > 0 {
 		next = min(next, againWhenBlocked)
 	}
 	return next

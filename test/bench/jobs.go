@@ -122,7 +122,7 @@ func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(cont
 	if err != nil {
 		return nil, err
 	}
-	text := fmt.Sprintf("version: 1\nsites: {%s: {city: here}}\nupstreams: {none: {site: %s, url: \"http://127.0.0.1:9/v1\"}}\n"+
+	text := fmt.Sprintf("version: 1\nsites: {%s: {city: here, priority: 1}}\nupstreams: {none: {site: %s, url: \"http://127.0.0.1:9/v1\"}}\n"+
 		"models: {m: {serve: [{upstream: none, model: m}]}}\njobs: {paused: true, max_queued: 1000000}\n", siteName, siteName)
 	nodes, err := s.startSite(ctx, binary, text, set.nodes)
 	if err != nil {
