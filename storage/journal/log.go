@@ -94,10 +94,12 @@ type stream struct {
 
 	// Locks are taken in the order write, prune, mu.
 
-	write  sync.Mutex // held while writing to the end, and while Durable is told; guards active, gone
+	write  sync.Mutex // held while writing to the end, and while Durable is told; guards what follows
 	active file       // the last segment, nil until it is needed
-	gone   bool
-	slot   int // of its mark, 0 for none yet
+	// allocated is the active file's size: zeros from the segment's own size on.
+	allocated int64
+	gone      bool
+	slot      int // of its mark, 0 for none yet
 
 	prune sync.Mutex // held while files other than the last are deleted or replaced
 

@@ -201,7 +201,7 @@ func (l *Log) beginAnew(s *stream, first uint64) error {
 	if err != nil {
 		return err
 	}
-	s.active = f
+	s.active, s.allocated = f, g.size
 	if err := l.actives.add(s); err != nil {
 		return err
 	}

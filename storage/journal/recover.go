@@ -267,7 +267,7 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 	switch {
 	case errors.Is(err, ErrNewerFormat):
 		return nil, nil, fmt.Errorf("%s: %w; it was written by a later version of dsnode: start that one", r.path(i), err)
-	case err == nil && g.size == size:
+	case g != nil && (err == nil && g.size == size || errors.Is(err, ErrDamaged) && zeros(f, int64(head), size)):
 		if last && r.known.Durable > g.last {
 			return g, fmt.Errorf("%w: it ends with %d, but %d was durable", ErrDamaged, g.last, r.known.Durable), nil
 		}
@@ -314,6 +314,19 @@ func (r *recovery) header(f file, end int64, first uint64) (size int, err error)
 		return 0, fmt.Errorf("%w: it is the segment %d of %s", ErrDamaged, named, id)
 	}
 	return size, nil
+}
+
+// zeros says whether there is nothing else in a part of a file.
+func zeros(f io.ReaderAt, at, end int64) bool {
+	w := window{f: f, at: at, end: end}
+	for w.at < end {
+		b, err := w.peek(windowBytes)
+		if err != nil || len(bytes.Trim(b, "\x00")) > 0 {
+			return false
+		}
+		w.skip(len(b))
+	}
+	return true
 }
 
 // nextMark finds the next good mark from an offset on.
@@ -380,6 +393,9 @@ func (r *recovery) renew(g *segment) error {
 		return err
 	}
 	if err = copyBytes(f, f, from, g.size); err == nil {
+		err = f.Truncate(g.size) // what was written ahead
+	}
+	if err == nil {
 		err = f.sync()
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
