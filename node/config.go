@@ -34,8 +34,11 @@ type Config struct {
 	// Seeds are rpc addresses of other nodes: whom to ask when nobody is known.
 	Seeds       []string       `yaml:"seeds,omitempty"`
 	OperatorKey cluster.Secret `yaml:"operator_key"`
-	Shutdown    ShutdownConfig `yaml:"shutdown"`
-	Log         LogConfig      `yaml:"log"`
+	// OperatorKeyPrevious still opens things while the cluster changes to
+	// another operator key.
+	OperatorKeyPrevious cluster.Secret `yaml:"operator_key_previous,omitempty"`
+	Shutdown            ShutdownConfig `yaml:"shutdown"`
+	Log                 LogConfig      `yaml:"log"`
 
 	dir string // node.yaml's, absolute; what relative paths start from
 }
@@ -174,7 +177,7 @@ func (c *Config) resolvePaths() {
 	for _, p := range []*string{
 		&c.DataDir, &c.API.TLS.CertFile, &c.API.TLS.KeyFile,
 		&c.Admin.TokenFile, &c.Admin.TLS.CertFile, &c.Admin.TLS.KeyFile, &c.Gossip.KeyFile,
-		&c.RPC.TLS.CertFile, &c.RPC.TLS.KeyFile, &c.RPC.TLS.CAFile, &c.OperatorKey.File,
+		&c.RPC.TLS.CertFile, &c.RPC.TLS.KeyFile, &c.RPC.TLS.CAFile, &c.OperatorKey.File, &c.OperatorKeyPrevious.File,
 	} {
 		if *p != "" {
 			*p = c.Path(*p)

@@ -245,6 +245,15 @@ func (c *configCheck) operatorKey() {
 	case k.Env != "" && k.File != "":
 		c.reject(p, hint+", not both", "has both env and file")
 	}
+	p = cluster.At("operator_key_previous")
+	switch k := c.OperatorKeyPrevious; {
+	case k.IsZero() && c.src.Has(p):
+		c.missing(p, hint+", or remove it")
+	case k.Env != "" && k.File != "":
+		c.reject(p, hint+", not both", "has both env and file")
+	case !k.IsZero() && k == c.OperatorKey:
+		c.reject(p, "write the key that operator_key replaces, or remove it", "is the same as operator_key")
+	}
 }
 
 // splitAddress reads host:port. An empty host is a wildcard.
@@ -336,9 +345,11 @@ func (c *Config) checkFiles(src *cluster.ConfigSource) {
 			}
 		}
 	}
-	if ref := (keyring.KeyRef{Env: c.OperatorKey.Env, File: c.OperatorKey.File}); (ref.Env == "") != (ref.File == "") {
-		if _, err := keyring.LoadOperatorKey(ref); err != nil {
-			src.Reject(cluster.At("operator_key"), err.Error(), "")
+	for name, k := range map[string]cluster.Secret{"operator_key": c.OperatorKey, "operator_key_previous": c.OperatorKeyPrevious} {
+		if ref := keyring.KeyRef(k); (ref.Env == "") != (ref.File == "") {
+			if _, err := keyring.LoadOperatorKey(ref); err != nil {
+				src.Reject(cluster.At(name), err.Error(), "")
+			}
 		}
 	}
 }

@@ -98,7 +98,7 @@ func TestParseConfigRefuses(t *testing.T) {
 	const server = "{cert_file: c, key_file: k}"
 	for _, tc := range []struct{ name, text, want string }{
 		{"empty", "", `node.yaml: the file is empty; start from the commented sample in deploy/`},
-		{"unknown key", good + "operatorkey: {}\n", `node.yaml:9: operatorkey: unknown key "operatorkey"; did you mean "operator_key"? (allowed here: version, cluster, name, site, data_dir, api, admin, metrics, gossip, rpc, seeds, operator_key, shutdown, log)`},
+		{"unknown key", good + "operatorkey: {}\n", `node.yaml:9: operatorkey: unknown key "operatorkey"; did you mean "operator_key"? (allowed here: version, cluster, name, site, data_dir, api, admin, metrics, gossip, rpc, seeds, operator_key, operator_key_previous, shutdown, log)`},
 		{"unknown key inside", good + "api: {listen: ':8080'}\n", `node.yaml:9: api.listen: unknown key "listen"; allowed here: bind, advertise, tls`},
 		{"duplicate key", good + "site: b\n", `node.yaml:9: site: the key "site" stands here a second time, the first is on line 4; keep one of them`},
 		{"no version", swap("version: 1\n", ""), `node.yaml:1: version: is missing; write version: 1`},
@@ -136,6 +136,9 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"no operator key", swap("operator_key: {file: operator.key}\n", ""), `node.yaml:1: operator_key: is missing; write {file: PATH} or {env: NAME}; the key has 32 random bytes in base64, as head -c 32 /dev/urandom | base64 prints them`},
 		{"literal operator key", swap("{file: operator.key}", "aHVudGVyMg=="), `node.yaml:8: operator_key: secrets are references; write {env: NAME} or {file: PATH}`},
 		{"two operator keys", swap("{file: operator.key}", "{file: a, env: B}"), `node.yaml:8: operator_key: has both env and file; write {file: PATH} or {env: NAME}, not both`},
+		{"no previous operator key", good + "operator_key_previous: {}\n", `node.yaml:9: operator_key_previous: is empty; write {file: PATH} or {env: NAME}, or remove it`},
+		{"two previous operator keys", good + "operator_key_previous: {file: a, env: B}\n", `node.yaml:9: operator_key_previous: has both env and file; write {file: PATH} or {env: NAME}, not both`},
+		{"the same operator key twice", good + "operator_key_previous: {file: operator.key}\n", `node.yaml:9: operator_key_previous: is the same as operator_key; write the key that operator_key replaces, or remove it`},
 		{"delay", good + "shutdown: {delay: 11m}\n", `node.yaml:9: shutdown.delay: 11m is out of range; write a time from 0s to 10m`},
 		{"grace", good + "shutdown: {grace: 61m}\n", `node.yaml:9: shutdown.grace: 1h1m is out of range; write a time from 0s to 1h`},
 		{"grace without a unit", good + "shutdown: {grace: 30}\n", `node.yaml:9: shutdown.grace: not a duration: "30" has no unit; write 30s or 30ms`},
@@ -207,6 +210,12 @@ func TestLoadConfigReadsWhatTheFileNames(t *testing.T) {
 	}
 	if _, err := LoadConfig(path); err != nil {
 		t.Errorf("operator key from the environment: %v", err)
+	}
+	if err := os.WriteFile(path, []byte(good+"operator_key_previous: {file: words}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), "node.yaml:9: operator_key_previous: file ") {
+		t.Errorf("a previous operator key that is none: %v", err)
 	}
 }
 

@@ -29,8 +29,9 @@ type connection struct {
 // session is a connection in use.
 type session struct {
 	*admin.Client
-	env    *environment
-	output string
+	env     *environment
+	output  string
+	timeout time.Duration // of one question; also of a wait
 }
 
 // onCluster makes cmd one that talks to a cluster: it gets the flags for that,
@@ -81,7 +82,7 @@ func (c *connection) open(env *environment) (*session, error) {
 	if err != nil {
 		return nil, &exitError{code: exitUsage, err: err, hint: "check --admin, --admin-ca and DSNODE_ADMIN"}
 	}
-	return &session{Client: client, env: env, output: c.output}, nil
+	return &session{Client: client, env: env, output: c.output, timeout: c.timeout}, nil
 }
 
 // patient gives a command whose question takes long another default.

@@ -23,6 +23,7 @@ type fakeCluster struct {
 	held     *admin.Hold
 	lost     bool // the primary was lost, and nobody has acknowledged it
 	drills   []admin.Drill
+	keyring  fakeKeyring
 	asked    int // how often the running drill was asked about
 }
 
@@ -409,3 +410,5 @@ func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
 	}
 	return fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
 }
+
+func (f *fakeCluster) CheckJobs(context.Context) error { return nil }

@@ -29,6 +29,7 @@ type fakeCluster struct {
 	drained   bool // the upstream
 	drainedBy string
 	fail      error
+	keyring   Keyring
 	drills    []Drill
 	notes     []string // what was changed, in words
 	// hold, when not nil, keeps Status waiting until it is closed or the
@@ -355,4 +356,10 @@ func dial(t *testing.T, o ClientOptions, urls ...string) *Client {
 	}
 	t.Cleanup(c.Close)
 	return c
+}
+
+func (f *fakeCluster) CheckJobs(context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.fail
 }

@@ -57,6 +57,9 @@ type Cluster interface {
 
 	Failovers
 	Drills
+	Keyrings
+	JobsChecker
+	Caches
 }
 
 // Options are what New needs. Cluster, Gatherer and Health are required.
@@ -133,6 +136,12 @@ func (s *Server) routes(o Options) []route {
 		{"GET /admin/v1/apikeys", s.read(s.getAPIKeys)},
 		{"POST /admin/v1/apikeys", s.change(s.postAPIKey)},
 		{"DELETE /admin/v1/apikeys/{id}", s.change(s.deleteAPIKey)},
+		{"GET /admin/v1/keyring", s.read(s.getKeyring)},
+		{"POST /admin/v1/keyring/rotate", s.change(s.postKeyringRotate)},
+		{"POST /admin/v1/keyring/rewrap", s.change(s.postKeyringRewrap)},
+		{"POST /admin/v1/jobs/check", s.change(s.postJobsCheck)},
+		{"GET /admin/v1/cache", s.read(s.getCache)},
+		{"POST /admin/v1/cache/purge", s.change(s.postCachePurge)},
 		{"DELETE /admin/v1/nodes/{name}", s.change(s.deleteNode)},
 		{"POST /admin/v1/nodes/{name}/drain", s.change(s.postDrain)},
 		{"POST /admin/v1/nodes/{name}/resume", s.change(s.postResume)},
