@@ -78,6 +78,7 @@ var arrows = []arrow{
 	{"storage", "storage/boltfile", "may bbolt open Raft's file"},
 	{"storage/journal", "storage/keyring", "payloads are sealed"},
 	{"storage/jobtable", "storage/journal", "rows are joined from records"},
+	{"storage/jobtable", "storage/boltfile", "may bbolt open its file"},
 	{"storage/jobtable", "storage/keyring", "tenants in indexes, and which keys are still in use"},
 }
 

@@ -320,3 +320,20 @@ func FuzzParseMark(f *testing.F) {
 		}
 	})
 }
+
+func wantAbsent(t *testing.T, dir string, canary []byte) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) < 2 {
+		t.Fatal(entries, err)
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, canary) {
+			t.Errorf("%s holds it in clear", e.Name())
+		}
+	}
+}

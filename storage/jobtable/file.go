@@ -27,6 +27,8 @@ const (
 // fill a page by itself and leave half of it empty.
 const pageSize = 16 << 10
 
+const initialMap = 1 << 28
+
 // The buckets of the file, in order. Indexes hold keys alone; see facts.go.
 const (
 	indexDue     = iota // class (1) | ms (8) | job
@@ -138,7 +140,10 @@ func openBolt(path string) (db *bbolt.DB, err error) {
 		Timeout:      time.Millisecond, // the directory's lock is the caller's; this one must be free
 		PageSize:     pageSize,
 		FreelistType: bbolt.FreelistMapType, // the array is searched from its start for each page
-		NoStatistics: true,
+		// Address space alone. Each time the mapping grows a commit waits for all
+		// readers and copies what it holds.
+		InitialMmapSize: initialMap,
+		NoStatistics:    true,
 	})
 }
 

@@ -3,11 +3,9 @@ package jobtable
 import (
 	"context"
 	"encoding/binary"
-	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -222,37 +220,4 @@ func TestAJobLives(t *testing.T) {
 		t.Errorf("%d succeeded jobs after the deletion", n)
 	}
 	table.check(t)
-}
-
-func BenchmarkSubmit(b *testing.B) {
-	w := newWorld(b)
-	table := start(b, w.options(b.TempDir()))
-	l := w.log("a")
-	for range b.N {
-		w.pass(50 * time.Microsecond)
-		l.submit(w.newID(), journal.Submission{Tenant: fmt.Sprint(l.seq % 10), Body: make([]byte, 1100)})
-	}
-	cpu := cpuTime(b)
-	b.ResetTimer()
-	for from := 0; from < b.N; from += 64 {
-		table.Apply(l.stream, l.all[from:min(b.N, from+64)])
-	}
-	if err := table.flush(b.Context()); err != nil {
-		b.Fatal(err)
-	}
-	report(b, cpu)
-}
-
-// cpuTime of the process: what a busy machine doesn't distort.
-func cpuTime(b *testing.B) time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
-func report(b *testing.B, before time.Duration) {
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "jobs/s")
-	b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/float64(b.N), "cpu-µs/job")
 }

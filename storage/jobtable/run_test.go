@@ -1,0 +1,375 @@
+package jobtable
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// Streams are applied at once while others read, and the watcher hears each
+// job's changes in order.
+func TestManyAtOnce(t *testing.T) {
+	w := newWorld(t)
+	table := start(t, w.options(t.TempDir()))
+	const jobs = 200
+	logs := []*log{w.log("a"), w.log("b"), w.log("c")}
+	for i := range jobs {
+		id := w.newID()
+		for n, l := range logs {
+			l.submit(id, journal.Submission{Tenant: "x"})
+			for attempt := range uint32(3) {
+				l.start(id, journal.Token{Generation: 1, Index: uint64(n)}, attempt+1)
+			}
+			l.finish(id, journal.Token{Generation: 1, Index: uint64(n)}, 3, journal.Outcome{Status: journal.Succeeded, Body: make([]byte, i)})
+		}
+	}
+	var mu sync.Mutex
+	heard := map[journal.JobID]Row{}
+	changes := 0
+	table.Watch(func(r Row) {
+		mu.Lock()
+		defer mu.Unlock()
+		changes++
+		// Each is what it was before, and more.
+		if before := heard[r.ID()]; !equal(Join(before.Records, r.Records), r.Records) {
+			t.Errorf("heard %v after %v", r, before)
+		}
+		heard[r.ID()] = r
+	})
+	stop := make(chan struct{})
+	var reading, applying sync.WaitGroup
+	reading.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			rows, _, err := table.List(Filter{Tenant: "x", Limit: 20})
+			if err != nil {
+				t.Errorf("List: %v", err)
+				return
+			}
+			seen := map[journal.JobID]bool{}
+			for _, r := range rows {
+				if seen[r.ID()] {
+					t.Errorf("job %s is listed twice", r.ID())
+				}
+				seen[r.ID()] = true
+				now, ok, err := table.Get(r.ID())
+				if err != nil || !ok || !equal(Join(r.Records, now.Records), now.Records) {
+					t.Errorf("Get went back: %v after %v (%v)", now, r, err)
+				}
+			}
+			if _, err := table.DigestsSince(0); err != nil {
+				t.Errorf("Digests: %v", err)
+			}
+		}
+	})
+	for _, l := range logs {
+		applying.Go(func() {
+			for from := 0; from < len(l.all); from += 7 {
+				table.Apply(l.stream, l.all[from:min(len(l.all), from+7)])
+			}
+		})
+	}
+	applying.Wait()
+	close(stop)
+	reading.Wait()
+	table.check(t)
+	if n := table.Counts()[journal.Succeeded]; n != jobs || len(heard) != jobs {
+		t.Errorf("%d jobs succeeded, %d were heard of, want %d", n, len(heard), jobs)
+	}
+	for id, r := range heard {
+		if now := table.get(t, id); !equal(now.Records, r.Records) {
+			t.Errorf("last heard %v, is %v", r, now)
+		}
+	}
+	if n := table.PendingBytes(); n != 0 {
+		t.Errorf("%d bytes wait after all is durable", n)
+	}
+	for _, l := range logs {
+		if n := table.Applied(l.stream); n != l.seq {
+			t.Errorf("applied %d of %d", n, l.seq)
+		}
+	}
+}
+
+// Apply keeps nothing of the caller's buffer.
+func TestApplyCopies(t *testing.T) {
+	w := newWorld(t)
+	table := start(t, w.options(t.TempDir()))
+	l := w.log("a")
+	id := w.newID()
+	r := l.submit(id, journal.Submission{Tenant: "x"})
+	payload := bytes.Clone(r.Payload)
+	table.Apply(l.stream, []journal.Record{r})
+	clear(r.Payload)
+	if sub, _ := table.get(t, id).Submitted(); !bytes.Equal(sub.Payload, payload) {
+		t.Error("the payload changed with the caller's buffer")
+	}
+	table.check(t)
+	if sub, _ := table.get(t, id).Submitted(); !bytes.Equal(sub.Payload, payload) {
+		t.Error("the payload in the file changed with the caller's buffer")
+	}
+}
+
+// Without commits Apply waits, and memory stays bounded.
+func TestApplyWaitsForCommits(t *testing.T) {
+	w := newWorld(t)
+	table, err := Open(w.options(t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := w.log("a")
+	const n = 3 * maxPending / (1 << 20)
+	for range n {
+		l.submit(w.newID(), journal.Submission{Body: make([]byte, 1<<20)})
+	}
+	for i := range l.all { // what zstd made of the zeros would not fill anything
+		l.all[i].Payload = append(l.all[i].Payload, make([]byte, 1<<20)...)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		table.Apply(l.stream, l.all)
+	}()
+	for waits := 0; waits < n; { // until the table is full
+		if table.PendingBytes() >= maxPending {
+			break
+		}
+		select {
+		case <-done:
+			t.Fatal("Apply did not wait")
+		case <-time.After(time.Millisecond):
+		}
+	}
+	for range 100 {
+		if p := table.PendingBytes(); p > maxPending+2<<20 {
+			t.Fatalf("%d bytes wait", p)
+		}
+		select {
+		case <-done:
+			t.Fatal("Apply did not wait")
+		default:
+			if err := table.commit(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if table.Applied(l.stream) == 0 && table.Counts()[journal.Queued] == n {
+			break
+		}
+	}
+	<-done
+	if got := table.Counts()[journal.Queued]; got != n {
+		t.Errorf("%d jobs of %d", got, n)
+	}
+	if err := table.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A node that lost its table gets the rows of another one, and goes on from there.
+func TestRebuiltFromAnotherNode(t *testing.T) {
+	w := newWorld(t)
+	source := start(t, w.options(t.TempDir()))
+	l, other := w.log("a"), w.log("b")
+	for i := range 300 {
+		id := w.newID()
+		l.submit(id, journal.Submission{Tenant: fmt.Sprint(i % 3), Body: make([]byte, i)})
+		if i%3 == 0 {
+			other.finish(id, journal.Token{Generation: 1}, 1, journal.Outcome{Status: journal.Failed})
+		}
+	}
+	source.Apply(l.stream, l.all)
+	source.Apply(other.stream, other.all)
+	source.check(t)
+
+	o := w.options(t.TempDir())
+	copied := start(t, o)
+	applied := source.AppliedAll()
+	for after, more := (journal.JobID{}), true; more; {
+		var frames []byte
+		var err error
+		if frames, after, more, err = source.Rows(after, 10_000); err != nil {
+			t.Fatal(err)
+		}
+		if err := copied.Merge(t.Context(), frames); err != nil {
+			t.Fatal(err)
+		}
+		if n := copied.PendingBytes(); n != 0 {
+			t.Fatalf("%d bytes wait after Merge", n)
+		}
+	}
+	for s, seq := range applied {
+		if err := copied.SetApplied(t.Context(), s, seq); err != nil {
+			t.Fatal(err)
+		}
+	}
+	compare := func() []byte {
+		t.Helper()
+		since := max(source.DigestsCut(), copied.DigestsCut())
+		a, err := source.DigestsSince(since)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := copied.DigestsSince(since)
+		if err != nil {
+			t.Fatal(err)
+		}
+		differ, comparable := a.Differ(b)
+		if !comparable {
+			t.Fatalf("applied %v and %v", a.Applied, b.Applied)
+		}
+		return differ
+	}
+	if d := compare(); len(d) != 0 {
+		t.Errorf("buckets %v differ", d)
+	}
+	next := l.submit(w.newID(), journal.Submission{})
+	for _, table := range []*running{source, copied} {
+		table.Apply(l.stream, []journal.Record{next})
+		table.check(t)
+	}
+	if d := compare(); len(d) != 0 {
+		t.Errorf("buckets %v differ after one more", d)
+	}
+	if err := copied.Merge(t.Context(), []byte("no frames at all, but long enough")); !errors.Is(err, ErrDamaged) {
+		t.Errorf("Merge of nonsense: %v", err)
+	}
+
+	// A difference is found in its bucket, and repaired by joining that both ways.
+	third := w.log("c")
+	lost := third.write(journal.Record{Kind: journal.CancelAsked, Job: l.all[7].Job})
+	if err := source.join(lost.Job, []journal.Record{lost}); err != nil {
+		t.Fatal(err)
+	}
+	source.check(t)
+	d := compare()
+	if len(d) != 1 || d[0] != bucketOf(lost.Job) {
+		t.Fatalf("buckets %v differ, want %d", d, bucketOf(lost.Job))
+	}
+	for after, more := (journal.JobID{}), true; more; {
+		var frames []byte
+		var err error
+		if frames, after, more, err = source.Bucket(d[0], after, 2000); err != nil {
+			t.Fatal(err)
+		}
+		if err := copied.Merge(t.Context(), frames); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := compare(); len(d) != 0 {
+		t.Errorf("buckets %v differ after the repair", d)
+	}
+	if err := copied.DropStream(t.Context(), other.stream); err != nil {
+		t.Fatal(err)
+	}
+	copied.end()
+	copied = start(t, o)
+	if got := copied.AppliedAll(); len(got) != 1 || got[l.stream] != l.seq {
+		t.Errorf("applied %v after dropping a stream and a restart", got)
+	}
+	copied.check(t)
+}
+
+func TestReseal(t *testing.T) {
+	w := newWorld(t)
+	table := start(t, w.options(t.TempDir()))
+	l := w.log("a")
+	for i := range 100 {
+		id := w.newID()
+		l.submit(id, journal.Submission{Tenant: "x", Body: []byte(fmt.Sprint(i))})
+		l.finish(id, journal.Token{Generation: 1}, 1, journal.Outcome{Status: journal.Succeeded})
+	}
+	table.Apply(l.stream, l.all)
+	from := w.keys[1].ID()
+	carries := func(k keyring.KeyID) int64 {
+		t.Helper()
+		n, err := table.Carries(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n[k]
+	}
+	if n := carries(from); n != 200 {
+		t.Fatalf("%d payloads carry the key, want 200", n)
+	}
+	if err := table.Reseal(t.Context(), from); err == nil {
+		t.Error("sealed anew with the same key")
+	}
+	before, err := table.Digests()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.keys = keyringtest.Rotate(t, w.ring, w.keys)
+	to := w.keys[2].ID()
+	if err := table.Reseal(t.Context(), from); err != nil {
+		t.Fatal(err)
+	}
+	if a, b := carries(from), carries(to); a != 0 || b != 200 {
+		t.Errorf("%d payloads carry the old key, %d the new one", a, b)
+	}
+	if after, err := table.Digests(); err != nil || after != before {
+		t.Errorf("the digests changed (%v)", err)
+	}
+	table.check(t)
+
+	// The old key may go: all can still be read, also what comes once more.
+	if err := w.ring.Set(to, slices.Delete(slices.Clone(w.keys), 1, 2)...); err != nil {
+		t.Fatal(err)
+	}
+	if err := table.join(l.all[0].Job, l.all[:1]); err != nil {
+		t.Fatal(err)
+	}
+	for i := range l.all {
+		sub, _ := table.get(t, l.all[i].Job).Submitted()
+		if _, err := w.sealer.OpenSubmission(&sub); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := carries(from); n != 0 {
+		t.Errorf("%d payloads carry a key that is gone", n)
+	}
+
+	// What can't be opened is told, and does not go round for ever.
+	lost := w.log("b")
+	r := lost.submit(w.newID(), journal.Submission{})
+	r.Payload[len(r.Payload)-1] ^= 1
+	table.Apply(lost.stream, []journal.Record{r})
+	w.keys = keyringtest.Rotate(t, w.ring, w.keys)
+	if err := table.Reseal(t.Context(), to); !errors.Is(err, errStuck) {
+		t.Errorf("Reseal of a damaged payload: %v", err)
+	}
+	if n := carries(to); n != 1 {
+		t.Errorf("%d payloads carry the key, want the damaged one", n)
+	}
+}
+
+// Nothing of a tenant, a key or a body is in clear in the files.
+func TestNothingInClear(t *testing.T) {
+	w := newWorld(t)
+	dir := t.TempDir()
+	table := start(t, w.options(dir))
+	l := w.log("a")
+	id := w.newID()
+	canary := []byte("canary-4711")
+	table.Apply(l.stream, []journal.Record{
+		l.submit(id, journal.Submission{Tenant: string(canary), KeyHash: string(canary), Model: string(canary), Body: canary}),
+		l.finish(id, journal.Token{Generation: 1}, 1, journal.Outcome{Status: journal.Failed, Error: string(canary), Body: canary}),
+	})
+	table.end()
+	wantAbsent(t, dir, canary)
+}
