@@ -146,7 +146,7 @@ func (v sight) nodes() []admin.NodeStatus {
 			s.State = v.stateOf(p)
 			if p.Heard {
 				ago, pid, draining := p.Ago.Seconds(), p.PID, p.Draining
-				s.LastHeardSeconds, s.PID, s.Draining = &ago, &pid, &draining
+				s.LastHeardSeconds, s.PID, s.Draining, s.Via = &ago, &pid, &draining, p.Via
 			}
 		}
 		list = append(list, s)

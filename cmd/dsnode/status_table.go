@@ -126,8 +126,11 @@ func (t statusTable) nodes() grid {
 }
 
 func nodeState(n admin.NodeStatus) cell {
-	if n.Draining != nil && *n.Draining {
+	switch {
+	case n.Draining != nil && *n.Draining:
 		return cell{string(n.State) + ", draining", yellow}
+	case n.Via != "" && n.State == admin.NodeAlive:
+		return cell{"alive through " + n.Via, yellow}
 	}
 	return mood(string(n.State))
 }

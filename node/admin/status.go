@@ -130,6 +130,9 @@ type NodeStatus struct {
 	StartedAt        *time.Time `json:"started_at"`
 	// Draining is true while the node takes no new clients.
 	Draining *bool `json:"draining"`
+	// Via is the node through which the observer reaches this one, because the
+	// direct way is cut. It is absent while that way is taken.
+	Via string `json:"via,omitempty"`
 }
 
 // Jobs counts the asynchronous jobs by status.
