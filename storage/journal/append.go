@@ -360,7 +360,7 @@ func (l *Log) prewritten(s *stream, g *segment, buf []byte) []byte {
 
 // activate gives the segment to write the next bytes to, open.
 func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
-	g := s.last() // segments are only added under s.write
+	g := s.last()
 	if g.last >= g.first && g.size+bytes > l.o.SegmentBytes {
 		if err := l.rotate(s); err != nil {
 			return nil, err

@@ -116,7 +116,12 @@ func (s *stream) end() End {
 	return End{First: s.segments[0].first, Durable: s.durable, Damaged: s.damaged, Own: s.queue != nil}
 }
 
-func (s *stream) last() *segment { return s.segments[len(s.segments)-1] }
+// last is the segment that is written to.
+func (s *stream) last() *segment {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.segments[len(s.segments)-1]
+}
 
 // Open opens the journals of a directory, or makes them. Every record is
 // checked; what that means and what is done about damage stands in DESIGN.md.

@@ -90,7 +90,7 @@ func (l *Log) settle(streams []*stream) error {
 	list := settledList{Format: settledFormat, Streams: map[string]settled{}}
 	for _, s := range streams {
 		s.mu.Lock()
-		g := s.last()
+		g := s.segments[len(s.segments)-1]
 		list.Streams[s.id.String()] = settled{Segment: g.first, Size: g.size, Durable: s.durable}
 		s.mu.Unlock()
 	}
