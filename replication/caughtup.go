@@ -3,6 +3,7 @@ package replication
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -11,31 +12,28 @@ import (
 )
 
 const (
-	holdsTimeout = time.Second
-	holdsAgain   = 100 * time.Millisecond
+	holdsTimeout = 2 * time.Second
+	holdsAgain   = 250 * time.Millisecond
 )
 
-// awaitCaughtUp asks the living nodes themselves: marks may be late.
-func (r *Replication) awaitCaughtUp(ctx context.Context, s journal.Stream) error {
-	asked := map[string]bool{}
+// AwaitCaughtUp asks every living node what it holds, and blocks until this one
+// holds as much, of all streams: what an earlier owner wrote of a stream's jobs
+// stands in streams of its own. Nodes that cease to be heard are not waited for.
+// The error is that of ctx.
+func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
+	told := map[string]map[journal.Stream]uint64{}
 	for {
 		changed := r.ledger.watch()
 		_, living := r.members(func(m Member) bool { return m.Heard })
-		all := r.askHolders(ctx, s, living, asked)
-		if all {
-			names := make([]string, 0, len(living))
-			for _, m := range living {
-				names = append(names, m.Node)
-			}
-			if r.CaughtUp(s, names) {
-				return nil
-			}
+		r.askHolders(ctx, living, told)
+		if r.caughtUp(living, told) {
+			return nil
 		}
 		again := time.NewTimer(holdsAgain)
 		select {
 		case <-ctx.Done():
 			again.Stop()
-			return fmt.Errorf("catch up with stream %s: %w", s, ctx.Err())
+			return fmt.Errorf("catch up with other nodes: %w", ctx.Err())
 		case <-changed:
 			again.Stop()
 		case <-again.C:
@@ -43,48 +41,68 @@ func (r *Replication) awaitCaughtUp(ctx context.Context, s journal.Stream) error
 	}
 }
 
-// askHolders asks each living node once and reports whether all have answered.
-// What they say counts as their marks.
-func (r *Replication) askHolders(ctx context.Context, s journal.Stream, living []Member, asked map[string]bool) bool {
-	var mu sync.Mutex // guards asked
-	var wg sync.WaitGroup
+// caughtUp reports whether all living nodes have told what they held when they
+// were asked, and this one holds it. Streams that were given up don't count.
+func (r *Replication) caughtUp(living []Member, told map[string]map[journal.Stream]uint64) bool {
+	own := r.opts.Log.Ends()
 	for _, m := range living {
-		if m.Node == r.opts.Self || asked[m.Node] {
+		if m.Node == r.opts.Self {
 			continue
 		}
-		wg.Go(func() {
-			told, err := r.holds(ctx, m.Node, s)
-			if err != nil {
-				r.opts.Logger.Debug("a node doesn't say what it holds", "peer", m.Node, "stream", s, "err", err)
-				return
-			}
-			r.ledger.hear(m.Node, told)
-			mu.Lock()
-			defer mu.Unlock()
-			asked[m.Node] = true
-		})
-	}
-	wg.Wait()
-	for _, m := range living {
-		if m.Node != r.opts.Self && !asked[m.Node] {
+		ends, asked := told[m.Node]
+		if !asked {
 			return false
+		}
+		for s, seq := range ends {
+			if own[s].Durable < seq && (r.opts.Retired == nil || !r.opts.Retired(s)) {
+				return false
+			}
 		}
 	}
 	return true
 }
 
-func (r *Replication) holds(ctx context.Context, node string, s journal.Stream) (Marks, error) {
+// askHolders asks each living node that has not told yet.
+func (r *Replication) askHolders(ctx context.Context, living []Member, told map[string]map[journal.Stream]uint64) {
+	answers := map[string]map[journal.Stream]uint64{}
+	var mu sync.Mutex // guards answers
+	var wg sync.WaitGroup
+	for _, m := range living {
+		if _, asked := told[m.Node]; asked || m.Node == r.opts.Self {
+			continue
+		}
+		wg.Go(func() {
+			held, err := r.holds(ctx, m.Node)
+			if err != nil {
+				r.opts.Logger.Debug("a node doesn't say what it holds", "peer", m.Node, "err", err)
+				return
+			}
+			r.ledger.hear(m.Node, Marks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
+			mu.Lock()
+			defer mu.Unlock()
+			answers[m.Node] = held.Ends
+		})
+	}
+	wg.Wait()
+	maps.Copy(told, answers)
+}
+
+func (r *Replication) holds(ctx context.Context, node string) (Held, error) {
 	ctx, cancel := context.WithTimeout(ctx, holdsTimeout)
 	defer cancel()
 	conn, err := r.opts.Dial(node)
 	if err != nil {
-		return nil, fmt.Errorf("ask %s what it holds: %w", node, err)
+		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
 	}
-	got, err := replicationpb.NewReplicationClient(conn).Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat, Stream: wireStream(s)})
+	got, err := replicationpb.NewReplicationClient(conn).Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat})
 	if err != nil {
-		return nil, fmt.Errorf("ask %s what it holds: %w", node, err)
+		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
 	}
-	return Marks{node: {Epoch: got.GetEpoch(), Ends: map[journal.Stream]uint64{s: got.GetSeq()}}}, nil
+	ends, err := readEnds(got.GetHeld())
+	if err != nil {
+		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
+	}
+	return Held{Epoch: got.GetEpoch(), Ends: ends}, nil
 }
 
 // Holds answers with what is on this node's disk.
@@ -92,14 +110,10 @@ func (s *server) Holds(ctx context.Context, q *replicationpb.HoldsRequest) (*rep
 	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
 		return nil, err
 	}
-	stream, err := readStream(q.GetStream())
-	if err != nil {
-		return nil, err
-	}
 	// The log knows before the ledger does, and never says too much.
-	s.r.ledger.setOwn(durable(s.r.opts.Log.Ends()))
+	own := durable(s.r.opts.Log.Ends())
+	s.r.ledger.setOwn(own)
 	s.r.ledger.mu.Lock()
 	defer s.r.ledger.mu.Unlock()
-	own := s.r.ledger.marks[s.r.opts.Self]
-	return &replicationpb.HoldsResponse{Format: wireFormat, Seq: own.Ends[stream], Epoch: own.Epoch}, nil
+	return &replicationpb.HoldsResponse{Format: wireFormat, Held: wireEnds(own), Epoch: s.r.ledger.marks[s.r.opts.Self].Epoch}, nil
 }

@@ -14,6 +14,9 @@ import (
 // holds, since those that are gone stay known while the process lives.
 const maxMarks = 2 * journal.MaxStreams
 
+// maxHolders bounds the nodes whose marks are known.
+const maxHolders = 256
+
 // ledger keeps the marks of all nodes up to date, wakes those who wait for
 // durability, and notes for each connection what has to be told to the peer.
 type ledger struct {
@@ -186,9 +189,9 @@ func (l *ledger) raise(epoch uint64, ends map[journal.Stream]uint64) {
 	l.announce()
 }
 
-// hear takes in what a peer told. Of nodes that are no members nothing is
-// believed, and this node alone says what it holds: when others remember more,
-// it was before its disk was lost, so the epoch rises above theirs.
+// hear takes in what a peer told. This node alone says what it holds: when
+// others remember more, it was before its disk was lost, so the epoch rises above
+// theirs.
 func (l *ledger) hear(from string, told Marks) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -205,12 +208,7 @@ func (l *ledger) hear(from string, told Marks) {
 		delete(told, l.self)
 	}
 	for holder, h := range told {
-		known := len(l.marks[holder].Ends)
-		if !slices.Contains(l.nodes, holder) || known+len(h.Ends) > maxMarks {
-			if known > 0 && !l.full {
-				l.full = true
-				l.log.Error("too many streams are known; the marks of some are not followed", "holder", holder, "known", known)
-			}
+		if !l.roomFor(holder, len(h.Ends)) {
 			delete(told, holder)
 		}
 	}
@@ -224,16 +222,39 @@ func (l *ledger) hear(from string, told Marks) {
 	}
 }
 
+// roomFor bounds what is known; with mu held. A holder that is no member may be
+// one soon: other nodes heard of it earlier.
+func (l *ledger) roomFor(holder string, more int) bool {
+	known, has := l.marks[holder]
+	switch {
+	case len(known.Ends)+more > 2*maxMarks:
+	case has, len(l.marks) < maxHolders:
+		return true
+	case slices.Contains(l.nodes, holder):
+		for stranger := range l.marks {
+			if stranger != l.self && !slices.Contains(l.nodes, stranger) {
+				delete(l.marks, stranger)
+			}
+		}
+		return len(l.marks) < maxHolders
+	}
+	if !l.full {
+		l.full = true
+		l.log.Error("too many streams or nodes are known; the marks of some are not followed", "holder", holder, "known", len(known.Ends)+more)
+	}
+	return false
+}
+
 // setMembers forgets who is no member any more, and looks again at who waits.
 func (l *ledger) setMembers(members []Member) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.members = members
-	l.nodes = l.nodes[:0:0]
+	before := l.nodes
+	l.members, l.nodes = members, nil
 	for _, m := range members {
 		l.nodes = append(l.nodes, m.Node)
 	}
-	for holder := range l.marks {
+	for _, holder := range before {
 		if holder != l.self && !slices.Contains(l.nodes, holder) {
 			delete(l.marks, holder)
 		}
@@ -257,24 +278,24 @@ func (l *ledger) heldByAll(s journal.Stream) uint64 {
 	return l.marks.HeldByAll(s, l.nodes)
 }
 
-// gains is how many records each node holds that this one lacks, by origin.
-func (l *ledger) gains(unwanted func(journal.Stream) bool) map[string]map[string]uint64 {
+// gains is how many records each node holds that this one lacks, by stream.
+func (l *ledger) gains() map[journal.Stream]map[string]uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	own := l.marks[l.self].Ends
-	out := map[string]map[string]uint64{}
+	out := map[journal.Stream]map[string]uint64{}
 	for node, h := range l.marks {
 		if node == l.self {
 			continue
 		}
 		for s, seq := range h.Ends {
-			if seq <= own[s] || unwanted(s) {
+			if seq <= own[s] {
 				continue
 			}
-			if out[s.Origin] == nil {
-				out[s.Origin] = map[string]uint64{}
+			if out[s] == nil {
+				out[s] = map[string]uint64{}
 			}
-			out[s.Origin][node] += seq - own[s]
+			out[s][node] = seq - own[s]
 		}
 	}
 	return out

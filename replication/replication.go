@@ -219,13 +219,6 @@ func (r *Replication) CaughtUp(s journal.Stream, nodes []string) bool {
 	return true
 }
 
-// AwaitCaughtUp asks every living node how much of a stream it holds and blocks
-// until this one holds as much. Nodes that cease to be heard are not waited for.
-// The error is that of ctx.
-func (r *Replication) AwaitCaughtUp(ctx context.Context, s journal.Stream) error {
-	return r.awaitCaughtUp(ctx, s)
-}
-
 // durable is the ends alone.
 func durable(ends map[journal.Stream]journal.End) map[journal.Stream]uint64 {
 	out := make(map[journal.Stream]uint64, len(ends))

@@ -2,12 +2,20 @@ package replication
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/replication/replicationpb"
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -35,5 +43,367 @@ func TestRecordsReachEveryNode(t *testing.T) {
 	}
 	if err := w.nodes["b1"].repl.Possible(journal.DurableSite); err == nil {
 		t.Error("one node is enough for two of a site")
+	}
+}
+
+func await(t testing.TB, n *node, seq uint64, level journal.Durability) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if err := n.repl.Await(ctx, n.stream, seq, level); err != nil {
+		t.Fatalf("%s: %v", n.name, err)
+	}
+}
+
+// connected waits until a record of each node has reached every other one.
+func (w *world) connected() {
+	w.t.Helper()
+	for _, name := range w.order {
+		n := w.nodes[name]
+		w.wantEverywhere(n.stream, n.submit(1, 10))
+	}
+}
+
+func TestEachLinkIsCrossedOnce(t *testing.T) {
+	w := newWorld(t, "a1", "a2", "a3", "b1", "b2", "b3").start()
+	w.connected()
+	a1 := w.nodes["a1"]
+	crossed := func() (n int) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		for l, bytes := range w.bytes {
+			if l[0][:1] == "a" && l[1][:1] == "b" {
+				n += bytes
+			}
+		}
+		return n
+	}
+	before := crossed()
+	const records, size = 100, 20000
+	seq := a1.submit(records, size)
+	w.wantEverywhere(a1.stream, seq)
+	if got := crossed() - before; got < records*size || got > records*size*13/10 {
+		t.Errorf("%d bytes of records made %d bytes on the link between the sites", records*size, got)
+	}
+}
+
+func TestDeadRelayIsReplaced(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "b2").start()
+	w.connected()
+	a1 := w.nodes["a1"]
+	relay := rendezvous("a1", []string{"b1", "b2"})
+	left := w.nodes[map[string]string{"b1": "b2", "b2": "b1"}[relay]]
+	w.nodes[relay].halt()
+	began := time.Now()
+	seq := a1.submit(10, 100)
+	await(t, a1, seq, journal.DurableTwoSites)
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("the relay was replaced after %s", took)
+	}
+	eventually(t, "the other node holds it", func() bool { return left.holds(a1.stream) == seq })
+	w.nodes[relay].start()
+	seq = a1.submit(10, 100)
+	w.wantEverywhere(a1.stream, seq)
+}
+
+func TestRecordsOfADeadNodeSpread(t *testing.T) {
+	w := newWorld(t, "a1", "a2", "b1", "c1").start()
+	w.connected()
+	a1 := w.nodes["a1"]
+	// Only c1 gets the last ones.
+	w.sever("a1", "a2", true)
+	w.sever("a1", "b1", true)
+	w.sever("b1", "c1", true)
+	w.sever("a2", "c1", true)
+	seq := a1.submit(50, 100)
+	await(t, a1, seq, journal.DurableTwoCities)
+	a1.halt()
+	stream := a1.stream
+	for _, l := range [][2]string{{"a1", "a2"}, {"a1", "b1"}, {"b1", "c1"}, {"a2", "c1"}} {
+		w.sever(l[0], l[1], false)
+	}
+	a2 := w.nodes["a2"]
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := a2.repl.AwaitCaughtUp(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got := a2.holds(stream); got != seq {
+		t.Errorf("caught up with %d of %d records", got, seq)
+	}
+	w.wantEverywhere(stream, seq)
+}
+
+func TestCutSiteCatchesUp(t *testing.T) {
+	w := newWorld(t, "a1", "a2", "b1", "b2", "c1").start()
+	w.connected()
+	w.isolate("a", true)
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	fromA, fromB := a1.submit(300, 200), b1.submit(300, 200)
+	await(t, a1, fromA, journal.DurableSite)
+	await(t, b1, fromB, journal.DurableTwoCities)
+	if a1.repl.Reachable(journal.DurableTwoSites) {
+		t.Error("a site that is cut off believes that it can reach another")
+	}
+	if got := a1.repl.Reached(a1.stream, fromA); got != journal.DurableSite {
+		t.Errorf("reached %q", got)
+	}
+	if got := b1.repl.HeldByAll(b1.stream); got >= fromB {
+		t.Errorf("all are said to hold %d records", got)
+	}
+	w.isolate("a", false)
+	w.wantEverywhere(a1.stream, fromA)
+	w.wantEverywhere(b1.stream, fromB)
+	await(t, a1, fromA, journal.DurableTwoCities)
+}
+
+func TestWipedNodeIsFilledAgain(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "b2").start()
+	w.connected()
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	fromA, fromB := a1.submit(100, 100), b1.submit(100, 100)
+	old := a1.stream
+	w.wantEverywhere(old, fromA)
+	w.wantEverywhere(b1.stream, fromB)
+	eventually(t, "b1 knows that a1 holds all", func() bool { return b1.repl.HeldByAll(b1.stream) == fromB })
+	a1.halt()
+	a1.wipe()
+	a1.start()
+	// Its own records of the life before come back too.
+	w.wantEverywhere(old, fromA)
+	w.wantEverywhere(b1.stream, fromB)
+	w.wantEverywhere(a1.stream, a1.submit(10, 100))
+	eventually(t, "everybody knows that a1 holds all", func() bool {
+		return b1.repl.HeldByAll(b1.stream) == fromB && b1.repl.HeldByAll(old) == fromA
+	})
+}
+
+func TestLargeRecordsComeInPieces(t *testing.T) {
+	w := newWorld(t, "a1", "b1").start()
+	w.connected()
+	a1 := w.nodes["a1"]
+	seq := uint64(0)
+	for _, size := range []int{100, 5 << 20, 20 << 20, 100, 3 << 20} {
+		r := a1.submission(size)
+		var err error
+		if seq, err = a1.log.Append(t.Context(), a1.stream, []journal.Record{r}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.wantEverywhere(a1.stream, seq)
+}
+
+func TestTrimmedRecordsComeAsRows(t *testing.T) {
+	w := newWorld(t, "a1", "b1")
+	w.tune = func(n *node) { n.segment, n.budget = 64<<10, 128<<10 }
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	a1.start()
+	const jobs = 400
+	seq := a1.submit(jobs, 1000)
+	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	a1.repl.trim()
+	stream := a1.stream
+	a1.halt() // the newest records are in memory as well
+	a1.start()
+	if e, _ := a1.log.End(stream); e.First == 1 {
+		t.Fatal("nothing was trimmed")
+	}
+	b1.start()
+	w.wantEverywhere(stream, seq)
+	if e, _ := b1.log.End(stream); e.First == 1 {
+		t.Error("the records came although they are trimmed")
+	}
+	eventually(t, "the rows are at b1", func() bool { return b1.table.Counts()[journal.Queued] == jobs })
+	w.wantEverywhere(a1.stream, a1.submit(10, 100))
+	eventually(t, "new rows are at b1", func() bool { return b1.table.Counts()[journal.Queued] == jobs+10 })
+	w.wantEverywhere(b1.stream, b1.submit(10, 100))
+}
+
+func TestTrimmingWaitsForEverybody(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "c1")
+	w.tune = func(n *node) { n.segment = 64 << 10 }
+	w.start().connected()
+	a1 := w.nodes["a1"]
+	w.nodes["c1"].halt()
+	seq := a1.submit(400, 1000)
+	await(t, a1, seq, journal.DurableTwoSites)
+	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	a1.repl.trim()
+	if e, _ := a1.log.End(a1.stream); e.First > 2 { // all have the first one
+		t.Fatalf("trimmed to %d, and c1 lacks it", e.First)
+	}
+	w.nodes["c1"].start()
+	eventually(t, "all hold all", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
+	a1.repl.trim()
+	if e, _ := a1.log.End(a1.stream); e.First <= 2 {
+		t.Error("nothing is trimmed that everybody holds")
+	}
+}
+
+func TestUnknownKeyIsNotAcknowledged(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "c1")
+	theirs := keyring.NewRing()
+	if err := theirs.Set(w.keys[1].ID(), w.keys...); err != nil {
+		t.Fatal(err)
+	}
+	w.tune = func(n *node) {
+		if n.name == "c1" {
+			n.ring = theirs
+		}
+	}
+	w.start().connected()
+	a1, c1 := w.nodes["a1"], w.nodes["c1"]
+	known := a1.submit(5, 100)
+	keys := keyringtest.Rotate(t, w.ring, w.keys)
+	sealed := a1.submit(5, 100)
+	await(t, a1, sealed, journal.DurableTwoSites)
+	eventually(t, "c1 has what it can open", func() bool { return c1.holds(a1.stream) == known })
+	if got := a1.repl.Reached(a1.stream, sealed); got != journal.DurableTwoSites {
+		t.Errorf("reached %s", got)
+	}
+	eventually(t, "c1 says that it waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 1 })
+	if got := c1.holds(a1.stream); got != known {
+		t.Errorf("c1 stored to %d what it can open to %d", got, known)
+	}
+	if err := theirs.Set(keys[2].ID(), keys...); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a1, sealed, journal.DurableTwoCities)
+	eventually(t, "nobody waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 0 })
+}
+
+func TestLag(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "b2", "c1")
+	b1, b2 := w.nodes["b1"], w.nodes["b2"]
+	b1.start()
+	if _, known := b1.repl.Lag("a"); known {
+		t.Error("a lag is known of a site that was never heard")
+	}
+	if _, known := b1.repl.Behind("a"); known {
+		t.Error("records behind are known of a site that was never heard")
+	}
+	if c := b1.repl.Copy("b"); c.LagSeconds != nil || c.RecordsBehind != nil {
+		t.Errorf("known: %+v", c)
+	}
+	for _, name := range []string{"a1", "b2", "c1"} {
+		w.nodes[name].start()
+	}
+	w.connected()
+	small := func(n *node, site string) func() bool {
+		return func() bool {
+			lag, known := n.repl.Lag(site)
+			behind, also := n.repl.Behind(site)
+			return known && also && lag < 1.5 && behind == 0
+		}
+	}
+	// Directly and through a relay.
+	for _, n := range []*node{b1, b2} {
+		for _, site := range []string{"a", "c"} {
+			eventually(t, n.name+" knows its lag behind "+site, small(n, site))
+		}
+	}
+	eventually(t, "c1 knows of the copies of the others", func() bool {
+		for _, site := range []string{"a", "b", "c"} {
+			c := w.nodes["c1"].repl.Copy(site)
+			if c.LagSeconds == nil || *c.LagSeconds > 5 || c.RecordsBehind == nil || *c.RecordsBehind != 0 {
+				return false
+			}
+		}
+		return true
+	})
+	w.isolate("a", true)
+	seq := w.nodes["a1"].submit(7, 100)
+	eventually(t, "the lag grows", func() bool { lag, known := b1.repl.Lag("a"); return known && lag > 3 })
+	eventually(t, "nobody knows what a has", func() bool { _, known := b1.repl.Behind("a"); return !known })
+	w.isolate("a", false)
+	w.wantEverywhere(w.nodes["a1"].stream, seq)
+	eventually(t, "the lag is small again", small(b1, "a"))
+}
+
+func TestOnlyMembersAreServed(t *testing.T) {
+	w := newWorld(t, "a1", "b1").start()
+	a1 := w.nodes["a1"]
+	ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("node", "stranger"))
+	s := &server{r: a1.repl}
+	for name, call := range map[string]func() error{
+		"Holds":   func() error { _, err := s.Holds(ctx, &replicationpb.HoldsRequest{}); return err },
+		"Digests": func() error { _, err := s.Digests(ctx, &replicationpb.DigestsRequest{}); return err },
+	} {
+		if err := call(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s for a stranger: %v", name, err)
+		}
+	}
+	ctx = metadata.NewIncomingContext(t.Context(), metadata.Pairs("node", "b1"))
+	if _, err := s.Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat + 1}); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("a newer format: %v", err)
+	}
+}
+
+func TestDifferingTablesAreJoined(t *testing.T) {
+	w := newWorld(t, "a1", "b1").start()
+	w.connected()
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	w.wantEverywhere(a1.stream, a1.submit(20, 100))
+	// A row that only one of them has, as if the other had lost it.
+	lost := b1.submission(3 << 20)
+	lost.Stream, lost.Seq, lost.Clock = journal.Stream{Origin: "z9"}, 1, journal.ClockAt(time.Now())
+	frames, err := journal.AppendFrame(nil, &lost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b1.table.Merge(t.Context(), frames); err != nil {
+		t.Fatal(err)
+	}
+	var differ [buckets]bool
+	eventually(t, "the tables are compared", func() bool {
+		var ok bool
+		differ, ok = a1.repl.compare(t.Context(), "b1")
+		return ok
+	})
+	n := 0
+	for _, d := range differ {
+		n += boolean(d)
+	}
+	if n != 1 {
+		t.Fatalf("%d buckets differ", n)
+	}
+	a1.repl.repair(t.Context(), "b1", differ, [buckets]bool{})
+	if _, found, err := a1.table.Get(lost.Job); found || err != nil {
+		t.Fatalf("repaired at first sight: %v %v", found, err)
+	}
+	a1.repl.repair(t.Context(), "b1", differ, differ)
+	if _, found, err := a1.table.Get(lost.Job); !found || err != nil {
+		t.Errorf("found %v %v", found, err)
+	}
+	eventually(t, "they don't differ any more", func() bool {
+		differ, ok := b1.repl.compare(t.Context(), "a1")
+		return ok && differ == [buckets]bool{}
+	})
+}
+
+func TestAwaitEnds(t *testing.T) {
+	w := newWorld(t, "a1", "b1")
+	w.tune = func(n *node) { n.limits.Waiting = 1 }
+	a1 := w.nodes["a1"]
+	a1.start()
+	seq := a1.submit(1, 10)
+	await(t, a1, seq, journal.DurableNode)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- a1.repl.Await(ctx, a1.stream, seq, journal.DurableTwoSites) }()
+	eventually(t, "it waits", func() bool {
+		a1.repl.ledger.mu.Lock()
+		defer a1.repl.ledger.mu.Unlock()
+		return a1.repl.ledger.waiters == 1
+	})
+	if err := a1.repl.Await(ctx, a1.stream, seq, journal.DurableTwoSites); !errors.Is(err, ErrTooManyWaiting) {
+		t.Errorf("one too many: %v", err)
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if n := len(a1.repl.ledger.waits); n != 0 || a1.repl.ledger.waiters != 0 {
+		t.Errorf("%d streams are waited for, %d wait", n, a1.repl.ledger.waiters)
 	}
 }

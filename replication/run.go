@@ -185,12 +185,31 @@ func (r *Replication) pullAll(ctx context.Context) error {
 	var members []Member
 	tick := time.NewTicker(planEvery)
 	defer tick.Stop()
+	var marks <-chan struct{}
 	for {
-		if now := r.opts.Members(); !slices.EqualFunc(now, members, sameMember) {
+		now := r.opts.Members()
+		same := slices.EqualFunc(now, members, sameMember)
+		if !same {
 			members = now
 			r.ledger.setMembers(members)
 			r.fresh.retain(members)
 		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-marks:
+			same = false
+		default:
+		}
+		if same && len(lack.since) == 0 && marks != nil { // nothing to decide on is new
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-tick.C:
+			}
+			continue
+		}
+		marks = r.ledger.watch()
 		plan := Plan(r.view(members, links, &lack))
 		for source, k := range links {
 			if _, wanted := plan[source]; !wanted {
@@ -233,7 +252,18 @@ func (r *Replication) view(members []Member, links map[string]*link, lack *lacki
 			v.Current[o] = append(v.Current[o], source)
 		}
 	}
-	v.Gain = r.ledger.gains(func(s journal.Stream) bool { return r.unwanted(s) })
+	v.Gain = map[string]map[string]uint64{}
+	for s, nodes := range r.ledger.gains() {
+		if r.unwanted(s) {
+			continue
+		}
+		if v.Gain[s.Origin] == nil {
+			v.Gain[s.Origin] = map[string]uint64{}
+		}
+		for node, n := range nodes {
+			v.Gain[s.Origin][node] += n
+		}
+	}
 	v.Stalled = lack.stalled(r.opts.Boottime(), v.Gain, r.ledger.ownByOrigin())
 	return v
 }

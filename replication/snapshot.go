@@ -41,7 +41,10 @@ func (s *snapshot) acked(page uint64) { s.held = max(s.held, min(page, s.page)) 
 func (c *source) sendSnapshot(ctx context.Context) (did bool, slow time.Duration, err error) {
 	c.mu.Lock()
 	if c.shot == nil && c.out.waiting() {
-		c.shot = &snapshot{covers: c.r.opts.Table.AppliedAll()}
+		c.mu.Unlock()
+		covers := c.r.opts.Table.AppliedAll()
+		c.mu.Lock()
+		c.shot = &snapshot{covers: covers} // only this goroutine makes them
 		c.r.metrics.snapshots.Inc()
 		c.r.opts.Logger.Warn("a peer lacks records that are trimmed here; it gets the table", "peer", c.peer)
 	}

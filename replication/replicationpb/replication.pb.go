@@ -785,7 +785,6 @@ func (x *SnapshotPage) GetCovers() []*StreamSeq {
 type HoldsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Stream        *Stream                `protobuf:"bytes,2,opt,name=stream,proto3" json:"stream,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -827,17 +826,10 @@ func (x *HoldsRequest) GetFormat() uint32 {
 	return 0
 }
 
-func (x *HoldsRequest) GetStream() *Stream {
-	if x != nil {
-		return x.Stream
-	}
-	return nil
-}
-
 type HoldsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Seq           uint64                 `protobuf:"varint,2,opt,name=seq,proto3" json:"seq,omitempty"`
+	Held          []*StreamSeq           `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
 	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -880,11 +872,11 @@ func (x *HoldsResponse) GetFormat() uint32 {
 	return 0
 }
 
-func (x *HoldsResponse) GetSeq() uint64 {
+func (x *HoldsResponse) GetHeld() []*StreamSeq {
 	if x != nil {
-		return x.Seq
+		return x.Held
 	}
-	return 0
+	return nil
 }
 
 func (x *HoldsResponse) GetEpoch() uint64 {
@@ -1240,13 +1232,12 @@ const file_replication_proto_rawDesc = "" +
 	"\x04rows\x18\x02 \x01(\fR\x04rows\x12\x12\n" +
 	"\x04more\x18\x03 \x01(\bR\x04more\x12\x12\n" +
 	"\x04last\x18\x04 \x01(\bR\x04last\x128\n" +
-	"\x06covers\x18\x05 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06covers\"]\n" +
+	"\x06covers\x18\x05 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06covers\"&\n" +
 	"\fHoldsRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\x125\n" +
-	"\x06stream\x18\x02 \x01(\v2\x1d.dsnode.replication.v1.StreamR\x06stream\"O\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"s\n" +
 	"\rHoldsResponse\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\x12\x14\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
+	"\x04held\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04held\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\"(\n" +
 	"\x0eDigestsRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\"\x97\x01\n" +
@@ -1323,7 +1314,7 @@ var file_replication_proto_depIdxs = []int32{
 	1,  // 12: dsnode.replication.v1.ProbeAnswer.ends:type_name -> dsnode.replication.v1.StreamSeq
 	4,  // 13: dsnode.replication.v1.ProbeAnswer.ages:type_name -> dsnode.replication.v1.OriginAge
 	1,  // 14: dsnode.replication.v1.SnapshotPage.covers:type_name -> dsnode.replication.v1.StreamSeq
-	0,  // 15: dsnode.replication.v1.HoldsRequest.stream:type_name -> dsnode.replication.v1.Stream
+	1,  // 15: dsnode.replication.v1.HoldsResponse.held:type_name -> dsnode.replication.v1.StreamSeq
 	1,  // 16: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
 	5,  // 17: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
 	11, // 18: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest

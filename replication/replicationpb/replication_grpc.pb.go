@@ -37,7 +37,7 @@ type ReplicationClient interface {
 	// Pull carries the journals of the wanted origins from the node that answers
 	// to the one that asks, for as long as both live.
 	Pull(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PullRequest, PullResponse], error)
-	// Holds says how much of a stream the answering node has on its disk.
+	// Holds says how much of each stream the answering node has on its disk.
 	Holds(ctx context.Context, in *HoldsRequest, opts ...grpc.CallOption) (*HoldsResponse, error)
 	// Digests compares the tables of two nodes.
 	Digests(ctx context.Context, in *DigestsRequest, opts ...grpc.CallOption) (*DigestsResponse, error)
@@ -122,7 +122,7 @@ type ReplicationServer interface {
 	// Pull carries the journals of the wanted origins from the node that answers
 	// to the one that asks, for as long as both live.
 	Pull(grpc.BidiStreamingServer[PullRequest, PullResponse]) error
-	// Holds says how much of a stream the answering node has on its disk.
+	// Holds says how much of each stream the answering node has on its disk.
 	Holds(context.Context, *HoldsRequest) (*HoldsResponse, error)
 	// Digests compares the tables of two nodes.
 	Digests(context.Context, *DigestsRequest) (*DigestsResponse, error)
