@@ -65,6 +65,10 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 	l.metrics.damaged.Inc()
 	l.log.Error("a stream is damaged; it is cut, and what is missing must come from other nodes",
 		"stream", s.id.String(), "from", note.From, "through", note.Through, "segment", r.path(i), "err", trouble)
+	// Others must stop to count on what is missing before it is.
+	if err := l.renewStore(); err != nil {
+		return err
+	}
 	b, err := json.Marshal(note)
 	if err != nil {
 		return err

@@ -169,8 +169,12 @@ func TestDamagedStreamIsHealedByReceiving(t *testing.T) {
 	if err := os.WriteFile(names[2], b, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	epoch := peer.StoreEpoch()
 	for round := range 2 { // the note stays over a restart
 		l := mustOpen(t, o)
+		if l.StoreEpoch() <= epoch {
+			t.Fatal("others go on to count on what is missing")
+		}
 		e, _ := l.End(id)
 		if e.Damaged != uint64(len(acked)) || e.Durable == 0 || e.Durable >= e.Damaged {
 			t.Fatalf("round %d: %+v", round, e)

@@ -254,8 +254,9 @@ func (l *Log) find(id Stream) (*stream, error) {
 	return s, nil
 }
 
-// StoreEpoch is higher for each time that the directory was made anew: the Unix
-// milliseconds of that moment.
+// StoreEpoch is higher each time that the directory was made anew, or lost
+// records to damage: the Unix milliseconds of that moment, or more. What others
+// know of this node's streams under a lower one counts no more.
 func (l *Log) StoreEpoch() uint64 { return l.store.epoch }
 
 // Ends says what is held of every stream.

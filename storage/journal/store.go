@@ -50,12 +50,18 @@ func (l *Log) openStore() error {
 		l.metrics.damaged.Inc()
 		l.log.Error("the journal's identity is damaged; it gets a new one", "path", path, "err", err)
 	}
-	l.store.epoch = uint64(time.Now().UnixMilli())
+	return l.renewStore()
+}
+
+// renewStore gives the store a new identity, with a higher epoch: what others
+// believe this node to hold counts no more.
+func (l *Log) renewStore() error {
+	l.store.epoch = max(l.store.epoch+1, uint64(time.Now().UnixMilli()))
 	_, _ = rand.Read(l.store.id[:]) // never fails; it ends the process instead
-	b = append([]byte(storeMagic), storeFormat)
+	b := append([]byte(storeMagic), storeFormat)
 	b = binary.BigEndian.AppendUint64(b, l.store.epoch)
 	b = append(b, l.store.id[:]...)
-	return l.replaceFile(path, appendSum(b))
+	return l.replaceFile(filepath.Join(l.o.Dir, storeFile), appendSum(b))
 }
 
 func parseStore(b []byte) (s storeID, err error) {
