@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+func newCacheCommand(env *environment) *cobra.Command {
+	return newGroup("cache", "The cache of answers", newCacheStatsCommand(env), newCachePurgeCommand(env))
+}
+
+func newCacheStatsCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "stats",
+		Short: "Show what the node that answers keeps, and what came of looking there",
+		Args:  takes(),
+	}
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		stats, err := s.CacheStats(ctx)
+		if err != nil {
+			return err
+		}
+		return show(env.stdout, s.output, stats, func(w io.Writer) error {
+			tiers := &grid{heads: []string{"TIER", "KIND", "STATE", "ENTRIES", "BYTES", "OF"}}
+			for _, t := range []struct {
+				name string
+				is   admin.CacheTier
+			}{{"local", stats.Local}, {"shared", stats.Shared}} {
+				of := "-"
+				if t.is.MaxBytes > 0 {
+					of = fmt.Sprint(t.is.MaxBytes)
+				}
+				state := cell{t.is.State, yellow}
+				if t.is.State == "ok" {
+					state.colour = green
+				}
+				tiers.add(plain(t.name), plain(t.is.Kind), state, plain(number(t.is.Entries)), plain(number(t.is.Bytes)), plain(of))
+			}
+			if err := tiers.write(w, env.palette()); err != nil {
+				return err
+			}
+			looks := &grid{heads: []string{"TIER", "RESULT", "REQUESTS"}}
+			for _, tier := range slices.Sorted(maps.Keys(stats.Requests)) {
+				for _, result := range slices.Sorted(maps.Keys(stats.Requests[tier])) {
+					looks.add(plain(tier), plain(result), plain(fmt.Sprint(stats.Requests[tier][result])))
+				}
+			}
+			if err := emit(w, "\n"); err != nil {
+				return err
+			}
+			return looks.write(w, env.palette())
+		})
+	})
+}
+
+func newCachePurgeCommand(env *environment) *cobra.Command {
+	var r admin.CachePurge
+	cmd := &cobra.Command{
+		Use:   "purge --all | --model MODEL | --key KEY",
+		Short: "Make kept answers unusable, in every site",
+		Long: "Make kept answers unusable, in every site, also in one that is away now: it uses none of them when it is back.\n" +
+			"KEY is what the header Cache-Status of an answer shows.",
+		Args: takes(),
+	}
+	cmd.Flags().BoolVar(&r.All, "all", false, "all answers of all models")
+	cmd.Flags().StringVar(&r.Model, "model", "", "all answers of this model")
+	cmd.Flags().StringVar(&r.Key, "key", "", "this one answer")
+	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
+		named := 0
+		for _, is := range []bool{r.All, r.Model != "", r.Key != ""} {
+			if is {
+				named++
+			}
+		}
+		if named != 1 {
+			return usage("dsnode cache purge --all purges everything", "name one of --all, --model and --key")
+		}
+		if err := s.PurgeCache(ctx, r, ""); err != nil {
+			return err
+		}
+		what := "all kept answers"
+		switch {
+		case r.Model != "":
+			what = "all kept answers of " + r.Model
+		case r.Key != "":
+			what = "that answer"
+		}
+		say(env.stderr, "done", what+" won't be used any more, in any site")
+		return nil
+	})
+}

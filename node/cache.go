@@ -1,0 +1,71 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/cache"
+)
+
+// This file is the answer cache of a node, and admin.Caches.
+
+// cacheDir is where the embedded tier's file is, in the data directory.
+const cacheDir = "cache"
+
+func (n *Node) openCache() error {
+	dir := filepath.Join(n.cfg.DataDir, cacheDir)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the cache's directory: %w", err)
+	}
+	var err error
+	n.cache, err = cache.New(cache.Options{
+		Dir: dir, Site: n.cfg.Site, Ring: n.keys.ring,
+		Purges: func() *cluster.CachePurges { return &n.cluster.State().Purges },
+		Files: cache.Files{
+			LookupEnv: os.LookupEnv,
+			ReadFile:  func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
+		},
+		Logger: n.log, Registerer: n.reg,
+	})
+	if err != nil {
+		return fmt.Errorf("make the cache: %w", err)
+	}
+	return nil
+}
+
+// CacheStats is this node's part of the cache.
+func (n *Node) CacheStats(context.Context) (admin.CacheStats, error) {
+	s := n.cache.Stats()
+	tier := func(t cache.TierStats) admin.CacheTier {
+		return admin.CacheTier{Kind: t.Kind, State: t.State, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
+	}
+	return admin.CacheStats{
+		Node: n.cfg.Name, Site: n.cfg.Site, Local: tier(s.Local), Shared: tier(s.Shared),
+		Requests: s.Requests, Stored: s.Stored, Absorbed: s.Absorbed, Dropped: s.Dropped, Rebuilds: s.Rebuilds, Purges: s.Purges,
+	}, nil
+}
+
+// PurgeCache makes kept answers unusable everywhere, in sites that are away as
+// soon as they hear of it.
+func (n *Node) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
+	s := n.cluster.State()
+	if s.Parsed == nil {
+		return n.notMember()
+	}
+	if _, known := s.Parsed.Models[r.Model]; r.Model != "" && !known {
+		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
+	}
+	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
+		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
+	}
+	now := time.Now()
+	_, err := n.cluster.Propose(ctx, cluster.CmdCachePurge, cluster.CachePurge{
+		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
+	})
+	return err
+}
