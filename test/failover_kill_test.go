@@ -17,7 +17,7 @@ func TestFailoverWhenPrimaryIsKilled(t *testing.T) {
 	// In the short form 2+2+1 has its turn behind the load balancer.
 	shapes, trials := [][]int{{1, 1, 1}}, []int{1}
 	if full() {
-		shapes, trials = append(shapes, []int{2, 2, 1}), []int{20, 5}
+		shapes, trials = append(shapes, []int{2, 2, 1}), []int{20, 20}
 	}
 	for i, nodes := range shapes {
 		t.Run(shape(nodes), func(t *testing.T) {
