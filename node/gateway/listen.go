@@ -10,6 +10,10 @@ import (
 	"time"
 )
 
+// idleTimeout is how long a connection may wait for its next request, and for
+// its first.
+const idleTimeout = 2 * time.Minute
+
 // NewHTTPServer gives an http.Server for h with the limits that hold before a
 // handler runs. It has no write timeout, which would cut streams: each write
 // has its own deadline. ReadTimeout is absent for the same reason: net/http
@@ -18,7 +22,7 @@ func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Serv
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerBytes,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
@@ -48,7 +52,10 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if int(l.open.Add(1)) <= l.g.config().Limits.Connections {
-			return &boundedConn{Conn: c, open: &l.open}, nil
+			if l.tls {
+				return &boundedConn{Conn: c, open: &l.open}, nil
+			}
+			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open}}, nil
 		}
 		l.open.Add(-1)
 		f := l.g.shed(shedConnections)
@@ -80,4 +87,41 @@ func (c *boundedConn) CloseWrite() error {
 		return half.CloseWrite()
 	}
 	return nil
+}
+
+// patientConn counts the time for a request's header from its first byte. In
+// net/http the first request's counts from the accept, so a connection that a
+// client opened ahead of its need is closed under the request that then comes
+// on it, and a POST is not sent again.
+type patientConn struct {
+	boundedConn
+	begun   atomic.Bool // a byte has come
+	mu      sync.Mutex  // guards allowed, and begun against SetReadDeadline
+	allowed time.Duration
+}
+
+// SetReadDeadline holds a deadline back until the first byte.
+func (c *patientConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.begun.Load() && !t.IsZero() {
+		if left := time.Until(t); left > 0 {
+			c.allowed = left
+			t = time.Now().Add(idleTimeout)
+		}
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *patientConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 && !c.begun.Load() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.begun.Store(true)
+		if c.allowed > 0 && err == nil {
+			err = c.Conn.SetReadDeadline(time.Now().Add(c.allowed))
+		}
+	}
+	return n, err
 }
