@@ -101,6 +101,7 @@ type Replication struct {
 	bulk    pacer
 	news    news
 	life    life
+	feed    *feed
 	pulled  atomic.Value // []string, the nodes pulled from
 }
 
@@ -129,6 +130,7 @@ func New(o Options) (*Replication, error) {
 		life:  life{pulls: map[string]*context.CancelFunc{}},
 	}
 	r.metrics = newMetrics(o.Registerer, r)
+	r.feed = newFeed(r)
 	r.ledger.setOwn(durable(o.Log.Ends()))
 	r.ledger.setMembers(o.Members())
 	return r, nil

@@ -41,8 +41,8 @@ type Replication interface {
 	// Reached is the best level that is known to be true now.
 	Reached(s journal.Stream, seq uint64) journal.Durability
 	// AwaitCaughtUp blocks until this node's table shows what every living node
-	// holds of a stream.
-	AwaitCaughtUp(ctx context.Context, s journal.Stream) error
+	// holds, of all streams.
+	AwaitCaughtUp(ctx context.Context) error
 }
 
 // Ownership says which streams' jobs may be started here; *failover.Ownership

@@ -125,6 +125,15 @@ func (s *streams) check(st journal.Stream) (permit, error) {
 	return permit{token: tokenOf(p.Token), inTime: p.InTime}, nil
 }
 
+// ours reports whether nobody but this process, or one before it alone, can have
+// executed a stream.
+func (s *streams) ours(st journal.Stream) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, island := s.islands[st]
+	return island || st == s.now
+}
+
 func (s *streams) island(st journal.Stream) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -275,17 +284,15 @@ func (s *streams) agreed(st journal.Stream) bool {
 	return agreed
 }
 
-// takeOver queues what is in a stream. Of another node's, all that any living
-// node holds comes first: a job that was finished there shall not run again.
+// takeOver queues what is in a stream. Of one that others may have executed, or
+// whose records a lost disk has taken here, all that any living node holds comes
+// first: a job that was finished there shall not run again.
 func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) {
 	began := time.Now()
-	if st.Origin != s.o.Node {
-		s.log.Warn("adopting a job stream", "stream", st)
-		if err := s.o.Replication.AwaitCaughtUp(ctx, st); err != nil {
-			if ctx.Err() == nil {
-				s.log.Error("an adopted job stream can't be caught up with", "stream", st, "err", err)
-			}
-			return
+	if !s.ours(st) {
+		s.log.Info("taking over a job stream", "stream", st)
+		if err := s.o.Replication.AwaitCaughtUp(ctx); err != nil {
+			return // ctx has ended
 		}
 	}
 	x.open(st)
@@ -305,20 +312,19 @@ func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) 
 
 var errNote = errors.New("note that a job stream is proposed")
 
-// propose makes the islands known that have something in them, or may get it.
+// propose makes the own streams known that have something in them, or may get it.
 func (s *streams) propose(ctx context.Context) error {
 	live := s.o.Table.LiveCounts()
-	s.mu.Lock()
+	current, _, _ := s.current()
 	var todo []journal.Stream
-	for st := range s.islands {
-		if st == s.now || live[st] > 0 {
+	for st := range s.o.Journal.Ends() {
+		// One that was proposed before and is not agreed on was never heard of, or is
+		// done with. Should this node not know yet how its jobs ended, it hears of
+		// that before it executes any.
+		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.agreed(st) {
 			todo = append(todo, st)
 		}
 	}
-	if _, noted := s.proposed[s.now.Incarnation]; noted && !s.agreed(s.now) {
-		todo = append(todo, s.now)
-	}
-	s.mu.Unlock()
 	for _, st := range todo {
 		if err := s.note(st); err != nil {
 			return fmt.Errorf("%w: %w", errNote, err)
@@ -393,7 +399,7 @@ func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
 	}
 	ctx, stop := context.WithTimeout(ctx, time.Second)
 	defer stop()
-	return s.o.Replication.AwaitCaughtUp(ctx, st) == nil && s.o.Table.LiveCounts()[st] == 0
+	return s.o.Replication.AwaitCaughtUp(ctx) == nil && s.o.Table.LiveCounts()[st] == 0
 }
 
 // noted is the file with the streams that were proposed.

@@ -555,14 +555,12 @@ func (x *PullResponse) GetSnapshot() *SnapshotPage {
 // comes in pieces: more says that the next Frames of the same stream go on
 // where this one ends.
 type Frames struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Stream *Stream                `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"`
-	Data   []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
-	More   bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
-	First  uint64                 `protobuf:"varint,4,opt,name=first,proto3" json:"first,omitempty"`
-	Last   uint64                 `protobuf:"varint,5,opt,name=last,proto3" json:"last,omitempty"`
-	// raw_size, when not 0, says that the data is zstd and how long it was.
-	RawSize       uint64 `protobuf:"varint,6,opt,name=raw_size,json=rawSize,proto3" json:"raw_size,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stream        *Stream                `protobuf:"bytes,1,opt,name=stream,proto3" json:"stream,omitempty"`
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	More          bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	First         uint64                 `protobuf:"varint,4,opt,name=first,proto3" json:"first,omitempty"`
+	Last          uint64                 `protobuf:"varint,5,opt,name=last,proto3" json:"last,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -628,13 +626,6 @@ func (x *Frames) GetFirst() uint64 {
 func (x *Frames) GetLast() uint64 {
 	if x != nil {
 		return x.Last
-	}
-	return 0
-}
-
-func (x *Frames) GetRawSize() uint64 {
-	if x != nil {
-		return x.RawSize
 	}
 	return 0
 }
@@ -1130,27 +1121,28 @@ func (x *FeedItem) GetRelay() bool {
 	return false
 }
 
-type FeedSummary struct {
+// FeedTaken says how many items of the call were taken so far.
+type FeedTaken struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Items         uint64                 `protobuf:"varint,1,opt,name=items,proto3" json:"items,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *FeedSummary) Reset() {
-	*x = FeedSummary{}
+func (x *FeedTaken) Reset() {
+	*x = FeedTaken{}
 	mi := &file_replication_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *FeedSummary) String() string {
+func (x *FeedTaken) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*FeedSummary) ProtoMessage() {}
+func (*FeedTaken) ProtoMessage() {}
 
-func (x *FeedSummary) ProtoReflect() protoreflect.Message {
+func (x *FeedTaken) ProtoReflect() protoreflect.Message {
 	mi := &file_replication_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -1162,14 +1154,14 @@ func (x *FeedSummary) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use FeedSummary.ProtoReflect.Descriptor instead.
-func (*FeedSummary) Descriptor() ([]byte, []int) {
+// Deprecated: Use FeedTaken.ProtoReflect.Descriptor instead.
+func (*FeedTaken) Descriptor() ([]byte, []int) {
 	return file_replication_proto_rawDescGZIP(), []int{17}
 }
 
-func (x *FeedSummary) GetFormat() uint32 {
+func (x *FeedTaken) GetItems() uint64 {
 	if x != nil {
-		return x.Format
+		return x.Items
 	}
 	return 0
 }
@@ -1215,14 +1207,13 @@ const file_replication_proto_rawDesc = "" +
 	"\x05marks\x18\x03 \x03(\v2\".dsnode.replication.v1.HolderMarksR\x05marks\x128\n" +
 	"\x05probe\x18\x04 \x01(\v2\".dsnode.replication.v1.ProbeAnswerR\x05probe\x122\n" +
 	"\x04ages\x18\x05 \x03(\v2\x1e.dsnode.replication.v1.SiteAgeR\x04ages\x12?\n" +
-	"\bsnapshot\x18\x06 \x01(\v2#.dsnode.replication.v1.SnapshotPageR\bsnapshot\"\xac\x01\n" +
+	"\bsnapshot\x18\x06 \x01(\v2#.dsnode.replication.v1.SnapshotPageR\bsnapshot\"\x91\x01\n" +
 	"\x06Frames\x125\n" +
 	"\x06stream\x18\x01 \x01(\v2\x1d.dsnode.replication.v1.StreamR\x06stream\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x12\n" +
 	"\x04more\x18\x03 \x01(\bR\x04more\x12\x14\n" +
 	"\x05first\x18\x04 \x01(\x04R\x05first\x12\x12\n" +
-	"\x04last\x18\x05 \x01(\x04R\x04last\x12\x19\n" +
-	"\braw_size\x18\x06 \x01(\x04R\arawSize\"\x8f\x01\n" +
+	"\x04last\x18\x05 \x01(\x04R\x04last\"\x8f\x01\n" +
 	"\vProbeAnswer\x12\x14\n" +
 	"\x05probe\x18\x01 \x01(\x04R\x05probe\x124\n" +
 	"\x04ends\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04ends\x124\n" +
@@ -1255,15 +1246,15 @@ const file_replication_proto_rawDesc = "" +
 	"\bFeedItem\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04item\x18\x02 \x01(\fR\x04item\x12\x14\n" +
-	"\x05relay\x18\x03 \x01(\bR\x05relay\"%\n" +
-	"\vFeedSummary\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format2\xb3\x03\n" +
+	"\x05relay\x18\x03 \x01(\bR\x05relay\"!\n" +
+	"\tFeedTaken\x12\x14\n" +
+	"\x05items\x18\x01 \x01(\x04R\x05items2\xb3\x03\n" +
 	"\vReplication\x12S\n" +
 	"\x04Pull\x12\".dsnode.replication.v1.PullRequest\x1a#.dsnode.replication.v1.PullResponse(\x010\x01\x12R\n" +
 	"\x05Holds\x12#.dsnode.replication.v1.HoldsRequest\x1a$.dsnode.replication.v1.HoldsResponse\x12X\n" +
 	"\aDigests\x12%.dsnode.replication.v1.DigestsRequest\x1a&.dsnode.replication.v1.DigestsResponse\x12R\n" +
 	"\x06Bucket\x12!.dsnode.replication.v1.BucketRows\x1a!.dsnode.replication.v1.BucketRows(\x010\x01\x12M\n" +
-	"\x04Feed\x12\x1f.dsnode.replication.v1.FeedItem\x1a\".dsnode.replication.v1.FeedSummary(\x01B4Z2github.com/dsnode/dsnode/replication/replicationpbb\x06proto3"
+	"\x04Feed\x12\x1f.dsnode.replication.v1.FeedItem\x1a .dsnode.replication.v1.FeedTaken(\x010\x01B4Z2github.com/dsnode/dsnode/replication/replicationpbb\x06proto3"
 
 var (
 	file_replication_proto_rawDescOnce sync.Once
@@ -1296,7 +1287,7 @@ var file_replication_proto_goTypes = []any{
 	(*DigestsResponse)(nil), // 14: dsnode.replication.v1.DigestsResponse
 	(*BucketRows)(nil),      // 15: dsnode.replication.v1.BucketRows
 	(*FeedItem)(nil),        // 16: dsnode.replication.v1.FeedItem
-	(*FeedSummary)(nil),     // 17: dsnode.replication.v1.FeedSummary
+	(*FeedTaken)(nil),       // 17: dsnode.replication.v1.FeedTaken
 }
 var file_replication_proto_depIdxs = []int32{
 	0,  // 0: dsnode.replication.v1.StreamSeq.stream:type_name -> dsnode.replication.v1.Stream
@@ -1325,7 +1316,7 @@ var file_replication_proto_depIdxs = []int32{
 	12, // 23: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
 	14, // 24: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
 	15, // 25: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
-	17, // 26: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedSummary
+	17, // 26: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
 	22, // [22:27] is the sub-list for method output_type
 	17, // [17:22] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name

@@ -45,7 +45,7 @@ type ReplicationClient interface {
 	// which the answering node merges, then its own.
 	Bucket(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[BucketRows, BucketRows], error)
 	// Feed carries items that may be lost, each to every site once.
-	Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[FeedItem, FeedSummary], error)
+	Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FeedItem, FeedTaken], error)
 }
 
 type replicationClient struct {
@@ -102,18 +102,18 @@ func (c *replicationClient) Bucket(ctx context.Context, opts ...grpc.CallOption)
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Replication_BucketClient = grpc.BidiStreamingClient[BucketRows, BucketRows]
 
-func (c *replicationClient) Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[FeedItem, FeedSummary], error) {
+func (c *replicationClient) Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FeedItem, FeedTaken], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[2], Replication_Feed_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	x := &grpc.GenericClientStream[FeedItem, FeedSummary]{ClientStream: stream}
+	x := &grpc.GenericClientStream[FeedItem, FeedTaken]{ClientStream: stream}
 	return x, nil
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Replication_FeedClient = grpc.ClientStreamingClient[FeedItem, FeedSummary]
+type Replication_FeedClient = grpc.BidiStreamingClient[FeedItem, FeedTaken]
 
 // ReplicationServer is the server API for Replication service.
 // All implementations must embed UnimplementedReplicationServer
@@ -130,7 +130,7 @@ type ReplicationServer interface {
 	// which the answering node merges, then its own.
 	Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error
 	// Feed carries items that may be lost, each to every site once.
-	Feed(grpc.ClientStreamingServer[FeedItem, FeedSummary]) error
+	Feed(grpc.BidiStreamingServer[FeedItem, FeedTaken]) error
 	mustEmbedUnimplementedReplicationServer()
 }
 
@@ -153,7 +153,7 @@ func (UnimplementedReplicationServer) Digests(context.Context, *DigestsRequest) 
 func (UnimplementedReplicationServer) Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error {
 	return status.Error(codes.Unimplemented, "method Bucket not implemented")
 }
-func (UnimplementedReplicationServer) Feed(grpc.ClientStreamingServer[FeedItem, FeedSummary]) error {
+func (UnimplementedReplicationServer) Feed(grpc.BidiStreamingServer[FeedItem, FeedTaken]) error {
 	return status.Error(codes.Unimplemented, "method Feed not implemented")
 }
 func (UnimplementedReplicationServer) mustEmbedUnimplementedReplicationServer() {}
@@ -228,11 +228,11 @@ func _Replication_Bucket_Handler(srv interface{}, stream grpc.ServerStream) erro
 type Replication_BucketServer = grpc.BidiStreamingServer[BucketRows, BucketRows]
 
 func _Replication_Feed_Handler(srv interface{}, stream grpc.ServerStream) error {
-	return srv.(ReplicationServer).Feed(&grpc.GenericServerStream[FeedItem, FeedSummary]{ServerStream: stream})
+	return srv.(ReplicationServer).Feed(&grpc.GenericServerStream[FeedItem, FeedTaken]{ServerStream: stream})
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Replication_FeedServer = grpc.ClientStreamingServer[FeedItem, FeedSummary]
+type Replication_FeedServer = grpc.BidiStreamingServer[FeedItem, FeedTaken]
 
 // Replication_ServiceDesc is the grpc.ServiceDesc for Replication service.
 // It's only intended for direct use with grpc.RegisterService,
@@ -266,6 +266,7 @@ var Replication_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Feed",
 			Handler:       _Replication_Feed_Handler,
+			ServerStreams: true,
 			ClientStreams: true,
 		},
 	},
