@@ -11,6 +11,7 @@ type metrics struct {
 	snapshots, skipped   prometheus.Counter
 	compared, uncompared prometheus.Counter
 	diverged             prometheus.Counter
+	fed, feedDropped     prometheus.Counter
 	keyWaits             prometheus.Gauge
 }
 
@@ -21,15 +22,17 @@ func newMetrics(reg prometheus.Registerer, r *Replication) *metrics {
 	}
 	reg.MustRegister(&lagCollector{r: r})
 	return &metrics{
-		sent:       counter("sent_bytes_total", "Bytes of records and rows sent to peers."),
-		received:   counter("received_bytes_total", "Bytes of peers' records made durable here."),
-		breaks:     counter("breaks_total", "Calls to pull from a peer that broke off or failed."),
-		refused:    counter("refused_streams_total", "Streams of peers that can't be stored: another record is in the place, or there are too many streams."),
-		snapshots:  counter("snapshots_total", "Tables sent to peers that lack records which are trimmed here."),
-		skipped:    counter("skipped_streams_total", "Streams that go on after what came as rows of a peer's table."),
-		compared:   counter("comparisons_total", "Comparisons of the table with a peer's."),
-		uncompared: counter("comparisons_missed_total", "Comparisons with a peer that found no moment at which both tables had applied the same."),
-		diverged:   counter("diverged_buckets_total", "Buckets in which two tables differed that had applied the same; their rows were joined."),
+		sent:        counter("sent_bytes_total", "Bytes of records and rows sent to peers."),
+		received:    counter("received_bytes_total", "Bytes of peers' records made durable here."),
+		breaks:      counter("breaks_total", "Calls to pull from a peer that broke off or failed."),
+		refused:     counter("refused_streams_total", "Streams of peers that can't be stored: another record is in the place, or there are too many streams."),
+		snapshots:   counter("snapshots_total", "Tables sent to peers that lack records which are trimmed here."),
+		skipped:     counter("skipped_streams_total", "Streams that go on after what came as rows of a peer's table."),
+		compared:    counter("comparisons_total", "Comparisons of the table with a peer's."),
+		uncompared:  counter("comparisons_missed_total", "Comparisons with a peer that found no moment at which both tables had applied the same."),
+		diverged:    counter("diverged_buckets_total", "Buckets in which two tables differed that had applied the same; their rows were joined."),
+		fed:         counter("feed_sent_bytes_total", "Bytes of the feed sent to peers."),
+		feedDropped: counter("feed_dropped_total", "Items of the feed dropped because a peer took them too slowly."),
 		keyWaits: f.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_replication_key_waits",
 			Help: "Streams that wait because their next record is sealed with a key that this node can't open.",

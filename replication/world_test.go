@@ -55,6 +55,7 @@ type node struct {
 	budget     int64
 	limits     Limits
 	retired    func(journal.Stream) bool
+	deliver    func([]byte)
 	noTable    bool // the records are not applied: what is measured is carrying alone
 
 	alive  bool // guarded by w.mu
@@ -252,7 +253,7 @@ func (n *node) start() {
 			return names[0], len(names) == 1
 		},
 		Boottime: cluster.Boottime, Now: time.Now, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
-		Retired: n.retired,
+		Retired: n.retired, Deliver: n.deliver,
 	})
 	if err != nil {
 		t.Fatal(err)

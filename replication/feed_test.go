@@ -1,0 +1,81 @@
+package replication
+
+import (
+	"bytes"
+	"errors"
+	"maps"
+	"sync"
+	"testing"
+)
+
+func TestFeedReachesEveryNodeOnce(t *testing.T) {
+	w := newWorld(t, "a1", "a2", "b1", "b2", "c1")
+	var mu sync.Mutex
+	got := map[string]map[byte]int{}
+	w.tune = func(n *node) {
+		got[n.name] = map[byte]int{}
+		n.deliver = func(item []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			got[n.name][item[0]]++
+		}
+	}
+	w.start()
+	feed := w.nodes["a1"].repl.feed
+	eventually(t, "there are lanes to a neighbour and two sites", func() bool {
+		feed.mu.Lock()
+		defer feed.mu.Unlock()
+		return len(feed.lanes) == 3
+	})
+	for _, name := range []string{"b1", "b2"} {
+		other := w.nodes[name].repl.feed
+		eventually(t, "b can pass on", func() bool {
+			other.mu.Lock()
+			defer other.mu.Unlock()
+			return len(other.lanes) == 3
+		})
+	}
+	want := map[byte]int{}
+	for i := range byte(20) {
+		if err := w.nodes["a1"].repl.Offer(bytes.Repeat([]byte{i}, 100_000)); err != nil {
+			t.Fatal(err)
+		}
+		want[i] = 1
+	}
+	for _, name := range []string{"a2", "b1", "b2", "c1"} {
+		eventually(t, name+" has all", func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return maps.Equal(got[name], want)
+		})
+	}
+	if n := len(got["a1"]); n != 0 {
+		t.Errorf("%d items came back", n)
+	}
+	if err := w.nodes["a1"].repl.Offer(make([]byte, MaxFeedItem+1)); !errors.Is(err, ErrFeedItem) {
+		t.Errorf("too large: %v", err)
+	}
+}
+
+func TestLaneDropsTheOldest(t *testing.T) {
+	l := &lane{wake: make(chan struct{}, 1)}
+	dropped := 0
+	const items = feedQueue/(1<<20) + 5
+	for i := range items {
+		dropped += l.push(feedItem{data: bytes.Repeat([]byte{byte(i)}, 1<<20)})
+	}
+	if dropped != 5 || l.bytes != feedQueue {
+		t.Fatalf("%d dropped, %d bytes left", dropped, l.bytes)
+	}
+	for i := 5; i < items; i++ {
+		if item, ok := l.pop(); !ok || item.data[0] != byte(i) {
+			t.Fatalf("item %d is not where it belongs", i)
+		}
+	}
+	for range feedItems + 7 {
+		dropped += l.push(feedItem{data: []byte{1}})
+	}
+	if dropped != 5+7 || len(l.items) != feedItems {
+		t.Errorf("%d dropped, %d left", dropped, len(l.items))
+	}
+}
