@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -98,6 +99,16 @@ func (q *queue) next() *batch {
 	q.batches[0] = nil
 	q.batches = q.batches[1:]
 	return b
+}
+
+// waiting is how many records the next batch has.
+func (q *queue) waiting() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.batches) == 0 {
+		return 0
+	}
+	return len(q.batches[0].records)
 }
 
 func (q *queue) close(why error) {
@@ -274,6 +285,14 @@ func (l *Log) commit(s *stream, q *queue) {
 	for b := q.next(); b != nil; b = q.next() {
 		b.err = l.writeBatch(s, b)
 		close(b.done)
+		// Those who have just been answered come again: let them, so that they share
+		// the next sync and not the one after it.
+		for range 3 {
+			if q.waiting() >= len(b.records)-1 {
+				break
+			}
+			runtime.Gosched()
+		}
 	}
 }
 

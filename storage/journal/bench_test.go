@@ -14,13 +14,40 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
+// countingDisk counts syncs.
+type countingDisk struct {
+	osDisk
+	syncs atomic.Int64
+}
+
+type countingFile struct {
+	file
+	d *countingDisk
+}
+
+func (d *countingDisk) open(path string, flags int) (file, error) {
+	f, err := d.osDisk.open(path, flags)
+	return countingFile{f, d}, err
+}
+
+func (f countingFile) sync() error {
+	f.d.syncs.Add(1)
+	return f.file.sync()
+}
+
 // BenchmarkAppend is durable appends of 1 KiB, by how many callers wait at once.
 func BenchmarkAppend(b *testing.B) {
 	for _, inFlight := range []int{1, 64, 256} {
 		b.Run(fmt.Sprint(inFlight), func(b *testing.B) {
-			l := mustOpen(b, testOptions(b.TempDir()))
+			d := &countingDisk{}
+			l, err := open(testOptions(b.TempDir()), d)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer mustClose(b, l)
 			id := streamOf(1)
 			mustCreate(b, l, id)
+			d.syncs.Store(0)
 			payload := bytes.Repeat([]byte{7}, 1024)
 			var left atomic.Int64
 			left.Store(int64(b.N))
@@ -40,6 +67,7 @@ func BenchmarkAppend(b *testing.B) {
 			}
 			wg.Wait()
 			b.ReportMetric(float64(b.N)/time.Since(began).Seconds(), "appends/s")
+			b.ReportMetric(float64(b.N)/float64(d.syncs.Load()), "appends/sync")
 		})
 	}
 }
