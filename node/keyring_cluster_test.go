@@ -1,0 +1,244 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/storage/keyring"
+)
+
+// keyCluster is real nodes in this process, on loopback.
+type keyCluster struct {
+	t         *testing.T
+	dir       string
+	cert, key []byte // of the authority
+	log       *bytes.Buffer
+	writer    *lockedWriter
+	nodes     map[string]*Node
+	stops     map[string]func() error
+	seed      string
+}
+
+const keyClusterConfig = `version: 1
+sites:
+  a: {city: x, priority: 1}
+  b: {city: x, priority: 2}
+  c: {city: y, priority: 3}
+upstreams:
+  m: {site: a, kind: openai, url: "http://127.0.0.1:9/v1"}
+models:
+  deepseek-chat: {serve: [{upstream: m, model: m}]}
+`
+
+func newKeyCluster(t *testing.T) *keyCluster {
+	t.Helper()
+	cert, key, err := cluster.NewCA("dev", 24*time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := &bytes.Buffer{}
+	c := &keyCluster{
+		t: t, dir: t.TempDir(), cert: cert, key: key, log: log, writer: &lockedWriter{w: log},
+		nodes: map[string]*Node{}, stops: map[string]func() error{},
+	}
+	c.write("ca.pem", cert)
+	c.write("gossip.key", []byte(base64.StdEncoding.EncodeToString(make([]byte, 32))))
+	return c
+}
+
+func (c *keyCluster) write(name string, b []byte) string {
+	c.t.Helper()
+	path := filepath.Join(c.dir, name)
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	return path
+}
+
+// boot runs a node in its data directory and gives what its Run returns.
+func (c *keyCluster) boot(name string, o operatorKeys) (n *Node, ended <-chan error) {
+	c.t.Helper()
+	cert, key, err := cluster.Issue(c.cert, c.key, cluster.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	cfg := DefaultConfig()
+	cfg.Cluster, cfg.Name, cfg.Site, cfg.DataDir = "dev", name, name[:1], filepath.Join(c.dir, "data-"+name)
+	cfg.API = APIConfig{Bind: "127.0.0.1:0", Advertise: "127.0.0.1:0"}
+	cfg.Admin = AdminConfig{Bind: "127.0.0.1:0", Advertise: "127.0.0.1:0"}
+	cfg.Gossip = GossipConfig{Bind: "127.0.0.1:0", Advertise: "127.0.0.1:0", KeyFile: filepath.Join(c.dir, "gossip.key")}
+	cfg.RPC = RPCConfig{Bind: "127.0.0.1:0", Advertise: "127.0.0.1:0", TLS: PeerTLS{
+		CertFile: c.write(name+".pem", cert), KeyFile: c.write(name+"-key.pem", key), CAFile: filepath.Join(c.dir, "ca.pem"),
+	}}
+	if c.seed != "" {
+		cfg.Seeds = []string{c.seed}
+	}
+	cfg.OperatorKey.File = c.write(name+"-operator.key", []byte(o.current.Encode()))
+	if o.previous != (keyring.OperatorKey{}) {
+		cfg.OperatorKeyPrevious.File = c.write(name+"-operator-previous.key", []byte(o.previous.Encode()))
+	}
+	log := slog.New(slog.NewJSONHandler(c.writer, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	n, err = New(cfg, Options{Logger: log, Version: "test"})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	n.keys.every, n.keys.grace = 50*time.Millisecond, 200*time.Millisecond
+	ctx, cancel := context.WithCancel(context.Background())
+	end := make(chan error, 1)
+	done := make(chan struct{})
+	var result error
+	go func() {
+		defer close(done)
+		result = n.Run(ctx)
+		end <- result
+	}()
+	stop := func() error { cancel(); <-done; return result }
+	c.nodes[name], c.stops[name] = n, stop
+	c.t.Cleanup(func() { _ = stop() }) // its error, if one is expected, was looked at
+	return n, end
+}
+
+func (c *keyCluster) stop(name string) {
+	c.t.Helper()
+	if err := c.stops[name](); err != nil {
+		c.t.Fatalf("%s ended with %v", name, err)
+	}
+	delete(c.nodes, name)
+}
+
+// sealing reports whether all nodes that run seal with one key, other than not.
+func (c *keyCluster) sealing(not string) bool {
+	var ids []string
+	for _, n := range c.nodes {
+		id, _ := n.keys.ring.Current()
+		if !n.keys.ring.Ready() || id.String() == not {
+			return false
+		}
+		ids = append(ids, id.String())
+	}
+	return len(slices.Compact(ids)) == 1
+}
+
+func TestKeyringOfRealNodes(t *testing.T) {
+	c := newKeyCluster(t)
+	old, next := oneKey(), oneKey()
+	a, _ := c.boot("a-1", old)
+	c.seed = a.Addresses().RPC
+	until(t, "the first node founds the cluster", func() bool {
+		return a.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
+	})
+	until(t, "it has a key", a.keys.ring.Ready)
+	c.boot("b-1", old)
+	c.boot("c-1", old)
+	until(t, "three nodes share it", func() bool { return len(a.cluster.State().Nodes) == 3 && c.sealing("") })
+	first, _ := a.keys.ring.Current()
+
+	// Rotation, asked of a follower; the first key goes since nothing carries it.
+	k, err := c.nodes["c-1"].RotateKeyring(t.Context(), "ann")
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the new key is in use everywhere", func() bool { return c.sealing(first.String()) })
+	var listed []string
+	until(t, "the first key is dropped", func() bool {
+		r, err := c.nodes["b-1"].Keyring(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		listed = nil
+		for _, key := range r.Keys {
+			listed = append(listed, key.Kind+" "+key.State)
+			if key.Kind == "seal" && key.Records == nil {
+				return false
+			}
+		}
+		return len(r.Keys) == 2 && !c.nodes["b-1"].keys.ring.Has(first)
+	})
+	if diff := cmp.Diff([]string{"mac active", "seal active"}, listed); diff != "" {
+		t.Fatal(diff)
+	}
+	if got, _ := c.nodes["b-1"].keys.ring.Current(); got.String() != k.ID {
+		t.Fatalf("%s seals, not %s", got, k.ID)
+	}
+
+	// A node with another operator key is not let in, and ends with a reason.
+	_, ended := c.boot("b-9", oneKey())
+	select {
+	case err := <-ended:
+		if !errors.Is(err, cluster.ErrOperatorKey) || !strings.Contains(err.Error(), old.current.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
+			t.Fatalf("it ended with %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("a node with a wrong operator key goes on")
+	}
+	delete(c.nodes, "b-9")
+	if _, member := a.cluster.State().Nodes["b-9"]; member {
+		t.Fatal("it was let in")
+	}
+
+	// The operator key changes, one node after the other.
+	for _, name := range []string{"b-1", "c-1"} {
+		c.stop(name)
+		c.boot(name, operatorKeys{current: next.current, previous: old.current})
+	}
+	until(t, "two nodes said that they have it", func() bool {
+		return cmp.Equal(c.nodes["b-1"].cluster.State().LackOperatorKey(next.current.Fingerprint()), []string{"a-1"})
+	})
+	until(t, "the refusal names the node that lacks it", func() bool {
+		_, err := c.nodes["b-1"].RewrapKeyring(t.Context(), "ann")
+		return errors.Is(err, cluster.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
+	})
+	c.stop("a-1")
+	c.seed = c.nodes["b-1"].Addresses().RPC
+	a, _ = c.boot("a-1", operatorKeys{current: next.current, previous: old.current})
+	if !a.keys.ring.Ready() {
+		t.Fatal("a node that comes back has to wait for the others to open its records")
+	}
+	until(t, "rewrapped", func() bool {
+		_, err := a.RewrapKeyring(t.Context(), "ann")
+		return err == nil && a.cluster.State().OperatorKey() == next.current.Fingerprint()
+	})
+	until(t, "all have opened what was wrapped anew", func() bool {
+		s := a.cluster.State()
+		return !slices.ContainsFunc(s.DataKeys, func(k cluster.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
+	})
+	c.boot("c-2", next)
+	until(t, "a newcomer with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })
+
+	secrets := secretsOf(t, a.keys)
+	state, err := a.cluster.State().Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range c.nodes {
+		c.stop(name)
+	}
+	noneOf(t, secrets, "the agreed state", state)
+	noneOf(t, secrets, "a log", c.log.Bytes())
+	files := 0
+	err = filepath.WalkDir(c.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.Contains(path, "/data-") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		files++
+		noneOf(t, secrets, path, b)
+		return err
+	})
+	if err != nil || files < 12 {
+		t.Fatalf("%d files were looked into: %v", files, err)
+	}
+}
