@@ -217,6 +217,8 @@ type world struct {
 	spare  int
 	heard  map[string]bool
 	node   string
+	limit  time.Duration // of until
+	poll   time.Duration
 
 	*Jobs
 	reg   *prometheus.Registry
@@ -232,7 +234,7 @@ func newWorld(t testing.TB) *world {
 	began := time.Now()
 	w := &world{
 		t: t, dir: t.TempDir(), ring: ring, agreed: newAgreement(func() time.Duration { return time.Since(began) }), copies: newCopies(),
-		server: answering(`{"ok":true}`), spare: 1000, heard: map[string]bool{}, node: "here-1", stop: func() {},
+		server: answering(`{"ok":true}`), spare: 1000, heard: map[string]bool{}, node: "here-1", stop: func() {}, limit: time.Minute, poll: 2 * time.Millisecond,
 	}
 	w.agreed.leased = true
 	t.Cleanup(func() { w.stop() })
@@ -403,14 +405,14 @@ func (w *world) await(id journal.JobID, want journal.Status) *View {
 	return v
 }
 
-// until waits for a condition: two hours in a bubble, a minute elsewhere.
+// until waits for a condition.
 func (w *world) until(what string, ok func() bool) {
 	w.t.Helper()
-	limit := time.Now().Add(time.Minute)
+	limit := time.Now().Add(w.limit)
 	for !ok() {
 		if time.Now().After(limit) {
-			w.t.Fatalf("not in a minute: %s", what)
+			w.t.Fatalf("not in %s: %s", w.limit, what)
 		}
-		time.Sleep(2 * time.Millisecond)
+		time.Sleep(w.poll)
 	}
 }
