@@ -181,8 +181,14 @@ func (m *Mesh) race(ctx context.Context, kind Kind, node, addr string) (*PeerCon
 // dialDetour reaches a node through one of the peers that say they hear it.
 func (m *Mesh) dialDetour(ctx context.Context, kind Kind, node string) (*PeerConn, error) {
 	failed := errNoRelay
-	for _, relay := range m.relaysFor(node) {
-		conn, err := m.dialThrough(ctx, kind, node, relay)
+	relays := m.relaysFor(node)
+	for i, relay := range relays {
+		// One that hangs leaves time for the next; the last may take all of it.
+		limit := m.opts.DialTimeout
+		if i < len(relays)-1 {
+			limit /= 2
+		}
+		conn, err := m.dialThrough(ctx, kind, node, relay, limit)
 		m.metrics.tunnels.WithLabelValues("dialled", tunnelResult(err)).Inc()
 		if !cutOff(err) || ctx.Err() != nil {
 			return conn, err
@@ -204,10 +210,9 @@ func (m *Mesh) relaysFor(node string) []string {
 	return relays[:min(len(relays), maxRelaysAsked)]
 }
 
-// dialThrough reaches a node through a certain peer. It may take half of what a
-// dial may, so that another peer can be tried when this one hangs.
-func (m *Mesh) dialThrough(ctx context.Context, kind Kind, node, relay string) (*PeerConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout/2)
+// dialThrough reaches a node through a certain peer.
+func (m *Mesh) dialThrough(ctx context.Context, kind Kind, node, relay string, limit time.Duration) (*PeerConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	addr, ok := m.opts.Address(relay)
 	if !ok {

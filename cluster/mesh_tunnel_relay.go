@@ -92,7 +92,7 @@ func (m *Mesh) extend(ctx context.Context, from *PeerConn) (*PeerConn, *RefusedE
 	if via := m.ways.via(target); via != "" {
 		return refuse(CodeUnreached, "%s is reached from here only through %s", target, via)
 	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout/2) // the asker waits no longer
+	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout) // the asker waits no longer
 	defer cancel()
 	to, err := m.dial(ctx, greeting{kind: KindRelayed, node: target}, addr)
 	if err != nil {

@@ -22,7 +22,7 @@ func TestWayIsFoundAndLeft(t *testing.T) {
 	w.b.serveHTTP(t)
 	w.b.serveRaft(t)
 	transport := w.a.serveRaft(t)
-	w.a.opts.DialTimeout = time.Second // the cut is certain after two of these
+	w.a.opts.DialTimeout = 2 * time.Second // the cut is certain after two of these
 	runInTest(t, w.a.KeepWays)
 	ctx := withTimeout(t)
 	all := func(when string) {
@@ -139,17 +139,16 @@ func TestAnotherRelay(t *testing.T) {
 	d := newTestPeer(t, w.ca, w.book, Identity{"dev", "d", "d-1"}, nil)
 	d.serve(t, w.book)
 	w.book.set("dead-1", "127.0.0.1:1")
-	w.set(func() { w.relays = []string{"dead-1", "c-1", "d-1"} })
-	w.a.opts.DialTimeout = time.Second
-	runInTest(t, w.a.KeepWays)
 	if err := w.link.refuse(); err != nil {
 		t.Fatal(err)
 	}
-	w.a.Doubt("b-1")
+	w.set(func() { w.relays, w.silent = []string{"dead-1", "c-1", "d-1"}, []string{"b-1"} })
+	runInTest(t, w.a.KeepWays)
 	awaitCondition(t, "a detour through the one that works", w.goes("c-1"))
 	if got := w.a.relaysFor("b-1"); fmt.Sprint(got) != "[c-1 dead-1 d-1]" {
 		t.Errorf("asked next: %v", got)
 	}
+	w.set(func() { w.silent = nil })
 	standing := w.through(t, KindGRPC)
 
 	w.stopC()
