@@ -23,6 +23,7 @@ import (
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage"
@@ -46,6 +47,7 @@ type Node struct {
 	gateway  *gateway.Gateway
 	admin    *admin.Server
 	keys     *dataKeys
+	cache    *cache.Cache
 	work     *work
 	doors    doors
 
@@ -168,8 +170,11 @@ func (n *Node) open() error {
 	n.keys.agreed = n.cluster
 	n.cluster.OnCarried(n.keys.carried)
 	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})
+	if err := n.openCache(); err != nil {
+		return err
+	}
 	n.pipeline = serving.New(serving.Options{
-		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers },
+		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers }, Cache: n.cache,
 		Logger: n.log, Registerer: n.reg,
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
@@ -221,7 +226,7 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopCluster()
 
 	n.look()
-	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.keepKeys, n.work.run} {
+	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.keepKeys, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
 	clusterDone := make(chan struct{})
@@ -310,6 +315,7 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 		}
 		if s.Parsed != nil && s.Parsed != current {
 			current = s.Parsed
+			n.cache.Configure(current)
 			err := n.pipeline.Configure(current)
 			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
 		}

@@ -54,6 +54,7 @@ func newRootCommand(env *environment) *cobra.Command {
 		newFailoverCommand(env),
 		newDrillCommand(env),
 		newRecoverCommand(env),
+		newJobCommand(env),
 		newCacheCommand(env),
 		newAPIKeyCommand(env),
 		newKeyringCommand(env),

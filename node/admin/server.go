@@ -67,6 +67,9 @@ type Options struct {
 	Cluster  Cluster
 	Gatherer prometheus.Gatherer // shown at /metrics
 	Health   http.Handler        // gets every request under /healthz/
+	// Jobs gets every request under /v1/jobs, of which it may believe that it comes
+	// from an operator. Nil: no such paths.
+	Jobs http.Handler
 	// Token is the operator's. Empty: only connections over loopback are served.
 	Token  string
 	Logger *slog.Logger // nil: discards
@@ -110,6 +113,10 @@ func New(o Options) *Server {
 	}
 	for _, r := range s.routes(o) {
 		s.mux.Handle(r.pattern, r.handler)
+	}
+	if o.Jobs != nil {
+		s.mux.Handle("/admin/v1/jobs", s.jobs(o.Jobs))
+		s.mux.Handle("/admin/v1/jobs/", s.jobs(o.Jobs))
 	}
 	return s
 }

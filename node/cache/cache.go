@@ -35,12 +35,12 @@ type Options struct {
 	Ring *keyring.Ring
 	// Purges gives the agreed purges; it must not block. nil: there are none.
 	Purges func() *cluster.CachePurges
-	// Outbound gets every answer that is kept here, sealed, for the peers. nil:
-	// none.
-	Outbound   *Queue[Entry]
-	Files      Files // of what the configuration points at
-	Logger     *slog.Logger
-	Registerer prometheus.Registerer
+	// OutboundBytes bounds the entries that wait to be passed on to peers; see
+	// Outbound. 0: none are.
+	OutboundBytes int
+	Files         Files // of what the configuration points at
+	Logger        *slog.Logger
+	Registerer    prometheus.Registerer
 	// Now is the process's own by default.
 	Now func() time.Time
 }
@@ -58,6 +58,7 @@ type Cache struct {
 	local  *local
 	shared atomic.Pointer[shared] // nil: not open, or off
 	writes *Queue[write1]
+	out    *Queue[Entry] // nil: nothing is passed on
 
 	macKey atomic.Pointer[keyring.MAC]
 	conf   atomic.Pointer[settings]
@@ -106,6 +107,9 @@ func New(o Options) (*Cache, error) {
 	}
 	c.conf.Store(&settings{entryBytes: int(def.EntryBytes), maxAge: def.SharedTTL.D() + def.Stale.D()})
 	c.writes = newWrites(&c.counts)
+	if o.OutboundBytes > 0 {
+		c.out = NewQueue(maxWrites, o.OutboundBytes, Entry.Size, func(n int) { c.counts.lost[lostOutbound].Add(uint64(n)) }) //nolint:gosec // not negative
+	}
 	c.register(o.Registerer)
 	return c, nil
 }
@@ -273,10 +277,14 @@ func (c *Cache) Keep(k Key, model string, a *Answer) {
 	a.StoredAt = now.Truncate(time.Millisecond)
 	c.local.put(k, model, a, now)
 	c.counts.kept.Add(1)
-	if c.shared.Load() != nil || c.o.Outbound != nil {
+	if c.shared.Load() != nil || c.out != nil {
 		c.writes.Offer(write1{key: k, answer: a})
 	}
 }
+
+// Outbound gives every answer that is kept here, sealed, to be passed on to peers;
+// when nobody takes them the oldest go. nil without OutboundBytes.
+func (c *Cache) Outbound() *Queue[Entry] { return c.out }
 
 // ErrRefused says that an entry of a peer can't be taken.
 var ErrRefused = errors.New("entry refused")

@@ -11,27 +11,32 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
 const (
-	fileName = "cache.db"
-	bootFile = "/proc/sys/kernel/random/boot_id"
+	pageSize = 4096
+	// Two pieces with their names fill a page.
+	pieceBytes = 1960
+	nameBytes  = 8 + 32 + 2
+	fileName   = "cache.db"
+	bootFile   = "/proc/sys/kernel/random/boot_id"
 	// Of the file's bound, so much is in use before the oldest go, and after.
 	// The rest is what bbolt needs to write at all.
 	highWater, lowWater = 0.80, 0.75
-	// sweepBatch bounds how many entries one transaction deletes.
-	sweepBatch = 4096
 )
 
 var (
-	bucketEntries = []byte("entries") // key → value
-	bucketOrder   = []byte("order")   // milliseconds, key → size of the value
+	// Entries stand in the order of their age: new ones go to the one end of the
+	// file's tree and old ones from the other, so that a write copies few pages.
+	bucketEntries = []byte("entries") // milliseconds, key, number of the piece → piece of a value
+	bucketIndex   = []byte("index")   // key → milliseconds
 	bucketAbout   = []byte("about")   // what the file is
 	keyFormat     = []byte("format")
 	keyBoot       = []byte("boot")  // of the machine, while the file is open
@@ -83,10 +88,13 @@ func bootID() []byte {
 
 // open opens the file and makes sure that it can be trusted.
 func (e *embedded) open() (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer recovered(&err)
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
+	// bbolt may only open what can't crash it.
+	if err := e.look(boltfile.Branches); err != nil {
+		return err
+	}
 	db, err := bbolt.Open(e.path, 0o600, &bbolt.Options{
-		Timeout: time.Second, NoSync: true, NoGrowSync: true, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType,
+		Timeout: time.Second, PageSize: pageSize, NoSync: true, NoGrowSync: true, FreelistType: bbolt.FreelistMapType,
 		MaxSize: int(e.limit), InitialMmapSize: int(e.limit),
 	})
 	if err != nil {
@@ -120,13 +128,13 @@ func (e *embedded) trust(db *bbolt.DB) error {
 	})
 	if err == nil && torn {
 		e.log.Info("the machine stopped while the cache was in use, looking through its file", "path", e.path)
-		err = e.check(db)
+		err = e.look(boltfile.Whole)
 	}
 	if err != nil {
 		return err
 	}
 	return db.Update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketEntries, bucketOrder, bucketAbout} {
+		for _, name := range [][]byte{bucketAbout, bucketEntries, bucketIndex} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return fmt.Errorf("make bucket %s: %w", name, err)
 			}
@@ -138,24 +146,23 @@ func (e *embedded) trust(db *bbolt.DB) error {
 	})
 }
 
-func (e *embedded) check(db *bbolt.DB) error {
-	return db.View(func(tx *bbolt.Tx) error {
-		var first error
-		for err := range tx.Check() {
-			if first == nil {
-				first = fmt.Errorf("%w: %w", errDamaged, err)
-			}
-		}
-		return first
-	})
-}
-
-// recovered turns what bbolt panics with on a damaged page, and a fault in the
-// mapping, into an error. The caller has set the goroutine to panic on faults.
-func recovered(err *error) {
-	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: %v", errDamaged, r)
+// look reads the file without bbolt. There may be none, or an empty one.
+func (e *embedded) look(depth boltfile.Depth) error {
+	info, err := os.Stat(e.path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0 {
+		return nil
 	}
+	if err != nil {
+		return fmt.Errorf("look at the cache's file: %w", err)
+	}
+	_, err = boltfile.CheckFile(e.path, boltfile.Layout{
+		PageSize: pageSize, Buckets: []string{string(bucketAbout), string(bucketEntries), string(bucketIndex)},
+		MaxEntry: pageSize, Freelist: true, Depth: depth,
+	})
+	if err != nil {
+		return fmt.Errorf("look through the cache's file: %w", err)
+	}
+	return nil
 }
 
 // restart throws the file away and begins an empty one.
@@ -178,8 +185,7 @@ func (e *embedded) with(f func(*bbolt.DB) error) error {
 }
 
 func (e *embedded) use(f func(*bbolt.DB) error) (db *bbolt.DB, err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer recovered(&err)
+	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	if e.db == nil {
@@ -190,12 +196,12 @@ func (e *embedded) use(f func(*bbolt.DB) error) (db *bbolt.DB, err error) {
 }
 
 func damage(err error) bool {
-	for _, bad := range []error{errDamaged, berrors.ErrInvalid, berrors.ErrChecksum, berrors.ErrInvalidMapping, berrors.ErrVersionMismatch} {
+	for _, bad := range []error{errDamaged, boltfile.ErrDamaged, berrors.ErrInvalid, berrors.ErrChecksum, berrors.ErrInvalidMapping, berrors.ErrVersionMismatch} {
 		if errors.Is(err, bad) {
 			return true
 		}
 	}
-	return strings.Contains(err.Error(), "page ") && strings.Contains(err.Error(), "freed")
+	return false
 }
 
 // replace puts an empty file in the place of one that was found damaged. The old
@@ -209,8 +215,8 @@ func (e *embedded) replace(broken *bbolt.DB, why error) error {
 	old := e.db
 	go func() {
 		var err error
-		defer recovered(&err)
-		_ = old.Close() // it is thrown away
+		defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
+		err = old.Close() // it is thrown away
 	}()
 	e.db = nil
 	return e.restart(why)
@@ -219,7 +225,15 @@ func (e *embedded) replace(broken *bbolt.DB, why error) error {
 func (e *embedded) get(_ context.Context, k Key) (value []byte, err error) {
 	err = e.with(func(db *bbolt.DB) error {
 		return db.View(func(tx *bbolt.Tx) error {
-			value = bytes.Clone(tx.Bucket(bucketEntries).Get(k[:]))
+			at := tx.Bucket(bucketIndex).Get(k[:])
+			if at == nil {
+				return nil
+			}
+			start := append(bytes.Clone(at), k[:]...)
+			c := tx.Bucket(bucketEntries).Cursor()
+			for name, piece := c.Seek(start); bytes.HasPrefix(name, start); name, piece = c.Next() {
+				value = append(value, piece...)
+			}
 			return nil
 		})
 	})
@@ -229,24 +243,21 @@ func (e *embedded) get(_ context.Context, k Key) (value []byte, err error) {
 	return value, nil
 }
 
-// put writes a batch. When it does not fit, the oldest make room.
+// put writes a batch, in steps. When it does not fit, the oldest make room.
 func (e *embedded) put(ctx context.Context, batch []Entry, _ time.Duration) error {
 	err := e.with(func(db *bbolt.DB) error {
-		size := int64(0)
-		for i := range batch {
-			size += cost(len(batch[i].Sealed))
-		}
-		if err := e.makeRoom(ctx, db, size, highWater, lowWater); err != nil {
-			return err
-		}
-		err := write(db, batch)
-		if errors.Is(err, berrors.ErrMaxSizeReached) {
-			// Free pages there are, but not enough in a row.
-			if err = e.makeRoom(ctx, db, size, 0, lowWater/2); err == nil {
-				err = write(db, batch)
+		for len(batch) > 0 {
+			n, size := 0, int64(0)
+			for n < len(batch) && n < e.step() && (n == 0 || size < e.limit/32) {
+				size += cost(len(batch[n].Sealed))
+				n++
 			}
+			if err := e.putStep(ctx, db, batch[:n], size); err != nil {
+				return err
+			}
+			batch = batch[n:]
 		}
-		return err
+		return nil
 	})
 	if errors.Is(err, berrors.ErrMaxSizeReached) {
 		return fmt.Errorf("%w: %w", errNoRoom, err)
@@ -257,40 +268,84 @@ func (e *embedded) put(ctx context.Context, batch []Entry, _ time.Duration) erro
 	return nil
 }
 
+func (e *embedded) putStep(ctx context.Context, db *bbolt.DB, batch []Entry, size int64) error {
+	if err := e.makeRoom(ctx, db, size, highWater, lowWater); err != nil {
+		return err
+	}
+	err := write(db, batch)
+	// Free pages there are, but perhaps not enough in a row.
+	for _, low := range []float64{lowWater / 2, 0} {
+		if !errors.Is(err, berrors.ErrMaxSizeReached) {
+			return err
+		}
+		if err = e.makeRoom(ctx, db, size, 0, low); err == nil {
+			err = write(db, batch)
+		}
+	}
+	return err
+}
+
+// step is how many entries one transaction may touch. Their places in the index
+// are random, so each costs the copy of a page, and of those there must be enough
+// free ones.
+func (e *embedded) step() int { return int(min(max(e.limit/pageSize/16, 16), 1024)) }
+
 // errNoRoom is no fault of the tier: a batch was too large for it now.
 var errNoRoom = errors.New("no room in the cache's file")
 
 func write(db *bbolt.DB, batch []Entry) error {
 	return db.Update(func(tx *bbolt.Tx) error {
-		entries, order := tx.Bucket(bucketEntries), tx.Bucket(bucketOrder)
+		entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
+		entries.FillPercent = 0.95 // they are added at the end
 		added := 0
 		for i := range batch {
-			en := &batch[i]
-			if old := entries.Get(en.Key[:]); old != nil {
-				was, err := parseEntry(en.Key, old)
-				switch {
-				case err != nil: // its place in the order is lost, and goes with its turn
-				case was.StoredAt.After(en.StoredAt):
-					continue // a newer answer is here already
-				default:
-					if err := order.Delete(orderKey(was.StoredAt, en.Key)); err != nil {
-						return fmt.Errorf("delete the order: %w", err)
-					}
+			e := &batch[i]
+			at := binary.BigEndian.AppendUint64(nil, uint64(e.StoredAt.UnixMilli())) //nolint:gosec // after 1970
+			was := index.Get(e.Key[:])
+			switch {
+			case bytes.Compare(was, at) > 0:
+				continue // a newer answer is here already
+			case was != nil:
+				if err := deletePieces(entries, append(bytes.Clone(was), e.Key[:]...)); err != nil {
+					return err
 				}
-			}
-			if entries.Get(en.Key[:]) == nil {
+			default:
 				added++
 			}
-			value := en.value()
-			if err := entries.Put(en.Key[:], value); err != nil {
-				return fmt.Errorf("put an entry: %w", err)
+			if err := index.Put(e.Key[:], at); err != nil {
+				return fmt.Errorf("put into the index: %w", err)
 			}
-			if err := order.Put(orderKey(en.StoredAt, en.Key), binary.BigEndian.AppendUint32(nil, uint32(len(value)))); err != nil { //nolint:gosec // 17 MiB at most
-				return fmt.Errorf("put the order: %w", err)
+			if err := putPieces(entries, append(at, e.Key[:]...), e.value()); err != nil {
+				return err
 			}
 		}
 		return count(tx, added)
 	})
+}
+
+// putPieces writes a value in pieces of which two fill a page. A large one in a
+// row of pages would be copied with its neighbours at each change near it, and
+// need free pages in a row.
+func putPieces(entries *bbolt.Bucket, start, value []byte) error {
+	for n := 0; len(value) > 0; n++ {
+		piece := value[:min(len(value), pieceBytes)]
+		value = value[len(piece):]
+		name := binary.BigEndian.AppendUint16(bytes.Clone(start), uint16(n)) //nolint:gosec // 20 MiB are 11,000 pieces
+		if err := entries.Put(name, piece); err != nil {
+			return fmt.Errorf("put an entry: %w", err)
+		}
+	}
+	return nil
+}
+
+func deletePieces(entries *bbolt.Bucket, start []byte) error {
+	c := entries.Cursor()
+	for name, _ := c.Seek(start); bytes.HasPrefix(name, start); name, _ = c.Seek(start) {
+		if err := c.Delete(); err != nil {
+			return fmt.Errorf("delete an entry: %w", err)
+		}
+	}
+	return nil
 }
 
 // count keeps the number of entries, which bbolt only learns by a walk.
@@ -303,19 +358,12 @@ func count(tx *bbolt.Tx, more int) error {
 	return about.Put(keyCount, binary.BigEndian.AppendUint64(nil, uint64(max(0, n+more)))) //nolint:gosec // not negative
 }
 
-func orderKey(at time.Time, k Key) []byte {
-	b := binary.BigEndian.AppendUint64(make([]byte, 0, 8+len(k)), uint64(at.UnixMilli())) //nolint:gosec // after 1970
-	return append(b, k[:]...)
-}
-
-// cost is about what a value takes of the file: pages of its own when it is
-// large, else a part of pages that are two thirds full.
+// cost is about what a value takes of the file.
 func cost(value int) int64 {
-	const page = 4096
-	if value > page/4 {
-		return int64((value/page+1)*page + 256)
+	if value <= pieceBytes/2 {
+		return int64(value+200) * 5 / 4
 	}
-	return int64(value+160) * 3 / 2
+	return int64((value+pieceBytes-1)/pieceBytes*pageSize/2 + 128)
 }
 
 // makeRoom deletes the oldest entries when the file with size more bytes would
@@ -328,7 +376,7 @@ func (e *embedded) makeRoom(ctx context.Context, db *bbolt.DB, size int64, high,
 	if float64(used+size) <= high*float64(e.limit) {
 		return nil
 	}
-	return deleteOldest(ctx, db, used+size-int64(low*float64(e.limit)), time.Time{})
+	return e.deleteOldest(ctx, db, used+size-int64(low*float64(e.limit)), time.Time{})
 }
 
 // inUse is the file without its free pages.
@@ -344,36 +392,37 @@ func inUse(db *bbolt.DB) (int64, error) {
 
 // deleteOldest deletes entries until so many bytes are free, or all that are
 // older than before when it is set.
-func deleteOldest(ctx context.Context, db *bbolt.DB, want int64, before time.Time) error {
+func (e *embedded) deleteOldest(ctx context.Context, db *bbolt.DB, want int64, before time.Time) error {
 	for more := true; more && ctx.Err() == nil; {
 		err := db.Update(func(tx *bbolt.Tx) error {
-			entries, order := tx.Bucket(bucketEntries), tx.Bucket(bucketOrder)
-			c := order.Cursor()
-			n, gone := 0, 0
-			k, v := c.First()
-			for ; k != nil && n < sweepBatch; k, v = c.First() {
-				if len(k) != 8+len(Key{}) || len(v) != 4 {
-					return fmt.Errorf("%w: an odd record of the order", errDamaged)
+			entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
+			c := entries.Cursor()
+			n, freed := 0, int64(0)
+			for more = false; n < e.step() && freed < e.limit/16; {
+				k, v := c.First()
+				if k == nil || before.IsZero() && freed >= want {
+					return count(tx, -n)
 				}
-				if !before.IsZero() && int64(binary.BigEndian.Uint64(k)) >= before.UnixMilli() || before.IsZero() && want <= 0 { //nolint:gosec // written by us
-					more = false
-					break
+				if len(k) != nameBytes {
+					return fmt.Errorf("%w: an odd key", errDamaged)
 				}
-				want -= cost(int(binary.BigEndian.Uint32(v)))
-				// An order whose entry was replaced or lost stands for nothing.
-				if value := entries.Get(k[8:]); value != nil && bytes.HasPrefix(value[1:], k[:8]) {
-					if err := entries.Delete(k[8:]); err != nil {
-						return fmt.Errorf("delete an entry: %w", err)
+				if !before.IsZero() && int64(binary.BigEndian.Uint64(k)) >= before.UnixMilli() { //nolint:gosec // written by us
+					return count(tx, -n)
+				}
+				freed += cost(len(v))
+				if key := k[8 : 8+len(Key{})]; k[nameBytes-2] == 0 && k[nameBytes-1] == 0 {
+					if err := index.Delete(key); err != nil {
+						return fmt.Errorf("delete from the index: %w", err)
 					}
-					gone++
+					n++
 				}
 				if err := c.Delete(); err != nil {
-					return fmt.Errorf("delete the order: %w", err)
+					return fmt.Errorf("delete an entry: %w", err)
 				}
-				n++
 			}
-			more = more && k != nil
-			return count(tx, -gone)
+			more = true
+			want -= freed
+			return count(tx, -n)
 		})
 		if err != nil {
 			return err
@@ -383,7 +432,7 @@ func deleteOldest(ctx context.Context, db *bbolt.DB, want int64, before time.Tim
 }
 
 func (e *embedded) sweep(ctx context.Context, before time.Time) error {
-	return e.with(func(db *bbolt.DB) error { return deleteOldest(ctx, db, 0, before) })
+	return e.with(func(db *bbolt.DB) error { return e.deleteOldest(ctx, db, 0, before) })
 }
 
 func (e *embedded) ping(ctx context.Context) error {

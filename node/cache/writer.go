@@ -75,8 +75,8 @@ func (c *Cache) write(ctx context.Context, batch []write1) {
 			continue
 		}
 		entries = append(entries, e)
-		if c.o.Outbound != nil {
-			c.o.Outbound.Offer(e)
+		if c.out != nil {
+			c.out.Offer(e)
 		}
 	}
 	s := c.shared.Load()

@@ -1,0 +1,379 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
+)
+
+func streamed(events ...string) *Answer {
+	a := &Answer{ContentType: "text/event-stream", Stream: true}
+	for _, e := range events {
+		a.Body = append(a.Body, e...)
+		a.Ends = append(a.Ends, len(a.Body))
+	}
+	return a
+}
+
+// TestAnAnswerLives: first in memory, then in the shared tier, then only for when
+// nobody can answer, then not at all.
+func TestAnAnswerLives(t *testing.T) {
+	r := newRig(t, nil, embeddedTier).run()
+	k := r.key("tenant a", `{"model":"m"}`)
+	want := streamed("data: a\n\n", "data: b\n\n", "data: [DONE]\n\n")
+	r.keep(k, want)
+	same := func(step string, f Found, ok, fresh bool) {
+		t.Helper()
+		if !ok || f.Fresh != fresh || !reflect.DeepEqual(f.Answer, want) {
+			t.Errorf("%s: %v, %+v, want fresh %v", step, ok, f, fresh)
+		}
+	}
+	f, ok := r.Local(k, "m", life)
+	same("at once", f, ok, true)
+	r.ahead.Store(int64(11 * time.Minute))
+	f, ok = r.Local(k, "m", life)
+	same("after local_ttl in memory", f, ok, false)
+	f, ok = r.Shared(t.Context(), k, "m", life)
+	same("after local_ttl in the shared tier", f, ok, true)
+	if f.Age < 10*time.Minute || f.Left > 50*time.Minute {
+		t.Errorf("age %s, left %s", f.Age, f.Left)
+	}
+	f, ok = r.Local(k, "m", life)
+	same("found again in memory", f, ok, true)
+	r.ahead.Store(int64(61 * time.Minute))
+	f, ok = r.Local(k, "m", life)
+	same("expired in memory", f, ok, false)
+	f, ok = r.Shared(t.Context(), k, "m", life)
+	same("expired in the shared tier", f, ok, false)
+	r.ahead.Store(int64(26 * time.Hour))
+	if _, ok := r.Local(k, "m", life); ok {
+		t.Error("still in memory after ttl and stale")
+	}
+	if _, ok := r.Shared(t.Context(), k, "m", life); ok {
+		t.Error("still shared after ttl and stale")
+	}
+	r.sweep(t.Context())
+	if n, _, _ := r.shared.Load().store.size(); n != 0 {
+		t.Errorf("%d entries after the sweep", n)
+	}
+}
+
+// TestAnswersSurviveTheProcess: another process finds them in the file.
+func TestAnswersSurviveTheProcess(t *testing.T) {
+	first := newRig(t, nil, embeddedTier).run()
+	k := first.key("tenant a", `{"model":"m"}`)
+	first.keep(k, plainAnswer(`{"x":1}`))
+	first.stop()
+	second := newRig(t, first, embeddedTier).run()
+	f, ok := second.Shared(t.Context(), k, "m", life)
+	if !ok || string(f.Answer.Body) != `{"x":1}` {
+		t.Fatalf("%v %+v\n%s", ok, f, second.logs)
+	}
+	if second.Stats().Rebuilds != 0 {
+		t.Error("the file was started again")
+	}
+}
+
+// TestPurges: an answer from before a purge of its model, its key or everything
+// is a miss, in both tiers, however it comes.
+func TestPurges(t *testing.T) {
+	r := newRig(t, nil, embeddedTier).run()
+	k := r.key("tenant a", `{"model":"m"}`)
+	for _, c := range []struct {
+		name   string
+		purges cluster.CachePurges
+		hit    bool
+	}{
+		{"none", cluster.CachePurges{}, true},
+		{"another model", cluster.CachePurges{Count: 1, Models: map[string]uint64{"n": 1}}, true},
+		{"another key", cluster.CachePurges{Count: 1, Keys: map[string]cluster.KeyPurge{"x": {Count: 1}}}, true},
+		{"everything", cluster.CachePurges{Count: 1, All: 1}, false},
+		{"the model", cluster.CachePurges{Count: 1, Models: map[string]uint64{"m": 1}}, false},
+		{"the key", cluster.CachePurges{Count: 1, Keys: map[string]cluster.KeyPurge{k.String(): {Count: 1}}}, false},
+	} {
+		r.purges.Store(&cluster.CachePurges{})
+		r.keep(k, plainAnswer("{}"))
+		r.purges.Store(&c.purges)
+		if _, ok := r.Shared(t.Context(), k, "m", life); ok != c.hit {
+			t.Errorf("%s: shared %v", c.name, ok)
+		}
+		if _, ok := r.Local(k, "m", life); ok != c.hit {
+			t.Errorf("%s: local %v", c.name, ok)
+		}
+		// One whose upstream was asked after the purge is good.
+		a := plainAnswer("{}")
+		a.Purge = r.Purges()
+		r.keep(k, a)
+		if _, ok := r.Local(k, "m", life); !ok {
+			t.Errorf("%s: a new answer is no hit", c.name)
+		}
+	}
+	parsed, ok := ParseKey(k.String())
+	if !ok || parsed != k {
+		t.Errorf("the key reads back as %v", parsed)
+	}
+}
+
+// TestEntriesGoFromPeerToPeer: what is kept in one place is found in another.
+func TestEntriesGoFromPeerToPeer(t *testing.T) {
+	here := newRig(t, nil, embeddedTier).run()
+	there := newRig(t, nil, embeddedTier)
+	there.ring = here.ring
+	there = newRig(t, &rig{dir: there.dir, ring: here.ring, keys: here.keys}, embeddedTier).run()
+	k := here.key("tenant a", `{"model":"m"}`)
+	if k != there.key("tenant a", `{"model":"m"}`) {
+		t.Fatal("the same question has two keys")
+	}
+	here.Keep(k, "m", plainAnswer(`{"x":1}`))
+	batch, err := here.Outbound().Take(t.Context(), 10)
+	if err != nil || len(batch) != 1 {
+		t.Fatalf("%v: %v", err, batch)
+	}
+	if bytes.Contains(batch[0].Sealed, []byte(`"x"`)) {
+		t.Error("it goes in clear")
+	}
+	if err := there.Absorb(batch[0]); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is found there", func() bool {
+		f, ok := there.Shared(t.Context(), k, "m", life)
+		return ok && string(f.Answer.Body) == `{"x":1}`
+	})
+	if n, _ := there.Outbound().Len(); n != 0 {
+		t.Error("it is passed on again")
+	}
+	old, future, empty := batch[0], batch[0], batch[0]
+	old.StoredAt = old.StoredAt.Add(-48 * time.Hour)
+	future.StoredAt = future.StoredAt.Add(time.Hour)
+	empty.Sealed = nil
+	for _, e := range []Entry{old, future, empty} {
+		if err := there.Absorb(e); !errors.Is(err, ErrRefused) {
+			t.Errorf("%v was taken: %v", e.StoredAt, err)
+		}
+	}
+}
+
+// TestAMovedEntryDoesNotOpen: under another key, with another age or another
+// count of purges, an entry is nothing.
+func TestAMovedEntryDoesNotOpen(t *testing.T) {
+	r := newRig(t, nil, embeddedTier).run()
+	k, other := r.key("tenant a", `{"model":"m"}`), r.key("tenant b", `{"model":"m"}`)
+	r.keep(k, plainAnswer(`{"x":1}`))
+	s := r.shared.Load().store
+	value, err := s.get(t.Context(), k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := parseEntry(k, value)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, moved := range []Entry{
+		{Key: other, StoredAt: e.StoredAt, Sealed: e.Sealed},
+		{Key: other, StoredAt: e.StoredAt.Add(time.Minute), Sealed: e.Sealed},
+		{Key: other, StoredAt: e.StoredAt.Add(2 * time.Minute), Purge: 7, Sealed: e.Sealed},
+	} {
+		if err := s.put(t.Context(), []Entry{moved}, time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		before := r.Stats().Requests["shared"]["damaged"]
+		if f, ok := r.Shared(t.Context(), other, "m", life); ok {
+			t.Fatalf("tenant b got %s", f.Answer.Body)
+		}
+		if r.Stats().Requests["shared"]["damaged"] != before+1 {
+			t.Error("it was not counted")
+		}
+	}
+	if f, ok := r.Shared(t.Context(), k, "m", life); !ok || string(f.Answer.Body) != `{"x":1}` {
+		t.Error("in its own place it is lost too")
+	}
+	// A data key that is gone takes what it sealed along.
+	keys := keyringtest.Rotate(t, r.ring, r.keys)
+	if _, ok := r.Shared(t.Context(), k, "m", life); !ok {
+		t.Error("a rotation lost it")
+	}
+	if err := r.ring.Set(keys[2].ID(), keys[0], keys[2]); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := r.Shared(t.Context(), k, "m", life); ok {
+		t.Error("it opens without its key")
+	}
+}
+
+// TestCanary: nothing of questions and answers is in the file in clear.
+func TestCanary(t *testing.T) {
+	r := newRig(t, nil, embeddedTier).run()
+	const canary = "canary-7f3a91"
+	for i := range 50 {
+		k := r.key("tenant "+canary, fmt.Sprintf(`{"prompt":"%s %d"}`, canary, i))
+		r.keep(k, plainAnswer(strings.Repeat(canary+" ", 1+20*i)))
+	}
+	r.stop()
+	files, err := filepath.Glob(filepath.Join(r.dir, "*"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no files: %v", err)
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, []byte("canary")) {
+			t.Errorf("%s holds it in clear", f)
+		}
+	}
+}
+
+// TestNoKeyNoCache: before the cluster has agreed on keys nothing has a key, and
+// from then on it has one.
+func TestNoKeyNoCache(t *testing.T) {
+	ring := keyring.NewRing()
+	r := newRig(t, &rig{dir: t.TempDir(), ring: ring}, embeddedTier).run()
+	q := &Question{Model: "m", Body: []byte(`{"model":"m"}`)}
+	if _, ok := r.Key(q); ok {
+		t.Fatal("a key before there are any")
+	}
+	mac := keyring.NewDataKey(keyring.KindMAC)
+	if err := ring.Set(keyring.KeyID{}, mac); err != nil {
+		t.Fatal(err)
+	}
+	k, ok := r.Key(q)
+	if !ok {
+		t.Fatal("no key although there is one")
+	}
+	// Without a key to seal with, memory is all there is.
+	r.Keep(k, "m", plainAnswer("{}"))
+	eventually(t, "the write is given up", func() bool { return r.Stats().Dropped["write_failed"] == 1 })
+	if _, ok := r.Local(k, "m", life); !ok {
+		t.Error("not in memory either")
+	}
+	if _, ok := r.Key(&Question{Model: "m", Body: []byte("[]")}); ok {
+		t.Error("a list has a key")
+	}
+}
+
+// TestTooLarge: what is beyond the bound is not kept, and counted.
+func TestTooLarge(t *testing.T) {
+	r := newRig(t, nil, noTier)
+	r.conf.Cache.EntryBytes = 1024
+	r.Configure(r.conf)
+	k := r.key("tenant a", "{}")
+	r.Keep(k, "m", plainAnswer(strings.Repeat("x", 1025)))
+	if _, ok := r.Local(k, "m", life); ok {
+		t.Error("kept")
+	}
+	if r.Stats().Dropped["too_large"] != 1 {
+		t.Error("not counted")
+	}
+	r.Keep(k, "m", plainAnswer(strings.Repeat("x", 1024)))
+	if _, ok := r.Local(k, "m", life); !ok {
+		t.Error("the largest allowed is not kept")
+	}
+}
+
+// TestLocalBytes: memory stays within its bound under ten times as much.
+func TestLocalBytes(t *testing.T) {
+	r := newRig(t, nil, noTier)
+	const bound = 4 << 20
+	r.conf.Cache.LocalBytes = bound
+	r.Configure(r.conf)
+	body := strings.Repeat("x", 4096)
+	most := int64(0)
+	for i := range 10 * bound / len(body) {
+		r.Keep(r.key("tenant a", fmt.Sprintf(`{"i":%d}`, i)), "m", plainAnswer(body))
+		if i%64 == 0 {
+			r.local.held.CleanUp()
+			_, n := r.local.size()
+			most = max(most, n)
+		}
+	}
+	if most > bound || most < bound/2 {
+		t.Errorf("it held up to %d bytes of %d", most, bound)
+	}
+	// The configuration can take it back.
+	r.conf.Cache.LocalBytes = 1 << 20
+	r.Configure(r.conf)
+	r.local.held.CleanUp()
+	if _, n := r.local.size(); n > 1<<20 {
+		t.Errorf("%d bytes after the bound was lowered", n)
+	}
+}
+
+func TestQueueDropsTheOldest(t *testing.T) {
+	lost := 0
+	q := NewQueue(3, 100, func(n int) int { return n }, func(n int) { lost += n })
+	for _, n := range []int{10, 20, 30, 40} {
+		q.Offer(n)
+	}
+	if got := q.now(10); !reflect.DeepEqual(got, []int{20, 30, 40}) || lost != 1 {
+		t.Errorf("%v, %d lost", got, lost)
+	}
+	for _, n := range []int{50, 40, 60, 101} {
+		q.Offer(n)
+	}
+	if got, err := q.Take(t.Context(), 1); err != nil || !reflect.DeepEqual(got, []int{40}) || lost != 3 {
+		t.Errorf("%v %v, %d lost", got, err, lost)
+	}
+	if n, size := q.Len(); n != 1 || size != 60 {
+		t.Errorf("%d left with %d", n, size)
+	}
+	if got, err := q.Take(t.Context(), 5); err != nil || !reflect.DeepEqual(got, []int{60}) {
+		t.Errorf("%v %v", got, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := q.Take(ctx, 1); !errors.Is(err, context.Canceled) {
+		t.Errorf("empty: %v", err)
+	}
+}
+
+func BenchmarkLocalHit(b *testing.B) {
+	c, k := benchCache(b)
+	b.ReportAllocs()
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if f, ok := c.Local(k, "m", life); !ok || !f.Fresh {
+				b.Error("no hit")
+				return
+			}
+		}
+	})
+}
+
+// BenchmarkKey is what a request of 1 KiB pays to be looked up.
+func BenchmarkKey(b *testing.B) {
+	c, _ := benchCache(b)
+	q := Question{Owner: "tenant a", Endpoint: "/v1/chat/completions", Model: "m", Shape: Plain, Body: []byte(`{"model":"m","messages":[{"role":"system","content":"Answer briefly."},{"role":"user","content":"` + strings.Repeat("word ", 190) + `"}],"temperature":0,"max_tokens":50}`)}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, ok := c.Key(&q); !ok {
+			b.Fatal("no key")
+		}
+	}
+}
+
+func benchCache(b *testing.B) (*Cache, Key) {
+	ring, _ := keyringtest.New(b, 1)
+	c, err := New(Options{Dir: b.TempDir(), Site: "east", Ring: ring})
+	if err != nil {
+		b.Fatal(err)
+	}
+	k, ok := c.Key(&Question{Body: []byte(`{"model":"m"}`)})
+	if !ok {
+		b.Fatal("no key")
+	}
+	c.Keep(k, "m", plainAnswer(strings.Repeat("x", 1024)))
+	return c, k
+}
