@@ -109,6 +109,29 @@ func describeKey(s *cluster.State, k cluster.DataKey, all map[string]carried) ad
 	return d
 }
 
+// unsealed says, for the status, what keeps the first data keys out of use:
+// until then nothing can be kept on disk for clients.
+func unsealed(s *cluster.State) []string {
+	var out []string
+	for _, kind := range []cluster.DataKeyKind{cluster.DataKeySeal, cluster.DataKeyMAC} {
+		var first cluster.DataKey
+		used := false
+		for _, k := range s.DataKeys {
+			switch {
+			case k.Kind != kind:
+			case k.State() != cluster.DataKeyPending:
+				used = true
+			default:
+				first = k
+			}
+		}
+		if missing := s.Unconfirmed(first); !used && first.ID != "" && len(missing) > 0 {
+			out = append(out, fmt.Sprintf("no job can be taken: data key %s is not confirmed by %s", first.ID, strings.Join(missing, ", ")))
+		}
+	}
+	return out
+}
+
 func nonEmpty(text string) *string {
 	if text == "" {
 		return nil

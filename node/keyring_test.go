@@ -411,6 +411,9 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 	a := w.start("a-1", t.TempDir(), op)
 	a.run(true)
 	until(t, "ready", a.ring.Ready)
+	if got := unsealed(a.State()); len(got) > 0 {
+		t.Fatalf("the status says %q", got)
+	}
 	z := w.start("z-1", t.TempDir(), oneKey())
 	ended, _ := z.run(false)
 	select {
@@ -461,6 +464,11 @@ func TestKeyThatSomeCanNotOpenIsNeverUsed(t *testing.T) {
 	case err := <-ended:
 		t.Fatalf("b ended: %v", err)
 	default:
+	}
+	k, _ := a.State().PendingDataKey()
+	want := fmt.Sprintf("no job can be taken: data key %s is not confirmed by b-1", k.ID)
+	if got := unsealed(a.State()); !slices.Contains(got, want) {
+		t.Fatalf("the status says %q, not %q", got, want)
 	}
 }
 

@@ -294,6 +294,7 @@ func (v sight) reasons(s admin.Status) []string {
 	if v.keys != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
 	}
+	out = append(out, unsealed(v.state)...)
 	if v.quarantine != "" {
 		out = append(out, "quarantined: "+v.quarantine)
 	}
