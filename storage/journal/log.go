@@ -99,12 +99,14 @@ type stream struct {
 	// allocated is the active file's size: zeros from the segment's own size on.
 	allocated int64
 	gone      bool
-	slot      int // of its mark, 0 for none yet
+	slot      int       // of its mark, 0 for none yet
+	warned    time.Time // of its origin's clock
 
 	prune sync.Mutex // held while files other than the last are deleted or replaced
 
 	mu       sync.Mutex // guards what follows
 	segments []*segment // never empty, rising
+	dropped  bool       // its files are gone, or about to go
 	durable  uint64
 	damaged  uint64
 	queue    *queue // nil where nobody may append
@@ -197,6 +199,8 @@ func (l *Log) usable() error {
 // Close waits for what is being written and closes the files. It is safe to
 // call twice.
 func (l *Log) Close() error {
+	l.making.Lock()
+	defer l.making.Unlock()
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -212,8 +216,10 @@ func (l *Log) Close() error {
 	var err error
 	for _, s := range streams {
 		s.write.Lock()
+		s.prune.Lock()
 		err = errors.Join(err, l.closeActive(s))
 		s.gone = true
+		s.prune.Unlock()
 		s.write.Unlock()
 	}
 	err = errors.Join(err, l.marks.close())
@@ -284,6 +290,13 @@ func (l *Log) End(id Stream) (End, bool) {
 // Changed is closed at the next change of what Ends says. Take it before
 // looking, else a change in between goes unnoticed.
 func (l *Log) Changed() <-chan struct{} { return l.moved.next() }
+
+// isDropped says whether Drop has begun to delete the stream's files.
+func (s *stream) isDropped() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dropped
+}
 
 // notice tells many waiters of a change, and costs little without one.
 type notice struct {

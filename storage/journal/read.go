@@ -62,6 +62,9 @@ func (l *Log) read(s *stream, from uint64, maxBytes int) (frames []byte, next ui
 		if errors.Is(err, fs.ErrNotExist) && l.trimmed(s, g) {
 			continue // in between; the answer is ErrTrimmed
 		}
+		if err != nil && s.isDropped() {
+			return nil, from, fmt.Errorf("%w: %s", ErrNoStream, s.id)
+		}
 		if err != nil {
 			return nil, from, l.setFailed("read "+path, err)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // Receive writes frames of another node's stream, or of an own one that is
@@ -109,8 +110,11 @@ func (l *Log) receive(s *stream, records []Record, buf []byte) error {
 	records, buf = records[held:], buf[skip:] // the mark goes over what is skipped
 	if ahead, ok := l.clock.Observe(records[len(records)-1].Clock); !ok {
 		l.metrics.ahead.Inc()
-		l.log.Warn("records come from a node whose clock is too far ahead; ours does not follow",
-			"stream", s.id.String(), "ahead", ahead)
+		if s.warned.IsZero() || time.Since(s.warned) > time.Minute {
+			s.warned = time.Now()
+			l.log.Warn("records come from a node whose clock is too far ahead; ours does not follow",
+				"stream", s.id.String(), "ahead", ahead)
+		}
 	}
 	return l.put(s, buf, records, &l.metrics.copies)
 }

@@ -67,7 +67,9 @@ func (l *Log) recover() error {
 			}
 			if len(s.segments) > 0 {
 				l.streams[id] = s
-				l.clock.Observe(s.last().clock)
+				for _, g := range s.segments {
+					l.clock.Observe(g.clock)
+				}
 			}
 		}
 	}
@@ -246,10 +248,10 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 		return nil, nil, err
 	}
 	first := r.files[i]
-	if n := len(r.s.segments); n > 0 && r.s.segments[n-1].last+1 != first {
+	head, err := r.header(f, size, first)
+	if n := len(r.s.segments); err == nil && n > 0 && r.s.segments[n-1].last+1 != first {
 		return nil, fmt.Errorf("%w: a segment begins with %d, the one before ends with %d", ErrDamaged, first, r.s.segments[n-1].last), nil
 	}
-	head, err := r.header(f, size, first)
 	if err == nil {
 		g = &segment{path: r.path(i), first: first, last: first - 1, size: int64(head)}
 		var at int64

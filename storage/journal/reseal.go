@@ -76,7 +76,7 @@ func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, 
 	if err := l.usable(); err != nil {
 		return 0, err
 	}
-	if l.trimmed(s, g) {
+	if l.trimmed(s, g) || s.isDropped() {
 		return 0, nil
 	}
 	sealed, left, err := l.rewriteSealed(s, g, sealer)

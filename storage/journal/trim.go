@@ -17,7 +17,14 @@ func (l *Log) Trim(id Stream, keepFrom uint64) error {
 	}
 	s.prune.Lock()
 	defer s.prune.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
 	s.mu.Lock()
+	if s.dropped {
+		s.mu.Unlock()
+		return fmt.Errorf("%w: %s", ErrNoStream, id)
+	}
 	n := 0
 	for n < len(s.segments)-1 && s.segments[n].last < keepFrom {
 		n++
@@ -66,30 +73,47 @@ func (l *Log) Shrink(applied func(Stream) uint64) (map[Stream]uint64, error) {
 		if err := l.usable(); err != nil {
 			return trimmed, err
 		}
-		var oldest *stream
-		var clock Clock
-		var upTo uint64
-		l.mu.RLock()
-		for _, s := range l.streams {
-			s.mu.Lock()
-			g := s.segments[0]
-			if len(s.segments) > 1 && g.last <= applied(s.id) && (oldest == nil || g.clock < clock) {
-				oldest, clock, upTo = s, g.clock, g.last
-			}
-			s.mu.Unlock()
-		}
-		l.mu.RUnlock()
-		if oldest == nil {
+		oldest, ok := l.oldest(applied)
+		if !ok {
 			break
 		}
-		if err := l.Trim(oldest.id, upTo+1); err != nil && !errors.Is(err, ErrNoStream) {
+		upTo := oldest.last
+		if err := l.Trim(oldest.stream, upTo+1); err != nil && !errors.Is(err, ErrNoStream) {
 			return trimmed, err
 		}
-		trimmed[oldest.id] = upTo + 1
+		trimmed[oldest.stream] = upTo + 1
 		l.log.Warn("journal beyond its budget; a segment is gone that not everybody may have",
-			"stream", oldest.id.String(), "up_to", upTo)
+			"stream", oldest.stream.String(), "up_to", upTo)
 	}
 	return trimmed, nil
+}
+
+// beginning is the first segment of a stream.
+type beginning struct {
+	stream Stream
+	last   uint64
+	clock  Clock
+}
+
+// oldest gives the segment with the oldest records of those that may be trimmed.
+func (l *Log) oldest(applied func(Stream) uint64) (best beginning, ok bool) {
+	var all []beginning
+	l.mu.RLock()
+	for _, s := range l.streams {
+		s.mu.Lock()
+		if g := s.segments[0]; len(s.segments) > 1 {
+			all = append(all, beginning{s.id, g.last, g.clock})
+		}
+		s.mu.Unlock()
+	}
+	l.mu.RUnlock()
+	// Asked without a lock: the table may be asking us.
+	for _, b := range all {
+		if b.last <= applied(b.stream) && (!ok || b.clock < best.clock) {
+			best, ok = b, true
+		}
+	}
+	return best, ok
 }
 
 // droppedPrefix begins the name of a stream's directory that is being deleted.
@@ -112,6 +136,9 @@ func (l *Log) Drop(id Stream) error {
 		return err
 	}
 	s.gone = true
+	s.mu.Lock()
+	s.dropped = true
+	s.mu.Unlock()
 	if err := l.removeStream(s); err != nil {
 		return l.setFailed("drop "+id.String(), err)
 	}
