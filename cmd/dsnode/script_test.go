@@ -12,7 +12,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/gateway"
 )
 
 func TestMain(m *testing.M) {
@@ -53,6 +55,12 @@ func newFakePort(e *testscript.Env, token string) fakePort {
 	f := &fakeCluster{mood: "outside"}
 	s := httptest.NewServer(admin.New(admin.Options{
 		Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler(), Token: token,
+		Jobs: gateway.New(gateway.Options{
+			Config: func() *cluster.Config {
+				return &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"deepseek-chat": {}}}
+			},
+			Jobs: &fakeJobs{}, Registerer: prometheus.NewRegistry(),
+		}).OperatorHandler(),
 	}))
 	e.Defer(s.Close)
 	return fakePort{cluster: f, url: s.URL}

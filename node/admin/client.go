@@ -340,7 +340,7 @@ func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, p
 		return nil, sent, fmt.Errorf("%s: read the answer: %w", base, plain(err))
 	}
 	switch {
-	case resp.StatusCode == http.StatusOK && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json"):
+	case (resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusAccepted) && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json"):
 		return text, sent, nil
 	case resp.StatusCode == http.StatusNoContent:
 		return nil, sent, nil

@@ -121,7 +121,8 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 	if x.door == peers {
 		return unknownRoute(x.r) // who asks a node takes its jobs
 	}
-	if f := x.tenant(&who); f != nil {
+	key, f := x.onBehalf(&who)
+	if f != nil {
 		return f
 	}
 	cfg := x.g.config()
@@ -133,11 +134,8 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 	if err != nil {
 		return explain(err, "")
 	}
-	if keys := x.r.Header["Idempotency-Key"]; len(keys) > 0 {
-		if len(keys) > 1 || !validKey(keys[0]) {
-			return invalid(http.StatusBadRequest, "invalid_idempotency_key", "Idempotency-Key must be one value of 1 to 255 printable characters.")
-		}
-		r.IdempotencyKey = keys[0]
+	if r.IdempotencyKey, f = x.idempotencyKey(key); f != nil {
+		return f
 	}
 	if _, known := cfg.Models[r.Model]; !known || !mayUse(&who.Principal, r.Model) {
 		f := unknownModel(r.Model)
@@ -153,25 +151,39 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 	return nil
 }
 
+// idempotencyKey is the header, or what an operator gave in its place.
+func (x *exchange) idempotencyKey(given string) (string, *failure) {
+	keys := x.r.Header["Idempotency-Key"]
+	switch {
+	case len(keys) == 0 && given == "":
+		return "", nil
+	case len(keys) == 0 && validKey(given):
+		return given, nil
+	case len(keys) == 1 && given == "" && validKey(keys[0]):
+		return keys[0], nil
+	}
+	return "", invalid(http.StatusBadRequest, "invalid_idempotency_key", "Idempotency-Key must be one value of 1 to 255 printable characters.")
+}
+
 func validKey(key string) bool {
 	return key != "" && len(key) <= maxKeyBytes && strings.IndexFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) < 0
 }
 
-// tenant lets an operator name the tenant whose job it is to be.
-func (x *exchange) tenant(who *jobs.Caller) *failure {
+// onBehalf lets an operator name the tenant whose job it is to be, and the key.
+func (x *exchange) onBehalf(who *jobs.Caller) (key string, f *failure) {
 	q, f := x.parameters()
 	if f != nil {
-		return f
+		return "", f
 	}
 	for name := range q {
-		if name != "tenant" || !who.Operator {
-			return unknownParameter(name)
+		if !who.Operator || name != "tenant" && name != "idempotency_key" {
+			return "", unknownParameter(name)
 		}
 	}
 	if who.Operator {
 		who.Tenant = q.Get("tenant")
 	}
-	return validTenant(who.Tenant)
+	return q.Get("idempotency_key"), validTenant(who.Tenant)
 }
 
 func (x *exchange) showJob(who jobs.Caller, id journal.JobID) error {

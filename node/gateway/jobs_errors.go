@@ -33,6 +33,12 @@ func laterOn(code, message string, after time.Duration) *failure {
 	return &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: code, message: message, retryAfter: after}
 }
 
+// sentence makes one of an error's text.
+func sentence(err error) string {
+	text := printable(err.Error())
+	return strings.ToUpper(text[:1]) + text[1:] + "."
+}
+
 // explainJob words what jobs said; nil for nil.
 func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 	var short *jobs.DurabilityError
@@ -46,15 +52,15 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 		f.kind, f.param = kindTimeout, "durability"
 		return f
 	case errors.Is(err, jobs.ErrImpossible):
-		f := invalid(http.StatusBadRequest, "durability_impossible", "This durability can't be had: "+printable(err.Error())+".")
+		f := invalid(http.StatusBadRequest, "durability_impossible", sentence(err))
 		f.param = "durability"
 		return f
 	case errors.Is(err, jobs.ErrKeyReused):
 		return invalid(http.StatusUnprocessableEntity, "idempotency_key_reused", "The Idempotency-Key was used for a job with another body. Use a new key.")
 	case errors.Is(err, jobs.ErrNotFinal):
-		return invalid(http.StatusConflict, "job_not_finished", "Only jobs that are done can be deleted: "+printable(err.Error())+". Cancel it first.")
+		return invalid(http.StatusConflict, "job_not_finished", sentence(err)+" Cancel it first.")
 	case errors.Is(err, jobs.ErrNotRetryable):
-		return invalid(http.StatusConflict, "job_not_retryable", "Only jobs that failed, expired or were cancelled can be retried: "+printable(err.Error())+".")
+		return invalid(http.StatusConflict, "job_not_retryable", sentence(err))
 	case errors.Is(err, jobs.ErrBadCursor):
 		return invalid(http.StatusBadRequest, "invalid_cursor", "The job in after or before is not known here.")
 	case errors.Is(err, journal.ErrTooLarge):

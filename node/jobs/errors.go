@@ -12,8 +12,8 @@ import (
 var (
 	// ErrNotFound: no such job for this tenant.
 	ErrNotFound = errors.New("no such job")
-	// ErrNotFinal: the job is not done yet.
-	ErrNotFinal = errors.New("the job is not done yet")
+	// ErrNotFinal: a job that is not done can't be deleted.
+	ErrNotFinal = errors.New("only jobs that are done can be deleted")
 	// ErrNotRetryable: the job succeeded or is not done.
 	ErrNotRetryable = errors.New("only jobs that failed, expired or were cancelled can be retried")
 	// ErrImpossible: the cluster's sites and nodes can't give the durability.

@@ -38,7 +38,7 @@ func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, su
 	if !who.Operator && sub.Tenant != who.Tenant {
 		return row, nil, nil, ErrNotFound
 	}
-	v.forOperator = who.Operator
+	v.ShowTenant = who.Operator
 	return row, v, sub, nil
 }
 
@@ -92,7 +92,7 @@ func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
 		if err != nil {
 			return Page{}, fmt.Errorf("list jobs: %w", err)
 		}
-		v.forOperator = who.Operator
+		v.ShowTenant = who.Operator
 		p.Jobs = append(p.Jobs, v)
 	}
 	return p, nil

@@ -33,7 +33,7 @@ type View struct {
 	Error      string // OpenAI's error object, JSON
 	Result     []byte // the upstream's body
 
-	forOperator bool
+	ShowTenant bool // the asker is an operator
 }
 
 // AppendJSON appends the job as an object.
@@ -73,7 +73,7 @@ func (v *View) AppendJSON(b []byte) []byte {
 		b = append(b, `,"retry_of":`...)
 		b = appendString(b, v.RetryOf)
 	}
-	if v.forOperator && v.Tenant != "" {
+	if v.ShowTenant && v.Tenant != "" {
 		b = append(b, `,"tenant":`...)
 		b = appendString(b, v.Tenant)
 	}

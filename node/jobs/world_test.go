@@ -282,7 +282,12 @@ func (w *world) open() {
 		must(os.MkdirAll(filepath.Join(w.dir, sub), 0o700))
 	}
 	var err error
-	w.table, err = jobtable.Open(jobtable.Options{Dir: filepath.Join(w.dir, "table"), Sealer: sealer, Ring: w.ring, Clock: clock, Logger: logger, Registerer: w.reg})
+	tables := jobtable.Options{Dir: filepath.Join(w.dir, "table"), Sealer: sealer, Ring: w.ring, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry()}
+	w.table, err = jobtable.Open(tables)
+	if errors.Is(err, jobtable.ErrDamaged) { // a copy of files that change is none of one moment; it is derived
+		must(jobtable.Discard(tables.Dir))
+		w.table, err = jobtable.Open(tables)
+	}
 	must(err)
 	table := w.table
 	w.log, err = journal.Open(journal.Options{
