@@ -82,6 +82,11 @@ func TestAcknowledgedRecordsSurvive(t *testing.T) {
 		}
 		return out
 	}
+	defer func() {
+		if t.Failed() {
+			w.describe()
+		}
+	}()
 	eventually(t, "all nodes hold the same", func() bool {
 		for s, end := range most() {
 			for _, n := range w.nodes {
@@ -140,4 +145,21 @@ func TestBacklogDelaysNothingNew(t *testing.T) {
 	if got := b1.holds(old); got == backlog {
 		t.Fatal("the backlog was there before what is new")
 	}
+}
+
+// describe says what each node holds, and whom it pulls from.
+func (w *world) describe() {
+	for _, name := range w.order {
+		n := w.nodes[name]
+		w.t.Logf("%s pulls from %v", name, n.repl.sources())
+		for s, e := range n.log.Ends() {
+			w.t.Logf("  holds %s to %d, of %d; applied to %d; known: %v", s, e.Durable, n.repl.ledger.snapshot().MostHeld(s), n.table.Applied(s), n.repl.Holders(s))
+		}
+	}
+}
+
+func (l *ledger) snapshot() Marks {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.marks.Clone()
 }

@@ -164,6 +164,7 @@ func (in *intake) refuse(s journal.Stream, b *inbox, err error) {
 		in.queued -= len(x.frames)
 	}
 	b.batches, b.refused = nil, true
+	in.c.again(s, never) // else what is on its way fills the source's window
 }
 
 // store makes one batch durable and acknowledges it.

@@ -301,17 +301,6 @@ func (l *ledger) gains() map[journal.Stream]map[string]uint64 {
 	return out
 }
 
-// ownByOrigin is how many records of each origin this node holds or held.
-func (l *ledger) ownByOrigin() map[string]uint64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	out := map[string]uint64{}
-	for s, seq := range l.marks[l.self].Ends {
-		out[s.Origin] += seq
-	}
-	return out
-}
-
 // behind is how many records of the origins some node is known to hold and none
 // of the holders does.
 func (l *ledger) behind(origins, holders []string) int64 {

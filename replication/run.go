@@ -2,6 +2,7 @@ package replication
 
 import (
 	"context"
+	"iter"
 	"maps"
 	"slices"
 	"sync"
@@ -254,8 +255,10 @@ func (r *Replication) view(members []Member, links map[string]*link, lack *lacki
 		}
 	}
 	v.Gain = map[string]map[string]uint64{}
-	for s, nodes := range r.ledger.gains() {
+	gains := r.ledger.gains()
+	for s, nodes := range gains {
 		if r.unwanted(s) {
+			delete(gains, s)
 			continue
 		}
 		if v.Gain[s.Origin] == nil {
@@ -265,7 +268,7 @@ func (r *Replication) view(members []Member, links map[string]*link, lack *lacki
 			v.Gain[s.Origin][node] += n
 		}
 	}
-	v.Stalled = lack.stalled(r.opts.Boottime(), v.Gain, r.ledger.ownByOrigin())
+	v.Stalled = lack.stalled(r.opts.Boottime(), maps.Keys(gains), r.heldHere)
 	return v
 }
 
@@ -279,25 +282,30 @@ func (r *Replication) unwanted(s journal.Stream) bool {
 	return r.opts.Retired != nil && r.opts.Retired(s)
 }
 
-// lacking remembers since when an origin's records are missing without any
+// lacking remembers since when records of a stream are missing without any
 // having come.
 type lacking struct {
-	since map[string]time.Duration
-	own   map[string]uint64
+	since map[journal.Stream]lack
 }
 
-func (l *lacking) stalled(now time.Duration, gain map[string]map[string]uint64, own map[string]uint64) map[string]bool {
-	since := map[string]time.Duration{}
+type lack struct {
+	held  uint64
+	since time.Duration
+}
+
+// stalled gives the origins of which a stream gets on no more.
+func (l *lacking) stalled(now time.Duration, streams iter.Seq[journal.Stream], held func(journal.Stream) uint64) map[string]bool {
+	since := map[journal.Stream]lack{}
 	out := map[string]bool{}
-	for o := range gain {
-		begun, before := l.since[o]
-		if !before || own[o] != l.own[o] {
-			begun = now
+	for s := range streams {
+		is := lack{held: held(s), since: now}
+		if was, before := l.since[s]; before && was.held == is.held {
+			is.since = was.since
 		}
-		since[o] = begun
-		out[o] = now-begun >= stallAfter
+		since[s] = is
+		out[s.Origin] = out[s.Origin] || now-is.since >= stallAfter
 	}
-	l.since, l.own = since, own
+	l.since = since
 	return out
 }
 

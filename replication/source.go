@@ -251,7 +251,8 @@ func (c *source) follow(s journal.Stream) {
 		c.changed[s] = struct{}{}
 	}
 	if c.out.cursors[s] == nil {
-		c.out.add(s, 0, e.Durable)
+		// New here, but the puller may have it from elsewhere.
+		c.out.add(s, c.r.ledger.held(c.peer, s), e.Durable)
 	} else {
 		c.out.advance(s, e.Durable)
 	}

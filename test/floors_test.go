@@ -28,9 +28,13 @@ var floor = map[string]int{
 	"node/modelsim": 40,
 
 	"node/serving":   30,
+	"node/cache":     25, // knows answers and keys, no requests
 	"failover/drill": 30,
 
 	"failover": 20,
+
+	"replication":               12,
+	"replication/replicationpb": 9, // generated messages
 
 	"cluster":           10,
 	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
@@ -57,6 +61,7 @@ var arrows = []arrow{
 	{"node", "node/gateway", "wiring: opens the api port"},
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/serving", "wiring: puts the pipeline together"},
+	{"node", "node/cache", "wiring: opens and runs the cache"},
 	{"node", "failover", "wiring: placement of voters"},
 	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
 	{"node", "cluster", "wiring: membership, Raft, identity"},
@@ -68,12 +73,21 @@ var arrows = []arrow{
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
+	{"node/serving", "node/cache", "looks for answers and keeps them"},
+	{"node/cache", "cluster", "reads the agreed configuration and purges"},
+	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},
+	{"node/cache", "storage/boltfile", "lets bbolt open only what can't crash it"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
 	{"failover/drill", "cluster", "records drills in the agreed state"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
+	{"replication", "replication/replicationpb", "what is said on the rpc port"},
+	{"replication", "cluster", "who calls, as the mesh knows it"},
+	{"replication", "storage/journal", "streams are what it carries"},
+	{"replication", "storage/keyring", "which key a record is sealed with: nothing is acknowledged that can't be opened"},
+
 	{"storage", "storage/keyring", "what is at rest is sealed"},
 	{"storage", "storage/boltfile", "may bbolt open Raft's file"},
 	{"storage/journal", "storage/keyring", "payloads are sealed"},
