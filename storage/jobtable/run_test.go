@@ -78,6 +78,20 @@ func TestManyAtOnce(t *testing.T) {
 			}
 		}
 	})
+	// Commits all the time, so that rows change while they are written.
+	reading.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := table.flush(t.Context()); err != nil {
+				t.Errorf("flush: %v", err)
+				return
+			}
+		}
+	})
 	for _, l := range logs {
 		applying.Go(func() {
 			for from := 0; from < len(l.all); from += 7 {
@@ -146,33 +160,26 @@ func TestApplyWaitsForCommits(t *testing.T) {
 		defer close(done)
 		table.Apply(l.stream, l.all)
 	}()
-	for waits := 0; waits < n; { // until the table is full
-		if table.PendingBytes() >= maxPending {
-			break
-		}
+	for table.PendingBytes() < maxPending {
 		select {
 		case <-done:
 			t.Fatal("Apply did not wait")
 		case <-time.After(time.Millisecond):
 		}
 	}
-	for range 100 {
-		if p := table.PendingBytes(); p > maxPending+2<<20 {
+	for waiting := true; waiting; {
+		if p := table.PendingBytes(); p > maxPending+4<<20 {
 			t.Fatalf("%d bytes wait", p)
+		}
+		if err := table.commit(); err != nil {
+			t.Fatal(err)
 		}
 		select {
 		case <-done:
-			t.Fatal("Apply did not wait")
-		default:
-			if err := table.commit(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if table.Applied(l.stream) == 0 && table.Counts()[journal.Queued] == n {
-			break
+			waiting = false
+		case <-time.After(time.Millisecond):
 		}
 	}
-	<-done
 	if got := table.Counts()[journal.Queued]; got != n {
 		t.Errorf("%d jobs of %d", got, n)
 	}
