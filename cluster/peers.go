@@ -168,9 +168,10 @@ func (c *Cluster) members() map[string]Node {
 }
 
 func (c *Cluster) pingPeer(ctx context.Context, name string) {
-	tick := time.NewTicker(c.Timing().Tick)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	for {
+		beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
 		if err := c.ping(ctx, name); err != nil && ctx.Err() == nil {
 			c.metrics.pingFailures.Inc()
 			c.log.Debug("ping failed", "peer", name, "err", err)
@@ -178,7 +179,7 @@ func (c *Cluster) pingPeer(ctx context.Context, name string) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-beat.C:
 		}
 	}
 }
@@ -285,17 +286,18 @@ const pauseWindow = 500 * time.Millisecond
 
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
-	const interval = 100 * time.Millisecond
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
+	const interval = 125 * time.Millisecond
+	beat := time.NewTimer(UntilBeat(Boottime(), interval))
+	defer beat.Stop()
 	last, slotEnds := Boottime(), Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-beat.C:
 		}
 		now := Boottime()
+		beat.Reset(UntilBeat(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)
 		if now > slotEnds {

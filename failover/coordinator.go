@@ -69,9 +69,8 @@ type Options struct {
 }
 
 const (
-	// lookEvery is how often the coordinator looks. A fifth of the time that a
-	// ping takes to matter, and cheap.
-	lookEvery = 100 * time.Millisecond
+	// lookEvery is how often the coordinator looks: twice for each ping.
+	lookEvery = 125 * time.Millisecond
 	// grudgeTime is how long a site that was replaced is the last choice.
 	grudgeTime = 60 * time.Second
 	// followFor is how long after a promotion the raft leader is moved to the
@@ -136,8 +135,8 @@ type watch struct {
 
 // Run looks and acts until ctx ends.
 func (c *Coordinator) Run(ctx context.Context) error {
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	var w watch
 	// One act at a time, beside the loop: a proposal that hangs must not look
 	// like a pause of this node.
@@ -151,8 +150,9 @@ func (c *Coordinator) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-beat.C:
 		}
+		beat.Reset(cluster.UntilBeat(c.o.Boottime(), lookEvery))
 		act := c.look(&w)
 		if act == nil {
 			continue

@@ -24,16 +24,17 @@ type surroundings struct {
 	heardSince map[string]time.Duration
 }
 
-const lookEvery = 100 * time.Millisecond
+const lookEvery = 250 * time.Millisecond
 
 func (n *Node) keepLooking(ctx context.Context) error {
-	tick := time.NewTicker(lookEvery)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-beat.C:
+			beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookEvery))
 			n.look()
 		}
 	}
