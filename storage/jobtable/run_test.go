@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -379,4 +380,38 @@ func TestNothingInClear(t *testing.T) {
 	})
 	table.end()
 	wantAbsent(t, dir, canary)
+}
+
+// The second change of a job is not told while a watcher is still at the first.
+func TestWatchersHearOneChangeAfterTheOther(t *testing.T) {
+	w := newWorld(t)
+	table := openStepped(t, w.options(t.TempDir()))
+	a, b := w.log("a"), w.log("b")
+	id := w.newID()
+	first, second := a.submit(id, journal.Submission{}), b.start(id, journal.Token{Generation: 1}, 1)
+	var told []string
+	var later sync.WaitGroup
+	table.Watch(func(r Row) {
+		if r.Status() == journal.Running {
+			told = append(told, "second")
+			return
+		}
+		later.Go(func() { table.apply(b, second) })
+		for row, _, err := table.Get(id); row.Status() != journal.Running; row, _, err = table.Get(id) {
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			runtime.Gosched()
+		}
+		for range 10_000 { // it is visible, and has all the time to be told too early
+			runtime.Gosched()
+		}
+		told = append(told, "first")
+	})
+	table.apply(a, first)
+	later.Wait()
+	if !slices.Equal(told, []string{"first", "second"}) {
+		t.Errorf("told %v", told)
+	}
 }
