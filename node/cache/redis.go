@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -32,7 +34,13 @@ type remote struct {
 	max    int // bytes of a value
 }
 
+// quiet ends go-redis's own lines on stderr, one for each failed dial: the breaker
+// has a line of ours for each outage. Its logger is a global that no option
+// replaces, and may be set only while nobody uses it.
+var quiet sync.Once
+
 func openRedis(conf cluster.Redis, maxValue int, files Files) (*remote, error) {
+	quiet.Do(logging.Disable)
 	at, err := conf.Addresses()
 	if err != nil {
 		return nil, fmt.Errorf("redis: %w", err)

@@ -28,6 +28,7 @@ func (d door) Head(h Head) error {
 	}
 	d.ResponseWriter.Header().Set("X-Dsnode-Upstream", h.Upstream)
 	d.ResponseWriter.Header().Set("X-Dsnode-Site", h.Site)
+	d.ResponseWriter.Header().Set(HeaderModel, url.QueryEscape(h.Model))
 	d.ResponseWriter.Header().Set("X-Dsnode-Attempts", strconv.Itoa(h.Attempts))
 	d.WriteHeader(h.Status)
 	return nil
@@ -107,11 +108,11 @@ func (v via) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // threeSites: m is served by own ("east"), near (same city) and far, each with
 // one upstream; only far serves "other".
-func threeSites(t *testing.T, own, near, far answering) (r *rig, up map[string]*server, sites map[string]*peerSite) {
+func threeSites(t *testing.T, own, near, far answering, options ...rigOption) (r *rig, up map[string]*server, sites map[string]*peerSite) {
 	t.Helper()
 	up = map[string]*server{"own": newServer(t, "own", own), "near": newServer(t, "near", near), "far": newServer(t, "far", far)}
 	site := map[string]string{"own": "east", "near": "east2", "far": "west"}
-	r = newRig(t, []*server{up["own"]})
+	r = newRig(t, []*server{up["own"]}, options...)
 	conf := *r.conf
 	conf.Upstreams = map[string]cluster.Upstream{}
 	m := cluster.Model{}
@@ -130,6 +131,10 @@ func threeSites(t *testing.T, own, near, far answering) (r *rig, up map[string]*
 			{Node: "west-1", Site: "west", Client: sites["west"].via()},
 			{Node: "east2-1", Site: "east2", Client: sites["east2"].via()},
 		}
+	}
+	for name, m := range conf.Models { // of use to those with a cache
+		m.Cache = cluster.ModelCache{Enabled: true, Store: cluster.StoreAll, LocalTTL: seconds(600), SharedTTL: seconds(600)}
+		conf.Models[name] = m
 	}
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,325 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+)
+
+// server is a real redis-server, started by the test.
+type server struct {
+	t    *testing.T
+	addr string
+	dir  string
+	cmd  *exec.Cmd
+}
+
+func startRedis(t *testing.T) *server {
+	t.Helper()
+	path, err := exec.LookPath("redis-server")
+	if err != nil {
+		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
+			t.Fatal("redis-server is not installed")
+		}
+		t.Skip("redis-server is not installed")
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{t: t, addr: ln.Addr().String(), dir: t.TempDir()}
+	if err := ln.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.start(path)
+	t.Cleanup(s.kill)
+	return s
+}
+
+func (s *server) start(path string) {
+	s.t.Helper()
+	_, port, err := net.SplitHostPort(s.addr)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.cmd = exec.Command(path, "--port", port, "--bind", "127.0.0.1", "--dir", s.dir, "--save", "", "--appendonly", "no", "--daemonize", "no")
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	eventually(s.t, "redis answers", func() bool {
+		c, err := net.DialTimeout("tcp", s.addr, time.Second)
+		if err != nil {
+			return false
+		}
+		return c.Close() == nil
+	})
+}
+
+func (s *server) signal(sig syscall.Signal) {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *server) kill() {
+	if s.cmd == nil {
+		return
+	}
+	_ = s.cmd.Process.Kill() // it may be gone
+	_ = s.cmd.Wait()         // and was killed
+	s.cmd = nil
+}
+
+func redisAt(addr string) cluster.SiteCache {
+	return cluster.SiteCache{Shared: cluster.SharedRedis, Redis: cluster.Redis{URL: "redis://" + addr + "/1", Mode: cluster.RedisSingle}}
+}
+
+// TestRedis: answers are found there, in clear by nobody, and not for ever.
+func TestRedis(t *testing.T) {
+	s := startRedis(t)
+	r := newRig(t, nil, redisAt(s.addr)).run()
+	const canary = "canary-7f3a91"
+	k := r.key("tenant "+canary, `{"prompt":"`+canary+`"}`)
+	r.keep(k, streamed("data: "+canary+"\n\n", "data: [DONE]\n\n"))
+	f, ok := r.Shared(t.Context(), k, "m", life)
+	if !ok || !f.Fresh || string(f.Answer.Body) != "data: "+canary+"\n\ndata: [DONE]\n\n" || len(f.Answer.Ends) != 2 {
+		t.Fatalf("%v %+v", ok, f)
+	}
+	client := r.shared.Load().store.(*remote).client //nolint:errcheck,forcetypeassert // the rig asked for it
+	names, err := client.Keys(t.Context(), "*").Result()
+	if err != nil || len(names) != 1 || !strings.HasPrefix(names[0], redisPrefix) {
+		t.Fatalf("%v %q", err, names)
+	}
+	value, err := client.Get(t.Context(), names[0]).Result()
+	if err != nil || strings.Contains(names[0]+value, "canary") {
+		t.Errorf("%v, in clear: %q", err, value)
+	}
+	if ttl := client.PTTL(t.Context(), names[0]).Val(); ttl < 24*time.Hour || ttl > 25*time.Hour {
+		t.Errorf("kept for %s", ttl)
+	}
+	// Somebody copies it to another's key: nobody is given it.
+	other := r.key("tenant b", `{"prompt":"x"}`)
+	if err := client.Set(t.Context(), name(other), value, 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := r.Shared(t.Context(), other, "m", life); ok {
+		t.Error("a moved entry opens")
+	}
+	// A value as large as memory is not read whole.
+	if err := client.SetRange(t.Context(), name(other), maxAnswer+2*maxOverhead, "x").Err(); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := r.shared.Load().store.get(t.Context(), other)
+	if len(got) > maxAnswer+maxOverhead+1 {
+		t.Errorf("%d bytes were read", len(got))
+	}
+	// Dumped to a disk it is sealed, too.
+	if err := client.Save(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	dump, err := os.ReadFile(filepath.Join(s.dir, "dump.rdb"))
+	if err != nil || strings.Contains(string(dump), "canary") {
+		t.Errorf("%v, or in clear on disk", err)
+	}
+}
+
+// TestRedisFails: whatever happens to it, a look takes 60 ms at most for the
+// first few, and nothing once it is left alone; and it is used again by itself.
+func TestRedisFails(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		harm, mend func(s *server)
+	}{
+		{"stopped", func(s *server) { s.kill() }, func(s *server) {
+			path, err := exec.LookPath("redis-server")
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			s.start(path)
+		}},
+		{"frozen", func(s *server) { s.signal(syscall.SIGSTOP) }, func(s *server) { s.signal(syscall.SIGCONT) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := startRedis(t)
+			r := newRig(t, nil, redisAt(s.addr)).run()
+			k := r.key("tenant a", `{"model":"m"}`)
+			r.keep(k, plainAnswer("{}"))
+			c.harm(s)
+			r.wantPatience(k)
+			c.mend(s)
+			eventually(t, "it is asked again", func() bool { return !r.shared.Load().breaker.resting() })
+			r.keep(r.key("tenant a", `{"model":"n"}`), plainAnswer("{}"))
+		})
+	}
+}
+
+// TestRedisBlackHole: a server that takes connections and never says a word, and
+// one whose packets are dropped, cost no more than one that is down.
+func TestRedisBlackHole(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var accepted sync.WaitGroup
+	var mu sync.Mutex
+	var conns []net.Conn
+	accepted.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			conns = append(conns, c)
+			mu.Unlock()
+		}
+	})
+	defer func() {
+		if err := ln.Close(); err != nil {
+			t.Error(err)
+		}
+		accepted.Wait()
+		mu.Lock()
+		defer mu.Unlock()
+		for _, c := range conns {
+			_ = c.Close() // the other side is gone
+		}
+	}()
+	for _, addr := range []string{ln.Addr().String(), fullBacklog(t)} {
+		r := newRig(t, nil, redisAt(addr)).run()
+		r.wantPatience(r.key("tenant a", `{"model":"m"}`))
+		r.stop()
+	}
+}
+
+// fullBacklog is an address whose listener takes no more connections: their
+// packets are dropped.
+func fullBacklog(t *testing.T) string {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) }) // the test is over
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	sa, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := fmt.Sprintf("127.0.0.1:%d", sa.(*syscall.SockaddrInet4).Port) //nolint:errcheck,forcetypeassert // it was bound as such
+	for range 16 {
+		c, err := net.DialTimeout("tcp", addr, 100*time.Millisecond)
+		if err != nil {
+			return addr
+		}
+		t.Cleanup(func() { _ = c.Close() }) // the test is over
+	}
+	t.Fatal("the backlog never fills")
+	return ""
+}
+
+// wantPatience looks a key up again and again while the tier is broken.
+func (r *rig) wantPatience(k Key) {
+	r.t.Helper()
+	// A busy machine wakes nobody in time: what we took ourselves is not counted.
+	allowed := 60 * time.Millisecond
+	var first []time.Duration
+	for range 20 {
+		begun := time.Now()
+		if _, ok := r.Shared(r.t.Context(), k, "m", life); ok {
+			r.t.Fatal("a broken tier gave an answer")
+		}
+		first = append(first, time.Since(begun))
+		if r.shared.Load().breaker.resting() {
+			break
+		}
+	}
+	if !r.shared.Load().breaker.resting() {
+		r.t.Fatalf("it is not left alone after %v", first)
+	}
+	late := 0
+	for _, d := range first {
+		if d > allowed {
+			late++
+		}
+	}
+	if late > len(first)/2 {
+		r.t.Errorf("the first looks took %v", first)
+	}
+	// Now nobody waits, and writing waits for nobody either.
+	var most, all time.Duration
+	for range 200 {
+		begun := time.Now()
+		_, _ = r.Shared(r.t.Context(), k, "m", life)
+		r.Keep(k, "m", plainAnswer("{}"))
+		took := time.Since(begun)
+		all += took
+		most = max(most, took)
+	}
+	if mean := all / 200; mean > time.Millisecond {
+		r.t.Errorf("a look at a tier that rests takes %s, at most %s", mean, most)
+	}
+	r.t.Logf("the first looks took %v, later ones %s on average, %s at most", first, all/200, most)
+}
+
+// TestATierThatHangs: a disk that hangs heeds no context. Looks end all the same,
+// and hold no more goroutines than the bound.
+func TestATierThatHangs(t *testing.T) {
+	r := newRig(t, nil, noTier).run()
+	release := make(chan struct{})
+	defer close(release)
+	s := newShared(hanging{release}, func(bool, error) {})
+	r.shared.Store(s)
+	defer r.shared.Store(nil)
+	k := r.key("tenant a", "{}")
+	var group sync.WaitGroup
+	for range 2 * maxCommands {
+		group.Go(func() {
+			if _, ok := r.Shared(t.Context(), k, "m", life); ok {
+				t.Error("an answer")
+			}
+		})
+	}
+	group.Wait()
+	if n := len(s.slots); n > maxCommands {
+		t.Errorf("%d looks hang", n)
+	}
+	if !s.breaker.resting() {
+		t.Error("it is asked on")
+	}
+	// A client that has gone says nothing of the tier.
+	fresh := newShared(hanging{release}, func(bool, error) {})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 10 {
+		_, _ = fresh.get(ctx, k)
+	}
+	if fresh.breaker.resting() {
+		t.Error("clients that left made it rest")
+	}
+}
+
+type hanging struct{ until chan struct{} }
+
+func (h hanging) get(context.Context, Key) ([]byte, error)          { <-h.until; return nil, nil }
+func (h hanging) put(context.Context, []Entry, time.Duration) error { <-h.until; return nil }
+func (h hanging) sweep(context.Context, time.Time) error            { <-h.until; return nil }
+func (h hanging) ping(context.Context) error                        { <-h.until; return nil }
+func (hanging) size() (entries, bytes int64, known bool)            { return 0, 0, false }
+func (hanging) close() error                                        { return nil }
