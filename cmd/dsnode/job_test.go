@@ -16,6 +16,7 @@ import (
 type fakeJobs struct {
 	mu    sync.Mutex // guards all below
 	order []*fakeJob
+	made  byte
 }
 
 type fakeJob struct {
@@ -40,7 +41,8 @@ func (f *fakeJobs) Submit(_ context.Context, r *jobs.Request) (*jobs.View, error
 			return &v, nil
 		}
 	}
-	j.ID[15] = byte(len(f.order) + 1)
+	f.made++
+	j.ID[15] = f.made
 	f.order = append(f.order, j)
 	v := j.View
 	return &v, nil
