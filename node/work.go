@@ -111,7 +111,7 @@ func (w *work) connect() error {
 	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
 	var err error
 	w.replication, err = replication.New(replication.Options{
-		Self: n.cfg.Name, Site: n.cfg.Site, Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
+		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
 		Retired: w.retired, Boottime: cluster.Boottime, Now: time.Now, Logger: n.log, Registerer: n.reg,
 	})

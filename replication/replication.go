@@ -62,6 +62,7 @@ type Limits struct {
 // Options are what a Replication is made of. All but Feed and Limits are needed.
 type Options struct {
 	Self string // this node's name
+	Dir  string // exists, and holds one file of replication's own
 	Site string
 
 	Log   Log
@@ -102,6 +103,7 @@ type Replication struct {
 	news    news
 	life    life
 	feed    *feed
+	reached *reachedNote
 	pulled  atomic.Value // []string, the nodes pulled from
 }
 
@@ -129,6 +131,13 @@ func New(o Options) (*Replication, error) {
 		news:  news{subs: map[*headlines]struct{}{}},
 		life:  life{pulls: map[string]*context.CancelFunc{}},
 	}
+	var damaged, err error
+	if r.reached, damaged, err = openReached(o.Dir); err != nil {
+		return nil, err
+	}
+	if damaged != nil {
+		o.Logger.Error("what was known of the durability of jobs is lost, and learned anew", "err", damaged)
+	}
 	r.metrics = newMetrics(o.Registerer, r)
 	r.feed = newFeed(r)
 	r.ledger.setOwn(durable(o.Log.Ends()))
@@ -152,15 +161,16 @@ func (r *Replication) Await(ctx context.Context, s journal.Stream, seq uint64, l
 	return r.ledger.await(ctx, s, seq, i)
 }
 
-// Reached is the strongest durability that record seq of a stream that this node
-// writes has now; empty when it is not even on this node's disk.
+// Reached is the strongest durability that a record is known to have, and will
+// be known to have: what it says of a record never gets weaker, also after a
+// restart, so it comes a moment later than Await returns. Empty when the record is
+// not on this node's disk. A stream that this node holds no more was given up by
+// all, once all had it.
 func (r *Replication) Reached(s journal.Stream, seq uint64) journal.Durability {
-	r.ledger.mu.Lock()
-	defer r.ledger.mu.Unlock()
-	best := journal.Durability("")
-	for i, through := range r.ledger.reached(s) {
-		if through >= seq {
-			best = levels[i]
+	best := r.reached.best(s, seq)
+	if best == "" {
+		if _, held := r.opts.Log.End(s); !held {
+			return levels[len(levels)-1]
 		}
 	}
 	return best

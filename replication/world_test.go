@@ -245,7 +245,7 @@ func (n *node) start() {
 		t.Fatal(err)
 	}
 	n.repl, err = New(Options{
-		Self: n.name, Site: n.site, Log: n.log, Table: n.table, Ring: n.ring,
+		Self: n.name, Site: n.site, Dir: n.dir, Log: n.log, Table: n.table, Ring: n.ring,
 		Members: func() []Member { return n.w.members(n.name) }, Dial: n.conn,
 		Caller: func(ctx context.Context) (string, bool) {
 			md, _ := metadata.FromIncomingContext(ctx)
@@ -345,10 +345,13 @@ func (n *node) holds(s journal.Stream) uint64 {
 	return e.Durable
 }
 
+// patience is for a machine that does much else, with the race detector.
+const patience = 2 * time.Minute
+
 // eventually waits for a condition.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(30 * time.Second)
+	deadline := time.NewTimer(patience)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

@@ -1,0 +1,96 @@
+package replication
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// What was noted stays, whatever marks say later and whoever restarts.
+func TestReachedNeverGetsWeaker(t *testing.T) {
+	dir := t.TempDir()
+	open := func() *reachedNote {
+		t.Helper()
+		n, damaged, err := openReached(dir)
+		if err != nil || damaged != nil {
+			t.Fatal(damaged, err)
+		}
+		return n
+	}
+	s, gone := journal.Stream{Origin: "a/1", Incarnation: journal.Incarnation{1}}, journal.Stream{Origin: "b"}
+	n := open()
+	steps := []struct {
+		now  map[journal.Stream]depths
+		seq  uint64
+		want journal.Durability
+	}{
+		{map[journal.Stream]depths{s: {10, 0, 0, 0}, gone: {1, 1, 1, 1}}, 5, journal.DurableNode},
+		{map[journal.Stream]depths{s: {10, 0, 7, 5}}, 5, journal.DurableTwoCities},
+		{map[journal.Stream]depths{s: {10, 0, 0, 0}}, 5, journal.DurableTwoCities}, // marks went down
+		{map[journal.Stream]depths{s: {12, 0, 0, 0}}, 6, journal.DurableTwoSites},
+		{map[journal.Stream]depths{s: {12, 0, 0, 0}}, 12, journal.DurableNode},
+		{map[journal.Stream]depths{s: {12, 0, 0, 0}}, 13, ""},
+	}
+	for i, step := range steps {
+		if err := n.note(step.now); err != nil {
+			t.Fatal(err)
+		}
+		if got := n.best(s, step.seq); got != step.want {
+			t.Errorf("step %d: record %d is %q, want %q", i, step.seq, got, step.want)
+		}
+		if n = open(); n.best(s, step.seq) != step.want {
+			t.Errorf("step %d, after a restart: %q", i, n.best(s, step.seq))
+		}
+	}
+	if n.best(gone, 1) != "" {
+		t.Error("a stream that is not held is still noted")
+	}
+}
+
+func TestDamagedNoteIsBegunAnew(t *testing.T) {
+	dir := t.TempDir()
+	n, _, err := openReached(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := journal.Stream{Origin: "a"}
+	if err := n.note(map[journal.Stream]depths{s: {4, 4, 4, 4}}); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, reachedFile)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for at := range b {
+		bad := append([]byte(nil), b...)
+		bad[at] ^= 4
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n, damaged, err := openReached(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if damaged == nil || n.best(s, 4) != "" {
+			t.Fatalf("byte %d of %q changed to %q was believed", at, b, bad[at])
+		}
+	}
+}
+
+func FuzzReachedNote(f *testing.F) {
+	good, err := reachedText{Format: reachedFormat, Streams: map[string]depths{"a/" + journal.Incarnation{}.String(): {1, 2, 3, 4}}}.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		noted, err := decodeReached(b)
+		if err != nil && noted != nil {
+			t.Fatal("a damaged note says something")
+		}
+	})
+}
