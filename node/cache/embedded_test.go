@@ -41,7 +41,7 @@ func openFile(t *testing.T, dir string, limit int64) (*embedded, *int) {
 // TestFileBytes: the file stays within its bound under ten times as much, of
 // small and large entries, and what is left are the newest.
 func TestFileBytes(t *testing.T) {
-	for _, size := range []int{2000, 40_000, 1 << 20} {
+	for _, size := range []int{8000, 40_000, 1 << 20} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			const limit = 16 << 20
 			dir := t.TempDir()

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
 	"github.com/dsnode/dsnode/cluster"
 )
 
@@ -96,7 +98,12 @@ func TestRedis(t *testing.T) {
 	if !ok || !f.Fresh || string(f.Answer.Body) != "data: "+canary+"\n\ndata: [DONE]\n\n" || len(f.Answer.Ends) != 2 {
 		t.Fatalf("%v %+v", ok, f)
 	}
-	client := r.shared.Load().store.(*remote).client //nolint:errcheck,forcetypeassert // the rig asked for it
+	client := redis.NewClient(&redis.Options{Addr: s.addr, DB: 1}) // with all the time that it needs
+	defer func() {
+		if err := client.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	names, err := client.Keys(t.Context(), "*").Result()
 	if err != nil || len(names) != 1 || !strings.HasPrefix(names[0], redisPrefix) {
 		t.Fatalf("%v %q", err, names)
@@ -281,7 +288,7 @@ func (r *rig) wantPatience(k Key) {
 // TestATierThatHangs: a disk that hangs heeds no context. Looks end all the same,
 // and hold no more goroutines than the bound.
 func TestATierThatHangs(t *testing.T) {
-	r := newRig(t, nil, noTier).run()
+	r := newRig(t, nil, noTier)
 	release := make(chan struct{})
 	defer close(release)
 	s := newShared(hanging{release}, func(bool, error) {})
