@@ -184,7 +184,7 @@ func (n *Node) open() error {
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
-		Cluster: n, Gatherer: n.reg, Health: n.gateway, Token: n.doors.adminToken, Logger: n.log,
+		Cluster: n, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.doors.adminToken, Logger: n.log,
 	})
 	n.equip()
 	return nil

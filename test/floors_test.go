@@ -27,6 +27,7 @@ var floor = map[string]int{
 	"node/admin":    40,
 	"node/modelsim": 40,
 
+	"node/jobs":      35,
 	"node/serving":   30,
 	"node/cache":     25, // knows answers and keys, no requests
 	"failover/drill": 30,
@@ -63,6 +64,7 @@ var arrows = []arrow{
 	{"node", "node/gateway", "wiring: opens the api port"},
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/serving", "wiring: puts the pipeline together"},
+	{"node", "node/jobs", "wiring: opens, runs and shows the jobs"},
 	{"node", "node/cache", "wiring: opens and runs the cache"},
 	{"node", "failover", "wiring: placement of voters"},
 	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
@@ -71,8 +73,17 @@ var arrows = []arrow{
 	{"node", "storage/keyring", "wiring: the operator's key"},
 
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
+	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
+	{"node/gateway", "storage/journal", "job ids, statuses and durabilities are its words"},
 	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
+
+	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
+	{"node/jobs", "failover", "starts nothing without a permit"},
+	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
+	{"node/jobs", "storage/jobtable", "reads a job off its row"},
+	{"node/jobs", "storage/journal", "writes what happens to a job"},
+	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
