@@ -5,6 +5,8 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"runtime/pprof"
 	"testing"
 	"time"
 
@@ -149,6 +151,9 @@ func TestBacklogDelaysNothingNew(t *testing.T) {
 
 // describe says what each node holds, and whom it pulls from.
 func (w *world) describe() {
+	if err := pprof.Lookup("goroutine").WriteTo(os.Stderr, 1); err != nil {
+		w.t.Log(err)
+	}
 	for _, name := range w.order {
 		n := w.nodes[name]
 		w.t.Logf("%s pulls from %v", name, n.repl.sources())
