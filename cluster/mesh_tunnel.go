@@ -200,7 +200,9 @@ func (m *Mesh) dialDetour(ctx context.Context, kind Kind, node string) (*PeerCon
 
 // relaysFor is who may be asked, the present relay first.
 func (m *Mesh) relaysFor(node string) []string {
-	relays := slices.Clone(m.opts.Relays(node))
+	relays := slices.DeleteFunc(slices.Clone(m.opts.Relays(node)), func(relay string) bool {
+		return m.ways.via(relay) != "" // one hop: it is cut off itself
+	})
 	if via := m.ways.via(node); via != "" {
 		if i := slices.Index(relays, via); i > 0 {
 			copy(relays[1:i+1], relays[:i])

@@ -6,27 +6,29 @@ import (
 	"time"
 )
 
-// relayHears is how old a peer's word that it hears a node may be, for the peer
-// to be asked for a tunnel there. It covers the slowest ping that is answered.
+// relayHears is how long ago a peer may have been heard, and at that moment have
+// heard a node, to be asked for a tunnel there. It covers the slowest pings that
+// are answered: on a busy machine an old word is better than none.
 const relayHears = pingTimeout + time.Second
 
 // relays are the peers that lately said that they hear a node, and were heard
 // themselves: those of a third site first, then neighbours, of this node and of
-// that one. A peer that reaches the node only through another will refuse.
+// that one; who is silent right now comes last. A peer that reaches the node
+// only through another will refuse.
 func (c *Cluster) relays(node string) []string {
 	now, members := Boottime(), c.members()
 	site := func(name string) string { return members[name].Site }
 	return rankRelays(node, c.opts.Site, site, c.peers.hearing(node, now), now-c.silence())
 }
 
-// rankRelays puts the peers that hear a node, and answered a ping sent later
-// than that, into the order in which they are asked.
+// rankRelays puts the peers that hear a node into the order in which they are
+// asked; those who have answered no ping that was sent later than that are last.
 func rankRelays(node, ownSite string, siteOf func(string) string, hearing map[string]answer, later time.Duration) []string {
 	ranks := map[string]int{}
 	names := []string{}
 	for name, a := range hearing {
 		site := siteOf(name)
-		if name == node || site == "" || a.sent <= later {
+		if name == node || site == "" {
 			continue
 		}
 		switch site {
@@ -35,8 +37,8 @@ func rankRelays(node, ownSite string, siteOf func(string) string, hearing map[st
 		case siteOf(node):
 			ranks[name] = 2
 		}
-		if a.got.GetHealth().GetDraining() {
-			ranks[name] += 3 // it is about to go
+		if a.sent <= later || a.got.GetHealth().GetDraining() {
+			ranks[name] += 3
 		}
 		names = append(names, name)
 	}
@@ -52,8 +54,11 @@ func (t *peerTable) hearing(node string, now time.Duration) map[string]answer {
 	defer t.mu.Unlock()
 	found := map[string]answer{}
 	for name, a := range t.answers {
+		if now-a.sent >= relayHears {
+			continue
+		}
 		for _, h := range a.got.GetHeard() {
-			if h.GetNode() == node && now-a.sent+time.Duration(h.GetAgoMs())*time.Millisecond < relayHears {
+			if h.GetNode() == node && h.GetAgoMs() < relayHears.Milliseconds() {
 				found[name] = a
 			}
 		}

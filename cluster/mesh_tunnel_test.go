@@ -433,7 +433,10 @@ func TestRankRelays(t *testing.T) {
 			"c-1": hears(now, true, "b-1"), "c-2": hears(now, false, "b-1"), "a-2": hears(now, false, "b-1"),
 		}, []string{"c-2", "a-2", "c-1"}},
 		{"not who does not hear it", map[string]answer{"c-1": hears(now, false, "d-1")}, nil},
-		{"not who is silent", map[string]answer{"c-1": hears(now-time.Second, false, "b-1")}, nil},
+		{"who is silent right now comes last", map[string]answer{
+			"c-1": hears(now-time.Second, false, "b-1"), "b-2": hears(now, false, "b-1"),
+		}, []string{"b-2", "c-1"}},
+		{"not who is silent for long", map[string]answer{"c-1": hears(now-relayHears, false, "b-1")}, nil},
 		{"not the node itself, nor strangers", map[string]answer{"b-1": hears(now, false, "b-1"), "x-1": hears(now, false, "b-1")}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
