@@ -59,7 +59,8 @@ type Limits struct {
 	Waiting int
 }
 
-// Options are what a Replication is made of. All but Feed and Limits are needed.
+// Options are what a Replication is made of. All but Caller, Retired, Deliver and
+// Limits are needed.
 type Options struct {
 	Self string // this node's name
 	Dir  string // exists, and holds one file of replication's own

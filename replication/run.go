@@ -5,6 +5,7 @@ import (
 	"iter"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -190,7 +191,8 @@ func (r *Replication) pullAll(ctx context.Context) error {
 	defer tick.Stop()
 	var marks <-chan struct{}
 	for {
-		now := r.opts.Members()
+		now := slices.Clone(r.opts.Members()) // in whatever order
+		slices.SortFunc(now, func(a, b Member) int { return strings.Compare(a.Node, b.Node) })
 		same := slices.EqualFunc(now, members, sameMember)
 		if !same {
 			members = now
