@@ -34,6 +34,9 @@ type State struct {
 	Purges CachePurges `json:"cache_purges,omitzero"`
 	// Streams are the job journals that somebody has to execute, by StreamKey.
 	Streams map[string]JobStream `json:"streams,omitempty"`
+	// DoneStreams are the newest of those that were dropped, oldest first: nobody
+	// needs to keep their records.
+	DoneStreams []string `json:"done_streams,omitempty"`
 	// Ownership is the raft index of the newest change of Streams; it only rises.
 	Ownership uint64 `json:"ownership,omitempty"`
 	// DataKeys are what records are sealed with, oldest first, bounded.

@@ -21,6 +21,10 @@ var (
 // finish anything runs into it after as many restarts.
 const maxStreamsPerNode = 64
 
+// maxDoneStreams bounds State.DoneStreams. A node that was away for longer keeps a
+// journal that nobody asks for.
+const maxDoneStreams = 1024
+
 // FenceToken fences the owner of a stream: (generation, index of the raft entry
 // that made it the owner). Both are compared, in this order.
 type FenceToken struct {
@@ -93,6 +97,9 @@ func (s *State) openStream(d StreamOpen, c Command) error {
 	if _, known := s.Streams[key]; known {
 		return nil
 	}
+	if slices.Contains(s.DoneStreams, key) {
+		return fmt.Errorf("open job stream %s: it was done with: %w", key, ErrUnknownStream)
+	}
 	open := 0
 	for _, j := range s.Streams {
 		if j.Origin == d.Origin {
@@ -135,6 +142,8 @@ func (s *State) dropStreams(d StreamDrop, c Command) error {
 	for _, key := range d.Streams {
 		if j, known := s.Streams[key]; known && j.Owner == d.Owner {
 			s.changeStream(key, nil, c)
+			s.DoneStreams = append(slices.Clone(s.DoneStreams), key)
+			s.DoneStreams = s.DoneStreams[max(0, len(s.DoneStreams)-maxDoneStreams):]
 		}
 	}
 	return nil

@@ -71,6 +71,22 @@ func TestStreamsAreOpenedGivenAndDropped(t *testing.T) {
 	if err := w.apply(CmdStreamDrop, 3, StreamDrop{Owner: "a2", Streams: []string{key, "unknown"}}); err != nil || len(w.state.Streams) != 0 {
 		t.Fatalf("not dropped: %v", err)
 	}
+	if len(w.state.DoneStreams) != 1 || w.state.DoneStreams[0] != key {
+		t.Fatalf("done streams: %v", w.state.DoneStreams)
+	}
+	if err := w.apply(CmdStreamOpen, 3, StreamOpen{Origin: "a1", Incarnation: incarnation(1)}); !errors.Is(err, ErrUnknownStream) {
+		t.Fatalf("opened again after it was done with: %v", err)
+	}
+	for n := range maxDoneStreams + 5 {
+		key := StreamKey("a1", incarnation(n+2))
+		if err := errors.Join(w.apply(CmdStreamOpen, 3, StreamOpen{Origin: "a1", Incarnation: incarnation(n + 2)}),
+			w.apply(CmdStreamDrop, 3, StreamDrop{Owner: "a1", Streams: []string{key}})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(w.state.DoneStreams) != maxDoneStreams || w.state.DoneStreams[maxDoneStreams-1] != StreamKey("a1", incarnation(maxDoneStreams+6)) {
+		t.Fatalf("%d done streams are kept", len(w.state.DoneStreams))
+	}
 }
 
 func TestOwnershipRefusals(t *testing.T) {

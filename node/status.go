@@ -30,6 +30,7 @@ type sight struct {
 	leftBehind string // a recovery went on without this node, in words
 	keys       string // which data key can't be opened here, and why
 	jobs       *admin.Jobs
+	journals   string                      // what this node's own journals have lost
 	copies     map[string]replication.Copy // by site; absent: not known
 	failback   *string
 }
@@ -44,6 +45,7 @@ func (n *Node) status() admin.Status {
 		left: map[string]bool{}, failback: n.failbackAvailable(), keys: n.keys.Problem(),
 	}
 	v.jobs, v.copies = n.work.status(v.state)
+	v.journals = n.work.damaged()
 	for _, m := range n.cluster.Members() {
 		v.left[m.Name] = m.State == cluster.MemberLeft
 	}
@@ -295,6 +297,9 @@ func (v sight) reasons(s admin.Status) []string {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
 	}
 	out = append(out, unsealed(v.state)...)
+	if v.journals != "" {
+		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.journals))
+	}
 	if v.quarantine != "" {
 		out = append(out, "quarantined: "+v.quarantine)
 	}

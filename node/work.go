@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -140,15 +141,15 @@ func (w *work) members() []replication.Member {
 	return members
 }
 
-// retired reports whether nothing of a stream is left to do: its owner has
-// dropped it, or it was never agreed on and its origin is no member.
+// retired reports whether nobody needs a stream's records any more: its owner was
+// done with it, or it was never agreed on and its origin is no member.
 func (w *work) retired(s journal.Stream) bool {
-	state := w.n.cluster.State()
-	if _, agreed := state.Streams[cluster.StreamKey(s.Origin, s.Incarnation.String())]; agreed {
+	state, key := w.n.cluster.State(), cluster.StreamKey(s.Origin, s.Incarnation.String())
+	if _, agreed := state.Streams[key]; agreed {
 		return false
 	}
 	_, member := state.Nodes[s.Origin]
-	return !member
+	return state.ClusterID != "" && (!member || slices.Contains(state.DoneStreams, key))
 }
 
 // run brings the table up to date and then takes, carries and executes jobs
@@ -261,7 +262,7 @@ func (w *work) options() jobs.Options {
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
 		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
-		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Elsewhere: w.elsewhere,
+		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
 	}
 }
@@ -271,6 +272,15 @@ func (w *work) options() jobs.Options {
 func (w *work) spare() int {
 	free, most := w.n.pipeline.Room()
 	return free - (most+spareShare-1)/spareShare
+}
+
+// heard reports whether a node can be heard now.
+func (w *work) heard(node string) bool {
+	if node == w.n.cfg.Name {
+		return true
+	}
+	p, known := w.n.cluster.Peers()[node]
+	return known && p.Heard && p.Ago < w.n.cluster.Timing().Patience
 }
 
 // elsewhere are the other living nodes, of this site too.
@@ -338,19 +348,66 @@ func (w *work) check(ctx context.Context) error {
 	return nil
 }
 
-// jobReplication adds who can be heard.
+// jobReplication adds what the journals know.
 type jobReplication struct {
 	*replication.Replication
 	w *work
 }
 
-// Heard reports whether a node can be heard now.
-func (r jobReplication) Heard(node string) bool {
-	if node == r.w.n.cfg.Name {
+// AwaitCaughtUp waits for what other nodes hold, and then for what this node's
+// own journals have lost to damage: without it nobody knows which jobs were done.
+func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
+	said := ""
+	for {
+		if err := r.Replication.AwaitCaughtUp(ctx); err != nil {
+			return err
+		}
+		damaged := r.w.damaged()
+		if damaged == "" {
+			return nil
+		}
+		if damaged != said {
+			said = damaged
+			r.w.n.log.Error("jobs that were accepted before are not executed here", "because", damaged)
+		}
+		select {
+		case <-r.w.log.Changed():
+		case <-ctx.Done():
+			return fmt.Errorf("catch up: %w", ctx.Err())
+		}
+	}
+}
+
+// damaged says what this node's own journals have lost, in words; empty: nothing.
+func (w *work) damaged() string {
+	for s, end := range w.log.Ends() {
+		if s.Origin == w.n.cfg.Name && end.Damaged != 0 {
+			return fmt.Sprintf("its journal %s lost records %d to %d to damage, and no node that is heard has them: "+
+				"bring back a node that has, or remove this one (dsnode node remove) so that others take its jobs over",
+				s, end.Durable+1, end.Damaged)
+		}
+	}
+	return ""
+}
+
+// manyStreams is from how many agreed streams of a node on they are done with
+// although some member lacks records of theirs: it gets rows instead, since
+// nothing bounds how long a member is away.
+const manyStreams = 32
+
+// Spread reports whether every member holds all of a stream.
+func (r jobReplication) Spread(s journal.Stream) bool {
+	end, held := r.w.log.End(s)
+	if !held || r.HeldByAll(s) >= end.Durable {
 		return true
 	}
-	p, known := r.w.n.cluster.Peers()[node]
-	return known && p.Heard && p.Ago < r.w.n.cluster.Timing().Patience
+	count := 0
+	for _, j := range r.w.n.cluster.State().Streams {
+		if j.Origin == s.Origin {
+			count++
+		}
+	}
+	return count > manyStreams
 }
 
 // journalCarrier and tableCarrier are the stores as the keyring sees them.

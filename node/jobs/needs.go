@@ -43,6 +43,8 @@ type Replication interface {
 	// AwaitCaughtUp blocks until this node's table shows what every living node
 	// holds, of all streams.
 	AwaitCaughtUp(ctx context.Context) error
+	// Spread reports whether all members have all of a stream, or need it no more.
+	Spread(s journal.Stream) bool
 }
 
 // Ownership says which streams' jobs may be started here; *failover.Ownership

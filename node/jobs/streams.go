@@ -375,7 +375,7 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
 			continue
 		}
-		if st.Origin != s.o.Node && !s.whole(ctx, st) {
+		if !s.o.Replication.Spread(st) || st.Origin != s.o.Node && !s.whole(ctx, st) {
 			continue
 		}
 		done = append(done, j.Key())

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -180,6 +181,8 @@ func (c *copies) Await(ctx context.Context, s journal.Stream, seq uint64, level 
 	}
 }
 
+func (c *copies) Spread(journal.Stream) bool { return true }
+
 func (c *copies) AwaitCaughtUp(ctx context.Context) error {
 	c.mu.Lock()
 	done := c.caughtUp
@@ -214,8 +217,7 @@ type world struct {
 	agreed *agreement
 	copies *copies
 	server func(ctx context.Context, r *serving.Request, s serving.Sink) error
-	spare  int
-	heard  map[string]bool
+	spare  atomic.Int64
 	node   string
 	limit  time.Duration // of until
 	poll   time.Duration
@@ -234,9 +236,10 @@ func newWorld(t testing.TB) *world {
 	began := time.Now()
 	w := &world{
 		t: t, dir: t.TempDir(), ring: ring, agreed: newAgreement(func() time.Duration { return time.Since(began) }), copies: newCopies(),
-		server: answering(`{"ok":true}`), spare: 1000, heard: map[string]bool{}, node: "here-1", stop: func() {}, limit: time.Minute, poll: 2 * time.Millisecond,
+		server: answering(`{"ok":true}`), node: "here-1", stop: func() {}, limit: time.Minute, poll: 2 * time.Millisecond,
 	}
 	w.agreed.leased = true
+	w.spare.Store(1000)
 	t.Cleanup(func() { w.stop() })
 	return w
 }
@@ -286,6 +289,7 @@ func (w *world) open() {
 	w.table, err = jobtable.Open(tables)
 	if errors.Is(err, jobtable.ErrDamaged) { // a copy of files that change is none of one moment; it is derived
 		must(jobtable.Discard(tables.Dir))
+		tables.Registerer = prometheus.NewRegistry()
 		w.table, err = jobtable.Open(tables)
 	}
 	must(err)
@@ -302,7 +306,7 @@ func (w *world) open() {
 		Parse: func(endpoint string, body []byte) (*serving.Request, error) {
 			return &serving.Request{Endpoint: endpoint, Body: body, Model: "m"}, nil
 		},
-		Spare: func() int { return w.spare }, Heard: func(n string) bool { return w.heard[n] },
+		Spare: func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
 		Registerer: w.reg, Logger: logger, Grace: 5 * time.Second,
 	})
 	must(err)
