@@ -29,7 +29,7 @@ import (
 // its own time.
 type keyWorld struct {
 	t   testing.TB
-	log *bytes.Buffer
+	log *lockedWriter
 
 	mu      sync.Mutex // guards what follows
 	state   *cluster.State
@@ -51,7 +51,7 @@ type worldNode struct {
 
 func newKeyWorld(t testing.TB) *keyWorld {
 	t.Helper()
-	return &keyWorld{t: t, log: &bytes.Buffer{}, state: &cluster.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
+	return &keyWorld{t: t, log: &lockedWriter{w: &bytes.Buffer{}}, state: &cluster.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
 }
 
 func (w *worldNode) State() *cluster.State {
@@ -117,7 +117,7 @@ func (w *keyWorld) start(name, dir string, operator operatorKeys) *worldNode {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	d, err := newDataKeys(name, dir, sealer, operator, slog.New(slog.NewJSONHandler(&lockedWriter{w: w.log}, nil)))
+	d, err := newDataKeys(name, dir, sealer, operator, slog.New(slog.NewJSONHandler(w.log, nil)))
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -149,6 +149,13 @@ func (l *lockedWriter) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.w.Write(b)
+}
+
+// Bytes is what was written until now.
+func (l *lockedWriter) Bytes() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Clone(l.w.Bytes())
 }
 
 // keyStore is a Carrier: records in memory.
