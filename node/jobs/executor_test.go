@@ -84,7 +84,7 @@ func TestRetries(t *testing.T) {
 
 func TestExpiry(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.spare = 0
+		w.spare.Store(0)
 		w.start()
 		began := time.Now()
 		id := w.submit(func(r *Request) { r.ExpiresIn = 10 * time.Second }).ID
@@ -116,7 +116,7 @@ func TestExpiry(t *testing.T) {
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 1 })
-		w.spare = 0
+		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
@@ -135,9 +135,7 @@ func TestOrder(t *testing.T) {
 			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = []byte(j.body), j.tenant, j.priority })
 			time.Sleep(5 * time.Millisecond)
 		}
-		w.exec.mu.Lock()
-		w.spare = 1000
-		w.exec.mu.Unlock()
+		w.spare.Store(1000)
 		w.until("all have run", func() bool { return w.Counts().Succeeded == 7 })
 		if got, want := strings.Join(order, " "), "high a1 b1 a2 b2 a3 low"; got != want {
 			t.Errorf("order is %s, want %s", got, want)
@@ -147,7 +145,7 @@ func TestOrder(t *testing.T) {
 
 func TestCancel(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.spare = 0
+		w.spare.Store(0)
 		called := make(chan error, 1)
 		w.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
@@ -164,7 +162,7 @@ func TestCancel(t *testing.T) {
 		if err != nil || again.Status != journal.Cancelled {
 			t.Errorf("cancel it twice: %+v, %v", again, err)
 		}
-		w.spare = 10
+		w.spare.Store(10)
 		id = w.submit().ID
 		w.await(id, journal.Running)
 		if v, err = w.Cancel(t.Context(), ann, id); err != nil || v.Status != journal.Cancelled || v.ExecutedBy != "here" {
@@ -217,7 +215,7 @@ func TestLeaseLoss(t *testing.T) {
 func TestProposedNeedsALease(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.leased, w.agreed.refuse = false, cluster.ErrNoQuorum
-		w.spare = 0
+		w.spare.Store(0)
 		w.start()
 		island := w.submit().ID
 		stream, _, _ := w.streams.current()
@@ -227,7 +225,7 @@ func TestProposedNeedsALease(t *testing.T) {
 		w.agreed.lease(true)
 		w.until("it is proposed", func() bool { return !w.streams.island(stream) })
 		w.agreed.lease(false)
-		w.spare = 10
+		w.spare.Store(10)
 		time.Sleep(time.Second)
 		if got := w.get(island).Status; got != journal.Queued {
 			t.Errorf("proposed and without a lease the job is %s", got)
@@ -246,11 +244,12 @@ func TestProposedNeedsALease(t *testing.T) {
 
 func TestIslandSurvivesACrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.leased, w.spare = false, 0
+		w.agreed.leased = false
+		w.spare.Store(0)
 		w.start()
 		id := w.submit().ID
 		w.crash()
-		w.spare = 10
+		w.spare.Store(10)
 		w.await(id, journal.Succeeded)
 	})
 }
@@ -400,7 +399,7 @@ func TestAdoption(t *testing.T) {
 		a.until("the stream is agreed on", func() bool { return a.streams.agreed(stream) })
 		running := a.submit().ID
 		a.await(running, journal.Running)
-		a.spare = 0
+		a.spare.Store(0)
 		queued := a.submit().ID
 		deliver(t, a, b)
 		time.Sleep(time.Second)

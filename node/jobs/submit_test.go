@@ -44,7 +44,7 @@ func TestDurability(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, w *world) {
-				w.spare = 0
+				w.spare.Store(0)
 				w.start()
 				w.copies.say(tc.possible, tc.reachable, tc.reached)
 				if tc.later != "" {
@@ -190,7 +190,7 @@ func TestKeyInTwoSites(t *testing.T) {
 
 func TestBounds(t *testing.T) {
 	w := newWorld(t)
-	w.spare = 0
+	w.spare.Store(0)
 	w.agreed.configure(func(j *cluster.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
 	w.start()
 	body := func(n int) func(*Request) {
@@ -314,7 +314,7 @@ func TestDeleteAndRetry(t *testing.T) {
 	if _, err := w.Get(ctx, ann, good); !errors.Is(err, ErrNotFound) {
 		t.Errorf("get what was deleted: %v", err)
 	}
-	w.spare = 0
+	w.spare.Store(0)
 	waits := w.submit().ID
 	if err := w.Delete(ctx, ann, waits); !errors.Is(err, ErrNotFinal) {
 		t.Errorf("delete what waits: %v", err)
