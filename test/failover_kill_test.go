@@ -27,6 +27,9 @@ func TestFailoverWhenPrimaryIsKilled(t *testing.T) {
 			for trial := range trials[i] {
 				t.Run(fmt.Sprint(trial+1), func(t *testing.T) {
 					s := begin(t, lab.Topology{Nodes: nodes})
+					if len(s.lab.Nodes()) >= 5 {
+						wantVoters(t, s.lab, 5) // the last two get their votes when they were stable for a while
+					}
 					old, epoch, leader := s.primary()
 					c, back := s.killAndReturn(old, epoch)
 					t.Logf("%s killed, %s led: %s; healthy again %.2f s after its restart", old.Name, leader, c, back.Seconds())
