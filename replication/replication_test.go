@@ -78,11 +78,15 @@ func TestEachLinkIsCrossedOnce(t *testing.T) {
 		}
 		return n
 	}
-	before := crossed()
+	before, began := crossed(), time.Now()
 	const records, size = 100, 20000
 	seq := a1.submit(records, size)
 	w.wantEverywhere(a1.stream, seq)
-	if got := crossed() - before; got < records*size || got > records*size*13/10 {
+	times := 1
+	if time.Since(began) >= stallAfter {
+		times = 2 // on a machine that stands still, a second source is right
+	}
+	if got := crossed() - before; got < records*size || got > times*records*size*13/10 {
 		t.Errorf("%d bytes of records made %d bytes on the link between the sites", records*size, got)
 	}
 }
