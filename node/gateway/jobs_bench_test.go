@@ -34,6 +34,7 @@ func (a *alone) Propose(context.Context, cluster.CommandType, any) (uint64, erro
 	return 0, cluster.ErrNoQuorum
 }
 func (a *alone) Possible(journal.Durability) error       { return nil }
+func (a *alone) Spread(journal.Stream) bool              { return true }
 func (a *alone) Reachable(d journal.Durability) bool     { return d == journal.DurableNode }
 func (a *alone) AwaitCaughtUp(ctx context.Context) error { return ctx.Err() }
 func (a *alone) Reached(journal.Stream, uint64) journal.Durability {
