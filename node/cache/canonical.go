@@ -208,16 +208,13 @@ func (c *canonical) str() bool {
 func (c *canonical) escaped() bool {
 	for c.i < len(c.in) {
 		b := c.in[c.i]
-		switch b {
-		case '"':
-			c.i++
-			c.out = append(c.out, '"')
-			return true
-		default:
+		if b != '\\' {
 			c.i++
 			c.out = append(c.out, b)
+			if b == '"' {
+				return true
+			}
 			continue
-		case '\\':
 		}
 		if c.i+1 == len(c.in) {
 			return false

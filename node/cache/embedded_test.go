@@ -2,7 +2,6 @@ package cache
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -26,7 +25,7 @@ func entry(i int, at time.Time, size int) Entry {
 func openFile(t *testing.T, dir string, limit int64) (*embedded, *int) {
 	t.Helper()
 	rebuilt := 0
-	e, err := openEmbedded(dir, limit, slog.New(slog.NewTextHandler(io.Discard, nil)), func() { rebuilt++ })
+	e, err := openEmbedded(dir, limit, slog.New(slog.DiscardHandler), func() { rebuilt++ })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,161 @@
+package gateway
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+)
+
+// answers is a pipeline that gives one head.
+type answers struct {
+	head serving.Head
+	err  error
+	saw  *serving.Request
+}
+
+func (a *answers) Serve(_ context.Context, r *serving.Request, s serving.Sink) error {
+	a.saw = r
+	if a.err != nil {
+		return a.err
+	}
+	if err := s.Head(a.head); err != nil {
+		return err
+	}
+	return s.Data([]byte(`{}`))
+}
+
+func (b *bench) post(t *testing.T, body string, header ...string) *http.Response {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, b.url+"/v1/chat/completions", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i+1 < len(header); i += 2 {
+		req.Header.Add(header[i], header[i+1])
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := resp.Body.Close(); err != nil {
+		t.Fatal(err)
+	}
+	resp.Body = io.NopCloser(strings.NewReader(string(text)))
+	return resp
+}
+
+func TestWhatTheCacheHadToDoWithIt(t *testing.T) {
+	head := func(c serving.Cached, attempts int) serving.Head {
+		return serving.Head{Status: 200, Length: 2, Attempts: attempts, Cache: c, Header: http.Header{"Content-Type": {"application/json"}}}
+	}
+	for _, c := range []struct {
+		head                     serving.Head
+		label, status, age, made string
+	}{
+		{head(serving.Cached{Status: serving.Miss}, 1), "miss", "", "", "1"},
+		{head(serving.Cached{Status: serving.Bypass}, 2), "bypass", "", "", "2"},
+		{head(serving.Cached{Status: serving.Coalesced}, 1), "coalesced", "", "", "1"},
+		{
+			head(serving.Cached{Status: serving.HitLocal, Key: "abc", Age: 61500 * time.Millisecond, Left: time.Hour}, 0),
+			"hit-local", `dsnode; hit; ttl=3600; key="abc"; detail=hit-local`, "61", "0",
+		},
+		{
+			head(serving.Cached{Status: serving.Stale, Key: "abc", Age: 2 * time.Hour, Left: -time.Hour}, 0),
+			"stale", `dsnode; hit; ttl=-3600; key="abc"; detail=stale`, "7200", "0",
+		},
+	} {
+		b := open(t, &answers{head: c.head}, nil)
+		resp := b.post(t, `{"model":"m"}`)
+		h := resp.Header
+		if h.Get("X-Dsnode-Cache") != c.label || h.Get("Cache-Status") != c.status || h.Get("Age") != c.age || h.Get("X-Dsnode-Attempts") != c.made {
+			t.Errorf("%s: %v", c.label, h)
+		}
+	}
+}
+
+func TestWhatAClientWantsOfTheCache(t *testing.T) {
+	up := &answers{head: serving.Head{Status: 200, Length: 2}}
+	b := open(t, up, nil)
+	for _, c := range []struct {
+		body   string
+		header []string
+		mode   serving.CacheMode
+		same   bool // deterministic
+		status int
+	}{
+		{`{"model":"m"}`, nil, "", false, 200},
+		{`{"model":"m","temperature":0}`, nil, "", true, 200},
+		{`{"model":"m","temperature":0.00e5}`, nil, "", true, 200},
+		{`{"model":"m","temperature":-0.0}`, nil, "", true, 200},
+		{`{"model":"m","temperature":0.01}`, nil, "", false, 200},
+		{`{"model":"m","temperature":1e-9}`, nil, "", false, 200},
+		{`{"model":"m","temperature":null}`, nil, "", false, 200},
+		{`{"model":"m","temperature":"0"}`, nil, "", false, 200},
+		{`{"model":"m","temperature":[0]}`, nil, "", false, 200},
+		{`{"model":"m","x":{"temperature":0}}`, nil, "", false, 200},
+		{`{"model":"m","temperature":0,"temperature":1}`, nil, "", false, 400},
+		{`{"model":"m","temperature":0,"Temperature":1}`, nil, "", false, 400},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "store"}, serving.CacheStore, false, 200},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "no-store"}, serving.CacheNoStore, false, 200},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "refresh"}, serving.CacheRefresh, false, 200},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "only"}, serving.CacheOnly, false, 200},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "yes"}, "", false, 400},
+		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "store", "X-Dsnode-Cache", "no-store"}, "", false, 400},
+	} {
+		up.saw = nil
+		resp := b.post(t, c.body, c.header...)
+		if resp.StatusCode != c.status || (up.saw != nil) != (c.status == 200) {
+			t.Errorf("%s %q: status %d", c.body, c.header, resp.StatusCode)
+			continue
+		}
+		if up.saw != nil && (up.saw.Cache != c.mode || up.saw.Deterministic != c.same) {
+			t.Errorf("%s %q: %q, deterministic %v", c.body, c.header, up.saw.Cache, up.saw.Deterministic)
+		}
+	}
+}
+
+func TestNotInTheCache(t *testing.T) {
+	b := open(t, &answers{err: serving.ErrNotCached}, nil)
+	resp := b.post(t, `{"model":"m"}`, "X-Dsnode-Cache", "only")
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusGatewayTimeout || resp.Header.Get("X-Should-Retry") != "false" ||
+		resp.Header.Get("X-Dsnode-Cache") != "miss" || !strings.Contains(string(text), `"code":"not_cached"`) {
+		t.Errorf("%v: %d %v %s", err, resp.StatusCode, resp.Header, text)
+	}
+	b = open(t, &answers{err: serving.ErrLagging}, nil)
+	if resp := b.post(t, `{"model":"m"}`); resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") == "" {
+		t.Errorf("%d %v", resp.StatusCode, resp.Header)
+	}
+}
+
+// TestAPeerIsToldWhichModelAnswered, and nothing of the cache, which is its own.
+func TestAPeerIsToldWhichModelAnswered(t *testing.T) {
+	up := &answers{head: serving.Head{Status: 200, Length: 2, Model: "org/模型", Cache: serving.Cached{Status: serving.Bypass}}}
+	b := open(t, up, nil)
+	url := listen(t, b.Gateway, b.PeerHandler())
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url+"/v1/chat/completions", strings.NewReader(`{"model":"m"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set(serving.HeaderHops, "1")
+	req.Header.Set(serving.HeaderPrincipal, "{}")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := resp.Body.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != 200 || resp.Header.Get(serving.HeaderModel) != "org%2F%E6%A8%A1%E5%9E%8B" || resp.Header.Get("X-Dsnode-Cache") != "" {
+		t.Errorf("%d %v", resp.StatusCode, resp.Header)
+	}
+}
