@@ -52,6 +52,10 @@ func TestParseConfigFillsInDefaults(t *testing.T) {
 			Enabled: true, Store: StoreDeterministic, LocalBytes: 128 << 20, LocalTTL: Duration(10 * time.Minute),
 			SharedBytes: 1 << 30, SharedTTL: Duration(time.Hour), Stale: Duration(24 * time.Hour), EntryBytes: 1 << 20,
 		},
+		Jobs: Jobs{
+			Durability: "two-sites", Concurrency: 16, MaxQueued: 100_000, MaxQueuedBytes: 1 << 30, MaxAttempts: 5,
+			Retention: Duration(24 * time.Hour), ExpiresIn: Duration(24 * time.Hour),
+		},
 		Timing: TimingConfig{Heartbeat: Duration(800 * time.Millisecond)},
 	}
 	if diff := cmp.Diff(*want, *got, cmpopts.IgnoreUnexported(Config{})); diff != "" {
@@ -84,6 +88,7 @@ cache:
   store: none
   stale: 1h
   sites: {a: {shared: redis, redis: {url: "rediss://me@h/3", password: {env: P}, tls: {ca_file: ca}}}}
+jobs: {durability: site, concurrency: 2, paused: true, max_queued: 3, max_queued_bytes: 1048576, retention: 1h, max_attempts: 4, expires_in: 5m}
 limits: {body_bytes: 1024, in_flight: 1, connections: 2, header_bytes: 4096}
 access: {anonymous: true}
 timing: {heartbeat: 100ms}
@@ -117,6 +122,9 @@ timing: {heartbeat: 100ms}
 	}
 	if c.Cache.At("b").Shared != SharedEmbedded || c.MaxAge() != 3*time.Hour {
 		t.Errorf("elsewhere %+v, kept for %s", c.Cache.At("b"), c.MaxAge())
+	}
+	if want := (Jobs{"site", 2, true, 3, 1 << 20, Duration(time.Hour), 4, Duration(5 * time.Minute)}); c.Jobs != want || c.Jobs.Running() != 0 {
+		t.Errorf("jobs %+v, want %+v", c.Jobs, want)
 	}
 	if c.Limits != (Limits{1024, 1, 2, 4096}) || !c.Access.Anonymous || c.Timing.Heartbeat.D() != 100*time.Millisecond {
 		t.Errorf("limits %+v, access %+v, timing %+v", c.Limits, c.Access, c.Timing)

@@ -344,7 +344,7 @@ func (x *exchange) sendJSON(status int, b []byte) {
 	h["Cache-Control"] = noStore
 	x.w.WriteHeader(status)
 	if x.r.Method != http.MethodHead {
-		_, _ = x.w.Write(b) // a client that has gone can't be told
+		_, _ = x.w.Write(b) //nolint:gosec // JSON, and said to be; a client that has gone can't be told
 	}
 }
 
