@@ -227,6 +227,9 @@ func (x *executor) settle(e *entry, next step) {
 	e.running = nil
 	if next.done || e.lane.gone || x.q.byID[e.id] != e {
 		x.q.drop(e)
+		if !next.done { // the stream may have come back meanwhile, as another lane
+			x.dirty[e.id] = struct{}{}
+		}
 		return
 	}
 	e.notBefore = next.notBefore
