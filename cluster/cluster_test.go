@@ -183,14 +183,21 @@ func threeMembers(t testing.TB) (a, b, c *member) {
 	for _, m := range []*member{b, c} {
 		eventually(t, m.name+" is known", 20*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
 		// On a busy machine the leader may change meanwhile.
-		eventually(t, m.name+" votes", 20*time.Second, func() bool {
-			for _, leader := range []*member{a, b, c} {
-				if leader.Raft().Leads && leader.ChangeServer(m.name, MakeVoter) == nil {
-					return true
+		change := func(to ServerChange) func() bool {
+			return func() bool {
+				for _, leader := range []*member{a, b, c} {
+					if leader.Raft().Leads && leader.ChangeServer(m.name, to) == nil {
+						return true
+					}
 				}
+				return false
 			}
-			return false
-		}, a, b, c)
+		}
+		// As the placement of voters does it: a voter that has nothing in its log
+		// gives no vote, and so could leave nobody able to lead.
+		eventually(t, m.name+" follows", 20*time.Second, change(MakeNonvoter), a, b, c)
+		eventually(t, m.name+" has caught up", 20*time.Second, func() bool { _, ok := m.State().Nodes[m.name]; return ok }, a, b, c)
+		eventually(t, m.name+" votes", 20*time.Second, change(MakeVoter), a, b, c)
 	}
 	for _, m := range []*member{a, b, c} {
 		eventually(t, m.name+" holds a lease and hears the others", 20*time.Second, func() bool { return settled(m) }, m)
