@@ -318,3 +318,22 @@ func (b *JobLedger) Broken() []string {
 	defer b.mu.Unlock()
 	return slices.Clone(b.broken)
 }
+
+// Post sends a body to a node as a client of its site does.
+func (n *Node) Post(ctx context.Context, path string, body []byte, header map[string]string) (status int, answer []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.API()+path, bytes.NewReader(body))
+	if err != nil {
+		return 0, nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	for name, value := range header {
+		req.Header.Set(name, value)
+	}
+	resp, err := n.Site.http.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	answer, err = io.ReadAll(io.LimitReader(resp.Body, 32<<20))
+	return resp.StatusCode, answer, err
+}

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -26,6 +27,7 @@ type Network struct {
 	done   chan struct{}
 	wg     sync.WaitGroup
 	close  sync.Once
+	tap    atomic.Pointer[func(packet []byte)]
 }
 
 // place is one site's namespace: a thread that lives in it, and the near end of
@@ -217,8 +219,22 @@ func (w *Network) route(from int, p *place) {
 		if !ok || to == from {
 			continue
 		}
-		w.pipes[from][to].send(append([]byte(nil), buf[:n]...))
+		packet := append([]byte(nil), buf[:n]...)
+		if see := w.tap.Load(); see != nil {
+			(*see)(packet)
+		}
+		w.pipes[from][to].send(packet)
 	}
+}
+
+// Tap shows every packet that goes from one site to another; nil ends it. The
+// function may be called by several goroutines at once.
+func (w *Network) Tap(see func(packet []byte)) {
+	if see == nil {
+		w.tap.Store(nil)
+		return
+	}
+	w.tap.Store(&see)
 }
 
 // destination reads which site an IPv4 packet goes to: 10.99.<site+1>.x.
