@@ -114,7 +114,7 @@ func (w *work) connect() error {
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
-		Retired: w.retired, Boottime: cluster.Boottime, Now: time.Now, Logger: n.log, Registerer: n.reg,
+		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Now: time.Now, Logger: n.log, Registerer: n.reg,
 	})
 	return err
 }
@@ -174,6 +174,7 @@ func (w *work) run(ctx context.Context) error {
 		w.stop.Store(&stop)
 		w.jobs.Store(j)
 		g.Go(func() error { return w.replication.Run(ctx) })
+		g.Go(func() error { return w.n.passOn(ctx) })
 		g.Go(func() error { return w.shrink(ctx) })
 		adopter := failover.NewAdopter(failover.Options{
 			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,

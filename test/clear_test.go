@@ -139,7 +139,7 @@ func post(t *testing.T, n *lab.Node, path string, body any, header map[string]st
 	if err != nil {
 		t.Fatal(err)
 	}
-	status, answer, err := n.Post(t.Context(), path, b, header)
+	status, _, answer, err := n.Post(t.Context(), path, b, header)
 	if err != nil || status != want {
 		t.Fatalf("POST %s at %s: status %d, want %d: %s %v", path, n.Name, status, want, answer, err)
 	}

@@ -320,10 +320,10 @@ func (b *JobLedger) Broken() []string {
 }
 
 // Post sends a body to a node as a client of its site does.
-func (n *Node) Post(ctx context.Context, path string, body []byte, header map[string]string) (status int, answer []byte, err error) {
+func (n *Node) Post(ctx context.Context, path string, body []byte, header map[string]string) (status int, got http.Header, answer []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.API()+path, bytes.NewReader(body))
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
 	for name, value := range header {
@@ -331,9 +331,9 @@ func (n *Node) Post(ctx context.Context, path string, body []byte, header map[st
 	}
 	resp, err := n.Site.http.Do(req)
 	if err != nil {
-		return 0, nil, err
+		return 0, nil, nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	answer, err = io.ReadAll(io.LimitReader(resp.Body, 32<<20))
-	return resp.StatusCode, answer, err
+	return resp.StatusCode, resp.Header, answer, err
 }
