@@ -27,17 +27,20 @@ func TestApplyPurgesTheCache(t *testing.T) {
 		{
 			"one after the other",
 			[]step{{0, CachePurge{Model: "m"}}, {0, CachePurge{Key: "k", Until: later}}, {0, CachePurge{Model: "n"}}},
-			map[[2]string]uint64{{"m", "k"}: 2, {"m", "l"}: 1, {"n", "l"}: 3, {"o", "l"}: 0}, nil,
+			map[[2]string]uint64{{"m", "k"}: 2, {"m", "l"}: 1, {"n", "l"}: 3, {"o", "l"}: 0},
+			nil,
 		},
 		{
 			"everything at last",
 			[]step{{0, CachePurge{Model: "m"}}, {0, CachePurge{All: true}}},
-			map[[2]string]uint64{{"m", "k"}: 2, {"n", "k"}: 2}, nil,
+			map[[2]string]uint64{{"m", "k"}: 2, {"n", "k"}: 2},
+			nil,
 		},
 		{
 			"a key is forgotten when nobody can have it",
 			[]step{{0, CachePurge{Key: "k", Until: later}}, {2 * time.Hour, CachePurge{Key: "l", Until: later.Add(time.Hour)}}},
-			map[[2]string]uint64{{"m", "k"}: 0, {"m", "l"}: 2}, nil,
+			map[[2]string]uint64{{"m", "k"}: 0, {"m", "l"}: 2},
+			nil,
 		},
 		{"nothing named", []step{{0, CachePurge{}}}, nil, ErrBadPurge},
 		{"two things named", []step{{0, CachePurge{All: true, Model: "m"}}}, nil, ErrBadPurge},

@@ -3,80 +3,140 @@
 package test
 
 import (
+	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
+	"io"
+	"io/fs"
 	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// A question that was asked in one site is answered from the cache in the others a
-// moment later, also when the site that asked is gone, and after all nodes were
-// restarted.
-func TestKeptAnswersAreEverywhere(t *testing.T) {
-	sharing(t)
-	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
-	question := func(n int, stream bool) []byte {
-		b, err := json.Marshal(map[string]any{
-			"model": lab.FastModel, "temperature": 0, "stream": stream,
-			"messages": []map[string]string{{"role": "user", "content": fmt.Sprintf("Question %d?", n)}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
+const cacheCanary = "canary-51c0de"
+
+// askCached asks a node a deterministic question and gives the status and what the
+// cache had to do with it.
+func askCached(t *testing.T, n *lab.Node, question, mode string) (status int, label, text string, header http.Header) {
+	t.Helper()
+	body := fmt.Sprintf(`{"model":%q,"temperature":0,"stream":true,"messages":[{"role":"user","content":%q}]}`, lab.FastModel, question)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, n.API()+"/v1/chat/completions", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
 	}
-	// Who looks must not bring the answer about: "only" asks no model server.
-	only := map[string]string{"X-Dsnode-Cache": "only"}
-	hit := func(n *lab.Node, body []byte, want string, within time.Duration) time.Duration {
-		t.Helper()
-		return l.WaitFor(within, "a hit at "+n.Name, func(context.Context) error {
-			status, header, answer, err := n.Post(t.Context(), "/v1/chat/completions", body, only)
-			cache := header.Get("X-Dsnode-Cache")
-			switch {
-			case err != nil:
+	req.Header.Set("Content-Type", "application/json")
+	if mode != "" {
+		req.Header.Set("X-Dsnode-Cache", mode)
+	}
+	resp, err := n.Site.Client().Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }() // read to its end
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, resp.Header.Get("X-Dsnode-Cache"), string(b), resp.Header
+}
+
+// An answer survives its process, a purge reaches a node that was away, and no
+// file has a word of it.
+func TestTheCacheOfRealNodes(t *testing.T) {
+	l := lab.Start(t, lab.Topology{})
+	here, away := l.Sites[0].Nodes[0], l.Sites[2].Nodes[0]
+	for _, n := range []*lab.Node{here, away} {
+		// Until the cluster has agreed on its keys nothing is kept.
+		deadline := time.Now().Add(30 * time.Second)
+		question, first := "", ""
+		for i := 0; ; i++ {
+			question = fmt.Sprintf("Tell me of %s, %d", cacheCanary, i)
+			status, label, text, _ := askCached(t, n, question, "")
+			if status != http.StatusOK {
+				t.Fatalf("%s: %d %s", n.Name, status, text)
+			}
+			if first = text; label == "miss" {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s still says %s", n.Name, label)
+			}
+		}
+		_, label, text, header := askCached(t, n, question, "")
+		if label != "hit-local" || text != first || header.Get("Age") == "" || !strings.Contains(header.Get("Cache-Status"), "hit") {
+			t.Fatalf("%s: %s, %v, %q then %q", n.Name, label, header, first, text)
+		}
+		// It is written behind; then the process may go.
+		l.WaitFor(10*time.Second, "the answer is in the file", func(ctx context.Context) error {
+			m, err := n.Metrics(ctx)
+			if err != nil {
 				return err
-			case status != http.StatusOK || cache != "hit-shared" && cache != "hit-local":
-				return fmt.Errorf("status %d, X-Dsnode-Cache: %s", status, cache)
-			case string(answer) != want:
-				t.Errorf("%s gave another answer: %.200s", n.Name, answer)
+			}
+			if m[`dsnode_cache_shared_up`] != 1 {
+				return fmt.Errorf("the shared tier is not up: %v", m["dsnode_cache_shared_up"])
 			}
 			return nil
 		})
-	}
-	a, b, c := l.Sites[0].Nodes[0], l.Sites[1].Nodes[0], l.Sites[2].Nodes[0]
-	kept := map[string]string{}
-	for i, stream := range []bool{false, true} {
-		body := question(i, stream)
-		status, header, text, err := a.Post(t.Context(), "/v1/chat/completions", body, nil)
-		if cache := header.Get("X-Dsnode-Cache"); err != nil || status != http.StatusOK || cache != "miss" {
-			t.Fatalf("the first time: status %d, X-Dsnode-Cache: %s, %v", status, cache, err)
+		l.WaitFor(20*time.Second, "a killed node finds it again", func(context.Context) error {
+			n.Restart()
+			l.WaitHealthy(20 * time.Second)
+			_, label, text, _ := askCached(t, n, question, "only")
+			if label != "hit-shared" || text != first {
+				return fmt.Errorf("%s: %s", n.Name, label)
+			}
+			return nil
+		})
+		if n == away {
+			purgeWhileAway(t, l, here, away, question)
 		}
-		answer := string(text)
-		kept[string(body)] = answer
-		first := hit(b, body, answer, within(time.Second))
-		t.Logf("stream %t: a hit in the other sites after %v", stream, first+hit(c, body, answer, within(time.Second)))
-	}
-	l.Sites[0].Kill()
-	for body, answer := range kept {
-		hit(b, []byte(body), answer, within(time.Second))
-		hit(c, []byte(body), answer, within(time.Second))
-	}
-	l.Sites[0].Start()
-	l.WaitHealthy(within(15 * time.Second))
-	for _, n := range l.Nodes() {
-		n.Kill()
 	}
 	for _, n := range l.Nodes() {
-		n.Start()
+		wantNoCanary(t, n)
 	}
-	l.WaitHealthy(within(20 * time.Second))
-	for body, answer := range kept {
-		for _, n := range l.Nodes() {
-			hit(n, []byte(body), answer, within(5*time.Second))
+}
+
+// purgeWhileAway: a node that is down hears of the purge when it is back.
+func purgeWhileAway(t *testing.T, l *lab.Lab, here, away *lab.Node, question string) {
+	t.Helper()
+	away.Kill()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, here.AdminURL()+"/admin/v1/cache/purge", strings.NewReader(fmt.Sprintf(`{"model":%q}`, lab.FastModel)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := here.Site.Client().Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusNoContent {
+		t.Fatalf("purge: %d, %v", resp.StatusCode, err)
+	}
+	away.Start()
+	l.WaitHealthy(20 * time.Second)
+	if status, label, _, _ := askCached(t, away, question, "only"); status != http.StatusGatewayTimeout || label != "miss" {
+		t.Errorf("after the purge: %d %s", status, label)
+	}
+}
+
+func wantNoCanary(t *testing.T, n *lab.Node) {
+	t.Helper()
+	files := 0
+	err := filepath.WalkDir(n.DataDir(), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
 		}
+		files++
+		b, err := os.ReadFile(path)
+		if err == nil && bytes.Contains(b, []byte(cacheCanary)) {
+			t.Errorf("%s holds a question or an answer in clear", path)
+		}
+		return err
+	})
+	if err != nil || files == 0 {
+		t.Errorf("%s: %d files, %v", n.Name, files, err)
 	}
 }
