@@ -123,9 +123,7 @@ func (c *Config) MaxAge() time.Duration {
 
 // equal compares all of it.
 func (c Cache) equal(o Cache) bool {
-	sites := maps.Equal(c.Sites, o.Sites)
-	c.Sites, o.Sites = nil, nil
-	return sites && c.Enabled == o.Enabled && c.Store == o.Store && c.LocalBytes == o.LocalBytes && c.LocalTTL == o.LocalTTL &&
+	return maps.Equal(c.Sites, o.Sites) && c.Enabled == o.Enabled && c.Store == o.Store && c.LocalBytes == o.LocalBytes && c.LocalTTL == o.LocalTTL &&
 		c.SharedBytes == o.SharedBytes && c.SharedTTL == o.SharedTTL && c.Stale == o.Stale && c.EntryBytes == o.EntryBytes
 }
 
