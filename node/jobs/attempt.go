@@ -274,9 +274,13 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 		if err == nil {
 			_, err = x.o.Journal.Append(work, r.Stream, []journal.Record{*r})
 		}
+		now, _, _ := x.streams.current()
 		switch {
 		case err == nil:
 			return nil
+		case errors.Is(err, journal.ErrFrozen) && now != r.Stream: // a new one was begun meanwhile
+			r.Stream = now
+			continue
 		case errors.Is(err, journal.ErrFull), errors.Is(err, keyring.ErrNoDataKey):
 			x.log.Warn("a job's record has to wait", "job", r.Job, "err", err)
 		default:

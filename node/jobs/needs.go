@@ -15,6 +15,7 @@ import (
 type Journal interface {
 	Create(ctx context.Context, s journal.Stream) error
 	Append(ctx context.Context, s journal.Stream, records []journal.Record) (last uint64, err error)
+	Freeze(s journal.Stream) error
 	Ends() map[journal.Stream]journal.End
 }
 

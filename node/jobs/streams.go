@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,32 +26,31 @@ const (
 	// jobs in a stream that nobody else can get: longer than a new leader needs.
 	leaseLoss = 2 * time.Second
 	// openWait bounds one proposal, retryWait is the pause after one that failed.
-	openWait  = 10 * time.Second
-	retryWait = 2 * time.Second
-	dropEvery = 10 * time.Second
-	loadAgain = 5 * time.Second
-	proposals = "proposed.json"
-	// maxProposals bounds that file; the cluster agrees on fewer.
-	maxProposals = 4096
+	openWait    = 10 * time.Second
+	retryWait   = 2 * time.Second
+	dropEvery   = 10 * time.Second
+	loadAgain   = 5 * time.Second
+	islandsFile = "islands.json"
 )
 
 // streams are those that this node writes, and those whose jobs it executes.
 //
 // A stream that nobody was told of is an island: only this node can execute it,
-// and it needs no lease for that. Before the cluster is asked to agree on it that
-// is noted on disk, because from then on another may adopt it: it needs a permit
-// for each start for ever after, also after a crash.
+// and it needs no lease for that. Which streams are islands is noted on disk:
+// before one is begun, and, before the cluster is asked to agree on it, that it is
+// none any more, because from then on another may adopt it: it needs a permit for
+// each start for ever after, also after a crash. What is not noted is no island:
+// also own streams that come back from peers after a disk was lost.
 type streams struct {
 	o    *Options
 	log  *slog.Logger
 	path string
 
-	mu       sync.Mutex // guards all below
-	begun    bool
-	now      journal.Stream                   // zero before begun
-	token    journal.Token                    // of now
-	islands  map[journal.Stream]struct{}      // own streams that were never proposed
-	proposed map[journal.Incarnation]struct{} // own streams that were, as on disk
+	mu      sync.Mutex // guards all below
+	begun   bool
+	now     journal.Stream              // zero before begun
+	token   journal.Token               // of now
+	islands map[journal.Stream]struct{} // own streams that were never proposed, as on disk
 }
 
 // permit lets one start happen, like failover.Permit.
@@ -60,41 +60,44 @@ type permit struct {
 }
 
 func newStreams(o *Options) (*streams, error) {
-	s := &streams{
-		o: o, log: o.Logger, path: filepath.Join(o.Dir, proposals),
-		islands: map[journal.Stream]struct{}{}, proposed: map[journal.Incarnation]struct{}{},
-	}
-	old := map[journal.Stream]struct{}{}
-	for st := range o.Journal.Ends() {
-		if st.Origin == o.Node {
-			old[st] = struct{}{}
-		}
-	}
-	known, err := s.readProposed()
+	s := &streams{o: o, log: o.Logger, path: filepath.Join(o.Dir, islandsFile), islands: map[journal.Stream]struct{}{}}
+	noted, err := s.readIslands()
 	if err != nil {
 		return nil, err
 	}
-	for st := range old {
-		if _, noted := s.proposed[st.Incarnation]; noted || !known {
-			s.proposed[st.Incarnation] = struct{}{}
-		} else {
+	for st := range o.Journal.Ends() {
+		if st.Origin == o.Node && slices.Contains(noted, st.Incarnation) {
 			s.islands[st] = struct{}{}
 		}
 	}
 	return s, nil
 }
 
-// begin opens a new stream for what is written from now on.
+// begin opens a new stream for what is written from now on. The one before takes
+// no more: whoever owns it then knows its end.
 func (s *streams) begin(ctx context.Context) error {
 	next := journal.Stream{Origin: s.o.Node}
 	_, _ = rand.Read(next.Incarnation[:]) // it never fails
+	s.mu.Lock()
+	islands := maps.Clone(s.islands)
+	s.mu.Unlock()
+	islands[next] = struct{}{}
+	if err := writeIslands(s.path, islands); err != nil { // nobody else writes it now
+		return fmt.Errorf("begin a job stream: %w", err)
+	}
 	if err := s.o.Journal.Create(ctx, next); err != nil {
 		return fmt.Errorf("begin a job stream: %w", err)
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	before, begun := s.now, s.begun
 	s.now, s.token, s.begun = next, s.islandToken(), true
-	s.islands[next] = struct{}{}
+	s.islands = islands
+	s.mu.Unlock()
+	if begun {
+		if err := s.o.Journal.Freeze(before); err != nil {
+			return fmt.Errorf("end a job stream: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -115,8 +118,9 @@ func (s *streams) current() (journal.Stream, journal.Token, bool) {
 
 // check permits one start of a job of a stream.
 func (s *streams) check(st journal.Stream) (permit, error) {
-	if s.island(st) {
-		return permit{token: s.islandToken(), inTime: func() bool { return s.island(st) }}, nil
+	// That it is agreed on says more than the note: a disk may be an old image.
+	if alone := func() bool { return s.island(st) && !s.known(st) }; alone() {
+		return permit{token: s.islandToken(), inTime: alone}, nil
 	}
 	p, err := s.o.Ownership.Check(keyOf(st))
 	if err != nil {
@@ -128,6 +132,9 @@ func (s *streams) check(st journal.Stream) (permit, error) {
 // ours reports whether nobody but this process, or one before it alone, can have
 // executed a stream.
 func (s *streams) ours(st journal.Stream) bool {
+	if state := s.o.State(); state != nil && state.Streams[keyOf(st)].Before != "" {
+		return false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, island := s.islands[st]
@@ -151,8 +158,14 @@ type caring struct {
 	retryAt  time.Time
 	dropAt   time.Time
 	loadAt   time.Time
-	lanes    map[journal.Stream]context.CancelFunc // taken over; ends a taking over that is under way
+	lanes    map[journal.Stream]taken
 	work     sync.WaitGroup
+}
+
+// taken is a stream that is taken over.
+type taken struct {
+	stop  context.CancelFunc // ends a taking over that is under way
+	token journal.Token      // zero while it is not agreed on
 }
 
 // run keeps the streams in line with what is agreed, until ctx ends.
@@ -160,7 +173,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	if err := s.beginFirst(ctx); err != nil {
 		return err
 	}
-	c := &caring{leasedAt: time.Now(), lanes: map[journal.Stream]context.CancelFunc{}}
+	c := &caring{leasedAt: time.Now(), lanes: map[journal.Stream]taken{}}
 	ctx, stop := context.WithCancel(ctx)
 	defer c.work.Wait()
 	defer stop()
@@ -204,7 +217,16 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 		c.leasedAt = now
 	}
 	current, _, _ := s.current()
-	if !leased && now.Sub(c.leasedAt) > leaseLoss && !s.island(current) {
+	switch {
+	case s.lost(current):
+		// Its owner lets go of it when its last job has ended: what came later would
+		// be nobody's.
+		if err := s.begin(ctx); err != nil {
+			s.log.Error("no new stream in place of one that another node owns", "err", err)
+		} else {
+			s.log.Warn("another node owns the stream of this one: new jobs go to a new stream", "stream", current)
+		}
+	case !leased && now.Sub(c.leasedAt) > leaseLoss && !s.island(current):
 		if err := s.begin(ctx); err != nil {
 			s.log.Error("no stream of its own for a node without a lease", "err", err)
 		} else {
@@ -236,42 +258,66 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 // it is not any more.
 func (s *streams) follow(ctx context.Context, c *caring, x *executor) {
 	mine := s.mine()
-	for st, stop := range c.lanes {
-		if !slices.Contains(mine, st) {
-			stop()
-			x.leave(st)
-			delete(c.lanes, st)
+	for st, l := range c.lanes {
+		token, still := mine[st]
+		switch {
+		case !still:
 			s.log.Info("job stream has another owner, or is done with", "stream", st)
+		case l.token == token:
+			continue
+		case l.token == (journal.Token{}):
+			l.token = token
+			c.lanes[st] = l
+			continue
+		default: // in between another had it, and may have executed some of it
+			s.log.Info("job stream had another owner, and is this node's again", "stream", st)
 		}
+		l.stop()
+		x.leave(st)
+		delete(c.lanes, st)
 	}
-	for _, st := range mine {
-		if _, taken := c.lanes[st]; taken {
+	for st, token := range mine {
+		if _, known := c.lanes[st]; known {
 			continue
 		}
 		taking, stop := context.WithCancel(ctx)
-		c.lanes[st] = stop
+		c.lanes[st] = taken{stop: stop, token: token}
 		c.work.Go(func() { s.takeOver(taking, st, x) })
 	}
 }
 
-// mine are the streams to execute. One that is proposed and not yet agreed on is
-// kept: nobody else has it.
-func (s *streams) mine() []journal.Stream {
-	var mine []journal.Stream
+// mine are the streams to execute, with their tokens as agreed. One that is
+// proposed and not yet agreed on is kept: nobody else has it.
+func (s *streams) mine() map[journal.Stream]journal.Token {
+	mine := map[journal.Stream]journal.Token{}
 	for _, j := range s.o.Ownership.Mine() {
 		if i, err := journal.ParseIncarnation(j.Incarnation); err == nil {
-			mine = append(mine, journal.Stream{Origin: j.Origin, Incarnation: i})
+			mine[journal.Stream{Origin: j.Origin, Incarnation: i}] = tokenOf(j.Token)
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for st := range s.islands {
-		mine = append(mine, st)
-	}
-	if !slices.Contains(mine, s.now) && !s.agreed(s.now) {
-		mine = append(mine, s.now)
+	alone := maps.Clone(s.islands)
+	alone[s.now] = struct{}{}
+	for st := range alone {
+		if !s.known(st) {
+			mine[st] = journal.Token{}
+		}
 	}
 	return mine
+}
+
+// known reports whether the cluster has agreed on a stream, or had.
+func (s *streams) known(st journal.Stream) bool { return s.agreed(st) || s.lost(st) }
+
+// lost reports whether a stream has another owner, or is done with.
+func (s *streams) lost(st journal.Stream) bool {
+	state := s.o.State()
+	if state == nil {
+		return false
+	}
+	j, agreed := state.Streams[keyOf(st)]
+	return agreed && j.Owner != s.o.Node || !agreed && slices.Contains(state.DoneStreams, keyOf(st))
 }
 
 // agreed reports whether the cluster has agreed on a stream.
@@ -319,9 +365,8 @@ func (s *streams) propose(ctx context.Context) error {
 	var todo []journal.Stream
 	for st := range s.o.Journal.Ends() {
 		// One that was proposed before and is not agreed on was never heard of, or is
-		// done with. Should this node not know yet how its jobs ended, it hears of
-		// that before it executes any.
-		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.agreed(st) {
+		// done with: then this node doesn't know yet how its jobs ended.
+		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.known(st) {
 			todo = append(todo, st)
 		}
 	}
@@ -348,18 +393,18 @@ func (s *streams) propose(ctx context.Context) error {
 // note writes down that others may know of a stream from now on.
 func (s *streams) note(st journal.Stream) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	held := map[journal.Incarnation]struct{}{st.Incarnation: {}}
-	for other := range s.o.Journal.Ends() {
-		if _, noted := s.proposed[other.Incarnation]; noted && other.Origin == s.o.Node {
-			held[other.Incarnation] = struct{}{}
-		}
+	islands := maps.Clone(s.islands)
+	s.mu.Unlock()
+	if _, island := islands[st]; !island {
+		return nil
 	}
-	if err := writeProposed(s.path, held); err != nil {
+	delete(islands, st)
+	if err := writeIslands(s.path, islands); err != nil { // nobody else writes it now
 		return err
 	}
-	s.proposed = held
-	delete(s.islands, st)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.islands = islands
 	return nil
 }
 
@@ -375,7 +420,7 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
 			continue
 		}
-		if !s.o.Replication.Spread(st) || st.Origin != s.o.Node && !s.whole(ctx, st) {
+		if !s.o.Replication.Spread(st) || st.Origin != s.o.Node && (!s.movedOn(j) || !s.whole(ctx, st)) {
 			continue
 		}
 		done = append(done, j.Key())
@@ -392,6 +437,17 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 	s.log.Info("job streams are done with", "streams", done)
 }
 
+// movedOn reports whether the origin of a stream has a later one of its own: then
+// it writes to this one no more.
+func (s *streams) movedOn(j cluster.JobStream) bool {
+	for _, later := range s.o.State().Streams {
+		if later.Origin == j.Origin && later.Owner == j.Origin && later.Before == "" && later.OpenedAt.After(j.OpenedAt) {
+			return true
+		}
+	}
+	return false
+}
+
 // whole reports that nothing of another node's stream can still come.
 func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
 	if !s.o.Heard(st.Origin) {
@@ -402,49 +458,47 @@ func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
 	return s.o.Replication.AwaitCaughtUp(ctx) == nil && s.o.Table.LiveCounts()[st] == 0
 }
 
-// noted is the file with the streams that were proposed.
+// noted is the file with the streams that are islands.
 type noted struct {
-	Format   int      `json:"format"` // 1
-	Proposed []string `json:"proposed"`
+	Format  int      `json:"format"` // 1
+	Islands []string `json:"islands"`
 }
 
-// readProposed fills proposed. known is false when what was proposed can't be
-// told: then every stream has to count as if it was.
-func (s *streams) readProposed() (known bool, err error) {
+// readIslands gives what is noted: nothing, when that can't be told.
+func (s *streams) readIslands() ([]journal.Incarnation, error) {
 	text, err := os.ReadFile(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, writeProposed(s.path, nil) // the first start, unless somebody removed it
+		return nil, nil // the first start, unless somebody removed it
 	}
 	if err != nil {
-		return false, fmt.Errorf("read which job streams were proposed: %w", err)
+		return nil, fmt.Errorf("read which job streams nobody else knows: %w", err)
 	}
 	var n noted
 	err = json.Unmarshal(text, &n)
 	if err == nil && n.Format != 1 {
 		err = fmt.Errorf("format %d", n.Format)
 	}
-	for _, text := range n.Proposed {
+	var islands []journal.Incarnation
+	for _, text := range n.Islands {
 		i, bad := journal.ParseIncarnation(text)
 		err = errors.Join(err, bad)
-		s.proposed[i] = struct{}{}
+		islands = append(islands, i)
 	}
 	if err != nil {
-		s.log.Warn("which job streams were proposed can't be read; all count as if they were", "file", s.path, "err", err)
-		return false, nil
+		s.log.Warn("which job streams nobody else knows can't be read; all count as if they were known", "file", s.path, "err", err)
+		return nil, nil
 	}
-	return true, nil
+	return islands, nil
 }
 
-// writeProposed replaces the file, durably and in one step.
-func writeProposed(path string, held map[journal.Incarnation]struct{}) error {
-	n := noted{Format: 1, Proposed: make([]string, 0, len(held))}
-	for i := range held {
-		n.Proposed = append(n.Proposed, i.String())
+// writeIslands replaces the file, durably and in one step. There are no more
+// than a journal holds streams.
+func writeIslands(path string, islands map[journal.Stream]struct{}) error {
+	n := noted{Format: 1, Islands: make([]string, 0, len(islands))}
+	for st := range islands {
+		n.Islands = append(n.Islands, st.Incarnation.String())
 	}
-	slices.Sort(n.Proposed)
-	if len(n.Proposed) > maxProposals {
-		return fmt.Errorf("%d job streams of this node are not done with", len(n.Proposed))
-	}
+	slices.Sort(n.Islands)
 	text, err := json.Marshal(n)
 	if err != nil {
 		return err

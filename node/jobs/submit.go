@@ -98,7 +98,12 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 			return v, err
 		}
 	}
-	return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+	v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+	if errors.Is(err, journal.ErrFrozen) { // a new one was begun meanwhile
+		stream, token, _ = j.streams.current()
+		return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+	}
+	return v, err
 }
 
 // durability says what to wait for, and what is enough when it can't be had. An

@@ -1,0 +1,154 @@
+package jobs
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// TestReturnedStreamIsNoIsland: what a node that lost its disk gets back of its
+// own from peers may have another owner by now; it starts none of it, also not
+// after its next start.
+func TestReturnedStreamIsNoIsland(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		before := newWorld(t)
+		before.spare.Store(0)
+		before.start()
+		stream, _, _ := before.streams.current()
+		before.until("the stream is agreed on", func() bool { return before.streams.agreed(stream) })
+		id := before.submit().ID
+		before.agreed.give(t, stream, "here-2")
+
+		after := newWorld(t) // the same node with an empty disk
+		after.ring, after.agreed = before.ring, before.agreed
+		after.start()
+		frames, _, err := before.log.Read(stream, 1, 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := after.log.Receive(t.Context(), stream, frames); err != nil {
+			t.Fatal(err)
+		}
+		before.stop()
+		for range 2 {
+			time.Sleep(30 * time.Second)
+			if after.streams.island(stream) {
+				t.Error("the stream counts as known to nobody else")
+			}
+			if got := after.get(id).Status; got != journal.Queued {
+				t.Errorf("a job of another owner is %s", got)
+			}
+			after.restart()
+		}
+		after.stop()
+	})
+}
+
+// TestDisowned: a node whose stream has another owner by now, or is done with,
+// takes what comes then in a new one, with or without having missed a lease.
+func TestDisowned(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		for _, done := range []bool{false, true} {
+			stream, _, _ := w.streams.current()
+			w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
+			give := proposal{cluster.CmdStreamOwn, cluster.StreamOwn{
+				Stream: keyOf(stream), Owner: "here-2", Expect: w.agreed.State().Streams[keyOf(stream)].Token, Term: 1,
+			}}
+			drop := proposal{cluster.CmdStreamDrop, cluster.StreamDrop{Owner: "here-2", Streams: []string{keyOf(stream)}}}
+			if done {
+				w.agreed.at(t, give, drop)
+			} else {
+				w.agreed.at(t, give)
+			}
+			w.until("there is a new stream", func() bool { now, _, _ := w.streams.current(); return now != stream })
+			w.await(w.submit().ID, journal.Succeeded)
+			if _, err := w.log.Append(t.Context(), stream, []journal.Record{{Stream: stream, Kind: journal.CancelAsked, Job: newID(time.Now())}}); err == nil {
+				t.Error("the stream of another owner still takes records")
+			}
+		}
+	})
+}
+
+// TestOwnedAgain: when a stream went to another owner and came back at once, as
+// this node sees it, that owner may have executed some of it.
+func TestOwnedAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.spare.Store(0)
+		w.start()
+		stream, _, _ := w.streams.current()
+		w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
+		id := w.submit().ID
+		gate := make(chan struct{})
+		w.copies.mu.Lock()
+		w.copies.caughtUp = gate
+		w.copies.mu.Unlock()
+		j := w.agreed.State().Streams[keyOf(stream)]
+		w.agreed.mu.Lock()
+		between := cluster.FenceToken{Generation: 1, Index: w.agreed.index + 1}
+		w.agreed.mu.Unlock()
+		w.agreed.at(t,
+			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: "here-2", Expect: j.Token, Term: 1}},
+			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: w.node, Expect: between, Term: 1}})
+		w.spare.Store(10)
+		time.Sleep(10 * time.Second)
+		if got := w.get(id).Status; got != journal.Queued {
+			t.Errorf("before it is known what the other owner did the job is %s", got)
+		}
+		close(gate)
+		w.await(id, journal.Succeeded)
+	})
+}
+
+// TestAdoptedStreamStays: an adopter is done with a stream only when its origin
+// writes to another one.
+func TestAdoptedStreamStays(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		open := func(digit string) string {
+			i := strings.Repeat(digit, 32)
+			w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: "there-1", Incarnation: i}})
+			return cluster.StreamKey("there-1", i)
+		}
+		key := open("a")
+		w.agreed.at(t, proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: key, Owner: w.node, Expect: w.agreed.State().Streams[key].Token, Term: 1}})
+		time.Sleep(time.Minute)
+		if _, agreed := w.agreed.State().Streams[key]; !agreed {
+			t.Error("the stream is done with while its origin writes to it")
+		}
+		open("b")
+		w.until("it is done with", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
+	})
+}
+
+type proposal struct {
+	kind cluster.CommandType
+	data any
+}
+
+// at makes several changes that are seen as one.
+func (a *agreement) at(t *testing.T, changes ...proposal) {
+	t.Helper()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range changes {
+		text, err := json.Marshal(p.data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.index++
+		next, err := cluster.Apply(a.state, cluster.Command{Format: 1, Type: p.kind, At: time.Now(), Data: text, Term: 1, Index: a.index})
+		if err != nil {
+			t.Fatal(err)
+		}
+		next.Parsed = a.state.Parsed
+		a.state = next
+	}
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
