@@ -56,7 +56,7 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 		f.param = "durability"
 		return f
 	case errors.Is(err, jobs.ErrKeyReused):
-		return invalid(http.StatusUnprocessableEntity, "idempotency_key_reused", "The Idempotency-Key was used for a job with another body. Use a new key.")
+		return invalid(http.StatusUnprocessableEntity, "idempotency_key_reused", "The Idempotency-Key was used for a job with another body, or for one that is not kept any more. Use a new key.")
 	case errors.Is(err, jobs.ErrNotFinal):
 		return invalid(http.StatusConflict, "job_not_finished", sentence(err)+" Cancel it first.")
 	case errors.Is(err, jobs.ErrNotRetryable):

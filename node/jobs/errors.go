@@ -18,7 +18,8 @@ var (
 	ErrNotRetryable = errors.New("only jobs that failed, expired or were cancelled can be retried")
 	// ErrImpossible: the cluster's sites and nodes can't give the durability.
 	ErrImpossible = errors.New("the cluster can't give this durability")
-	// ErrKeyReused: the Idempotency-Key came with another body before.
+	// ErrKeyReused: the Idempotency-Key came with another body before, or its job
+	// has ended and is not kept any more.
 	ErrKeyReused = errors.New("the Idempotency-Key was used for another request")
 	// ErrNotReady: this node can't take jobs yet.
 	ErrNotReady = errors.New("this node can't take jobs yet")

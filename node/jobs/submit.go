@@ -134,7 +134,10 @@ func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, wa
 	if err != nil {
 		return nil, fmt.Errorf("look for the key's job: %w", err)
 	}
-	if known && !row.Deleted() {
+	if known && row.Deleted() { // its id brings nothing back: what is written under it is never executed
+		return nil, fmt.Errorf("%w: %s, which has ended and is not kept any more", ErrKeyReused, id)
+	}
+	if known {
 		v, _, err := j.view(row, true)
 		if err != nil {
 			return nil, err
@@ -181,6 +184,7 @@ func (j *Jobs) write(ctx context.Context, rec journal.Record, sub *journal.Submi
 		}
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
+	j.exec.release(e) // the table has shown it, but for a job that was deleted meanwhile
 	has, err := j.await(ctx, rec.Job, rec.Stream, seq, sub.Durability, sub.MinDurability)
 	if err != nil {
 		return nil, err

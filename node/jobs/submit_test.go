@@ -140,6 +140,18 @@ func TestIdempotencyKey(t *testing.T) {
 			t.Fatalf("jobs %s and %s of one key", one, id)
 		}
 	}
+	// The id of a job that is gone brings nothing back: a 202 would be a lost job.
+	gone, err := w.Submit(t.Context(), keyed("k4", "ann", "1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.await(gone.ID, journal.Succeeded)
+	if err := w.Delete(t.Context(), ann, gone.ID); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := w.Submit(t.Context(), keyed("k4", "ann", "1")); !errors.Is(err, ErrKeyReused) {
+		t.Errorf("a repeat of what was deleted gives %+v, %v", v, err)
+	}
 	w.restart()
 	if again, err = w.Submit(t.Context(), keyed("k", "ann", "1")); err != nil || again.ID != first.ID {
 		t.Errorf("after a restart a repeat gives %+v, %v", again, err)
