@@ -473,6 +473,14 @@ func (x *executor) leave(s journal.Stream) {
 	x.q.lanes = slices.DeleteFunc(x.q.lanes, func(o *lane) bool { return o == l })
 }
 
+// has reports whether a stream was taken over.
+func (x *executor) has(s journal.Stream) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	l := x.q.lane(s)
+	return l != nil && !l.gone
+}
+
 // live is how many jobs of a stream are held here.
 func (x *executor) live(s journal.Stream) int {
 	x.mu.Lock()

@@ -31,6 +31,10 @@ const (
 	dropEvery   = 10 * time.Second
 	loadAgain   = 5 * time.Second
 	islandsFile = "islands.json"
+	// listenFor is how long a node has had a lease before it takes those that it
+	// hears for all that can be heard: several pings. Right after a start it hears
+	// nobody, and would find that it has all that the others hold.
+	listenFor = time.Second
 )
 
 // streams are those that this node writes, and those whose jobs it executes.
@@ -51,6 +55,7 @@ type streams struct {
 	now     journal.Stream              // zero before begun
 	token   journal.Token               // of now
 	islands map[journal.Stream]struct{} // own streams that were never proposed, as on disk
+	leased  time.Time                   // since when there is a lease, zero: there is none
 }
 
 // permit lets one start happen, like failover.Permit.
@@ -216,6 +221,7 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 	if leased {
 		c.leasedAt = now
 	}
+	s.lease(leased, now)
 	current, _, _ := s.current()
 	switch {
 	case s.lost(current):
@@ -330,6 +336,24 @@ func (s *streams) agreed(st journal.Stream) bool {
 	return agreed
 }
 
+// lease notes since when there is one.
+func (s *streams) lease(held bool, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !held:
+		s.leased = time.Time{}
+	case s.leased.IsZero():
+		s.leased = now
+	}
+}
+
+func (s *streams) listened() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.leased.IsZero() && time.Since(s.leased) >= listenFor
+}
+
 // takeOver queues what is in a stream. Of one that others may have executed, or
 // whose records a lost disk has taken here, all that any living node holds comes
 // first: a job that was finished there shall not run again.
@@ -337,6 +361,11 @@ func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) 
 	began := time.Now()
 	if !s.ours(st) {
 		s.log.Info("taking over a job stream", "stream", st)
+		for !s.listened() {
+			if sleep(ctx, lookAtStreams) != nil {
+				return
+			}
+		}
 		if err := s.o.Replication.AwaitCaughtUp(ctx); err != nil {
 			return // ctx has ended
 		}
@@ -418,6 +447,11 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 		i, err := journal.ParseIncarnation(j.Incarnation)
 		st := journal.Stream{Origin: j.Origin, Incarnation: i}
 		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
+			continue
+		}
+		// What has not been caught up with looks as if it was done: a lost disk has
+		// no jobs.
+		if !x.has(st) {
 			continue
 		}
 		if !s.o.Replication.Spread(st) || st.Origin != s.o.Node && (!s.movedOn(j) || !s.whole(ctx, st)) {

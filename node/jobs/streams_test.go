@@ -105,6 +105,35 @@ func TestOwnedAgain(t *testing.T) {
 	})
 }
 
+// TestListensFirst: a node that has just started hears nobody yet, so it can't
+// know what the others hold of a stream that others may have executed.
+func TestListensFirst(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.spare.Store(0)
+		w.start()
+		stream, _, _ := w.streams.current()
+		w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
+		id := w.submit().ID
+		w.agreed.lease(false)
+		w.restart()
+		w.spare.Store(10)
+		time.Sleep(10 * time.Second)
+		asked := func() int {
+			w.copies.mu.Lock()
+			defer w.copies.mu.Unlock()
+			return w.copies.asked
+		}
+		if asked() > 0 {
+			t.Error("without a lease it took those that it hears for all")
+		}
+		w.agreed.lease(true)
+		w.await(id, journal.Succeeded)
+		if asked() == 0 {
+			t.Error("it did not ask what the others hold")
+		}
+	})
+}
+
 // TestAdoptedStreamStays: an adopter is done with a stream only when its origin
 // writes to another one.
 func TestAdoptedStreamStays(t *testing.T) {
@@ -123,6 +152,30 @@ func TestAdoptedStreamStays(t *testing.T) {
 		}
 		open("b")
 		w.until("it is done with", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
+	})
+}
+
+// TestLostDiskIsNotDone: of a stream of an earlier life, whose records the disk has
+// lost, there is nothing here; it is done with when what others hold is done.
+func TestLostDiskIsNotDone(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		gate := make(chan struct{})
+		w.copies.mu.Lock()
+		w.copies.caughtUp = gate
+		w.copies.mu.Unlock()
+		earlier := strings.Repeat("c", 32)
+		w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: w.node, Incarnation: earlier}})
+		w.start()
+		agreed := func() bool {
+			_, agreed := w.agreed.State().Streams[cluster.StreamKey(w.node, earlier)]
+			return agreed
+		}
+		time.Sleep(time.Minute)
+		if !agreed() {
+			t.Error("it is done with before anybody was asked")
+		}
+		close(gate)
+		w.until("it is done with", func() bool { return !agreed() })
 	})
 }
 
