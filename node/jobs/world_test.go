@@ -130,6 +130,7 @@ type copies struct {
 	reached   journal.Durability
 	changed   chan struct{}
 	caughtUp  chan struct{} // closed: every stream is
+	asked     int           // calls of AwaitCaughtUp
 }
 
 func newCopies() *copies {
@@ -186,6 +187,7 @@ func (c *copies) Spread(journal.Stream) bool { return true }
 func (c *copies) AwaitCaughtUp(ctx context.Context) error {
 	c.mu.Lock()
 	done := c.caughtUp
+	c.asked++
 	c.mu.Unlock()
 	select {
 	case <-done:
