@@ -423,14 +423,14 @@ func (t *Table) fillHead(id journal.JobID, s *state) {
 	}
 	h := head{known: true}
 	for i := range subs {
-		v, err := t.o.Sealer.OpenSubmission(&subs[i])
+		sub, err := t.o.Sealer.Head(&subs[i])
 		if err == nil {
-			h.expires = max(h.expires, v.ExpiresAt.UnixMilli())
+			h.expires = max(h.expires, sub.ExpiresAt.UnixMilli())
 		}
 		if err == nil && i == 0 {
-			h.tenant, err = t.tenantHash(v.Tenant)
-			if err == nil && v.KeyHash != "" {
-				h.key, err = t.keyHashOf(v.KeyHash)
+			h.tenant, err = t.tenantHash(sub.Tenant)
+			if err == nil && sub.KeyHash != "" {
+				h.key, err = t.keyHashOf(sub.KeyHash)
 			}
 		}
 		if err != nil {

@@ -1,9 +1,6 @@
 package jobtable
 
-import (
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promauto"
-)
+import "github.com/prometheus/client_golang/prometheus"
 
 type metrics struct {
 	commit     prometheus.Histogram
@@ -15,38 +12,44 @@ type metrics struct {
 	failures   prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer) *metrics {
-	f := promauto.With(reg) // a nil one registers nowhere
+func newMetrics() *metrics {
 	return &metrics{
-		commit: f.NewHistogram(prometheus.HistogramOpts{
+		commit: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "dsnode_job_table_commit_seconds",
 			Help: "Time to write and sync one batch of changed rows.",
 			// 0.5 ms to 8 s.
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15),
 		}),
-		rows: f.NewCounter(prometheus.CounterOpts{
+		rows: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_rows_written_total",
 			Help: "Rows written to the job table; a row changed twice between two commits counts once.",
 		}),
-		pending: f.NewGauge(prometheus.GaugeOpts{
+		pending: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_job_table_pending_bytes",
 			Help: "Changes of rows in memory that the table's file does not hold yet. The journals do.",
 		}),
-		forgotten: f.NewCounterVec(prometheus.CounterOpts{
+		forgotten: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_job_table_forgotten_total",
 			Help: "Rows forgotten, by what: a job's content after its retention, later its id, or records whose submission never came.",
 		}, []string{"what"}),
-		unreadable: f.NewCounter(prometheus.CounterOpts{
+		unreadable: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_unreadable_total",
 			Help: "Submissions that could not be opened: their jobs are in no list of a tenant until they can.",
 		}),
-		resealed: f.NewCounter(prometheus.CounterOpts{
+		resealed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_resealed_total",
 			Help: "Rows sealed anew with the current key.",
 		}),
-		failures: f.NewCounter(prometheus.CounterOpts{
+		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_failures_total",
 			Help: "Failed commits and damage found. The first one stops the node.",
 		}),
+	}
+}
+
+// register makes the metrics known; to a nil registry it does nothing.
+func (m *metrics) register(reg prometheus.Registerer) {
+	if reg != nil {
+		reg.MustRegister(m.commit, m.rows, m.pending, m.forgotten, m.unreadable, m.resealed, m.failures)
 	}
 }

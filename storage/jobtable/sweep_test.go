@@ -206,7 +206,7 @@ func TestASubmissionIsReadWhenItsKeyComes(t *testing.T) {
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
 	id := w.newID()
-	r := l.submit(id, journal.Submission{Tenant: "x"})
+	r := fromDisk(t, l.submit(id, journal.Submission{Tenant: "x"}))
 	other := keyring.NewDataKey(keyring.KindSeal)
 	if err := w.ring.Set(other.ID(), w.keys[0], other); err != nil { // without the key that it was sealed with
 		t.Fatal(err)

@@ -73,18 +73,17 @@ func Open(o Options) (*Table, error) {
 		urgent:  make(chan struct{}, 1),
 		failed:  make(chan struct{}),
 	}
-	t.metrics = newMetrics(o.Registerer)
+	t.metrics = newMetrics()
 	t.room.init()
 	t.finished.init()
 	for i := range t.stripes {
 		t.stripes[i].init()
 	}
 	if err := t.openFile(); err != nil {
-		if errors.Is(err, ErrDamaged) {
-			t.metrics.failures.Inc()
-		}
 		return nil, fmt.Errorf("open the job table in %s: %w", o.Dir, err)
 	}
+	// Last: who discards a damaged table opens another one with the same registry.
+	t.metrics.register(o.Registerer)
 	t.o.Logger.Info("job table opened", "dir", o.Dir, "fresh", t.fresh, "jobs", t.Counts())
 	return t, nil
 }

@@ -82,6 +82,20 @@ func (l *log) submit(id journal.JobID, s journal.Submission) journal.Record {
 	return l.write(r)
 }
 
+// fromDisk is the record as another node, or a restarted one, has it: its head
+// has to be opened.
+func fromDisk(t testing.TB, r journal.Record) journal.Record {
+	t.Helper()
+	frame, err := journal.AppendFrame(nil, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, _, err = journal.NextFrame(frame); err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 func (l *log) start(id journal.JobID, token journal.Token, attempt uint32) journal.Record {
 	return l.write(journal.Record{Kind: journal.Started, Job: id, Token: token, Attempt: attempt})
 }

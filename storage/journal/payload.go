@@ -36,6 +36,13 @@ type Submission struct {
 	Body    []byte `json:"-"` // the request, encoded apart
 }
 
+// Head is the part of a Submission that a table needs for its indexes.
+type Head struct {
+	Tenant    string    `json:"tenant"`
+	KeyHash   string    `json:"key_hash"`
+	ExpiresAt time.Time `json:"expires_at"`
+}
+
 // Delay is the payload of Retrying.
 type Delay struct {
 	NotBefore time.Time `json:"not_before"`

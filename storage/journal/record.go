@@ -158,6 +158,9 @@ type Record struct {
 	// version writes. Ext is what a later format than knownFormat says.
 	Format uint8
 	Ext    []byte
+
+	// head of a Submitted that was sealed in this process; it is not written.
+	head *Head
 }
 
 // Place is the additional data that the payload is sealed with. It leaves out

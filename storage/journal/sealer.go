@@ -66,7 +66,11 @@ func NewSealer(ring *keyring.Ring) *Sealer {
 // ErrTooLarge.
 func (s *Sealer) SealSubmission(r *Record, v *Submission) error {
 	r.Kind, r.Rank = Submitted, 0
-	return s.seal(r, v, v.Body)
+	if err := s.seal(r, v, v.Body); err != nil {
+		return err
+	}
+	r.head = &Head{Tenant: v.Tenant, KeyHash: v.KeyHash, ExpiresAt: v.ExpiresAt}
+	return nil
 }
 
 // OpenSubmission reads what SealSubmission sealed. The errors of the Open calls
@@ -76,6 +80,17 @@ func (s *Sealer) OpenSubmission(r *Record) (Submission, error) {
 	body, err := s.open(r, Submitted, &v)
 	v.Body = body
 	return v, err
+}
+
+// Head reads the head of what SealSubmission sealed. The record that was sealed,
+// and copies of it in memory, have it at hand; others are opened.
+func (s *Sealer) Head(r *Record) (Head, error) {
+	if r.head != nil {
+		return *r.head, nil
+	}
+	var h Head
+	_, err := s.open(r, Submitted, &h)
+	return h, err
 }
 
 // SealOutcome fills Kind, Rank, Payload and Digest, like SealSubmission.
@@ -157,6 +172,7 @@ type meta interface {
 }
 
 func (s *Sealer) seal(r *Record, v meta, body []byte) error {
+	r.head = nil
 	mac, err := s.digester()
 	if err != nil {
 		return err

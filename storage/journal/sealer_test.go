@@ -29,6 +29,37 @@ func place() Record {
 	return Record{Stream: streamOf(1), Job: JobID{1, 2}, Token: Token{3, 4}, Attempt: 5}
 }
 
+// TestHead is the same from memory and from the disk.
+func TestHead(t *testing.T) {
+	ring, _ := keyringtest.New(t, 1)
+	s := NewSealer(ring)
+	r, v := place(), submission()
+	r.Seq, v.KeyHash = 1, "hash"
+	if err := s.SealSubmission(&r, &v); err != nil {
+		t.Fatal(err)
+	}
+	frame, err := AppendFrame(nil, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, _, err := NextFrame(frame)
+	if err != nil || read.head != nil || r.head == nil {
+		t.Fatalf("%v; head %v in memory, %v read", err, r.head, read.head)
+	}
+	for name, rec := range map[string]*Record{"sealed": &r, "read": &read} {
+		h, err := s.Head(rec)
+		if err != nil || h.Tenant != v.Tenant || h.KeyHash != v.KeyHash || !h.ExpiresAt.Equal(v.ExpiresAt) {
+			t.Errorf("%s: %+v, %v; want that of %+v", name, h, err, v)
+		}
+	}
+	if err := s.SealOutcome(&r, &Outcome{Status: Failed}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Head(&r); !errors.Is(err, ErrDamaged) {
+		t.Errorf("an outcome has a head: %v", err)
+	}
+}
+
 func TestSealedPayloadsOpenAgain(t *testing.T) {
 	ring, _ := keyringtest.New(t, 1)
 	s := NewSealer(ring)
