@@ -272,6 +272,20 @@ func (l *ledger) held(node string, s journal.Stream) uint64 {
 	return l.marks[node].Ends[s]
 }
 
+// elsewhere reports whether another node holds more of a stream than this one
+// ever held while it ran.
+func (l *ledger) elsewhere(s journal.Stream) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	own := l.marks[l.self].Ends[s]
+	for _, h := range l.marks {
+		if h.Ends[s] > own {
+			return true
+		}
+	}
+	return false
+}
+
 func (l *ledger) heldByAll(s journal.Stream) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -170,11 +170,23 @@ func (r *Replication) Await(ctx context.Context, s journal.Stream, seq uint64, l
 func (r *Replication) Reached(s journal.Stream, seq uint64) journal.Durability {
 	best := r.reached.best(s, seq)
 	if best == "" {
-		if _, held := r.opts.Log.End(s); !held {
+		end, held := r.opts.Log.End(s)
+		switch {
+		case !held && r.onTheWay(s):
+			return "" // its row was faster
+		case !held:
 			return levels[len(levels)-1]
+		case end.Durable >= seq:
+			return journal.DurableNode // with or without a note
 		}
 	}
 	return best
+}
+
+// onTheWay reports whether a stream that is not held here is held by others,
+// and not given up by all.
+func (r *Replication) onTheWay(s journal.Stream) bool {
+	return (r.opts.Retired == nil || !r.opts.Retired(s)) && r.ledger.elsewhere(s)
 }
 
 // Possible is nil when the agreed nodes, alive or not, can give the durability,

@@ -379,6 +379,25 @@ func TestDifferingTablesAreJoined(t *testing.T) {
 	})
 }
 
+// TestRowBeforeItsStream: a row can come before the stream of its records does,
+// in a snapshot or a repair. That stream is not one that all have given up.
+func TestRowBeforeItsStream(t *testing.T) {
+	w := newWorld(t, "a1", "b1")
+	b := w.nodes["b1"]
+	gone := map[journal.Stream]bool{}
+	b.retired = func(s journal.Stream) bool { return gone[s] }
+	b.start()
+	s, done := journal.Stream{Origin: "a1", Incarnation: journal.Incarnation{1}}, journal.Stream{Origin: "a1", Incarnation: journal.Incarnation{2}}
+	gone[done] = true
+	b.repl.ledger.hear("a1", Marks{"a1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: 9, done: 9}}})
+	if got := b.repl.Reached(s, 3); got != "" {
+		t.Errorf("what only one other node has is shown as %s", got)
+	}
+	if got := b.repl.Reached(done, 3); got != journal.DurableTwoCities {
+		t.Errorf("what all had and gave up is shown as %q", got)
+	}
+}
+
 func TestAwaitEnds(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	w.tune = func(n *node) { n.limits.Waiting = 1 }
