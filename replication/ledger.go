@@ -272,6 +272,13 @@ func (l *ledger) held(node string, s journal.Stream) uint64 {
 	return l.marks[node].Ends[s]
 }
 
+// epoch is that of a node's marks, 0 when none are known.
+func (l *ledger) epoch(node string) uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.marks[node].Epoch
+}
+
 // elsewhere reports whether another node holds more of a stream than this one
 // ever held while it ran.
 func (l *ledger) elsewhere(s journal.Stream) bool {

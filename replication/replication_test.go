@@ -398,6 +398,42 @@ func TestRowBeforeItsStream(t *testing.T) {
 	}
 }
 
+// TestStaleMarksOfAPuller: a stream that comes to a source while the puller's call
+// runs is sent from where the puller has it. What others remember of the puller
+// from before it lost its disk must not stop that for good.
+func TestStaleMarksOfAPuller(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "b2")
+	a1, b2 := w.nodes["a1"], w.nodes["b2"]
+	a1.start()
+	b2.start()
+	s, end := a1.stream, a1.submit(5, 100)
+	old := Marks{"b1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: end}}}
+	b2.repl.ledger.hear("a1", old.Clone())
+	c := &source{
+		r: b2.repl, peer: "b1", wake: make(chan struct{}, 1), out: newOutflow(),
+		wanted: map[string]bool{}, changed: map[journal.Stream]struct{}{},
+	}
+	take := func(q *replicationpb.PullRequest) {
+		t.Helper()
+		if err := c.take(q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	take(&replicationpb.PullRequest{Want: &replicationpb.Want{Origins: []string{"c1"}}})
+	eventually(t, "the source has the stream", func() bool { return b2.holds(s) == end })
+	c.mu.Lock()
+	c.wanted["a1"] = true
+	c.follow(s)
+	c.mu.Unlock()
+	own := journal.Stream{Origin: "b1", Incarnation: journal.Incarnation{1}}
+	take(&replicationpb.PullRequest{Marks: wireMarks(Marks{"b1": {Epoch: 2, Ends: map[journal.Stream]uint64{own: 0}}})})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if cur := c.out.cursors[s]; cur.next != 1 || !cur.queued {
+		t.Errorf("the next record to send is %d", cur.next)
+	}
+}
+
 func TestAwaitEnds(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	w.tune = func(n *node) { n.limits.Waiting = 1 }

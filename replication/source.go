@@ -30,6 +30,7 @@ type source struct {
 
 	mu      sync.Mutex // guards what follows
 	out     *outflow
+	epoch   uint64 // of the puller's marks that cursors were begun by
 	wanted  map[string]bool
 	probes  []uint64
 	changed map[journal.Stream]struct{} // ends that the puller wasn't told
@@ -111,6 +112,7 @@ func (c *source) take(q *replicationpb.PullRequest) error {
 	for s, held := range acks {
 		c.out.acked(s, held)
 	}
+	c.recall()
 	if c.shot != nil && q.GetSnapshotPage() > 0 {
 		c.shot.acked(q.GetSnapshotPage())
 	}
@@ -128,6 +130,25 @@ func (c *source) take(q *replicationpb.PullRequest) error {
 	}
 	ring(c.wake)
 	return nil
+}
+
+// recall begins the streams again when the puller's marks are of a new epoch: by
+// the old ones it has what its disk has lost. mu is held.
+func (c *source) recall() {
+	epoch := c.r.ledger.epoch(c.peer)
+	if epoch == c.epoch {
+		return
+	}
+	first := c.epoch == 0
+	c.epoch = epoch
+	if first {
+		return
+	}
+	for s, cur := range c.out.cursors {
+		if held := c.r.ledger.held(c.peer, s); held+1 < cur.next && cur.next != never {
+			c.out.add(s, held, cur.end)
+		}
+	}
 }
 
 // want changes the origins to send; with mu held.
