@@ -270,6 +270,40 @@ func TestUnknownKeyIsNotAcknowledged(t *testing.T) {
 	eventually(t, "nobody waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 0 })
 }
 
+// What comes as rows is held to the same: a node that can't open them does not
+// have them.
+func TestUnknownKeyOfRows(t *testing.T) {
+	w := newWorld(t, "a1", "b1")
+	theirs := keyring.NewRing()
+	if err := theirs.Set(w.keys[1].ID(), w.keys...); err != nil {
+		t.Fatal(err)
+	}
+	w.tune = func(n *node) {
+		n.segment, n.budget = 64<<10, 128<<10
+		if n.name == "b1" {
+			n.ring = theirs
+		}
+	}
+	keys := keyringtest.Rotate(t, w.ring, w.keys)
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	a1.start()
+	seq := a1.submit(400, 1000)
+	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	a1.repl.trim()
+	stream := a1.stream
+	a1.halt()
+	a1.start()
+	b1.start()
+	eventually(t, "b1 waits", func() bool { return testutil.ToFloat64(b1.repl.metrics.keyWaits) >= 1 })
+	if got := b1.holds(stream); got != 0 {
+		t.Errorf("b1 acknowledged to %d what it can't open", got)
+	}
+	if err := theirs.Set(keys[2].ID(), keys...); err != nil {
+		t.Fatal(err)
+	}
+	w.wantEverywhere(stream, seq)
+}
+
 func TestLag(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "b2", "c1")
 	b1, b2 := w.nodes["b1"], w.nodes["b2"]

@@ -128,6 +128,9 @@ func (in *rowsIntake) merge() error {
 		case p = <-in.pages:
 		}
 		if len(p.GetRows()) > 0 {
+			if err := in.awaitKeys(p.GetRows()); err != nil {
+				return err
+			}
 			if err := c.r.opts.Table.Merge(c.ctx, p.GetRows()); err != nil {
 				return fmt.Errorf("merge a page of a snapshot: %w", err)
 			}
@@ -138,6 +141,26 @@ func (in *rowsIntake) merge() error {
 			}
 		}
 		c.merged(p.GetPage())
+	}
+}
+
+// awaitKeys waits until this node can open all of some rows: what covers them is
+// acknowledged like the records themselves.
+func (in *rowsIntake) awaitKeys(rows []byte) error {
+	c := in.c
+	for {
+		_, rest, err := c.r.openable(rows)
+		if err != nil || len(rest) == 0 {
+			return err
+		}
+		first, _, err := journal.NextFrame(rest)
+		if err != nil {
+			return err
+		}
+		if err := c.r.awaitKey(c.ctx, first.Stream, c.source, rest); err != nil {
+			return err
+		}
+		rows = rest
 	}
 }
 
