@@ -284,7 +284,7 @@ func TestNoQuorumNoPromotion(t *testing.T) {
 // second (20 minutes each node): the primary stays.
 func TestAnHourOfBadWeather(t *testing.T) {
 	third := 20 * time.Minute
-	if testing.Short() {
+	if testing.Short() || raceDetector {
 		third = 2 * time.Minute
 	}
 	for i, starved := range leaders {

@@ -1,0 +1,6 @@
+//go:build !race
+
+package failover
+
+// raceDetector makes virtual time several times slower.
+const raceDetector = false
