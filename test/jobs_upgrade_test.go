@@ -13,7 +13,7 @@ import (
 // Two builds whose records differ by one format share a cluster: it is upgraded
 // node by node, and goes back, under load. No request fails, no job is lost.
 func TestUpgradeAndBackLosesNothing(t *testing.T) {
-	sharing(t)
+	fullOnly(t, "it builds a second binary and restarts all nodes twice, in a minute")
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Node: draining, Cluster: withJobs})
 	next := lab.BuildTagged(t, "dsnode_next_format")
 	requests := l.StartLoad(lab.Load{Rate: 50, Streams: 5, Balanced: true})
