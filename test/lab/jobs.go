@@ -41,6 +41,7 @@ type Job struct {
 	Key        string // Idempotency-Key, if any
 	// Acknowledged is when the 202 arrived; zero: it did not.
 	Acknowledged time.Time
+	Took         time.Duration // until the answer
 	// Code is the answer's status, 0 when there was none.
 	Code int
 	Err  error
@@ -142,7 +143,9 @@ func (b *JobLedger) submit(s *Site) Job {
 	if n%2 == 0 {
 		j.Key = fmt.Sprintf("key-%d", n)
 	}
+	begun := time.Now()
 	j.send(b.ctx, node, b.load.Model)
+	j.Took = time.Since(begun)
 	return j
 }
 
