@@ -22,7 +22,7 @@ import (
 // commitEvery is how long changes collect in memory. A job that is submitted,
 // executed and finished meanwhile is written once, and the journal's own syncs
 // have the disk for themselves.
-const commitEvery = 100 * time.Millisecond
+const commitEvery = 500 * time.Millisecond
 
 // Run commits what Apply and Merge changed and sweeps what is due, until ctx
 // ends; what was visible then is durable. An error means that the node has to
