@@ -31,8 +31,6 @@ const (
 	// clockAhead is how far a peer's clock may be ahead of this node's before it is
 	// no longer followed.
 	clockAhead = 10 * time.Minute
-	// shrinkEvery is how often the journals are held against their budget.
-	shrinkEvery = 10 * time.Second
 	// spareShare of the room at the model servers is left to clients that wait.
 	spareShare = 4 // a quarter
 )
@@ -175,7 +173,6 @@ func (w *work) run(ctx context.Context) error {
 		w.jobs.Store(j)
 		g.Go(func() error { return w.replication.Run(ctx) })
 		g.Go(func() error { return w.n.passOn(ctx) })
-		g.Go(func() error { return w.shrink(ctx) })
 		adopter := failover.NewAdopter(failover.Options{
 			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,
 			Health:      func() cluster.Health { return w.n.surround.Load().health },
@@ -295,26 +292,6 @@ func (w *work) elsewhere() []serving.Peer {
 		}
 	}
 	return peers
-}
-
-// shrink keeps the journals within their budget.
-func (w *work) shrink(ctx context.Context) error {
-	tick := time.NewTicker(shrinkEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-			trimmed, err := w.log.Shrink(w.table.Applied)
-			for s, first := range trimmed {
-				w.n.log.Warn("the journals are over their budget; who lacks what was dropped gets rows instead", "stream", s.String(), "begins", first)
-			}
-			if err != nil {
-				w.n.log.Warn("journals not shrunk", "err", err)
-			}
-		}
-	}
 }
 
 // status is what this node knows of jobs, and of how far the copies of each site

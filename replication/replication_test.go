@@ -219,6 +219,19 @@ func TestTrimmedRecordsComeAsRows(t *testing.T) {
 	w.wantEverywhere(b1.stream, b1.submit(10, 100))
 }
 
+func TestLoneNodeKeepsItsJournals(t *testing.T) {
+	w := newWorld(t, "a1")
+	w.tune = func(n *node) { n.segment = 64 << 10 }
+	w.start()
+	a1 := w.nodes["a1"]
+	seq := a1.submit(400, 1000)
+	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	a1.repl.trim()
+	if e, _ := a1.log.End(a1.stream); e.First != 1 {
+		t.Errorf("trimmed to %d, though nobody else has what went", e.First)
+	}
+}
+
 func TestTrimmingWaitsForEverybody(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "c1")
 	w.tune = func(n *node) { n.segment = 64 << 10 }

@@ -19,6 +19,9 @@ func (r *Replication) trimAll(ctx context.Context) error {
 
 func (r *Replication) trim() {
 	log := r.opts.Logger
+	// Nobody else has what a lone node's table holds: its journals are what a
+	// damaged table is made anew from, as far as their budget goes.
+	alone := len(r.opts.Members()) < 2
 	for s, e := range r.opts.Log.Ends() {
 		applied := r.opts.Table.Applied(s)
 		if r.opts.Retired != nil && r.opts.Retired(s) && !e.Own && applied >= e.Durable {
@@ -29,7 +32,7 @@ func (r *Replication) trim() {
 			log.Info("retired stream dropped", "stream", s.String(), "records", e.Durable)
 			continue
 		}
-		if through := min(applied, r.ledger.heldByAll(s)); through >= e.First {
+		if through := min(applied, r.ledger.heldByAll(s)); through >= e.First && !alone {
 			if err := r.opts.Log.Trim(s, through+1); err != nil {
 				log.Error("a stream is not trimmed", "stream", s.String(), "err", err)
 			}
