@@ -53,9 +53,13 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 	for _, n := range []*lab.Node{here, away} {
 		// Until the cluster has agreed on its keys nothing is kept.
 		deadline := time.Now().Add(30 * time.Second)
-		question, first := "", ""
+		question, first, before := "", "", int64(0)
 		for i := 0; ; i++ {
 			question = fmt.Sprintf("Tell me of %s, %d", cacheCanary, i)
+			var err error
+			if before, err = n.CacheEntries(t.Context()); err != nil {
+				before = 0 // the tier is not open yet
+			}
 			status, label, text, _ := askCached(t, n, question, "")
 			if status != http.StatusOK {
 				t.Fatalf("%s: %d %s", n.Name, status, text)
@@ -73,14 +77,11 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 		}
 		// It is written behind; then the process may go.
 		l.WaitFor(10*time.Second, "the answer is in the file", func(ctx context.Context) error {
-			m, err := n.Metrics(ctx)
-			if err != nil {
-				return err
+			entries, err := n.CacheEntries(ctx)
+			if err == nil && entries <= before {
+				err = fmt.Errorf("%d entries, there were %d", entries, before)
 			}
-			if m[`dsnode_cache_shared_up`] != 1 {
-				return fmt.Errorf("the shared tier is not up: %v", m["dsnode_cache_shared_up"])
-			}
-			return nil
+			return err
 		})
 		l.WaitFor(20*time.Second, "a killed node finds it again", func(context.Context) error {
 			n.Restart()

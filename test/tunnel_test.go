@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
@@ -56,14 +57,20 @@ func aroundOneCut(t *testing.T, nodes []int) {
 	t.Logf("one that was on its way was answered %v later", time.Since(cut))
 	t.Logf("all hear each other after %v more", s.lab.WaitHealthy(within(tunnelled)))
 	for _, n := range first.Nodes {
-		status, err := n.Status(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, seen := range status.Nodes {
-			if around := seen.Site == second.Name; around != (seen.Via != "") {
-				t.Errorf("%s reaches %s through %q", n.Name, seen.Name, seen.Via)
+		var status admin.Status
+		// A request may have found its way before the pings did.
+		s.lab.WaitFor(within(tunnelled), n.Name+" to say how it reaches whom", func(ctx context.Context) (err error) {
+			if status, err = n.Status(ctx); err != nil {
+				return err
 			}
+			for _, seen := range status.Nodes {
+				if around := seen.Site == second.Name; around != (seen.Via != "") {
+					return fmt.Errorf("it reaches %s through %q", seen.Name, seen.Via)
+				}
+			}
+			return nil
+		})
+		for _, seen := range status.Nodes {
 			if seen.Via != "" && !strings.Contains(n.LogTail(1<<20), fmt.Sprintf(`"peer":%q,"through":%q`, seen.Name, seen.Via)) {
 				t.Errorf("the log of %s does not say how it reaches %s", n.Name, seen.Name)
 			}

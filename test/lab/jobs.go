@@ -322,6 +322,26 @@ func (b *JobLedger) Broken() []string {
 	return slices.Clone(b.broken)
 }
 
+// CacheEntries is how many answers are in the node's shared tier.
+func (n *Node) CacheEntries(ctx context.Context) (int64, error) {
+	text, err := n.get(ctx, n.AdminURL()+"/admin/v1/cache")
+	if err != nil {
+		return 0, err
+	}
+	var stats struct {
+		Shared struct {
+			Entries *int64 `json:"entries"`
+		} `json:"shared"`
+	}
+	if err := json.Unmarshal(text, &stats); err != nil {
+		return 0, err
+	}
+	if stats.Shared.Entries == nil {
+		return 0, errors.New("how many entries there are is not known yet")
+	}
+	return *stats.Shared.Entries, nil
+}
+
 // Post sends a body to a node as a client of its site does.
 func (n *Node) Post(ctx context.Context, path string, body []byte, header map[string]string) (status int, got http.Header, answer []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.API()+path, bytes.NewReader(body))
