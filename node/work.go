@@ -112,7 +112,7 @@ func (w *work) connect() error {
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
-		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Now: time.Now, Logger: n.log, Registerer: n.reg,
+		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Logger: n.log, Registerer: n.reg,
 	})
 	return err
 }

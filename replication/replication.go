@@ -80,9 +80,8 @@ type Options struct {
 	// Retired reports whether a stream was given up by all: nothing of it is wanted
 	// or offered any more. Nil: none is.
 	Retired func(s journal.Stream) bool
-	// Boottime is a clock that never goes back, Now the wall clock.
+	// Boottime is a clock that never goes back.
 	Boottime func() time.Duration
-	Now      func() time.Time
 
 	// Deliver takes items of the feed that other nodes offered; it must be quick.
 	// Nil: they are dropped.
@@ -228,20 +227,6 @@ func (r *Replication) Holders(s journal.Stream) map[string]uint64 {
 		held[n] = r.ledger.marks[n].Ends[s]
 	}
 	return held
-}
-
-// CaughtUp reports whether this node holds all of a stream that the named nodes
-// hold, as far as it knows; see AwaitCaughtUp for certainty.
-func (r *Replication) CaughtUp(s journal.Stream, nodes []string) bool {
-	r.ledger.mu.Lock()
-	defer r.ledger.mu.Unlock()
-	own := r.ledger.marks[r.opts.Self].Ends[s]
-	for _, n := range nodes {
-		if r.ledger.marks[n].Ends[s] > own {
-			return false
-		}
-	}
-	return true
 }
 
 // durable is the ends alone.

@@ -252,7 +252,7 @@ func (n *node) start() {
 			names := md.Get("node")
 			return names[0], len(names) == 1
 		},
-		Boottime: cluster.Boottime, Now: time.Now, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
+		Boottime: cluster.Boottime, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
 		Retired: n.retired, Deliver: n.deliver,
 	})
 	if err != nil {
