@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -142,7 +143,7 @@ func (n *reachedNote) note(now map[journal.Stream]depths) error {
 	}
 	b, err := t.encode()
 	if err == nil {
-		err = replaceFile(n.path, b)
+		err = atomicfile.Replace(n.path, b)
 	}
 	if err != nil {
 		return fmt.Errorf("note how durable jobs are: %w", err)
@@ -151,29 +152,6 @@ func (n *reachedNote) note(now map[journal.Stream]depths) error {
 	defer n.mu.Unlock()
 	n.noted = next
 	return nil
-}
-
-// replaceFile leaves the old content or the new one, whatever happens.
-func replaceFile(path string, b []byte) error {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // keepReached notes what has become durable until ctx ends. A note that can't be

@@ -40,11 +40,12 @@ var floor = map[string]int{
 	"cluster":           10,
 	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
 
-	"storage/jobtable": 2,
-	"storage":          1,
-	"storage/journal":  1,
-	"storage/boltfile": 0,
-	"storage/keyring":  -1,
+	"storage/jobtable":   2,
+	"storage":            1,
+	"storage/journal":    1,
+	"storage/boltfile":   0,
+	"storage/atomicfile": 0,
+	"storage/keyring":    -1,
 
 	"storage/keyring/keyringtest": 0, // rings for the tests of those who seal
 }
@@ -85,6 +86,7 @@ var arrows = []arrow{
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
 	{"node/jobs", "storage/jobtable", "reads a job off its row"},
+	{"node/jobs", "storage/atomicfile", "notes which streams are islands"},
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
@@ -101,6 +103,7 @@ var arrows = []arrow{
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
 	{"replication", "cluster", "who calls, as the mesh knows it"},
+	{"replication", "storage/atomicfile", "notes how durable records are"},
 	{"replication", "storage/journal", "streams are what it carries"},
 	{"replication", "storage/keyring", "which key a record is sealed with: nothing is acknowledged that can't be opened"},
 
