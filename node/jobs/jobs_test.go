@@ -17,6 +17,11 @@ func TestJobRuns(t *testing.T) {
 		return answering(`{"choices":[1]}`)(ctx, r, s)
 	}
 	w.start()
+	// A start in the moment in which the stream is proposed is called off.
+	w.until("the stream is agreed on", func() bool {
+		now, _, _ := w.streams.current()
+		return w.streams.agreed(now)
+	})
 	v := w.submit()
 	if v.Status != journal.Queued || v.Durability != journal.DurableNode || v.Site != "here" {
 		t.Errorf("the answer to a submission is %+v", v)

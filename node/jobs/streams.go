@@ -81,7 +81,7 @@ func newStreams(o *Options) (*streams, error) {
 
 // begin opens a new stream for what is written from now on. The one before takes
 // no more: whoever owns it then knows its end.
-func (s *streams) begin(ctx context.Context) error {
+func (s *streams) begin(ctx context.Context, x *executor) error {
 	next := journal.Stream{Origin: s.o.Node}
 	_, _ = rand.Read(next.Incarnation[:]) // it never fails
 	s.mu.Lock()
@@ -94,6 +94,8 @@ func (s *streams) begin(ctx context.Context) error {
 	if err := s.o.Journal.Create(ctx, next); err != nil {
 		return fmt.Errorf("begin a job stream: %w", err)
 	}
+	// Before anybody writes there: a job without a lane counts for no bound.
+	x.open(next)
 	s.mu.Lock()
 	before, begun := s.now, s.begun
 	s.now, s.token, s.begun = next, s.islandToken(), true
@@ -176,7 +178,7 @@ type taken struct {
 
 // run keeps the streams in line with what is agreed, until ctx ends.
 func (s *streams) run(ctx context.Context, x *executor) error {
-	if err := s.beginFirst(ctx); err != nil {
+	if err := s.beginFirst(ctx, x); err != nil {
 		return err
 	}
 	c := &caring{leasedAt: time.Now(), lanes: map[journal.Stream]taken{}}
@@ -200,9 +202,9 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 }
 
 // beginFirst waits for room on the disk, if it has to.
-func (s *streams) beginFirst(ctx context.Context) error {
+func (s *streams) beginFirst(ctx context.Context, x *executor) error {
 	for {
-		err := s.begin(ctx)
+		err := s.begin(ctx, x)
 		switch {
 		case err == nil || ctx.Err() != nil:
 			return nil
@@ -228,13 +230,13 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 	case s.lost(current):
 		// Its owner lets go of it when its last job has ended: what came later would
 		// be nobody's.
-		if err := s.begin(ctx); err != nil {
+		if err := s.begin(ctx, x); err != nil {
 			s.log.Error("no new stream in place of one that another node owns", "err", err)
 		} else {
 			s.log.Warn("another node owns the stream of this one: new jobs go to a new stream", "stream", current)
 		}
 	case !leased && now.Sub(c.leasedAt) > leaseLoss && !s.island(current):
-		if err := s.begin(ctx); err != nil {
+		if err := s.begin(ctx, x); err != nil {
 			s.log.Error("no stream of its own for a node without a lease", "err", err)
 		} else {
 			s.log.Warn("no lease: new jobs go to a stream that this node alone executes")

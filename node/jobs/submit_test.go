@@ -205,6 +205,9 @@ func TestBounds(t *testing.T) {
 	w.spare.Store(0)
 	w.agreed.configure(func(j *cluster.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
 	w.start()
+	if now, _, _ := w.streams.current(); !w.exec.has(now) {
+		t.Error("jobs are taken before they are counted")
+	}
 	body := func(n int) func(*Request) {
 		return func(r *Request) { r.Body = []byte(strings.Repeat("x", n)) }
 	}
