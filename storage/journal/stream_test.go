@@ -15,59 +15,7 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
-
-	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
-
-func TestHLC(t *testing.T) {
-	now := time.Date(2026, 11, 22, 0, 0, 0, 0, time.UTC)
-	h := NewHLC(func() time.Time { return now }, 10*time.Minute)
-	a := h.Now()
-	if a != ClockAt(now) {
-		t.Fatalf("%d", a)
-	}
-	now = now.Add(-time.Hour) // set back
-	if b := h.Now(); b <= a {
-		t.Fatal("the clock fell")
-	}
-	now = now.Add(time.Hour)
-	if ahead, ok := h.Observe(ClockAt(now.Add(9 * time.Minute))); !ok || ahead != 9*time.Minute {
-		t.Fatalf("%s %v", ahead, ok)
-	}
-	c := h.Now()
-	if c <= ClockAt(now.Add(9*time.Minute)) {
-		t.Fatal("it does not come after what was seen")
-	}
-	if ahead, ok := h.Observe(ClockAt(now.Add(11 * time.Minute))); ok || ahead != 11*time.Minute {
-		t.Fatalf("%s %v", ahead, ok)
-	}
-	if ahead, ok := h.Observe(ClockAt(now.Add(-time.Hour))); !ok || ahead != -time.Hour || h.Now() != c+1 {
-		t.Fatalf("%s %v", ahead, ok)
-	}
-}
-
-func TestHLCRisesForAll(t *testing.T) {
-	h := NewHLC(time.Now, time.Minute)
-	var wg sync.WaitGroup
-	all := make([][]Clock, 8)
-	for i := range all {
-		wg.Go(func() {
-			for range 1000 {
-				all[i] = append(all[i], h.Now())
-			}
-		})
-	}
-	wg.Wait()
-	seen := map[Clock]bool{}
-	for _, clocks := range all {
-		for i, c := range clocks {
-			if seen[c] || i > 0 && c <= clocks[i-1] {
-				t.Fatal("a clock was given twice, or fell")
-			}
-			seen[c] = true
-		}
-	}
-}
 
 // Appends, copies, reads, trims and re-reads at once: everyone sees one order,
 // whole, and only what is durable.
@@ -547,74 +495,6 @@ func TestShrink(t *testing.T) {
 	l = mustOpen(t, o)
 	if l.Bytes() != before {
 		t.Fatalf("%d bytes, before %d", l.Bytes(), before)
-	}
-}
-
-// After a rotation of the keys the old one is carried by nothing once all is
-// sealed anew, and every record is the same.
-func TestResealing(t *testing.T) {
-	ring, keys := keyringtest.New(t, 1)
-	sealer := NewSealer(ring)
-	o := testOptions(t.TempDir())
-	o.SegmentBytes = 3000
-	l := mustOpen(t, o)
-	id := streamOf(1)
-	mustCreate(t, l, id)
-	submit := func() {
-		t.Helper()
-		r, v := Record{Stream: id, Job: JobID{1}}, submission()
-		if err := sealer.SealSubmission(&r, &v); err != nil {
-			t.Fatal(err)
-		}
-		mustAppend(t, l, id, r, started(1, ""))
-	}
-	for range 20 {
-		submit()
-	}
-	before := recordsOf(t, l, id, 1)
-	keys = keyringtest.Rotate(t, ring, keys)
-	submit()
-	if c := l.Carried(); c[keys[1].ID()] != 20 || c[keys[2].ID()] != 1 {
-		t.Fatalf("carried: %v", c)
-	}
-	if left, err := l.Reseal(context.Background(), sealer); left != 0 || err != nil {
-		t.Fatalf("%d left: %v", left, err)
-	}
-	submit()
-	if err := ring.Set(keys[2].ID(), keys[0], keys[2]); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if c := l.Carried(); c[keys[1].ID()] != 0 || c[keys[2].ID()] != 22 {
-			t.Fatalf("carried: %v", c)
-		}
-		after := recordsOf(t, l, id, 1)
-		if len(after) != 44 {
-			t.Fatalf("%d records", len(after))
-		}
-		for i := range after {
-			if i < len(before) && !after[i].same(&before[i]) {
-				t.Fatalf("record %d has changed", i+1)
-			}
-			if after[i].Kind != Submitted {
-				continue
-			}
-			if _, err := sealer.OpenSubmission(&after[i]); err != nil {
-				t.Fatal(err)
-			}
-		}
-		mustClose(t, l)
-		l = mustOpen(t, o)
-	}
-	// A key that is not known leaves its records as they are.
-	if err := ring.Set(keys[1].ID(), keys[0], keys[1]); err != nil {
-		t.Fatal(err)
-	}
-	if left, err := l.Reseal(context.Background(), sealer); left != 22 || err != nil {
-		t.Fatalf("%d left: %v", left, err)
-	}
-	if c := l.Carried(); c[keys[2].ID()] != 22 {
-		t.Fatalf("carried: %v", c)
 	}
 }
 
