@@ -65,6 +65,7 @@ type Jobs struct {
 	streams *streams
 	exec    *executor
 	keys    keyLocks
+	waits   *waits
 	elsewhere
 	closed atomic.Bool
 }
@@ -81,7 +82,7 @@ func New(o Options) (*Jobs, error) {
 	if o.Elsewhere == nil {
 		o.Elsewhere = func() []serving.Peer { return nil }
 	}
-	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, elsewhere: elsewhere{peers: o.Elsewhere}}
+	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends()), elsewhere: elsewhere{peers: o.Elsewhere}}
 	j.metrics = newMetrics(o.Registerer, o.Table)
 	var err error
 	if j.streams, err = newStreams(&j.o); err != nil {

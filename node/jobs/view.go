@@ -121,10 +121,6 @@ func appendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
-// settleWait is how long a result waits to become as durable as was asked for,
-// where less is enough for who asked.
-const settleWait = 2 * time.Second
-
 // view reads a row. full is with result, and with a look for other jobs of the
 // same Idempotency-Key. ErrNotFound: there is nothing to see.
 func (j *Jobs) view(row jobtable.Row, full bool) (*View, *journal.Submission, error) {
@@ -173,8 +169,8 @@ func (j *Jobs) fillProgress(v *View, row jobtable.Row, sub *journal.Submission, 
 			v.Error = delay.Error
 		}
 	}
-	current, ok := row.Current()
-	if !ok || current.Kind != journal.Finished || !j.settled(&current, sub) {
+	current, ok := j.shownEnd(row, sub)
+	if !ok {
 		return nil
 	}
 	out, err := j.o.Sealer.OpenOutcome(&current)
@@ -190,19 +186,6 @@ func (j *Jobs) fillProgress(v *View, row jobtable.Row, sub *journal.Submission, 
 		v.Result = out.Body
 	}
 	return nil
-}
-
-// settled reports whether a result may be shown: once shown it must not be lost
-// with what the client asked to survive.
-func (j *Jobs) settled(fin *journal.Record, sub *journal.Submission) bool {
-	got, want := levelOf(j.reached(fin.Stream, fin.Seq)), levelOf(sub.Durability)
-	if got >= want {
-		return true
-	}
-	if sub.MinDurability == "" || got < levelOf(sub.MinDurability) {
-		return false
-	}
-	return time.Since(fin.Clock.Time()) > settleWait || !j.o.Replication.Reachable(sub.Durability)
 }
 
 // progress is the newest record of a start, or of an attempt that failed.

@@ -128,6 +128,7 @@ type copies struct {
 	possible  map[journal.Durability]bool
 	reachable map[journal.Durability]bool
 	reached   journal.Durability
+	of        map[string]journal.Durability // by origin, instead of reached
 	changed   chan struct{}
 	caughtUp  chan struct{} // closed: every stream is
 	asked     int           // calls of AwaitCaughtUp
@@ -160,9 +161,12 @@ func (c *copies) Reachable(level journal.Durability) bool {
 	return c.reachable[level]
 }
 
-func (c *copies) Reached(journal.Stream, uint64) journal.Durability {
+func (c *copies) Reached(s journal.Stream, _ uint64) journal.Durability {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if d, told := c.of[s.Origin]; told {
+		return d
+	}
 	return c.reached
 }
 
@@ -209,6 +213,16 @@ func (c *copies) say(possible, reachable, reached journal.Durability) {
 	c.reached = reached
 	close(c.changed)
 	c.changed = make(chan struct{})
+}
+
+// sayOf sets how durable the records of one origin are.
+func (c *copies) sayOf(origin string, reached journal.Durability) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.of == nil {
+		c.of = map[string]journal.Durability{}
+	}
+	c.of[origin] = reached
 }
 
 // world is a node with real files, and what it takes to restart it.
