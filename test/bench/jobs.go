@@ -9,13 +9,15 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net/http"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // jobsSettings are the flags of `bench jobs`.
@@ -26,7 +28,9 @@ type jobsSettings struct {
 	// durability of the submissions, and the nodes of the one site.
 	durability string
 	nodes      int
-	peer       string // a command that prints "N msg/s", instead of RabbitMQ
+	peer       string // a command that prints "N msg/s", instead of RabbitMQ; peerNone: nothing
+	binary     string // dsnode, empty: build it
+	profile    string // prefix of profiles of dsnode's first node
 	json       bool
 }
 
@@ -39,10 +43,15 @@ type jobsRun struct {
 	P50       float64 `json:"p50_seconds,omitempty"`
 	P99       float64 `json:"p99_seconds,omitempty"`
 	CPU       float64 `json:"cpu_seconds_per_1000,omitempty"`
+	// Publisher is the CPU time that publishing took on this side, for 1000.
+	Publisher float64 `json:"publisher_cpu_seconds_per_1000,omitempty"`
 	Failed    int     `json:"failed,omitempty"`
 }
 
-const jobBytes = 1024
+const (
+	jobBytes = 1024
+	peerNone = "none"
+)
 
 func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var set jobsSettings
@@ -54,7 +63,9 @@ func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	flags.StringVar(&inFlight, "in-flight", "1,64", "submissions in flight")
 	flags.StringVar(&set.durability, "durability", "node", "what the submissions ask for: node or site")
 	flags.IntVar(&set.nodes, "nodes", 1, "nodes of the site")
-	flags.StringVar(&set.peer, "peer", "", `a command to measure beside dsnode instead of RabbitMQ; {n} stands for the number in flight, {s} for the seconds, and it prints "N msg/s"`)
+	flags.StringVar(&set.peer, "peer", "", `a command to measure beside dsnode instead of RabbitMQ; {n} stands for the number in flight, {s} for the seconds, and it prints "N msg/s"; none measures dsnode alone`)
+	flags.StringVar(&set.binary, "binary", "", "a dsnode that is built already")
+	flags.StringVar(&set.profile, "profile", "", "write CPU and allocation profiles of dsnode's first node to files that begin like this, one for each number in flight (it costs some %)")
 	flags.BoolVar(&set.json, "json", false, "print the measurements as JSON lines")
 	if err := parse(flags, args); err != nil {
 		return err
@@ -94,19 +105,24 @@ func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writ
 	var runs []jobsRun
 	for round := range set.pairs {
 		for _, n := range set.inFlight {
-			both := []func(context.Context, int) (jobsRun, error){ours, theirs}
+			both := []func(context.Context, int) (jobsRun, error){ours}
+			if theirs != nil {
+				both = append(both, theirs)
+			}
 			if round%2 == 1 {
-				both[0], both[1] = both[1], both[0]
+				slices.Reverse(both)
 			}
 			for _, measure := range both {
+				publishing := ownCPU()
 				run, err := measure(ctx, n)
 				if err != nil {
 					return nil, err
 				}
+				run.Publisher = (ownCPU() - publishing).Seconds() / (run.PerSecond * set.seconds) * 1000
 				run.Round, run.InFlight = round+1, n
 				runs = append(runs, run)
-				if _, err := fmt.Fprintf(progress, "round %d: %-12s %3d in flight: %8.0f/s  p50 %6.2f ms  p99 %6.2f ms\n",
-					run.Round, run.System, n, run.PerSecond, run.P50*1e3, run.P99*1e3); err != nil {
+				if _, err := fmt.Fprintf(progress, "round %d: %-12s %3d in flight: %8.0f/s  p50 %6.2f ms  p99 %6.2f ms  CPU %3.0f µs and the publisher's %3.0f µs\n",
+					run.Round, run.System, n, run.PerSecond, run.P50*1e3, run.P99*1e3, run.CPU*1e3, run.Publisher*1e3); err != nil {
 					return nil, err
 				}
 			}
@@ -118,9 +134,12 @@ func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writ
 // startJobNodes starts dsnode with an executor that stands still: what is
 // measured is the submission.
 func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(context.Context, int) (jobsRun, error), error) {
-	binary, err := s.buildNode(ctx)
-	if err != nil {
-		return nil, err
+	binary := set.binary
+	if binary == "" {
+		var err error
+		if binary, err = s.buildNode(ctx); err != nil {
+			return nil, err
+		}
 	}
 	text := fmt.Sprintf("version: 1\nsites: {%s: {city: here, priority: 1}}\nupstreams: {none: {site: %s, url: \"http://127.0.0.1:9/v1\"}}\n"+
 		"models: {m: {serve: [{upstream: none, model: m}]}}\njobs: {paused: true, max_queued: 1000000}\n", siteName, siteName)
@@ -148,7 +167,11 @@ func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(cont
 		if err != nil {
 			return jobsRun{}, err
 		}
-		r := closedLoopOf(ctx, first.api, (*client).submit, request, n, time.Duration(set.seconds*float64(time.Second)))
+		done := set.profileOf(ctx, first, n)
+		r := closedLoopOf(ctx, first.api, (*client).submit, request, n, set.length())
+		if err := done(); err != nil {
+			return jobsRun{}, err
+		}
 		after, err := cpuOf(nodes)
 		if err != nil {
 			return jobsRun{}, err
@@ -163,6 +186,25 @@ func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(cont
 	}, nil
 }
 
+func (set *jobsSettings) length() time.Duration {
+	return time.Duration(set.seconds * float64(time.Second))
+}
+
+// profileOf has a node write profiles of itself until the returned func is
+// called, if that was asked for.
+func (set *jobsSettings) profileOf(ctx context.Context, n *dsnode, inFlight int) (done func() error) {
+	if set.profile == "" {
+		return func() error { return nil }
+	}
+	var all errgroup.Group
+	for _, kind := range []string{"profile", "allocs"} {
+		all.Go(func() error {
+			return n.profile(ctx, kind, set.length(), fmt.Sprintf("%s.%d.%s.pb.gz", set.profile, inFlight, kind))
+		})
+	}
+	return all.Wait
+}
+
 func cpuOf(nodes []*dsnode) (time.Duration, error) {
 	var all time.Duration
 	for _, n := range nodes {
@@ -175,7 +217,8 @@ func cpuOf(nodes []*dsnode) (time.Duration, error) {
 	return all, nil
 }
 
-// submit sends one job and reads the 202.
+// submit sends one job and reads the 202. It takes no more of an HTTP answer
+// than a publisher has to: what the others publish with has little to read.
 func (c *client) submit(request []byte) error {
 	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
 		return err
@@ -183,31 +226,62 @@ func (c *client) submit(request []byte) error {
 	if _, err := c.conn.Write(request); err != nil {
 		return err
 	}
-	resp, err := http.ReadResponse(c.in, nil)
+	status, length := "", -1
+	for {
+		line, err := c.in.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		line = bytes.TrimRight(line, "\r\n")
+		switch value, found := bytes.CutPrefix(line, contentLength); {
+		case status == "":
+			status = string(line)
+			continue
+		case found:
+			if length, err = strconv.Atoi(string(value)); err != nil {
+				return fmt.Errorf("%w: %q", errWrong, line)
+			}
+			continue
+		case len(line) > 0:
+			continue
+		}
+		break
+	}
+	if length < 0 || length > c.in.Size() {
+		return fmt.Errorf("%w: a body of %d bytes", errWrong, length)
+	}
+	text, err := c.in.Peek(length)
 	if err != nil {
 		return err
 	}
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
+	if status != accepted || !bytes.HasPrefix(text, jobBegins) {
+		return fmt.Errorf("%w: %s: %.200s", errWrong, status, text)
 	}
-	if resp.StatusCode != http.StatusAccepted || !bytes.Contains(text, []byte(`"job_`)) {
-		return fmt.Errorf("%w: status %d: %.200s", errWrong, resp.StatusCode, text)
-	}
-	return nil
+	_, err = c.in.Discard(length)
+	return err
 }
+
+const accepted = "HTTP/1.1 202 Accepted"
+
+var (
+	contentLength = []byte("Content-Length: ")
+	jobBegins     = []byte(`{"id":"job_`)
+)
 
 var messagesPerSecond = regexp.MustCompile(`([0-9.]+) msg/s`)
 
-// startPeer gives what is measured beside: RabbitMQ, or a command.
+// startPeer gives what is measured beside: RabbitMQ, a command, or nil.
 func (set *jobsSettings) startPeer(ctx context.Context, s *stage) (func(context.Context, int) (jobsRun, error), error) {
-	if set.peer == "" {
+	switch set.peer {
+	case peerNone:
+		return nil, nil //nolint:nilnil // nobody is no error
+	case "":
 		r, err := s.startRabbit(ctx)
 		if err != nil {
 			return nil, err
 		}
 		return func(ctx context.Context, n int) (jobsRun, error) {
-			return r.publish(ctx, n, time.Duration(set.seconds*float64(time.Second)))
+			return r.publish(ctx, n, set.length())
 		}, nil
 	}
 	return func(ctx context.Context, n int) (jobsRun, error) {
@@ -250,8 +324,12 @@ func (set *jobsSettings) print(w io.Writer, runs []jobsRun) error {
 			ratios, rates = append(ratios, ours.PerSecond/theirs.PerSecond), append(rates, ours.PerSecond)
 			p50, p99, cpu = append(p50, ours.P50*1e3), append(p99, ours.P99*1e3), append(cpu, ours.CPU*1e3)
 		}
-		p.f("%d in flight, durability %s: %.2f × the peer (rounds %.2f); %.0f/s, p50 %.2f ms, p99 %.2f ms, %.0f µs of CPU a job\n",
-			n, set.durability, median(ratios), ratios, median(rates), median(p50), median(p99), median(cpu))
+		beside := "alone"
+		if set.peer != peerNone {
+			beside = fmt.Sprintf("%.2f × the peer (rounds %.2f)", median(ratios), ratios)
+		}
+		p.f("%d in flight, durability %s: %s; %.0f/s, p50 %.2f ms, p99 %.2f ms, %.0f µs of CPU a job\n",
+			n, set.durability, beside, median(rates), median(p50), median(p99), median(cpu))
 	}
 	if p.err == nil {
 		p.err = p.w.Flush()

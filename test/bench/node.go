@@ -8,6 +8,8 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -122,6 +124,25 @@ func (s *stage) foundNode(ctx context.Context, name, binary, text string, common
 	}
 	n.key = key.Secret
 	return n, nil
+}
+
+// profile has the node write a profile of some time to a file.
+func (n *dsnode) profile(ctx context.Context, kind string, d time.Duration, file string) error {
+	url := fmt.Sprintf("%s/debug/pprof/%s?seconds=%d", n.admin.URLs()[0], kind, max(1, int(d.Seconds())))
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, text, 0o644)
 }
 
 // until tries again until there is no error, for 20 s at most.

@@ -144,13 +144,7 @@ func (s *stage) busy() (busy, error) {
 		}
 		b.all += time.Duration(n) * tick
 	}
-	for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
-		var u syscall.Rusage
-		if err := syscall.Getrusage(who, &u); err != nil {
-			return b, fmt.Errorf("read the own CPU time: %w", err)
-		}
-		b.ours += time.Duration(u.Utime.Nano() + u.Stime.Nano())
-	}
+	b.ours += ownCPU()
 	for _, p := range s.processes {
 		if p.alive() != nil {
 			continue
@@ -162,6 +156,18 @@ func (s *stage) busy() (busy, error) {
 		b.ours += t
 	}
 	return b, nil
+}
+
+// ownCPU is the CPU time of this process and of what it has waited for.
+func ownCPU() (all time.Duration) {
+	for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
+		var u syscall.Rusage
+		if err := syscall.Getrusage(who, &u); err != nil {
+			panic(err) // only for a wrong argument
+		}
+		all += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	return all
 }
 
 // elsewhere is how many CPUs others kept busy between two looks; 0 when these
