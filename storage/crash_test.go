@@ -255,8 +255,11 @@ func childCommand(dir string, args ...string) *exec.Cmd {
 // A node is killed a hundred times at random moments; whatever it had
 // acknowledged is there each time.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
-	rounds := 100
-	if testing.Short() {
+	rounds := 40
+	switch {
+	case os.Getenv("DSNODE_TEST_FULL") != "":
+		rounds = 400
+	case testing.Short():
 		rounds = 15
 	}
 	dir := t.TempDir()

@@ -203,7 +203,7 @@ func (p *promises) check(t *testing.T, dir string) {
 
 // A node is killed at random moments; whatever it had acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
-	rounds := 30
+	rounds := 15
 	switch {
 	case full():
 		rounds = 500
