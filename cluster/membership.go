@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
 const membershipFormat = 1
@@ -66,28 +68,8 @@ func writeMemberFile(dir string, m memberFile) error {
 	if err != nil {
 		return fmt.Errorf("encode membership: %w", err)
 	}
-	tmp := memberPath(dir) + ".new"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
+	if err := atomicfile.Replace(memberPath(dir), append(b, '\n')); err != nil {
 		return fmt.Errorf("write membership: %w", err)
 	}
-	_, err = f.Write(append(b, '\n'))
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("write membership: %w", err)
-	}
-	if err := os.Rename(tmp, memberPath(dir)); err != nil {
-		return fmt.Errorf("write membership: %w", err)
-	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("sync %s: %w", dir, err)
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return nil
 }

@@ -44,7 +44,7 @@ var floor = map[string]int{
 	"storage":            1,
 	"storage/journal":    1,
 	"storage/boltfile":   0,
-	"storage/atomicfile": 0,
+	"storage/atomicfile": -2,
 	"storage/keyring":    -1,
 
 	"storage/keyring/keyringtest": 0, // rings for the tests of those who seal
@@ -101,12 +101,14 @@ var arrows = []arrow{
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
+	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
 	{"replication", "cluster", "who calls, as the mesh knows it"},
 	{"replication", "storage/atomicfile", "notes how durable records are"},
 	{"replication", "storage/journal", "streams are what it carries"},
 	{"replication", "storage/keyring", "which key a record is sealed with: nothing is acknowledged that can't be opened"},
 
+	{"storage/keyring", "storage/atomicfile", "replaces the node's key and the data keys that it keeps"},
 	{"storage", "storage/keyring", "what is at rest is sealed"},
 	{"storage", "storage/boltfile", "may bbolt open Raft's file"},
 	{"storage/journal", "storage/keyring", "payloads are sealed"},

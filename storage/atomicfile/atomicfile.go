@@ -5,6 +5,7 @@ package atomicfile
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -14,27 +15,36 @@ import (
 // should be. One caller at a time for each path: the next content is written
 // beside it, as path.new.
 func Replace(path string, content []byte) error {
-	next := path + ".new"
-	f, err := os.OpenFile(next, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
+	if err := replace(path, path+".new", content); err != nil {
 		return fmt.Errorf("replace %s: %w", path, err)
+	}
+	return nil
+}
+
+func replace(path, next string, content []byte) error {
+	// A crash may have left one; it holds nothing that anybody relies on.
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := os.OpenFile(next, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
 	}
 	_, err = f.Write(content)
 	if err == nil {
 		err = f.Sync()
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("replace %s: %w", path, err)
-	}
-	if err := os.Rename(next, path); err != nil {
-		return fmt.Errorf("replace %s: %w", path, err)
-	}
-	dir, err := os.Open(filepath.Dir(path))
+	err = errors.Join(err, f.Close())
 	if err == nil {
-		err = errors.Join(dir.Sync(), dir.Close())
+		err = os.Rename(next, path)
 	}
 	if err != nil {
-		return fmt.Errorf("replace %s: %w", path, err)
+		_ = os.Remove(next) // a full disk needs the room; the next one does it otherwise
+		return err
 	}
-	return nil
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }

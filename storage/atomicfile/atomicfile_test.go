@@ -36,7 +36,7 @@ func TestReplaceFails(t *testing.T) {
 	if err := Replace(path, []byte("old")); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(path+".new", 0o700); err != nil {
+	if err := os.MkdirAll(path+".new/x", 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := Replace(path, []byte("new")); err == nil {

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
 // KeptFile is the file's name inside the data directory.
@@ -115,7 +117,7 @@ func WriteKept(dir string, s Sealer, k Kept) error {
 	}
 	b := append([]byte(keptMagic), keptFormat)
 	b = s.Seal(b, text, []byte(keptMagic))
-	if err := replaceFile(dir, KeptFile, b); err != nil {
+	if err := atomicfile.Replace(filepath.Join(dir, KeptFile), b); err != nil {
 		return fmt.Errorf("write data keys: %w", err)
 	}
 	return nil

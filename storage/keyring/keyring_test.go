@@ -252,7 +252,7 @@ func TestNodeKeyLives(t *testing.T) {
 
 func TestNodeKeyFileLeftByACrashIsReplaced(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, NodeKeyFile+".tmp"), []byte("half"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, NodeKeyFile+".new"), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	mustNodeKey(t, dir, GenerateOperatorKey())

@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
 // NodeKeyFile is the file's name inside the data directory.
@@ -114,28 +116,10 @@ func writeNodeKey(dir string, material []byte, op OperatorKey) error {
 	b = binary.BigEndian.AppendUint32(b, crc32.Checksum(wrapped, castagnoli))
 	b = append(b, wrapped...)
 
-	if err := replaceFile(dir, NodeKeyFile, b); err != nil {
+	if err := atomicfile.Replace(filepath.Join(dir, NodeKeyFile), b); err != nil {
 		return fmt.Errorf("write node key: %w", err)
 	}
 	return nil
-}
-
-// replaceFile leaves the old file or the new one, whatever happens; the new one
-// is durable when it returns.
-func replaceFile(dir, name string, b []byte) error {
-	path := filepath.Join(dir, name)
-	temp := path + ".tmp"
-	// A crash may have left one; it holds nothing that anybody relies on.
-	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := writeNew(temp, b); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, path); err != nil {
-		return err
-	}
-	return syncDir(dir)
 }
 
 // writeNew makes a file of mode 0600 that must not exist yet, and syncs it.
@@ -149,12 +133,4 @@ func writeNew(path string, b []byte) error {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
