@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -418,3 +419,13 @@ func (c tableCarrier) Reseal(ctx context.Context, from keyring.KeyID) (int64, er
 
 // CheckJobs implements admin.JobsChecker.
 func (n *Node) CheckJobs(ctx context.Context) error { return n.work.check(ctx) }
+
+// JobStreams implements admin.JobsChecker.
+func (n *Node) JobStreams(context.Context) (admin.JobStreams, error) {
+	s := n.cluster.State()
+	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]cluster.JobStream, 0, len(s.Streams))}
+	for _, key := range slices.Sorted(maps.Keys(s.Streams)) {
+		streams.Data = append(streams.Data, s.Streams[key])
+	}
+	return streams, nil
+}

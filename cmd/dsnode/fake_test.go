@@ -412,3 +412,7 @@ func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
 }
 
 func (f *fakeCluster) CheckJobs(context.Context) error { return nil }
+
+func (f *fakeCluster) JobStreams(context.Context) (admin.JobStreams, error) {
+	return admin.JobStreams{}, nil
+}

@@ -363,3 +363,12 @@ func (f *fakeCluster) CheckJobs(context.Context) error {
 	defer f.mu.Unlock()
 	return f.fail
 }
+
+func (f *fakeCluster) JobStreams(context.Context) (JobStreams, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return JobStreams{Ownership: 9, Data: []cluster.JobStream{{
+		Origin: "a-1", Incarnation: "0123456789abcdef0123456789abcdef", Site: "a", Owner: "b-1", Before: "a-1",
+		Token: cluster.FenceToken{Generation: 1, Index: 9}, Reason: "site_gone",
+	}}}, f.fail
+}

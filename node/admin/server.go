@@ -147,6 +147,7 @@ func (s *Server) routes(o Options) []route {
 		{"POST /admin/v1/keyring/rotate", s.change(s.postKeyringRotate)},
 		{"POST /admin/v1/keyring/rewrap", s.change(s.postKeyringRewrap)},
 		{"POST /admin/v1/jobs/check", s.change(s.postJobsCheck)},
+		{"GET /admin/v1/jobs/streams", s.read(s.getJobStreams)},
 		{"GET /admin/v1/cache", s.read(s.getCache)},
 		{"POST /admin/v1/cache/purge", s.change(s.postCachePurge)},
 		{"DELETE /admin/v1/nodes/{name}", s.change(s.deleteNode)},

@@ -56,6 +56,8 @@ func TestRoutes(t *testing.T) {
 		{"POST", "/admin/v1/bootstrap", goodConfig, 200, `"version":1`},
 		{"POST", "/admin/v1/bootstrap", "version: 1\n", 409, `"code":"already_bootstrapped"`},
 		{"GET", "/admin/v1/config", "", 200, `"author":"founder"`},
+		{"GET", "/admin/v1/jobs/streams", "", 200, `"owner":"b-1","token":{"generation":1,"index":9}`},
+		{"POST", "/admin/v1/jobs/check", "", 200, `"agree":true`},
 		{"PUT", "/admin/v1/config?expect_version=1&author=ann", goodConfig + "# more\n", 200, `"author":"ann"`},
 		{"PUT", "/admin/v1/config?expect_version=9", goodConfig, 409, `"code":"version_conflict"`},
 		{"PUT", "/admin/v1/config?expect_version=x", goodConfig, 400, `expect_version must be a whole number, not \"x\"`},

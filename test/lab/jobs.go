@@ -15,6 +15,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/dsnode/dsnode/node/admin"
 )
 
 // JobLoad is what clients hand in while a test makes trouble.
@@ -232,6 +234,19 @@ func (n *Node) CheckJobs(ctx context.Context) error {
 	}
 	_, err = n.ask(req)
 	return err
+}
+
+// JobStreams asks a node who executes what, by its copy of the agreed state.
+func (n *Node) JobStreams(ctx context.Context) (admin.JobStreams, error) {
+	var s admin.JobStreams
+	text, err := n.get(ctx, n.AdminURL()+"/admin/v1/jobs/streams")
+	if err != nil {
+		return s, err
+	}
+	if err := json.Unmarshal(text, &s); err != nil {
+		return s, fmt.Errorf("%s's job streams: %w", n.Name, err)
+	}
+	return s, nil
 }
 
 // watch asks for acknowledged jobs of all ages, to catch one that goes back.
