@@ -110,10 +110,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	asking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var late atomic.Bool
-	permitted := func() bool {
-		now, err := x.streams.check(e.home)
-		return err == nil && now.token == p.token && now.inTime()
-	}
+	permitted := func() bool { return x.streams.still(asking, e.home, p) }
 	if !permitted() { // writing the start took too long
 		return nil, &journal.Delay{Error: lostPermit}, "no_permit"
 	}

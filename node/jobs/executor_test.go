@@ -355,6 +355,48 @@ func TestLateStart(t *testing.T) {
 	})
 }
 
+// TestStartWhileItsStreamIsProposed: what was begun in a stream that nobody else
+// knew goes on when the cluster agrees on it, and waits while it is asked.
+func TestStartWhileItsStreamIsProposed(t *testing.T) {
+	for name, fails := range map[string]bool{"agreed on": false, "asked in vain first": true} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, w *world) {
+				w.agreed.lease(false)
+				w.start()
+				first, _, _ := w.streams.current()
+				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+					if !w.streams.agreed(first) { // while the connection is made
+						if fails {
+							w.agreed.refuseAll(cluster.ErrNoQuorum)
+						}
+						w.agreed.lease(true)
+						w.until("the cluster is asked", func() bool { return !w.streams.island(first) })
+						if fails {
+							w.agreed.refuseAll(nil)
+						} else {
+							w.until("it is agreed on", func() bool { return w.streams.agreed(first) })
+						}
+					}
+					httptrace.ContextClientTrace(ctx).GotConn(httptrace.GotConnInfo{})
+					if err := ctx.Err(); err != nil {
+						return err
+					}
+					if !w.streams.agreed(first) {
+						t.Error("it began while the cluster was being asked")
+					}
+					return answering(`{"ok":true}`)(ctx, r, s)
+				}
+				if v := w.await(w.submit().ID, journal.Succeeded); v.Attempts != 1 {
+					t.Errorf("it took %d attempts", v.Attempts)
+				}
+				if n := testutil.ToFloat64(w.metrics.late); n != 0 {
+					t.Errorf("%v late starts", n)
+				}
+			})
+		})
+	}
+}
+
 // deliver carries all that one node has of its own streams to another.
 func deliver(t *testing.T, from, to *world) {
 	t.Helper()

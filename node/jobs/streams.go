@@ -3,13 +3,10 @@ package jobs
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -17,7 +14,6 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/failover"
-	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -27,8 +23,11 @@ const (
 	// jobs in a stream that nobody else can get: longer than a new leader needs.
 	leaseLoss = 2 * time.Second
 	// openWait bounds one proposal, retryWait is the pause after one that failed.
-	openWait    = 10 * time.Second
-	retryWait   = 2 * time.Second
+	openWait  = 10 * time.Second
+	retryWait = 2 * time.Second
+	// agreeWait is how long a start waits for its stream to be agreed on, a failed
+	// proposal included.
+	agreeWait   = 3 * time.Second
 	dropEvery   = 10 * time.Second
 	loadAgain   = 5 * time.Second
 	islandsFile = "islands.json"
@@ -63,6 +62,7 @@ type streams struct {
 type permit struct {
 	token  journal.Token
 	inTime func() bool
+	alone  bool // of an island
 }
 
 func newStreams(o *Options) (*streams, error) {
@@ -128,13 +128,41 @@ func (s *streams) current() (journal.Stream, journal.Token, bool) {
 func (s *streams) check(st journal.Stream) (permit, error) {
 	// That it is agreed on says more than the note: a disk may be an old image.
 	if alone := func() bool { return s.island(st) && !s.known(st) }; alone() {
-		return permit{token: s.islandToken(), inTime: alone}, nil
+		return permit{token: s.islandToken(), inTime: alone, alone: true}, nil
 	}
 	p, err := s.o.Ownership.Check(keyOf(st))
 	if err != nil {
 		return permit{}, err
 	}
 	return permit{token: tokenOf(p.Token), inTime: p.InTime}, nil
+}
+
+// still reports whether what was permitted a moment ago is permitted now. A stream
+// that was an island then and has been agreed on since belongs to the same node,
+// and nobody was in between: that calls no job off. While the cluster is being
+// asked nothing may start, so it waits.
+func (s *streams) still(ctx context.Context, st journal.Stream, p permit) bool {
+	until := time.Now().Add(agreeWait)
+	for {
+		now, err := s.check(st)
+		if err == nil {
+			return now.inTime() && (now.token == p.token || p.alone && s.neverOthers(st))
+		}
+		asked := p.alone && !s.island(st) && !s.known(st)
+		if !asked || !time.Now().Before(until) || sleep(ctx, 10*time.Millisecond) != nil {
+			return false
+		}
+	}
+}
+
+// neverOthers reports whether a stream is agreed on and had no other owner.
+func (s *streams) neverOthers(st journal.Stream) bool {
+	state := s.o.State()
+	if state == nil {
+		return false
+	}
+	j, agreed := state.Streams[keyOf(st)]
+	return agreed && j.Owner == s.o.Node && j.Before == ""
 }
 
 // ours reports whether nobody but this process, or one before it alone, can have
@@ -185,9 +213,10 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer c.work.Wait()
 	defer stop()
-	tick := time.NewTicker(lookAtStreams)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	for {
+		beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookAtStreams))
 		changed := s.o.Ownership.Changed()
 		if err := s.look(ctx, c, x); err != nil {
 			return err
@@ -196,7 +225,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
-		case <-tick.C:
+		case <-beat.C:
 		}
 	}
 }
@@ -493,54 +522,6 @@ func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
 	ctx, stop := context.WithTimeout(ctx, time.Second)
 	defer stop()
 	return s.o.Replication.AwaitCaughtUp(ctx) == nil && s.o.Table.LiveCounts()[st] == 0
-}
-
-// noted is the file with the streams that are islands.
-type noted struct {
-	Format  int      `json:"format"` // 1
-	Islands []string `json:"islands"`
-}
-
-// readIslands gives what is noted: nothing, when that can't be told.
-func (s *streams) readIslands() ([]journal.Incarnation, error) {
-	text, err := os.ReadFile(s.path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // the first start, unless somebody removed it
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read which job streams nobody else knows: %w", err)
-	}
-	var n noted
-	err = json.Unmarshal(text, &n)
-	if err == nil && n.Format != 1 {
-		err = fmt.Errorf("format %d", n.Format)
-	}
-	var islands []journal.Incarnation
-	for _, text := range n.Islands {
-		i, bad := journal.ParseIncarnation(text)
-		err = errors.Join(err, bad)
-		islands = append(islands, i)
-	}
-	if err != nil {
-		s.log.Warn("which job streams nobody else knows can't be read; all count as if they were known", "file", s.path, "err", err)
-		return nil, nil
-	}
-	return islands, nil
-}
-
-// writeIslands replaces the file, durably and in one step. There are no more
-// than a journal holds streams.
-func writeIslands(path string, islands map[journal.Stream]struct{}) error {
-	n := noted{Format: 1, Islands: make([]string, 0, len(islands))}
-	for st := range islands {
-		n.Islands = append(n.Islands, st.Incarnation.String())
-	}
-	slices.Sort(n.Islands)
-	text, err := json.Marshal(n)
-	if err != nil {
-		return err
-	}
-	return atomicfile.Replace(path, append(text, '\n'))
 }
 
 var _ Ownership = (*failover.Ownership)(nil)

@@ -103,6 +103,12 @@ func (a *agreement) lease(on bool) {
 	a.leased = on
 }
 
+func (a *agreement) refuseAll(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.refuse = err
+}
+
 func (a *agreement) configure(change func(*cluster.Jobs)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
