@@ -66,9 +66,13 @@ type Redis struct {
 	URL  string    `yaml:"url,omitempty"`
 	Mode RedisMode `yaml:"mode,omitempty"`
 	// Master is the name that sentinels know the server by.
-	Master   string      `yaml:"master,omitempty"`
-	Password Secret      `yaml:"password,omitempty"`
-	TLS      UpstreamTLS `yaml:"tls,omitempty"` // of rediss
+	Master   string `yaml:"master,omitempty"`
+	Password Secret `yaml:"password,omitempty"`
+	// SentinelUser and SentinelPassword are for the sentinels, which know
+	// nothing of those of the servers that they watch.
+	SentinelUser     string      `yaml:"sentinel_user,omitempty"`
+	SentinelPassword Secret      `yaml:"sentinel_password,omitempty"`
+	TLS              UpstreamTLS `yaml:"tls,omitempty"` // of rediss; of sentinels too
 }
 
 // RedisMode says what stands at the URL.
@@ -247,6 +251,7 @@ func (c *configCheck) redis(at ConfigPath, r Redis) {
 	if c.src.Has(at.At("password")) {
 		c.secret(at.At("password"), r.Password)
 	}
+	c.sentinels(at, r)
 	c.upstreamTLS(at.At("tls"), r.TLS)
 	if _, err := r.Addresses(); err != nil {
 		const sample = "write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379"
@@ -255,6 +260,22 @@ func (c *configCheck) redis(at ConfigPath, r Redis) {
 			return
 		}
 		c.reject(at.At("url"), sample, "%s", err.Error())
+	}
+}
+
+// sentinels checks what is for them alone.
+func (c *configCheck) sentinels(at ConfigPath, r Redis) {
+	user, password := at.At("sentinel_user"), at.At("sentinel_password")
+	if c.src.Has(password) {
+		c.secret(password, r.SentinelPassword)
+	}
+	switch {
+	case r.Mode != RedisSentinel && r.SentinelUser != "":
+		c.reject(user, "remove it, or write mode: sentinel", "there are no sentinels")
+	case r.Mode != RedisSentinel && c.src.Has(password):
+		c.reject(password, "remove it, or write mode: sentinel", "there are no sentinels")
+	case r.SentinelUser != "" && !c.src.Has(password):
+		c.missing(password, "write sentinel_password: {env: NAME}, or remove sentinel_user")
 	}
 }
 

@@ -74,7 +74,7 @@ func (n *Node) openCache() error {
 func (n *Node) CacheStats(context.Context) (admin.CacheStats, error) {
 	s := n.cache.Stats()
 	tier := func(t cache.TierStats) admin.CacheTier {
-		return admin.CacheTier{Kind: t.Kind, State: t.State, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
+		return admin.CacheTier{Kind: t.Kind, State: t.State, Reason: t.Reason, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
 	}
 	return admin.CacheStats{
 		Node: n.cfg.Name, Site: n.cfg.Site, Local: tier(s.Local), Shared: tier(s.Shared),

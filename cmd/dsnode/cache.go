@@ -46,6 +46,11 @@ func newCacheStatsCommand(env *environment) *cobra.Command {
 			if err := tiers.write(w, env.palette()); err != nil {
 				return err
 			}
+			if stats.Shared.Reason != "" {
+				if err := emit(w, "\nThe shared tier is %s: %s\n", stats.Shared.State, stats.Shared.Reason); err != nil {
+					return err
+				}
+			}
 			looks := &grid{heads: []string{"TIER", "RESULT", "REQUESTS"}}
 			for _, tier := range slices.Sorted(maps.Keys(stats.Requests)) {
 				for _, result := range slices.Sorted(maps.Keys(stats.Requests[tier])) {

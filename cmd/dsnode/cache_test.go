@@ -13,7 +13,7 @@ func (*fakeCluster) CacheStats(context.Context) (admin.CacheStats, error) {
 		Node:  fakeNode,
 		Local: admin.CacheTier{Kind: "memory", State: "ok", Entries: ptr(int64(12)), Bytes: ptr(int64(4096)), MaxBytes: 1 << 20},
 		// A Redis does not say.
-		Shared:   admin.CacheTier{Kind: "redis", State: "resting"},
+		Shared:   admin.CacheTier{Kind: "redis", State: "resting", Reason: "redis: connection refused"},
 		Requests: map[string]map[string]uint64{"local": {"hit": 5, "miss": 2}},
 	}, nil
 }

@@ -35,8 +35,9 @@ type CacheStats struct {
 
 // CacheTier is one tier.
 type CacheTier struct {
-	Kind     string `json:"kind"`      // memory, embedded, redis or off
-	State    string `json:"state"`     // ok, opening, resting after failures, or off
+	Kind     string `json:"kind"`  // memory, embedded, redis or off
+	State    string `json:"state"` // ok, opening, resting after failures, read-only (it takes nothing new), or off
+	Reason   string `json:"reason,omitempty"`
 	Entries  *int64 `json:"entries"`   // nil: not known
 	Bytes    *int64 `json:"bytes"`     // nil: not known
 	MaxBytes int64  `json:"max_bytes"` // 0: a bound of its own

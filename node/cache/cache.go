@@ -57,8 +57,10 @@ type Cache struct {
 	counts counts
 	local  *local
 	shared atomic.Pointer[shared] // nil: not open, or off
-	writes *Queue[write1]
-	out    *Queue[Entry] // nil: nothing is passed on
+	// trouble is why the shared tier is not used, as last logged.
+	trouble atomic.Pointer[string]
+	writes  *Queue[write1]
+	out     *Queue[Entry] // nil: nothing is passed on
 
 	macKey atomic.Pointer[keyring.MAC]
 	conf   atomic.Pointer[settings]
@@ -246,8 +248,9 @@ func (c *Cache) Shared(ctx context.Context, k Key, model string, life Life) (Fou
 	}
 	if err != nil {
 		// Somebody else's bytes, an entry under another's key, or a data key that
-		// is gone: worth nothing. The next answer takes its place.
+		// is gone: worth nothing, and dated later than now it would keep good ones away.
 		c.Note(SharedDamaged)
+		c.writes.Offer(write1{key: k})
 		c.log.Warn("an entry of the shared cache does not open and is not used", "key", k.String(), "err", err)
 		return Found{}, false
 	}

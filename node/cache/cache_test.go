@@ -195,6 +195,15 @@ func TestAMovedEntryDoesNotOpen(t *testing.T) {
 			t.Error("it was not counted")
 		}
 	}
+	// It is dropped, although it is dated later than the good answer that comes.
+	eventually(t, "it is dropped", func() bool {
+		v, err := s.get(t.Context(), other)
+		return err == nil && v == nil
+	})
+	r.keep(other, plainAnswer(`{"y":2}`))
+	if f, ok := r.Shared(t.Context(), other, "m", life); !ok || string(f.Answer.Body) != `{"y":2}` {
+		t.Error("a good answer does not take its place")
+	}
 	if f, ok := r.Shared(t.Context(), k, "m", life); !ok || string(f.Answer.Body) != `{"x":1}` {
 		t.Error("in its own place it is lost too")
 	}

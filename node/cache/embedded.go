@@ -323,6 +323,29 @@ func write(db *bbolt.DB, batch []Entry) error {
 	})
 }
 
+func (e *embedded) drop(_ context.Context, keys []Key) error {
+	return e.with(func(db *bbolt.DB) error {
+		return db.Update(func(tx *bbolt.Tx) error {
+			entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
+			gone := 0
+			for _, k := range keys {
+				at := bytes.Clone(index.Get(k[:]))
+				if at == nil {
+					continue
+				}
+				if err := deletePieces(entries, append(at, k[:]...)); err != nil {
+					return err
+				}
+				if err := index.Delete(k[:]); err != nil {
+					return fmt.Errorf("delete from the index: %w", err)
+				}
+				gone++
+			}
+			return count(tx, -gone)
+		})
+	})
+}
+
 // putPieces writes a value in pieces of which two fill a page. A large one in a
 // row of pages would be copied with its neighbours at each change near it, and
 // need free pages in a row.

@@ -39,17 +39,23 @@ func (e Entry) value() []byte {
 	return append(b, e.Sealed...)
 }
 
-// parseEntry reads a value; Sealed stays a part of it.
-func parseEntry(k Key, value []byte) (Entry, error) {
-	if len(value) < entryHeader+keyring.Overhead || value[0] != entryFormat {
-		return Entry{}, errEntry
+// stampOf reads when a value was stored, from its beginning.
+func stampOf(value []byte) (time.Time, bool) {
+	if len(value) < entryHeader || value[0] != entryFormat {
+		return time.Time{}, false
 	}
 	ms := binary.BigEndian.Uint64(value[1:])
-	if ms > 1<<50 {
+	return time.UnixMilli(int64(ms)), ms <= 1<<50 //nolint:gosec // bounded with it
+}
+
+// parseEntry reads a value; Sealed stays a part of it.
+func parseEntry(k Key, value []byte) (Entry, error) {
+	at, ok := stampOf(value)
+	if !ok || len(value) < entryHeader+keyring.Overhead {
 		return Entry{}, errEntry
 	}
 	return Entry{
-		Key: k, StoredAt: time.UnixMilli(int64(ms)), //nolint:gosec // just bounded
+		Key: k, StoredAt: at,
 		Purge: binary.BigEndian.Uint64(value[9:]), Sealed: value[entryHeader:],
 	}, nil
 }

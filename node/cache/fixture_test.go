@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,6 +29,7 @@ type rig struct {
 	ahead  atomic.Int64 // of the clock, nanoseconds
 	purges atomic.Pointer[cluster.CachePurges]
 	logs   *log
+	env    sync.Map // of secrets, by name
 	conf   *cluster.Config
 	stop   func()
 }
@@ -64,7 +66,11 @@ func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
 	var err error
 	r.Cache, err = New(Options{
 		Dir: r.dir, Site: "east", Ring: r.ring, Purges: r.purges.Load, OutboundBytes: 1 << 20,
-		Files:  Files{LookupEnv: func(string) (string, bool) { return "", false }},
+		Files: Files{ReadFile: os.ReadFile, LookupEnv: func(name string) (string, bool) {
+			v, ok := r.env.Load(name)
+			text, _ := v.(string)
+			return text, ok
+		}},
 		Logger: slog.New(slog.NewTextHandler(r.logs, nil)),
 		Now:    func() time.Time { return time.Now().Add(time.Duration(r.ahead.Load())) },
 	})
@@ -87,6 +93,16 @@ var (
 // run starts the cache and waits until its shared tier is open.
 func (r *rig) run() *rig {
 	r.t.Helper()
+	r.start()
+	if r.want().site.Shared != cluster.SharedOff {
+		eventually(r.t, "the shared tier is open", func() bool { return r.shared.Load() != nil })
+	}
+	return r
+}
+
+// start starts the cache.
+func (r *rig) start() {
+	r.t.Helper()
 	ctx, cancel := context.WithCancel(r.t.Context())
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
@@ -100,10 +116,6 @@ func (r *rig) run() *rig {
 		})
 	}
 	r.t.Cleanup(r.stop)
-	if r.want().site.Shared != cluster.SharedOff {
-		eventually(r.t, "the shared tier is open", func() bool { return r.shared.Load() != nil })
-	}
-	return r
 }
 
 func (r *rig) key(owner, body string) Key {

@@ -84,7 +84,7 @@ func (c *Cache) register(reg prometheus.Registerer) {
 		return float64(n)
 	})
 	gauge("dsnode_cache_shared_up", "1 while the shared tier is asked, 0 while it is not open or rests after failures.", nil, func() float64 {
-		if s := c.shared.Load(); s != nil && !s.breaker.resting() {
+		if s := c.shared.Load(); s != nil && !s.reads.resting() {
 			return 1
 		}
 		return 0

@@ -20,6 +20,9 @@ import (
 const (
 	redisPrefix = "dsnode:cache:1:"
 	redisConns  = 32
+	// dialTime bounds the making of a connection, which goes on without the
+	// command that wanted it: with TLS it may take longer than that one has.
+	dialTime = 500 * time.Millisecond
 )
 
 // Files reads what the configuration points at.
@@ -48,36 +51,55 @@ func openRedis(conf cluster.Redis, maxValue int, files Files) (*remote, error) {
 	o := &redis.UniversalOptions{
 		Addrs: at.Hosts, DB: at.DB, Username: at.User, MasterName: conf.Master, IsClusterMode: conf.Mode == cluster.RedisCluster,
 		ContextTimeoutEnabled: true, // off by default: a deadline would mean nothing
-		DialTimeout:           commandTime, ReadTimeout: commandTime, WriteTimeout: commandTime, PoolTimeout: commandTime,
+		DialTimeout:           dialTime, ReadTimeout: commandTime, WriteTimeout: commandTime, PoolTimeout: commandTime,
 		// Another try would double the wait; a miss is cheaper.
 		MaxRetries: -1, DialerRetries: 1, MaxRedirects: 2,
 		PoolSize: redisConns, MaxActiveConns: redisConns, MaxConcurrentDials: redisConns, PipelinePoolSize: -1,
 		ConnMaxIdleTime: time.Minute, DisableIdentity: true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
-		Dialer:                   (&net.Dialer{Timeout: commandTime, KeepAlive: 15 * time.Second}).DialContext,
 	}
-	if !conf.Password.IsZero() {
-		if o.Password, err = cluster.ResolveSecret(conf.Password, files.LookupEnv, files.ReadFile); err != nil {
-			return nil, fmt.Errorf("redis password: %w", err)
-		}
+	if o.Password, err = secret("password", conf.Password, files); err != nil {
+		return nil, err
 	}
+	o.SentinelUsername = conf.SentinelUser
+	if o.SentinelPassword, err = secret("sentinel_password", conf.SentinelPassword, files); err != nil {
+		return nil, err
+	}
+	// One dialer for servers and sentinels. It heeds the context, which the
+	// library's own does not once it speaks TLS.
+	plain := &net.Dialer{Timeout: dialTime, KeepAlive: 15 * time.Second}
+	o.Dialer = plain.DialContext
 	if conf.Secure() {
-		if o.TLSConfig, err = redisTLS(conf.TLS, at.Hosts[0], files.ReadFile); err != nil {
+		c, err := redisTLS(conf.TLS, files.ReadFile)
+		if err != nil {
 			return nil, err
 		}
-		// A dialer of ours would take the place of the one that speaks TLS.
-		o.Dialer = nil
+		// Without server_name each server is known by the host of its address.
+		o.Dialer = (&tls.Dialer{NetDialer: plain, Config: c}).DialContext
 	}
-	return &remote{client: redis.NewUniversalClient(o), max: maxValue}, nil
+	if conf.Mode != cluster.RedisCluster {
+		return &remote{client: redis.NewUniversalClient(o), max: maxValue}, nil
+	}
+	c := o.Cluster()
+	c.DisableRoutingPolicies = true // or each server is asked for a list of all commands
+	return &remote{client: redis.NewClusterClient(c), max: maxValue}, nil
 }
 
-func redisTLS(t cluster.UpstreamTLS, address string, readFile func(string) ([]byte, error)) (*tls.Config, error) {
+func secret(what string, s cluster.Secret, files Files) (string, error) {
+	if s.IsZero() {
+		return "", nil
+	}
+	text, err := cluster.ResolveSecret(s, files.LookupEnv, files.ReadFile)
+	if err != nil {
+		return "", fmt.Errorf("redis %s: %w", what, err)
+	}
+	return text, nil
+}
+
+func redisTLS(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls.Config, error) {
 	conf := &tls.Config{
 		MinVersion: tls.VersionTLS12, ServerName: t.ServerName,
 		InsecureSkipVerify: t.InsecureSkipVerify, //nolint:gosec // the operator wrote it
-	}
-	if conf.ServerName == "" {
-		conf.ServerName, _, _ = net.SplitHostPort(address) // checked by Addresses
 	}
 	if t.CAFile != "" {
 		pem, err := readFile(t.CAFile)
@@ -123,18 +145,44 @@ func (r *remote) get(ctx context.Context, k Key) ([]byte, error) {
 	return value, nil
 }
 
-// put writes one after the other, each within its own time. In a cluster they
-// belong to different servers.
+// put writes one after the other, each within its own time: in a cluster they
+// belong to different servers, and one that fails takes none of the others along.
 func (r *remote) put(ctx context.Context, batch []Entry, keep time.Duration) error {
+	var failed error
 	for _, e := range batch {
 		left := keep - time.Since(e.StoredAt)
 		if left <= 0 {
 			continue
 		}
-		one, cancel := context.WithTimeout(ctx, commandTime)
-		err := r.client.Set(one, name(e.Key), e.value(), left).Err()
-		cancel()
-		if err != nil {
+		if err := ctx.Err(); err != nil {
+			return errors.Join(failed, err)
+		}
+		if err := r.putOne(ctx, e, left); err != nil && failed == nil {
+			failed = fmt.Errorf("redis: %w", err)
+		}
+	}
+	return failed
+}
+
+// putOne looks first whether what is there is newer: what peers kept comes in any
+// order. Between the look and the write another may come, which then lasts until
+// the answer expires; it is no worse an answer.
+func (r *remote) putOne(ctx context.Context, e Entry, keep time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	head, err := r.client.GetRange(ctx, name(e.Key), 0, entryHeader-1).Bytes()
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return err
+	}
+	if at, ok := stampOf(head); ok && at.After(e.StoredAt) {
+		return nil
+	}
+	return r.client.Set(ctx, name(e.Key), e.value(), keep).Err()
+}
+
+func (r *remote) drop(ctx context.Context, keys []Key) error {
+	for _, k := range keys { // of different servers, in a cluster
+		if err := r.client.Del(ctx, name(k)).Err(); err != nil {
 			return fmt.Errorf("redis: %w", err)
 		}
 	}
@@ -144,8 +192,16 @@ func (r *remote) put(ctx context.Context, batch []Entry, keep time.Duration) err
 // sweep has nothing to do: each key has its own time.
 func (*remote) sweep(context.Context, time.Time) error { return nil }
 
+// ping looks for an entry: a server that loads its data, or a replica that was cut
+// off, answers PING. A cluster is back when each of its masters is: asked for one
+// key, it would seem back and gone in turns.
 func (r *remote) ping(ctx context.Context) error {
-	// A server that loads its data, or a replica that was cut off, answers PING.
+	if c, ok := r.client.(*redis.ClusterClient); ok {
+		err := c.ForEachMaster(ctx, func(ctx context.Context, one *redis.Client) error { return one.Ping(ctx).Err() })
+		if err != nil {
+			return fmt.Errorf("redis: %w", err)
+		}
+	}
 	_, err := r.get(ctx, Key{})
 	return err
 }

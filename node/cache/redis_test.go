@@ -1,12 +1,14 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,46 +20,89 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 )
 
-// server is a real redis-server, started by the test.
+// server is a real redis-server, or what DSNODE_TEST_REDIS names: a valkey-server.
 type server struct {
 	t    *testing.T
 	addr string
 	dir  string
+	args []string // beyond those that all have
 	cmd  *exec.Cmd
 }
 
-func startRedis(t *testing.T) *server {
+func startRedis(t *testing.T, args ...string) *server {
 	t.Helper()
-	path, err := exec.LookPath("redis-server")
+	s := &server{t: t, addr: freeAddr(t), dir: t.TempDir(), args: args}
+	s.start()
+	return s
+}
+
+func redisBinary(t *testing.T) string {
+	t.Helper()
+	binary := cmp.Or(os.Getenv("DSNODE_TEST_REDIS"), "redis-server")
+	path, err := exec.LookPath(binary)
 	if err != nil {
 		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-			t.Fatal("redis-server is not installed")
+			t.Fatalf("%s is not installed", binary)
 		}
-		t.Skip("redis-server is not installed")
+		t.Skipf("%s is not installed", binary)
 	}
+	return path
+}
+
+// freeAddr is an address that nobody uses now.
+func freeAddr(t *testing.T) string {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{t: t, addr: ln.Addr().String(), dir: t.TempDir()}
 	if err := ln.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.start(path)
-	t.Cleanup(s.kill)
-	return s
+	return ln.Addr().String()
 }
 
-func (s *server) start(path string) {
-	s.t.Helper()
-	_, port, err := net.SplitHostPort(s.addr)
+func portOf(t *testing.T, addr string) string {
+	t.Helper()
+	_, port, err := net.SplitHostPort(addr)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
-	s.cmd = exec.Command(path, "--port", port, "--bind", "127.0.0.1", "--dir", s.dir, "--save", "", "--appendonly", "no", "--daemonize", "no")
+	return port
+}
+
+func (s *server) start() {
+	s.t.Helper()
+	path, port := redisBinary(s.t), portOf(s.t, s.addr)
+	args := []string{"--bind", "127.0.0.1", "--dir", s.dir, "--save", "", "--appendonly", "no", "--daemonize", "no"}
+	if slices.Contains(s.args, "--tls-port") {
+		args = append(args, "--port", "0")
+	} else {
+		args = append(args, "--port", port)
+	}
+	if i := slices.Index(s.args, "--sentinel"); i >= 0 {
+		// A sentinel writes into the file that it is started with.
+		conf := filepath.Join(s.dir, "sentinel.conf")
+		text := "port " + port + "\nbind 127.0.0.1\ndir " + s.dir + "\n" + s.args[i+1]
+		if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+			s.t.Fatal(err)
+		}
+		args = []string{conf, "--sentinel"}
+	} else {
+		args = append(args, s.args...)
+	}
+	s.cmd = exec.Command(path, args...)
+	said := &log{}
+	s.cmd.Stdout, s.cmd.Stderr = said, said
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
+	s.t.Cleanup(func() {
+		s.kill()
+		if s.t.Failed() {
+			s.t.Logf("%v said:\n%s", args, said)
+		}
+	})
 	eventually(s.t, "redis answers", func() bool {
 		c, err := net.DialTimeout("tcp", s.addr, time.Second)
 		if err != nil {
@@ -148,13 +193,7 @@ func TestRedisFails(t *testing.T) {
 		name       string
 		harm, mend func(s *server)
 	}{
-		{"stopped", func(s *server) { s.kill() }, func(s *server) {
-			path, err := exec.LookPath("redis-server")
-			if err != nil {
-				s.t.Fatal(err)
-			}
-			s.start(path)
-		}},
+		{"stopped", func(s *server) { s.kill() }, func(s *server) { s.start() }},
 		{"frozen", func(s *server) { s.signal(syscall.SIGSTOP) }, func(s *server) { s.signal(syscall.SIGCONT) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -165,7 +204,7 @@ func TestRedisFails(t *testing.T) {
 			c.harm(s)
 			r.wantPatience(k)
 			c.mend(s)
-			eventually(t, "it is asked again", func() bool { return !r.shared.Load().breaker.resting() })
+			eventually(t, "it is asked again", func() bool { return !r.shared.Load().reads.resting() })
 			r.keep(r.key("tenant a", `{"model":"n"}`), plainAnswer("{}"))
 		})
 	}
@@ -253,11 +292,11 @@ func (r *rig) wantPatience(k Key) {
 			r.t.Fatal("a broken tier gave an answer")
 		}
 		first = append(first, time.Since(begun))
-		if r.shared.Load().breaker.resting() {
+		if r.shared.Load().reads.resting() {
 			break
 		}
 	}
-	if !r.shared.Load().breaker.resting() {
+	if !r.shared.Load().reads.resting() {
 		r.t.Fatalf("it is not left alone after %v", first)
 	}
 	late := 0
@@ -291,7 +330,7 @@ func TestATierThatHangs(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	release := make(chan struct{})
 	defer close(release)
-	s := newShared(hanging{release}, func(bool, error) {})
+	s := newShared(hanging{release}, func(bool, error) {}, func(bool, error) {})
 	r.shared.Store(s)
 	defer r.shared.Store(nil)
 	k := r.key("tenant a", "{}")
@@ -307,17 +346,17 @@ func TestATierThatHangs(t *testing.T) {
 	if n := len(s.slots); n > maxCommands {
 		t.Errorf("%d looks hang", n)
 	}
-	if !s.breaker.resting() {
+	if !s.reads.resting() {
 		t.Error("it is asked on")
 	}
 	// A client that has gone says nothing of the tier.
-	fresh := newShared(hanging{release}, func(bool, error) {})
+	fresh := newShared(hanging{release}, func(bool, error) {}, func(bool, error) {})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 10 {
 		_, _ = fresh.get(ctx, k)
 	}
-	if fresh.breaker.resting() {
+	if fresh.reads.resting() {
 		t.Error("clients that left made it rest")
 	}
 }
@@ -326,6 +365,7 @@ type hanging struct{ until chan struct{} }
 
 func (h hanging) get(context.Context, Key) ([]byte, error)          { <-h.until; return nil, nil }
 func (h hanging) put(context.Context, []Entry, time.Duration) error { <-h.until; return nil }
+func (h hanging) drop(context.Context, []Key) error                 { <-h.until; return nil }
 func (h hanging) sweep(context.Context, time.Time) error            { <-h.until; return nil }
 func (h hanging) ping(context.Context) error                        { <-h.until; return nil }
 func (hanging) size() (entries, bytes int64, known bool)            { return 0, 0, false }

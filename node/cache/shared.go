@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 )
 
@@ -30,26 +31,32 @@ var (
 type store interface {
 	// get gives a value that is the caller's, nil when there is none.
 	get(ctx context.Context, k Key) ([]byte, error)
-	// put keeps values; each may be dropped after the time.
+	// put keeps values, unless a newer one of the key is there; each may be
+	// dropped after the time.
 	put(ctx context.Context, batch []Entry, keep time.Duration) error
+	// drop forgets what stands under the keys.
+	drop(ctx context.Context, keys []Key) error
 	// sweep drops what is older than the time.
 	sweep(ctx context.Context, before time.Time) error
-	// ping says whether it would answer.
+	// ping says whether it would answer, whatever it was asked.
 	ping(ctx context.Context) error
 	size() (entries, bytes int64, known bool)
 	close() error
 }
 
-// shared guards a store: a deadline for each command, however it hangs, and a
-// breaker.
+// shared guards a store: a deadline for each command, however it hangs, and two
+// breakers, since a full disk and a full Redis give answers still.
 type shared struct {
-	store   store
-	breaker breaker
-	slots   chan struct{}
+	store  store
+	reads  breaker
+	writes breaker
+	// again allows one write while writes rest: nobody waits for it.
+	again atomic.Bool
+	slots chan struct{}
 }
 
-func newShared(s store, moved func(open bool, why error)) *shared {
-	return &shared{store: s, breaker: breaker{moved: moved}, slots: make(chan struct{}, maxCommands)}
+func newShared(s store, reads, writes func(open bool, why error)) *shared {
+	return &shared{store: s, reads: breaker{moved: reads}, writes: breaker{moved: writes}, slots: make(chan struct{}, maxCommands)}
 }
 
 type fetched struct {
@@ -59,7 +66,7 @@ type fetched struct {
 
 // get looks a key up, for at most commandTime.
 func (s *shared) get(ctx context.Context, k Key) ([]byte, error) {
-	if s.breaker.resting() {
+	if s.reads.resting() {
 		return nil, errResting
 	}
 	select {
@@ -85,29 +92,66 @@ func (s *shared) get(ctx context.Context, k Key) ([]byte, error) {
 	if ctx.Err() != nil {
 		return nil, ctx.Err() // who asked has gone, which says nothing of the tier
 	}
-	s.breaker.note(got.err)
+	s.reads.note(got.err)
 	return got.value, got.err
 }
 
 // put writes a batch, in the writer's own time.
 func (s *shared) put(ctx context.Context, batch []Entry, keep time.Duration) error {
-	if s.breaker.resting() {
-		return errResting
-	}
-	return s.guarded(ctx, batchTime, func(ctx context.Context) error { return s.store.put(ctx, batch, keep) })
+	return s.write(ctx, func(ctx context.Context) error { return s.store.put(ctx, batch, keep) })
+}
+
+func (s *shared) drop(ctx context.Context, keys []Key) error {
+	return s.write(ctx, func(ctx context.Context) error { return s.store.drop(ctx, keys) })
 }
 
 func (s *shared) sweep(ctx context.Context, before time.Time) error {
-	if s.breaker.resting() {
+	return s.write(ctx, func(ctx context.Context) error { return s.store.sweep(ctx, before) })
+}
+
+func (s *shared) write(ctx context.Context, f func(context.Context) error) error {
+	if s.reads.resting() || s.writes.resting() && !s.again.Swap(false) {
 		return errResting
 	}
-	return s.guarded(ctx, batchTime, func(ctx context.Context) error { return s.store.sweep(ctx, before) })
+	err := s.guarded(ctx, batchTime, f)
+	switch {
+	case ctx.Err() != nil, errors.Is(err, errBusy), errors.Is(err, errNoRoom): // says nothing of the tier
+	case err == nil && s.writes.resting():
+		s.writes.mend()
+	default:
+		s.writes.note(err)
+	}
+	return err
+}
+
+// begin asks a tier that was just opened, and lets it rest when it does not
+// answer. That it is slow the first time, when it has to connect, says nothing.
+func (s *shared) begin(ctx context.Context) {
+	for range patience {
+		if s.ask(ctx); !s.reads.resting() {
+			return
+		}
+	}
 }
 
 // try asks a tier that rests whether it is back.
 func (s *shared) try(ctx context.Context) {
-	if s.breaker.resting() {
-		_ = s.guarded(ctx, commandTime, s.store.ping) // noted by the breaker
+	if s.writes.resting() {
+		s.again.Store(true)
+	}
+	if s.reads.resting() {
+		s.ask(ctx)
+	}
+}
+
+func (s *shared) ask(ctx context.Context) {
+	err := s.guarded(ctx, commandTime, s.store.ping)
+	switch {
+	case ctx.Err() != nil, errors.Is(err, errBusy):
+	case err == nil:
+		s.reads.mend()
+	default:
+		s.reads.trip(err)
 	}
 }
 
@@ -124,15 +168,10 @@ func (s *shared) guarded(ctx context.Context, within time.Duration, f func(conte
 		defer func() { <-s.slots }()
 		done <- f(limited)
 	}()
-	var err error
 	select {
-	case err = <-done:
+	case err := <-done:
+		return err
 	case <-limited.Done():
-		err = fmt.Errorf("%w: %w", errSlow, limited.Err())
+		return fmt.Errorf("no answer within %s: %w", within, limited.Err())
 	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	s.breaker.note(err)
-	return err
 }

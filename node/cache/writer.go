@@ -17,7 +17,8 @@ const (
 	gather = 10 * time.Millisecond
 )
 
-// write1 is an answer on its way to the shared tier, from here or from a peer.
+// write1 is an answer on its way to the shared tier, from here or from a peer, or,
+// without either, the key of one that is worth nothing there.
 type write1 struct {
 	key    Key
 	answer *Answer
@@ -26,10 +27,13 @@ type write1 struct {
 
 func newWrites(n *counts) *Queue[write1] {
 	return NewQueue(maxWrites, maxWriteBytes, func(w write1) int {
-		if w.entry != nil {
+		switch {
+		case w.entry != nil:
 			return w.entry.Size()
+		case w.answer != nil:
+			return w.answer.weight()
 		}
-		return w.answer.weight()
+		return len(w.key)
 	}, func(lost int) { n.lost[lostQueue].Add(uint64(lost)) }) //nolint:gosec // not negative
 }
 
@@ -64,9 +68,14 @@ func (c *Cache) writeAll(ctx context.Context) {
 
 func (c *Cache) write(ctx context.Context, batch []write1) {
 	entries := make([]Entry, 0, len(batch))
+	var worthless []Key
 	for _, w := range batch {
 		if w.entry != nil {
 			entries = append(entries, *w.entry)
+			continue
+		}
+		if w.answer == nil {
+			worthless = append(worthless, w.key)
 			continue
 		}
 		e, err := c.seal(w.key, w.answer)
@@ -80,7 +89,15 @@ func (c *Cache) write(ctx context.Context, batch []write1) {
 		}
 	}
 	s := c.shared.Load()
-	if s == nil || len(entries) == 0 {
+	if s == nil {
+		return
+	}
+	if len(worthless) > 0 { // first: a good one may be in the same batch
+		if err := s.drop(ctx, worthless); err != nil {
+			c.log.Debug("damaged entries stay in the shared cache", "entries", len(worthless), "err", err)
+		}
+	}
+	if len(entries) == 0 {
 		return
 	}
 	if err := s.put(ctx, entries, c.conf.Load().maxAge); err != nil {
@@ -92,34 +109,40 @@ func (c *Cache) write(ctx context.Context, batch []write1) {
 }
 
 // keepTier opens the shared tier that the configuration wants, tries one that
-// rests, and sweeps.
+// rests, and sweeps. A remote one that rests is opened anew from time to time: its
+// password, its certificates or its addresses may have been put right.
 func (c *Cache) keepTier(ctx context.Context) error {
 	try, sweep := time.NewTicker(tryEvery), time.NewTicker(sweepEvery)
 	defer try.Stop()
 	defer sweep.Stop()
 	var have tierSpec
-	var failed time.Time // the last opening
+	var opened time.Time // or tried to
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.changed:
-			failed = time.Time{}
+			opened = time.Time{}
 		case <-sweep.C:
 			c.sweep(ctx)
 			continue
 		case <-try.C:
-			if s := c.shared.Load(); s != nil {
+			s := c.shared.Load()
+			if s != nil {
 				s.try(ctx)
+			}
+			if s != nil && s.reads.resting() && have.site.Shared == cluster.SharedRedis && time.Since(opened) >= reopenEvery {
+				have = tierSpec{}
 			}
 		}
 		want := c.want()
-		if want == have || time.Since(failed) < reopenEvery {
+		if want == have || time.Since(opened) < reopenEvery {
 			continue
 		}
-		if err := c.retier(have, want); err != nil {
-			c.log.Error("the shared cache can't be opened, answers are kept in memory alone", "tier", want.site.Shared, "err", err)
-			have, failed = tierSpec{}, time.Now()
+		opened = time.Now()
+		if err := c.retier(ctx, have, want); err != nil {
+			c.tierFails(string(want.site.Shared), err.Error())
+			have = tierSpec{}
 			continue
 		}
 		have = want
@@ -127,7 +150,7 @@ func (c *Cache) keepTier(ctx context.Context) error {
 }
 
 // retier closes what is open, unless it can stay, and opens what is wanted.
-func (c *Cache) retier(have, want tierSpec) error {
+func (c *Cache) retier(ctx context.Context, have, want tierSpec) error {
 	have.maxAge = want.maxAge
 	if have == want && c.shared.Load() != nil {
 		return nil
@@ -143,21 +166,52 @@ func (c *Cache) retier(have, want tierSpec) error {
 	case cluster.SharedRedis:
 		s, err = openRedis(want.site.Redis, maxAnswer+maxOverhead, c.o.Files)
 	default:
+		c.trouble.Store(nil)
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	kind := string(want.site.Shared)
-	c.shared.Store(newShared(s, func(open bool, why error) {
-		if open {
-			c.log.Warn("the shared cache fails and is left alone until it answers", "tier", kind, "err", why)
-		} else {
-			c.log.Info("the shared cache answers again", "tier", kind)
+	begun := false
+	tier := newShared(s, func(open bool, why error) {
+		switch {
+		case !begun:
+		case open:
+			c.tierFails(kind, why.Error())
+		default:
+			c.tierWorks(kind)
 		}
-	}))
-	c.log.Info("the shared cache is open", "tier", kind)
+	}, func(open bool, why error) {
+		if open {
+			c.log.Warn("the shared cache takes no answers, what it has is used", "tier", kind, "err", why)
+		} else {
+			c.log.Info("the shared cache takes answers again", "tier", kind)
+		}
+	})
+	// Who can't reach it at all learns it here, not from a request.
+	tier.begin(ctx)
+	if !tier.reads.resting() {
+		c.tierWorks(kind)
+	} else {
+		c.tierFails(kind, tier.reads.reason())
+	}
+	begun = true
+	c.shared.Store(tier)
 	return nil
+}
+
+// tierFails says why the shared tier is not used, once for each reason.
+func (c *Cache) tierFails(kind, why string) {
+	if was := c.trouble.Swap(&why); was != nil && *was == why {
+		return
+	}
+	c.log.Warn("the shared cache fails and is left alone until it answers", "tier", kind, "err", why)
+}
+
+func (c *Cache) tierWorks(kind string) {
+	c.trouble.Store(nil)
+	c.log.Info("the shared cache is open", "tier", kind)
 }
 
 func (c *Cache) closeTier() error {
@@ -192,7 +246,8 @@ func (c *Cache) sweep(ctx context.Context) {
 // TierStats is one tier at a moment.
 type TierStats struct {
 	Kind    string // "memory", "embedded", "redis" or "off"
-	State   string // "ok", "opening", "resting" or "off"
+	State   string // "ok", "opening", "resting", "read-only" or "off"
+	Reason  string // of a state that is neither ok nor off, when known
 	Entries *int64 // nil: not known
 	Bytes   *int64
 	Max     int64 // 0: the tier's own
@@ -236,9 +291,15 @@ func (c *Cache) Stats() Stats {
 		st.Shared.Kind, st.Shared.State = "off", "off"
 	case s == nil:
 		st.Shared.State = "opening"
-	case s.breaker.resting():
-		st.Shared.State = "resting"
+		if why := c.trouble.Load(); why != nil {
+			st.Shared.Reason = *why
+		}
+	case s.reads.resting():
+		st.Shared.State, st.Shared.Reason = "resting", s.reads.reason()
 	default:
+		if s.writes.resting() {
+			st.Shared.State, st.Shared.Reason = "read-only", s.writes.reason()
+		}
 		if entries, bytes, known := s.store.size(); known {
 			st.Shared.Entries, st.Shared.Bytes = &entries, &bytes
 		}
