@@ -21,6 +21,9 @@ type canonical struct {
 	out     []byte
 	members []member // of all open objects, innermost last
 	scratch []byte
+	// names and parts are Cache.key's.
+	names []byte
+	parts [][]byte
 }
 
 // member is where `"name":value` stands in out, and where its name ends.

@@ -12,6 +12,12 @@ type Key [32]byte
 // String is the key as operators and Cache-Status write it: 43 characters.
 func (k Key) String() string { return base64.RawURLEncoding.EncodeToString(k[:]) }
 
+// Append is String for those who have a buffer.
+func (k Key) Append(b []byte) []byte { return base64.RawURLEncoding.AppendEncode(b, k[:]) }
+
+// IsZero: it is no key.
+func (k Key) IsZero() bool { return k == Key{} }
+
 // ParseKey reads what String wrote; false for anything else.
 func ParseKey(text string) (k Key, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(text)
@@ -69,14 +75,22 @@ func (c *Cache) key(q *Question) (Key, bool) {
 	if !form.object(q.Body, q.omits) {
 		return Key{}, false
 	}
-	parts := make([][]byte, 0, 16)
+	form.names, form.parts = form.names[:0], form.parts[:0]
 	for _, s := range [...]string{q.Owner, q.Endpoint, q.Model, q.Revision, string(q.Shape)} {
-		parts = append(parts, []byte(s))
+		form.part(s)
 	}
 	for _, h := range q.Headers {
-		parts = append(parts, []byte(h))
+		form.part(h)
 	}
-	return Key(mac.Sum(append(parts, form.out)...)), true
+	return Key(mac.Sum(append(form.parts, form.out)...)), true
+}
+
+// part adds a text to what the key is made of. Parts that were added before keep
+// the bytes they have when names grows and moves.
+func (c *canonical) part(s string) {
+	from := len(c.names)
+	c.names = append(c.names, s...)
+	c.parts = append(c.parts, c.names[from:])
 }
 
 // omits says which members of a body say only how the answer travels. Of a

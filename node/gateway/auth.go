@@ -31,6 +31,11 @@ func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
 	if x.door == operators {
 		return who, 0, nil
 	}
+	return x.admitPeer()
+}
+
+// admitPeer reads what another node says of who asks.
+func (x *exchange) admitPeer() (who serving.Principal, hops int, f *failure) {
 	hops, err := strconv.Atoi(x.r.Header.Get(serving.HeaderHops))
 	switch {
 	case err != nil || hops < 1:

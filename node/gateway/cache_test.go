@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -65,12 +66,12 @@ func TestWhatTheCacheHadToDoWithIt(t *testing.T) {
 		{head(serving.Cached{Status: serving.Bypass}, 2), "bypass", "", "", "2"},
 		{head(serving.Cached{Status: serving.Coalesced}, 1), "coalesced", "", "", "1"},
 		{
-			head(serving.Cached{Status: serving.HitLocal, Key: "abc", Age: 61500 * time.Millisecond, Left: time.Hour}, 0),
-			"hit-local", `dsnode; hit; ttl=3600; key="abc"; detail=hit-local`, "61", "0",
+			head(serving.Cached{Status: serving.HitLocal, Key: cache.Key{105, 183}, Age: 61500 * time.Millisecond, Left: time.Hour}, 0),
+			"hit-local", `dsnode; hit; ttl=3600; key="abcAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"; detail=hit-local`, "61", "0",
 		},
 		{
-			head(serving.Cached{Status: serving.Stale, Key: "abc", Age: 2 * time.Hour, Left: -time.Hour}, 0),
-			"stale", `dsnode; hit; ttl=-3600; key="abc"; detail=stale`, "7200", "0",
+			head(serving.Cached{Status: serving.Stale, Key: cache.Key{105, 183}, Age: 2 * time.Hour, Left: -time.Hour}, 0),
+			"stale", `dsnode; hit; ttl=-3600; key="abcAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"; detail=stale`, "7200", "0",
 		},
 	} {
 		b := open(t, &answers{head: c.head}, nil)

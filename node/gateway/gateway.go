@@ -166,7 +166,7 @@ func (g *Gateway) opens(rt *route, d door) bool {
 }
 
 func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
-	x := exchange{g: g, w: w, r: r, door: d, start: time.Now(), rc: http.NewResponseController(w)}
+	x := exchange{g: g, w: w, r: r, door: d, start: time.Now(), rc: *http.NewResponseController(w)}
 	// A deadline of the request before on this connection may still stand.
 	x.extendWrite(x.start)
 	if g.draining.Load() {

@@ -20,11 +20,13 @@ type exchange struct {
 	g     *Gateway
 	w     http.ResponseWriter
 	r     *http.Request
-	rc    *http.ResponseController
+	rc    http.ResponseController
 	door  door
 	start time.Time
 	id    string // X-Request-Id
 	held  int64  // bytes of Gateway.held
+	// values are what the answer's header points to: one allocation for all.
+	values [headerValues]string
 
 	// mu guards all below and every use of w and rc while the pipeline works:
 	// the sink's calls and the keep-alive timer take turns. It is held during
@@ -80,6 +82,25 @@ func (x *exchange) infer(rt *route, index int) {
 	}
 }
 
+// The header values that differ from answer to answer.
+const (
+	valueID = iota
+	valueUpstream
+	valueAttempts
+	valueSite
+	valueNode
+	valueLength
+	valueCache
+	valueAge
+	headerValues
+)
+
+// value keeps one value for the answer's header.
+func (x *exchange) value(i int, v string) []string {
+	x.values[i] = v
+	return x.values[i : i+1 : i+1]
+}
+
 // identify names the request and us in the answer's header, whatever it will be.
 func (x *exchange) identify() {
 	x.id = first(x.r.Header, "X-Request-Id")
@@ -87,7 +108,7 @@ func (x *exchange) identify() {
 		x.id = newID()
 	}
 	h := x.w.Header()
-	h["X-Request-Id"] = []string{x.id}
+	h["X-Request-Id"] = x.value(valueID, x.id)
 	h["X-Dsnode-Site"] = x.g.site
 	h["X-Dsnode-Node"] = x.g.node
 }
@@ -134,8 +155,10 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 	if req.Cache, f = cacheMode(x.r.Header); f != nil {
 		return nil, f
 	}
-	if n, err := strconv.Atoi(first(x.r.Header, "X-Stainless-Retry-Count")); err == nil && n > 0 {
-		req.RetryCount = n
+	if count := first(x.r.Header, "X-Stainless-Retry-Count"); count != "" {
+		if n, err := strconv.Atoi(count); err == nil && n > 0 {
+			req.RetryCount = n
+		}
 	}
 	return req, nil
 }
@@ -169,14 +192,16 @@ func cacheMode(h http.Header) (serving.CacheMode, *failure) {
 	return "", invalid(http.StatusBadRequest, "invalid_cache_mode", "X-Dsnode-Cache must be one of store, no-store, only and refresh.")
 }
 
-// forwarded keeps the headers that are the upstream's business. The values are
-// shared with the request: nobody changes them.
-func forwarded(h http.Header) http.Header {
-	out := make(http.Header, 4)
+// forwarded keeps the headers that are the upstream's business, nil when there
+// are none. The values are shared with the request: nobody changes them.
+func forwarded(h http.Header) (out http.Header) {
 	for _, k := range [...]string{
 		"User-Agent", "Accept", "Accept-Language", "Openai-Beta", "Anthropic-Version", "Anthropic-Beta", "Traceparent", "Tracestate",
 	} {
 		if v, ok := h[k]; ok {
+			if out == nil {
+				out = make(http.Header, 4)
+			}
 			out[k] = v
 		}
 	}

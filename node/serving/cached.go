@@ -39,7 +39,7 @@ const (
 type Cached struct {
 	Status CacheStatus
 	// The following are known of a hit and of a stale answer.
-	Key  string
+	Key  cache.Key
 	Age  time.Duration
 	Left time.Duration // until it expires, negative of a stale one
 }
@@ -198,8 +198,8 @@ func excusesStale(err error) bool {
 func replay(sink Sink, key cache.Key, found cache.Found, status CacheStatus) error {
 	a := found.Answer
 	h := Head{
-		Status: http.StatusOK, Header: http.Header{"Content-Type": {a.ContentType}}, Length: int64(len(a.Body)), Stream: a.Stream,
-		Cache: Cached{Status: status, Key: key.String(), Age: found.Age, Left: found.Left},
+		Status: http.StatusOK, Header: typed(a.ContentType), Length: int64(len(a.Body)), Whole: !a.Stream, Stream: a.Stream,
+		Cache: Cached{Status: status, Key: key, Age: found.Age, Left: found.Left},
 	}
 	if a.Stream {
 		h.Length = -1
@@ -228,6 +228,16 @@ func replay(sink Sink, key cache.Key, found cache.Found, status CacheStatus) err
 		return batch.Flush()
 	}
 	return nil
+}
+
+var jsonAnswer = http.Header{"Content-Type": {"application/json"}}
+
+// typed is a header with a content type, shared by nearly all answers.
+func typed(kind string) http.Header {
+	if kind == "application/json" {
+		return jsonAnswer
+	}
+	return http.Header{"Content-Type": {kind}}
 }
 
 // answer is what the flight brought, nil when it must not be kept: when it is

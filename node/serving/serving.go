@@ -50,8 +50,9 @@ type Principal struct {
 // Head is what is known of an answer when its first content arrives.
 type Head struct {
 	Status   int
-	Header   http.Header // Content-Type and what else is passed on
+	Header   http.Header // Content-Type and what else is passed on; nobody changes it
 	Length   int64       // -1 unknown
+	Whole    bool        // the next Data is all of a plain answer
 	Stream   bool
 	Upstream string // name in the configuration
 	Site     string // whose upstream it was
