@@ -34,6 +34,7 @@ type queue struct {
 	filled  sync.Cond
 	batches []*batch
 	closed  error
+	usual   int // records of the batch before
 }
 
 // batch is what one write and one sync make durable.
@@ -74,7 +75,7 @@ func (q *queue) add(ctx context.Context, records []Record, bytes int) (b *batch,
 				}
 			}
 		}
-		b = &batch{done: make(chan struct{})}
+		b = &batch{done: make(chan struct{}), records: make([]Record, 0, q.usual+q.usual/8)}
 		q.batches = append(q.batches, b)
 		q.filled.Signal()
 		break
@@ -98,6 +99,7 @@ func (q *queue) next() *batch {
 	b := q.batches[0]
 	q.batches[0] = nil
 	q.batches = q.batches[1:]
+	q.usual = len(b.records)
 	return b
 }
 
@@ -328,7 +330,7 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 		return l.setFailed("open a segment", err)
 	}
 	putMark(buf, s.id, g.size, records[0].Seq)
-	if _, err := s.active.WriteAt(l.prewritten(s, g, buf), g.size); err != nil {
+	if err := l.write(s, g, buf); err != nil {
 		return l.setFailed("write records", err)
 	}
 	if err := s.active.sync(); err != nil {
@@ -367,15 +369,26 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 	return nil
 }
 
-// prewritten gives what to write for buf at the end of the segment.
-func (l *Log) prewritten(s *stream, g *segment, buf []byte) []byte {
+// write writes buf at the end of the segment, and zeros ahead of it where the
+// file ends. After a crash in between there are fewer zeros.
+func (l *Log) write(s *stream, g *segment, buf []byte) error {
+	if _, err := s.active.WriteAt(buf, g.size); err != nil {
+		return err
+	}
 	end := g.size + int64(len(buf))
 	if end <= s.allocated {
-		return buf
+		return nil
 	}
 	s.allocated = max(min((end/prewriteBytes+1)*prewriteBytes, l.o.SegmentBytes), end)
-	return append(buf[:len(buf):len(buf)], make([]byte, s.allocated-end)...)
+	if s.allocated == end {
+		return nil
+	}
+	_, err := s.active.WriteAt(ahead[:s.allocated-end], end)
+	return err
 }
+
+// ahead is never written to.
+var ahead [prewriteBytes]byte
 
 // activate gives the segment to write the next bytes to, open.
 func (l *Log) activate(s *stream, bytes int64) (*segment, error) {

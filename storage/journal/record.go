@@ -163,6 +163,11 @@ type Record struct {
 	head *Head
 }
 
+// Sealed reports whether the payload was sealed in this process as a submission:
+// then it is memory of its own, as long as it has to be, and not a part of what
+// was read or received.
+func (r *Record) Sealed() bool { return r.head != nil }
+
 // Place is the additional data that the payload is sealed with. It leaves out
 // Seq and Clock, which are given when the record is written.
 func (r *Record) Place() []byte {
