@@ -63,6 +63,7 @@ type rowChange struct {
 	id      journal.JobID
 	next    state
 	version uint64
+	filed   bool // the file has a row already
 }
 
 // batch is what one transaction writes, and its scratch.
@@ -147,7 +148,7 @@ func (t *Table) collect() *batch {
 		s := &t.stripes[i]
 		s.mu.Lock()
 		for id, e := range s.entries {
-			b.rows = append(b.rows, rowChange{id: id, next: e.state, version: e.version})
+			b.rows = append(b.rows, rowChange{id: id, next: e.state, version: e.version, filed: e.filed})
 		}
 		s.mu.Unlock()
 	}
@@ -157,13 +158,18 @@ func (t *Table) collect() *batch {
 
 // retire forgets what the file holds now, and wakes who waited for it.
 func (t *Table) retire(b *batch) {
+	t.retired.Add(1)
 	for i := range b.rows {
 		c := &b.rows[i]
 		s := t.stripe(c.id)
 		s.mu.Lock()
-		if e := s.entries[c.id]; e != nil && e.version == c.version {
+		switch e := s.entries[c.id]; {
+		case e == nil:
+		case e.version == c.version:
 			t.pending.Add(-e.bytes)
 			delete(s.entries, c.id)
+		default:
+			e.filed = !c.next.empty()
 		}
 		s.mu.Unlock()
 	}
@@ -191,9 +197,11 @@ func (t *Table) write(b *batch) (err error) {
 	if err != nil {
 		return err
 	}
+	// Also when damage makes bbolt panic, else the file could not be closed. After a
+	// commit it does nothing, and else the table has failed, whatever it says.
+	defer func() { _ = tx.Rollback() }()
 	t.now.txid = uint64(tx.ID())
 	if err := t.fill(tx, b); err != nil {
-		_ = tx.Rollback() // the table has failed, whatever it says
 		return err
 	}
 	if err := tx.Commit(); err != nil {
@@ -243,9 +251,12 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 
 // putRow writes one row, and all that follows from its change.
 func (t *Table) putRow(buckets *[tables]*bbolt.Bucket, b *batch, c *rowChange) error {
-	old, err := parseValue(c.id, buckets[tableRows].Get(c.id[:]))
-	if err != nil {
-		return err
+	var old state
+	if c.filed {
+		var err error
+		if old, err = parseValue(c.id, buckets[tableRows].Get(c.id[:])); err != nil {
+			return err
+		}
 	}
 	next := &c.next
 	t.fillHead(c.id, next)
@@ -382,8 +393,17 @@ func (s Slot) key() []byte { return binary.BigEndian.AppendUint64(nil, uint64(s)
 // tenantPurpose of the MAC that hides tenants in the file.
 const tenantPurpose = "job table tenant v1"
 
+// tenantSum is a tenant's name and how it stands in the file.
+type tenantSum struct {
+	name string
+	sum  [16]byte
+}
+
 // tenantHash is how a tenant stands in the file.
 func (t *Table) tenantHash(name string) (sum [16]byte, err error) {
+	if r := t.recent.Load(); r != nil && r.name == name {
+		return r.sum, nil
+	}
 	mac := t.tenant.Load()
 	if mac == nil {
 		if mac, err = t.o.Ring.MAC(tenantPurpose); err != nil {
@@ -396,6 +416,7 @@ func (t *Table) tenantHash(name string) (sum [16]byte, err error) {
 	if sum == everybody {
 		sum[0] = 1 // one of 2^128
 	}
+	t.recent.Store(&tenantSum{name, sum})
 	return sum, nil
 }
 

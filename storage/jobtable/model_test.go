@@ -337,7 +337,7 @@ func (m *model) sameAsAnotherWay(t *rapid.T) {
 	}
 	records = rapid.Permutation(records).Draw(t, "order")
 	for i := range records {
-		if err := other.join(records[i].Job, []journal.Record{records[i]}); err != nil {
+		if err := other.join(records[i].Job, []journal.Record{records[i]}, nothingSeen); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sort"
 	"sync"
 
 	"go.etcd.io/bbolt"
@@ -37,6 +38,7 @@ type entry struct {
 	state
 	version uint64 // one more with each change
 	bytes   int64
+	filed   bool // the file has a row of the job
 }
 
 func (s *stripe) init() {
@@ -62,22 +64,26 @@ func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 	seen := t.position(s).seen
 	t.mu.Unlock()
 	applied := seen
+	if skip := sort.Search(len(records), func(i int) bool { return records[i].Seq > seen }); skip > 0 {
+		records = records[skip:]
+	}
+	if len(records) == 0 {
+		return
+	}
+	absent, err := t.absent(records)
+	if err != nil {
+		return
+	}
 	for i := range records {
 		r := &records[i]
-		if r.Seq <= applied {
-			continue
-		}
 		if r.Seq != applied+1 {
 			_ = t.setFailed("apply", fmt.Errorf("%w: %d of %s after %d", ErrGap, r.Seq, s, applied)) // Run says it
 			return
 		}
-		if err := t.join(r.Job, records[i:i+1]); err != nil {
+		if err := t.join(r.Job, records[i:i+1], absent.at(i)); err != nil {
 			return
 		}
 		applied = r.Seq
-	}
-	if applied == seen {
-		return
 	}
 	t.mu.Lock()
 	p := t.position(s)
@@ -99,7 +105,7 @@ func (t *Table) Merge(ctx context.Context, frames []byte) error {
 		for to < len(records) && records[to].Job == records[from].Job {
 			to++
 		}
-		if err := t.join(records[from].Job, records[from:to]); err != nil {
+		if err := t.join(records[from].Job, records[from:to], nothingSeen); err != nil {
 			return err
 		}
 		from = to
@@ -107,12 +113,46 @@ func (t *Table) Merge(ctx context.Context, frames []byte) error {
 	return t.flush(ctx)
 }
 
+// absences says which jobs the file had no row of, before a number of commits.
+// Asking for many at once costs a fraction of asking for each.
+type absences struct {
+	jobs    []bool
+	commits uint64
+}
+
+// sight of one job.
+type sight struct {
+	absent  bool
+	commits uint64
+}
+
+// nothingSeen says nothing: the file is asked.
+var nothingSeen = sight{}
+
+func (a *absences) at(i int) sight { return sight{a.jobs[i], a.commits} }
+
+// absent asks the file for the jobs of records. No lock is held meanwhile: a
+// commit that has to grow the file waits for all who read.
+func (t *Table) absent(records []journal.Record) (absences, error) {
+	a := absences{jobs: make([]bool, len(records)), commits: t.retired.Load()}
+	err := t.read("look for rows", func(tx *bbolt.Tx) error {
+		c := bucket(tx, tableRows).Cursor()
+		for i := range records {
+			id := records[i].Job[:]
+			k, _ := c.Seek(id)
+			a.jobs[i] = !bytes.Equal(k, id)
+		}
+		return nil
+	})
+	return a, err
+}
+
 // join joins records into a job's row.
-func (t *Table) join(id journal.JobID, records []journal.Record) error {
+func (t *Table) join(id journal.JobID, records []journal.Record, seen sight) error {
 	if err := t.waitForRoom(); err != nil {
 		return err
 	}
-	return t.change(id, true, func(s state) (state, bool) {
+	return t.change(id, true, seen, func(s state) (state, bool) {
 		next, changed := s.with(records, t.clock())
 		if !changed {
 			return s, false
@@ -120,6 +160,9 @@ func (t *Table) join(id journal.JobID, records []journal.Record) error {
 		// The caller's buffer is its own: copy what was taken from it.
 		for i := range next.records {
 			for j := range records {
+				if records[j].Sealed() {
+					continue
+				}
 				if p := records[j].Payload; len(p) > 0 && len(next.records[i].Payload) > 0 && &next.records[i].Payload[0] == &p[0] {
 					next.records[i].Payload = bytes.Clone(p)
 				}
@@ -131,14 +174,17 @@ func (t *Table) join(id journal.JobID, records []journal.Record) error {
 
 // change replaces a row's state by what f makes of it; tell says whether
 // watchers hear of it.
-func (t *Table) change(id journal.JobID, tell bool, f func(state) (state, bool)) error {
+func (t *Table) change(id journal.JobID, tell bool, seen sight, f func(state) (state, bool)) error {
 	s := t.stripe(id)
 	s.mu.Lock()
 	e := s.entries[id]
 	var old state
-	if e != nil {
+	switch {
+	case e != nil:
 		old = e.state
-	} else {
+	case seen.absent && seen.commits == t.retired.Load():
+		// No entry has left for the file since it was looked at.
+	default:
 		var err error
 		if old, err = t.load(id); err != nil {
 			s.mu.Unlock()
@@ -151,7 +197,7 @@ func (t *Table) change(id journal.JobID, tell bool, f func(state) (state, bool))
 		return nil
 	}
 	if e == nil {
-		e = &entry{}
+		e = &entry{filed: !old.empty()}
 		s.entries[id] = e
 	}
 	e.state = next
@@ -261,13 +307,15 @@ func (t *Table) waitForRoom() error {
 		if err := t.usable(); err != nil {
 			return err
 		}
-		room := t.room.wait()
-		pending := t.pending.Load()
-		if pending < maxPending {
+		if pending := t.pending.Load(); pending < maxPending {
 			if pending > commitEarly {
 				signal(t.urgent)
 			}
 			return nil
+		}
+		room := t.room.wait()
+		if t.pending.Load() < maxPending {
+			continue // a commit came in between
 		}
 		signal(t.urgent)
 		select {

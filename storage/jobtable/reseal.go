@@ -96,7 +96,7 @@ func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err e
 			if err := t.waitForRoom(); err != nil {
 				return stuck, err
 			}
-			err := t.change(id, false, func(s state) (state, bool) {
+			err := t.change(id, false, nothingSeen, func(s state) (state, bool) {
 				next, changed, err := t.resealed(s, from)
 				if err != nil && stuck == nil {
 					stuck = fmt.Errorf("job %s: %w", id, err)

@@ -129,9 +129,16 @@ func TestApplyCopies(t *testing.T) {
 	l := w.log("a")
 	id := w.newID()
 	r := l.submit(id, journal.Submission{Tenant: "x"})
+	frame, err := journal.AppendFrame(nil, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
 	payload := bytes.Clone(r.Payload)
+	if r, _, err = journal.NextFrame(frame); err != nil { // as one that came from a peer
+		t.Fatal(err)
+	}
 	table.Apply(l.stream, []journal.Record{r})
-	clear(r.Payload)
+	clear(frame)
 	if sub, _ := table.get(t, id).Submitted(); !bytes.Equal(sub.Payload, payload) {
 		t.Error("the payload changed with the caller's buffer")
 	}
@@ -261,7 +268,7 @@ func TestRebuiltFromAnotherNode(t *testing.T) {
 	// A difference is found in its bucket, and repaired by joining that both ways.
 	third := w.log("c")
 	lost := third.write(journal.Record{Kind: journal.CancelAsked, Job: l.all[7].Job})
-	if err := source.join(lost.Job, []journal.Record{lost}); err != nil {
+	if err := source.join(lost.Job, []journal.Record{lost}, nothingSeen); err != nil {
 		t.Fatal(err)
 	}
 	source.check(t)
@@ -339,7 +346,7 @@ func TestReseal(t *testing.T) {
 	if err := w.ring.Set(to, slices.Delete(slices.Clone(w.keys), 1, 2)...); err != nil {
 		t.Fatal(err)
 	}
-	if err := table.join(l.all[0].Job, l.all[:1]); err != nil {
+	if err := table.join(l.all[0].Job, l.all[:1], nothingSeen); err != nil {
 		t.Fatal(err)
 	}
 	for i := range l.all {

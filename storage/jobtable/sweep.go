@@ -110,7 +110,7 @@ func (t *Table) forget(id journal.JobID, class byte, to int64) (forgotten bool, 
 		return false, err
 	}
 	now := t.clock().UnixMilli()
-	err = t.change(id, false, func(s state) (state, bool) {
+	err = t.change(id, false, nothingSeen, func(s state) (state, bool) {
 		of, at, ok := s.due()
 		if !ok || of != class || at > to {
 			return s, false
@@ -141,7 +141,7 @@ func (t *Table) sweepHeads(ctx context.Context) error {
 			if err := t.waitForRoom(); err != nil {
 				return err
 			}
-			err := t.change(id, false, func(s state) (state, bool) {
+			err := t.change(id, false, nothingSeen, func(s state) (state, bool) {
 				if s.head.known || len(s.submissions()) == 0 {
 					return s, false
 				}

@@ -31,11 +31,15 @@ type Table struct {
 
 	stripes [stripeCount]stripe
 	pending atomic.Int64 // bytes in the stripes
-	room    gate         // opened by each commit
+	// retired counts the commits whose entries leave the stripes: it moves before
+	// the first does.
+	retired atomic.Uint64
+	room    gate // opened by each commit
 
 	counts [len(statuses)]atomic.Int64 // as they are visible
 	watch  atomic.Pointer[[]func(Row)]
 	tenant atomic.Pointer[keyring.MAC]
+	recent atomic.Pointer[tenantSum] // most jobs come in a row
 
 	mu      sync.Mutex // guards all below
 	streams map[journal.Stream]*position
