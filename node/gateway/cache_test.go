@@ -160,3 +160,27 @@ func TestAPeerIsToldWhichModelAnswered(t *testing.T) {
 		t.Errorf("%d %v", resp.StatusCode, resp.Header)
 	}
 }
+
+// keeps is a pipeline that gives a kept answer of some length.
+type keeps int
+
+func (n keeps) Serve(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	err := s.Head(serving.Head{
+		Status: 200, Length: int64(n), Whole: true, Header: http.Header{"Content-Type": {"application/json"}},
+		Cache: serving.Cached{Status: serving.HitLocal, Key: cache.Key{1}},
+	})
+	if err != nil {
+		return err
+	}
+	return s.Data([]byte(strings.Repeat(" ", int(n))))
+}
+
+// TestTheLengthOfAHit: clients learn it whether net/http counts or we do.
+func TestTheLengthOfAHit(t *testing.T) {
+	for _, n := range []int{0, 1, 1024, countedByHTTP - 1, countedByHTTP, countedByHTTP + 1, 100_000} {
+		resp := open(t, keeps(n), nil).post(t, `{"model":"m"}`)
+		if resp.ContentLength != int64(n) || len(resp.TransferEncoding) != 0 {
+			t.Errorf("%d bytes: Content-Length %d, %v", n, resp.ContentLength, resp.TransferEncoding)
+		}
+	}
+}

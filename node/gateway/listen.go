@@ -53,9 +53,9 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		}
 		if int(l.open.Add(1)) <= l.g.config().Limits.Connections {
 			if l.tls {
-				return &boundedConn{Conn: c, open: &l.open}, nil
+				return &boundedConn{Conn: c, open: &l.open, lenient: l.g.o.WriteTimeout / 8}, nil
 			}
-			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open}}, nil
+			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open, lenient: l.g.o.WriteTimeout / 8}}, nil
 		}
 		l.open.Add(-1)
 		f := l.g.shed(shedConnections)
@@ -73,6 +73,23 @@ type boundedConn struct {
 	net.Conn
 	once sync.Once
 	open *atomic.Int64
+
+	lenient time.Duration
+	writeBy atomic.Int64 // the deadline for writes in Unix nanoseconds, 0: none
+}
+
+// SetWriteDeadline leaves a deadline that is hardly earlier: each request sets one
+// anew, and moving a timer costs more than most else that a cache hit needs.
+func (c *boundedConn) SetWriteDeadline(t time.Time) error {
+	by := int64(0)
+	if !t.IsZero() {
+		by = t.UnixNano()
+	}
+	if has := c.writeBy.Load(); has != 0 && has <= by && by-has < int64(c.lenient) {
+		return nil
+	}
+	c.writeBy.Store(by)
+	return c.Conn.SetWriteDeadline(t)
 }
 
 func (c *boundedConn) Close() error {
@@ -102,6 +119,9 @@ type patientConn struct {
 
 // SetReadDeadline holds a deadline back until the first byte.
 func (c *patientConn) SetReadDeadline(t time.Time) error {
+	if c.begun.Load() {
+		return c.Conn.SetReadDeadline(t)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.begun.Load() && !t.IsZero() {

@@ -95,3 +95,42 @@ func TestHeaderTimeCountsFromTheFirstByte(t *testing.T) {
 		})
 	}
 }
+
+// deadlines is a connection that remembers its deadlines for writes.
+type deadlines struct {
+	net.Conn
+	set []time.Time
+}
+
+func (d *deadlines) SetWriteDeadline(t time.Time) error {
+	d.set = append(d.set, t)
+	return nil
+}
+
+func TestWriteDeadlines(t *testing.T) {
+	below := &deadlines{}
+	c := &boundedConn{Conn: below, lenient: time.Second}
+	at := time.Now()
+	for _, step := range []struct {
+		by  time.Time
+		set bool
+	}{
+		{at, true},
+		{at, false},
+		{at.Add(999 * time.Millisecond), false},
+		{at.Add(time.Second), true},
+		{at.Add(time.Second - 1), true}, // never later than asked for
+		{time.Time{}, true},
+		{at, true},
+		{time.Time{}, true},
+		{time.Time{}, true},
+	} {
+		below.set = nil
+		if err := c.SetWriteDeadline(step.by); err != nil {
+			t.Fatal(err)
+		}
+		if (len(below.set) == 1) != step.set || step.set && !below.set[0].Equal(step.by) {
+			t.Errorf("%v: set %v", step.by.Sub(at), below.set)
+		}
+	}
+}
