@@ -65,7 +65,9 @@ type Jobs struct {
 	streams *streams
 	exec    *executor
 	keys    keyLocks
-	waits   *waits
+	// lastPossible is what the last submission was told of the agreed nodes.
+	lastPossible atomic.Pointer[possibility]
+	waits        *waits
 	elsewhere
 	closed atomic.Bool
 }

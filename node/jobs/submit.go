@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -110,8 +111,11 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 // explicit wish that the configured nodes can't give is an error at once.
 func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least journal.Durability, err error) {
 	want, least = r.Durability, r.MinDurability
+	if want == journal.DurableNode {
+		return want, least, nil // any node can
+	}
 	if want != "" {
-		if err := j.o.Replication.Possible(want); err != nil {
+		if err := j.possible(want); err != nil {
 			return "", "", fmt.Errorf("%w: %w", ErrImpossible, err)
 		}
 		return want, least, nil
@@ -119,13 +123,32 @@ func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least
 	want = byDefault
 	if least == "" {
 		least = journal.DurableNode
-	} else if err := j.o.Replication.Possible(least); err != nil {
+	} else if err := j.possible(least); err != nil {
 		return "", "", fmt.Errorf("%w: %w", ErrImpossible, err)
 	}
 	if levelOf(want) < levelOf(least) {
 		want = least
 	}
 	return want, least, nil
+}
+
+// possibility is what the agreed nodes can give.
+type possibility struct {
+	state *cluster.State // that they are agreed on in
+	level journal.Durability
+	err   error
+}
+
+// possible asks once for each agreed state: looking at every node costs more than
+// sealing a job.
+func (j *Jobs) possible(level journal.Durability) error {
+	state := j.o.State()
+	if p := j.lastPossible.Load(); p != nil && state != nil && p.state == state && p.level == level {
+		return p.err
+	}
+	p := &possibility{state, level, j.o.Replication.Possible(level)}
+	j.lastPossible.Store(p)
+	return p.err
 }
 
 // earlier finds what the key was used for before: the same job, or another one.

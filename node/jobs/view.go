@@ -39,7 +39,7 @@ type View struct {
 // AppendJSON appends the job as an object.
 func (v *View) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id":"`...)
-	b = append(b, v.ID.String()...)
+	b = v.ID.Append(b)
 	b = append(b, `","object":"job","status":"`...)
 	b = append(b, v.Status...)
 	b = append(b, `","site":`...)

@@ -98,7 +98,12 @@ type JobID [16]byte
 
 const jobPrefix = "job_"
 
-func (id JobID) String() string { return jobPrefix + hex.EncodeToString(id[:]) }
+// Append appends what String gives.
+func (id JobID) Append(b []byte) []byte { return hex.AppendEncode(append(b, jobPrefix...), id[:]) }
+
+func (id JobID) String() string {
+	return string(id.Append(make([]byte, 0, len(jobPrefix)+2*len(id))))
+}
 
 // Compare orders ids, for a deterministic choice only.
 func (id JobID) Compare(o JobID) int { return slices.Compare(id[:], o[:]) }
