@@ -94,6 +94,8 @@ func Apply(s *State, c Command) (*State, error) {
 		err = with(c, func(d StreamOwn) error { return next.ownStream(d, c) })
 	case CmdStreamDrop:
 		err = with(c, func(d StreamDrop) error { return next.dropStreams(d, c) })
+	case CmdStreamInherit:
+		err = with(c, func(d StreamInherit) error { return next.inheritStream(d, c) })
 	case CmdDrillPut:
 		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
 	case CmdDataKeyAdd, CmdDataKeyConfirm, CmdDataKeyActivate, CmdDataKeyDrop, CmdDataKeyRewrap:

@@ -43,6 +43,8 @@ const (
 	CmdStreamOpen CommandType = "stream_open"
 	CmdStreamOwn  CommandType = "stream_own"
 	CmdStreamDrop CommandType = "stream_drop"
+	// CmdStreamInherit gives somebody what a removed node never told the cluster of.
+	CmdStreamInherit CommandType = "stream_inherit"
 	// What is agreed about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
 	CmdDataKeyConfirm  CommandType = "datakey_confirm"
@@ -59,7 +61,7 @@ var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
-	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1,
+	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1, CmdStreamInherit: 1,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 }
 

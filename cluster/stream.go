@@ -14,6 +14,7 @@ import (
 var (
 	ErrUnknownStream = errors.New("no such job stream is agreed on")
 	ErrStaleToken    = errors.New("the job stream has another owner or token by now")
+	ErrStillMember   = errors.New("the node is a member, and executes its own job streams")
 )
 
 // maxStreamsPerNode bounds the streams of one origin. Each start opens one and
@@ -76,6 +77,14 @@ type (
 		// Term is that of the leader which decided it; it has no effect in another.
 		Term uint64 `json:"term"`
 	}
+	// StreamInherit makes a stream known that its origin took alone and never
+	// proposed before it was removed from the cluster. Owner has jobs of it; the first
+	// to say so gets it.
+	StreamInherit struct {
+		Origin      string `json:"origin"`
+		Incarnation string `json:"incarnation"`
+		Owner       string `json:"owner"`
+	}
 	// StreamDrop forgets streams of which nothing is left to do. Who says so has to
 	// be the owner; streams it no longer owns are left alone.
 	StreamDrop struct {
@@ -90,10 +99,36 @@ func (s *State) openStream(d StreamOpen, c Command) error {
 	if !member {
 		return fmt.Errorf("open a job stream of %s: %w", d.Origin, ErrUnknownNode)
 	}
-	if len(d.Incarnation) != 32 || strings.Trim(d.Incarnation, "0123456789abcdef") != "" {
-		return fmt.Errorf("open a job stream of %s: incarnation %q is not 32 hex digits", d.Origin, d.Incarnation)
+	return s.newStream(JobStream{
+		Origin: d.Origin, Incarnation: d.Incarnation, Site: node.Site, Owner: d.Origin,
+		Token: s.fence(c), OpenedAt: c.At,
+	}, c)
+}
+
+// inheritStream counts the origin as the owner before, so that the new one waits.
+// A removed node's site is not known any more.
+func (s *State) inheritStream(d StreamInherit, c Command) error {
+	if _, member := s.Nodes[d.Origin]; member {
+		return fmt.Errorf("inherit a job stream of %s: %w", d.Origin, ErrStillMember)
 	}
-	key := StreamKey(d.Origin, d.Incarnation)
+	owner, member := s.Nodes[d.Owner]
+	if !member {
+		return fmt.Errorf("give a job stream of %s to %s: %w", d.Origin, d.Owner, ErrUnknownNode)
+	}
+	if !ValidName(d.Origin) {
+		return fmt.Errorf("inherit a job stream of %q: %w", d.Origin, ErrUnknownNode)
+	}
+	return s.newStream(JobStream{
+		Origin: d.Origin, Incarnation: d.Incarnation, Site: owner.Site, Owner: d.Owner,
+		Token: s.fence(c), OpenedAt: c.At, Before: d.Origin, OwnedAt: c.At, Reason: "owner_removed",
+	}, c)
+}
+
+func (s *State) newStream(j JobStream, c Command) error {
+	if len(j.Incarnation) != 32 || strings.Trim(j.Incarnation, "0123456789abcdef") != "" {
+		return fmt.Errorf("open a job stream of %s: incarnation %q is not 32 hex digits", j.Origin, j.Incarnation)
+	}
+	key := j.Key()
 	if _, known := s.Streams[key]; known {
 		return nil
 	}
@@ -101,18 +136,15 @@ func (s *State) openStream(d StreamOpen, c Command) error {
 		return fmt.Errorf("open job stream %s: it was done with: %w", key, ErrUnknownStream)
 	}
 	open := 0
-	for _, j := range s.Streams {
-		if j.Origin == d.Origin {
+	for _, other := range s.Streams {
+		if other.Origin == j.Origin {
 			open++
 		}
 	}
 	if open >= maxStreamsPerNode {
-		return fmt.Errorf("open a job stream of %s: it has %d with jobs that are not done: %w", d.Origin, open, ErrStateFull)
+		return fmt.Errorf("open a job stream of %s: it has %d with jobs that are not done: %w", j.Origin, open, ErrStateFull)
 	}
-	s.changeStream(key, &JobStream{
-		Origin: d.Origin, Incarnation: d.Incarnation, Site: node.Site, Owner: d.Origin,
-		Token: s.fence(c), OpenedAt: c.At,
-	}, c)
+	s.changeStream(key, &j, c)
 	return nil
 }
 

@@ -89,6 +89,30 @@ func TestStreamsAreOpenedGivenAndDropped(t *testing.T) {
 	}
 }
 
+// The first who has jobs that a removed node never told of gets them; what was
+// given before, or is done with, stays so.
+func TestStreamsAreInherited(t *testing.T) {
+	w := newStreamWorld()
+	if err := w.apply(CmdNodeRemove, 1, NodeRemove{Name: "a1"}); err != nil {
+		t.Fatal(err)
+	}
+	key := StreamKey("a1", incarnation(1))
+	for _, owner := range []string{"b1", "a2"} {
+		if err := w.apply(CmdStreamInherit, 1, StreamInherit{Origin: "a1", Incarnation: incarnation(1), Owner: owner}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if j := w.state.Streams[key]; j.Owner != "b1" || j.Before != "a1" || j.Site != "b" || j.Token != (FenceToken{1, 12}) || w.state.Ownership != 12 {
+		t.Fatalf("inherited as %+v, ownership %d", j, w.state.Ownership)
+	}
+	if err := w.apply(CmdStreamDrop, 1, StreamDrop{Owner: "b1", Streams: []string{key}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.apply(CmdStreamInherit, 1, StreamInherit{Origin: "a1", Incarnation: incarnation(1), Owner: "a2"}); !errors.Is(err, ErrUnknownStream) {
+		t.Fatalf("inherited after it was done with: %v", err)
+	}
+}
+
 func TestOwnershipRefusals(t *testing.T) {
 	key := StreamKey("a1", incarnation(1))
 	token := FenceToken{1, 11}
@@ -103,6 +127,9 @@ func TestOwnershipRefusals(t *testing.T) {
 		{"a token of another generation", CmdStreamOwn, StreamOwn{Stream: key, Owner: "a2", Expect: FenceToken{2, 11}, Term: 2}, ErrStaleToken},
 		{"decided in another term", CmdStreamOwn, StreamOwn{Stream: key, Owner: "a2", Expect: token, Term: 1}, ErrStaleTerm},
 		{"given to a stranger", CmdStreamOwn, StreamOwn{Stream: key, Owner: "x", Expect: token, Term: 2}, ErrUnknownNode},
+		{"inherited from a member", CmdStreamInherit, StreamInherit{Origin: "a2", Incarnation: incarnation(2), Owner: "a1"}, ErrStillMember},
+		{"inherited by a stranger", CmdStreamInherit, StreamInherit{Origin: "x", Incarnation: incarnation(2), Owner: "y"}, ErrUnknownNode},
+		{"inherited from no node", CmdStreamInherit, StreamInherit{Origin: "../x", Incarnation: incarnation(2), Owner: "a1"}, ErrUnknownNode},
 		{"an unknown stream", CmdStreamOwn, StreamOwn{Stream: "x/1", Owner: "a2", Expect: token, Term: 2}, ErrUnknownStream},
 	}
 	for _, tt := range tests {
@@ -154,7 +181,11 @@ func TestTokensOnlyRise(t *testing.T) {
 			inc := incarnation(rapid.IntRange(0, 2).Draw(t, "incarnation"))
 			key := StreamKey(origin, inc)
 			before := w.state
-			switch rapid.IntRange(0, 2).Draw(t, "what") {
+			switch rapid.IntRange(0, 4).Draw(t, "what") {
+			case 3:
+				_ = w.apply(CmdNodeRemove, 1, NodeRemove{Name: origin})
+			case 4:
+				_ = w.apply(CmdStreamInherit, 1, StreamInherit{Origin: origin, Incarnation: inc, Owner: rapid.SampledFrom([]string{"a1", "a2", "b1"}).Draw(t, "heir")})
 			case 0:
 				_ = w.apply(CmdStreamOpen, 1, StreamOpen{Origin: origin, Incarnation: inc})
 			case 1:

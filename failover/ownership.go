@@ -130,7 +130,23 @@ func (o *Ownership) Open(ctx context.Context, incarnation string) (cluster.Fence
 	if _, err := o.standing.Propose(ctx, cluster.CmdStreamOpen, cluster.StreamOpen{Origin: o.node, Incarnation: incarnation}); err != nil {
 		return cluster.FenceToken{}, fmt.Errorf("open job stream: %w", err)
 	}
-	key := cluster.StreamKey(o.node, incarnation)
+	return o.agreed(ctx, cluster.StreamKey(o.node, incarnation))
+}
+
+// Inherit makes a stream known that a removed node took alone and never told of,
+// and asks for it: some node of those that have jobs of it gets it. Repeating it is
+// safe. The error wraps cluster.ErrStillMember when its node is one.
+func (o *Ownership) Inherit(ctx context.Context, origin, incarnation string) error {
+	d := cluster.StreamInherit{Origin: origin, Incarnation: incarnation, Owner: o.node}
+	if _, err := o.standing.Propose(ctx, cluster.CmdStreamInherit, d); err != nil {
+		return fmt.Errorf("inherit job stream: %w", err)
+	}
+	_, err := o.agreed(ctx, cluster.StreamKey(origin, incarnation))
+	return err
+}
+
+// agreed waits until the own copy of the state has a stream.
+func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken, error) {
 	for {
 		changed := o.standing.Changed()
 		if j, agreed := o.standing.State().Streams[key]; agreed {
@@ -139,7 +155,7 @@ func (o *Ownership) Open(ctx context.Context, incarnation string) (cluster.Fence
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return cluster.FenceToken{}, fmt.Errorf("open job stream: %w", ctx.Err())
+			return cluster.FenceToken{}, fmt.Errorf("wait for job stream %s: %w", key, ctx.Err())
 		}
 	}
 }

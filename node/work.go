@@ -141,14 +141,18 @@ func (w *work) members() []replication.Member {
 }
 
 // retired reports whether nobody needs a stream's records any more: its owner was
-// done with it, or it was never agreed on and its origin is no member.
+// done with it, or it was never agreed on, its origin is no member, and nothing in
+// it is left to do. What is left somebody asks for.
 func (w *work) retired(s journal.Stream) bool {
 	state, key := w.n.cluster.State(), cluster.StreamKey(s.Origin, s.Incarnation.String())
 	if _, agreed := state.Streams[key]; agreed {
 		return false
 	}
 	_, member := state.Nodes[s.Origin]
-	return state.ClusterID != "" && (!member || slices.Contains(state.DoneStreams, key))
+	if state.ClusterID == "" {
+		return false
+	}
+	return slices.Contains(state.DoneStreams, key) || !member && w.table.LiveCounts()[s] == 0
 }
 
 // run brings the table up to date and then takes, carries and executes jobs

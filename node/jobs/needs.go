@@ -56,6 +56,7 @@ type Ownership interface {
 	Changed() <-chan struct{}
 	Leased() bool
 	Open(ctx context.Context, incarnation string) (cluster.FenceToken, error)
+	Inherit(ctx context.Context, origin, incarnation string) error
 	Drop(ctx context.Context, streams ...string) error
 }
 

@@ -280,6 +280,7 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 			}
 			s.log.Warn("the cluster did not agree on a job stream", "err", err)
 		}
+		s.inherit(ctx, c)
 	}
 	if leased && !now.Before(c.dropAt) {
 		c.dropAt = now.Add(dropEvery)
@@ -451,6 +452,36 @@ func (s *streams) propose(ctx context.Context) error {
 	return nil
 }
 
+// inherit asks for streams that a node took alone and never told of, when it was
+// removed from the cluster and left jobs here: an operator has said that it won't
+// come back for them.
+func (s *streams) inherit(ctx context.Context, c *caring) {
+	for st, jobs := range s.o.Table.LiveCounts() {
+		if jobs == 0 || st.Origin == s.o.Node || s.member(st.Origin) || s.known(st) {
+			continue
+		}
+		asking, stop := context.WithTimeout(ctx, openWait)
+		err := s.o.Ownership.Inherit(asking, st.Origin, st.Incarnation.String())
+		stop()
+		if err != nil {
+			c.retryAt = time.Now().Add(retryWait)
+			s.log.Warn("nobody executes the jobs that a removed node left", "stream", st, "jobs", jobs, "err", err)
+			return
+		}
+		s.log.Warn("the cluster knows a job stream that a removed node had kept to itself", "stream", st, "jobs", jobs)
+	}
+}
+
+// member reports whether a node belongs to the cluster, as far as this one knows.
+func (s *streams) member(node string) bool {
+	state := s.o.State()
+	if state == nil || state.ClusterID == "" {
+		return true
+	}
+	_, member := state.Nodes[node]
+	return member
+}
+
 // note writes down that others may know of a stream from now on.
 func (s *streams) note(st journal.Stream) error {
 	s.mu.Lock()
@@ -503,9 +534,12 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 	s.log.Info("job streams are done with", "streams", done)
 }
 
-// movedOn reports whether the origin of a stream has a later one of its own: then
-// it writes to this one no more.
+// movedOn reports whether the origin of a stream has a later one of its own, or was
+// removed: then it writes to this one no more.
 func (s *streams) movedOn(j cluster.JobStream) bool {
+	if !s.member(j.Origin) {
+		return true
+	}
 	for _, later := range s.o.State().Streams {
 		if later.Origin == j.Origin && later.Owner == j.Origin && later.Before == "" && later.OpenedAt.After(j.OpenedAt) {
 			return true
@@ -516,7 +550,7 @@ func (s *streams) movedOn(j cluster.JobStream) bool {
 
 // whole reports that nothing of another node's stream can still come.
 func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
-	if !s.o.Heard(st.Origin) {
+	if s.member(st.Origin) && !s.o.Heard(st.Origin) {
 		return false
 	}
 	ctx, stop := context.WithTimeout(ctx, time.Second)

@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -176,6 +177,33 @@ func TestLostDiskIsNotDone(t *testing.T) {
 		}
 		close(gate)
 		w.until("it is done with", func() bool { return !agreed() })
+	})
+}
+
+// TestInheritance: what a node took alone and left behind is nobody's while the node
+// may come back; when an operator has removed it, who has a copy executes it, and
+// lets go of it in the end.
+func TestInheritance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newWorld(t), newWorld(t)
+		b.node, b.ring, b.agreed = "here-2", a.ring, a.agreed
+		defer func() { a.stop(); b.stop() }()
+		a.agreed.lease(false)
+		a.spare.Store(0)
+		a.start()
+		stream, _, _ := a.streams.current()
+		id := a.submit().ID
+		b.start()
+		deliver(t, a, b)
+		a.stop() // and then it is gone for good
+		a.agreed.lease(true)
+		time.Sleep(time.Minute)
+		if v := b.get(id); v.Status != journal.Queued || b.streams.agreed(stream) {
+			t.Errorf("while its node may come back the job is %s", v.Status)
+		}
+		b.agreed.at(t, proposal{cluster.CmdNodeRemove, cluster.NodeRemove{Name: a.node}})
+		b.await(id, journal.Succeeded)
+		b.until("it is done with", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
 	})
 }
 
