@@ -24,8 +24,13 @@ import (
 // yet what he holds, nor after somebody lost a disk. So what is shown as durable
 // is what is noted on this node's disk, a moment after it came true.
 
-// reachedEvery is the least time between two notes.
-const reachedEvery = 50 * time.Millisecond
+// reachedEvery is the least time between two notes, and a note shall take no more
+// than a tenth of all time, as long as reachedAtLatest allows that: its syncs, of
+// a new file and its directory, hold up those of the journals.
+const (
+	reachedEvery    = 50 * time.Millisecond
+	reachedAtLatest = 500 * time.Millisecond
+)
 
 const reachedFormat = 1
 
@@ -159,10 +164,11 @@ func (n *reachedNote) note(now map[journal.Stream]depths) error {
 func (r *Replication) keepReached(ctx context.Context) error {
 	for {
 		changed := r.ledger.watch()
+		began := time.Now()
 		if err := r.reached.note(r.depths()); err != nil {
 			return err
 		}
-		if !pause(ctx, reachedEvery) {
+		if !pause(ctx, min(max(reachedEvery, 10*time.Since(began)), reachedAtLatest)) {
 			return nil
 		}
 		select {
