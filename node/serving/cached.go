@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -89,7 +90,8 @@ func question(r *Request, m *model) cache.Question {
 	}
 	for _, name := range [...]string{"Openai-Beta", "Accept-Language"} {
 		if v := r.Header[name]; len(v) > 0 {
-			q.Headers = append(append(q.Headers, name), v...)
+			// No value holds a line's end, so no two sets of lines are one.
+			q.Headers = append(q.Headers, name, strings.Join(v, "\n"))
 		}
 	}
 	return q

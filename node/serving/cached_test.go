@@ -171,6 +171,32 @@ func TestOwners(t *testing.T) {
 	}
 }
 
+// TestHeadersOfAQuestion: those that may change an answer make another question,
+// however they are spread over lines.
+func TestHeadersOfAQuestion(t *testing.T) {
+	up := newServer(t, "up", well)
+	r := newRig(t, []*server{up}, keeping(nil))
+	for i, h := range []http.Header{
+		{},
+		{"Openai-Beta": {"x"}},
+		{"Openai-Beta": {"x", "y"}},
+		{"Openai-Beta": {"x", "Accept-Language", "y"}},
+		{"Openai-Beta": {"x"}, "Accept-Language": {"y"}},
+		{"Accept-Language": {"x"}},
+	} {
+		for range 2 {
+			req := cold(false)
+			req.Header = h
+			if _, err := r.serve(t, req); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := up.hits.Load(); got != int64(i+1) {
+			t.Errorf("%v: asked %d times, want %d", h, got, i+1)
+		}
+	}
+}
+
 // TestWhatIsNotKept: nothing that failed, was cut, filtered or came from a
 // fallback is given to anybody again.
 func TestWhatIsNotKept(t *testing.T) {
