@@ -16,9 +16,11 @@ import (
 )
 
 const (
-	// MaxFeedItem bounds an item of the feed, in bytes.
-	MaxFeedItem = 1 << 20
-	// feedQueue and feedItems bound what waits for one node; the oldest goes first.
+	// MaxFeedItem bounds an item of the feed, in bytes: half of what a message of
+	// the mesh may have.
+	MaxFeedItem = 2 << 20
+	// feedQueue and feedItems bound what waits for one site or neighbour, also for
+	// one that is away; the oldest goes first.
 	feedQueue = 16 << 20
 	feedItems = 16384
 	// feedWindow bounds what is on its way to one node: on a slow link, that is how
@@ -30,10 +32,10 @@ const (
 // ErrFeedItem means that an item is larger than MaxFeedItem.
 var ErrFeedItem = errors.New("the item is too large for the feed")
 
-// Offer sends an item to every site that can be heard, once, where one node
-// passes it on to the others. It may be lost, come twice or out of order. The
-// item must not be changed afterwards. It never blocks: where a node is too slow
-// the oldest items are dropped. Nothing is sent before Run.
+// Offer sends an item to every site, once, where one node passes it on to the
+// others; for a site that is away it waits in memory. It may be lost, come twice or
+// out of order. The item must not be changed afterwards. It never blocks: where too
+// much waits the oldest items are dropped. Nothing is kept or sent before Run.
 func (r *Replication) Offer(item []byte) error {
 	if len(item) > MaxFeedItem {
 		return fmt.Errorf("%w: %d bytes", ErrFeedItem, len(item))
@@ -47,15 +49,19 @@ type feed struct {
 	r    *Replication
 	pace pacer
 
-	mu    sync.Mutex // guards lanes
-	lanes map[string]*lane
+	mu    sync.Mutex // guards lanes, and to and stop of each
+	lanes map[receiver]*lane
 }
 
-// lane is what waits for one node.
+// receiver is who gets the feed from here: a neighbour, or another site.
+type receiver struct{ site, neighbour string }
+
+// lane is what waits for one receiver. It outlives that one's absence.
 type lane struct {
-	near bool // a node of this site
-	stop context.CancelFunc
-	wake chan struct{} // has room for one
+	near bool               // a node of this site
+	to   string             // the node that is sent to, "" while none is heard
+	stop context.CancelFunc // ends the sending to it
+	wake chan struct{}      // has room for one
 
 	mu    sync.Mutex // guards what follows
 	items []feedItem
@@ -68,7 +74,7 @@ type feedItem struct {
 }
 
 func newFeed(r *Replication) *feed {
-	return &feed{r: r, pace: pacer{now: r.opts.Boottime, perSecond: r.opts.Limits.FeedBytesPerSecond}, lanes: map[string]*lane{}}
+	return &feed{r: r, pace: pacer{now: r.opts.Boottime, perSecond: r.opts.Limits.FeedBytesPerSecond}, lanes: map[receiver]*lane{}}
 }
 
 // pass queues an item for the neighbours, and for the other sites when it is
@@ -99,6 +105,21 @@ func (l *lane) push(item feedItem) (dropped int) {
 	return dropped
 }
 
+// back takes items that may not have arrived, oldest first, to be sent again before
+// all others. It gives how many there is no room for.
+func (l *lane) back(items []feedItem) (dropped int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	first := len(items)
+	for first > 0 && l.bytes+len(items[first-1].data) <= feedQueue && len(l.items)+len(items)-first < feedItems {
+		first--
+		l.bytes += len(items[first].data)
+	}
+	l.items = append(slices.Clone(items[first:]), l.items...)
+	ring(l.wake)
+	return first
+}
+
 func (l *lane) pop() (feedItem, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -112,62 +133,81 @@ func (l *lane) pop() (feedItem, bool) {
 	return item, true
 }
 
-// targets are the nodes to send to: the neighbours, and one of each other site.
-func (f *feed) targets() map[string]bool {
-	bySite := map[string][]string{}
-	near := map[string]bool{}
+// targets are the nodes to send to: the neighbours, and one of each other site, ""
+// for those of whom none is heard.
+func (f *feed) targets() map[receiver]string {
+	heard := map[receiver][]string{}
 	for _, m := range f.r.opts.Members() {
-		switch {
-		case m.Node == f.r.opts.Self || !m.Heard:
-		case m.Site == f.r.opts.Site:
-			near[m.Node] = true
-		default:
-			bySite[m.Site] = append(bySite[m.Site], m.Node)
+		if m.Node == f.r.opts.Self {
+			continue
+		}
+		to := receiver{site: m.Site}
+		if m.Site == f.r.opts.Site {
+			to.neighbour = m.Node
+		}
+		nodes := heard[to]
+		if m.Heard {
+			nodes = append(nodes, m.Node)
+		}
+		heard[to] = nodes
+	}
+	targets := make(map[receiver]string, len(heard))
+	for to, nodes := range heard {
+		targets[to] = ""
+		if len(nodes) > 0 {
+			targets[to] = rendezvous(f.r.opts.Self, nodes)
 		}
 	}
-	for _, nodes := range bySite {
-		near[rendezvous(f.r.opts.Self, nodes)] = false
-	}
-	return near
+	return targets
 }
 
-// run keeps a lane for each target until ctx ends.
+// run keeps a lane for each receiver until ctx ends.
 func (f *feed) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer f.retarget(nil)
+	serve := func(node string, l *lane) context.CancelFunc {
+		lctx, stop := context.WithCancel(ctx)
+		wg.Go(func() { f.serve(lctx, node, l) })
+		return stop
+	}
+	defer f.retarget(nil, serve)
 	for {
-		for node, l := range f.retarget(f.targets()) {
-			lctx, stop := context.WithCancel(ctx)
-			l.stop = stop
-			wg.Go(func() { f.serve(lctx, node, l) })
-		}
+		f.retarget(f.targets(), serve)
 		if !pause(ctx, feedPlan) {
 			return nil
 		}
 	}
 }
 
-// retarget ends the lanes that are no targets and gives those that are new.
-func (f *feed) retarget(targets map[string]bool) map[string]*lane {
+// retarget forgets the receivers that are no members any more, and lets serve send
+// to the nodes that are new.
+func (f *feed) retarget(targets map[receiver]string, serve func(node string, l *lane) context.CancelFunc) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	maps.DeleteFunc(f.lanes, func(node string, l *lane) bool {
-		near, wanted := targets[node]
-		if wanted && near == l.near {
-			return false
+	maps.DeleteFunc(f.lanes, func(to receiver, l *lane) bool {
+		_, wanted := targets[to]
+		if !wanted && l.to != "" {
+			l.stop()
 		}
-		l.stop()
-		return true
+		return !wanted
 	})
-	begun := map[string]*lane{}
-	for node, near := range targets {
-		if f.lanes[node] == nil {
-			f.lanes[node] = &lane{near: near, wake: make(chan struct{}, 1)}
-			begun[node] = f.lanes[node]
+	for to, node := range targets {
+		l := f.lanes[to]
+		if l == nil {
+			l = &lane{near: to.neighbour != "", wake: make(chan struct{}, 1)}
+			f.lanes[to] = l
+		}
+		if l.to == node {
+			continue
+		}
+		if l.to != "" {
+			l.stop()
+		}
+		if l.to = node; node != "" {
+			l.stop = serve(node, l)
+			ring(l.wake)
 		}
 	}
-	return begun
 }
 
 // serve sends what is in a lane, in one call after the other.
@@ -220,9 +260,10 @@ func (f *feed) call(ctx context.Context, node string, l *lane) error {
 }
 
 func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replicationpb.FeedItem, replicationpb.FeedTaken], l *lane, taken <-chan uint64) error {
-	var sizes []int // of the items on their way
-	var done uint64 // items that were taken
+	var flight []feedItem // on their way
+	var done uint64       // items that were taken
 	out := 0
+	defer func() { f.r.metrics.feedDropped.Add(float64(l.back(flight))) }()
 	for {
 		wake := l.wake
 		if out >= feedWindow {
@@ -232,9 +273,9 @@ func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replica
 		case <-ctx.Done():
 			return ctx.Err()
 		case n := <-taken:
-			for ; done < n && len(sizes) > 0; done++ {
-				out -= sizes[0]
-				sizes = slices.Delete(sizes, 0, 1)
+			for ; done < n && len(flight) > 0; done++ {
+				out -= len(flight[0].data)
+				flight = slices.Delete(flight, 0, 1)
 			}
 			continue
 		case <-wake:
@@ -244,7 +285,7 @@ func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replica
 			continue
 		}
 		ring(l.wake) // there may be more
-		sizes, out = append(sizes, len(item.data)), out+len(item.data)
+		flight, out = append(flight, item), out+len(item.data)
 		if err := stream.Send(&replicationpb.FeedItem{Format: wireFormat, Item: item.data, Relay: item.relay}); err != nil {
 			return err
 		}

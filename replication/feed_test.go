@@ -57,6 +57,70 @@ func TestFeedReachesEveryNodeOnce(t *testing.T) {
 	}
 }
 
+// TestFeedOfASiteThatWasAway: what was offered meanwhile waits for it, within the
+// bound, and what was on its way when it went is sent again.
+func TestFeedOfASiteThatWasAway(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "c1")
+	var mu sync.Mutex
+	got := map[string]map[byte]bool{}
+	w.tune = func(n *node) {
+		got[n.name] = map[byte]bool{}
+		n.deliver = func(item []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			got[n.name][item[0]] = true
+		}
+	}
+	w.start()
+	feed := w.nodes["a1"].repl.feed
+	sendsTo := func(site string) string {
+		feed.mu.Lock()
+		defer feed.mu.Unlock()
+		if l := feed.lanes[receiver{site: site}]; l != nil {
+			return l.to
+		}
+		return ""
+	}
+	to := w.nodes["c1"].site
+	eventually(t, "the site is sent to", func() bool { return sendsTo(to) == "c1" })
+	w.isolate(to, true)
+	for i := range byte(200) {
+		if err := w.nodes["a1"].repl.Offer(bytes.Repeat([]byte{i}, 5000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := func(name string) func() bool {
+		return func() bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return len(got[name]) == 200
+		}
+	}
+	eventually(t, "the other site has all", all("b1"))
+	eventually(t, "it is known to be away", func() bool { return sendsTo(to) == "" })
+	w.isolate(to, false)
+	eventually(t, "the site that was away has all", all("c1"))
+}
+
+// TestWhatDidNotArrive goes before what is new, oldest first; without room for all
+// the oldest are lost.
+func TestWhatDidNotArrive(t *testing.T) {
+	l := &lane{wake: make(chan struct{}, 1)}
+	item := func(n byte, size int) feedItem { return feedItem{data: bytes.Repeat([]byte{n}, size)} }
+	l.push(item(4, feedQueue-2000))
+	if n := l.back([]feedItem{item(1, 1000), item(2, 1000), item(3, 1000)}); n != 1 {
+		t.Errorf("%d lost", n)
+	}
+	for _, want := range []byte{2, 3, 4} {
+		if got, ok := l.pop(); !ok || got.data[0] != want {
+			t.Errorf("got %v, want %d", got.data[:1], want)
+		}
+	}
+	if _, ok := l.pop(); ok || l.bytes != 0 {
+		t.Errorf("%d bytes are left", l.bytes)
+	}
+}
+
 func TestLaneDropsTheOldest(t *testing.T) {
 	l := &lane{wake: make(chan struct{}, 1)}
 	dropped := 0

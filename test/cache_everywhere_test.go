@@ -65,8 +65,21 @@ func TestKeptAnswersAreEverywhere(t *testing.T) {
 		hit(b, []byte(body), answer, within(time.Second))
 		hit(c, []byte(body), answer, within(time.Second))
 	}
+	// What it misses meanwhile waits for it where it was kept.
+	missed := map[string]string{}
+	for i := range 200 {
+		body := question(100+i, false)
+		status, _, text, err := b.Post(t.Context(), "/v1/chat/completions", body, nil)
+		if err != nil || status != http.StatusOK {
+			t.Fatalf("question %d while a site is away: status %d, %v", i, status, err)
+		}
+		missed[string(body)] = string(text)
+	}
 	l.Sites[0].Start()
 	l.WaitHealthy(within(15 * time.Second))
+	for body, answer := range missed {
+		hit(a, []byte(body), answer, within(10*time.Second))
+	}
 	for _, n := range l.Nodes() {
 		n.Kill()
 	}

@@ -68,6 +68,7 @@ type Cache struct {
 	mu      sync.Mutex // guards wanted
 	wanted  tierSpec
 	changed chan struct{} // holds a token when wanted has changed
+	begun   chan struct{} // closed once the first tier is open, or can't be opened
 }
 
 // settings are the configuration as lookups see it.
@@ -98,7 +99,7 @@ func New(o Options) (*Cache, error) {
 		var none cluster.CachePurges
 		o.Purges = func() *cluster.CachePurges { return &none }
 	}
-	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1)}
+	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1), begun: make(chan struct{})}
 	var err error
 	if c.packer, err = newPacker(maxAnswer); err != nil {
 		return nil, err
@@ -304,7 +305,7 @@ func (c *Cache) Absorb(e Entry) error {
 		return fmt.Errorf("%w: it has %d bytes", ErrRefused, len(e.Sealed))
 	}
 	c.counts.absorbed.Add(1)
-	if c.shared.Load() != nil {
+	if c.want().site.Shared != cluster.SharedOff { // open, or to be opened
 		e.StoredAt = e.StoredAt.Truncate(time.Millisecond)
 		c.writes.Offer(write1{entry: &e})
 	}

@@ -3,6 +3,7 @@ package cache
 import (
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -39,6 +40,11 @@ func newWrites(n *counts) *Queue[write1] {
 
 // keepWriting seals and writes what was kept.
 func (c *Cache) keepWriting(ctx context.Context) error {
+	select { // what peers have kept for us may come before our tier is open
+	case <-ctx.Done():
+		return nil
+	case <-c.begun:
+	}
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	for {
@@ -117,6 +123,7 @@ func (c *Cache) keepTier(ctx context.Context) error {
 	defer sweep.Stop()
 	var have tierSpec
 	var opened time.Time // or tried to
+	var begin sync.Once
 	for {
 		select {
 		case <-ctx.Done():
@@ -140,7 +147,9 @@ func (c *Cache) keepTier(ctx context.Context) error {
 			continue
 		}
 		opened = time.Now()
-		if err := c.retier(ctx, have, want); err != nil {
+		err := c.retier(ctx, have, want)
+		begin.Do(func() { close(c.begun) })
+		if err != nil {
 			c.tierFails(string(want.site.Shared), err.Error())
 			have = tierSpec{}
 			continue
