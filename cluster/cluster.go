@@ -453,7 +453,11 @@ func (c *Cluster) watchStore(ctx context.Context) error {
 }
 
 func (c *Cluster) watchDisk(ctx context.Context) error {
-	err := newDiskWatchdog(c.opts.DataDir, c.log, c.diskStalled).Run(ctx)
+	var synced func() uint64
+	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
+		synced = s.Syncs
+	}
+	err := newDiskWatchdog(c.opts.DataDir, c.log, synced, c.diskStalled).Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
 		c.diskDead <- err
 	}

@@ -88,7 +88,7 @@ const (
 	gossipProbeTimeout  = 500 * time.Millisecond
 	gossipStreamTimeout = 5 * time.Second
 	gossipPushPull      = 15 * time.Second
-	gossipInterval      = 100 * time.Millisecond // a goodbye takes a few of them
+	gossipInterval      = 200 * time.Millisecond // a goodbye takes a few of them
 	gossipDeadMemory    = time.Hour              // memberlist's GossipToTheDeadTime
 	gossipReclaim       = 30 * time.Second
 	gossipLeaveTimeout  = time.Second

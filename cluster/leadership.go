@@ -95,19 +95,20 @@ func (c *Cluster) leadLoop(ctx context.Context) error {
 	// raft's own channel says that something changed, not what: it drops all but
 	// the newest value, so the state is read. The ticker is for the case that it
 	// once says nothing.
-	tick := time.NewTicker(c.Timing().Tick)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	for {
 		for ctx.Err() == nil && c.raft.Load().State() == raft.Leader {
 			if err := c.lead(ctx); err != nil {
 				return err
 			}
 		}
+		beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.raft.Load().LeaderCh():
-		case <-tick.C:
+		case <-beat.C:
 		}
 	}
 }
@@ -146,8 +147,8 @@ func (c *Cluster) lead(ctx context.Context) error {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	every := time.NewTicker(c.Timing().Tick)
-	defer every.Stop()
+	beat := time.NewTimer(UntilBeat(Boottime(), c.Timing().Tick))
+	defer beat.Stop()
 	overdue := time.NewTimer(0) // fires a lease's length after the newest commit
 	defer overdue.Stop()
 	propose := func() {
@@ -170,7 +171,8 @@ func (c *Cluster) lead(ctx context.Context) error {
 			return nil
 		case <-r.LeaderCh():
 		case <-overdue.C:
-		case <-every.C:
+		case <-beat.C:
+			beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
 			propose()
 		case <-c.committed:
 			propose()

@@ -25,6 +25,14 @@ const (
 	grpcBackoffMax  = time.Second
 )
 
+// Windows of both sides: as large as gRPC would let them grow. Left to itself it
+// finds out by a ping for nearly each message, so that an idle cluster sent
+// twice as many frames.
+const (
+	grpcStreamWindow = 8 << 20
+	grpcConnWindow   = 16 << 20
+)
+
 // meshClient is the gRPC channel to a node, until another takes its place
 // because the way to the node has changed.
 type meshClient struct {
@@ -176,6 +184,8 @@ func (m *Mesh) newClient(target string, dial func(context.Context, string) (net.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: grpcPingEvery, Timeout: grpcPingTimeout, PermitWithoutStream: true,
 		}),
+		grpc.WithStaticStreamWindowSize(grpcStreamWindow),
+		grpc.WithStaticConnWindowSize(grpcConnWindow),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("channel to %s: %w", target, err)
@@ -209,6 +219,8 @@ func (m *Mesh) GRPCServerOptions() []grpc.ServerOption {
 			MinTime: grpcPingMinimum, PermitWithoutStream: true,
 		}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: grpcPingEvery, Timeout: grpcPingTimeout}),
+		grpc.StaticStreamWindowSize(grpcStreamWindow),
+		grpc.StaticConnWindowSize(grpcConnWindow),
 	}
 }
 

@@ -27,7 +27,7 @@ const (
 	// direct way works again; those that are never idle may stay longer.
 	wayLeave = 30 * time.Second
 	// wayLook is the pace of KeepWays.
-	wayLook = 100 * time.Millisecond
+	wayLook = 125 * time.Millisecond
 	// maxExamined bounds the nodes examined at once.
 	maxExamined = 64
 )
@@ -208,15 +208,16 @@ func (m *Mesh) Way(node string) (via string) { return m.ways.via(node) }
 // KeepWays finds out, until ctx ends, which nodes are cut off and whether they
 // are reached through another, and goes back to the direct way when it works.
 func (m *Mesh) KeepWays(ctx context.Context) error {
-	tick := time.NewTicker(wayLook)
-	defer tick.Stop()
+	beat := time.NewTimer(wayLook)
+	defer beat.Stop()
 	var swept time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-beat.C:
 		}
+		beat.Reset(UntilBeat(Boottime(), wayLook))
 		if m.opts.Silent != nil {
 			for _, node := range m.opts.Silent() {
 				m.Doubt(node)

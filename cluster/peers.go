@@ -2,7 +2,6 @@ package cluster
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
@@ -34,7 +33,7 @@ type PeerView struct {
 	Info  Node
 	Health
 	// HeardBy is the peer's own table: node → how long ago it heard it, as of
-	// Ago. Nodes it never heard are absent.
+	// Ago. Nodes it never heard are absent. It is shared: don't change it.
 	HeardBy map[string]time.Duration
 	// LeaseLeft is the peer's lease now, as far as its last answer goes.
 	LeaseLeft time.Duration
@@ -67,9 +66,17 @@ type answer struct {
 	// moved is when the first answer with this applied index was asked for; put
 	// sets it.
 	moved time.Duration
+	// heardBy is the peer's own table; put sets it. It is shared, and not changed.
+	heardBy map[string]time.Duration
 }
 
 func (t *peerTable) put(node string, a answer) {
+	a.heardBy = make(map[string]time.Duration, len(a.got.GetHeard()))
+	for _, e := range a.got.GetHeard() {
+		if e.GetAgoMs() >= 0 {
+			a.heardBy[e.GetNode()] = time.Duration(e.GetAgoMs()) * time.Millisecond
+		}
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	a.moved = a.sent
@@ -132,7 +139,8 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 			}
 			pctx, stop := context.WithCancel(ctx)
 			running[name] = stop
-			wg.Go(func() { c.pingPeer(pctx, name) })
+			p := pinging{c: c, name: name}
+			wg.Go(func() { p.run(pctx) })
 		}
 		for name, stop := range running {
 			if _, member := members[name]; !member {
@@ -167,48 +175,6 @@ func (c *Cluster) members() map[string]Node {
 	return nodes
 }
 
-func (c *Cluster) pingPeer(ctx context.Context, name string) {
-	beat := time.NewTimer(0)
-	defer beat.Stop()
-	for {
-		beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
-		if err := c.ping(ctx, name); err != nil && ctx.Err() == nil {
-			c.metrics.pingFailures.Inc()
-			c.log.Debug("ping failed", "peer", name, "err", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-beat.C:
-		}
-	}
-}
-
-func (c *Cluster) ping(ctx context.Context, name string) error {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
-	defer cancel()
-	client, err := c.mesh.client(name)
-	if err != nil {
-		return fmt.Errorf("connect to %s: %w", name, err)
-	}
-	// A ping that waits on the old way would be heard too late on the new one.
-	defer context.AfterFunc(client.replaced, cancel)()
-	sent := Boottime()
-	got, err := clusterpb.NewPeerClient(client).Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
-	if err != nil {
-		return fmt.Errorf("ping %s: %w", name, err)
-	}
-	if got.GetNode().GetName() != name {
-		return fmt.Errorf("ping %s: answered by %q: %w", name, got.GetNode().GetName(), ErrForeignNode)
-	}
-	c.metrics.pingSeconds.Observe((Boottime() - sent).Seconds())
-	c.book.heard(nodeOf(got.GetNode()))
-	c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
-		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})
-	c.peers.put(name, answer{sent: sent, got: got})
-	return nil
-}
-
 // answerPing is the other side of ping.
 func (c *Cluster) answerPing() *clusterpb.PingResponse {
 	left, heard := c.lease.left()
@@ -224,8 +190,9 @@ func (c *Cluster) answerPing() *clusterpb.PingResponse {
 // Peers gives what this node knows of every other member, by name.
 func (c *Cluster) Peers() map[string]PeerView {
 	now := Boottime()
-	views := map[string]PeerView{}
-	for name, n := range c.members() {
+	members := c.members()
+	views := make(map[string]PeerView, len(members))
+	for name, n := range members {
 		if name == c.opts.Name {
 			continue
 		}
@@ -251,12 +218,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
 		LastLogIndex: h.GetLastLogIndex(), Cold: h.GetCold(),
 	}
-	v.HeardBy = make(map[string]time.Duration, len(g.GetHeard()))
-	for _, e := range g.GetHeard() {
-		if e.GetAgoMs() >= 0 {
-			v.HeardBy[e.GetNode()] = time.Duration(e.GetAgoMs()) * time.Millisecond
-		}
-	}
+	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Leader, v.Term, v.Epoch = g.GetLeader(), g.GetTerm(), g.GetEpoch()
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond

@@ -34,9 +34,11 @@ var errNoVoteYet = errors.New("this node has just joined: it votes when it has t
 
 // voterTransport is raft's transport, on which no vote is given before the log
 // holds the entry that let this node in. From then on whoever can get a vote
-// here knows as well that it does not count.
+// here knows as well that it does not count. And on it heartbeats share the
+// answers to entries (raft_calm.go).
 type voterTransport struct {
 	*raft.NetworkTransport
+	hearts  *heartbeats
 	from    uint64
 	running func() *raft.Raft
 	passed  chan raft.RPC
@@ -49,9 +51,9 @@ type voterTransport struct {
 // back would depose a healthy leader.
 var _ raft.WithPreVote = (*voterTransport)(nil)
 
-func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft) *voterTransport {
+func newVoterTransport(t *raft.NetworkTransport, hearts *heartbeats, from uint64, running func() *raft.Raft) *voterTransport {
 	v := &voterTransport{
-		NetworkTransport: t, from: from, running: running,
+		NetworkTransport: t, hearts: hearts, from: from, running: running,
 		passed: make(chan raft.RPC), closed: make(chan struct{}),
 	}
 	v.done.Go(v.pass)

@@ -58,23 +58,6 @@ func caller(ctx context.Context) (Identity, error) {
 	return id, nil
 }
 
-// Ping answers with this node's view, and takes the caller's addresses from the
-// caller itself.
-func (s *peerServer) Ping(ctx context.Context, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
-	id, err := caller(ctx)
-	if err != nil {
-		return nil, err
-	}
-	n := nodeOf(r.GetNode())
-	if n.Name != id.Node || n.Site != id.Site {
-		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)
-	}
-	if s.c.knows(n.Name) {
-		s.c.book.heard(n)
-	}
-	return s.c.answerPing(), nil
-}
-
 // Propose commits for a member that is not the leader.
 func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
 	cmd, err := DecodeCommand(r.GetCommand())

@@ -15,8 +15,9 @@ import (
 // diskWatchdog notices a disk that hangs. raft can't: a leader whose StoreLogs
 // never returns keeps sending heartbeats from other goroutines for ever and
 // can't hand over (hashicorp/raft #503, #666). So a file on raft's disk is
-// written and fsynced each second; after stalled the transport is shut so that
-// the others elect, after dead the process ends for its supervisor.
+// written and fsynced each second, unless raft's own store was; after stalled the
+// transport is shut so that the others elect, after dead the process ends for its
+// supervisor.
 type diskWatchdog struct {
 	dir      string
 	every    time.Duration
@@ -25,15 +26,17 @@ type diskWatchdog struct {
 	onStall  func(stalled bool)
 	log      *slog.Logger
 	probe    func(path string) error // replaced in tests
+	synced   func() uint64           // rises while others sync on this disk; nil: nobody does
 	started  atomic.Int64            // Boottime of the write under way, 0: none
 	moved    chan struct{}           // started has changed
 	watching time.Duration
 }
 
-func newDiskWatchdog(dir string, log *slog.Logger, onStall func(bool)) *diskWatchdog {
+func newDiskWatchdog(dir string, log *slog.Logger, synced func() uint64, onStall func(bool)) *diskWatchdog {
 	return &diskWatchdog{
 		dir: dir, every: time.Second, stalled: 2 * time.Second, dead: 10 * time.Second,
 		watching: 100 * time.Millisecond, moved: make(chan struct{}, 1), onStall: onStall, log: log, probe: writeAndSync,
+		synced: synced,
 	}
 }
 
@@ -83,26 +86,43 @@ func (w *diskWatchdog) Run(ctx context.Context) error {
 
 func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 	path := filepath.Join(w.dir, "watchdog")
-	tick := time.NewTicker(w.every)
+	// Looked twice as often as written, so that a disk that hangs right after
+	// another's write was seen is tried as soon as one that nobody writes to.
+	tick := time.NewTicker(w.every / 2)
 	defer tick.Stop()
+	seen, tried := uint64(0), false
 	for {
-		w.move(int64(Boottime()))
-		err := w.probe(path)
-		w.move(0)
-		switch {
-		case errors.Is(err, syscall.ENOSPC):
-			// A full disk answers. Whether raft can still write is raft's store's
-			// to find out; it has preallocated space that this file has not.
-			w.log.Error("disk full: free some space before raft can't write", "dir", w.dir)
-		case err != nil:
-			return fmt.Errorf("write to raft's disk: %w", err)
+		now := uint64(0)
+		if w.synced != nil {
+			now = w.synced()
 		}
+		if tried = now == seen && !tried; tried {
+			if err := w.try(path); err != nil {
+				return err
+			}
+		}
+		seen = now
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
 	}
+}
+
+func (w *diskWatchdog) try(path string) error {
+	w.move(int64(Boottime()))
+	err := w.probe(path)
+	w.move(0)
+	switch {
+	case errors.Is(err, syscall.ENOSPC):
+		// A full disk answers. Whether raft can still write is raft's store's
+		// to find out; it has preallocated space that this file has not.
+		w.log.Error("disk full: free some space before raft can't write", "dir", w.dir)
+	case err != nil:
+		return fmt.Errorf("write to raft's disk: %w", err)
+	}
+	return nil
 }
 
 func (w *diskWatchdog) move(started int64) {

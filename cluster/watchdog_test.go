@@ -17,9 +17,11 @@ import (
 type hangingDisk struct {
 	hang  atomic.Pointer[chan struct{}]
 	fails atomic.Pointer[error]
+	tried atomic.Int64
 }
 
 func (d *hangingDisk) probe(string) error {
+	d.tried.Add(1)
 	if c := d.hang.Load(); c != nil {
 		<-*c
 	}
@@ -54,8 +56,13 @@ func (w *words) all() []bool {
 }
 
 func watch(t *testing.T, d *hangingDisk) (said *words, ended chan error) {
+	return watchBeside(t, d, nil)
+}
+
+// watchBeside watches a disk that others sync on as well.
+func watchBeside(t *testing.T, d *hangingDisk, synced func() uint64) (said *words, ended chan error) {
 	said, ended = &words{}, make(chan error, 1)
-	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), said.add)
+	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), synced, said.add)
 	w.probe = d.probe
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { ended <- w.Run(ctx) }()
@@ -87,6 +94,41 @@ func TestWatchdogShutsTheGateWhileTheDiskHangs(t *testing.T) {
 			t.Errorf("after the disk came back it said %v", said.all())
 		}
 	})
+}
+
+// While raft's own store syncs, the disk works and is not tried; when both come
+// to a stop, whenever that is, the gate is shut within three seconds or so.
+func TestWatchdogLeavesADiskThatOthersSyncOn(t *testing.T) {
+	for _, at := range []time.Duration{10000, 10010, 10240, 10260, 10490, 10510, 10760, 10990} {
+		synctest.Test(t, func(t *testing.T) {
+			d := &hangingDisk{}
+			begun := time.Now()
+			hangs := begun.Add(at * time.Millisecond)
+			said, _ := watchBeside(t, d, func() uint64 {
+				upTo := time.Now()
+				if upTo.After(hangs) {
+					upTo = hangs
+				}
+				return uint64(upTo.Sub(begun) / (250 * time.Millisecond)) //nolint:gosec // not negative
+			})
+			time.Sleep(time.Until(hangs))
+			if n := d.tried.Load(); n > 1 {
+				t.Errorf("it tried the disk %d times although others did", n)
+			}
+			goOn := d.stop()
+			defer goOn()
+			time.Sleep(1900 * time.Millisecond)
+			synctest.Wait()
+			if len(said.all()) != 0 {
+				t.Errorf("a disk that hung at %d ms: it cried before 2 s", at)
+			}
+			time.Sleep(1300 * time.Millisecond)
+			synctest.Wait()
+			if !slices.Equal(said.all(), []bool{true}) {
+				t.Errorf("a disk that hung at %d ms: after 3.2 s it said %v", at, said.all())
+			}
+		})
+	}
 }
 
 func TestWatchdogGivesUpOnADeadDisk(t *testing.T) {

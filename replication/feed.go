@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/replication/replicationpb"
 )
 
@@ -173,7 +174,7 @@ func (f *feed) run(ctx context.Context) error {
 	defer f.retarget(nil, serve)
 	for {
 		f.retarget(f.targets(), serve)
-		if !pause(ctx, feedPlan) {
+		if !pause(ctx, cluster.UntilBeat(f.r.opts.Boottime(), feedPlan)) {
 			return nil
 		}
 	}

@@ -13,12 +13,13 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
 const (
 	// planEvery bounds how long a dead relay stays one after it isn't heard.
-	planEvery = 100 * time.Millisecond
+	planEvery = 125 * time.Millisecond
 	// stallAfter is how long a stream may lack records that a living node has
 	// without getting on, before a second source is asked.
 	stallAfter = 2 * time.Second
@@ -187,10 +188,11 @@ func (r *Replication) pullAll(ctx context.Context) error {
 	}()
 	var lack lacking
 	var members []Member
-	tick := time.NewTicker(planEvery)
-	defer tick.Stop()
+	beat := time.NewTimer(0)
+	defer beat.Stop()
 	var marks <-chan struct{}
 	for {
+		beat.Reset(cluster.UntilBeat(r.opts.Boottime(), planEvery))
 		now := slices.Clone(r.opts.Members()) // in whatever order
 		slices.SortFunc(now, func(a, b Member) int { return strings.Compare(a.Node, b.Node) })
 		same := slices.EqualFunc(now, members, sameMember)
@@ -210,7 +212,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 			select {
 			case <-ctx.Done():
 				return nil
-			case <-tick.C:
+			case <-beat.C:
 			}
 			continue
 		}
@@ -240,7 +242,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-beat.C:
 		}
 	}
 }

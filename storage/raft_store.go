@@ -67,6 +67,7 @@ type RaftStore struct {
 	closed  atomic.Bool
 	entries atomic.Pointer[indexRange]
 	staged  atomic.Uint64 // commit index to write with the next entries
+	syncs   atomic.Uint64
 
 	fail   sync.Once
 	failed chan struct{}
@@ -337,6 +338,10 @@ func (s *RaftStore) publish() {
 	s.entries.Store(&entries)
 }
 
+// Syncs counts the transactions that have reached the disk since the store was
+// opened: while it rises, the disk works.
+func (s *RaftStore) Syncs() uint64 { return s.syncs.Load() }
+
 func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
 	s.stuck = true
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
@@ -355,6 +360,7 @@ func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
 	}
 	stats := tx.Stats()
 	s.metrics.fsync.Observe(stats.GetWriteTime().Seconds())
+	s.syncs.Add(1)
 	return txid, nil
 }
 

@@ -1315,11 +1315,12 @@ const file_cluster_proto_rawDesc = "" +
 	"\n" +
 	"CarriedKey\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
-	"\arecords\x18\x02 \x01(\x03R\arecords2\xe6\x03\n" +
+	"\arecords\x18\x02 \x01(\x03R\arecords2\xb4\x04\n" +
 	"\x04Peer\x12G\n" +
 	"\x04Join\x12\x1e.dsnode.cluster.v1.JoinRequest\x1a\x1f.dsnode.cluster.v1.JoinResponse\x12P\n" +
 	"\aPropose\x12!.dsnode.cluster.v1.ProposeRequest\x1a\".dsnode.cluster.v1.ProposeResponse\x12G\n" +
-	"\x04Ping\x12\x1e.dsnode.cluster.v1.PingRequest\x1a\x1f.dsnode.cluster.v1.PingResponse\x12J\n" +
+	"\x04Ping\x12\x1e.dsnode.cluster.v1.PingRequest\x1a\x1f.dsnode.cluster.v1.PingResponse\x12L\n" +
+	"\x05Pings\x12\x1e.dsnode.cluster.v1.PingRequest\x1a\x1f.dsnode.cluster.v1.PingResponse(\x010\x01\x12J\n" +
 	"\x05Yield\x12\x1f.dsnode.cluster.v1.YieldRequest\x1a .dsnode.cluster.v1.YieldResponse\x12P\n" +
 	"\aRelease\x12!.dsnode.cluster.v1.ReleaseRequest\x1a\".dsnode.cluster.v1.ReleaseResponse\x12\\\n" +
 	"\vCarriedKeys\x12%.dsnode.cluster.v1.CarriedKeysRequest\x1a&.dsnode.cluster.v1.CarriedKeysResponseB,Z*github.com/dsnode/dsnode/cluster/clusterpbb\x06proto3"
@@ -1373,17 +1374,19 @@ var file_cluster_proto_depIdxs = []int32{
 	1,  // 13: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
 	4,  // 14: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
 	8,  // 15: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
-	10, // 16: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
-	12, // 17: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
-	14, // 18: dsnode.cluster.v1.Peer.CarriedKeys:input_type -> dsnode.cluster.v1.CarriedKeysRequest
-	2,  // 19: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
-	5,  // 20: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
-	9,  // 21: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
-	11, // 22: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
-	13, // 23: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
-	15, // 24: dsnode.cluster.v1.Peer.CarriedKeys:output_type -> dsnode.cluster.v1.CarriedKeysResponse
-	19, // [19:25] is the sub-list for method output_type
-	13, // [13:19] is the sub-list for method input_type
+	8,  // 16: dsnode.cluster.v1.Peer.Pings:input_type -> dsnode.cluster.v1.PingRequest
+	10, // 17: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
+	12, // 18: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
+	14, // 19: dsnode.cluster.v1.Peer.CarriedKeys:input_type -> dsnode.cluster.v1.CarriedKeysRequest
+	2,  // 20: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
+	5,  // 21: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
+	9,  // 22: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
+	9,  // 23: dsnode.cluster.v1.Peer.Pings:output_type -> dsnode.cluster.v1.PingResponse
+	11, // 24: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
+	13, // 25: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
+	15, // 26: dsnode.cluster.v1.Peer.CarriedKeys:output_type -> dsnode.cluster.v1.CarriedKeysResponse
+	20, // [20:27] is the sub-list for method output_type
+	13, // [13:20] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name

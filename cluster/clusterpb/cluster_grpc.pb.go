@@ -27,6 +27,7 @@ const (
 	Peer_Join_FullMethodName        = "/dsnode.cluster.v1.Peer/Join"
 	Peer_Propose_FullMethodName     = "/dsnode.cluster.v1.Peer/Propose"
 	Peer_Ping_FullMethodName        = "/dsnode.cluster.v1.Peer/Ping"
+	Peer_Pings_FullMethodName       = "/dsnode.cluster.v1.Peer/Pings"
 	Peer_Yield_FullMethodName       = "/dsnode.cluster.v1.Peer/Yield"
 	Peer_Release_FullMethodName     = "/dsnode.cluster.v1.Peer/Release"
 	Peer_CarriedKeys_FullMethodName = "/dsnode.cluster.v1.Peer/CarriedKeys"
@@ -41,8 +42,11 @@ type PeerClient interface {
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 	// Propose passes a command to the leader.
 	Propose(ctx context.Context, in *ProposeRequest, opts ...grpc.CallOption) (*ProposeResponse, error)
-	// Ping is sent to every peer each 250 ms and carries what a decision needs.
+	// Ping asks a node once what it knows.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error)
+	// Pings is Ping again and again, to every peer each 250 ms: it carries what a
+	// decision needs. Each request is answered before the next one is sent.
+	Pings(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PingRequest, PingResponse], error)
 	// Yield asks the raft leader to move leadership to a named voter.
 	Yield(ctx context.Context, in *YieldRequest, opts ...grpc.CallOption) (*YieldResponse, error)
 	// Release asks a node of the primary site to end what it runs as primary,
@@ -90,6 +94,19 @@ func (c *peerClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *peerClient) Pings(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[PingRequest, PingResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Peer_ServiceDesc.Streams[0], Peer_Pings_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PingRequest, PingResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peer_PingsClient = grpc.BidiStreamingClient[PingRequest, PingResponse]
+
 func (c *peerClient) Yield(ctx context.Context, in *YieldRequest, opts ...grpc.CallOption) (*YieldResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(YieldResponse)
@@ -129,8 +146,11 @@ type PeerServer interface {
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	// Propose passes a command to the leader.
 	Propose(context.Context, *ProposeRequest) (*ProposeResponse, error)
-	// Ping is sent to every peer each 250 ms and carries what a decision needs.
+	// Ping asks a node once what it knows.
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
+	// Pings is Ping again and again, to every peer each 250 ms: it carries what a
+	// decision needs. Each request is answered before the next one is sent.
+	Pings(grpc.BidiStreamingServer[PingRequest, PingResponse]) error
 	// Yield asks the raft leader to move leadership to a named voter.
 	Yield(context.Context, *YieldRequest) (*YieldResponse, error)
 	// Release asks a node of the primary site to end what it runs as primary,
@@ -156,6 +176,9 @@ func (UnimplementedPeerServer) Propose(context.Context, *ProposeRequest) (*Propo
 }
 func (UnimplementedPeerServer) Ping(context.Context, *PingRequest) (*PingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Ping not implemented")
+}
+func (UnimplementedPeerServer) Pings(grpc.BidiStreamingServer[PingRequest, PingResponse]) error {
+	return status.Error(codes.Unimplemented, "method Pings not implemented")
 }
 func (UnimplementedPeerServer) Yield(context.Context, *YieldRequest) (*YieldResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Yield not implemented")
@@ -240,6 +263,13 @@ func _Peer_Ping_Handler(srv interface{}, ctx context.Context, dec func(interface
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Peer_Pings_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(PeerServer).Pings(&grpc.GenericServerStream[PingRequest, PingResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peer_PingsServer = grpc.BidiStreamingServer[PingRequest, PingResponse]
 
 func _Peer_Yield_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(YieldRequest)
@@ -327,6 +357,13 @@ var Peer_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Peer_CarriedKeys_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Pings",
+			Handler:       _Peer_Pings_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
 	Metadata: "cluster.proto",
 }

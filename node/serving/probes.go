@@ -27,7 +27,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	defer p.Close()
 	probes := time.NewTicker(probeEvery)
 	defer probes.Stop()
-	peers := time.NewTicker(peersEvery)
+	peers := time.NewTimer(peersEvery)
 	defer peers.Stop()
 	lookUps := time.NewTicker(p.opts.LookUpEvery)
 	defer lookUps.Stop()
@@ -57,6 +57,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		case <-lookUps.C:
 			lookUp()
 		case <-peers.C:
+			peers.Reset(cluster.UntilBeat(cluster.Boottime(), peersEvery))
 			if !p.fleet.empty() {
 				p.fleet.check(p.peers())
 			}

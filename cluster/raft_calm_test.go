@@ -1,0 +1,88 @@
+package cluster
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// One follower's answers to entries, and whether a heartbeat that raft sends at
+// some moment waits for the next one.
+func TestHeartbeatsShareAnswersInCalmWeatherOnly(t *testing.T) {
+	timing := TimingFrom(0)
+	tick := timing.Tick
+	const follower = raft.ServerID("b-1")
+	for name, tt := range map[string]struct {
+		answers []time.Duration // the time between each and the one before
+		term    uint64          // of the heartbeat; the answers are of 3
+		after   time.Duration   // the newest answer: when the heartbeat is sent
+		next    time.Duration   // after the newest answer: when the next comes; 0: never
+		want    bool
+		took    time.Duration
+	}{
+		"calm":                       {many(20, tick), 3, tick / 2, tick, true, tick / 2},
+		"calm, and the next is late": {many(20, tick), 3, tick / 2, 2 * tick, false, tick*5/4 - tick/2},
+		"calm, and none comes":       {many(20, tick), 3, tick / 2, 0, false, tick*5/4 - tick/2},
+		"it is late already":         {many(20, tick), 3, 2 * tick, 0, false, 0},
+		"no answer yet":              {nil, 3, 0, tick, false, 0},
+		"just begun":                 {many(calmAfter-1, tick), 3, tick / 2, tick, false, 0},
+		"one was late lately":        {append(many(20, tick), append(many(1, 2*tick), many(calmAfter-1, tick)...)...), 3, tick / 2, tick, false, 0},
+		"one was late long ago":      {append(many(20, tick), append(many(1, 2*tick), many(calmAfter, tick)...)...), 3, tick / 2, tick, true, tick / 2},
+		"answers of an older term":   {many(20, tick), 4, tick / 2, tick, false, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				begun := time.Now()
+				h := newHeartbeats(timing)
+				h.now = func() time.Duration { return time.Since(begun) + time.Hour }
+				for _, pause := range tt.answers {
+					time.Sleep(pause)
+					h.answered(follower, 3)
+				}
+				if tt.next > 0 {
+					time.AfterFunc(tt.next, func() { h.answered(follower, 3) })
+				}
+				time.Sleep(tt.after)
+				asked := time.Now()
+				if got := h.await(follower, tt.term, nil); got != tt.want {
+					t.Errorf("shares an answer: %v, want %v", got, tt.want)
+				}
+				if took := time.Since(asked); took != tt.took {
+					t.Errorf("waited %v, want %v", took, tt.took)
+				}
+				// After a late answer nobody waits for the next.
+				if again := time.Now(); !tt.want && h.await(follower, tt.term, nil) || !tt.want && time.Since(again) != 0 {
+					t.Error("the heartbeat after one that was not shared waited again")
+				}
+				time.Sleep(2 * tick) // what is under way ends
+			})
+		})
+	}
+}
+
+func TestHeartbeatThatWaitsEndsWithTheTransport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		h := newHeartbeats(TimingFrom(0))
+		h.now = func() time.Duration { return time.Since(begun) + time.Hour }
+		for range 20 {
+			time.Sleep(h.onTime / 2)
+			h.answered("b-1", 3)
+		}
+		closed := make(chan struct{})
+		close(closed)
+		if before := time.Now(); h.await("b-1", 3, closed) || time.Since(before) != 0 {
+			t.Error("it waited although the transport is closed")
+		}
+	})
+}
+
+func many(n int, d time.Duration) []time.Duration {
+	all := make([]time.Duration, n)
+	for i := range all {
+		all[i] = d
+	}
+	return all
+}
