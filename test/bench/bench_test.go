@@ -78,6 +78,45 @@ func TestBench(t *testing.T) {
 		}
 	})
 
+	t.Run("cache", func(t *testing.T) {
+		t.Parallel()
+		var out, progress strings.Builder
+		err := run(t.Context(), []string{
+			"cache", "-pairs", "1", "-seconds", "0.2", "-connections", "4", "-generator", "own", "-binary", binary,
+		}, &out, &progress)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, progress.String())
+		}
+		for _, want := range []string{nameDsnode, "net/http alone"} {
+			if !strings.Contains(out.String(), want) {
+				t.Errorf("the table has no %q:\n%s", want, out.String())
+			}
+		}
+	})
+
+	t.Run("churn", func(t *testing.T) {
+		t.Parallel()
+		var out, progress strings.Builder
+		err := run(t.Context(), []string{
+			"cache", "churn", "-json", "-pairs", "1", "-times", "0.3", "-local", "1048576", "-rate", "50", "-hot", "4", "-churn", "400", "-binary", binary,
+		}, &out, &progress)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, progress.String())
+		}
+		for d := json.NewDecoder(strings.NewReader(out.String())); d.More(); {
+			var r churnRun
+			if err := d.Decode(&r); err != nil {
+				t.Fatal(err)
+			}
+			if r.Hits == 0 || r.New == 0 || r.P999 <= 0 || r.Anonymous == 0 || r.File == 0 {
+				t.Errorf("nothing was measured: %+v", r)
+			}
+			if r.File > r.FileBound || r.Evicting && 2*r.Local < r.LocalBound {
+				t.Errorf("a file beyond its bound, or no pressure in memory: %+v", r)
+			}
+		}
+	})
+
 	t.Run("soak", func(t *testing.T) {
 		t.Parallel()
 		var out, progress strings.Builder
@@ -218,6 +257,10 @@ func TestUsage(t *testing.T) {
 		{"-x"},
 		{"soak", "-clients", "1"},
 		{"soak", "x"},
+		{"cache", "-pairs", "0"},
+		{"cache", "-generator", "ab"},
+		{"cache", "churn", "-times", "0"},
+		{"cache", "churn", "x"},
 	} {
 		var out, progress strings.Builder
 		if err := run(t.Context(), args, &out, &progress); err == nil || out.Len() > 0 {

@@ -19,6 +19,7 @@ type result struct {
 	Seconds float64        `json:"seconds"`
 	P50     float64        `json:"p50"` // of the whole answer
 	P99     float64        `json:"p99"`
+	P999    float64        `json:"p999,omitempty"`
 	// Of streams: from the request to the first event, and between events.
 	FirstP50 float64 `json:"first_p50,omitempty"`
 	FirstP99 float64 `json:"first_p99,omitempty"`
@@ -65,7 +66,7 @@ func (t *tally) result(took time.Duration) result {
 	}
 	return result{
 		Done: len(t.took), Failed: t.failed, Late: t.late, Errors: t.errors, Seconds: took.Seconds(),
-		P50: quantile(t.took, 0.5), P99: quantile(t.took, 0.99),
+		P50: quantile(t.took, 0.5), P99: quantile(t.took, 0.99), P999: quantile(t.took, 0.999),
 		FirstP50: quantile(t.first, 0.5), FirstP99: quantile(t.first, 0.99), GapP99: quantile(t.gaps, 0.99),
 	}
 }
@@ -96,12 +97,8 @@ type connection struct {
 	c    *client
 }
 
-func (k *connection) ask(ctx context.Context, request []byte) error {
-	return k.do(ctx, (*client).ask, request)
-}
-
-// do sends a request in the way of send, over a connection that works.
-func (k *connection) do(ctx context.Context, send func(*client, []byte) error, request []byte) error {
+// do sends a request over a connection that works.
+func (k *connection) do(ctx context.Context, send func(*client) error) error {
 	if k.c == nil {
 		c, err := dial(ctx, k.addr)
 		if err != nil {
@@ -110,7 +107,7 @@ func (k *connection) do(ctx context.Context, send func(*client, []byte) error, r
 		}
 		k.c = c
 	}
-	err := send(k.c, request)
+	err := send(k.c)
 	if err != nil {
 		k.close()
 	}
@@ -145,7 +142,7 @@ func closedLoopOf(ctx context.Context, addr string, send func(*client, []byte) e
 				if start.Sub(begun) > d {
 					break
 				}
-				if err := k.do(ctx, send, request); err != nil {
+				if err := k.do(ctx, func(c *client) error { return send(c, request) }); err != nil {
 					all.fail(err)
 					continue
 				}
@@ -163,6 +160,11 @@ func closedLoopOf(ctx context.Context, addr string, send func(*client, []byte) e
 // counts from when it should have.
 func openLoop(ctx context.Context, t target, model string, rate float64, connections int, d time.Duration) result {
 	request := t.request(model, false)
+	return openLoopOf(ctx, t.addr, func(c *client, _ int64) error { return c.ask(request) }, rate, connections, d)
+}
+
+// openLoopOf is openLoop for any requests: send is told which in the order.
+func openLoopOf(ctx context.Context, addr string, send func(*client, int64) error, rate float64, connections int, d time.Duration) result {
 	var all tally
 	var next atomic.Int64
 	begun := time.Now()
@@ -170,7 +172,7 @@ func openLoop(ctx context.Context, t target, model string, rate float64, connect
 	var clients sync.WaitGroup
 	for range connections {
 		clients.Go(func() {
-			k := connection{addr: t.addr}
+			k := connection{addr: addr}
 			defer k.close()
 			var took []time.Duration
 			late := 0
@@ -188,7 +190,7 @@ func openLoop(ctx context.Context, t target, model string, rate float64, connect
 				} else {
 					late++
 				}
-				if err := k.ask(ctx, request); err != nil {
+				if err := k.do(ctx, func(c *client) error { return send(c, i) }); err != nil {
 					all.fail(err)
 					continue
 				}

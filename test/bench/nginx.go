@@ -11,7 +11,8 @@ import (
 	"strings"
 )
 
-const nginxConf = `worker_processes auto; daemon off; pid DIR/nginx.pid; worker_rlimit_nofile 16384;
+// nginxProxy has buffering off, as streams need it.
+const nginxProxy = `worker_processes auto; daemon off; pid DIR/nginx.pid; worker_rlimit_nofile 16384;
 events { worker_connections 8192; }
 http {
   access_log off; tcp_nodelay on; keepalive_requests 100000000; keepalive_timeout 300s;
@@ -36,8 +37,9 @@ func findNginx() (string, error) {
 	return "", errNoNginx
 }
 
-// startNginx starts nginx with buffering off, as streams need it.
-func (s *stage) startNginx(name, binary, upstream string) (*process, string, error) {
+// startNginx starts nginx with a configuration in which the words DIR, LISTEN
+// and UPSTREAM are filled in.
+func (s *stage) startNginx(name, binary, conf, upstream string) (*process, string, error) {
 	dir := filepath.Join(s.dir, name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, "", fmt.Errorf("configure nginx: %w", err)
@@ -47,11 +49,11 @@ func (s *stage) startNginx(name, binary, upstream string) (*process, string, err
 		return nil, "", err
 	}
 	listen := fmt.Sprintf("127.0.0.1:%d", port)
-	text := strings.NewReplacer("DIR", dir, "UPSTREAM", upstream, "LISTEN", listen).Replace(nginxConf)
-	conf := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
+	text := strings.NewReplacer("DIR", dir, "UPSTREAM", upstream, "LISTEN", listen).Replace(conf)
+	file := filepath.Join(dir, "nginx.conf")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		return nil, "", fmt.Errorf("configure nginx: %w", err)
 	}
-	p, err := s.start(name, exec.Command(binary, "-p", dir, "-c", conf, "-e", "stderr"))
+	p, err := s.start(name, exec.Command(binary, "-p", dir, "-c", file, "-e", "stderr"))
 	return p, listen, err
 }

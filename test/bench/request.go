@@ -30,8 +30,9 @@ func body(model string, stream bool) string {
 }
 
 // request is the bytes of a request, made once and sent often.
-func (t target) request(model string, stream bool) []byte {
-	b := body(model, stream)
+func (t target) request(model string, stream bool) []byte { return t.post(body(model, stream)) }
+
+func (t target) post(b string) []byte {
 	return fmt.Appendf(nil, "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAccept: */*\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s",
 		chatPath, t.addr, t.key, len(b), b)
 }
@@ -60,27 +61,33 @@ func (c *client) close() { _ = c.conn.Close() } // whatever it still has to say
 // ask sends one request and reads the whole answer, which must be the one that
 // the upstream gives.
 func (c *client) ask(request []byte) error {
+	_, err := c.answer(request)
+	return err
+}
+
+// answer is ask for those who want the header too.
+func (c *client) answer(request []byte) (http.Header, error) {
 	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
-		return err
+		return nil, err
 	}
 	if _, err := c.conn.Write(request); err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := http.ReadResponse(c.in, nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	text, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if resp.StatusCode != http.StatusOK || !bytes.Contains(text, []byte(answerMark)) {
-		return fmt.Errorf("%w: status %d: %.100s", errWrong, resp.StatusCode, text)
+		return nil, fmt.Errorf("%w: status %d: %.100s", errWrong, resp.StatusCode, text)
 	}
 	if resp.Close {
-		return io.EOF
+		return nil, io.EOF
 	}
-	return nil
+	return resp.Header, nil
 }
 
 var (

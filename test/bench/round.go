@@ -117,7 +117,7 @@ func (r *round) start(ctx context.Context) error {
 		r.targets = append(r.targets, target{name: nameBeside, addr: n.api, key: n.key, proc: n.process})
 	}
 	if r.set.nginx != "" {
-		p, addr, err := r.stage.startNginx(name(nameNginx), r.set.nginx, r.upstream)
+		p, addr, err := r.stage.startNginx(name(nameNginx), r.set.nginx, nginxProxy, r.upstream)
 		if err != nil {
 			return err
 		}
@@ -163,7 +163,7 @@ func (r *round) stop() {
 // closed is the closed loop, with wrk where it is installed.
 func (r *round) closed(ctx context.Context, t target) (result, error) {
 	if r.set.wrk != "" {
-		return r.stage.wrk(ctx, r.set.wrk, t, modelAtOnce, r.set.Connections, r.set.length())
+		return r.stage.wrk(ctx, r.set.wrk, t, body(modelAtOnce, false), r.set.Connections, r.set.length())
 	}
 	return closedLoop(ctx, t, modelAtOnce, r.set.Connections, r.set.length()), nil
 }

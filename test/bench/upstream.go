@@ -5,13 +5,17 @@ package main
 import (
 	"bytes"
 	"context"
+	crand "crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,9 +25,13 @@ import (
 //	at-once          1 KiB of answer
 //	after-60ms       the same, 60 ms later
 //	stream-50x20ms   50 events 20 ms apart, each with its number
+//	noise-8192       so many bytes of answer that are never the same twice
+//
+// GET /asked tells how many requests there were.
 const modelAtOnce = "at-once"
 
 func modelAfter(d time.Duration) string              { return "after-" + d.String() }
+func modelNoise(n int) string                        { return "noise-" + strconv.Itoa(n) }
 func modelStream(events int, d time.Duration) string { return fmt.Sprintf("stream-%dx%s", events, d) }
 
 // answerMark is in each plain answer.
@@ -32,6 +40,8 @@ const answerMark = "The quick brown fox jumps over the lazy dog. "
 const maxEvents = 1000
 
 type upstream struct {
+	asked   atomic.Int64
+	noise   []byte // text that does not compress below three quarters
 	plain   []byte
 	length  []string
 	events  [maxEvents][]byte
@@ -50,6 +60,7 @@ func newUpstream() *upstream {
 	u := &upstream{streams: map[string]pace{}, bodies: sync.Pool{New: func() any { return new(bytes.Buffer) }}}
 	u.plain = fmt.Appendf(nil, `{"id":"chatcmpl-bench","object":"chat.completion","created":1700000000,"model":"bench","choices":[{"index":0,"message":{"role":"assistant","content":"%s"},"finish_reason":"stop"}],"usage":{"prompt_tokens":20,"completion_tokens":160,"total_tokens":180}}`+"\n", strings.Repeat(answerMark, 16))
 	u.length = []string{strconv.Itoa(len(u.plain))}
+	u.noise = []byte(base64.StdEncoding.EncodeToString(randomBytes(3 << 20)))
 	for i := range u.events {
 		u.events[i] = fmt.Appendf(nil, `data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1700000000,"model":"bench","choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]}`+"\n\n", eventText(i))
 	}
@@ -80,9 +91,14 @@ func serveInherited(ctx context.Context, h http.Handler) error {
 func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodPost { // a gateway's sign of life
 		w.Header().Set("Content-Type", "application/json")
+		if r.URL.Path == askedPath {
+			_, _ = io.WriteString(w, strconv.FormatInt(u.asked.Load(), 10))
+			return
+		}
 		_, _ = io.WriteString(w, `{"object":"list","data":[]}`)
 		return
 	}
+	u.asked.Add(1)
 	body := u.bodies.Get().(*bytes.Buffer)
 	body.Reset()
 	defer u.bodies.Put(body)
@@ -94,6 +110,10 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if bytes.HasPrefix(model, []byte("stream-")) {
 		u.stream(w, r, u.pace(model))
+		return
+	}
+	if size, ok := bytes.CutPrefix(model, []byte("noise-")); ok {
+		u.answerNoise(w, string(size))
 		return
 	}
 	if after, ok := bytes.CutPrefix(model, []byte("after-")); ok {
@@ -108,6 +128,26 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h["Content-Type"] = jsonType
 	h["Content-Length"] = u.length
 	_, _ = w.Write(u.plain) // a client that has gone misses nothing here
+}
+
+const askedPath = "/asked"
+
+// answerNoise gives a plain answer that the mark begins and noise fills.
+func (u *upstream) answerNoise(w http.ResponseWriter, size string) {
+	n, err := strconv.Atoi(size)
+	if err != nil || n < 1 || n > len(u.noise)/2 {
+		http.Error(w, "no such model", http.StatusNotFound)
+		return
+	}
+	from := rand.IntN(len(u.noise) - n)
+	w.Header()["Content-Type"] = jsonType
+	_, _ = fmt.Fprintf(w, `{"id":"chatcmpl-bench","object":"chat.completion","created":1700000000,"model":"bench","choices":[{"index":0,"message":{"role":"assistant","content":"%s%s"},"finish_reason":"stop"}],"usage":{"prompt_tokens":20,"completion_tokens":160,"total_tokens":180}}`+"\n", answerMark, u.noise[from:from+n])
+}
+
+func randomBytes(n int) []byte {
+	b := make([]byte, n)
+	_, _ = crand.Read(b) // never fails; it ends the process instead
+	return b
 }
 
 var jsonType = []string{"application/json"}

@@ -26,7 +26,8 @@ wrk.body = os.getenv("BENCH_BODY")
 
 var errWrk = errors.New("wrk")
 
-func (s *stage) wrk(ctx context.Context, binary string, t target, model string, connections int, d time.Duration) (result, error) {
+// wrk posts the same body over some connections for whole seconds.
+func (s *stage) wrk(ctx context.Context, binary string, t target, body string, connections int, d time.Duration) (result, error) {
 	script := filepath.Join(s.dir, "wrk.lua")
 	if err := os.WriteFile(script, []byte(wrkScript), 0o600); err != nil {
 		return result{}, fmt.Errorf("write wrk's script: %w", err)
@@ -34,7 +35,7 @@ func (s *stage) wrk(ctx context.Context, binary string, t target, model string, 
 	seconds := max(1, int(d.Round(time.Second)/time.Second)) // it knows no parts of a second
 	cmd := exec.CommandContext(ctx, binary, "-t", strconv.Itoa(min(2, connections)), "-c", strconv.Itoa(connections),
 		"-d", strconv.Itoa(seconds)+"s", "--latency", "-s", script, "http://"+t.addr+chatPath)
-	cmd.Env = append(os.Environ(), "BENCH_KEY="+t.key, "BENCH_BODY="+body(model, false))
+	cmd.Env = append(os.Environ(), "BENCH_KEY="+t.key, "BENCH_BODY="+body)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return result{}, fmt.Errorf("%w: %w: %s", errWrk, err, out)
