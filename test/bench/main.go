@@ -10,6 +10,8 @@
 //	go run ./test/bench soak -for 10m       # clients that hang up, then a look for what they left
 //	go run ./test/bench jobs                # durable jobs beside a RabbitMQ quorum queue
 //	go run ./test/bench idle                # what three nodes with a million finished jobs use when nobody asks
+//	go run ./test/bench cache               # cache hits beside nginx's proxy_cache keyed by body
+//	go run ./test/bench cache churn         # hits while ten times the cache's size goes through it
 //
 // Start reading at compare (compare.go) and at soak (soak.go).
 package main
@@ -53,6 +55,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return runReverseProxy(ctx, args[1:])
 		case "soak":
 			return runSoak(ctx, args[1:], stdout, stderr)
+		case "cache":
+			if len(args) > 1 && args[1] == "churn" {
+				return runChurn(ctx, args[2:], stdout, stderr)
+			}
+			return runCache(ctx, args[1:], stdout, stderr)
 		case "jobs":
 			return runJobs(ctx, args[1:], stdout, stderr)
 		case "idle":
