@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -113,6 +114,25 @@ func TestBench(t *testing.T) {
 			}
 			if r.File > r.FileBound || r.Evicting && 2*r.Local < r.LocalBound {
 				t.Errorf("a file beyond its bound, or no pressure in memory: %+v", r)
+			}
+		}
+	})
+
+	t.Run("idle", func(t *testing.T) {
+		t.Parallel()
+		port, err := freePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out, progress strings.Builder
+		if err := run(t.Context(), []string{
+			"idle", "-jobs", "20", "-for", "1s", "-calm", "0s", "-base-port", strconv.Itoa(port), "-binary", binary,
+		}, &out, &progress); err != nil {
+			t.Fatalf("%v\n%s", err, progress.String())
+		}
+		for _, want := range []string{"switches/s", "of anonymous memory", "beijing-1", "target:"} {
+			if strings.Count(out.String(), want) != 2 { // before and after the restart
+				t.Errorf("%q is not in both reports:\n%s", want, out.String())
 			}
 		}
 	})

@@ -125,7 +125,10 @@ func (b *idle) start(ctx context.Context) (err error) {
 		args = append(args, "--config", file)
 	}
 	begun := time.Now()
-	if b.dev, err = b.stage.start("dev", exec.Command(b.binary, args...)); err != nil {
+	cmd := exec.Command(b.binary, args...)
+	// Where dsnode looks for this user's running cluster: that is not this one.
+	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+b.stage.dir)
+	if b.dev, err = b.stage.start("dev", cmd); err != nil {
 		return err
 	}
 	b.nodes = nil
