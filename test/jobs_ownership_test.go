@@ -270,8 +270,9 @@ type requestBook struct {
 
 // request is one that came: of a job and its attempt, in a site.
 type request struct {
-	id string // job-attempt, as the executor names it
-	at time.Time
+	id   string // job-attempt, as the executor names it
+	site string
+	at   time.Time
 }
 
 func (b *requestBook) listen(t *testing.T, l *lab.Lab, site *lab.Site) {
@@ -287,7 +288,7 @@ func (b *requestBook) listen(t *testing.T, l *lab.Lab, site *lab.Site) {
 			return
 		}
 		b.mu.Lock()
-		b.seen = append(b.seen, request{r.Header.Get("X-Request-Id"), at})
+		b.seen = append(b.seen, request{r.Header.Get("X-Request-Id"), site.Name, at})
 		b.mu.Unlock()
 		http.Error(w, `{"error":{"message":"not yet","type":"conflict","code":"not_yet"}}`, http.StatusConflict)
 	})}
