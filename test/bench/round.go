@@ -6,8 +6,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -184,21 +182,7 @@ func (r *round) profiled(l load) func(context.Context, target) (result, error) {
 }
 
 func (r *round) profile(ctx context.Context, l load) error {
-	url := fmt.Sprintf("%s/debug/pprof/profile?seconds=%d", r.node.admin.URLs()[0], max(1, int(l.length.Seconds())))
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(fmt.Sprintf("%s.%s.pb.gz", r.set.profile, l.name), text, 0o644)
+	return r.node.profile(ctx, "profile", l.length, fmt.Sprintf("%s.%s.pb.gz", r.set.profile, l.name))
 }
 
 // measure gives a load to a target and looks at its process before and after,
