@@ -9,7 +9,7 @@ import (
 
 // ErrImpossible means that the cluster as configured can't give a durability,
 // whoever is alive.
-var ErrImpossible = errors.New("the cluster can't give this durability")
+var ErrImpossible = errors.New("not enough sites or nodes")
 
 // Member is a node of the cluster as this node sees it.
 type Member struct {

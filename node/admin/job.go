@@ -122,7 +122,7 @@ func given(pairs ...string) url.Values {
 
 // jobHints are for refusals of the job routes, which carry none.
 var jobHints = map[string]string{
-	"job_not_found":          "it may still be on its way from another site, or its retention is over; dsnode job list shows the jobs",
+	"job_not_found":          "its retention may be over; dsnode job list shows the jobs",
 	"job_not_finished":       "dsnode job cancel ID ends it first",
 	"job_not_retryable":      "dsnode job submit makes a new one",
 	"durability_timeout":     "dsnode status shows which sites can be heard; send it again with the same --idempotency-key, or with --min-durability",
