@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -72,7 +71,7 @@ func (b *idle) measure(ctx context.Context, w io.Writer) error {
 
 // look reads what the kernel and the node itself say of it.
 func (b *idle) look(ctx context.Context, n *idleNode) (l idleLook, err error) {
-	metrics, err := b.fetch(ctx, n, "/metrics")
+	metrics, err := fetch(ctx, "http://"+n.addr+"/metrics")
 	if err != nil {
 		return l, fmt.Errorf("look at %s: %w", n.name, err)
 	}
@@ -110,7 +109,7 @@ func (b *idle) writeProfiles(ctx context.Context) error {
 	for i, n := range b.nodes {
 		all.Go(func() {
 			for kind, query := range map[string]string{"profile": fmt.Sprintf("?seconds=%.0f", b.length.Seconds()), "heap": "?gc=1"} {
-				text, err := b.fetch(ctx, n, "/debug/pprof/"+kind+query)
+				text, err := fetch(ctx, "http://"+n.addr+"/debug/pprof/"+kind+query)
 				if err == nil {
 					err = os.WriteFile(fmt.Sprintf("%s.%s.%s.pb.gz", b.profile, n.name, kind), []byte(text), 0o600)
 				}
@@ -120,26 +119,6 @@ func (b *idle) writeProfiles(ctx context.Context) error {
 	}
 	all.Wait()
 	return errors.Join(failed...)
-}
-
-func (b *idle) fetch(ctx context.Context, n *idleNode, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.addr+path, nil)
-	if err != nil {
-		return "", err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer func() { _ = resp.Body.Close() }()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return "", err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("%w: GET %s: %s", errWrong, path, resp.Status)
-	}
-	return string(text), nil
 }
 
 // userAndSystem are the two parts of a process's CPU time.

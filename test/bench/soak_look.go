@@ -68,11 +68,11 @@ func (s *soak) settled(ctx context.Context, before look) (look, error) {
 
 // look asks the node for its own figures, after a garbage collection.
 func (s *soak) look(ctx context.Context) (l look, err error) {
-	heap, err := s.fetch(ctx, "/debug/pprof/heap?gc=1&debug=1")
+	heap, err := fetch(ctx, s.node.admin.URLs()[0]+"/debug/pprof/heap?gc=1&debug=1")
 	if err != nil {
 		return l, err
 	}
-	metrics, err := s.fetch(ctx, "/metrics")
+	metrics, err := fetch(ctx, s.node.admin.URLs()[0]+"/metrics")
 	if err != nil {
 		return l, err
 	}
@@ -100,8 +100,9 @@ func (s *soak) look(ctx context.Context) (l look, err error) {
 	return l, err
 }
 
-func (s *soak) fetch(ctx context.Context, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.node.admin.URLs()[0]+path, nil)
+// fetch asks an admin port, at url, for a text.
+func fetch(ctx context.Context, url string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return "", err
 	}
@@ -115,7 +116,7 @@ func (s *soak) fetch(ctx context.Context, path string) (string, error) {
 		return "", err
 	}
 	if resp.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("%w: GET %s: %s", errWrong, path, resp.Status)
+		return "", fmt.Errorf("%w: GET %s: %s", errWrong, url, resp.Status)
 	}
 	return string(text), nil
 }
