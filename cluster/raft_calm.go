@@ -106,7 +106,9 @@ func (v *voterTransport) AppendEntries(id raft.ServerID, target raft.ServerAddre
 		return nil
 	}
 	err := v.NetworkTransport.AppendEntries(id, target, args, resp)
-	if err == nil && !heartbeat && resp.Term <= args.Term {
+	// One that refuses entries, since its log goes another way, does not take them
+	// for a word of its leader: it has to get the heartbeats.
+	if err == nil && !heartbeat && resp.Success {
 		v.hearts.answered(id, args.Term)
 	}
 	return err

@@ -1,6 +1,9 @@
 package cluster
 
 import (
+	"errors"
+	"io"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -77,6 +80,62 @@ func TestHeartbeatThatWaitsEndsWithTheTransport(t *testing.T) {
 			t.Error("it waited although the transport is closed")
 		}
 	})
+}
+
+// A follower whose log goes another way refuses entry after entry, and takes none
+// of them for a sign of its leader: it gets heartbeats all the while.
+func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
+	follower, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leader, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	timing := TimingFrom(time.Hour) // no answer is late
+	v := newVoterTransport(leader, newHeartbeats(timing), 0, func() *raft.Raft { return nil })
+	var answered sync.WaitGroup
+	defer answered.Wait()
+	defer func() { _ = errors.Join(v.Close(), follower.Close()) }()
+	heartbeats := make(chan struct{}, 1)
+	follower.SetHeartbeatHandler(func(rpc raft.RPC) {
+		heartbeats <- struct{}{}
+		rpc.Respond(&raft.AppendEntriesResponse{Term: 3, Success: true}, nil)
+	})
+	const refusals = 2 * calmAfter
+	done := make(chan struct{})
+	defer close(done)
+	answered.Go(func() {
+		for {
+			select {
+			case rpc := <-follower.Consumer():
+				rpc.Respond(&raft.AppendEntriesResponse{Term: 3, NoRetryBackoff: true}, nil)
+			case <-done:
+				return
+			}
+		}
+	})
+	header := raft.RPCHeader{Addr: []byte("a-1")}
+	var resp raft.AppendEntriesResponse
+	for range refusals {
+		entries := raft.AppendEntriesRequest{RPCHeader: header, Term: 3, PrevLogEntry: 7, PrevLogTerm: 3, LeaderCommitIndex: 7}
+		if err := v.AppendEntries("b-1", follower.LocalAddr(), &entries, &resp); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sent := make(chan error, 1)
+	answered.Go(func() {
+		sent <- v.AppendEntries("b-1", follower.LocalAddr(), &raft.AppendEntriesRequest{RPCHeader: header, Term: 3}, &resp)
+	})
+	select {
+	case <-heartbeats:
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("the heartbeat was not sent")
+	}
 }
 
 func many(n int, d time.Duration) []time.Duration {
