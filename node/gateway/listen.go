@@ -53,9 +53,9 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		}
 		if int(l.open.Add(1)) <= l.g.config().Limits.Connections {
 			if l.tls {
-				return &boundedConn{Conn: c, open: &l.open, lenient: l.g.o.WriteTimeout / 8}, nil
+				return &boundedConn{Conn: c, open: &l.open, since: time.Now(), lenient: l.g.o.WriteTimeout / 8}, nil
 			}
-			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open, lenient: l.g.o.WriteTimeout / 8}}, nil
+			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open, since: time.Now(), lenient: l.g.o.WriteTimeout / 8}}, nil
 		}
 		l.open.Add(-1)
 		f := l.g.shed(shedConnections)
@@ -74,8 +74,9 @@ type boundedConn struct {
 	once sync.Once
 	open *atomic.Int64
 
+	since   time.Time
 	lenient time.Duration
-	writeBy atomic.Int64 // the deadline for writes in Unix nanoseconds, 0: none
+	writeBy atomic.Int64 // the deadline for writes, in nanoseconds since, 0: none
 }
 
 // SetWriteDeadline leaves a deadline that is hardly earlier: each request sets one
@@ -83,7 +84,7 @@ type boundedConn struct {
 func (c *boundedConn) SetWriteDeadline(t time.Time) error {
 	by := int64(0)
 	if !t.IsZero() {
-		by = t.UnixNano()
+		by = int64(t.Sub(c.since)) // not by the wall clock, which may be set back
 	}
 	if has := c.writeBy.Load(); has != 0 && has <= by && by-has < int64(c.lenient) {
 		return nil

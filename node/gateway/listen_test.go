@@ -109,8 +109,9 @@ func (d *deadlines) SetWriteDeadline(t time.Time) error {
 
 func TestWriteDeadlines(t *testing.T) {
 	below := &deadlines{}
-	c := &boundedConn{Conn: below, lenient: time.Second}
-	at := time.Now()
+	since := time.Now()
+	c := &boundedConn{Conn: below, since: since, lenient: time.Second}
+	at := since.Add(time.Minute)
 	for _, step := range []struct {
 		by  time.Time
 		set bool
