@@ -7,6 +7,7 @@ import (
 	"crypto/subtle"
 	"encoding/binary"
 	"fmt"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -23,6 +24,11 @@ import (
 // executed and finished meanwhile is written once, and the journal's own syncs
 // have the disk for themselves.
 const commitEvery = 500 * time.Millisecond
+
+// yieldRows is after how many rows of a commit others get the processor. A commit
+// has thousands of them, tens of µs each, and rarely somebody who waits, as all
+// else that a node does has.
+const yieldRows = 8
 
 // Run commits what Apply and Merge changed and sweeps what is due, until ctx
 // ends; what was visible then is durable. An error means that the node has to
@@ -221,6 +227,9 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 	buckets[indexList].FillPercent = 0.8
 	buckets[indexDue].FillPercent = 0.9
 	for i := range b.rows {
+		if i%yieldRows == yieldRows-1 {
+			runtime.Gosched()
+		}
 		if err := t.putRow(&buckets, b, &b.rows[i]); err != nil {
 			return err
 		}

@@ -103,16 +103,6 @@ func (q *queue) next() *batch {
 	return b
 }
 
-// waiting is how many records the next batch has.
-func (q *queue) waiting() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.batches) == 0 {
-		return 0
-	}
-	return len(q.batches[0].records)
-}
-
 func (q *queue) close(why error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -287,12 +277,11 @@ func (l *Log) commit(s *stream, q *queue) {
 	for b := q.next(); b != nil; b = q.next() {
 		b.err = l.writeBatch(s, b)
 		close(b.done)
-		// Those who have just been answered come again: let them, so that they share
-		// the next sync and not the one after it.
+		// Those who have just been answered come again, and others are on their way:
+		// let them, so that they share the next sync and not the one after it. Not
+		// only until as many wait as were in this batch: once few, it would stay few.
+		// With nobody to run it takes no time.
 		for range 3 {
-			if q.waiting() >= len(b.records)-1 {
-				break
-			}
 			runtime.Gosched()
 		}
 	}
