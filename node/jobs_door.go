@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/jobs"
@@ -20,8 +21,21 @@ func (d jobsDoor) ready() (*jobs.Jobs, error) {
 	return nil, jobs.ErrNotReady
 }
 
-// Submit is jobs.Jobs's, like all below.
+// known keeps a table that may lack rows from saying that a job doesn't exist.
+// Clients' questions go to other nodes first; see Elsewhere.
+func (d jobsDoor) known(operator bool, err error) error {
+	if operator && errors.Is(err, jobs.ErrNotFound) && d.w.table.Partial() {
+		return jobs.ErrPartial
+	}
+	return err
+}
+
+// Submit is jobs.Jobs's, like all below. While the table may lack rows, a key's
+// job can't be told from a new one.
 func (d jobsDoor) Submit(ctx context.Context, r *jobs.Request) (*jobs.View, error) {
+	if r.IdempotencyKey != "" && d.w.table.Partial() {
+		return nil, jobs.ErrPartial
+	}
 	j, err := d.ready()
 	if err != nil {
 		return nil, err
@@ -35,11 +49,15 @@ func (d jobsDoor) Get(ctx context.Context, who jobs.Caller, id journal.JobID) (*
 	if err != nil {
 		return nil, err
 	}
-	return j.Get(ctx, who, id)
+	v, err := j.Get(ctx, who, id)
+	return v, d.known(who.Operator, err)
 }
 
 // List gives a page of jobs.
 func (d jobsDoor) List(ctx context.Context, who jobs.Caller, q jobs.Query) (jobs.Page, error) {
+	if d.w.table.Partial() {
+		return jobs.Page{}, jobs.ErrPartial
+	}
 	j, err := d.ready()
 	if err != nil {
 		return jobs.Page{}, err
@@ -53,7 +71,8 @@ func (d jobsDoor) Cancel(ctx context.Context, who jobs.Caller, id journal.JobID)
 	if err != nil {
 		return nil, err
 	}
-	return j.Cancel(ctx, who, id)
+	v, err := j.Cancel(ctx, who, id)
+	return v, d.known(who.Operator, err)
 }
 
 // Retry submits a job that ended badly anew.
@@ -62,7 +81,8 @@ func (d jobsDoor) Retry(ctx context.Context, who jobs.Caller, id journal.JobID) 
 	if err != nil {
 		return nil, err
 	}
-	return j.Retry(ctx, who, id)
+	v, err := j.Retry(ctx, who, id)
+	return v, d.known(who.Operator, err)
 }
 
 // Delete hides a job that has ended.
@@ -71,7 +91,7 @@ func (d jobsDoor) Delete(ctx context.Context, who jobs.Caller, id journal.JobID)
 	if err != nil {
 		return err
 	}
-	return j.Delete(ctx, who, id)
+	return d.known(who.Operator, j.Delete(ctx, who, id))
 }
 
 // Elsewhere asks other nodes.
@@ -80,5 +100,6 @@ func (d jobsDoor) Elsewhere(ctx context.Context, who jobs.Caller, method, path s
 	if err != nil {
 		return nil, err
 	}
-	return j.Elsewhere(ctx, who, method, path, id)
+	there, err := j.Elsewhere(ctx, who, method, path, id)
+	return there, d.known(true, err) // nobody else can say either
 }

@@ -31,6 +31,7 @@ type sight struct {
 	keys       string // which data key can't be opened here, and why
 	jobs       *admin.Jobs
 	journals   string                      // what this node's own journals have lost
+	table      string                      // why this node doesn't know all jobs
 	copies     map[string]replication.Copy // by site; absent: not known
 	failback   *string
 }
@@ -45,7 +46,7 @@ func (n *Node) status() admin.Status {
 		left: map[string]bool{}, failback: n.failbackAvailable(), keys: n.keys.Problem(),
 	}
 	v.jobs, v.copies = n.work.status(v.state)
-	v.journals = n.work.damaged()
+	v.journals, v.table = n.work.damaged(), n.work.partial()
 	for _, m := range n.cluster.Members() {
 		v.left[m.Name] = m.State == cluster.MemberLeft
 	}
@@ -299,6 +300,9 @@ func (v sight) reasons(s admin.Status) []string {
 	out = append(out, unsealed(v.state)...)
 	if v.journals != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.journals))
+	}
+	if v.table != "" {
+		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.table))
 	}
 	if v.quarantine != "" {
 		out = append(out, "quarantined: "+v.quarantine)

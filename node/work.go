@@ -111,7 +111,7 @@ func (w *work) connect() error {
 	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
 	var err error
 	w.replication, err = replication.New(replication.Options{
-		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members,
+		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members, Current: w.current,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
 		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Logger: n.log, Registerer: n.reg,
 	})
@@ -140,6 +140,12 @@ func (w *work) members() []replication.Member {
 	return members
 }
 
+// current reports whether members are what is agreed on now.
+func (w *work) current() bool {
+	raft := w.n.cluster.Raft()
+	return raft.Quorum && raft.Ticked && raft.TickAgo < w.n.cluster.Timing().Patience
+}
+
 // retired reports whether nobody needs a stream's records any more: its owner was
 // done with it, or it was never agreed on, its origin is no member, and nothing in
 // it is left to do. What is left somebody asks for.
@@ -152,7 +158,7 @@ func (w *work) retired(s journal.Stream) bool {
 	if state.ClusterID == "" {
 		return false
 	}
-	return slices.Contains(state.DoneStreams, key) || !member && w.table.LiveCounts()[s] == 0
+	return slices.Contains(state.DoneStreams, key) || !member && !w.table.Partial() && w.table.LiveCounts()[s] == 0
 }
 
 // run brings the table up to date and then takes, carries and executes jobs
@@ -234,9 +240,9 @@ func (w *work) replay(ctx context.Context) error {
 	for s, end := range w.log.Ends() {
 		from := w.table.Applied(s) + 1
 		if from < end.First {
-			// Only a table that was made anew lacks what its journals have dropped. The
-			// rows come from other nodes, when the digests are compared.
-			w.n.log.Warn("the job table lacks records that this node's journals no longer hold; other nodes have them",
+			// Only a table that was made anew lacks what its journals have dropped. It is
+			// partial until replication has the rows from other nodes.
+			w.n.log.Warn("the job table lacks records that this node's journals no longer hold; the rows come from other nodes",
 				"stream", s.String(), "from", from, "to", end.First-1)
 			if err := w.table.SetApplied(ctx, s, end.First-1); err != nil {
 				return err
@@ -311,6 +317,9 @@ func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Cop
 	for site := range s.Parsed.Sites {
 		copies[site] = w.replication.Copy(site)
 	}
+	if w.table.Partial() {
+		return &admin.Jobs{}, copies // what is there is not what there is
+	}
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
@@ -318,6 +327,9 @@ func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Cop
 func (w *work) check(ctx context.Context) error {
 	if w.jobs.Load() == nil {
 		return jobs.ErrNotReady
+	}
+	if w.table.Partial() {
+		return jobs.ErrPartial
 	}
 	ends := w.log.Ends()
 	if err := w.table.Check(ctx); err != nil {
@@ -373,6 +385,16 @@ func (w *work) damaged() string {
 	return ""
 }
 
+// partial says in words that the table was made anew and isn't whole yet; empty:
+// it is.
+func (w *work) partial() string {
+	if !w.table.Partial() {
+		return ""
+	}
+	return "its job table was damaged and is made anew with the rows of other nodes: until a node that has them all is heard, " +
+		"ask another node for jobs; those that were accepted here before are not executed"
+}
+
 // manyStreams is from how many agreed streams of a node on they are done with
 // although some member lacks records of theirs: it gets rows instead, since
 // nothing bounds how long a member is away.
@@ -380,6 +402,9 @@ const manyStreams = 32
 
 // Spread reports whether every member holds all of a stream.
 func (r jobReplication) Spread(s journal.Stream) bool {
+	if r.w.table.Partial() {
+		return false // it may be that jobs look done which are not known yet
+	}
 	end, held := r.w.log.End(s)
 	if !held || r.HeldByAll(s) >= end.Durable {
 		return true

@@ -18,15 +18,15 @@ const (
 
 // AwaitCaughtUp asks every living node what it holds, and blocks until this one
 // holds as much, of all streams: what an earlier owner wrote of a stream's jobs
-// stands in streams of its own. Nodes that cease to be heard are not waited for.
-// The error is that of ctx.
+// stands in streams of its own. Nodes that cease to be heard are not waited for. A
+// table that was made anew has to be whole. The error is that of ctx.
 func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 	told := map[string]map[journal.Stream]uint64{}
 	for {
 		changed := r.ledger.watch()
 		_, living := r.members(func(m Member) bool { return m.Heard })
 		r.askHolders(ctx, living, told)
-		if r.caughtUp(living, told) {
+		if r.caughtUp(living, told) && !r.opts.Table.Partial() {
 			return nil
 		}
 		again := time.NewTimer(holdsAgain)

@@ -34,6 +34,9 @@ const buckets = 256
 func (r *Replication) compareAll(ctx context.Context) error {
 	differed := map[string][buckets]bool{}
 	for pause(ctx, compareEvery) {
+		if r.opts.Table.Partial() {
+			continue // that it differs is known
+		}
 		now := map[string][buckets]bool{}
 		for _, peer := range r.sources() {
 			differ, ok := r.compare(ctx, peer)
@@ -209,6 +212,9 @@ func (s *server) Digests(ctx context.Context, q *replicationpb.DigestsRequest) (
 	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
 		return nil, err
 	}
+	if s.r.opts.Table.Partial() {
+		return nil, errPartial
+	}
 	applied, digests, steady, err := s.r.digests()
 	if err != nil {
 		return nil, status.Error(codes.Unavailable, err.Error())
@@ -228,6 +234,9 @@ func (s *server) Bucket(stream grpc.BidiStreamingServer[replicationpb.BucketRows
 	}
 	if _, err := s.caller(stream.Context(), first.GetFormat()); err != nil {
 		return err
+	}
+	if s.r.opts.Table.Partial() {
+		return errPartial
 	}
 	ctx, leave, err := s.r.enter(stream.Context())
 	if err != nil {

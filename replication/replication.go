@@ -40,6 +40,10 @@ type Table interface {
 	SetApplied(ctx context.Context, s journal.Stream, seq uint64) error
 	Digests() ([256][16]byte, error)
 	Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
+	// Partial is true while the table, made anew, may lack rows of trimmed records;
+	// SetWhole ends that.
+	Partial() bool
+	SetWhole() error
 }
 
 // Ring tells which data keys this node can open.
@@ -59,8 +63,8 @@ type Limits struct {
 	Waiting int
 }
 
-// Options are what a Replication is made of. All but Caller, Retired, Deliver and
-// Limits are needed.
+// Options are what a Replication is made of. All but Current, Caller, Retired,
+// Deliver and Limits are needed.
 type Options struct {
 	Self string // this node's name
 	Dir  string // exists, and holds one file of replication's own
@@ -72,6 +76,9 @@ type Options struct {
 	// Members are the agreed nodes, this one among them. Called several times a
 	// second; must not block.
 	Members func() []Member
+	// Current reports whether Members are what is agreed on now, not what was when
+	// this node last heard. Nil: they always are.
+	Current func() bool
 	// Dial gives the channel to a node; it stays the giver's.
 	Dial func(node string) (grpc.ClientConnInterface, error)
 	// Caller names the node that calls, from a gRPC handler's context. Nil: as
@@ -120,6 +127,9 @@ func New(o Options) (*Replication, error) {
 	}
 	if o.Limits.FeedBytesPerSecond == 0 {
 		o.Limits.FeedBytesPerSecond = 8 << 20
+	}
+	if o.Current == nil {
+		o.Current = func() bool { return true }
 	}
 	if o.Caller == nil {
 		o.Caller = callerOf

@@ -34,6 +34,7 @@ func (r *Replication) Run(ctx context.Context) error {
 	g.Go(func() error { return r.pullAll(ctx) })
 	g.Go(func() error { return r.trimAll(ctx) })
 	g.Go(func() error { return r.keepReached(ctx) })
+	g.Go(func() error { return r.refill(ctx) })
 	g.Go(func() error { return r.compareAll(ctx) })
 	g.Go(func() error { return r.feed.run(ctx) })
 	return g.Wait()

@@ -42,6 +42,10 @@ func (c *source) sendSnapshot(ctx context.Context) (did bool, slow time.Duration
 	c.mu.Lock()
 	if c.shot == nil && c.out.waiting() {
 		c.mu.Unlock()
+		if c.r.opts.Table.Partial() {
+			// It would claim to cover what it lacks. The puller asks others meanwhile.
+			return false, snapshotPause, nil
+		}
 		covers := c.r.opts.Table.AppliedAll()
 		c.mu.Lock()
 		c.shot = &snapshot{covers: covers} // only this goroutine makes them

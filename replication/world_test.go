@@ -56,6 +56,7 @@ type node struct {
 	limits     Limits
 	retired    func(journal.Stream) bool
 	deliver    func([]byte)
+	current    func() bool
 	noTable    bool // the records are not applied: what is measured is carrying alone
 
 	alive  bool // guarded by w.mu
@@ -174,6 +175,9 @@ func (w *world) dial(from, to string) (net.Conn, error) {
 func (n *node) conn(to string) (grpc.ClientConnInterface, error) {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
+	if !n.alive {
+		return nil, errors.New("not started, or stopped")
+	}
 	if c := n.dialed[to]; c != nil {
 		return c, nil
 	}
@@ -234,8 +238,15 @@ func (n *node) start() {
 			t.Errorf("table of %s: %v", n.name, err)
 		}
 	})
-	for s := range n.log.Ends() {
-		if err := n.log.Replay(s, n.table.Applied(s)+1, func(r []journal.Record) error { n.table.Apply(s, r); return nil }); err != nil {
+	for s, e := range n.log.Ends() {
+		from := n.table.Applied(s) + 1
+		if from < e.First { // the table was discarded
+			if err := n.table.SetApplied(ctx, s, e.First-1); err != nil {
+				t.Fatal(err)
+			}
+			from = e.First
+		}
+		if err := n.log.Replay(s, from, func(r []journal.Record) error { n.table.Apply(s, r); return nil }); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -253,7 +264,7 @@ func (n *node) start() {
 			return names[0], len(names) == 1
 		},
 		Boottime: cluster.Boottime, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
-		Retired: n.retired, Deliver: n.deliver,
+		Retired: n.retired, Deliver: n.deliver, Current: n.current,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -113,6 +113,7 @@ var arrows = []arrow{
 	{"storage", "storage/boltfile", "may bbolt open Raft's file"},
 	{"storage/journal", "storage/keyring", "payloads are sealed"},
 	{"storage/keyring/keyringtest", "storage/keyring", "makes rings for tests"},
+	{"storage/jobtable", "storage/atomicfile", "notes that it was discarded"},
 	{"storage/jobtable", "storage/journal", "rows are joined from records"},
 	{"storage/jobtable", "storage/boltfile", "may bbolt open its file"},
 	{"storage/jobtable", "storage/keyring", "tenants in indexes, and which keys are still in use"},

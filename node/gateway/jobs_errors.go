@@ -69,6 +69,8 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 		return laterOn("too_many_jobs", "As many jobs wait at this node as it may hold. Please try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrNotReady):
 		return laterOn("jobs_not_ready", "This node can't take jobs yet. Please try again later.", time.Second)
+	case errors.Is(err, jobs.ErrPartial):
+		return laterOn("jobs_unavailable", sentence(jobs.ErrPartial)+" Please ask another node, or try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrUnavailable):
 		x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), slog.LevelWarn, "a job can't be written",
 			slog.String("request", x.id), slog.Any("error", err))

@@ -23,6 +23,9 @@ var (
 	ErrKeyReused = errors.New("the Idempotency-Key was used for another request")
 	// ErrNotReady: this node can't take jobs yet.
 	ErrNotReady = errors.New("this node can't take jobs yet")
+	// ErrPartial: this node's table was damaged, is made anew from other nodes' and
+	// may lack what was asked for.
+	ErrPartial = errors.New("this node's job table was damaged and is made anew from other nodes")
 	// ErrBusy: the node holds as many jobs as it may.
 	ErrBusy = errors.New("too many jobs wait at this node")
 	// ErrUnavailable: the journal takes nothing now.

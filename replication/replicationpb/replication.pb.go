@@ -1060,6 +1060,131 @@ func (x *BucketRows) GetMore() bool {
 	return false
 }
 
+type TableRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TableRequest) Reset() {
+	*x = TableRequest{}
+	mi := &file_replication_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TableRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TableRequest) ProtoMessage() {}
+
+func (x *TableRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_replication_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TableRequest.ProtoReflect.Descriptor instead.
+func (*TableRequest) Descriptor() ([]byte, []int) {
+	return file_replication_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *TableRequest) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+type TableRows struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	// What the rows hold at least of the streams that the answering node holds. It
+	// and partial stand in the first message.
+	Applied []*StreamSeq `protobuf:"bytes,2,rep,name=applied,proto3" json:"applied,omitempty"`
+	// partial says that the answering node makes its own table anew as well: rows
+	// may be missing.
+	Partial bool   `protobuf:"varint,3,opt,name=partial,proto3" json:"partial,omitempty"`
+	Rows    []byte `protobuf:"bytes,4,opt,name=rows,proto3" json:"rows,omitempty"`
+	// more says that the page goes on in the next message.
+	More          bool `protobuf:"varint,5,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TableRows) Reset() {
+	*x = TableRows{}
+	mi := &file_replication_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TableRows) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TableRows) ProtoMessage() {}
+
+func (x *TableRows) ProtoReflect() protoreflect.Message {
+	mi := &file_replication_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TableRows.ProtoReflect.Descriptor instead.
+func (*TableRows) Descriptor() ([]byte, []int) {
+	return file_replication_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *TableRows) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *TableRows) GetApplied() []*StreamSeq {
+	if x != nil {
+		return x.Applied
+	}
+	return nil
+}
+
+func (x *TableRows) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
+func (x *TableRows) GetRows() []byte {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+func (x *TableRows) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
 type FeedItem struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
@@ -1072,7 +1197,7 @@ type FeedItem struct {
 
 func (x *FeedItem) Reset() {
 	*x = FeedItem{}
-	mi := &file_replication_proto_msgTypes[16]
+	mi := &file_replication_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1084,7 +1209,7 @@ func (x *FeedItem) String() string {
 func (*FeedItem) ProtoMessage() {}
 
 func (x *FeedItem) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[16]
+	mi := &file_replication_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1097,7 +1222,7 @@ func (x *FeedItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FeedItem.ProtoReflect.Descriptor instead.
 func (*FeedItem) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{16}
+	return file_replication_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *FeedItem) GetFormat() uint32 {
@@ -1131,7 +1256,7 @@ type FeedTaken struct {
 
 func (x *FeedTaken) Reset() {
 	*x = FeedTaken{}
-	mi := &file_replication_proto_msgTypes[17]
+	mi := &file_replication_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1268,7 @@ func (x *FeedTaken) String() string {
 func (*FeedTaken) ProtoMessage() {}
 
 func (x *FeedTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_replication_proto_msgTypes[17]
+	mi := &file_replication_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1281,7 @@ func (x *FeedTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FeedTaken.ProtoReflect.Descriptor instead.
 func (*FeedTaken) Descriptor() ([]byte, []int) {
-	return file_replication_proto_rawDescGZIP(), []int{17}
+	return file_replication_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *FeedTaken) GetItems() uint64 {
@@ -1242,18 +1367,27 @@ const file_replication_proto_rawDesc = "" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x16\n" +
 	"\x06bucket\x18\x02 \x01(\rR\x06bucket\x12\x12\n" +
 	"\x04rows\x18\x03 \x01(\fR\x04rows\x12\x12\n" +
-	"\x04more\x18\x04 \x01(\bR\x04more\"L\n" +
+	"\x04more\x18\x04 \x01(\bR\x04more\"&\n" +
+	"\fTableRequest\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\xa1\x01\n" +
+	"\tTableRows\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12:\n" +
+	"\aapplied\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\aapplied\x12\x18\n" +
+	"\apartial\x18\x03 \x01(\bR\apartial\x12\x12\n" +
+	"\x04rows\x18\x04 \x01(\fR\x04rows\x12\x12\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\"L\n" +
 	"\bFeedItem\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04item\x18\x02 \x01(\fR\x04item\x12\x14\n" +
 	"\x05relay\x18\x03 \x01(\bR\x05relay\"!\n" +
 	"\tFeedTaken\x12\x14\n" +
-	"\x05items\x18\x01 \x01(\x04R\x05items2\xb3\x03\n" +
+	"\x05items\x18\x01 \x01(\x04R\x05items2\x85\x04\n" +
 	"\vReplication\x12S\n" +
 	"\x04Pull\x12\".dsnode.replication.v1.PullRequest\x1a#.dsnode.replication.v1.PullResponse(\x010\x01\x12R\n" +
 	"\x05Holds\x12#.dsnode.replication.v1.HoldsRequest\x1a$.dsnode.replication.v1.HoldsResponse\x12X\n" +
 	"\aDigests\x12%.dsnode.replication.v1.DigestsRequest\x1a&.dsnode.replication.v1.DigestsResponse\x12R\n" +
-	"\x06Bucket\x12!.dsnode.replication.v1.BucketRows\x1a!.dsnode.replication.v1.BucketRows(\x010\x01\x12M\n" +
+	"\x06Bucket\x12!.dsnode.replication.v1.BucketRows\x1a!.dsnode.replication.v1.BucketRows(\x010\x01\x12P\n" +
+	"\x05Table\x12#.dsnode.replication.v1.TableRequest\x1a .dsnode.replication.v1.TableRows0\x01\x12M\n" +
 	"\x04Feed\x12\x1f.dsnode.replication.v1.FeedItem\x1a .dsnode.replication.v1.FeedTaken(\x010\x01B4Z2github.com/dsnode/dsnode/replication/replicationpbb\x06proto3"
 
 var (
@@ -1268,7 +1402,7 @@ func file_replication_proto_rawDescGZIP() []byte {
 	return file_replication_proto_rawDescData
 }
 
-var file_replication_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_replication_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_replication_proto_goTypes = []any{
 	(*Stream)(nil),          // 0: dsnode.replication.v1.Stream
 	(*StreamSeq)(nil),       // 1: dsnode.replication.v1.StreamSeq
@@ -1286,8 +1420,10 @@ var file_replication_proto_goTypes = []any{
 	(*DigestsRequest)(nil),  // 13: dsnode.replication.v1.DigestsRequest
 	(*DigestsResponse)(nil), // 14: dsnode.replication.v1.DigestsResponse
 	(*BucketRows)(nil),      // 15: dsnode.replication.v1.BucketRows
-	(*FeedItem)(nil),        // 16: dsnode.replication.v1.FeedItem
-	(*FeedTaken)(nil),       // 17: dsnode.replication.v1.FeedTaken
+	(*TableRequest)(nil),    // 16: dsnode.replication.v1.TableRequest
+	(*TableRows)(nil),       // 17: dsnode.replication.v1.TableRows
+	(*FeedItem)(nil),        // 18: dsnode.replication.v1.FeedItem
+	(*FeedTaken)(nil),       // 19: dsnode.replication.v1.FeedTaken
 }
 var file_replication_proto_depIdxs = []int32{
 	0,  // 0: dsnode.replication.v1.StreamSeq.stream:type_name -> dsnode.replication.v1.Stream
@@ -1307,21 +1443,24 @@ var file_replication_proto_depIdxs = []int32{
 	1,  // 14: dsnode.replication.v1.SnapshotPage.covers:type_name -> dsnode.replication.v1.StreamSeq
 	1,  // 15: dsnode.replication.v1.HoldsResponse.held:type_name -> dsnode.replication.v1.StreamSeq
 	1,  // 16: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
-	5,  // 17: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
-	11, // 18: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
-	13, // 19: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
-	15, // 20: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
-	16, // 21: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
-	7,  // 22: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
-	12, // 23: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
-	14, // 24: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
-	15, // 25: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
-	17, // 26: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	1,  // 17: dsnode.replication.v1.TableRows.applied:type_name -> dsnode.replication.v1.StreamSeq
+	5,  // 18: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
+	11, // 19: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
+	13, // 20: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
+	15, // 21: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
+	16, // 22: dsnode.replication.v1.Replication.Table:input_type -> dsnode.replication.v1.TableRequest
+	18, // 23: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
+	7,  // 24: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
+	12, // 25: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
+	14, // 26: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
+	15, // 27: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
+	17, // 28: dsnode.replication.v1.Replication.Table:output_type -> dsnode.replication.v1.TableRows
+	19, // 29: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_replication_proto_init() }
@@ -1335,7 +1474,7 @@ func file_replication_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_replication_proto_rawDesc), len(file_replication_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,6 +27,7 @@ const (
 	Replication_Holds_FullMethodName   = "/dsnode.replication.v1.Replication/Holds"
 	Replication_Digests_FullMethodName = "/dsnode.replication.v1.Replication/Digests"
 	Replication_Bucket_FullMethodName  = "/dsnode.replication.v1.Replication/Bucket"
+	Replication_Table_FullMethodName   = "/dsnode.replication.v1.Replication/Table"
 	Replication_Feed_FullMethodName    = "/dsnode.replication.v1.Replication/Feed"
 )
 
@@ -44,6 +45,8 @@ type ReplicationClient interface {
 	// Bucket exchanges the rows of one bucket of the table: first the caller's,
 	// which the answering node merges, then its own.
 	Bucket(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[BucketRows, BucketRows], error)
+	// Table gives the whole table to a node that makes its own anew.
+	Table(ctx context.Context, in *TableRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TableRows], error)
 	// Feed carries items that may be lost, each to every site once.
 	Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FeedItem, FeedTaken], error)
 }
@@ -102,9 +105,28 @@ func (c *replicationClient) Bucket(ctx context.Context, opts ...grpc.CallOption)
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Replication_BucketClient = grpc.BidiStreamingClient[BucketRows, BucketRows]
 
+func (c *replicationClient) Table(ctx context.Context, in *TableRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TableRows], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[2], Replication_Table_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TableRequest, TableRows]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_TableClient = grpc.ServerStreamingClient[TableRows]
+
 func (c *replicationClient) Feed(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[FeedItem, FeedTaken], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[2], Replication_Feed_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Replication_ServiceDesc.Streams[3], Replication_Feed_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -129,6 +151,8 @@ type ReplicationServer interface {
 	// Bucket exchanges the rows of one bucket of the table: first the caller's,
 	// which the answering node merges, then its own.
 	Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error
+	// Table gives the whole table to a node that makes its own anew.
+	Table(*TableRequest, grpc.ServerStreamingServer[TableRows]) error
 	// Feed carries items that may be lost, each to every site once.
 	Feed(grpc.BidiStreamingServer[FeedItem, FeedTaken]) error
 	mustEmbedUnimplementedReplicationServer()
@@ -152,6 +176,9 @@ func (UnimplementedReplicationServer) Digests(context.Context, *DigestsRequest) 
 }
 func (UnimplementedReplicationServer) Bucket(grpc.BidiStreamingServer[BucketRows, BucketRows]) error {
 	return status.Error(codes.Unimplemented, "method Bucket not implemented")
+}
+func (UnimplementedReplicationServer) Table(*TableRequest, grpc.ServerStreamingServer[TableRows]) error {
+	return status.Error(codes.Unimplemented, "method Table not implemented")
 }
 func (UnimplementedReplicationServer) Feed(grpc.BidiStreamingServer[FeedItem, FeedTaken]) error {
 	return status.Error(codes.Unimplemented, "method Feed not implemented")
@@ -227,6 +254,17 @@ func _Replication_Bucket_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Replication_BucketServer = grpc.BidiStreamingServer[BucketRows, BucketRows]
 
+func _Replication_Table_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TableRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ReplicationServer).Table(m, &grpc.GenericServerStream[TableRequest, TableRows]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Replication_TableServer = grpc.ServerStreamingServer[TableRows]
+
 func _Replication_Feed_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(ReplicationServer).Feed(&grpc.GenericServerStream[FeedItem, FeedTaken]{ServerStream: stream})
 }
@@ -262,6 +300,11 @@ var Replication_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Replication_Bucket_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Table",
+			Handler:       _Replication_Table_Handler,
+			ServerStreams: true,
 		},
 		{
 			StreamName:    "Feed",

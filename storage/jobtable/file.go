@@ -58,10 +58,13 @@ func layout(depth boltfile.Depth) boltfile.Layout {
 	return boltfile.Layout{PageSize: pageSize, Buckets: names, Freelist: true, Depth: depth}
 }
 
-// Discard removes the table's files, so that the next Open makes an empty one.
-// Nothing is lost that the journals or another node's rows can't give again;
-// the caller sees to it that they do.
+// Discard removes the table's files, so that the next Open makes an empty one,
+// which is Partial. Nothing is lost that the journals or another node's rows can't
+// give again; the caller sees to it that they do, and then calls SetWhole.
 func Discard(dir string) error {
+	if err := notePartial(dir); err != nil {
+		return fmt.Errorf("discard the job table: %w", err)
+	}
 	for _, name := range []string{File, tempFile, markFile} { // the mark last: it demands the file
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("discard the job table: %w", err)
@@ -74,6 +77,11 @@ func Discard(dir string) error {
 // in little time.
 func (t *Table) openFile() (err error) {
 	dir, path := t.o.Dir, filepath.Join(t.o.Dir, File)
+	partial, err := isPartial(dir)
+	if err != nil {
+		return err
+	}
+	t.partial.Store(partial)
 	if err := os.Remove(filepath.Join(dir, tempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

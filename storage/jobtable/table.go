@@ -28,6 +28,7 @@ type Table struct {
 	mark    markWriter
 	now     mark // where the file stands; the committer's alone after Open
 	fresh   bool
+	partial atomic.Bool
 
 	stripes [stripeCount]stripe
 	pending atomic.Int64 // bytes in the stripes
@@ -88,7 +89,7 @@ func Open(o Options) (*Table, error) {
 	}
 	// Last: who discards a damaged table opens another one with the same registry.
 	t.metrics.register(o.Registerer)
-	t.o.Logger.Info("job table opened", "dir", o.Dir, "fresh", t.fresh, "jobs", t.Counts())
+	t.o.Logger.Info("job table opened", "dir", o.Dir, "fresh", t.fresh, "partial", t.partial.Load(), "jobs", t.Counts())
 	return t, nil
 }
 

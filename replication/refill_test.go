@@ -1,0 +1,206 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync/atomic"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/dsnode/dsnode/replication/replicationpb"
+	"github.com/dsnode/dsnode/storage/jobtable"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+// discard makes a node that is halted begin its table anew.
+func (n *node) discard() {
+	n.w.t.Helper()
+	if err := jobtable.Discard(n.dir); err != nil {
+		n.w.t.Fatal(err)
+	}
+}
+
+const trimmedJobs = 400
+
+// trimmedWorld is nodes that all have the same jobs, all of a1, whose journal has
+// let go of nearly all of them; a1 is halted then.
+func trimmedWorld(t *testing.T, names ...string) (w *world, stream journal.Stream, seq uint64) {
+	t.Helper()
+	w = newWorld(t, names...)
+	w.tune = func(n *node) { n.segment = 64 << 10 }
+	w.start()
+	a1 := w.nodes["a1"]
+	seq = a1.submit(trimmedJobs, 1000)
+	w.wantEverywhere(a1.stream, seq)
+	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "all are known to hold all", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
+	a1.repl.trim()
+	stream = a1.stream
+	a1.halt()
+	return w, stream, seq
+}
+
+// startAndStayPartial starts a node and sees it look for rows several times in vain.
+func (n *node) startAndStayPartial() {
+	n.w.t.Helper()
+	var looks atomic.Int64
+	n.current = func() bool { looks.Add(1); return true }
+	n.start()
+	eventually(n.w.t, "it looked for rows several times", func() bool { return looks.Load() > 3 || !n.table.Partial() })
+	if !n.table.Partial() {
+		n.w.t.Fatalf("%s is whole with %d jobs", n.name, n.queued())
+	}
+}
+
+func (n *node) queued() int64 { return n.table.Counts()[journal.Queued] }
+
+func TestDiscardedTableIsFilledFromPeers(t *testing.T) {
+	w, stream, _ := trimmedWorld(t, "a1", "b1")
+	a1 := w.nodes["a1"]
+	w.sever("a1", "b1", true)
+	a1.discard()
+	a1.start()
+	if e, _ := a1.log.End(stream); e.First == 1 {
+		t.Fatal("nothing was trimmed")
+	}
+	if n := a1.queued(); n == trimmedJobs || !a1.table.Partial() {
+		t.Fatalf("%d jobs without a peer, partial %v", n, a1.table.Partial())
+	}
+	ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("node", "b1"))
+	if _, err := (&server{r: a1.repl}).Digests(ctx, &replicationpb.DigestsRequest{}); status.Code(err) != codes.Unavailable {
+		t.Errorf("digests of a table that lacks rows: %v", err)
+	}
+	a1.halt() // what it was made anew for is not forgotten
+	a1.start()
+	if !a1.table.Partial() {
+		t.Fatal("whole by a restart")
+	}
+	w.sever("a1", "b1", false)
+	eventually(t, "the table is whole", func() bool { return !a1.table.Partial() })
+	if n := a1.queued(); n != trimmedJobs {
+		t.Errorf("whole with %d jobs of %d", n, trimmedJobs)
+	}
+	a1.halt()
+	a1.start()
+	if a1.table.Partial() {
+		t.Error("partial again after a restart")
+	}
+}
+
+// TestPartialTableIsNoSnapshot: a node that lost its disk gets the rows from a node
+// that has them, not from one that lacks them itself.
+func TestPartialTableIsNoSnapshot(t *testing.T) {
+	w, stream, seq := trimmedWorld(t, "a1", "b1", "c1")
+	a1, c1 := w.nodes["a1"], w.nodes["c1"]
+	w.sever("a1", "b1", true)
+	w.sever("b1", "c1", true)
+	c1.halt()
+	c1.wipe()
+	a1.discard()
+	a1.start()
+	c1.start()
+	for range 2 { // the second goes out when the first was sent, and a snapshot with it
+		last := a1.submit(1, 100)
+		eventually(t, "a new record is at c1", func() bool { return c1.holds(a1.stream) == last })
+	}
+	if n := testutil.ToFloat64(a1.repl.metrics.snapshots); n != 0 || c1.holds(stream) != 0 {
+		t.Fatalf("%v snapshots of a table that lacks rows; c1 holds up to %d", n, c1.holds(stream))
+	}
+	w.sever("a1", "b1", false)
+	w.sever("b1", "c1", false)
+	w.wantEverywhere(stream, seq)
+	eventually(t, "both have all rows", func() bool {
+		return !a1.table.Partial() && a1.queued() == trimmedJobs+2 && c1.queued() == trimmedJobs+2
+	})
+}
+
+// TestWhenNobodyHasMore: tables that are damaged everywhere become whole with what
+// all nodes together have, and not before.
+func TestWhenNobodyHasMore(t *testing.T) {
+	for name, names := range map[string][]string{"alone": {"a1"}, "two": {"a1", "b1"}} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, names...).start()
+			a1 := w.nodes["a1"]
+			w.wantEverywhere(a1.stream, a1.submit(20, 100))
+			for _, n := range w.nodes {
+				n.halt()
+				n.discard()
+			}
+			if len(names) > 1 {
+				a1.startAndStayPartial()
+				w.nodes["b1"].start()
+			} else {
+				a1.start()
+			}
+			for _, n := range w.nodes {
+				eventually(t, n.name+" is whole", func() bool { return !n.table.Partial() })
+				if got := n.queued(); got != 20 {
+					t.Errorf("%s has %d jobs of 20", n.name, got)
+				}
+			}
+		})
+	}
+}
+
+// TestANodeThatLacksTheSameIsNotEnough: a table that was never damaged can lack the
+// rows as well, if its node is new.
+func TestANodeThatLacksTheSameIsNotEnough(t *testing.T) {
+	w, _, _ := trimmedWorld(t, "a1", "b1", "c1")
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	w.isolate("c", true)
+	b1.halt()
+	b1.wipe()
+	b1.start()
+	a1.discard()
+	a1.startAndStayPartial()
+	w.isolate("c", false)
+	eventually(t, "the table is whole", func() bool { return !a1.table.Partial() })
+	if n := a1.queued(); n != trimmedJobs {
+		t.Errorf("whole with %d jobs of %d", n, trimmedJobs)
+	}
+}
+
+// TestMembersOfLongAgo: a node that has not heard yet who the members are doesn't
+// take itself for a lone one.
+func TestMembersOfLongAgo(t *testing.T) {
+	w := newWorld(t, "a1")
+	a1 := w.nodes["a1"]
+	if err := os.MkdirAll(a1.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	a1.discard()
+	var looks atomic.Int64
+	var heard atomic.Bool
+	a1.current = func() bool { looks.Add(1); return heard.Load() }
+	a1.start()
+	eventually(t, "it looked several times", func() bool { return looks.Load() > 2 })
+	if !a1.table.Partial() {
+		t.Fatal("whole before it heard who else there is")
+	}
+	heard.Store(true)
+	eventually(t, "it is whole", func() bool { return !a1.table.Partial() })
+}
+
+// TestAbsentRowsAreNotCaughtUp: jobs of earlier are not executed by a table that
+// may lack their ends.
+func TestAbsentRowsAreNotCaughtUp(t *testing.T) {
+	w, _, _ := trimmedWorld(t, "a1", "b1")
+	a1 := w.nodes["a1"]
+	w.sever("a1", "b1", true)
+	a1.discard()
+	a1.start()
+	ctx, stop := context.WithTimeout(t.Context(), 2*holdsAgain)
+	defer stop()
+	if err := a1.repl.AwaitCaughtUp(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("caught up with nobody: %v", err)
+	}
+	w.sever("a1", "b1", false)
+	if err := a1.repl.AwaitCaughtUp(t.Context()); err != nil || a1.table.Partial() || a1.queued() != trimmedJobs {
+		t.Errorf("caught up with %d jobs of %d, partial %v: %v", a1.queued(), trimmedJobs, a1.table.Partial(), err)
+	}
+}
