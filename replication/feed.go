@@ -33,7 +33,7 @@ const (
 // ErrFeedItem means that an item is larger than MaxFeedItem.
 var ErrFeedItem = errors.New("the item is too large for the feed")
 
-// Offer sends an item to every site, over a link once (again when a call broke), where one node passes it on to the
+// Offer sends an item to every site, once, where one node passes it on to the
 // others; for a site that is away it waits in memory. It may be lost, come twice or
 // out of order. The item must not be changed afterwards. It never blocks: where too
 // much waits the oldest items are dropped. Nothing is kept or sent before Run.
