@@ -102,7 +102,9 @@ func (h *heartbeats) await(from raft.ServerID, term uint64, closed <-chan struct
 func (v *voterTransport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	heartbeat := isHeartbeat(args)
 	if heartbeat && v.hearts.await(id, args.Term, v.closed) {
-		*resp = raft.AppendEntriesResponse{RPCHeader: args.RPCHeader, Term: args.Term, Success: true}
+		// Without a header: raft decodes the next answer into the same resp, and so
+		// into any bytes that this one lent it, as those of its own name.
+		*resp = raft.AppendEntriesResponse{Term: args.Term, Success: true}
 		return nil
 	}
 	err := v.NetworkTransport.AppendEntries(id, target, args, resp)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -135,6 +136,57 @@ func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
 		}
 	case <-time.After(5 * time.Second):
 		t.Error("the heartbeat was not sent")
+	}
+}
+
+// Raft uses one request and one response for all heartbeats to a follower, and the
+// follower believes the name in the request: an answer that is shared must lend it
+// to nobody who writes into it.
+func TestSharedAnswerLendsNoName(t *testing.T) {
+	follower, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leader, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hearts := newHeartbeats(TimingFrom(time.Hour))
+	var now atomic.Int64
+	hearts.now = func() time.Duration { return time.Duration(now.Load()) }
+	v := newVoterTransport(leader, hearts, 0, func() *raft.Raft { return nil })
+	defer func() { _ = errors.Join(v.Close(), follower.Close()) }()
+	var sent atomic.Int32
+	follower.SetHeartbeatHandler(func(rpc raft.RPC) {
+		sent.Add(1)
+		rpc.Respond(&raft.AppendEntriesResponse{RPCHeader: raft.RPCHeader{ID: []byte("b-1"), Addr: []byte("b-1")}, Term: 3, Success: true}, nil)
+	})
+	for range calmAfter {
+		hearts.answered("b-1", 3)
+	}
+	req := raft.AppendEntriesRequest{RPCHeader: raft.RPCHeader{ID: []byte("shanghai-a-1"), Addr: []byte("shanghai-a-1")}, Term: 3}
+	var resp raft.AppendEntriesResponse
+	shared := make(chan error, 1)
+	go func() { shared <- v.AppendEntries("b-1", follower.LocalAddr(), &req, &resp) }()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for waiting := true; waiting; {
+		select {
+		case err := <-shared:
+			if err != nil || !resp.Success || sent.Load() != 0 {
+				t.Fatalf("%+v: %v; %d heartbeats were sent", resp, err, sent.Load())
+			}
+			waiting = false
+		case <-tick.C:
+			hearts.answered("b-1", 3)
+		}
+	}
+	now.Store(int64(24 * time.Hour)) // the next answer is late
+	if err := v.AppendEntries("b-1", follower.LocalAddr(), &req, &resp); err != nil || !resp.Success || sent.Load() != 1 {
+		t.Fatalf("%+v: %v; %d heartbeats were sent", resp, err, sent.Load())
+	}
+	if string(req.ID) != "shanghai-a-1" || string(req.Addr) != "shanghai-a-1" {
+		t.Errorf("the leader calls itself %s at %s", req.ID, req.Addr)
 	}
 }
 
