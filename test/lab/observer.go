@@ -5,6 +5,7 @@ package lab
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -136,6 +137,11 @@ func (o *Observer) Laws() []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	broken := append([]string(nil), o.laws.broken...)
+	for leader, by := range o.laws.leaders {
+		if !slices.ContainsFunc(o.lab.Nodes(), func(n *Node) bool { return n.Name == leader }) {
+			broken = append(broken, fmt.Sprintf("law 5: %s named %q for Raft's leader, which is no node", by, leader))
+		}
+	}
 	if o.dropped > 0 {
 		broken = append(broken, fmt.Sprintf("the record was full: %d observations were checked and not kept", o.dropped))
 	}
@@ -143,10 +149,12 @@ func (o *Observer) Laws() []string {
 }
 
 // lawBook holds what can be broken by what nodes say of each other. Law 1: at
-// most one primary per (generation, epoch), and both only rise.
+// most one primary per (generation, epoch), and both only rise. Law 5, as far as it
+// goes by names.
 type lawBook struct {
-	primaries map[term]string // which site it is
-	last      map[int]term    // what each process said last; a new one may know less at first
+	primaries map[term]string   // which site it is
+	last      map[int]term      // what each process said last; a new one may know less at first
+	leaders   map[string]string // named as Raft's, and by whom first
 	broken    []string
 }
 
@@ -155,10 +163,13 @@ type term struct{ generation, epoch uint64 }
 const maxBroken = 100 // one is enough to fail; more help to understand
 
 func newLawBook() lawBook {
-	return lawBook{primaries: map[term]string{}, last: map[int]term{}}
+	return lawBook{primaries: map[term]string{}, last: map[int]term{}, leaders: map[string]string{}}
 }
 
 func (b *lawBook) check(s Observation) {
+	if _, known := b.leaders[s.Leader]; !known && s.Leader != "" && len(b.leaders) < maxBroken {
+		b.leaders[s.Leader] = s.Node
+	}
 	if s.Err != nil || s.Primary == "" || s.Generation == 0 {
 		return
 	}
