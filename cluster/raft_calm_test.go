@@ -86,14 +86,7 @@ func TestHeartbeatThatWaitsEndsWithTheTransport(t *testing.T) {
 // A follower whose log goes another way refuses entry after entry, and takes none
 // of them for a sign of its leader: it gets heartbeats all the while.
 func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
-	follower, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leader, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	leader, follower := realTransport(t), realTransport(t)
 	timing := TimingFrom(time.Hour) // no answer is late
 	v := newVoterTransport(leader, newHeartbeats(timing), 0, func() *raft.Raft { return nil })
 	var answered sync.WaitGroup
@@ -143,14 +136,7 @@ func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
 // follower believes the name in the request: an answer that is shared must lend it
 // to nobody who writes into it.
 func TestSharedAnswerLendsNoName(t *testing.T) {
-	follower, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	leader, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
+	leader, follower := realTransport(t), realTransport(t)
 	hearts := newHeartbeats(TimingFrom(time.Hour))
 	var now atomic.Int64
 	hearts.now = func() time.Duration { return time.Duration(now.Load()) }
@@ -188,6 +174,14 @@ func TestSharedAnswerLendsNoName(t *testing.T) {
 	if string(req.ID) != "shanghai-a-1" || string(req.Addr) != "shanghai-a-1" {
 		t.Errorf("the leader calls itself %s at %s", req.ID, req.Addr)
 	}
+}
+
+func realTransport(t *testing.T) *raft.NetworkTransport {
+	tcp, err := raft.NewTCPTransport("127.0.0.1:0", nil, 1, time.Second, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tcp
 }
 
 func many(n int, d time.Duration) []time.Duration {

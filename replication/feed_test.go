@@ -12,16 +12,7 @@ import (
 // call broke with items on their way: those are sent again.
 func TestFeedReachesEveryNode(t *testing.T) {
 	w := newWorld(t, "a1", "a2", "b1", "b2", "c1")
-	var mu sync.Mutex
-	got := map[string]map[byte]bool{}
-	w.tune = func(n *node) {
-		got[n.name] = map[byte]bool{}
-		n.deliver = func(item []byte) {
-			mu.Lock()
-			defer mu.Unlock()
-			got[n.name][item[0]] = true
-		}
-	}
+	got, mu := w.collect()
 	w.start()
 	feed := w.nodes["a1"].repl.feed
 	eventually(t, "there are lanes to a neighbour and two sites", func() bool {
@@ -59,10 +50,9 @@ func TestFeedReachesEveryNode(t *testing.T) {
 	}
 }
 
-// TestFeedOfASiteThatWasAway: what was offered meanwhile waits for it, within the
-// bound, and what was on its way when it went is sent again.
-func TestFeedOfASiteThatWasAway(t *testing.T) {
-	w := newWorld(t, "a1", "b1", "c1")
+// collect notes what is delivered to each node, by the first byte; the lock guards
+// it. The nodes start afterwards.
+func (w *world) collect() (map[string]map[byte]bool, *sync.Mutex) {
 	var mu sync.Mutex
 	got := map[string]map[byte]bool{}
 	w.tune = func(n *node) {
@@ -73,6 +63,14 @@ func TestFeedOfASiteThatWasAway(t *testing.T) {
 			got[n.name][item[0]] = true
 		}
 	}
+	return got, &mu
+}
+
+// TestFeedOfASiteThatWasAway: what was offered meanwhile waits for it, within the
+// bound, and what was on its way when it went is sent again.
+func TestFeedOfASiteThatWasAway(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "c1")
+	got, mu := w.collect()
 	w.start()
 	feed := w.nodes["a1"].repl.feed
 	sendsTo := func(site string) string {
