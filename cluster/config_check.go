@@ -21,24 +21,6 @@ const (
 	maxFallbacks = 16
 )
 
-// ValidName reports whether s can be the name of a cluster, a site, a node or
-// an upstream: lower-case letters, digits and inner dashes, at most
-// 63, so that it fits a label, a file name and a certificate.
-func ValidName(s string) bool {
-	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return false
-	}
-	for i := range len(s) {
-		if c := s[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
-			return false
-		}
-	}
-	return true
-}
-
-// NameHint says what ValidName wants.
-const NameHint = "write up to 63 lower-case letters, digits and dashes, no dash first or last"
-
 // configCheck is the list of rules for cluster.yaml. Each rule looks at the
 // Config and points at the source.
 type configCheck struct {

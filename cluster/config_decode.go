@@ -22,25 +22,19 @@ const MaxConfigBytes = 1 << 20
 // maxConfigDepth bounds nesting; no schema of ours is deeper than ten.
 const maxConfigDepth = 64
 
-// DecodeStrict reads one YAML document into out, a pointer to a struct with
-// yaml tags. Everything that out has no place for is an error, and all errors
-// come at once, as Problems: unknown and duplicate keys, wrong types, bad
-// durations, anchors and aliases, tags, further documents. What the text
-// doesn't mention keeps its value.
+// DecodeSource reads one YAML document into out, a pointer to a struct with
+// yaml tags. Fields that the text doesn't mention keep their values. Unknown and
+// duplicate keys, wrong types, bad durations, anchors and aliases, tags, and
+// further documents are errors. All of them are collected in the returned source,
+// where the caller's own checks add theirs; its Err returns them as Problems.
 //
 // It understands structs, maps with string keys, slices, strings, integers,
-// booleans and encoding.TextUnmarshaler; that is all our files need.
-func DecodeStrict(name string, data []byte, out any) error {
-	return DecodeSource(name, data, out).Err()
-}
-
-// DecodeSource is DecodeStrict for those who check further: the problems found
-// so far are in the source, and theirs join them.
+// booleans and encoding.TextUnmarshaler; our files need no more.
 func DecodeSource(name string, data []byte, out any) *ConfigSource {
 	s := newConfigSource(name)
 	v := reflect.ValueOf(out)
 	if v.Kind() != reflect.Pointer || v.Elem().Kind() != reflect.Struct {
-		panic(fmt.Sprintf("cluster.DecodeSource: out is %T, want a pointer to a struct", out))
+		panic(fmt.Sprintf("config.Decode: out is %T, want a pointer to a struct", out))
 	}
 	if root := s.parse(data); root != nil {
 		s.lines[""] = root.Line

@@ -1,9 +1,15 @@
 package cluster
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"io/fs"
+	"math/big"
 	"strings"
 	"testing"
 	"time"
@@ -112,7 +118,7 @@ func TestDurationReadsAndWritesOneForm(t *testing.T) {
 	}
 }
 
-func TestDecodeStrictKeepsWhatTheTextDoesNotSay(t *testing.T) {
+func TestDecodeKeepsWhatTheTextDoesNotSay(t *testing.T) {
 	type inner struct {
 		A int `yaml:"a"`
 	}
@@ -127,12 +133,12 @@ func TestDecodeStrictKeepsWhatTheTextDoesNotSay(t *testing.T) {
 		Hidden string         `yaml:"-"`
 	}
 	got := outer{Kept: "k", Words: []string{"gone"}, Map: map[string]int{"old": 1}, Inner: inner{7}}
-	err := DecodeStrict("f", []byte("number: -5\nflag: true\nwords: [1.10, yes, 'null']\nmap: {new: 2}\ninner:\ntext: |\n  a\n  b\n"), &got)
+	err := DecodeSource("f", []byte("number: -5\nflag: true\nwords: [1.10, yes, 'null']\nmap: {new: 2}\ninner:\ntext: |\n  a\n  b\n"), &got).Err()
 	want := outer{Kept: "k", Number: -5, Flag: true, Words: []string{"1.10", "yes", "null"}, Map: map[string]int{"old": 1, "new": 2}, Inner: inner{7}, Text: "a\nb\n"}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
-	err = DecodeStrict("f", []byte("hidden: x\nmap: {a: b}\nnumber: 9223372036854775808\n"), &got)
+	err = DecodeSource("f", []byte("hidden: x\nmap: {a: b}\nnumber: 9223372036854775808\n"), &got).Err()
 	const words = "f:1: hidden: unknown key \"hidden\"; allowed here: kept, number, flag, words, map, inner, text\n" +
 		"f:2: map.a: wants a whole number, not \"b\"; write digits alone, without a unit or separators\n" +
 		"f:3: number: \"9223372036854775808\" is too large a number"
@@ -193,7 +199,7 @@ func TestValidNamesFitCertificates(t *testing.T) {
 		if !ValidName(name) {
 			t.Fatalf("%q is not valid", name)
 		}
-		if err := (Identity{Cluster: name, Site: name, Node: name}).Validate(); err != nil {
+		if err := checkIdentityPart("site", name); err != nil {
 			t.Fatal(err)
 		}
 	})
@@ -246,14 +252,8 @@ func TestResolveSecret(t *testing.T) {
 }
 
 func TestCheckLocalLooksAtTheSitesOwnUpstreams(t *testing.T) {
-	caCert, caKey, err := NewCA("dev", 2*time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, key, err := Issue(caCert, caKey, Identity{Cluster: "dev", Site: "a", Node: "a-1"}, []string{"localhost"}, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
+	caCert, caKey := selfSigned(t)
+	cert, key := selfSigned(t)
 	files := map[string][]byte{
 		"ca.pem": caCert, "cert.pem": cert, "key.pem": key, "empty": nil, "text": []byte("hello"), "other-key.pem": caKey,
 		"broken.pem": []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
@@ -305,7 +305,7 @@ upstreams:
 		`cluster.yaml:22: upstreams.three.tls.ca_file: the file broken.pem holds a broken certificate: x509: malformed certificate; copy the CA's certificate again`,
 		`cluster.yaml:22: upstreams.three.tls.cert_file: the files cert.pem and other-key.pem are no certificate with its key (private key does not match public key); issue both together, as dsnode tls issue does`,
 	}
-	err = c.CheckLocal("a", env, read)
+	err := c.CheckLocal("a", env, read)
 	if err == nil {
 		t.Fatal("site a has no problem")
 	}
@@ -320,4 +320,23 @@ upstreams:
 	if err := made.CheckLocal("a", env, read); err == nil || !strings.HasPrefix(err.Error(), "upstreams.u.api_key: secret cannot be read") {
 		t.Errorf("a config that was not parsed: %v", err)
 	}
+}
+
+// selfSigned makes a certificate and its key in PEM form.
+func selfSigned(t *testing.T) (cert, key []byte) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
 }

@@ -11,10 +11,6 @@ import (
 // ErrNoIdentity means that a certificate does not say which node it is for.
 var ErrNoIdentity = errors.New("certificate carries no node identity")
 
-// identityPartMax is the longest name of a cluster, site or node: that of a DNS
-// label, so that names can stand in URLs, host names and file names as they are.
-const identityPartMax = 63
-
 // Identity is who a peer is, as the URI SAN of its certificate says:
 // spiffe://<cluster>/site/<site>/node/<node>.
 type Identity struct {
@@ -37,25 +33,6 @@ func (id Identity) Validate() error {
 	} {
 		if err := checkIdentityPart(part.what, part.name); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-// checkIdentityPart allows what is the same in a URI, a host name and a path
-// whoever parses it: nothing that needs escaping, and no dots alone.
-func checkIdentityPart(what, name string) error {
-	if name == "" {
-		return fmt.Errorf("the name of the %s is empty", what)
-	}
-	if len(name) > identityPartMax {
-		return fmt.Errorf("the name of the %s has %d characters, at most %d are allowed", what, len(name), identityPartMax)
-	}
-	for i, c := range []byte(name) {
-		letter := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		inner := i > 0 && i < len(name)-1 && (c == '-' || c == '.' || c == '_')
-		if !letter && !inner {
-			return fmt.Errorf("the name %q of the %s may hold letters, digits and, inside, '-', '.' and '_'", name, what)
 		}
 	}
 	return nil
