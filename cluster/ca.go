@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"net"
 	"net/url"
 	"time"
@@ -22,7 +23,7 @@ const certificateBackdate = time.Hour
 // NewCA makes a private certificate authority (ECDSA P-256) for one cluster.
 // Both results are PEM; the key must stay off the nodes.
 func NewCA(clusterName string, validFor time.Duration) (certPEM, keyPEM []byte, err error) {
-	if err := checkIdentityPart("cluster", clusterName); err != nil {
+	if err := config.CheckIdentityPart("cluster", clusterName); err != nil {
 		return nil, nil, err
 	}
 	if validFor <= 0 {

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Options is what a Cluster is made of. All of it is needed unless it says
@@ -75,7 +76,7 @@ type Cluster struct {
 	log      *slog.Logger
 	instance string
 	started  time.Time
-	timing   atomic.Pointer[Timing] // the default until this node is a member
+	timing   atomic.Pointer[config.Timing] // the default until this node is a member
 
 	mesh    *Mesh
 	book    *addressBook
@@ -170,13 +171,13 @@ func (c *Cluster) Mesh() *Mesh { return c.mesh }
 
 // Timing is what failure detection uses: the default before this node is a
 // member, then what the cluster was founded with.
-func (c *Cluster) Timing() Timing { return *c.timing.Load() }
+func (c *Cluster) Timing() config.Timing { return *c.timing.Load() }
 
 // setTiming happens before raft and the loops start: a cluster's timing never
 // changes while it runs, because two nodes with different ideas of a lease's
 // length could both be right about who is in charge.
 func (c *Cluster) setTiming(heartbeat time.Duration) error {
-	t := TimingFrom(heartbeat)
+	t := config.TimingFrom(heartbeat)
 	if err := t.Check(); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"time"
@@ -37,7 +38,7 @@ func (s *State) drainUpstream(d UpstreamDrain, at time.Time) error {
 	if d.Expect != s.Config.Version {
 		return fmt.Errorf("%w: it is at version %d, not %d", ErrVersionConflict, s.Config.Version, d.Expect)
 	}
-	if len(d.Configured) > MaxUpstreams {
+	if len(d.Configured) > config.MaxUpstreams {
 		return fmt.Errorf("%w: %d upstreams", ErrStateFull, len(d.Configured))
 	}
 	if !slices.Contains(d.Configured, d.Name) {

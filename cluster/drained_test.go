@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"testing"
@@ -11,7 +12,7 @@ import (
 
 func TestApplyDrainsUpstreams(t *testing.T) {
 	both := []string{"u", "v"}
-	many := make([]string, MaxUpstreams+1)
+	many := make([]string, config.MaxUpstreams+1)
 	for i := range many {
 		many[i] = fmt.Sprintf("u%d", i)
 	}

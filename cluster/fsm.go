@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/raft"
 )
 
@@ -88,7 +89,7 @@ func (f *fsm) stop(index uint64, err error) {
 func (f *fsm) publish(old, next *State) {
 	next.Parsed = old.Parsed
 	if next.Config.Text != old.Config.Text {
-		cfg, err := ParseConfig("cluster.yaml", []byte(next.Config.Text))
+		cfg, err := config.Parse("cluster.yaml", []byte(next.Config.Text))
 		if err != nil {
 			f.log.Error("the agreed configuration can't be read by this version; the one before stays in force",
 				"version", next.Config.Version, "err", err)

@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/memberlist"
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -213,7 +214,7 @@ func (g *Gossip) validate() error {
 	if len(g.opts.Label) > memberlist.LabelMaxSize {
 		return fmt.Errorf("the gossip label has %d bytes, at most %d are allowed", len(g.opts.Label), memberlist.LabelMaxSize)
 	}
-	return checkIdentityPart("node", g.opts.Name)
+	return config.CheckIdentityPart("node", g.opts.Name)
 }
 
 // Run gossips until ctx ends. It meets the seeds and everybody it knew again

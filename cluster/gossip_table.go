@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/memberlist"
 )
 
@@ -89,7 +90,7 @@ func poke(c chan struct{}) {
 // NotifyAlive refuses, before memberlist takes it in, a member that this node
 // could not tell anybody about.
 func (t *gossipTable) NotifyAlive(n *memberlist.Node) error {
-	if err := checkIdentityPart("node", n.Name); err != nil {
+	if err := config.CheckIdentityPart("node", n.Name); err != nil {
 		return err
 	}
 	if _, _, err := decodeGossipMeta(n.Name, n.Meta); err != nil {

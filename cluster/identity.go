@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"net/url"
 	"strings"
 )
@@ -31,7 +32,7 @@ func (id Identity) Validate() error {
 	for _, part := range []struct{ what, name string }{
 		{"cluster", id.Cluster}, {"site", id.Site}, {"node", id.Node},
 	} {
-		if err := checkIdentityPart(part.what, part.name); err != nil {
+		if err := config.CheckIdentityPart(part.what, part.name); err != nil {
 			return err
 		}
 	}

@@ -7,11 +7,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"pgregory.net/rapid"
 )
 
 func TestParseIdentity(t *testing.T) {
-	long := strings.Repeat("a", identityPartMax+1)
+	long := strings.Repeat("a", config.MaxNameLength+1)
 	for _, tc := range []struct {
 		name string
 		uris []string

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -247,7 +248,7 @@ func (c *Cluster) aliveAt(ctx context.Context, addr string) (string, bool) {
 // same configuration is fine; it is refused when this node or a seed already
 // belongs to a cluster.
 func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) error {
-	cfg, err := ParseConfig("cluster.yaml", text)
+	cfg, err := config.Parse("cluster.yaml", text)
 	if err != nil {
 		return err
 	}
@@ -302,7 +303,7 @@ func sameCluster(s *State, hash string) error {
 
 // found makes the membership of a new cluster and gives it to Run, which saves
 // it and bootstraps raft's stores.
-func (c *Cluster) found(ctx context.Context, cfg *Config) (*memberFile, error) {
+func (c *Cluster) found(ctx context.Context, cfg *config.Config) (*memberFile, error) {
 	for _, seed := range c.opts.Seeds {
 		sctx, cancel := context.WithTimeout(ctx, aliveTimeout)
 		err := c.seedIsFree(sctx, seed)

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"pgregory.net/rapid"
 )
 
@@ -107,11 +108,11 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 
 func TestTimingFitsTogether(t *testing.T) {
 	for _, hb := range []time.Duration{0, 100 * time.Millisecond, 800 * time.Millisecond, 2 * time.Second, 10 * time.Second} {
-		if err := TimingFrom(hb).Check(); err != nil {
+		if err := config.TimingFrom(hb).Check(); err != nil {
 			t.Errorf("heartbeat %s: %v", hb, err)
 		}
 	}
-	bad := TimingFrom(0)
+	bad := config.TimingFrom(0)
 	bad.Lease = bad.Patience
 	if bad.Check() == nil {
 		t.Error("a lease as long as the patience is accepted")

@@ -3,13 +3,14 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"time"
 )
 
 // Bounds of the purges that are remembered.
 const (
-	maxPurgedModels = MaxModels
+	maxPurgedModels = config.MaxModels
 	maxPurgedKeys   = 1024
 	maxPurgeKey     = 128
 )

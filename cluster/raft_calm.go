@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/raft"
 )
 
@@ -40,7 +41,7 @@ type answers struct {
 	again chan struct{} // closes when the next one comes
 }
 
-func newHeartbeats(t Timing) *heartbeats {
+func newHeartbeats(t config.Timing) *heartbeats {
 	// The next tick is proposed a tick after the one before, and then takes about
 	// as long.
 	return &heartbeats{onTime: t.Tick + t.Tick/4, now: Boottime, peers: map[raft.ServerID]*answers{}}

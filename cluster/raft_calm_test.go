@@ -9,13 +9,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/raft"
 )
 
 // One follower's answers to entries, and whether a heartbeat that raft sends at
 // some moment waits for the next one.
 func TestHeartbeatsShareAnswersInCalmWeatherOnly(t *testing.T) {
-	timing := TimingFrom(0)
+	timing := config.TimingFrom(0)
 	tick := timing.Tick
 	const follower = raft.ServerID("b-1")
 	for name, tt := range map[string]struct {
@@ -69,7 +70,7 @@ func TestHeartbeatsShareAnswersInCalmWeatherOnly(t *testing.T) {
 func TestHeartbeatThatWaitsEndsWithTheTransport(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := time.Now()
-		h := newHeartbeats(TimingFrom(0))
+		h := newHeartbeats(config.TimingFrom(0))
 		h.now = func() time.Duration { return time.Since(begun) + time.Hour }
 		for range 20 {
 			time.Sleep(h.onTime / 2)
@@ -87,7 +88,7 @@ func TestHeartbeatThatWaitsEndsWithTheTransport(t *testing.T) {
 // of them for a sign of its leader: it gets heartbeats all the while.
 func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
 	leader, follower := realTransport(t), realTransport(t)
-	timing := TimingFrom(time.Hour) // no answer is late
+	timing := config.TimingFrom(time.Hour) // no answer is late
 	v := newVoterTransport(leader, newHeartbeats(timing), 0, func() *raft.Raft { return nil })
 	var answered sync.WaitGroup
 	defer answered.Wait()
@@ -137,7 +138,7 @@ func TestHeartbeatsGoToAFollowerThatRefusesEntries(t *testing.T) {
 // to nobody who writes into it.
 func TestSharedAnswerLendsNoName(t *testing.T) {
 	leader, follower := realTransport(t), realTransport(t)
-	hearts := newHeartbeats(TimingFrom(time.Hour))
+	hearts := newHeartbeats(config.TimingFrom(time.Hour))
 	var now atomic.Int64
 	hearts.now = func() time.Duration { return time.Duration(now.Load()) }
 	v := newVoterTransport(leader, hearts, 0, func() *raft.Raft { return nil })

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"github.com/dsnode/dsnode/cluster/config"
 	"time"
 )
 
@@ -51,7 +52,7 @@ type State struct {
 	History []ConfigVersion `json:"history"` // oldest first, without the current one
 
 	// Parsed is Config.Text parsed; rebuilt on restore, never encoded.
-	Parsed *Config `json:"-"`
+	Parsed *config.Config `json:"-"`
 }
 
 // Generation is one higher each time the cluster is recovered by hand after

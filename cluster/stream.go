@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"strings"
@@ -115,7 +116,7 @@ func (s *State) inheritStream(d StreamInherit, c Command) error {
 	if !member {
 		return fmt.Errorf("give a job stream of %s to %s: %w", d.Origin, d.Owner, ErrUnknownNode)
 	}
-	if !ValidName(d.Origin) {
+	if !config.ValidName(d.Origin) {
 		return fmt.Errorf("inherit a job stream of %q: %w", d.Origin, ErrUnknownNode)
 	}
 	return s.newStream(JobStream{

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -121,7 +122,7 @@ func idlest(nodes map[string]AdoptionNode, load map[string]int, site string) str
 // Adopter gives the streams of lost nodes to others, while this node leads.
 type Adopter struct {
 	o       Options
-	timing  cluster.Timing
+	timing  config.Timing
 	adopted *prometheus.CounterVec
 }
 

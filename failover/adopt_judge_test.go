@@ -5,11 +5,12 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // A node is silent only when nobody hears it, and its lease counts as of now.
 func TestAdopterJudgesByWhatAnybodyHeard(t *testing.T) {
-	a := &Adopter{timing: cluster.TimingFrom(0)}
+	a := &Adopter{timing: config.TimingFrom(0)}
 	const s = time.Second
 	good := cluster.PeerView{Heard: true, Ago: s / 10, LeaseLeft: s}
 	tests := []struct {

@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Agreement is what failover needs of the cluster; *cluster.Cluster is one.
@@ -26,7 +27,7 @@ type Agreement interface {
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
 	Leading() (cluster.Leadership, bool)
-	Timing() cluster.Timing
+	Timing() config.Timing
 	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
 	// TransferLeadership moves raft's leadership and proves with a canary entry
 	// that it arrived.
@@ -85,14 +86,14 @@ const (
 // patience (10 s), so a second loss right after the first leaves the cluster
 // without a primary for about as long as the first one did, while nothing can
 // change the primary more than six times a minute.
-func dwell(t cluster.Timing) time.Duration { return 4 * t.Patience }
+func dwell(t config.Timing) time.Duration { return 4 * t.Patience }
 
 // Coordinator replaces a lost primary, and carries out planned switchovers.
 // Every node has one: it looks all the time, and acts while its node leads.
 type Coordinator struct {
 	o       Options
 	log     *slog.Logger
-	timing  cluster.Timing
+	timing  config.Timing
 	metrics *metrics
 
 	mu     sync.Mutex // guards what follows

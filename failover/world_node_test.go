@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // standing is what Role sees; the world asks Role with w.mu held.
@@ -57,7 +58,7 @@ func (n *node) Paused() time.Duration {
 	return n.paused()
 }
 
-func (n *node) Timing() cluster.Timing { return n.w.timing }
+func (n *node) Timing() config.Timing { return n.w.timing }
 
 func (n *node) Peers() map[string]cluster.PeerView {
 	n.w.mu.Lock()

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // world is a cluster in virtual time: pings, leases handed on by pings, ticks,
@@ -22,7 +23,7 @@ import (
 // term, elected by and committing with a majority that it can reach.
 type world struct {
 	t      *testing.T
-	timing cluster.Timing
+	timing config.Timing
 	start  time.Time
 	rng    *rand.Rand
 
@@ -103,7 +104,7 @@ func (q *eventQueue) Pop() any {
 // nodes each; the first `votes` nodes of each site vote.
 func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	w := &world{
-		t: t, timing: cluster.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
+		t: t, timing: config.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
 		nodes: map[string]*node{}, cut: map[[2]string]bool{},
 		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
 	}
@@ -111,7 +112,7 @@ func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 		Format: 1, ClusterID: "c", Generation: cluster.Generation{Number: 1, ID: "g"},
 		Primary: cluster.Primary{Site: "a", Epoch: 1, Since: time.Now(), Reason: "bootstrap"},
 		Nodes:   map[string]cluster.Node{},
-		Parsed: &cluster.Config{Sites: map[string]cluster.Site{
+		Parsed: &config.Config{Sites: map[string]config.Site{
 			"a": {City: "shanghai", Priority: 1}, "b": {City: "shanghai", Priority: 2}, "c": {City: "beijing", Priority: 3},
 		}},
 	}

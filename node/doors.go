@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/gateway"
 )
 
@@ -96,7 +97,7 @@ func (n *Node) listen() error {
 // equip puts the handlers behind the open ports.
 func (n *Node) equip() {
 	server := func(d *door, h http.Handler) {
-		d.server = gateway.NewHTTPServer(h, cluster.DefaultLimits().HeaderBytes, n.log)
+		d.server = gateway.NewHTTPServer(h, config.DefaultLimits().HeaderBytes, n.log)
 		d.server.TLSConfig = d.tls
 	}
 	api := &n.doors.clients[0]

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
@@ -180,7 +181,7 @@ func (n *Node) open() error {
 	})
 	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
 	n.gateway = gateway.New(gateway.Options{
-		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
+		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
@@ -302,7 +303,7 @@ func (n *Node) Reload() error {
 // keepConfigured gives the agreed configuration, and what is drained of it, to
 // the pipeline whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
-	var current *cluster.Config
+	var current *config.Config
 	var drained map[string]cluster.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/serving"
 )
@@ -49,7 +50,7 @@ func (n *Node) ConfigHistory(context.Context) ([]admin.ConfigVersion, error) {
 
 // ApplyConfig agrees on another configuration.
 func (n *Node) ApplyConfig(ctx context.Context, text []byte, expect *uint64, author string) (admin.ConfigVersion, error) {
-	next, err := cluster.ParseConfig("cluster.yaml", text)
+	next, err := config.Parse("cluster.yaml", text)
 	if err != nil {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %w", admin.ErrInvalidConfig, err)
 	}
@@ -77,7 +78,7 @@ func (n *Node) ApplyConfig(ctx context.Context, text []byte, expect *uint64, aut
 
 // mayFollow refuses what is valid in itself but can't follow the present
 // configuration.
-func mayFollow(s *cluster.State, next *cluster.Config) error {
+func mayFollow(s *cluster.State, next *config.Config) error {
 	if s.Parsed != nil && next.Timing != s.Parsed.Timing {
 		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes would differ about who is in charge",
 			admin.ErrInvalidConfig, s.Parsed.Timing.Heartbeat)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -24,7 +25,7 @@ models:
 // well is a cluster of three sites as a-1 sees it when all is as it should be.
 func well(t *testing.T) sight {
 	t.Helper()
-	cfg, err := cluster.ParseConfig("cluster.yaml", []byte(statusConfig))
+	cfg, err := config.Parse("cluster.yaml", []byte(statusConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,7 +233,7 @@ func TestConfigurationThatCannotFollow(t *testing.T) {
 		{strings.Replace(statusConfig, "version: 1\n", "version: 1\ntiming: {heartbeat: 1s}\n", 1), "timing.heartbeat"},
 		{strings.Replace(statusConfig, "  c: {city: y, priority: 3}\n", "", 1), "site c still has node c-1"},
 	} {
-		next, err := cluster.ParseConfig("cluster.yaml", []byte(tc.text))
+		next, err := config.Parse("cluster.yaml", []byte(tc.text))
 		if err != nil {
 			t.Fatal(err)
 		}

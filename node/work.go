@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/gateway"
@@ -102,7 +103,7 @@ func (w *work) retention() time.Duration {
 			return s.Parsed.Jobs.Retention.D()
 		}
 	}
-	return cluster.DefaultJobs().Retention.D()
+	return config.DefaultJobs().Retention.D()
 }
 
 // connect makes what needs the cluster.

@@ -37,7 +37,8 @@ var floor = map[string]int{
 	"replication":               12,
 	"replication/replicationpb": 9, // generated messages
 
-	"cluster":           10,
+	"cluster":        10,
+	"cluster/config": -3, // cluster.yaml: a leaf, so that whoever reads settings compiles no Raft
 	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
 
 	"storage/jobtable":   2,
@@ -59,6 +60,7 @@ var arrows = []arrow{
 	{"cmd/dsnode", "node/modelsim", "the hidden modelsim command, which dev starts"},
 	{"cmd/dsnode", "failover/drill", "renders a drill's report, and follows one"},
 	{"cmd/dsnode", "cluster", "config validate offline; tls ca and tls issue"},
+	{"cmd/dsnode", "cluster/config", "config validate offline; dev writes cluster.yaml"},
 	{"cmd/dsnode", "storage", "dev looks into a data directory for who runs there"},
 	{"cmd/dsnode", "storage/keyring", "tls keys and dev make an operator's key"},
 
@@ -73,6 +75,7 @@ var arrows = []arrow{
 	{"node", "failover", "wiring: placement of voters"},
 	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
 	{"node", "cluster", "wiring: membership, Raft, identity"},
+	{"node", "cluster/config", "wiring: timing, and what a new configuration changes"},
 	{"node", "storage", "wiring: opens and closes the node's files"},
 	{"node", "storage/keyring", "wiring: the operator's key"},
 
@@ -80,27 +83,35 @@ var arrows = []arrow{
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "storage/journal", "job ids, statuses and durabilities are its words"},
 	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
+	{"node/gateway", "cluster/config", "limits of requests, and who has access"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
+	{"node/admin", "cluster/config", "checks and compares configurations"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
+	{"node/jobs", "cluster/config", "durabilities, limits and expiry of jobs"},
 	{"node/jobs", "storage/jobtable", "reads a job off its row"},
 	{"node/jobs", "storage/atomicfile", "notes which streams are islands"},
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
+	{"node/serving", "cluster/config", "upstreams, models and timeouts"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster", "reads the agreed configuration and purges"},
+	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
 	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},
 	{"node/cache", "storage/boltfile", "lets bbolt open only what can't crash it"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
 	{"failover/drill", "cluster", "records drills in the agreed state"},
+	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
+	{"failover", "cluster/config", "cities, priorities and timing"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
+	{"cluster", "cluster/config", "the agreed configuration, parsed"},
 	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
 	{"replication", "cluster", "who calls, as the mesh knows it"},

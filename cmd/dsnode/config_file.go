@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -54,7 +54,7 @@ func validateCluster(env *environment, file, site string) error {
 	if err != nil {
 		return err
 	}
-	config, err := cluster.ParseConfig(shownName(file), text)
+	config, err := config.Parse(shownName(file), text)
 	if err != nil || site == "" {
 		return err
 	}
@@ -77,7 +77,7 @@ func readClusterConfig(env *environment, file string) ([]byte, error) {
 	if err != nil {
 		return nil, badFile(file, err)
 	}
-	if _, err := cluster.ParseConfig(shownName(file), text); err != nil {
+	if _, err := config.Parse(shownName(file), text); err != nil {
 		return nil, badFile(file, err)
 	}
 	return text, nil
@@ -95,7 +95,7 @@ func readFile(env *environment, file string) ([]byte, error) {
 		from = f
 	}
 	// One byte more than the bound, so that the parser sees it is over.
-	text, err := io.ReadAll(io.LimitReader(from, cluster.MaxConfigBytes+1))
+	text, err := io.ReadAll(io.LimitReader(from, config.MaxBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", shownName(file), err)
 	}
@@ -111,7 +111,7 @@ func shownName(file string) string {
 
 // badFile counts what is wrong with a file; report lists it.
 func badFile(file string, err error) error {
-	var problems cluster.Problems
+	var problems config.Problems
 	var exit *exitError
 	switch {
 	case errors.As(err, &exit):

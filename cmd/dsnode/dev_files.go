@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -120,7 +121,7 @@ func (p *devPlan) nodeConfig(n devNode) *node.Config {
 		}
 	}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(devGrace)}
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(devGrace)}
 	return c
 }
 

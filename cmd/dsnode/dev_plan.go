@@ -17,7 +17,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // devName is the cluster's name in certificates and in the status.
@@ -147,7 +147,7 @@ func (p *devPlan) openDir(f devFlags) error {
 }
 
 // decideConfig gives the cluster.yaml to start with, parsed.
-func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*cluster.Config, error) {
+func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*config.Config, error) {
 	name := "the generated cluster.yaml"
 	switch {
 	case p.founded():
@@ -169,17 +169,17 @@ func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags
 	default:
 		p.text = devClusterYAML(simulatedUpstreams(f.basePort))
 	}
-	return cluster.ParseConfig(name, []byte(p.text))
+	return config.Parse(name, []byte(p.text))
 }
 
 // lay gives every node its ports: node n of site s at P+100·s+10·(n−1).
-func (p *devPlan) lay(config *cluster.Config) {
-	for _, name := range slices.SortedFunc(maps.Keys(config.Sites), func(a, b string) int {
-		return cmp.Or(cmp.Compare(config.Sites[a].Priority, config.Sites[b].Priority), cmp.Compare(a, b))
+func (p *devPlan) lay(cfg *config.Config) {
+	for _, name := range slices.SortedFunc(maps.Keys(cfg.Sites), func(a, b string) int {
+		return cmp.Or(cmp.Compare(cfg.Sites[a].Priority, cfg.Sites[b].Priority), cmp.Compare(a, b))
 	}) {
-		p.sites = append(p.sites, devSite{name, config.Sites[name].City})
+		p.sites = append(p.sites, devSite{name, cfg.Sites[name].City})
 	}
-	p.models = slices.Sorted(maps.Keys(config.Models))
+	p.models = slices.Sorted(maps.Keys(cfg.Models))
 	for s, site := range p.sites {
 		base := p.record.BasePort + 100*s
 		for n := range p.record.NodesPerSite {
@@ -190,7 +190,7 @@ func (p *devPlan) lay(config *cluster.Config) {
 			})
 		}
 		// A site has a simulator if the configuration counts on it.
-		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(config.Upstreams)), func(u cluster.Upstream) bool {
+		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(cfg.Upstreams)), func(u config.Upstream) bool {
 			at, err := url.Parse(u.URL)
 			return err == nil && at.Host == loopback(sim)
 		}) {

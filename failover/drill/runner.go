@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -22,7 +23,7 @@ type Agreement interface {
 	Lease() (left time.Duration, epoch uint64)
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
-	Timing() cluster.Timing
+	Timing() config.Timing
 	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -51,7 +52,7 @@ models:
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	cfg, err := cluster.ParseConfig("cluster.yaml", []byte(worldConfig))
+	cfg, err := config.Parse("cluster.yaml", []byte(worldConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +79,7 @@ func (w *world) State() *cluster.State {
 
 func (w *world) Changed() <-chan struct{}       { return w.changed }
 func (w *world) Lease() (time.Duration, uint64) { return time.Second, 1 }
-func (w *world) Timing() cluster.Timing         { return cluster.TimingFrom(0) }
+func (w *world) Timing() config.Timing          { return config.TimingFrom(0) }
 
 func (w *world) Raft() cluster.RaftView {
 	v := cluster.RaftView{Leader: "b-1", Quorum: true, CommitIndex: 10}

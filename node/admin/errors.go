@@ -7,6 +7,7 @@ import (
 	"net/http"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // What an operator's request can die of, besides the sentinels of package
@@ -130,10 +131,10 @@ var refusals = []refusal{
 // choose message and hint itself; a Client returns one for whatever a node has
 // refused. It wraps the sentinels that its code stands for, and its problems.
 type Error struct {
-	Code     string           `json:"code"`
-	Message  string           `json:"message"`
-	Hint     string           `json:"hint,omitempty"`
-	Problems cluster.Problems `json:"problems,omitempty"`
+	Code     string          `json:"code"`
+	Message  string          `json:"message"`
+	Hint     string          `json:"hint,omitempty"`
+	Problems config.Problems `json:"problems,omitempty"`
 }
 
 func (e *Error) Error() string { return e.Message }
@@ -159,7 +160,7 @@ type errorBody struct {
 
 // describe finds the status, code and words for an error.
 func describe(err error) (status int, body errorBody) {
-	var problems cluster.Problems
+	var problems config.Problems
 	if errors.As(err, &problems) {
 		err = errors.Join(ErrInvalidConfig, err)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // fakeCluster keeps in memory what a node agrees on. fail makes every call
@@ -140,7 +141,7 @@ func (f *fakeCluster) ApplyConfig(_ context.Context, text []byte, expect *uint64
 	if now := uint64(len(f.versions)); expect != nil && *expect != now {
 		return ConfigVersion{}, fmt.Errorf("apply: %w: it is version %d now", cluster.ErrVersionConflict, now)
 	}
-	if _, err := cluster.ParseConfig("cluster.yaml", text); err != nil {
+	if _, err := config.Parse("cluster.yaml", text); err != nil {
 		return ConfigVersion{}, fmt.Errorf("apply: %w", err)
 	}
 	return f.put(text, author), nil

@@ -14,7 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -42,10 +42,10 @@ func BenchmarkProxied(b *testing.B) {
 	})
 	defer proxy.Close()
 
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: upstream.URL + "/v1"}},
-		Models:    map[string]cluster.Model{"deepseek-chat": {Serve: []cluster.Serve{{Upstream: "up"}}}},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: upstream.URL + "/v1"}},
+		Models:    map[string]config.Model{"deepseek-chat": {Serve: []config.Serve{{Upstream: "up"}}}},
 	}
 	p := serving.New(serving.Options{Site: "here", Registerer: prometheus.NewRegistry()})
 	if err := p.Configure(cfg); err != nil {
@@ -53,7 +53,7 @@ func BenchmarkProxied(b *testing.B) {
 	}
 	defer p.Close()
 	g := New(Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Server: p, Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	door := httptest.NewServer(g)

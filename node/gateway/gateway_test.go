@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -68,10 +69,10 @@ type bench struct {
 	reg *prometheus.Registry
 }
 
-func testConfig() *cluster.Config {
-	return &cluster.Config{
-		Models: map[string]cluster.Model{"m": {}, "other": {}, "org/deep": {}},
-		Limits: cluster.DefaultLimits(),
+func testConfig() *config.Config {
+	return &config.Config{
+		Models: map[string]config.Model{"m": {}, "other": {}, "org/deep": {}},
+		Limits: config.DefaultLimits(),
 	}
 }
 
@@ -81,7 +82,7 @@ func open(t *testing.T, server serving.Server, change func(*Options)) *bench {
 	cfg := testConfig()
 	b := &bench{reg: prometheus.NewRegistry()}
 	o := Options{
-		Server: server, Config: func() *cluster.Config { return cfg }, Auth: keys{},
+		Server: server, Config: func() *config.Config { return cfg }, Auth: keys{},
 		Health: healthFunc(func() Report { return Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true} }),
 		Site:   "here", Node: "here-1", Registerer: b.reg,
 	}
@@ -478,7 +479,7 @@ func TestInFlightLimit(t *testing.T) {
 	}), func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.InFlight = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -510,7 +511,7 @@ func TestConnectionLimit(t *testing.T) {
 	b := open(t, echo, func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.Connections = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	first, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
@@ -42,12 +43,12 @@ func BenchmarkHit(b *testing.B) {
 	bare := httptest.NewServer(http.HandlerFunc(reply))
 	defer bare.Close()
 
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: upstream.URL + "/v1"}},
-		Models: map[string]cluster.Model{"deepseek-chat": {
-			Serve: []cluster.Serve{{Upstream: "up"}},
-			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: cluster.Duration(time.Hour), SharedTTL: cluster.Duration(time.Hour)},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: upstream.URL + "/v1"}},
+		Models: map[string]config.Model{"deepseek-chat": {
+			Serve: []config.Serve{{Upstream: "up"}},
+			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: config.Duration(time.Hour), SharedTTL: config.Duration(time.Hour)},
 		}},
 	}
 	state := &cluster.State{APIKeys: map[string]cluster.APIKey{}}
@@ -64,7 +65,7 @@ func BenchmarkHit(b *testing.B) {
 	}
 	defer p.Close()
 	g := New(Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
+		Server: p, Config: func() *config.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

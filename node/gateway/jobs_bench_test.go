@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -63,7 +64,7 @@ func BenchmarkSubmit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	cfg := &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"m": {}}, Jobs: cluster.DefaultJobs()}
+	cfg := &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"m": {}}, Jobs: config.DefaultJobs()}
 	cfg.Jobs.MaxQueued, cfg.Jobs.MaxQueuedBytes = 1<<30, 1<<40
 	world := &alone{cluster.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
@@ -80,7 +81,7 @@ func BenchmarkSubmit(b *testing.B) {
 	loops.Go(func() { _ = table.Run(ctx) })
 	defer func() { cancel(); loops.Wait(); _ = disk.Close(); _ = table.Close() }()
 	g := New(Options{
-		Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Jobs: all, Site: "here", Node: "n", Registerer: prometheus.NewRegistry(),
 	})
 	body := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"%s"}]},"durability":"node"}`, strings.Repeat("word ", 180))

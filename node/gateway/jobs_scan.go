@@ -7,7 +7,7 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -64,11 +64,11 @@ func (s *scanner) jobMember(r *jobs.Request, inner *scanned, key string, at int)
 		r.Body = s.b[from:s.i:s.i]
 	case "durability":
 		var text string
-		text, err = s.choice(key, cluster.JobDurabilities())
+		text, err = s.choice(key, config.JobDurabilities())
 		r.Durability = journal.Durability(text)
 	case "min_durability":
 		var text string
-		text, err = s.choice(key, cluster.JobDurabilities())
+		text, err = s.choice(key, config.JobDurabilities())
 		r.MinDurability = journal.Durability(text)
 	case "priority":
 		r.Priority, err = s.whole(key, 0, maxPriority)
@@ -114,7 +114,7 @@ func (s *scanner) expiry(param string) (time.Duration, error) {
 		return 0, err
 	}
 	d, ok := jobs.ParseExpiry(string(text))
-	if !ok || d < time.Second || d > cluster.MaxJobExpiry {
+	if !ok || d < time.Second || d > config.MaxJobExpiry {
 		return 0, &badBody{at, param, param + ` must be a time from "1s" to "7d", such as "90s", "1h" or "2d"`}
 	}
 	return d, nil

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -122,9 +123,9 @@ func (j *Jobs) Counts() Counts {
 }
 
 // config is never nil.
-func (o *Options) config() cluster.Jobs {
+func (o *Options) config() config.Jobs {
 	if s := o.State(); s != nil && s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
-	return cluster.DefaultJobs()
+	return config.DefaultJobs()
 }

@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -41,7 +42,7 @@ type agreement struct {
 }
 
 func newAgreement(boot func() time.Duration) *agreement {
-	cfg := cluster.Config{Jobs: cluster.DefaultJobs()}
+	cfg := config.Config{Jobs: config.DefaultJobs()}
 	return &agreement{
 		boot: boot, index: 10, changed: make(chan struct{}),
 		state: &cluster.State{
@@ -109,7 +110,7 @@ func (a *agreement) refuseAll(err error) {
 	a.refuse = err
 }
 
-func (a *agreement) configure(change func(*cluster.Jobs)) {
+func (a *agreement) configure(change func(*config.Jobs)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	next, cfg := *a.state, *a.state.Parsed

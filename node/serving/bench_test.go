@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // canned answers in process, so that only the pipeline is measured.
@@ -32,14 +32,14 @@ func (n *nowhere) Data(b []byte) error {
 }
 
 func benchmark(b *testing.B, upstreams int, c *canned, req *Request) {
-	conf := &cluster.Config{Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{}}
-	m := cluster.Model{}
+	conf := &config.Config{Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{}}
+	m := config.Model{}
 	for i := range upstreams {
 		name := string(rune('a' + i))
-		conf.Upstreams[name] = cluster.Upstream{Site: "east", URL: "http://x/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
+		conf.Upstreams[name] = config.Upstream{Site: "east", URL: "http://x/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: name})
 	}
-	conf.Models = map[string]cluster.Model{"m": m}
+	conf.Models = map[string]config.Model{"m": m}
 	p := New(Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
 	if err := p.Configure(conf); err != nil {
 		b.Fatal(err)

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 )
 
@@ -55,13 +55,13 @@ func (c cachePlan) none() bool { return !c.lookup && !c.keep }
 
 // planCache decides whether a request may be answered from the cache, and its
 // answer kept. A request that a peer passed on is its own node's to keep.
-func planCache(r *Request, m *cluster.ModelCache) cachePlan {
+func planCache(r *Request, m *config.ModelCache) cachePlan {
 	only := r.Cache == CacheOnly
 	embeds := r.Endpoint == "/v1/embeddings"
 	switch {
 	case r.Hops > 0:
 		return cachePlan{}
-	case !m.Enabled, m.Store == cluster.StoreNone, r.Cache == CacheNoStore:
+	case !m.Enabled, m.Store == config.StoreNone, r.Cache == CacheNoStore:
 		return cachePlan{only: only}
 	case !embeds && !completes(r.Endpoint), embeds && r.Stream:
 		return cachePlan{only: only}
@@ -69,7 +69,7 @@ func planCache(r *Request, m *cluster.ModelCache) cachePlan {
 		return cachePlan{lookup: true, only: true}
 	case r.Cache == CacheRefresh:
 		return cachePlan{keep: true}
-	case r.Cache == CacheStore, m.Store == cluster.StoreAll, r.Deterministic, embeds:
+	case r.Cache == CacheStore, m.Store == config.StoreAll, r.Deterministic, embeds:
 		return cachePlan{lookup: true, keep: true}
 	}
 	return cachePlan{}

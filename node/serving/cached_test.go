@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
@@ -33,8 +33,8 @@ func keeping(ahead *atomic.Int64) rigOption {
 		}
 		o.Cache = c
 		for name, m := range r.conf.Models {
-			m.Cache = cluster.ModelCache{
-				Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
+			m.Cache = config.ModelCache{
+				Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
 			}
 			r.conf.Models[name] = m
 		}
@@ -61,16 +61,16 @@ func cacheStatus(saw *recorder) CacheStatus {
 
 // TestPlanCache is the table of who may be answered from the cache.
 func TestPlanCache(t *testing.T) {
-	on := cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic}
+	on := config.ModelCache{Enabled: true, Store: config.StoreDeterministic}
 	all, none := on, on
-	all.Store, none.Store = cluster.StoreAll, cluster.StoreNone
-	var off cluster.ModelCache
+	all.Store, none.Store = config.StoreAll, config.StoreNone
+	var off config.ModelCache
 	const chat, completion, embed, other = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
 	both, look, keep, no := cachePlan{lookup: true, keep: true}, cachePlan{lookup: true, only: true}, cachePlan{keep: true}, cachePlan{}
 	for _, c := range []struct {
 		name string
 		r    Request
-		m    cluster.ModelCache
+		m    config.ModelCache
 		want cachePlan
 	}{
 		{"temperature 0", Request{Endpoint: chat, Deterministic: true}, on, both},
@@ -524,11 +524,11 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	conf := &cluster.Config{
-		Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
-		Models: map[string]cluster.Model{"m": {
-			Serve: []cluster.Serve{{Upstream: "a"}},
-			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
+	conf := &config.Config{
+		Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
+		Models: map[string]config.Model{"m": {
+			Serve: []config.Serve{{Upstream: "a"}},
+			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
 		}},
 	}
 	up := &canned{"application/json", []byte(strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1))}

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Configure publishes a configuration. Upstreams whose definition is unchanged
@@ -15,7 +15,7 @@ import (
 // they began with. Upstreams to be discovered that are new are looked up first,
 // which may take two seconds. The error tells of upstreams that can't be used
 // (TLS files, keys); all others serve.
-func (p *Pipeline) Configure(c *cluster.Config) error {
+func (p *Pipeline) Configure(c *config.Config) error {
 	p.meet(c)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -45,7 +45,7 @@ func (p *Pipeline) repair() {
 }
 
 // configure makes the table anew; the caller holds the lock.
-func (p *Pipeline) configure(c *cluster.Config) error {
+func (p *Pipeline) configure(c *config.Config) error {
 	p.conf = c
 	old := p.table.Load()
 	next := make(map[string]*service)
@@ -84,7 +84,7 @@ func (p *Pipeline) configure(c *cluster.Config) error {
 }
 
 // service keeps the instances that serve already, and makes those that are new.
-func (p *Pipeline) service(old *service, name string, def cluster.Upstream, connect time.Duration) (*service, error) {
+func (p *Pipeline) service(old *service, name string, def config.Upstream, connect time.Duration) (*service, error) {
 	s := &service{name: name, def: def, drained: p.drained[name]}
 	var files material
 	var unreadable error
@@ -115,7 +115,7 @@ func (p *Pipeline) service(old *service, name string, def cluster.Upstream, conn
 }
 
 // keeps finds the instance that serves already and has not changed.
-func (s *service) keeps(address string, def cluster.Upstream, connect time.Duration, files [sha256.Size]byte, unreadable error) *upstream {
+func (s *service) keeps(address string, def config.Upstream, connect time.Duration, files [sha256.Size]byte, unreadable error) *upstream {
 	if s == nil || unreadable != nil {
 		return nil
 	}
@@ -127,7 +127,7 @@ func (s *service) keeps(address string, def cluster.Upstream, connect time.Durat
 	return nil
 }
 
-func (p *Pipeline) made(name, address string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *upstream {
+func (p *Pipeline) made(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *upstream {
 	u := newUpstream(name, address, def, connect, files, unreadable)
 	u.counts = p.metrics.backend(name)
 	u.counts.stand(&u.backend, breakerClosed)

@@ -13,7 +13,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -33,13 +33,13 @@ type Resolver interface {
 // origin is what is looked up.
 type origin struct {
 	url  string
-	mode cluster.DiscoverMode
+	mode config.DiscoverMode
 }
 
-func originOf(u cluster.Upstream) origin { return origin{u.URL, u.Discover} }
+func originOf(u config.Upstream) origin { return origin{u.URL, u.Discover} }
 
 func (o origin) discovers() bool {
-	return o.mode == cluster.DiscoverDNS || o.mode == cluster.DiscoverSRV
+	return o.mode == config.DiscoverDNS || o.mode == config.DiscoverSRV
 }
 
 // found is what an origin was last known to stand for. A lookup that fails or
@@ -80,7 +80,7 @@ func resolve(ctx context.Context, r Resolver, of origin) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("upstream url: %w", err)
 	}
-	if of.mode == cluster.DiscoverSRV {
+	if of.mode == config.DiscoverSRV {
 		return resolveSRV(ctx, r, u)
 	}
 	port := u.Port()
@@ -171,7 +171,7 @@ func (p *Pipeline) lookUpAll(ctx context.Context, wanted map[string]*found) map[
 
 // meet looks up what a configuration names for the first time, so that it is
 // served from the moment on that it is in force.
-func (p *Pipeline) meet(c *cluster.Config) {
+func (p *Pipeline) meet(c *config.Config) {
 	wanted := make(map[string]*found)
 	p.mu.Lock()
 	for name, def := range c.Upstreams {

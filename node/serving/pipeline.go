@@ -17,7 +17,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 )
 
@@ -97,7 +97,7 @@ type Pipeline struct {
 
 	mu      sync.Mutex // serialises Configure and SetDrained; guards all below
 	drained map[string]bool
-	conf    *cluster.Config
+	conf    *config.Config
 	found   map[string]*found // by upstream, of those with discover
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -178,7 +179,7 @@ func (u *upstream) words() []any {
 
 func (u *upstream) probeURL() *url.URL {
 	switch u.def.Kind {
-	case cluster.KindVLLM, cluster.KindSGLang, cluster.KindLlamaCPP:
+	case config.KindVLLM, config.KindSGLang, config.KindLlamaCPP:
 		return u.base.health()
 	}
 	return u.base.join("/v1/models")

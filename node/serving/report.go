@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // What vLLM and SGLang say of themselves: how many requests they run and queue,
@@ -35,9 +35,9 @@ type report struct {
 	silent  bool  // it had no figures
 }
 
-var reportNames = map[cluster.UpstreamKind][]string{
-	cluster.KindVLLM:   {"vllm:num_requests_running", "vllm:num_requests_waiting"},
-	cluster.KindSGLang: {"sglang:num_running_reqs", "sglang:num_queue_reqs"},
+var reportNames = map[config.UpstreamKind][]string{
+	config.KindVLLM:   {"vllm:num_requests_running", "vllm:num_requests_waiting"},
+	config.KindSGLang: {"sglang:num_running_reqs", "sglang:num_queue_reqs"},
 }
 
 // reports says whether it is worth asking for figures now.

@@ -5,7 +5,7 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // table is a configuration as requests see it from this site. It is immutable;
@@ -20,7 +20,7 @@ type table struct {
 // instances as were discovered. It is as immutable as its table.
 type service struct {
 	name      string
-	def       cluster.Upstream
+	def       config.Upstream
 	drained   bool
 	instances []*upstream
 	found     *found // nil when nothing is discovered
@@ -49,7 +49,7 @@ type model struct {
 	fallbacks []string
 	timers    timers // for what a peer is asked
 	revision  string // of the weights
-	cache     cluster.ModelCache
+	cache     config.ModelCache
 }
 
 // target is an instance of the own site under the name it knows the model by.
@@ -66,7 +66,7 @@ type remoteSite struct {
 	upstreams []string
 }
 
-func newTable(c *cluster.Config, site string, services map[string]*service, drained map[string]bool) *table {
+func newTable(c *config.Config, site string, services map[string]*service, drained map[string]bool) *table {
 	t := &table{models: make(map[string]*model, len(c.Models)), services: services}
 	t.order = slices.Sorted(maps.Keys(c.Models))
 	order := c.SiteOrder(site)

@@ -7,7 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // timers are the four of one attempt, and the least pace of its stream. Connect
@@ -26,7 +26,7 @@ type timers struct {
 	pace                             int // tokens a second, 0: any
 }
 
-func timersOf(t cluster.Timeouts) timers {
+func timersOf(t config.Timeouts) timers {
 	return timers{t.FirstToken.D(), t.BetweenTokens.D(), t.Total.D(), t.MinTokensPerSecond}
 }
 

@@ -15,7 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -28,7 +28,7 @@ const (
 // URL says, or one of the instances that were discovered for it.
 type upstream struct {
 	backend
-	def       cluster.Upstream
+	def       config.Upstream
 	connect   time.Duration
 	material  [sha256.Size]byte // of its TLS files
 	base      baseURL
@@ -53,7 +53,7 @@ type probe struct {
 var usualEndpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
 
 // newUpstream makes an upstream; unreadable is why its files could not be read.
-func newUpstream(name, address string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *upstream {
+func newUpstream(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *upstream {
 	u := &upstream{def: def, connect: connect, material: files.digest()}
 	u.name, u.address, u.site = name, address, def.Site
 	u.hash, u.max = hashName(name+address), int64(def.MaxConcurrency)
@@ -112,7 +112,7 @@ func newTransport(conf *tls.Config, address string, connect time.Duration, idle 
 // material are the files of an upstream's TLS settings, as they are now.
 type material struct{ ca, cert, key []byte }
 
-func readMaterial(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
+func readMaterial(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
 	for _, f := range []struct {
 		name, path string
 		to         *[]byte
@@ -131,7 +131,7 @@ func (m material) digest() [sha256.Size]byte {
 	return sha256.Sum256(bytes.Join([][]byte{m.ca, m.cert, m.key}, []byte{0}))
 }
 
-func (m material) tls(t cluster.UpstreamTLS) (*tls.Config, error) {
+func (m material) tls(t config.UpstreamTLS) (*tls.Config, error) {
 	conf := &tls.Config{
 		MinVersion:         tls.VersionTLS12,
 		ServerName:         t.ServerName,
@@ -167,7 +167,7 @@ func (u *upstream) refreshKey(lookupEnv func(string) (string, bool), readFile fu
 	if u.def.APIKey.IsZero() {
 		return nil
 	}
-	key, err := cluster.ResolveSecret(u.def.APIKey, lookupEnv, readFile)
+	key, err := config.ResolveSecret(u.def.APIKey, lookupEnv, readFile)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNoKey, err) // the key known so far stays
 	}

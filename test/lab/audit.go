@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -49,7 +49,7 @@ const (
 func (l *Lab) StartAudit() *Audit {
 	l.t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
-	a := &Audit{lab: l, stop: stop, patience: cluster.TimingFrom(0).Patience}
+	a := &Audit{lab: l, stop: stop, patience: config.TimingFrom(0).Patience}
 	for _, n := range l.Nodes() {
 		a.wg.Go(func() { a.watch(ctx, n) })
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -110,7 +111,7 @@ func (n *Node) writeConfig() {
 	c.Gossip = node.GossipConfig{Bind: at(n.ports.gossip), KeyFile: "../gossip.key"}
 	c.RPC = node.RPCConfig{Bind: at(n.ports.rpc), TLS: node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "../ca.pem"}}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(10 * time.Second)}
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(10 * time.Second)}
 	for _, s := range l.Sites { // the first node of each site, as people do
 		if first := s.Nodes[0]; first != n {
 			c.Seeds = append(c.Seeds, fmt.Sprintf("%s:%d", l.Net.Addr(s.Index), first.ports.rpc))

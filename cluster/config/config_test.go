@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"crypto/ecdsa"
@@ -133,12 +133,12 @@ func TestDecodeKeepsWhatTheTextDoesNotSay(t *testing.T) {
 		Hidden string         `yaml:"-"`
 	}
 	got := outer{Kept: "k", Words: []string{"gone"}, Map: map[string]int{"old": 1}, Inner: inner{7}}
-	err := DecodeSource("f", []byte("number: -5\nflag: true\nwords: [1.10, yes, 'null']\nmap: {new: 2}\ninner:\ntext: |\n  a\n  b\n"), &got).Err()
+	err := Decode("f", []byte("number: -5\nflag: true\nwords: [1.10, yes, 'null']\nmap: {new: 2}\ninner:\ntext: |\n  a\n  b\n"), &got).Err()
 	want := outer{Kept: "k", Number: -5, Flag: true, Words: []string{"1.10", "yes", "null"}, Map: map[string]int{"old": 1, "new": 2}, Inner: inner{7}, Text: "a\nb\n"}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
-	err = DecodeSource("f", []byte("hidden: x\nmap: {a: b}\nnumber: 9223372036854775808\n"), &got).Err()
+	err = Decode("f", []byte("hidden: x\nmap: {a: b}\nnumber: 9223372036854775808\n"), &got).Err()
 	const words = "f:1: hidden: unknown key \"hidden\"; allowed here: kept, number, flag, words, map, inner, text\n" +
 		"f:2: map.a: wants a whole number, not \"b\"; write digits alone, without a unit or separators\n" +
 		"f:3: number: \"9223372036854775808\" is too large a number"
@@ -180,7 +180,7 @@ func TestPathsOfDifferentKeysLookDifferent(t *testing.T) {
 		rapid.Map(rapid.SampledFrom([]string{"a", "a.b", "", "[0]", `"`, "a[0]", "é"}), func(s string) any { return s }),
 		rapid.Map(rapid.IntRange(0, 3), func(i int) any { return i })), 1, 4)
 	rapid.Check(t, func(t *rapid.T) {
-		p, q := ConfigPath(elem.Draw(t, "p")), ConfigPath(elem.Draw(t, "q"))
+		p, q := Path(elem.Draw(t, "p")), Path(elem.Draw(t, "q"))
 		if (p.String() == q.String()) != cmp.Equal(p, q) {
 			t.Fatalf("%#v and %#v are %s and %s", p, q, p, q)
 		}
@@ -199,7 +199,7 @@ func TestValidNamesFitCertificates(t *testing.T) {
 		if !ValidName(name) {
 			t.Fatalf("%q is not valid", name)
 		}
-		if err := checkIdentityPart("site", name); err != nil {
+		if err := CheckIdentityPart("site", name); err != nil {
 			t.Fatal(err)
 		}
 	})

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"bytes"
@@ -14,7 +14,7 @@ const diffContext = 3
 // same. It anchors on lines that occur once in each text (the patience method),
 // so it takes n log n time even for hopeless inputs; the price is that it isn't
 // always the shortest diff.
-func DiffConfig(a, b []byte) string {
+func Diff(a, b []byte) string {
 	if bytes.Equal(a, b) {
 		return ""
 	}

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"fmt"
@@ -23,12 +23,12 @@ const (
 
 // configCheck is the list of rules for cluster.yaml. Each rule looks at the
 // Config and points at the source.
-type configCheck struct {
+type checker struct {
 	*Config
-	src *ConfigSource
+	src *Source
 }
 
-func (c *configCheck) all() {
+func (c *checker) all() {
 	c.version()
 	c.sites()
 	c.upstreams()
@@ -43,12 +43,12 @@ func (c *configCheck) all() {
 	c.timing()
 }
 
-func (c *configCheck) reject(p ConfigPath, hint, format string, args ...any) {
+func (c *checker) reject(p Path, hint, format string, args ...any) {
 	c.src.Reject(p, fmt.Sprintf(format, args...), hint)
 }
 
 // missing tells of a required value that is absent or empty.
-func (c *configCheck) missing(p ConfigPath, hint string) {
+func (c *checker) missing(p Path, hint string) {
 	what := "is missing"
 	if c.src.Has(p) {
 		what = "is empty"
@@ -56,7 +56,7 @@ func (c *configCheck) missing(p ConfigPath, hint string) {
 	c.src.Reject(p, what, hint)
 }
 
-func (c *configCheck) version() {
+func (c *checker) version() {
 	switch {
 	case !c.src.Has(At("version")):
 		c.missing(At("version"), "write version: 1")
@@ -67,14 +67,14 @@ func (c *configCheck) version() {
 
 // tooMany rejects a list that is over its bound. Its entries are then not
 // looked at: there may be a hundred thousand.
-func (c *configCheck) tooMany(p ConfigPath, n, most int) bool {
+func (c *checker) tooMany(p Path, n, most int) bool {
 	if n > most {
 		c.reject(p, "", "has %d entries, more than the limit of %d", n, most)
 	}
 	return n > most
 }
 
-func (c *configCheck) sites() {
+func (c *checker) sites() {
 	if len(c.Sites) == 0 {
 		c.missing(At("sites"), "write at least one, such as shanghai-a: {city: shanghai, priority: 1}")
 		return
@@ -112,7 +112,7 @@ func (c *configCheck) sites() {
 
 // inFileOrder sorts names as they stand in the file, so that "already taken by"
 // points upwards.
-func (c *configCheck) inFileOrder(parent string, names []string) []string {
+func (c *checker) inFileOrder(parent string, names []string) []string {
 	slices.SortFunc(names, func(a, b string) int {
 		if d := c.src.Line(At(parent, a)) - c.src.Line(At(parent, b)); d != 0 {
 			return d
@@ -122,13 +122,13 @@ func (c *configCheck) inFileOrder(parent string, names []string) []string {
 	return names
 }
 
-func (c *configCheck) within(p ConfigPath, d Duration, least, most time.Duration) {
+func (c *checker) within(p Path, d Duration, least, most time.Duration) {
 	if d.D() < least || d.D() > most {
 		c.reject(p, fmt.Sprintf("write a time from %s to %s", Duration(least), Duration(most)), "%s is out of range", d)
 	}
 }
 
-func (c *configCheck) upstreams() {
+func (c *checker) upstreams() {
 	if c.tooMany(At("upstreams"), len(c.Upstreams), MaxUpstreams) {
 		return
 	}
@@ -148,7 +148,7 @@ func (c *configCheck) upstreams() {
 	}
 }
 
-func (c *configCheck) upstream(at ConfigPath, u Upstream) {
+func (c *checker) upstream(at Path, u Upstream) {
 	sites := slices.Sorted(maps.Keys(c.Sites))
 	_, known := c.Sites[u.Site]
 	switch {
@@ -180,7 +180,7 @@ func (c *configCheck) upstream(at ConfigPath, u Upstream) {
 	}
 }
 
-func (c *configCheck) upstreamURL(at ConfigPath, raw string) {
+func (c *checker) upstreamURL(at Path, raw string) {
 	const sample = "write it like http://vllm:8000/v1"
 	if raw == "" {
 		c.missing(at, sample)
@@ -220,7 +220,7 @@ func (c *configCheck) upstreamURL(at ConfigPath, raw string) {
 
 // upstreamTLS checks the settings themselves. With an http url they are unused,
 // and no fault: the url may be about to change.
-func (c *configCheck) upstreamTLS(at ConfigPath, t UpstreamTLS) {
+func (c *checker) upstreamTLS(at Path, t UpstreamTLS) {
 	if (t.CertFile == "") != (t.KeyFile == "") {
 		c.reject(at, "write both, or none", "cert_file and key_file go together")
 	}
@@ -229,14 +229,14 @@ func (c *configCheck) upstreamTLS(at ConfigPath, t UpstreamTLS) {
 	}
 }
 
-func (c *configCheck) secret(at ConfigPath, s Secret) {
+func (c *checker) secret(at Path, s Secret) {
 	message, hint := s.wrong()
 	if message != "" && (c.src.Has(at) || !s.IsZero()) {
 		c.reject(at, hint, "%s", message)
 	}
 }
 
-func (c *configCheck) limits() {
+func (c *checker) limits() {
 	l, at := c.Limits, At("limits")
 	bound := func(key string, v, least, most int64) {
 		if v < least || v > most {
@@ -249,7 +249,7 @@ func (c *configCheck) limits() {
 	bound("header_bytes", int64(l.HeaderBytes), 4<<10, 1<<20)
 }
 
-func (c *configCheck) timing() {
+func (c *checker) timing() {
 	c.within(At("timing", "heartbeat"), c.Timing.Heartbeat, 100*time.Millisecond, 10*time.Second)
 }
 

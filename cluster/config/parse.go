@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"cmp"
@@ -40,7 +40,7 @@ func (u *Upstream) setDefaults() {
 // ParseConfig reads a cluster.yaml, fills in the defaults and checks all of it.
 // name stands in the messages. The error is a Problems: everything that is
 // wrong, with lines.
-func ParseConfig(name string, text []byte) (*Config, error) {
+func Parse(name string, text []byte) (*Config, error) {
 	c := &Config{
 		Timeouts: DefaultTimeouts(),
 		Limits:   DefaultLimits(),
@@ -48,9 +48,9 @@ func ParseConfig(name string, text []byte) (*Config, error) {
 		Jobs:     DefaultJobs(),
 		Timing:   TimingConfig{Heartbeat: Duration(DefaultHeartbeat)},
 	}
-	src := DecodeSource(name, text, c)
+	src := Decode(name, text, c)
 	if !src.Broken(nil) { // else there is nothing to check
-		v := &configCheck{Config: c, src: src}
+		v := &checker{Config: c, src: src}
 		v.all()
 	}
 	if err := src.Err(); err != nil {

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 
 func validModelName(s string) bool { return s != "" && len(s) <= 256 && isPrintable(s) }
 
-func (c *configCheck) models() {
+func (c *checker) models() {
 	if c.tooMany(At("models"), len(c.Models), MaxModels) {
 		return
 	}
@@ -60,7 +60,7 @@ func namesWithout(names []string, name string) []string {
 	return slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == name })
 }
 
-func (c *configCheck) serve(at ConfigPath, s Serve, before []Serve, upstreams []string) {
+func (c *checker) serve(at Path, s Serve, before []Serve, upstreams []string) {
 	_, known := c.Upstreams[s.Upstream]
 	switch {
 	case s.Upstream == "":
@@ -77,7 +77,7 @@ func (c *configCheck) serve(at ConfigPath, s Serve, before []Serve, upstreams []
 
 // fallbackCycles follows fallbacks depth first. A cycle would have a request
 // go round while everything is down, which is when fallbacks matter.
-func (c *configCheck) fallbackCycles() {
+func (c *checker) fallbackCycles() {
 	const onPath, done = 1, 2
 	state := map[string]int{}
 	var path []string
@@ -118,7 +118,7 @@ func shorten(names []string) []string {
 
 // timeouts checks the four timers against each other as they will be in
 // effect, and blames the place where they first go wrong.
-func (c *configCheck) timeouts() {
+func (c *checker) timeouts() {
 	upstreams, models := slices.Sorted(maps.Keys(c.Upstreams)), slices.Sorted(maps.Keys(c.Models))
 	fine := c.timers(At("timeouts"), c.Timeouts)
 	for _, name := range upstreams {
@@ -149,7 +149,7 @@ func (c *configCheck) timeouts() {
 }
 
 // timers checks each timer that stands at this place by itself.
-func (c *configCheck) timers(at ConfigPath, own Timeouts) bool {
+func (c *checker) timers(at Path, own Timeouts) bool {
 	fine := true
 	for key, d := range map[string]Duration{
 		"connect": own.Connect, "first_token": own.FirstToken, "between_tokens": own.BetweenTokens, "total": own.Total,
@@ -175,7 +175,7 @@ func (c *configCheck) timers(at ConfigPath, own Timeouts) bool {
 
 // timersFit checks the timers in effect against each other and points at the
 // one that this place has set.
-func (c *configCheck) timersFit(at ConfigPath, effect Timeouts) bool {
+func (c *checker) timersFit(at Path, effect Timeouts) bool {
 	type timer struct {
 		key string
 		d   Duration

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"cmp"
@@ -56,19 +56,19 @@ func (ps Problems) Error() string {
 
 // ConfigPath leads to a value in a configuration file: a string for a key, an
 // int for a place in a list.
-type ConfigPath []any
+type Path []any
 
 // At is a path from the top of the file.
-func At(elems ...any) ConfigPath { return elems }
+func At(elems ...any) Path { return elems }
 
 // At goes further down. The receiver stays as it is.
-func (p ConfigPath) At(elems ...any) ConfigPath {
+func (p Path) At(elems ...any) Path {
 	return append(slices.Clip(slices.Clone(p)), elems...)
 }
 
 // String is the path as people write it. Keys that could be misread (a model
 // name with a dot or a slash) are quoted, so that no two paths look the same.
-func (p ConfigPath) String() string {
+func (p Path) String() string {
 	var b strings.Builder
 	for i, e := range p {
 		switch e := e.(type) {
@@ -100,7 +100,7 @@ func isPlainKey(s string) bool {
 // ConfigSource remembers which key stands on which line of a decoded file and
 // collects what is wrong with it, so that the checks that follow decoding can
 // point at lines too and everything is told at once.
-type ConfigSource struct {
+type Source struct {
 	file     string
 	lines    map[string]int  // by ConfigPath.String()
 	told     map[string]bool // paths that have a problem already
@@ -108,12 +108,12 @@ type ConfigSource struct {
 	left     int // problems beyond maxProblems
 }
 
-func newConfigSource(file string) *ConfigSource {
-	return &ConfigSource{file: file, lines: map[string]int{}, told: map[string]bool{}}
+func newSource(file string) *Source {
+	return &Source{file: file, lines: map[string]int{}, told: map[string]bool{}}
 }
 
 // Has reports whether the file itself gives this value, as opposed to a default.
-func (s *ConfigSource) Has(p ConfigPath) bool {
+func (s *Source) Has(p Path) bool {
 	if s == nil {
 		return false
 	}
@@ -122,7 +122,7 @@ func (s *ConfigSource) Has(p ConfigPath) bool {
 }
 
 // Line is where the value stands, or the nearest thing around it; 0 when unknown.
-func (s *ConfigSource) Line(p ConfigPath) int {
+func (s *Source) Line(p Path) int {
 	if s == nil {
 		return 0
 	}
@@ -136,7 +136,7 @@ func (s *ConfigSource) Line(p ConfigPath) int {
 
 // Broken reports whether this value, or what it stands in, was already found
 // wrong: then what follows from it is noise.
-func (s *ConfigSource) Broken(p ConfigPath) bool {
+func (s *Source) Broken(p Path) bool {
 	for ; len(p) > 0; p = p[:len(p)-1] {
 		if s.told[p.String()] {
 			return true
@@ -146,7 +146,7 @@ func (s *ConfigSource) Broken(p ConfigPath) bool {
 }
 
 // Reject notes a problem at a path. One value has one problem: the first.
-func (s *ConfigSource) Reject(p ConfigPath, message, hint string) {
+func (s *Source) Reject(p Path, message, hint string) {
 	if s.Broken(p) {
 		return
 	}
@@ -156,9 +156,9 @@ func (s *ConfigSource) Reject(p ConfigPath, message, hint string) {
 
 // full reports that no further problem is shown: then no work should go into
 // finding words for it.
-func (s *ConfigSource) full() bool { return len(s.problems) >= maxProblems }
+func (s *Source) full() bool { return len(s.problems) >= maxProblems }
 
-func (s *ConfigSource) note(line int, path, message, hint string) {
+func (s *Source) note(line int, path, message, hint string) {
 	if s.full() {
 		s.left++
 		return
@@ -167,7 +167,7 @@ func (s *ConfigSource) note(line int, path, message, hint string) {
 }
 
 // Err is nil when nothing was rejected, else a Problems.
-func (s *ConfigSource) Err() error {
+func (s *Source) Err() error {
 	if len(s.problems) == 0 {
 		return nil
 	}
@@ -185,11 +185,11 @@ func (s *ConfigSource) Err() error {
 }
 
 // again is a source for a later round of checks on the same file.
-func (s *ConfigSource) again() *ConfigSource {
+func (s *Source) again() *Source {
 	if s == nil {
-		return newConfigSource("")
+		return newSource("")
 	}
-	return &ConfigSource{file: s.file, lines: s.lines, told: map[string]bool{}}
+	return &Source{file: s.file, lines: s.lines, told: map[string]bool{}}
 }
 
 const (

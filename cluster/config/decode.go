@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"bytes"
@@ -17,10 +17,10 @@ import (
 )
 
 // MaxConfigBytes bounds a configuration file.
-const MaxConfigBytes = 1 << 20
+const MaxBytes = 1 << 20
 
 // maxConfigDepth bounds nesting; no schema of ours is deeper than ten.
-const maxConfigDepth = 64
+const maxDepth = 64
 
 // DecodeSource reads one YAML document into out, a pointer to a struct with
 // yaml tags. Fields that the text doesn't mention keep their values. Unknown and
@@ -30,8 +30,8 @@ const maxConfigDepth = 64
 //
 // It understands structs, maps with string keys, slices, strings, integers,
 // booleans and encoding.TextUnmarshaler; our files need no more.
-func DecodeSource(name string, data []byte, out any) *ConfigSource {
-	s := newConfigSource(name)
+func Decode(name string, data []byte, out any) *Source {
+	s := newSource(name)
 	v := reflect.ValueOf(out)
 	if v.Kind() != reflect.Pointer || v.Elem().Kind() != reflect.Struct {
 		panic(fmt.Sprintf("config.Decode: out is %T, want a pointer to a struct", out))
@@ -44,19 +44,19 @@ func DecodeSource(name string, data []byte, out any) *ConfigSource {
 }
 
 // parse gives the only document's top node, or nil and a problem.
-func (s *ConfigSource) parse(data []byte) *yaml.Node {
+func (s *Source) parse(data []byte) *yaml.Node {
 	fail := func(line int, message, hint string) *yaml.Node {
 		s.told[""] = true
 		s.note(line, "", message, hint)
 		return nil
 	}
-	if len(data) > MaxConfigBytes {
-		return fail(0, fmt.Sprintf("the file has %d bytes, more than the limit of %d", len(data), MaxConfigBytes), "keep only configuration in it")
+	if len(data) > MaxBytes {
+		return fail(0, fmt.Sprintf("the file has %d bytes, more than the limit of %d", len(data), MaxBytes), "keep only configuration in it")
 	}
 	if at, what := firstForbidden(data); at >= 0 {
 		return fail(1+bytes.Count(data[:at], []byte("\n")), what, "save the file as plain UTF-8 text")
 	}
-	loader, err := yaml.NewLoader(bytes.NewReader(data), yaml.WithPlugin(loaderlimits.New(loaderlimits.DepthValue(maxConfigDepth))))
+	loader, err := yaml.NewLoader(bytes.NewReader(data), yaml.WithPlugin(loaderlimits.New(loaderlimits.DepthValue(maxDepth))))
 	if err != nil {
 		return fail(0, "cannot be read as YAML: "+err.Error(), "")
 	}
@@ -141,7 +141,7 @@ func isNullNode(n *yaml.Node) bool {
 }
 
 // plain refuses what our files may not hold whatever the type is.
-func (s *ConfigSource) plain(n *yaml.Node, p ConfigPath) bool {
+func (s *Source) plain(n *yaml.Node, p Path) bool {
 	switch {
 	case n.Kind == yaml.AliasNode:
 		s.Reject(p, "aliases (*"+clipWord(n.Value)+") are not supported", "write the value out")
@@ -158,7 +158,7 @@ func (s *ConfigSource) plain(n *yaml.Node, p ConfigPath) bool {
 // defaulter is what a value in a map or a list starts from before it is decoded.
 type defaulter interface{ setDefaults() }
 
-func (s *ConfigSource) decode(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decode(n *yaml.Node, v reflect.Value, p Path) {
 	if v.Type() == reflect.TypeFor[Secret]() {
 		s.decodeSecret(n, v, p)
 		return
@@ -183,7 +183,7 @@ func (s *ConfigSource) decode(n *yaml.Node, v reflect.Value, p ConfigPath) {
 }
 
 // decodeSecret keeps what may be a secret's value out of every message.
-func (s *ConfigSource) decodeSecret(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decodeSecret(n *yaml.Node, v reflect.Value, p Path) {
 	const words, hint = "secrets are references", "write {env: NAME} or {file: PATH}"
 	odd := func(n *yaml.Node) bool { return n.Anchor != "" || n.Style&yaml.TaggedStyle != 0 }
 	if n.Kind != yaml.MappingNode || odd(n) {
@@ -200,7 +200,7 @@ func (s *ConfigSource) decodeSecret(n *yaml.Node, v reflect.Value, p ConfigPath)
 	s.decodeStruct(n, v, p)
 }
 
-func (s *ConfigSource) decodeStruct(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decodeStruct(n *yaml.Node, v reflect.Value, p Path) {
 	fields := map[string]int{}
 	var names []string
 	for i := range v.NumField() {
@@ -241,7 +241,7 @@ func (s *ConfigSource) decodeStruct(n *yaml.Node, v reflect.Value, p ConfigPath)
 
 // decodeNull: a heading whose lines are all commented out is empty; a value
 // that was forgotten is not.
-func (s *ConfigSource) decodeNull(v reflect.Value, p ConfigPath) {
+func (s *Source) decodeNull(v reflect.Value, p Path) {
 	switch v.Kind() {
 	case reflect.Map, reflect.Slice:
 		return
@@ -254,7 +254,7 @@ func (s *ConfigSource) decodeNull(v reflect.Value, p ConfigPath) {
 	s.Reject(p, "has no value", "write one, or remove the key for the default")
 }
 
-func (s *ConfigSource) decodeMap(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decodeMap(n *yaml.Node, v reflect.Value, p Path) {
 	if v.IsNil() {
 		v.Set(reflect.MakeMap(v.Type()))
 	}
@@ -270,7 +270,7 @@ func (s *ConfigSource) decodeMap(n *yaml.Node, v reflect.Value, p ConfigPath) {
 	})
 }
 
-func (s *ConfigSource) decodeSlice(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decodeSlice(n *yaml.Node, v reflect.Value, p Path) {
 	if n.Kind != yaml.SequenceNode {
 		s.Reject(p, "wants a list, not "+nodeKind(n), "write - before each entry, or [a, b]")
 		return
@@ -299,7 +299,7 @@ func newElem(t reflect.Type) reflect.Value {
 }
 
 // eachKey calls f for each key that is a plain word and not a repetition.
-func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, keyNode, value *yaml.Node)) {
+func (s *Source) eachKey(n *yaml.Node, p Path, f func(key string, keyNode, value *yaml.Node)) {
 	if n.Kind != yaml.MappingNode {
 		s.Reject(p, "wants keys with values, not "+nodeKind(n), "write key: value lines below it")
 		return
@@ -331,7 +331,7 @@ func (s *ConfigSource) eachKey(n *yaml.Node, p ConfigPath, f func(key string, ke
 	}
 }
 
-func (s *ConfigSource) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p ConfigPath) {
+func (s *Source) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p Path) {
 	if n.Kind != yaml.ScalarNode {
 		s.Reject(p, "wants one value, not "+nodeKind(n), "")
 		return
@@ -344,7 +344,7 @@ func (s *ConfigSource) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p 
 
 // decodeScalar takes strings as they are written, so that the model name 1.10
 // doesn't become 1.1; numbers and booleans in their one obvious form.
-func (s *ConfigSource) decodeScalar(n *yaml.Node, v reflect.Value, p ConfigPath) {
+func (s *Source) decodeScalar(n *yaml.Node, v reflect.Value, p Path) {
 	if n.Kind != yaml.ScalarNode {
 		s.Reject(p, "wants one value, not "+nodeKind(n), "")
 		return

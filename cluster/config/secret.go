@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"bytes"
@@ -145,7 +145,7 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 }
 
 // CheckSecret rejects a reference that leads to no usable secret.
-func (s *ConfigSource) CheckSecret(p ConfigPath, ref Secret, lookupEnv func(string) (string, bool), readFile func(string) ([]byte, error)) (value string, ok bool) {
+func (s *Source) CheckSecret(p Path, ref Secret, lookupEnv func(string) (string, bool), readFile func(string) ([]byte, error)) (value string, ok bool) {
 	value, err := ResolveSecret(ref, lookupEnv, readFile)
 	if err != nil {
 		s.rejectError(p, err)
@@ -155,13 +155,13 @@ func (s *ConfigSource) CheckSecret(p ConfigPath, ref Secret, lookupEnv func(stri
 }
 
 // rejectError is Reject for an error whose text has its hint after "; ".
-func (s *ConfigSource) rejectError(p ConfigPath, err error) {
+func (s *Source) rejectError(p Path, err error) {
 	message, hint, _ := strings.Cut(err.Error(), "; ")
 	s.Reject(p, message, hint)
 }
 
 // CheckFile rejects a file that can't be read or that is empty.
-func (s *ConfigSource) CheckFile(p ConfigPath, path string, readFile func(string) ([]byte, error)) (data []byte, ok bool) {
+func (s *Source) CheckFile(p Path, path string, readFile func(string) ([]byte, error)) (data []byte, ok bool) {
 	data, err := readFile(path)
 	if err != nil {
 		s.rejectError(p, newFileError(path, err))
@@ -175,7 +175,7 @@ func (s *ConfigSource) CheckFile(p ConfigPath, path string, readFile func(string
 }
 
 // CheckCA rejects a file that is not made of CA certificates in PEM form.
-func (s *ConfigSource) CheckCA(p ConfigPath, path string, readFile func(string) ([]byte, error)) {
+func (s *Source) CheckCA(p Path, path string, readFile func(string) ([]byte, error)) {
 	data, ok := s.CheckFile(p, path, readFile)
 	if !ok {
 		return
@@ -198,7 +198,7 @@ func (s *ConfigSource) CheckCA(p ConfigPath, path string, readFile func(string) 
 
 // CheckKeyPair rejects, at cert_file and key_file below p, what keeps the two
 // from being a certificate with its key.
-func (s *ConfigSource) CheckKeyPair(p ConfigPath, certFile, keyFile string, readFile func(string) ([]byte, error)) (pair tls.Certificate, ok bool) {
+func (s *Source) CheckKeyPair(p Path, certFile, keyFile string, readFile func(string) ([]byte, error)) (pair tls.Certificate, ok bool) {
 	cert, certOK := s.CheckFile(p.At("cert_file"), certFile, readFile)
 	key, keyOK := s.CheckFile(p.At("key_file"), keyFile, readFile)
 	if !certOK || !keyOK {

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"strings"
@@ -20,7 +20,7 @@ type Config struct {
 	Jobs      Jobs                `yaml:"jobs,omitempty"`
 	Timing    TimingConfig        `yaml:"timing,omitempty"`
 
-	source *ConfigSource // nil in a Config that was not parsed
+	source *Source // nil in a Config that was not parsed
 }
 
 // Site is a data centre.

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"bytes"
@@ -50,7 +50,7 @@ func TestDiffConfigShowsChangesWithContext(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := DiffConfig([]byte(tc.a), []byte(tc.b)); got != tc.want {
+			if got := Diff([]byte(tc.a), []byte(tc.b)); got != tc.want {
 				t.Errorf("got:\n%s\nwant:\n%s", got, tc.want)
 			}
 		})
@@ -70,7 +70,7 @@ func TestDiffConfigAppliedToTheOldTextGivesTheNew(t *testing.T) {
 	})
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := text.Draw(t, "a"), text.Draw(t, "b")
-		diff := DiffConfig([]byte(a), []byte(b))
+		diff := Diff([]byte(a), []byte(b))
 		if (diff == "") != (a == b) {
 			t.Fatalf("diff is %q", diff)
 		}
@@ -151,7 +151,7 @@ func patch(a, diff string) (string, error) {
 // Large texts with nothing in common, or with all lines the same, must not stop
 // a node for long.
 func TestDiffConfigOfHopelessTextsIsQuick(t *testing.T) {
-	same := bytes.Repeat([]byte("x\n"), MaxConfigBytes/8)
+	same := bytes.Repeat([]byte("x\n"), MaxBytes/8)
 	var other, reversed bytes.Buffer
 	for i := range 40_000 {
 		fmt.Fprintf(&other, "%d\n", i)
@@ -159,7 +159,7 @@ func TestDiffConfigOfHopelessTextsIsQuick(t *testing.T) {
 	}
 	for _, pair := range [][2][]byte{{same, same[2:]}, {same, other.Bytes()}, {other.Bytes(), reversed.Bytes()}} {
 		start := time.Now()
-		if DiffConfig(pair[0], pair[1]) == "" {
+		if Diff(pair[0], pair[1]) == "" {
 			t.Error("no difference found")
 		}
 		if d := time.Since(start); d > 5*time.Second {

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"errors"
@@ -139,7 +139,7 @@ const (
 	maxCacheStale = 30 * 24 * time.Hour
 )
 
-func (c *configCheck) cache() {
+func (c *checker) cache() {
 	at, k := At("cache"), &c.Cache
 	c.storePolicy(at, k.Store)
 	c.cacheTimes(at, k.LocalTTL, k.SharedTTL, k.Stale)
@@ -171,7 +171,7 @@ func (c *configCheck) cache() {
 }
 
 // modelCache fills in what the model does not say.
-func (c *configCheck) modelCache(at ConfigPath, own ModelCache) ModelCache {
+func (c *checker) modelCache(at Path, own ModelCache) ModelCache {
 	if !c.src.Has(at.At("enabled")) {
 		own.Enabled = c.Cache.Enabled
 	}
@@ -194,14 +194,14 @@ func (c *configCheck) modelCache(at ConfigPath, own ModelCache) ModelCache {
 	return own
 }
 
-func (c *configCheck) storePolicy(at ConfigPath, p StorePolicy) {
+func (c *checker) storePolicy(at Path, p StorePolicy) {
 	known := []string{string(StoreDeterministic), string(StoreAll), string(StoreNone)}
 	if !slices.Contains(known, string(p)) {
 		c.reject(at.At("store"), c.src.suggest(string(p), known, ""), "%s is no policy for what to keep", quoted(string(p)))
 	}
 }
 
-func (c *configCheck) cacheTimes(at ConfigPath, local, shared, stale Duration) {
+func (c *checker) cacheTimes(at Path, local, shared, stale Duration) {
 	c.within(at.At("local_ttl"), local, time.Second, maxCacheTTL)
 	c.within(at.At("shared_ttl"), shared, time.Second, maxCacheTTL)
 	c.within(at.At("stale"), stale, 0, maxCacheStale)
@@ -214,7 +214,7 @@ func (c *configCheck) cacheTimes(at ConfigPath, local, shared, stale Duration) {
 	}
 }
 
-func (c *configCheck) cacheSites(at ConfigPath) {
+func (c *checker) cacheSites(at Path) {
 	if c.tooMany(at, len(c.Cache.Sites), MaxSites) {
 		return
 	}
@@ -237,7 +237,7 @@ func (c *configCheck) cacheSites(at ConfigPath) {
 	}
 }
 
-func (c *configCheck) redis(at ConfigPath, r Redis) {
+func (c *checker) redis(at Path, r Redis) {
 	modes := []string{string(RedisSingle), string(RedisCluster), string(RedisSentinel)}
 	if !slices.Contains(modes, string(r.Mode)) {
 		c.reject(at.At("mode"), c.src.suggest(string(r.Mode), modes, ""), "%s is no mode", quoted(string(r.Mode)))
@@ -264,7 +264,7 @@ func (c *configCheck) redis(at ConfigPath, r Redis) {
 }
 
 // sentinels checks what is for them alone.
-func (c *configCheck) sentinels(at ConfigPath, r Redis) {
+func (c *checker) sentinels(at Path, r Redis) {
 	user, password := at.At("sentinel_user"), at.At("sentinel_password")
 	if c.src.Has(password) {
 		c.secret(password, r.SentinelPassword)

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"errors"
@@ -29,7 +29,7 @@ timeouts: {connect: 2s, first_token: 120s, between_tokens: 30s, total: 30m}
 
 func mustParse(t testing.TB, text string) *Config {
 	t.Helper()
-	c, err := ParseConfig("cluster.yaml", []byte(text))
+	c, err := Parse("cluster.yaml", []byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,7 +145,7 @@ func TestParseConfigSpeaksAllTheWordsAtOnce(t *testing.T) {
 				t.Fatal(err)
 			}
 			golden := strings.TrimSuffix(file, ".yaml") + ".txt"
-			_, err = ParseConfig("cluster.yaml", text)
+			_, err = Parse("cluster.yaml", text)
 			got := fmt.Sprintln(err)
 			if os.Getenv("DSNODE_UPDATE_GOLDEN") != "" {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -178,7 +178,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"colon", "version: 1\nsites: a: b\n", `cluster.yaml:2: is not valid YAML: mapping values are not allowed in this context; put values that hold a colon and a space between quotes`},
 		{"control character", "version: 1\nsites: \x01\n", `cluster.yaml:2: the text holds the control character 0x01; save the file as plain UTF-8 text`},
 		{"not UTF-8", "version: 1\n# caf\xe9\n", `cluster.yaml:2: the text is not valid UTF-8; save the file as plain UTF-8 text`},
-		{"huge", strings.Repeat("#", MaxConfigBytes+1), `cluster.yaml: the file has 1048577 bytes, more than the limit of 1048576; keep only configuration in it`},
+		{"huge", strings.Repeat("#", MaxBytes+1), `cluster.yaml: the file has 1048577 bytes, more than the limit of 1048576; keep only configuration in it`},
 		{"deep", "sites: " + strings.Repeat("[", 100) + strings.Repeat("]", 100), `cluster.yaml:1: is not valid YAML: exceeded max depth of 64 while increasing flow level`},
 		{
 			"alias", "version: 1\nsites:\n  a: &x {city: x, priority: 1}\n  b: *x\n",
@@ -333,7 +333,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"slow heartbeat", head + "timing: {heartbeat: 11s}\n", `cluster.yaml:4: timing.heartbeat: 11s is out of range; write a time from 100ms to 10s`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, err := ParseConfig("cluster.yaml", []byte(tc.text))
+			c, err := Parse("cluster.yaml", []byte(tc.text))
 			if err == nil {
 				t.Fatalf("accepted: %+v", c)
 			}
@@ -363,13 +363,13 @@ func TestParseConfigBoundsNumbersOfThings(t *testing.T) {
 		{head + "upstreams: {u: {site: a, url: http://h}}\nmodels:\n" + many(1025, "  m%d: {serve: [{upstream: u, model: m%d}]}\n"), "models: has 1025 entries, more than the limit of 1024"},
 		{head + "upstreams: {u: {site: a, url: http://h}}\nmodels:\n  m:\n    serve:\n" + many(65, "      - {upstream: u, model: m%d-%d}\n"), "models.m.serve: has 65 entries, more than the limit of 64"},
 	} {
-		_, err := ParseConfig("", []byte(tc.text))
+		_, err := Parse("", []byte(tc.text))
 		if err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("got %v, want %s", err, tc.want)
 		}
 	}
 
-	_, err := ParseConfig("f", []byte(head+many(150, "x%d: %d\n")))
+	_, err := Parse("f", []byte(head+many(150, "x%d: %d\n")))
 	var ps Problems
 	if !errors.As(err, &ps) || len(ps) != maxProblems+1 || ps[maxProblems].String() != "f: 50 more problems are not shown; repair these first" {
 		t.Errorf("150 unknown keys: %d problems, the last is %v", len(ps), ps[len(ps)-1])
@@ -380,7 +380,7 @@ func TestParseConfigBoundsNumbersOfThings(t *testing.T) {
 // allowed size may keep a node from its other work for long.
 func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
 	// An eighth of what is allowed, for the race detector's sake.
-	const size = MaxConfigBytes / 8
+	const size = MaxBytes / 8
 	fill := func(head, format string) string {
 		var b strings.Builder
 		b.WriteString(head)
@@ -414,7 +414,7 @@ func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
-			_, err := ParseConfig("f", []byte(text))
+			_, err := Parse("f", []byte(text))
 			if d := time.Since(start); d > 5*time.Second {
 				t.Errorf("took %s", d)
 			}
@@ -430,7 +430,7 @@ func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
 func TestParseConfigNeverRepeatsASecret(t *testing.T) {
 	for _, value := range []string{"hunter2", "{hunter2}", "[hunter2]", "{env: hunter-2, hunter2: x}", "{env: 'hunter2 '}", "{hunter2: a, hunter2: b}", "{file: [hunter2]}", "|\n      hunter2\n", "&hunter2 x", "{env: &hunter2 x}", "!hunter2 x", "{env: *hunter2}", "!hunter2 {env: X}", "{env: !hunter2 X}", "{<<: hunter2}", "!!int hunter2", "!!timestamp hunter2", "*hunter2"} {
 		text := "version: 1\nsites: {a: {city: x, priority: 1}}\nupstreams:\n  u:\n    site: a\n    url: http://h\n    api_key: " + value + "\n"
-		_, err := ParseConfig("c", []byte(text))
+		_, err := Parse("c", []byte(text))
 		if err == nil || strings.Contains(err.Error(), "hunter") {
 			t.Errorf("%s: %v", value, err)
 		}
@@ -440,7 +440,7 @@ func TestParseConfigNeverRepeatsASecret(t *testing.T) {
 func TestParsedConfigWrittenAgainIsTheSame(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := drawConfig(t)
-		c, err := ParseConfig("drawn", []byte(text))
+		c, err := Parse("drawn", []byte(text))
 		if err != nil {
 			t.Fatalf("%v\n%s", err, text)
 		}
@@ -448,7 +448,7 @@ func TestParsedConfigWrittenAgainIsTheSame(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		again, err := ParseConfig("again", written)
+		again, err := Parse("again", written)
 		if err != nil {
 			t.Fatalf("%v\n%s", err, written)
 		}
@@ -524,7 +524,7 @@ func FuzzParseConfig(f *testing.F) {
 		f.Add(text)
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
-		c, err := ParseConfig("f", text)
+		c, err := Parse("f", text)
 		if err != nil {
 			var ps Problems
 			if !errors.As(err, &ps) {
@@ -541,7 +541,7 @@ func FuzzParseConfig(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if again, err := ParseConfig("again", written); err != nil || !again.Equal(c) {
+		if again, err := Parse("again", written); err != nil || !again.Equal(c) {
 			t.Fatalf("%v\nfrom\n%s\nto\n%s", err, text, written)
 		}
 	})

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"fmt"
@@ -52,7 +52,7 @@ func DefaultJobs() Jobs {
 	}
 }
 
-func (c *configCheck) jobs() {
+func (c *checker) jobs() {
 	j, at := c.Jobs, At("jobs")
 	if !slices.Contains(JobDurabilities(), j.Durability) {
 		c.reject(at.At("durability"), c.src.suggest(j.Durability, JobDurabilities(), ""), "%s is not a durability", quoted(j.Durability))

@@ -1,4 +1,4 @@
-package cluster
+package config
 
 import (
 	"slices"
@@ -71,7 +71,7 @@ func wordChoices(known []string) string {
 
 // suggest is the one near word, else all of them, else what to do when there
 // are none.
-func (s *ConfigSource) suggest(wrong string, known []string, none string) string {
+func (s *Source) suggest(wrong string, known []string, none string) string {
 	if s.full() {
 		return ""
 	}
