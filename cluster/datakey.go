@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 )
@@ -88,7 +89,7 @@ func (s *State) PendingDataKey() (DataKey, bool) {
 // a key.
 func (s *State) Unconfirmed(k DataKey) []string {
 	var missing []string
-	for _, name := range sortedKeys(s.Nodes) {
+	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
 		if _, confirmed := k.Confirmed[name]; !confirmed {
 			missing = append(missing, name)
 		}
@@ -109,7 +110,7 @@ func (s *State) OperatorKey() string {
 // this fingerprint as theirs.
 func (s *State) LackOperatorKey(fingerprint string) []string {
 	var lack []string
-	for _, name := range sortedKeys(s.Nodes) {
+	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
 		if s.Nodes[name].OperatorKey != fingerprint {
 			lack = append(lack, name)
 		}

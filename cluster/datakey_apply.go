@@ -128,7 +128,7 @@ func (s *State) dropDataKey(d DataKeyDrop) error {
 	if state := s.DataKeys[i].State(); state != DataKeyRetired {
 		return fmt.Errorf("%w: %s is %s", ErrDataKeyInUse, d.ID, state)
 	}
-	for _, name := range sortedKeys(s.Nodes) {
+	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
 		if !slices.Contains(d.Free, name) {
 			return fmt.Errorf("%w: node %s has not said that nothing there is sealed with %s", ErrDataKeyInUse, name, d.ID)
 		}

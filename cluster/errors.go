@@ -70,6 +70,9 @@ var wire = []struct {
 	{"operator_key", ErrOperatorKey},
 	{"operator_key_missing", ErrOperatorKeyMissing},
 	{"bad_purge", ErrBadPurge},
+	{"unknown_stream", ErrUnknownStream},
+	{"stale_token", ErrStaleToken},
+	{"still_member", ErrStillMember},
 }
 
 // refusal puts an expected error on the wire; nil for any other.

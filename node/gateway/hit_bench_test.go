@@ -65,7 +65,7 @@ func BenchmarkHit(b *testing.B) {
 	}
 	defer p.Close()
 	g := New(Options{
-		Server: p, Config: func() *config.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
+		Server: p, Config: func() *config.Config { return cfg }, Auth: stateAuth{state}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -113,10 +113,10 @@ func BenchmarkHit(b *testing.B) {
 	}
 }
 
-// agreed judges keys by the agreed state, as a node does.
-type agreed struct{ state *cluster.State }
+// stateAuth judges keys by the agreed state, as a node does.
+type stateAuth struct{ state *cluster.State }
 
-func (a agreed) Authenticate(token string, _ bool) (serving.Principal, error) {
+func (a stateAuth) Authenticate(token string, _ bool) (serving.Principal, error) {
 	key, err := a.state.Authenticate(token, time.Now())
 	return serving.Principal{KeyID: key.ID, Tenant: key.Tenant, Models: key.Models}, err
 }
