@@ -10,10 +10,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"net"
 	"net/url"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // certificateBackdate forgives a peer whose clock is behind: a certificate is

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
 )
@@ -154,7 +155,7 @@ func New(o Options) (*Cluster, error) {
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
 		Relays: c.relays, Silent: c.silent,
-		OnNewerGeneration: func(peer Identity, theirs Generation) {
+		OnNewerGeneration: func(peer Identity, theirs agreed.Generation) {
 			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&words); old == nil {
 				c.log.Error("left behind by a recovery", "peer", peer.Node, "generation", theirs.Number)
@@ -194,7 +195,7 @@ func (c *Cluster) StartedAt() time.Time { return c.started }
 
 // State is the agreed state as this node has applied it: never nil, immutable.
 // Its ClusterID is empty while the node belongs to no cluster.
-func (c *Cluster) State() *State { return c.fsm.state.Load() }
+func (c *Cluster) State() *agreed.State { return c.fsm.state.Load() }
 
 // Changed gives a channel that closes at the next change of State.
 func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
@@ -302,10 +303,10 @@ func (c *Cluster) Announce() {
 	}
 }
 
-func (c *Cluster) self() Node {
-	n := Node{
+func (c *Cluster) self() agreed.Node {
+	n := agreed.Node{
 		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
-		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: MaxFeatureLevel,
+		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: agreed.MaxFeatureLevel,
 		Instance: c.instance, StartedAt: c.started,
 		OperatorKey: c.opts.OperatorKey, OperatorKeyPrevious: c.opts.OperatorKeyPrevious,
 	}
@@ -432,7 +433,7 @@ func (c *Cluster) newGossip() *Gossip {
 		},
 		OnChange: func(m Member) {
 			if m.Name != c.opts.Name {
-				c.book.learn(Node{
+				c.book.learn(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
 					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,
 				})

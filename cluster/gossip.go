@@ -13,9 +13,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/memberlist"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // MemberState is what gossip believes of a member. Nothing may be decided on it

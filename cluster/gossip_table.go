@@ -8,8 +8,9 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/memberlist"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (

@@ -7,6 +7,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 const houseEvery = 2 * time.Second
@@ -26,7 +28,7 @@ func (c *Cluster) keepHouse(ctx context.Context) error {
 		c.snapshotConfiguration()
 		if _, leads := c.Leading(); leads {
 			if level := featureLevel(s); level > s.FeatureLevel {
-				if _, err := c.Propose(ctx, CmdFeatureRaise, FeatureRaise{Level: level}); err != nil && !errors.Is(err, context.Canceled) {
+				if _, err := c.Propose(ctx, agreed.CmdFeatureRaise, agreed.FeatureRaise{Level: level}); err != nil && !errors.Is(err, context.Canceled) {
 					c.log.Warn("feature level not raised", "to", level, "err", err)
 				} else if err == nil {
 					c.log.Info("feature level raised", "to", level)
@@ -67,11 +69,11 @@ func (c *Cluster) snapshotConfiguration() {
 }
 
 // featureLevel is the highest that every member supports.
-func featureLevel(s *State) int {
+func featureLevel(s *agreed.State) int {
 	if len(s.Nodes) == 0 {
 		return s.FeatureLevel
 	}
-	level := MaxFeatureLevel
+	level := agreed.MaxFeatureLevel
 	for _, n := range s.Nodes {
 		level = min(level, n.Feature)
 	}

@@ -4,9 +4,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"net/url"
 	"strings"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // ErrNoIdentity means that a certificate does not say which node it is for.

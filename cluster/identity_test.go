@@ -7,8 +7,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"pgregory.net/rapid"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 func TestParseIdentity(t *testing.T) {

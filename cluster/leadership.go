@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Leadership is an unbroken time of leading raft, seen from inside: it begins
@@ -230,7 +232,7 @@ func (c *Cluster) holdStill() bool {
 // tick commits one entry; the time counts from before it was proposed.
 func (c *Cluster) tick(r *raft.Raft) tickResult {
 	res := tickResult{proposed: Boottime()}
-	cmd, err := NewCommand(CmdTick, time.Now(), nil)
+	cmd, err := agreed.NewCommand(agreed.CmdTick, time.Now(), nil)
 	if err == nil {
 		var b []byte
 		if b, err = cmd.Encode(); err == nil {
@@ -274,7 +276,7 @@ func (c *Cluster) TransferLeadership(ctx context.Context, to string) error {
 	if err := c.waitLeader(cctx, to); err != nil {
 		return err
 	}
-	if _, err := c.Propose(cctx, CmdTick, nil); err != nil {
+	if _, err := c.Propose(cctx, agreed.CmdTick, nil); err != nil {
 		return fmt.Errorf("leadership went to %s, but it takes no entries: %w", to, err)
 	}
 	return nil

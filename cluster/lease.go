@@ -3,6 +3,8 @@ package cluster
 import (
 	"sync"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // lease is this node's knowledge that a quorum was alive a moment ago. It is
@@ -42,7 +44,7 @@ func (f fences) merge(o fences) fences {
 	return fences{max(f.epoch, o.epoch), max(f.ownership, o.ownership)}
 }
 
-func fencesOf(s *State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
+func fencesOf(s *agreed.State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
 
 // setLength sets L, before the first use.
 func (l *lease) setLength(length time.Duration) {

@@ -4,8 +4,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"pgregory.net/rapid"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // A waiter is told when a lease begins and of a higher epoch, not of each

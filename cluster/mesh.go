@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // ErrNoAddress means that no address of the dialled node is known.
@@ -54,7 +56,7 @@ type MeshOptions struct {
 	Admit func(site string) error
 	// OnNewerGeneration hears that a peer of the same cluster is of a higher
 	// generation, so this node was left behind by a recovery. It must not block.
-	OnNewerGeneration func(peer Identity, theirs Generation)
+	OnNewerGeneration func(peer Identity, theirs agreed.Generation)
 }
 
 // Mesh is the rpc port: every connection between this node and its peers, in

@@ -16,6 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 func meshOfThree(t *testing.T, change func(*MeshOptions)) (*testBook, []*testPeer) {
@@ -157,7 +159,7 @@ func TestRefusalsTellBothSides(t *testing.T) {
 	make := func(site string) *testPeer {
 		id := Identity{"dev", site, site + "-1"}
 		p := newTestPeer(t, ca, book, id, func(o *MeshOptions) {
-			o.OnNewerGeneration = func(peer Identity, g Generation) {
+			o.OnNewerGeneration = func(peer Identity, g agreed.Generation) {
 				mu.Lock()
 				defer mu.Unlock()
 				noticed = append(noticed, newer{site, peer, g.Number})

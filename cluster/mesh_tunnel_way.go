@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Bounds of finding out which way to a node works.
@@ -83,7 +85,7 @@ func (w *ways) begin(node string, every time.Duration) bool {
 	defer w.mu.Unlock()
 	known, ok := w.of[node]
 	if !ok {
-		if len(w.of) >= maxNodes {
+		if len(w.of) >= agreed.MaxNodes {
 			return false
 		}
 		known = &way{}

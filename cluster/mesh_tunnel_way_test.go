@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // The link breaks under everything that stands, is found to be cut, and heals:
@@ -222,12 +224,12 @@ func TestExaminationsAreBounded(t *testing.T) {
 	if w.end("n1"); w.examining != maxExamined-2 {
 		t.Errorf("%d are examined", w.examining)
 	}
-	for i := range maxNodes {
+	for i := range agreed.MaxNodes {
 		if w.begin(fmt.Sprint("m", i), 0) {
 			w.end(fmt.Sprint("m", i))
 		}
 	}
-	if len(w.of) != maxNodes {
-		t.Errorf("%d nodes are remembered, want %d at most", len(w.of), maxNodes)
+	if len(w.of) != agreed.MaxNodes {
+		t.Errorf("%d nodes are remembered, want %d at most", len(w.of), agreed.MaxNodes)
 	}
 }

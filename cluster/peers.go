@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -30,7 +31,7 @@ type PeerView struct {
 	// how long ago the newest answered ping was sent.
 	Heard bool
 	Ago   time.Duration
-	Info  Node
+	Info  agreed.Node
 	Health
 	// HeardBy is the peer's own table: node → how long ago it heard it, as of
 	// Ago. Nodes it never heard are absent. It is shared: don't change it.
@@ -163,12 +164,12 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 
 // members are the agreed nodes, or the remembered ones while this node has not
 // learnt the agreed state.
-func (c *Cluster) members() map[string]Node {
+func (c *Cluster) members() map[string]agreed.Node {
 	s := c.State()
 	if s.ClusterID != "" {
 		return s.Nodes
 	}
-	nodes := map[string]Node{}
+	nodes := map[string]agreed.Node{}
 	for _, n := range c.book.all() {
 		nodes[n.Name] = n
 	}

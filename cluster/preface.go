@@ -7,6 +7,8 @@ import (
 	"io"
 
 	"github.com/go-json-experiment/json"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Kind says what a connection of the rpc port carries.
@@ -42,7 +44,7 @@ func (k Kind) ofTunnel() bool { return k == KindTunnel || k == KindRelayed }
 // is a node that has not joined any.
 type Membership struct {
 	ClusterID  string
-	Generation Generation
+	Generation agreed.Generation
 }
 
 // The codes of a refusal, for metrics and for programs; the message is for
@@ -132,23 +134,23 @@ const (
 
 // prefaceRequest is the dialler's half.
 type prefaceRequest struct {
-	Format     int        `json:"format"`
-	Kind       Kind       `json:"kind"`
-	ClusterID  string     `json:"cluster_id"`
-	Generation Generation `json:"generation"`
-	Node       string     `json:"node"`
-	Site       string     `json:"site"`
-	Target     string     `json:"target,omitzero"` // of KindTunnel, and of no other
+	Format     int               `json:"format"`
+	Kind       Kind              `json:"kind"`
+	ClusterID  string            `json:"cluster_id"`
+	Generation agreed.Generation `json:"generation"`
+	Node       string            `json:"node"`
+	Site       string            `json:"site"`
+	Target     string            `json:"target,omitzero"` // of KindTunnel, and of no other
 }
 
 // prefaceReply is the acceptor's half. It comes before a refusal too, so that
 // both sides learn why. An empty code welcomes.
 type prefaceReply struct {
-	Format     int        `json:"format"`
-	Code       string     `json:"code"`
-	Message    string     `json:"message"`
-	ClusterID  string     `json:"cluster_id"`
-	Generation Generation `json:"generation"`
+	Format     int               `json:"format"`
+	Code       string            `json:"code"`
+	Message    string            `json:"message"`
+	ClusterID  string            `json:"cluster_id"`
+	Generation agreed.Generation `json:"generation"`
 }
 
 var errPreface = errors.New("not a dsnode preface")

@@ -6,13 +6,15 @@ import (
 	"testing"
 
 	"pgregory.net/rapid"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 var (
-	first     = Membership{"c1", Generation{1, "g1"}}
-	recovered = Membership{"c1", Generation{2, "g2"}}
-	forked    = Membership{"c1", Generation{2, "g2-other"}}
-	foreign   = Membership{"c2", Generation{1, "g1"}}
+	first     = Membership{"c1", agreed.Generation{Number: 1, ID: "g1"}}
+	recovered = Membership{"c1", agreed.Generation{Number: 2, ID: "g2"}}
+	forked    = Membership{"c1", agreed.Generation{Number: 2, ID: "g2-other"}}
+	foreign   = Membership{"c2", agreed.Generation{Number: 1, ID: "g1"}}
 	noCluster = Membership{}
 )
 
@@ -64,7 +66,7 @@ func TestJudgeIsSymmetric(t *testing.T) {
 	membership := rapid.Custom(func(t *rapid.T) Membership {
 		return Membership{
 			ClusterID: rapid.SampledFrom([]string{"", "c1", "c2"}).Draw(t, "cluster"),
-			Generation: Generation{
+			Generation: agreed.Generation{
 				Number: rapid.Uint64Range(1, 3).Draw(t, "number"),
 				ID:     rapid.SampledFrom([]string{"x", "y"}).Draw(t, "id"),
 			},
@@ -180,8 +182,8 @@ func TestReadPrefaceTakesNoByteTooMany(t *testing.T) {
 func TestRefusalsFitIntoAnAnswer(t *testing.T) {
 	long := strings.Repeat("\x01", prefaceFieldMax) // six bytes each in JSON
 	for _, pair := range [][2]Membership{
-		{{long, Generation{1, long}}, {"c", Generation{1, long}}},
-		{{long, Generation{1, long}}, {long, Generation{1, "other" + long[5:]}}},
+		{{long, agreed.Generation{Number: 1, ID: long}}, {"c", agreed.Generation{Number: 1, ID: long}}},
+		{{long, agreed.Generation{Number: 1, ID: long}}, {long, agreed.Generation{Number: 1, ID: "other" + long[5:]}}},
 	} {
 		refused := judge(pair[0], pair[1], KindRaft)
 		if refused == nil {
@@ -199,7 +201,7 @@ func TestRefusalsFitIntoAnAnswer(t *testing.T) {
 func FuzzPreface(f *testing.F) {
 	id := Identity{"dev", "a", "a-1"}
 	for _, message := range []any{
-		prefaceRequest{Format: 1, Kind: KindRaft, ClusterID: "c1", Generation: Generation{3, "g"}, Node: "a-1", Site: "a"},
+		prefaceRequest{Format: 1, Kind: KindRaft, ClusterID: "c1", Generation: agreed.Generation{Number: 3, ID: "g"}, Node: "a-1", Site: "a"},
 		prefaceRequest{Format: 1, Kind: KindTunnel, ClusterID: "c1", Generation: first.Generation, Node: "a-1", Site: "a", Target: "b-1"},
 		prefaceRequest{Format: 1, Kind: KindRelayed, ClusterID: "c1", Generation: first.Generation, Node: "a-1", Site: "a"},
 		prefaceReply{Format: 1, Code: CodeOtherCluster, Message: "no", ClusterID: "c2"},

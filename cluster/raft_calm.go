@@ -5,8 +5,9 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Raft's leader sends each follower a heartbeat every tenth of the heartbeat

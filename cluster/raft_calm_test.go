@@ -9,8 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // One follower's answers to entries, and whether a heartbeat that raft sends at

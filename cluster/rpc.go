@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -60,7 +61,7 @@ func caller(ctx context.Context) (Identity, error) {
 
 // Propose commits for a member that is not the leader.
 func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
-	cmd, err := DecodeCommand(r.GetCommand())
+	cmd, err := agreed.DecodeCommand(r.GetCommand())
 	var index uint64
 	if err == nil {
 		index, err = s.c.commit(ctx, cmd, r.GetCommand())

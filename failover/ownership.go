@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // ErrNotOwner is why a job of a stream may not be started here.
@@ -15,12 +15,12 @@ var ErrNotOwner = errors.New("this node may not execute the jobs of that stream"
 
 // OwnershipStanding is what Ownership needs of the cluster; *cluster.Cluster is one.
 type OwnershipStanding interface {
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	// OwnershipLease is how long the lease is good, and the newest change of
 	// State.Ownership that was heard of with it.
 	OwnershipLease() (left time.Duration, ownership uint64)
-	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
+	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
 }
 
 // Ownership says which job streams this node may execute, start by start.
@@ -42,7 +42,7 @@ type Ownership struct {
 }
 
 type tenancy struct {
-	token     cluster.FenceToken
+	token     agreed.FenceToken
 	notBefore time.Duration
 }
 
@@ -55,7 +55,7 @@ func NewOwnership(node string, s OwnershipStanding, newLeaderWait func() time.Du
 
 // Permit permits one start of a job.
 type Permit struct {
-	Token    cluster.FenceToken
+	Token    agreed.FenceToken
 	deadline time.Duration
 	boottime func() time.Duration
 }
@@ -92,7 +92,7 @@ func (o *Ownership) Check(stream string) (Permit, error) {
 // note starts the wait for each stream that came to this node from another: its
 // lease may run for L after it was disowned. A process that has just started
 // doesn't know how long it has owned what it owns, so it waits as well.
-func (o *Ownership) note(s *cluster.State, now time.Duration) {
+func (o *Ownership) note(s *agreed.State, now time.Duration) {
 	for key := range o.known {
 		if s.Streams[key].Owner != o.node {
 			delete(o.known, key)
@@ -112,7 +112,7 @@ func (o *Ownership) note(s *cluster.State, now time.Duration) {
 
 // Mine are the streams that this node owns by its copy of the agreed state,
 // whether it may act for them now or not.
-func (o *Ownership) Mine() []cluster.JobStream { return o.standing.State().StreamsOf(o.node) }
+func (o *Ownership) Mine() []agreed.JobStream { return o.standing.State().StreamsOf(o.node) }
 
 // Changed closes at the next change of the agreed state.
 func (o *Ownership) Changed() <-chan struct{} { return o.standing.Changed() }
@@ -126,27 +126,27 @@ func (o *Ownership) Leased() bool {
 // Open makes a stream of this node known to the cluster: from the moment that it
 // was asked for, others may adopt it, so its jobs need a permit. Repeating it is
 // safe.
-func (o *Ownership) Open(ctx context.Context, incarnation string) (cluster.FenceToken, error) {
-	if _, err := o.standing.Propose(ctx, cluster.CmdStreamOpen, cluster.StreamOpen{Origin: o.node, Incarnation: incarnation}); err != nil {
-		return cluster.FenceToken{}, fmt.Errorf("open job stream: %w", err)
+func (o *Ownership) Open(ctx context.Context, incarnation string) (agreed.FenceToken, error) {
+	if _, err := o.standing.Propose(ctx, agreed.CmdStreamOpen, agreed.StreamOpen{Origin: o.node, Incarnation: incarnation}); err != nil {
+		return agreed.FenceToken{}, fmt.Errorf("open job stream: %w", err)
 	}
-	return o.agreed(ctx, cluster.StreamKey(o.node, incarnation))
+	return o.agreed(ctx, agreed.StreamKey(o.node, incarnation))
 }
 
 // Inherit makes a stream known that a removed node took alone and never told of,
 // and asks for it: some node of those that have jobs of it gets it. Repeating it is
 // safe. The error wraps cluster.ErrStillMember when its node is one.
 func (o *Ownership) Inherit(ctx context.Context, origin, incarnation string) error {
-	d := cluster.StreamInherit{Origin: origin, Incarnation: incarnation, Owner: o.node}
-	if _, err := o.standing.Propose(ctx, cluster.CmdStreamInherit, d); err != nil {
+	d := agreed.StreamInherit{Origin: origin, Incarnation: incarnation, Owner: o.node}
+	if _, err := o.standing.Propose(ctx, agreed.CmdStreamInherit, d); err != nil {
 		return fmt.Errorf("inherit job stream: %w", err)
 	}
-	_, err := o.agreed(ctx, cluster.StreamKey(origin, incarnation))
+	_, err := o.agreed(ctx, agreed.StreamKey(origin, incarnation))
 	return err
 }
 
 // agreed waits until the own copy of the state has a stream.
-func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken, error) {
+func (o *Ownership) agreed(ctx context.Context, key string) (agreed.FenceToken, error) {
 	for {
 		changed := o.standing.Changed()
 		if j, agreed := o.standing.State().Streams[key]; agreed {
@@ -155,14 +155,14 @@ func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken,
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return cluster.FenceToken{}, fmt.Errorf("wait for job stream %s: %w", key, ctx.Err())
+			return agreed.FenceToken{}, fmt.Errorf("wait for job stream %s: %w", key, ctx.Err())
 		}
 	}
 }
 
 // Drop forgets streams of this node's of which nothing is left to do.
 func (o *Ownership) Drop(ctx context.Context, streams ...string) error {
-	if _, err := o.standing.Propose(ctx, cluster.CmdStreamDrop, cluster.StreamDrop{Owner: o.node, Streams: streams}); err != nil {
+	if _, err := o.standing.Propose(ctx, agreed.CmdStreamDrop, agreed.StreamDrop{Owner: o.node, Streams: streams}); err != nil {
 		return fmt.Errorf("drop job streams: %w", err)
 	}
 	return nil

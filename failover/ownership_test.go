@@ -9,7 +9,7 @@ import (
 
 	"pgregory.net/rapid"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 const (
@@ -21,7 +21,7 @@ const (
 // leases that are handed from node to node.
 type ownershipWorld struct {
 	now   time.Duration
-	log   []*cluster.State
+	log   []*agreed.State
 	nodes []*ownershipNode
 }
 
@@ -35,11 +35,11 @@ type ownershipNode struct {
 }
 
 func newOwnershipWorld(names ...string) *ownershipWorld {
-	s := &cluster.State{ClusterID: "c", Generation: cluster.Generation{Number: 1}, Nodes: map[string]cluster.Node{}}
+	s := &agreed.State{ClusterID: "c", Generation: agreed.Generation{Number: 1}, Nodes: map[string]agreed.Node{}}
 	for _, name := range names {
-		s.Nodes[name] = cluster.Node{Name: name, Site: name[:1]}
+		s.Nodes[name] = agreed.Node{Name: name, Site: name[:1]}
 	}
-	w := &ownershipWorld{now: time.Hour, log: []*cluster.State{s}}
+	w := &ownershipWorld{now: time.Hour, log: []*agreed.State{s}}
 	for _, name := range names {
 		n := &ownershipNode{world: w, name: name}
 		n.restart()
@@ -53,28 +53,28 @@ func (n *ownershipNode) restart() {
 	n.ownership = NewOwnership(n.name, n, func() time.Duration { return testWait }, func() time.Duration { return n.world.now })
 }
 
-func (n *ownershipNode) State() *cluster.State    { return n.world.log[n.applied] }
+func (n *ownershipNode) State() *agreed.State     { return n.world.log[n.applied] }
 func (n *ownershipNode) Changed() <-chan struct{} { return nil }
 func (n *ownershipNode) OwnershipLease() (time.Duration, uint64) {
 	return n.until - n.world.now, n.heard
 }
 
 // Propose commits at once, and the proposer has applied what it proposed.
-func (n *ownershipNode) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (n *ownershipNode) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	err := n.world.commit(t, data)
 	n.applied = len(n.world.log) - 1
 	return uint64(n.applied), err
 }
 
-func (w *ownershipWorld) newest() *cluster.State { return w.log[len(w.log)-1] }
+func (w *ownershipWorld) newest() *agreed.State { return w.log[len(w.log)-1] }
 
-func (w *ownershipWorld) commit(t cluster.CommandType, data any) error {
-	c, err := cluster.NewCommand(t, time.Unix(0, 0), data)
+func (w *ownershipWorld) commit(t agreed.CommandType, data any) error {
+	c, err := agreed.NewCommand(t, time.Unix(0, 0), data)
 	if err != nil {
 		return err
 	}
 	c.Index, c.Term = uint64(100+len(w.log)), 1
-	next, err := cluster.Apply(w.newest(), c)
+	next, err := agreed.Apply(w.newest(), c)
 	w.log = append(w.log, next)
 	return err
 }
@@ -85,7 +85,7 @@ func (n *ownershipNode) lease(proposed time.Duration, heard uint64) {
 }
 
 func TestOwnershipChecks(t *testing.T) {
-	key := cluster.StreamKey("a1", fmt.Sprintf("%032x", 1))
+	key := agreed.StreamKey("a1", fmt.Sprintf("%032x", 1))
 	w := newOwnershipWorld("a1", "a2")
 	a1, a2 := w.nodes[0], w.nodes[1]
 	refused := func(n *ownershipNode, why string) {
@@ -117,7 +117,7 @@ func TestOwnershipChecks(t *testing.T) {
 	a2.applied = a1.applied
 	a2.lease(w.now, w.newest().Ownership)
 	refused(a2, "another's stream")
-	if err := w.commit(cluster.CmdStreamOwn, cluster.StreamOwn{Stream: key, Owner: "a2", Expect: token, Term: 1}); err != nil {
+	if err := w.commit(agreed.CmdStreamOwn, agreed.StreamOwn{Stream: key, Owner: "a2", Expect: token, Term: 1}); err != nil {
 		t.Fatal(err)
 	}
 	a2.applied = len(w.log) - 1
@@ -139,7 +139,7 @@ func TestOwnershipChecks(t *testing.T) {
 func TestNeverTwoOwners(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := newOwnershipWorld("a1", "a2", "b1")
-		key := cluster.StreamKey("a1", fmt.Sprintf("%032x", 1))
+		key := agreed.StreamKey("a1", fmt.Sprintf("%032x", 1))
 		if _, err := w.nodes[0].ownership.Open(t.Context(), fmt.Sprintf("%032x", 1)); err != nil {
 			t.Fatal(err)
 		}
@@ -159,7 +159,7 @@ func TestNeverTwoOwners(t *testing.T) {
 			case "apply":
 				n.applied = min(n.applied+rapid.IntRange(1, 3).Draw(t, "entries"), len(w.log)-1)
 			case "adopt":
-				_ = w.commit(cluster.CmdStreamOwn, cluster.StreamOwn{
+				_ = w.commit(agreed.CmdStreamOwn, agreed.StreamOwn{
 					Stream: key, Owner: n.name, Expect: w.newest().Streams[key].Token, Term: 1,
 				})
 			case "restart":
@@ -185,8 +185,8 @@ func TestNeverTwoOwners(t *testing.T) {
 }
 
 func TestAdopt(t *testing.T) {
-	stream := func(origin, owner string) cluster.JobStream {
-		return cluster.JobStream{Origin: origin, Incarnation: "1", Site: origin[:1], Owner: owner, Token: cluster.FenceToken{Generation: 1, Index: 5}}
+	stream := func(origin, owner string) agreed.JobStream {
+		return agreed.JobStream{Origin: origin, Incarnation: "1", Site: origin[:1], Owner: owner, Token: agreed.FenceToken{Generation: 1, Index: 5}}
 	}
 	here := func(name string) AdoptionNode { return AdoptionNode{Name: name, Site: name[:1], Able: true} }
 	gone := func(name string) AdoptionNode {
@@ -199,17 +199,17 @@ func TestAdopt(t *testing.T) {
 		to   string
 		why  AdoptionReason
 	}{
-		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"gone: a neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
-		{"gone, and the neighbour drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
-		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
-		{"the primary is gone too, not replaced yet", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"an adopter that is gone: its own neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
-		{"removed for good", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
-		{"the idlest neighbour", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []cluster.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
-		{"a leader that may not yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"quarantined", AdoptionView{MayReassign: true, Quarantined: true, Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
+		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"gone: a neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
+		{"gone, and the neighbour drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
+		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
+		{"the primary is gone too, not replaced yet", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"an adopter that is gone: its own neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
+		{"removed for good", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
+		{"the idlest neighbour", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []agreed.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
+		{"a leader that may not yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"quarantined", AdoptionView{MayReassign: true, Quarantined: true, Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -233,7 +233,7 @@ func TestAdoptSpreads(t *testing.T) {
 		{Name: "a1", Site: "a", Silence: adoptAfter}, {Name: "b1", Site: "b", Able: true}, {Name: "b2", Site: "b", Able: true},
 	}}
 	for n := range 10 {
-		v.Streams = append(v.Streams, cluster.JobStream{Origin: "a1", Incarnation: fmt.Sprint(n), Site: "a", Owner: "a1"})
+		v.Streams = append(v.Streams, agreed.JobStream{Origin: "a1", Incarnation: fmt.Sprint(n), Site: "a", Owner: "a1"})
 	}
 	load := map[string]int{}
 	for _, a := range Adopt(v) {

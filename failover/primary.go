@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // ErrNotPrimary is why a primary context ended, or could not begin.
@@ -20,7 +20,7 @@ const StartWithin = 50 * time.Millisecond
 
 // Standing is what Role needs of the cluster; *cluster.Cluster is one.
 type Standing interface {
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	Lease() (left time.Duration, epoch uint64)
 	// LeaseChanged closes when a lease begins, or a higher epoch is heard of.
@@ -132,7 +132,7 @@ func (r *Role) may(now time.Duration) (epoch uint64, left time.Duration, err err
 // leaving: a switchover away from here stands in the agreed state. Its deadline
 // is not looked at: clocks differ, and a promotion by the coordinator's clock
 // may still come. The raft leader clears what is overdue.
-func (r *Role) leaving(s *cluster.State) bool {
+func (r *Role) leaving(s *agreed.State) bool {
 	return s.Switchover != nil && s.Switchover.From == r.site
 }
 
@@ -142,7 +142,7 @@ func (r *Role) leaving(s *cluster.State) bool {
 //
 // A process that has just started doesn't know what it promised before, nor how
 // far behind its copy of the state is, so it waits twice that.
-func (r *Role) note(s *cluster.State, now time.Duration) {
+func (r *Role) note(s *agreed.State, now time.Duration) {
 	p := s.Primary
 	switch {
 	case p.Epoch <= r.epoch:

@@ -9,14 +9,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // throne is a Standing that a test moves by hand.
 type throne struct {
 	mu    sync.Mutex // guards what follows
 	start time.Time
-	state cluster.State
+	state agreed.State
 	until time.Duration
 	epoch uint64
 	news  chan struct{}
@@ -25,13 +25,13 @@ type throne struct {
 func newThrone(site string) *throne {
 	return &throne{
 		start: time.Now(), news: make(chan struct{}), until: time.Hour,
-		state: cluster.State{ClusterID: "c", Primary: cluster.Primary{Site: site, Epoch: 1}},
+		state: agreed.State{ClusterID: "c", Primary: agreed.Primary{Site: site, Epoch: 1}},
 	}
 }
 
 func (th *throne) now() time.Duration { return time.Since(th.start) }
 
-func (th *throne) State() *cluster.State {
+func (th *throne) State() *agreed.State {
 	th.mu.Lock()
 	defer th.mu.Unlock()
 	s := th.state
@@ -62,7 +62,7 @@ func (th *throne) change(f func()) {
 
 func (th *throne) promote(site string, epoch uint64, released bool) {
 	th.change(func() {
-		th.state.Primary = cluster.Primary{Site: site, Epoch: epoch, Released: released}
+		th.state.Primary = agreed.Primary{Site: site, Epoch: epoch, Released: released}
 		th.state.Switchover = nil
 	})
 }
@@ -166,7 +166,7 @@ func TestPrimaryContextEnds(t *testing.T) {
 		"the lease ends":       func(th *throne) { th.change(func() { th.until = th.now() }) },
 		"a higher epoch heard": func(th *throne) { th.change(func() { th.epoch = 2 }) },
 		"a switchover away": func(th *throne) {
-			th.change(func() { th.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b"} })
+			th.change(func() { th.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b"} })
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -315,7 +315,7 @@ func TestReleaseWaitsForWork(t *testing.T) {
 		go func() { released <- r.Release(t.Context(), "x") }()
 		after(t, 5*time.Millisecond)
 		th.change(func() {
-			th.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b", Deadline: time.Now().Add(time.Second)}
+			th.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b", Deadline: time.Now().Add(time.Second)}
 		})
 		<-ctx.Done()
 		after(t, 10*time.Millisecond)
@@ -349,7 +349,7 @@ func TestReleaseGivesUp(t *testing.T) {
 		defer done()
 		for _, open := range []bool{false, true} {
 			if open {
-				th.change(func() { th.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b"} })
+				th.change(func() { th.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b"} })
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			if err := r.Release(ctx, "x"); !errors.Is(err, context.DeadlineExceeded) {

@@ -5,13 +5,14 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // standing is what Role sees; the world asks Role with w.mu held.
 type standing struct{ n *node }
 
-func (s standing) State() *cluster.State { return s.n.w.states[s.n.applied] }
+func (s standing) State() *agreed.State { return s.n.w.states[s.n.applied] }
 func (s standing) Lease() (time.Duration, uint64) {
 	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
 }
@@ -33,7 +34,7 @@ func (n *node) awake() {
 
 // What follows makes a node an Agreement.
 
-func (n *node) State() *cluster.State {
+func (n *node) State() *agreed.State {
 	n.awake()
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -112,9 +113,9 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (n *node) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
 	n.awake()
-	cmd, err := cluster.NewCommand(t, time.Now(), data)
+	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return 0, err
 	}
@@ -129,7 +130,7 @@ func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (ui
 		return 0, cluster.ErrNoQuorum
 	}
 	cmd.Term = w.term
-	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
+	next, err := agreed.Apply(w.states[len(w.states)-1], cmd)
 	if err == nil {
 		w.states = append(w.states, next)
 		w.apply(l)

@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover/drill"
 )
 
@@ -54,7 +54,7 @@ func (i *isolation) Admit(site string) error {
 }
 
 // look begins and ends cuts as the agreed drills and the clock say.
-func (i *isolation) look(drills []cluster.DrillRecord) {
+func (i *isolation) look(drills []agreed.DrillRecord) {
 	now := i.boottime()
 	c := i.cut.Load()
 	if c != nil {
@@ -87,7 +87,7 @@ func (i *isolation) look(drills []cluster.DrillRecord) {
 	}
 }
 
-func ended(drills []cluster.DrillRecord, id string) bool {
+func ended(drills []agreed.DrillRecord, id string) bool {
 	for _, d := range drills {
 		if d.ID == id {
 			return d.Verdict != ""
@@ -123,7 +123,7 @@ func (i *isolation) Heal(id string) bool {
 }
 
 // Run follows the agreed drills until ctx ends.
-func (i *isolation) Run(ctx context.Context, state func() *cluster.State, changed func() <-chan struct{}) error {
+func (i *isolation) Run(ctx context.Context, state func() *agreed.State, changed func() <-chan struct{}) error {
 	severed := "" // the drill for which connections were ended
 	for {
 		next := changed()

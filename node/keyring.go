@@ -10,15 +10,16 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 // keyAgreement is what dataKeys needs of the cluster.
 type keyAgreement interface {
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	Instance() string
-	Propose(ctx context.Context, t cluster.CommandType, data any) (uint64, error)
+	Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error)
 	Carried(ctx context.Context, node string) (map[string]int64, error)
 }
 
@@ -153,14 +154,14 @@ func wait(ctx context.Context, changed <-chan struct{}, atMost time.Duration) bo
 
 // fresh reports whether a state is no older than this process: it knows that the
 // process has started. While the log is replayed older ones pass by.
-func (d *dataKeys) fresh(s *cluster.State) bool {
+func (d *dataKeys) fresh(s *agreed.State) bool {
 	n, member := s.Nodes[d.node]
 	return member && n.Instance == d.agreed.Instance()
 }
 
 // adopt opens the agreed keys and gives the ids of those that it could open as
 // they are wrapped now. What it shows in the ring never goes back.
-func (d *dataKeys) adopt(s *cluster.State) (opened []string, err error) {
+func (d *dataKeys) adopt(s *agreed.State) (opened []string, err error) {
 	if s.ClusterID == "" {
 		return nil, nil
 	}
@@ -181,7 +182,7 @@ func (d *dataKeys) adopt(s *cluster.State) (opened []string, err error) {
 		} else {
 			problems = append(problems, err)
 			held, ok := d.held(k.ID)
-			if !ok && fresh && k.State() != cluster.DataKeyPending {
+			if !ok && fresh && k.State() != agreed.DataKeyPending {
 				d.problem = err.Error()
 				return nil, err
 			}
@@ -191,11 +192,11 @@ func (d *dataKeys) adopt(s *cluster.State) (opened []string, err error) {
 			key = held
 		}
 		// A MAC key is not shown before it is in use: its sums are for ever.
-		if key.Kind() == keyring.KindMAC && k.State() == cluster.DataKeyPending {
+		if key.Kind() == keyring.KindMAC && k.State() == agreed.DataKeyPending {
 			continue
 		}
 		next.Keys = append(next.Keys, key)
-		if k.Kind == cluster.DataKeySeal && k.State() == cluster.DataKeyActive {
+		if k.Kind == agreed.DataKeySeal && k.State() == agreed.DataKeyActive {
 			next.Current = key.ID()
 		}
 	}
@@ -209,7 +210,7 @@ func (d *dataKeys) adopt(s *cluster.State) (opened []string, err error) {
 }
 
 // open unwraps an agreed key.
-func (d *dataKeys) open(clusterID string, k cluster.DataKey) (keyring.DataKey, error) {
+func (d *dataKeys) open(clusterID string, k agreed.DataKey) (keyring.DataKey, error) {
 	id, err := keyring.ParseKeyID(k.ID)
 	if err != nil {
 		return keyring.DataKey{}, err
@@ -238,7 +239,7 @@ func (d *dataKeys) held(id string) (keyring.DataKey, bool) {
 
 // retained are the sealing keys that the cluster has given up and some record
 // here may still need: shed lets them go.
-func (d *dataKeys) retained(s *cluster.State) []keyring.DataKey {
+func (d *dataKeys) retained(s *agreed.State) []keyring.DataKey {
 	var keep []keyring.DataKey
 	for _, k := range d.kept.Keys {
 		if _, agreed := s.DataKey(k.ID().String()); !agreed && k.Kind() == keyring.KindSeal {
@@ -283,7 +284,7 @@ func (d *dataKeys) Problem() string {
 }
 
 // confirm tells the cluster which keys this node has opened, unless it knows.
-func (d *dataKeys) confirm(ctx context.Context, s *cluster.State, opened []string) error {
+func (d *dataKeys) confirm(ctx context.Context, s *agreed.State, opened []string) error {
 	if !d.fresh(s) {
 		return nil
 	}
@@ -295,7 +296,7 @@ func (d *dataKeys) confirm(ctx context.Context, s *cluster.State, opened []strin
 	if len(opened) == 0 {
 		return nil
 	}
-	_, err := d.agreed.Propose(ctx, cluster.CmdDataKeyConfirm, cluster.DataKeyConfirm{Node: d.node, IDs: opened, OperatorKey: s.OperatorKey()})
+	_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyConfirm, agreed.DataKeyConfirm{Node: d.node, IDs: opened, OperatorKey: s.OperatorKey()})
 	if err == nil {
 		d.log.Info("data keys opened and confirmed", "keys", opened, "operator_key", s.OperatorKey())
 	}

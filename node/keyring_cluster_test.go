@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -178,7 +179,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	_, ended := c.boot("b-9", oneKey())
 	select {
 	case err := <-ended:
-		if !errors.Is(err, cluster.ErrOperatorKey) || !strings.Contains(err.Error(), old.current.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
+		if !errors.Is(err, agreed.ErrOperatorKey) || !strings.Contains(err.Error(), old.current.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
 			t.Fatalf("it ended with %v", err)
 		}
 	case <-time.After(time.Minute):
@@ -199,7 +200,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	})
 	until(t, "the refusal names the node that lacks it", func() bool {
 		_, err := c.nodes["b-1"].RewrapKeyring(t.Context(), "ann")
-		return errors.Is(err, cluster.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
+		return errors.Is(err, agreed.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
 	})
 	c.stop("a-1")
 	c.seed = c.nodes["b-1"].Addresses().RPC
@@ -213,7 +214,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	})
 	until(t, "all have opened what was wrapped anew", func() bool {
 		s := a.cluster.State()
-		return !slices.ContainsFunc(s.DataKeys, func(k cluster.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
+		return !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
 	})
 	c.boot("c-2", next)
 	until(t, "a newcomer with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })

@@ -10,28 +10,29 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 // keyStep is something about the data keys that the raft leader does by itself.
 type keyStep struct {
-	add      cluster.DataKeyKind // make a key of this kind
-	activate string              // put this key to use
+	add      agreed.DataKeyKind // make a key of this kind
+	activate string             // put this key to use
 }
 
 // nextKeyStep decides, from the agreed state alone, what is to be done; false
 // when nothing is.
-func nextKeyStep(s *cluster.State) (keyStep, bool) {
+func nextKeyStep(s *agreed.State) (keyStep, bool) {
 	if s.ClusterID == "" {
 		return keyStep{}, false
 	}
-	for _, kind := range []cluster.DataKeyKind{cluster.DataKeyMAC, cluster.DataKeySeal} {
-		if !slices.ContainsFunc(s.DataKeys, func(k cluster.DataKey) bool { return k.Kind == kind }) {
+	for _, kind := range []agreed.DataKeyKind{agreed.DataKeyMAC, agreed.DataKeySeal} {
+		if !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool { return k.Kind == kind }) {
 			return keyStep{add: kind}, true
 		}
 	}
 	for _, k := range s.DataKeys {
-		if k.State() == cluster.DataKeyPending && len(s.Unconfirmed(k)) == 0 {
+		if k.State() == agreed.DataKeyPending && len(s.Unconfirmed(k)) == 0 {
 			return keyStep{activate: k.ID}, true
 		}
 	}
@@ -70,7 +71,7 @@ func (d *dataKeys) take(ctx context.Context, step keyStep) error {
 		_, err := d.add(ctx, keyring.Kind(step.add), "dsnode")
 		return err
 	}
-	_, err := d.agreed.Propose(ctx, cluster.CmdDataKeyActivate, cluster.DataKeyActivate{ID: step.activate})
+	_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyActivate, agreed.DataKeyActivate{ID: step.activate})
 	if err == nil {
 		d.log.Info("every node has confirmed the data key: it is in use", "key", step.activate)
 	}
@@ -86,7 +87,7 @@ func (d *dataKeys) add(ctx context.Context, kind keyring.Kind, by string) (id st
 		var ok bool
 		if op, ok = d.operator.named(s.OperatorKey()); !ok {
 			return "", fmt.Errorf("%w: the data keys are wrapped with operator key %s, node %s was started with %s",
-				cluster.ErrOperatorKey, s.OperatorKey(), d.node, d.operator.current.Fingerprint())
+				agreed.ErrOperatorKey, s.OperatorKey(), d.node, d.operator.current.Fingerprint())
 		}
 	}
 	k := keyring.NewDataKey(kind)
@@ -94,8 +95,8 @@ func (d *dataKeys) add(ctx context.Context, kind keyring.Kind, by string) (id st
 	if err != nil {
 		return "", err
 	}
-	_, err = d.agreed.Propose(ctx, cluster.CmdDataKeyAdd, cluster.DataKeyAdd{
-		ID: k.ID().String(), Kind: cluster.DataKeyKind(kind), Wrapped: wrapped, OperatorKey: op.Fingerprint(), By: by,
+	_, err = d.agreed.Propose(ctx, agreed.CmdDataKeyAdd, agreed.DataKeyAdd{
+		ID: k.ID().String(), Kind: agreed.DataKeyKind(kind), Wrapped: wrapped, OperatorKey: op.Fingerprint(), By: by,
 	})
 	if err != nil {
 		return "", err
@@ -104,10 +105,10 @@ func (d *dataKeys) add(ctx context.Context, kind keyring.Kind, by string) (id st
 	return k.ID().String(), nil
 }
 
-func retiredKeys(s *cluster.State) []string {
+func retiredKeys(s *agreed.State) []string {
 	var ids []string
 	for _, k := range s.DataKeys {
-		if k.State() == cluster.DataKeyRetired {
+		if k.State() == agreed.DataKeyRetired {
 			ids = append(ids, k.ID)
 		}
 	}
@@ -121,7 +122,7 @@ type carried struct {
 }
 
 // ask asks every member at once what it carries.
-func (d *dataKeys) ask(ctx context.Context, s *cluster.State, atMost time.Duration) map[string]carried {
+func (d *dataKeys) ask(ctx context.Context, s *agreed.State, atMost time.Duration) map[string]carried {
 	ctx, cancel := context.WithTimeout(ctx, max(atMost, retryEvery))
 	defer cancel()
 	var (
@@ -190,11 +191,11 @@ func (f *freeKeys) judge(retired []string, all map[string]carried, now, grace ti
 
 func (d *dataKeys) drop(ctx context.Context, f *freeKeys, retired []string, all map[string]carried) {
 	for _, id := range f.judge(retired, all, cluster.Boottime(), d.grace) {
-		_, err := d.agreed.Propose(ctx, cluster.CmdDataKeyDrop, cluster.DataKeyDrop{ID: id, Free: f.members})
+		_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: f.members})
 		switch {
 		case err == nil:
 			d.log.Info("data key dropped: no node carries a record sealed with it", "key", id)
-		case ctx.Err() == nil && !errors.Is(err, cluster.ErrUnknownDataKey):
+		case ctx.Err() == nil && !errors.Is(err, agreed.ErrUnknownDataKey):
 			d.log.Warn("data key not dropped", "key", id, "err", err)
 		}
 	}

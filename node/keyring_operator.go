@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -69,7 +69,7 @@ func (n *Node) Keyring(ctx context.Context) (admin.Keyring, error) {
 }
 
 // describeKeyring puts the agreed keys into an operator's terms.
-func describeKeyring(s *cluster.State, all map[string]carried) admin.Keyring {
+func describeKeyring(s *agreed.State, all map[string]carried) admin.Keyring {
 	r := admin.Keyring{Keys: []admin.DataKey{}, Nodes: []admin.KeyringNode{}}
 	if op := s.OperatorKey(); op != "" {
 		r.OperatorKey = &op
@@ -86,7 +86,7 @@ func describeKeyring(s *cluster.State, all map[string]carried) admin.Keyring {
 	return r
 }
 
-func describeKey(s *cluster.State, k cluster.DataKey, all map[string]carried) admin.DataKey {
+func describeKey(s *agreed.State, k agreed.DataKey, all map[string]carried) admin.DataKey {
 	d := admin.DataKey{
 		ID: k.ID, Kind: string(k.Kind), State: string(k.State()), CreatedAt: k.CreatedAt, CreatedBy: k.CreatedBy,
 		Confirmed: sortedNames(k.Confirmed), Missing: s.Unconfirmed(k),
@@ -103,7 +103,7 @@ func describeKey(s *cluster.State, k cluster.DataKey, all map[string]carried) ad
 	if !k.RetiredAt.IsZero() {
 		d.RetiredAt = &k.RetiredAt
 	}
-	if k.Kind == cluster.DataKeySeal {
+	if k.Kind == agreed.DataKeySeal {
 		d.Records = carriedBy(all, k.ID)
 	}
 	return d
@@ -111,15 +111,15 @@ func describeKey(s *cluster.State, k cluster.DataKey, all map[string]carried) ad
 
 // unsealed says, for the status, what keeps the first data keys out of use:
 // until then nothing can be kept on disk for clients.
-func unsealed(s *cluster.State) []string {
+func unsealed(s *agreed.State) []string {
 	var out []string
-	for _, kind := range []cluster.DataKeyKind{cluster.DataKeySeal, cluster.DataKeyMAC} {
-		var first cluster.DataKey
+	for _, kind := range []agreed.DataKeyKind{agreed.DataKeySeal, agreed.DataKeyMAC} {
+		var first agreed.DataKey
 		used := false
 		for _, k := range s.DataKeys {
 			switch {
 			case k.Kind != kind:
-			case k.State() != cluster.DataKeyPending:
+			case k.State() != agreed.DataKeyPending:
 				used = true
 			default:
 				first = k
@@ -151,7 +151,7 @@ func (n *Node) RotateKeyring(ctx context.Context, by string) (admin.DataKey, err
 func (d *dataKeys) rotate(ctx context.Context, by string) (admin.DataKey, error) {
 	id, err := d.add(ctx, keyring.KindSeal, by)
 	s := d.agreed.State()
-	if errors.Is(err, cluster.ErrDataKeyPending) {
+	if errors.Is(err, agreed.ErrDataKeyPending) {
 		if k, pending := s.PendingDataKey(); pending {
 			return describeKey(s, k, nil), nil
 		}
@@ -161,7 +161,7 @@ func (d *dataKeys) rotate(ctx context.Context, by string) (admin.DataKey, error)
 	}
 	k, known := s.DataKey(id)
 	if !known {
-		return admin.DataKey{}, fmt.Errorf("%w: %s", cluster.ErrUnknownDataKey, id)
+		return admin.DataKey{}, fmt.Errorf("%w: %s", agreed.ErrUnknownDataKey, id)
 	}
 	return describeKey(s, k, nil), nil
 }
@@ -198,7 +198,7 @@ func (d *dataKeys) rewrap(ctx context.Context, by string) error {
 			return err
 		}
 	}
-	if _, err := d.agreed.Propose(ctx, cluster.CmdDataKeyRewrap, cluster.DataKeyRewrap{OperatorKey: to, Wrapped: wrapped, By: by}); err != nil {
+	if _, err := d.agreed.Propose(ctx, agreed.CmdDataKeyRewrap, agreed.DataKeyRewrap{OperatorKey: to, Wrapped: wrapped, By: by}); err != nil {
 		return err
 	}
 	d.log.Info("data keys wrapped with another operator key", "operator_key", to, "before", s.OperatorKey(), "by", by)
@@ -207,14 +207,14 @@ func (d *dataKeys) rewrap(ctx context.Context, by string) error {
 
 // mayRewrap refuses in words what Apply would refuse, and a question to a node
 // that is not the right one.
-func mayRewrap(s *cluster.State, asked, to string) error {
+func mayRewrap(s *agreed.State, asked, to string) error {
 	lack := s.LackOperatorKey(to)
 	if len(lack) == 0 {
 		return nil
 	}
 	if to == s.OperatorKey() {
 		return fmt.Errorf("%w: node %s was started with the present one, %s, while others have another already (%s)",
-			cluster.ErrOperatorKeyMissing, asked, to, strings.Join(lack, ", "))
+			agreed.ErrOperatorKeyMissing, asked, to, strings.Join(lack, ", "))
 	}
-	return fmt.Errorf("%w: %s, which node %s has, is not that of %s", cluster.ErrOperatorKeyMissing, to, asked, strings.Join(lack, ", "))
+	return fmt.Errorf("%w: %s, which node %s has, is not that of %s", agreed.ErrOperatorKeyMissing, to, asked, strings.Join(lack, ", "))
 }

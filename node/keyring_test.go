@@ -21,6 +21,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -270,7 +271,7 @@ func TestRingSurvivesARestartWithoutQuorum(t *testing.T) {
 	if _, err := d.adopt(before); err != nil || current(back) != second {
 		t.Fatalf("it went back to %s: %v", current(back), err)
 	}
-	if _, err := d.adopt(&cluster.State{}); err != nil || current(back) != second {
+	if _, err := d.adopt(&agreed.State{}); err != nil || current(back) != second {
 		t.Fatalf("an empty state: %s, %v", current(back), err)
 	}
 }
@@ -330,11 +331,11 @@ func TestOperatorKeyChanges(t *testing.T) {
 	}
 	restart("a-1", both)
 	err := nodes["a-1"].rewrap(t.Context(), "ann")
-	if !errors.Is(err, cluster.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "b-1, c-1") {
+	if !errors.Is(err, agreed.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "b-1, c-1") {
 		t.Fatalf("others lack it: %v", err)
 	}
 	err = nodes["b-1"].rewrap(t.Context(), "ann")
-	if !errors.Is(err, cluster.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "node b-1 was started with the present one") || !strings.Contains(err.Error(), "a-1") {
+	if !errors.Is(err, agreed.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "node b-1 was started with the present one") || !strings.Contains(err.Error(), "a-1") {
 		t.Fatalf("asked of a node that has the old one: %v", err)
 	}
 	// Half-way through a rotation still works: it uses the key that all have.
@@ -350,7 +351,7 @@ func TestOperatorKeyChanges(t *testing.T) {
 	}
 	until(t, "all confirm anew", func() bool {
 		s := nodes["a-1"].State()
-		return s.OperatorKey() == next.current.Fingerprint() && !slices.ContainsFunc(s.DataKeys, func(k cluster.DataKey) bool {
+		return s.OperatorKey() == next.current.Fingerprint() && !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool {
 			return len(s.Unconfirmed(k)) > 0
 		})
 	})
@@ -430,7 +431,7 @@ func TestDroppedKeyStaysWhileRecordsNeedIt(t *testing.T) {
 	for range 3 {
 		step()
 	}
-	w.must(cluster.CmdDataKeyDrop, cluster.DataKeyDrop{ID: first, Free: []string{"a-1"}})
+	w.must(agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: first, Free: []string{"a-1"}})
 	step()
 	if err := a.read(); err != nil || current(a) == first {
 		t.Fatalf("current %s: %v", current(a), err)
@@ -537,7 +538,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 					}
 					for _, name := range before {
 						if o := w.nodes[name]; o != nil && !o.ring.Has(id) && o.fresh(o.State()) {
-							if k, there := o.State().DataKey(id.String()); there && k.Confirmed[name].IsZero() && k.State() == cluster.DataKeyPending {
+							if k, there := o.State().DataKey(id.String()); there && k.Confirmed[name].IsZero() && k.State() == agreed.DataKeyPending {
 								rt.Fatalf("%s seals with %s, which %s has not opened", n.node, id, name)
 							}
 						}
@@ -558,7 +559,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 			case 8:
 				clock += time.Second
 				for _, id := range free.judge(retiredKeys(n.State()), n.ask(ctx, n.State(), time.Second), clock, 2*time.Second) {
-					_, _ = n.Propose(ctx, cluster.CmdDataKeyDrop, cluster.DataKeyDrop{ID: id, Free: free.members}) // it may be gone
+					_, _ = n.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: free.members}) // it may be gone
 				}
 			}
 			for _, o := range nodes {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -21,7 +22,7 @@ type keyWorld struct {
 	log *lockedWriter
 
 	mu      sync.Mutex // guards what follows
-	state   *cluster.State
+	state   *agreed.State
 	changed chan struct{}
 	nodes   map[string]*worldNode
 }
@@ -34,16 +35,16 @@ type worldNode struct {
 	instance string
 	dir      string
 	// held, when set, is an older state that the node still sees.
-	held *cluster.State
+	held *agreed.State
 	away bool // it answers no question
 }
 
 func newKeyWorld(t testing.TB) *keyWorld {
 	t.Helper()
-	return &keyWorld{t: t, log: &lockedWriter{w: &bytes.Buffer{}}, state: &cluster.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
+	return &keyWorld{t: t, log: &lockedWriter{w: &bytes.Buffer{}}, state: &agreed.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
 }
 
-func (w *worldNode) State() *cluster.State {
+func (w *worldNode) State() *agreed.State {
 	w.world.mu.Lock()
 	defer w.world.mu.Unlock()
 	if w.held != nil {
@@ -60,7 +61,7 @@ func (w *worldNode) Changed() <-chan struct{} {
 
 func (w *worldNode) Instance() string { return w.instance }
 
-func (w *worldNode) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (w *worldNode) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	return 1, w.world.propose(t, data)
 }
 
@@ -75,14 +76,14 @@ func (w *worldNode) Carried(ctx context.Context, node string) (map[string]int64,
 	return n.carried(ctx)
 }
 
-func (w *keyWorld) propose(t cluster.CommandType, data any) error {
-	c, err := cluster.NewCommand(t, time.Now(), data)
+func (w *keyWorld) propose(t agreed.CommandType, data any) error {
+	c, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	next, err := cluster.Apply(w.state, c)
+	next, err := agreed.Apply(w.state, c)
 	if err != nil {
 		return err
 	}
@@ -92,7 +93,7 @@ func (w *keyWorld) propose(t cluster.CommandType, data any) error {
 	return nil
 }
 
-func (w *keyWorld) must(t cluster.CommandType, data any) {
+func (w *keyWorld) must(t agreed.CommandType, data any) {
 	w.t.Helper()
 	if err := w.propose(t, data); err != nil {
 		w.t.Fatal(err)
@@ -117,14 +118,14 @@ func (w *keyWorld) start(name, dir string, operator operatorKeys) *worldNode {
 	w.mu.Lock()
 	w.nodes[name] = n
 	w.mu.Unlock()
-	record := cluster.Node{
+	record := agreed.Node{
 		Name: name, Site: name[:1], Feature: 1, Instance: n.instance,
 		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
 	}
 	if w.state.ClusterID == "" {
-		w.must(cluster.CmdInit, cluster.Init{ClusterID: "c1", Name: "dev", Generation: cluster.Generation{Number: 1, ID: "g"}, Node: record})
+		w.must(agreed.CmdInit, agreed.Init{ClusterID: "c1", Name: "dev", Generation: agreed.Generation{Number: 1, ID: "g"}, Node: record})
 	} else {
-		w.must(cluster.CmdNodePut, record)
+		w.must(agreed.CmdNodePut, record)
 	}
 	return n
 }

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
@@ -304,7 +305,7 @@ func (n *Node) Reload() error {
 // the pipeline whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
 	var current *config.Config
-	var drained map[string]cluster.DrainedUpstream
+	var drained map[string]agreed.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()
 		s := n.cluster.State()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/replication"
 )
@@ -19,7 +20,7 @@ type sight struct {
 	patience            time.Duration
 	started             time.Time
 
-	state   *cluster.State
+	state   *agreed.State
 	raft    cluster.RaftView
 	peers   map[string]cluster.PeerView
 	left    map[string]bool // said goodbye over gossip and have not come back

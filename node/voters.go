@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -57,7 +58,7 @@ func (n *Node) placeStep(ctx context.Context, p failover.Plan) error {
 }
 
 // placement is what PlaceVoters looks at.
-func (n *Node) placement(s *cluster.State, l cluster.Leadership) failover.PlacementView {
+func (n *Node) placement(s *agreed.State, l cluster.Leadership) failover.PlacementView {
 	now, heardSince := cluster.Boottime(), n.surround.Load().heardSince
 	// One that votes must answer now, not within the patience: a vote given to a
 	// node that has just gone silent can cost a young cluster its quorum.

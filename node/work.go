@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
@@ -151,7 +152,7 @@ func (w *work) current() bool {
 // done with it, or it was never agreed on, its origin is no member, and nothing in
 // it is left to do. What is left somebody asks for.
 func (w *work) retired(s journal.Stream) bool {
-	state, key := w.n.cluster.State(), cluster.StreamKey(s.Origin, s.Incarnation.String())
+	state, key := w.n.cluster.State(), agreed.StreamKey(s.Origin, s.Incarnation.String())
 	if _, agreed := state.Streams[key]; agreed {
 		return false
 	}
@@ -308,7 +309,7 @@ func (w *work) elsewhere() []serving.Peer {
 
 // status is what this node knows of jobs, and of how far the copies of each site
 // are behind; nothing before it carries any.
-func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Copy) {
+func (w *work) status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
 	j := w.jobs.Load()
 	if j == nil || s.Parsed == nil {
 		return nil, nil
@@ -453,7 +454,7 @@ func (n *Node) CheckJobs(ctx context.Context) error { return n.work.check(ctx) }
 // JobStreams implements admin.JobsChecker.
 func (n *Node) JobStreams(context.Context) (admin.JobStreams, error) {
 	s := n.cluster.State()
-	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]cluster.JobStream, 0, len(s.Streams))}
+	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]agreed.JobStream, 0, len(s.Streams))}
 	for _, key := range slices.Sorted(maps.Keys(s.Streams)) {
 		streams.Data = append(streams.Data, s.Streams[key])
 	}

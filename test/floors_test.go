@@ -38,6 +38,7 @@ var floor = map[string]int{
 	"replication/replicationpb": 9, // generated messages
 
 	"cluster":        10,
+	"cluster/agreed": -2, // the agreed state and Apply: pure
 	"cluster/config": -3, // cluster.yaml: a leaf, so that whoever reads settings compiles no Raft
 	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
 
@@ -76,21 +77,24 @@ var arrows = []arrow{
 	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
 	{"node", "cluster", "wiring: membership, Raft, identity"},
 	{"node", "cluster/config", "wiring: timing, and what a new configuration changes"},
+	{"node", "cluster/agreed", "wiring: reads the agreed state for whoever runs on it"},
 	{"node", "storage", "wiring: opens and closes the node's files"},
 	{"node", "storage/keyring", "wiring: the operator's key"},
 
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "storage/journal", "job ids, statuses and durabilities are its words"},
-	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
 	{"node/gateway", "cluster/config", "limits of requests, and who has access"},
+	{"node/gateway", "cluster/agreed", "why a key was refused"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 	{"node/admin", "cluster/config", "checks and compares configurations"},
+	{"node/admin", "cluster/agreed", "shows what is agreed on"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
 	{"node/jobs", "cluster/config", "durabilities, limits and expiry of jobs"},
+	{"node/jobs", "cluster/agreed", "who owns which stream"},
 	{"node/jobs", "storage/jobtable", "reads a job off its row"},
 	{"node/jobs", "storage/atomicfile", "notes which streams are islands"},
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
@@ -99,19 +103,23 @@ var arrows = []arrow{
 	{"node/serving", "cluster", "reads the agreed configuration"},
 	{"node/serving", "cluster/config", "upstreams, models and timeouts"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
-	{"node/cache", "cluster", "reads the agreed configuration and purges"},
 	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
+	{"node/cache", "cluster/agreed", "purges"},
 	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},
 	{"node/cache", "storage/boltfile", "lets bbolt open only what can't crash it"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
 	{"failover/drill", "cluster", "records drills in the agreed state"},
 	{"failover/drill", "cluster/config", "which city a site is in"},
+	{"failover/drill", "cluster/agreed", "records of drills"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 	{"failover", "cluster/config", "cities, priorities and timing"},
+	{"failover", "cluster/agreed", "the primary, its nodes and the owners of streams"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
 	{"cluster", "cluster/config", "the agreed configuration, parsed"},
+	{"cluster", "cluster/agreed", "the state machine of its Raft log"},
+	{"cluster/agreed", "cluster/config", "a configuration is agreed on as text, and read as parsed"},
 	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
 	{"replication", "cluster", "who calls, as the mesh knows it"},

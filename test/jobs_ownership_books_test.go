@@ -22,7 +22,7 @@ import (
 	"github.com/anishathalye/porcupine"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/test/lab"
 )
@@ -41,17 +41,17 @@ type holdingBook struct {
 
 // streamSeen is all that was ever seen of a stream.
 type streamSeen struct {
-	owners map[cluster.FenceToken]ownerSeen
+	owners map[agreed.FenceToken]ownerSeen
 }
 
 type ownerSeen struct {
-	cluster.JobStream
+	agreed.JobStream
 	seen time.Time // the end of the first read that saw it
 }
 
 // first is the earliest owner that was seen.
 func (s *streamSeen) first() ownerSeen {
-	tokens := slices.SortedFunc(maps.Keys(s.owners), cluster.FenceToken.Compare)
+	tokens := slices.SortedFunc(maps.Keys(s.owners), agreed.FenceToken.Compare)
 	return s.owners[tokens[0]]
 }
 
@@ -111,10 +111,10 @@ func (b *holdingBook) read(ctx context.Context, id int, n *lab.Node, round int, 
 }
 
 // note: a token makes one node the owner of one stream.
-func (b *holdingBook) note(j cluster.JobStream, end time.Time) {
+func (b *holdingBook) note(j agreed.JobStream, end time.Time) {
 	s := b.streams[j.Key()]
 	if s == nil {
-		s = &streamSeen{owners: map[cluster.FenceToken]ownerSeen{}}
+		s = &streamSeen{owners: map[agreed.FenceToken]ownerSeen{}}
 		b.streams[j.Key()] = s
 	}
 	o, known := s.owners[j.Token]
@@ -180,7 +180,7 @@ func (b *holdingBook) operations() []porcupine.Operation {
 		opened := time.Now()
 		if first := s.first(); first.Before != "" { // adopted before anybody saw its first owner
 			ops = append(ops, porcupine.Operation{
-				ClientId: 100, Input: holdingOp{stream: key, to: holding{owner: first.Before, token: cluster.FenceToken{Index: 1}}}, Output: holding{},
+				ClientId: 100, Input: holdingOp{stream: key, to: holding{owner: first.Before, token: agreed.FenceToken{Index: 1}}}, Output: holding{},
 				Call: first.OpenedAt.UnixNano(), Return: first.seen.UnixNano(),
 			})
 		}
@@ -294,7 +294,7 @@ func (b *startBook) siteOf(node string) string {
 // start is a record of a start: who wrote it, under which token.
 type start struct {
 	by    string
-	token cluster.FenceToken
+	token agreed.FenceToken
 	home  string
 }
 
@@ -319,7 +319,7 @@ func (b *startBook) records(t *testing.T) map[string][]start {
 						home[r.Job] = s.String()
 					case journal.Started:
 						id := fmt.Sprintf("%s-%d", r.Job, r.Attempt)
-						starts[id] = append(starts[id], start{by: s.Origin, token: cluster.FenceToken{Generation: r.Token.Generation, Index: r.Token.Index}})
+						starts[id] = append(starts[id], start{by: s.Origin, token: agreed.FenceToken{Generation: r.Token.Generation, Index: r.Token.Index}})
 					case journal.Retrying, journal.Finished, journal.CancelAsked, journal.Deleted:
 					}
 				}
@@ -405,7 +405,7 @@ func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook
 	}
 	excused := 0
 	for home, all := range of {
-		first := map[cluster.FenceToken]executed{}
+		first := map[agreed.FenceToken]executed{}
 		for _, e := range all {
 			f, known := first[e.token]
 			if known && f.by != e.by {

@@ -15,7 +15,7 @@ import (
 
 	"github.com/anishathalye/porcupine"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
@@ -23,7 +23,7 @@ import (
 // empty, whose token only rises, and which ends with the stream.
 type holding struct {
 	owner string
-	token cluster.FenceToken
+	token agreed.FenceToken
 	done  bool
 }
 
@@ -77,7 +77,7 @@ func TestOwnershipModelRefuses(t *testing.T) {
 		return porcupine.Operation{ClientId: int(call), Input: op, Output: got, Call: call, Return: ret}
 	}
 	is := func(owner string, index uint64) holding {
-		return holding{owner: owner, token: cluster.FenceToken{Generation: 1, Index: index}}
+		return holding{owner: owner, token: agreed.FenceToken{Generation: 1, Index: index}}
 	}
 	read := holdingOp{read: true}
 	opened := at(1, 2, holdingOp{to: is("a", 5)}, holding{})

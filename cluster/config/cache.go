@@ -88,7 +88,7 @@ const (
 // Secure reports whether the server is reached over TLS.
 func (r Redis) Secure() bool { return strings.HasPrefix(strings.ToLower(r.URL), "rediss:") }
 
-// ModelCache is what a model has of its own; after ParseConfig it is complete,
+// ModelCache is what a model has of its own; after Parse it is complete,
 // with the cluster's values where the model says nothing.
 type ModelCache struct {
 	Enabled   bool        `yaml:"enabled"`

@@ -1,3 +1,6 @@
+// Package config is cluster.yaml: its types, how it is parsed, checked and compared,
+// where its secrets come from, and the timing that follows from its heartbeat. It is
+// a leaf: no connection, no Raft. Start at Parse.
 package config
 
 import (
@@ -6,7 +9,7 @@ import (
 )
 
 // Config is what the whole cluster agrees on: the parsed form of cluster.yaml.
-// It is immutable once published; replace it, never change it. ParseConfig is
+// It is immutable once published; replace it, never change it. Parse is
 // the only maker outside tests, so a Config that exists is a valid one.
 type Config struct {
 	Version   int                 `yaml:"version"`

@@ -10,7 +10,7 @@ import (
 // diffContext is how many unchanged lines stand around a change.
 const diffContext = 3
 
-// DiffConfig is the change from a to b as a unified diff, "" when both are the
+// Diff is the change from a to b as a unified diff, "" when both are the
 // same. It anchors on lines that occur once in each text (the patience method),
 // so it takes n log n time even for hopeless inputs; the price is that it isn't
 // always the shortest diff.

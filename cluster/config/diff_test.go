@@ -11,7 +11,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-func TestDiffConfigShowsChangesWithContext(t *testing.T) {
+func TestDiffShowsChangesWithContext(t *testing.T) {
 	seq := func(n int, change map[int]string) string {
 		var b strings.Builder
 		for i := 1; i <= n; i++ {
@@ -59,7 +59,7 @@ func TestDiffConfigShowsChangesWithContext(t *testing.T) {
 
 // Applying the diff to a gives b, for texts with few different lines, so that
 // repetitions, empty hunks and missing line ends all occur.
-func TestDiffConfigAppliedToTheOldTextGivesTheNew(t *testing.T) {
+func TestDiffAppliedToTheOldTextGivesTheNew(t *testing.T) {
 	text := rapid.Custom(func(t *rapid.T) string {
 		lines := rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "c", "", "d: 1", "e", "f", "g", "h"}), 0, 30).Draw(t, "lines")
 		s := strings.Join(lines, "\n")
@@ -150,7 +150,7 @@ func patch(a, diff string) (string, error) {
 
 // Large texts with nothing in common, or with all lines the same, must not stop
 // a node for long.
-func TestDiffConfigOfHopelessTextsIsQuick(t *testing.T) {
+func TestDiffOfHopelessTextsIsQuick(t *testing.T) {
 	same := bytes.Repeat([]byte("x\n"), MaxBytes/8)
 	var other, reversed bytes.Buffer
 	for i := range 40_000 {

@@ -37,7 +37,7 @@ func (u *Upstream) setDefaults() {
 	u.Kind, u.Discover, u.MaxConcurrency = KindOpenAI, DiscoverOff, DefaultMaxConcurrency
 }
 
-// ParseConfig reads a cluster.yaml, fills in the defaults and checks all of it.
+// Parse reads a cluster.yaml, fills in the defaults and checks all of it.
 // name stands in the messages. The error is a Problems: everything that is
 // wrong, with lines.
 func Parse(name string, text []byte) (*Config, error) {

@@ -36,7 +36,7 @@ func mustParse(t testing.TB, text string) *Config {
 	return c
 }
 
-func TestParseConfigFillsInDefaults(t *testing.T) {
+func TestParseFillsInDefaults(t *testing.T) {
 	got := mustParse(t, "version: 1\nsites: {a: {city: x, priority: 1}}\nupstreams: {u: {site: a, url: http://h/v1}, v: {site: a, url: http://h/v1, max_concurrency: 0}}\n")
 	server := Upstream{Site: "a", Kind: KindOpenAI, URL: "http://h/v1", MaxConcurrency: 256, Discover: DiscoverOff}
 	want := &Config{
@@ -63,7 +63,7 @@ func TestParseConfigFillsInDefaults(t *testing.T) {
 	}
 }
 
-func TestParseConfigReadsEveryField(t *testing.T) {
+func TestParseReadsEveryField(t *testing.T) {
 	c := mustParse(t, `
 version: 1
 sites: {a: {city: 上海, priority: 7, rpo_target: 10m, rto_target: 90s}}
@@ -133,7 +133,7 @@ timing: {heartbeat: 100ms}
 
 // Each file in testdata/config that is refused stands beside the words for it,
 // which are a part of the product: a change of them must be seen.
-func TestParseConfigSpeaksAllTheWordsAtOnce(t *testing.T) {
+func TestParseSpeaksAllTheWordsAtOnce(t *testing.T) {
 	files, err := filepath.Glob("testdata/config/*.yaml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no samples: %v", err)
@@ -164,7 +164,7 @@ func TestParseConfigSpeaksAllTheWordsAtOnce(t *testing.T) {
 }
 
 // One mistake in an otherwise good file gives one problem, in these words.
-func TestParseConfigRefuses(t *testing.T) {
+func TestParseRefuses(t *testing.T) {
 	const head = "version: 1\nsites:\n  a: {city: x, priority: 1}\n" // lines 1 to 3
 	const up = head + "upstreams:\n  u: "                            // line 5
 	const model = up + "{site: a, url: http://h/v1}\nmodels:\n"      // line 7 …
@@ -348,7 +348,7 @@ func TestParseConfigRefuses(t *testing.T) {
 	}
 }
 
-func TestParseConfigBoundsNumbersOfThings(t *testing.T) {
+func TestParseBoundsNumbersOfThings(t *testing.T) {
 	many := func(n int, format string) string {
 		var b strings.Builder
 		for i := range n {
@@ -378,7 +378,7 @@ func TestParseConfigBoundsNumbersOfThings(t *testing.T) {
 
 // The agreed text is parsed by every node when it arrives: no text of the
 // allowed size may keep a node from its other work for long.
-func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
+func TestParseOfHopelessTextsIsQuick(t *testing.T) {
 	// An eighth of what is allowed, for the race detector's sake.
 	const size = MaxBytes / 8
 	fill := func(head, format string) string {
@@ -427,7 +427,7 @@ func TestParseConfigOfHopelessTextsIsQuick(t *testing.T) {
 }
 
 // What people write in place of a secret's reference may be the secret.
-func TestParseConfigNeverRepeatsASecret(t *testing.T) {
+func TestParseNeverRepeatsASecret(t *testing.T) {
 	for _, value := range []string{"hunter2", "{hunter2}", "[hunter2]", "{env: hunter-2, hunter2: x}", "{env: 'hunter2 '}", "{hunter2: a, hunter2: b}", "{file: [hunter2]}", "|\n      hunter2\n", "&hunter2 x", "{env: &hunter2 x}", "!hunter2 x", "{env: *hunter2}", "!hunter2 {env: X}", "{env: !hunter2 X}", "{<<: hunter2}", "!!int hunter2", "!!timestamp hunter2", "*hunter2"} {
 		text := "version: 1\nsites: {a: {city: x, priority: 1}}\nupstreams:\n  u:\n    site: a\n    url: http://h\n    api_key: " + value + "\n"
 		_, err := Parse("c", []byte(text))
@@ -507,7 +507,7 @@ func drawConfig(t *rapid.T) string {
 	return b.String()
 }
 
-func FuzzParseConfig(f *testing.F) {
+func FuzzParse(f *testing.F) {
 	f.Add([]byte(contractSample))
 	f.Add([]byte("version: 1\nsites: {a: &x {city: x, priority: 1}, b: *x}\n"))
 	f.Add([]byte("? [a]\n: {b: c}\n---\n- 1\n"))

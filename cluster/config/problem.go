@@ -97,7 +97,7 @@ func isPlainKey(s string) bool {
 	return s != "" && len(s) <= maxShown
 }
 
-// ConfigSource remembers which key stands on which line of a decoded file and
+// Source remembers which key stands on which line of a decoded file and
 // collects what is wrong with it, so that the checks that follow decoding can
 // point at lines too and everything is told at once.
 type Source struct {

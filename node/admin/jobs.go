@@ -4,7 +4,7 @@ import (
 	"context"
 	"net/http"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // JobsChecker shows what a node keeps of jobs besides the jobs themselves.
@@ -19,8 +19,8 @@ type JobsChecker interface {
 // execute, by origin and incarnation. Ownership is the raft index of the newest
 // change of them that the node has heard of; it only rises.
 type JobStreams struct {
-	Ownership uint64              `json:"ownership"`
-	Data      []cluster.JobStream `json:"data"`
+	Ownership uint64             `json:"ownership"`
+	Data      []agreed.JobStream `json:"data"`
 }
 
 func (s *Server) getJobStreams(ctx context.Context, _ call) (any, error) {

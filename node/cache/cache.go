@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -35,7 +35,7 @@ type Options struct {
 	Site string // the own site's name in the configuration
 	Ring *keyring.Ring
 	// Purges gives the agreed purges; it must not block. nil: there are none.
-	Purges func() *cluster.CachePurges
+	Purges func() *agreed.CachePurges
 	// OutboundBytes bounds the entries that wait to be passed on to peers; see
 	// Outbound. 0: none are.
 	OutboundBytes int
@@ -97,8 +97,8 @@ func New(o Options) (*Cache, error) {
 		o.Now = time.Now
 	}
 	if o.Purges == nil {
-		var none cluster.CachePurges
-		o.Purges = func() *cluster.CachePurges { return &none }
+		var none agreed.CachePurges
+		o.Purges = func() *agreed.CachePurges { return &none }
 	}
 	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1), begun: make(chan struct{})}
 	var err error

@@ -12,7 +12,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/storage/keyring"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
@@ -28,7 +28,7 @@ type rig struct {
 	ring   *keyring.Ring
 	keys   []keyring.DataKey
 	ahead  atomic.Int64 // of the clock, nanoseconds
-	purges atomic.Pointer[cluster.CachePurges]
+	purges atomic.Pointer[agreed.CachePurges]
 	logs   *log
 	env    sync.Map // of secrets, by name
 	conf   *config.Config
@@ -63,7 +63,7 @@ func newRig(t *testing.T, like *rig, site config.SiteCache) *rig {
 		r.dir, r.ring, r.keys = like.dir, like.ring, like.keys
 		r.ahead.Store(like.ahead.Load())
 	}
-	r.purges.Store(&cluster.CachePurges{})
+	r.purges.Store(&agreed.CachePurges{})
 	var err error
 	r.Cache, err = New(Options{
 		Dir: r.dir, Site: "east", Ring: r.ring, Purges: r.purges.Load, OutboundBytes: 1 << 20,

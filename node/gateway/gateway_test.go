@@ -18,7 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
@@ -41,21 +41,21 @@ func (k keys) Authenticate(token string, local bool) (serving.Principal, error) 
 		if local && !k.strict {
 			return serving.Principal{}, nil
 		}
-		return serving.Principal{}, cluster.ErrKeyMissing
+		return serving.Principal{}, agreed.ErrKeyMissing
 	case "all":
 		return serving.Principal{KeyID: "k1", Tenant: "t"}, nil
 	case "one":
 		return serving.Principal{KeyID: "k2", Tenant: "t", Models: []string{"other"}}, nil
 	case "expired":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyExpired)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyExpired)
 	case "revoked":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyRevoked)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyRevoked)
 	case "unknowable":
 		return serving.Principal{}, fmt.Errorf("look up: %w", ErrKeyUnknowable)
 	case "odd":
 		return serving.Principal{}, errors.New("disk on fire")
 	}
-	return serving.Principal{}, cluster.ErrKeyUnknown
+	return serving.Principal{}, agreed.ErrKeyUnknown
 }
 
 type healthFunc func() Report

@@ -13,7 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
@@ -51,8 +51,8 @@ func BenchmarkHit(b *testing.B) {
 			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: config.Duration(time.Hour), SharedTTL: config.Duration(time.Hour)},
 		}},
 	}
-	state := &cluster.State{APIKeys: map[string]cluster.APIKey{}}
-	key, secret := cluster.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
+	state := &agreed.State{APIKeys: map[string]agreed.APIKey{}}
+	key, secret := agreed.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
 	state.APIKeys[key.ID] = key
 	ring, _ := keyringtest.New(b, 1)
 	kept, err := cache.New(cache.Options{Dir: b.TempDir(), Site: "here", Ring: ring})
@@ -114,7 +114,7 @@ func BenchmarkHit(b *testing.B) {
 }
 
 // stateAuth judges keys by the agreed state, as a node does.
-type stateAuth struct{ state *cluster.State }
+type stateAuth struct{ state *agreed.State }
 
 func (a stateAuth) Authenticate(token string, _ bool) (serving.Principal, error) {
 	key, err := a.state.Authenticate(token, time.Now())

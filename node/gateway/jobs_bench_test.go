@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
@@ -26,12 +27,12 @@ import (
 )
 
 // alone is a cluster of one node that never gets a lease, and has no others.
-type alone struct{ state cluster.State }
+type alone struct{ state agreed.State }
 
-func (a *alone) State() *cluster.State                           { return &a.state }
+func (a *alone) State() *agreed.State                            { return &a.state }
 func (a *alone) Changed() <-chan struct{}                        { return nil }
 func (a *alone) OwnershipLease() (left time.Duration, at uint64) { return 0, 0 }
-func (a *alone) Propose(context.Context, cluster.CommandType, any) (uint64, error) {
+func (a *alone) Propose(context.Context, agreed.CommandType, any) (uint64, error) {
 	return 0, cluster.ErrNoQuorum
 }
 func (a *alone) Possible(journal.Durability) error       { return nil }
@@ -66,7 +67,7 @@ func BenchmarkSubmit(b *testing.B) {
 	}
 	cfg := &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"m": {}}, Jobs: config.DefaultJobs()}
 	cfg.Jobs.MaxQueued, cfg.Jobs.MaxQueuedBytes = 1<<30, 1<<40
-	world := &alone{cluster.State{Parsed: cfg}}
+	world := &alone{agreed.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
 		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, cluster.Boottime), State: world.State,

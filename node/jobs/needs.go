@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -52,10 +52,10 @@ type Replication interface {
 // is one. Streams are named by cluster.StreamKey.
 type Ownership interface {
 	Check(stream string) (failover.Permit, error)
-	Mine() []cluster.JobStream
+	Mine() []agreed.JobStream
 	Changed() <-chan struct{}
 	Leased() bool
-	Open(ctx context.Context, incarnation string) (cluster.FenceToken, error)
+	Open(ctx context.Context, incarnation string) (agreed.FenceToken, error)
 	Inherit(ctx context.Context, origin, incarnation string) error
 	Drop(ctx context.Context, streams ...string) error
 }
@@ -76,7 +76,7 @@ func levelOf(d journal.Durability) int {
 	return -1
 }
 
-func tokenOf(t cluster.FenceToken) journal.Token {
+func tokenOf(t agreed.FenceToken) journal.Token {
 	return journal.Token{Generation: t.Generation, Index: t.Index}
 }
 

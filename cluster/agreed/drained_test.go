@@ -1,13 +1,14 @@
-package cluster
+package agreed
 
 import (
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 func TestApplyDrainsUpstreams(t *testing.T) {

@@ -1,8 +1,13 @@
-package cluster
+// Package agreed is the state that all nodes agree on through Raft, and the pure
+// function Apply that changes it: the primary, the nodes, the configuration with its
+// history, API-key hashes, data keys, owners of job streams, purges and drills. It
+// knows no log, no clock and no connection. Start at State, then Apply.
+package agreed
 
 import (
-	"github.com/dsnode/dsnode/cluster/config"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // State is everything the cluster has agreed on. A *State that was published
@@ -54,6 +59,9 @@ type State struct {
 	// Parsed is Config.Text parsed; rebuilt on restore, never encoded.
 	Parsed *config.Config `json:"-"`
 }
+
+// NewState is the state before the first command: nothing is agreed on.
+func NewState() *State { return &State{Format: stateFormat} }
 
 // Generation is one higher each time the cluster is recovered by hand after
 // losing its quorum for good. The random ID tells two such recoveries apart.

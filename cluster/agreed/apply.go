@@ -1,4 +1,4 @@
-package cluster
+package agreed
 
 import (
 	"encoding/json"
@@ -12,7 +12,7 @@ import (
 // Bounds of the agreed state: it is copied to every voter, kept in memory and
 // written whole into each snapshot.
 const (
-	maxNodes        = 256
+	MaxNodes        = 256
 	maxAPIKeys      = 10_000
 	maxConfigBytes  = 1 << 20
 	maxHistory      = 32
@@ -146,8 +146,8 @@ func applyInit(s *State, c Command) (*State, error) {
 
 func (s *State) putNode(n Node, at time.Time) error {
 	old, known := s.Nodes[n.Name]
-	if !known && len(s.Nodes) >= maxNodes {
-		return fmt.Errorf("%w: %d nodes", ErrStateFull, maxNodes)
+	if !known && len(s.Nodes) >= MaxNodes {
+		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
 	}
 	n.JoinedAt = at
 	if known {

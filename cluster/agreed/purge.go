@@ -1,11 +1,12 @@
-package cluster
+package agreed
 
 import (
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Bounds of the purges that are remembered.

@@ -1,4 +1,4 @@
-package cluster
+package agreed
 
 import (
 	"bytes"
@@ -221,12 +221,12 @@ func TestNodesThatCanOpenNothingDoNotJoin(t *testing.T) {
 		{"two others", "op2", "op3", ErrOperatorKey},
 		{"it does not say", "", "", nil},
 	} {
-		err := s.mayOpen(Node{Name: "c-1", OperatorKey: tc.current, OperatorKeyPrevious: tc.previous})
+		err := s.MayOpen(Node{Name: "c-1", OperatorKey: tc.current, OperatorKeyPrevious: tc.previous})
 		if !errors.Is(err, tc.want) {
 			t.Errorf("%s: %v, want %v", tc.name, err, tc.want)
 		}
 	}
-	if err := founded(t).mayOpen(Node{Name: "c-1", OperatorKey: "op2"}); err != nil {
+	if err := founded(t).MayOpen(Node{Name: "c-1", OperatorKey: "op2"}); err != nil {
 		t.Errorf("before there are keys: %v", err)
 	}
 }

@@ -1,14 +1,15 @@
-package cluster
+package agreed
 
 import (
 	"cmp"
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Refusals of the ownership commands.

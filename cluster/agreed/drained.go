@@ -1,12 +1,13 @@
-package cluster
+package agreed
 
 import (
 	"errors"
 	"fmt"
-	"github.com/dsnode/dsnode/cluster/config"
 	"maps"
 	"slices"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // ErrUnknownUpstream: no such upstream in the configuration.

@@ -1,4 +1,4 @@
-package cluster
+package agreed
 
 import (
 	"encoding/json"
@@ -80,6 +80,9 @@ type Command struct {
 // ErrUnknownCommand stops a node: going on would make its state differ from
 // that of the nodes which know the command.
 var ErrUnknownCommand = errors.New("the agreed log holds a command that this version does not know; upgrade this node")
+
+// Level is the feature level that the cluster must have for commands of the type.
+func (t CommandType) Level() int { return commandLevel[t] }
 
 // NewCommand encodes data as a command of type t.
 func NewCommand(t CommandType, at time.Time, data any) (Command, error) {

@@ -1,4 +1,4 @@
-package cluster
+package agreed
 
 import (
 	"errors"
@@ -167,7 +167,7 @@ type (
 )
 
 // mayOpen refuses a node that could open none of the data keys.
-func (s *State) mayOpen(n Node) error {
+func (s *State) MayOpen(n Node) error {
 	want := s.OperatorKey()
 	if want == "" || n.OperatorKey == "" || n.OperatorKey == want || n.OperatorKeyPrevious == want {
 		return nil
