@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -52,7 +53,7 @@ func (f *fsm) Apply(l *raft.Log) any {
 		return err
 	}
 	if c.Type == agreed.CmdTick {
-		f.ticked.Store(int64(Boottime()))
+		f.ticked.Store(int64(clock.Boottime()))
 		return nil
 	}
 	c.Term, c.Index = l.Term, l.Index

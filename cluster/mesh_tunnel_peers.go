@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"slices"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // relayHears is how long ago a peer may have been heard, and at that moment have
@@ -16,7 +18,7 @@ const relayHears = pingTimeout + time.Second
 // that one; who is silent right now comes last. A peer that reaches the node
 // only through another will refuse.
 func (c *Cluster) relays(node string) []string {
-	now, members := Boottime(), c.members()
+	now, members := clock.Boottime(), c.members()
 	site := func(name string) string { return members[name].Site }
 	return rankRelays(node, c.opts.Site, site, c.peers.hearing(node, now), now-c.silence())
 }
@@ -73,7 +75,7 @@ func (c *Cluster) silence() time.Duration { return 2*c.Timing().Tick + 100*time.
 
 // silent are the nodes that answered pings once and don't now.
 func (c *Cluster) silent() []string {
-	now := Boottime()
+	now := clock.Boottime()
 	c.peers.mu.Lock()
 	defer c.peers.mu.Unlock()
 	var names []string

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // Bounds of finding out which way to a node works.
@@ -219,7 +220,7 @@ func (m *Mesh) KeepWays(ctx context.Context) error {
 			return nil
 		case <-beat.C:
 		}
-		beat.Reset(UntilBeat(Boottime(), wayLook))
+		beat.Reset(clock.UntilTick(clock.Boottime(), wayLook))
 		if m.opts.Silent != nil {
 			for _, node := range m.opts.Silent() {
 				m.Doubt(node)

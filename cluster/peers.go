@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -110,7 +111,7 @@ func (t *peerTable) retain(keep func(string) bool) {
 
 // heard is this node's table for a ping's answer.
 func (t *peerTable) heard() []*clusterpb.Heard {
-	now := Boottime()
+	now := clock.Boottime()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	out := make([]*clusterpb.Heard, 0, len(t.answers))
@@ -190,7 +191,7 @@ func (c *Cluster) answerPing() *clusterpb.PingResponse {
 
 // Peers gives what this node knows of every other member, by name.
 func (c *Cluster) Peers() map[string]PeerView {
-	now := Boottime()
+	now := clock.Boottime()
 	members := c.members()
 	views := make(map[string]PeerView, len(members))
 	for name, n := range members {
@@ -250,17 +251,17 @@ const pauseWindow = 500 * time.Millisecond
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
 	const interval = 125 * time.Millisecond
-	beat := time.NewTimer(UntilBeat(Boottime(), interval))
+	beat := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
 	defer beat.Stop()
-	last, slotEnds := Boottime(), Boottime()+pauseWindow
+	last, slotEnds := clock.Boottime(), clock.Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-beat.C:
 		}
-		now := Boottime()
-		beat.Reset(UntilBeat(now, interval))
+		now := clock.Boottime()
+		beat.Reset(clock.UntilTick(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)
 		if now > slotEnds {

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -30,7 +31,7 @@ func (p *pinging) run(ctx context.Context) {
 	beat := time.NewTimer(0)
 	defer beat.Stop()
 	for {
-		beat.Reset(UntilBeat(Boottime(), p.c.Timing().Tick))
+		beat.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
 		if err := p.ping(ctx); err != nil && ctx.Err() == nil {
 			p.c.metrics.pingFailures.Inc()
 			p.c.log.Debug("ping failed", "peer", p.name, "err", err)
@@ -70,7 +71,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 			return fmt.Errorf("ping %s: %w", p.name, err)
 		}
 	}
-	sent := Boottime()
+	sent := clock.Boottime()
 	var got *clusterpb.PingResponse
 	// Sending fails with io.EOF when the call is over; receiving has the reason.
 	if err = p.call.Send(&clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(p.c.self()), Health: p.c.health()}); err == nil || errors.Is(err, io.EOF) {
@@ -82,7 +83,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 	if got.GetNode().GetName() != p.name {
 		return fmt.Errorf("ping %s: answered by %q: %w", p.name, got.GetNode().GetName(), ErrForeignNode)
 	}
-	p.c.metrics.pingSeconds.Observe((Boottime() - sent).Seconds())
+	p.c.metrics.pingSeconds.Observe((clock.Boottime() - sent).Seconds())
 	p.c.book.heard(nodeOf(got.GetNode()))
 	p.c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
 		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})

@@ -7,6 +7,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -45,7 +46,7 @@ type answers struct {
 func newHeartbeats(t config.Timing) *heartbeats {
 	// The next tick is proposed a tick after the one before, and then takes about
 	// as long.
-	return &heartbeats{onTime: t.Tick + t.Tick/4, now: Boottime, peers: map[raft.ServerID]*answers{}}
+	return &heartbeats{onTime: t.Tick + t.Tick/4, now: clock.Boottime, peers: map[raft.ServerID]*answers{}}
 }
 
 // isHeartbeat tells as raft's own transport does.

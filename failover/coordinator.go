@@ -13,6 +13,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -154,7 +155,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 			return nil
 		case <-beat.C:
 		}
-		beat.Reset(cluster.UntilBeat(c.o.Boottime(), lookEvery))
+		beat.Reset(clock.UntilTick(c.o.Boottime(), lookEvery))
 		act := c.look(&w)
 		if act == nil {
 			continue

@@ -8,6 +8,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -24,7 +25,7 @@ func (n *Node) newDrills(c *command) *drill.Runner {
 			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
 			return a, a.Close
 		},
-		Boottime: cluster.Boottime, Now: time.Now, Logger: n.log,
+		Boottime: clock.Boottime, Now: time.Now, Logger: n.log,
 	})
 }
 

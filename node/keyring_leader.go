@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -54,7 +55,7 @@ func (d *dataKeys) tend(ctx context.Context, _ cluster.Leadership) error {
 			}
 		}
 		if retired := retiredKeys(s); len(retired) > 0 {
-			if now := cluster.Boottime(); looked == 0 || now-looked >= d.every {
+			if now := clock.Boottime(); looked == 0 || now-looked >= d.every {
 				looked = now
 				d.drop(ctx, &free, retired, d.ask(ctx, s, d.every))
 			}
@@ -190,7 +191,7 @@ func (f *freeKeys) judge(retired []string, all map[string]carried, now, grace ti
 }
 
 func (d *dataKeys) drop(ctx context.Context, f *freeKeys, retired []string, all map[string]carried) {
-	for _, id := range f.judge(retired, all, cluster.Boottime(), d.grace) {
+	for _, id := range f.judge(retired, all, clock.Boottime(), d.grace) {
 		_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: f.members})
 		switch {
 		case err == nil:

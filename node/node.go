@@ -21,6 +21,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
@@ -147,7 +148,7 @@ func (n *Node) open() error {
 		return err
 	}
 	n.isolation = &isolation{
-		site: n.cfg.Site, boottime: cluster.Boottime, now: time.Now, log: n.log,
+		site: n.cfg.Site, boottime: clock.Boottime, now: time.Now, log: n.log,
 		sever: func() { n.cluster.Sever() },
 	}
 	n.cluster, err = cluster.New(cluster.Options{
@@ -341,7 +342,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	if err := n.cluster.AwaitMember(ctx); err != nil {
 		return nil // ctx ended first
 	}
-	boottime := cluster.Boottime
+	boottime := clock.Boottime
 	c := &command{
 		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
 	}

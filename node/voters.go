@@ -6,6 +6,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -59,7 +60,7 @@ func (n *Node) placeStep(ctx context.Context, p failover.Plan) error {
 
 // placement is what PlaceVoters looks at.
 func (n *Node) placement(s *agreed.State, l cluster.Leadership) failover.PlacementView {
-	now, heardSince := cluster.Boottime(), n.surround.Load().heardSince
+	now, heardSince := clock.Boottime(), n.surround.Load().heardSince
 	// One that votes must answer now, not within the patience: a vote given to a
 	// node that has just gone silent can cost a young cluster its quorum.
 	fresh := 3 * n.cluster.Timing().Tick

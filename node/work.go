@@ -16,6 +16,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
@@ -110,12 +111,12 @@ func (w *work) retention() time.Duration {
 // connect makes what needs the cluster.
 func (w *work) connect() error {
 	n := w.n
-	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
+	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime)
 	var err error
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members, Current: w.current,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
-		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Logger: n.log, Registerer: n.reg,
+		Retired: w.retired, Deliver: n.absorb, Boottime: clock.Boottime, Logger: n.log, Registerer: n.reg,
 	})
 	return err
 }
@@ -189,7 +190,7 @@ func (w *work) run(ctx context.Context) error {
 		adopter := failover.NewAdopter(failover.Options{
 			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,
 			Health:      func() cluster.Health { return w.n.surround.Load().health },
-			Boottime:    cluster.Boottime,
+			Boottime:    clock.Boottime,
 			Quarantined: func() bool { return w.n.cluster.Quarantined() != "" },
 			Logger:      w.n.log, Registerer: w.n.reg,
 		})

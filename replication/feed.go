@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/replication/replicationpb"
 )
 
@@ -174,7 +174,7 @@ func (f *feed) run(ctx context.Context) error {
 	defer f.retarget(nil, serve)
 	for {
 		f.retarget(f.targets(), serve)
-		if !pause(ctx, cluster.UntilBeat(f.r.opts.Boottime(), feedPlan)) {
+		if !pause(ctx, clock.UntilTick(f.r.opts.Boottime(), feedPlan)) {
 			return nil
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -193,7 +193,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 	defer beat.Stop()
 	var marks <-chan struct{}
 	for {
-		beat.Reset(cluster.UntilBeat(r.opts.Boottime(), planEvery))
+		beat.Reset(clock.UntilTick(r.opts.Boottime(), planEvery))
 		now := slices.Clone(r.opts.Members()) // in whatever order
 		slices.SortFunc(now, func(a, b Member) int { return strings.Compare(a.Node, b.Node) })
 		same := slices.EqualFunc(now, members, sameMember)

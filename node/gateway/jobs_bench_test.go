@@ -18,6 +18,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
@@ -56,12 +57,12 @@ func BenchmarkSubmit(b *testing.B) {
 		}
 	}
 	ring, _ := keyringtest.New(b, 1)
-	sealer, clock, log, reg := journal.NewSealer(ring), journal.NewHLC(time.Now, time.Minute), slog.New(slog.DiscardHandler), prometheus.NewRegistry()
-	table, err := jobtable.Open(jobtable.Options{Dir: filepath.Join(dir, "table"), Sealer: sealer, Ring: ring, Clock: clock, Registerer: reg})
+	sealer, moment, log, reg := journal.NewSealer(ring), journal.NewHLC(time.Now, time.Minute), slog.New(slog.DiscardHandler), prometheus.NewRegistry()
+	table, err := jobtable.Open(jobtable.Options{Dir: filepath.Join(dir, "table"), Sealer: sealer, Ring: ring, Clock: moment, Registerer: reg})
 	if err != nil {
 		b.Fatal(err)
 	}
-	disk, err := journal.Open(journal.Options{Dir: filepath.Join(dir, "journal"), Clock: clock, Logger: log, Registerer: reg, Durable: table.Apply})
+	disk, err := journal.Open(journal.Options{Dir: filepath.Join(dir, "journal"), Clock: moment, Logger: log, Registerer: reg, Durable: table.Apply})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -70,7 +71,7 @@ func BenchmarkSubmit(b *testing.B) {
 	world := &alone{agreed.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
-		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, cluster.Boottime), State: world.State,
+		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, clock.Boottime), State: world.State,
 		Spare: func() int { return 0 }, Heard: func(string) bool { return false }, Registerer: reg,
 	})
 	if err != nil {

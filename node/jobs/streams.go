@@ -12,8 +12,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -217,7 +217,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	beat := time.NewTimer(0)
 	defer beat.Stop()
 	for {
-		beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookAtStreams))
+		beat.Reset(clock.UntilTick(clock.Boottime(), lookAtStreams))
 		changed := s.o.Ownership.Changed()
 		if err := s.look(ctx, c, x); err != nil {
 			return err

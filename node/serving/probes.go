@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -58,7 +58,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		case <-lookUps.C:
 			lookUp()
 		case <-peers.C:
-			peers.Reset(cluster.UntilBeat(cluster.Boottime(), peersEvery))
+			peers.Reset(clock.UntilTick(clock.Boottime(), peersEvery))
 			if !p.fleet.empty() {
 				p.fleet.check(p.peers())
 			}
