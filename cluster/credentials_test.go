@@ -2,18 +2,17 @@ package cluster
 
 import (
 	"bytes"
-	"context"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
-	"go.uber.org/goleak"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // tlsAuthority is a CA of a test.
@@ -71,59 +70,6 @@ func (f tlsFiles) load(t testing.TB, reg prometheus.Registerer) *Credentials {
 		t.Fatal(err)
 	}
 	return c
-}
-
-// awaitCondition waits for a condition that something else brings about.
-func awaitCondition(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	end := time.After(20 * time.Second)
-	for !condition() {
-		select {
-		case <-tick.C:
-		case <-end:
-			t.Fatalf("waited too long for: %s", what)
-		}
-	}
-}
-
-// runInTest runs a loop until the test ends, or the returned function is called.
-func runInTest(t testing.TB, run func(context.Context) error) (stop func()) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	var failed error
-	go func() {
-		defer close(done)
-		failed = run(ctx)
-	}()
-	stop = sync.OnceFunc(func() {
-		cancel()
-		<-done
-		if failed != nil {
-			t.Errorf("loop ended with: %v", failed)
-		}
-	})
-	t.Cleanup(stop)
-	return stop
-}
-
-// failOnLeaks fails a test that leaves goroutines behind. It comes first, so
-// that it looks last. It is patient: net/http lingers for half a second after
-// a connection's end, and memberlist's loops end when they next look.
-func failOnLeaks(t *testing.T) {
-	t.Helper()
-	already := goleak.IgnoreCurrent()
-	t.Cleanup(func() {
-		var leak error
-		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); {
-			if leak = goleak.Find(already); leak == nil { // takes its time, too
-				return
-			}
-		}
-		t.Error(leak)
-	})
 }
 
 func TestLoadCredentialsRefuses(t *testing.T) {
@@ -245,7 +191,7 @@ func TestReloadKeepsTheLastGoodSet(t *testing.T) {
 }
 
 func TestRunFollowsTheFiles(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ours := newTLSAuthority(t, "dev")
 	id := Identity{"dev", "a", "a-1"}
 	cert, key := ours.issue(t, id)
@@ -253,13 +199,13 @@ func TestRunFollowsTheFiles(t *testing.T) {
 	f.write(t, cert, key, ours.cert)
 	c := f.load(t, nil)
 	c.poll = time.Millisecond
-	runInTest(t, c.Run)
+	async.Run(t, c.Run)
 
 	later := time.Now().Add(3 * time.Hour)
 	cert, key = ours.issueUntil(t, id, later)
 	writeTLSFile(t, f.cert, cert[:100])
-	awaitCondition(t, "the half file to be noticed", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
+	async.Await(t, "the half file to be noticed", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
 	writeTLSFile(t, f.cert, cert)
 	writeTLSFile(t, f.key, key)
-	awaitCondition(t, "the new certificate", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
+	async.Await(t, "the new certificate", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
 }

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 var testGossipKey = []byte("0123456789abcdef")
@@ -82,7 +84,7 @@ func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change 
 	if err := m.Listen(); err != nil {
 		t.Fatal(err)
 	}
-	m.stop = runInTest(t, m.Run)
+	m.stop = async.Run(t, m.Run)
 	return m
 }
 
@@ -116,7 +118,7 @@ func (m *testGossip) changed(name string, what func(Member) bool) func() bool {
 }
 
 func TestMembersComeChangeAndGo(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
 	_, port, err := net.SplitHostPort(a.Addr())
 	if err != nil || port == "0" {
@@ -127,7 +129,7 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 	all := []*testGossip{a, b, c}
 	for _, m := range all {
 		for _, name := range []string{"a", "b", "c"} {
-			awaitCondition(t, m.opts.Name+" to see "+name, m.seesAs(name, MemberAlive))
+			async.Await(t, m.opts.Name+" to see "+name, m.seesAs(name, MemberAlive))
 		}
 	}
 	got, _ := a.sees("b")
@@ -136,21 +138,21 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 	if !got.equal(want) || time.Since(got.Since) > time.Minute {
 		t.Errorf("a sees %+v, want %+v", got, want)
 	}
-	awaitCondition(t, "a to be told of b", a.changed("b", func(m Member) bool { return m.equal(want) }))
+	async.Await(t, "a to be told of b", a.changed("b", func(m Member) bool { return m.equal(want) }))
 
 	b.mu.Lock()
 	b.self.Draining = true
 	b.mu.Unlock()
 	b.Update()
-	awaitCondition(t, "c to hear that b drains", c.changed("b", func(m Member) bool { return m.Draining && m.State == MemberAlive }))
+	async.Await(t, "c to hear that b drains", c.changed("b", func(m Member) bool { return m.Draining && m.State == MemberAlive }))
 
 	c.stop()
-	awaitCondition(t, "a to see that c left", a.changed("c", func(m Member) bool { return m.State == MemberLeft }))
+	async.Await(t, "a to see that c left", a.changed("c", func(m Member) bool { return m.State == MemberLeft }))
 
 	b.stop() // without a word
-	awaitCondition(t, "a to suspect b", a.changed("b", func(m Member) bool { return m.State == MemberSuspect }))
-	awaitCondition(t, "a to see b dead", a.seesAs("b", MemberDead))
-	awaitCondition(t, "the metrics", func() bool {
+	async.Await(t, "a to suspect b", a.changed("b", func(m Member) bool { return m.State == MemberSuspect }))
+	async.Await(t, "a to see b dead", a.seesAs("b", MemberDead))
+	async.Await(t, "the metrics", func() bool {
 		dead := testutil.ToFloat64(a.metrics.members.WithLabelValues("dead"))
 		left := testutil.ToFloat64(a.metrics.members.WithLabelValues("left"))
 		alive := testutil.ToFloat64(a.metrics.members.WithLabelValues("alive"))
@@ -161,20 +163,20 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 // A node that was killed and comes back under its name with other ports is
 // known by its new address at once, and taken in by memberlist in the end.
 func TestRestartWithNewPorts(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
 	b := startGossip(t, "b", []string{a.Addr()}, nil)
 	old := startGossip(t, "c", []string{a.Addr()}, nil)
-	awaitCondition(t, "a to see c", a.seesAs("c", MemberAlive))
-	awaitCondition(t, "b to see c", b.seesAs("c", MemberAlive))
+	async.Await(t, "a to see c", a.seesAs("c", MemberAlive))
+	async.Await(t, "b to see c", b.seesAs("c", MemberAlive))
 	old.stop()
 
 	again := startGossip(t, "c", []string{a.Addr()}, nil)
 	for _, m := range []*testGossip{a, b} {
-		awaitCondition(t, m.opts.Name+" to hear the new address", m.changed("c", func(c Member) bool {
+		async.Await(t, m.opts.Name+" to hear the new address", m.changed("c", func(c Member) bool {
 			return c.RPC == again.self.RPC && c.State == MemberAlive
 		}))
-		awaitCondition(t, m.opts.Name+"'s memberlist to take it in", func() bool {
+		async.Await(t, m.opts.Name+"'s memberlist to take it in", func() bool {
 			m.table.mu.Lock()
 			defer m.table.mu.Unlock()
 			e := m.table.entries["c"]
@@ -187,25 +189,25 @@ func TestRestartWithNewPorts(t *testing.T) {
 }
 
 func TestPartitionHealsByItself(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	var cut atomic.Bool
 	a := startGossip(t, "a", nil, nil)
 	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
-	awaitCondition(t, "a to see b", a.seesAs("b", MemberAlive))
-	awaitCondition(t, "b to see a", b.seesAs("a", MemberAlive))
+	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
+	async.Await(t, "b to see a", b.seesAs("a", MemberAlive))
 	cut.Store(true)
-	awaitCondition(t, "a to give b up", a.seesAs("b", MemberDead))
-	awaitCondition(t, "b to give a up", b.seesAs("a", MemberDead))
+	async.Await(t, "a to give b up", a.seesAs("b", MemberDead))
+	async.Await(t, "b to give a up", b.seesAs("a", MemberDead))
 	cut.Store(false)
-	awaitCondition(t, "a to see b again", a.seesAs("b", MemberAlive))
-	awaitCondition(t, "b to see a again", b.seesAs("a", MemberAlive))
+	async.Await(t, "a to see b again", a.seesAs("b", MemberAlive))
+	async.Await(t, "b to see a again", b.seesAs("a", MemberAlive))
 }
 
 // A firewall that drops UDP leaves everybody alive, and somebody must say so.
 // A site that cuts itself off hears its own nodes and nobody else, though all of
 // them are at the same IP address.
 func TestSiteCutsItselfOff(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	var cut atomic.Bool
 	admit := func(site string) error {
 		if cut.Load() && site != "site-of-a" {
@@ -227,8 +229,8 @@ func TestSiteCutsItselfOff(t *testing.T) {
 	all := func(state MemberState) {
 		t.Helper()
 		for _, m := range []*testGossip{a, near} {
-			awaitCondition(t, m.opts.Name+" to see far as "+string(state), m.seesAs("far", state))
-			awaitCondition(t, "far to see "+m.opts.Name+" as "+string(state), far.seesAs(m.opts.Name, state))
+			async.Await(t, m.opts.Name+" to see far as "+string(state), m.seesAs("far", state))
+			async.Await(t, "far to see "+m.opts.Name+" as "+string(state), far.seesAs(m.opts.Name, state))
 		}
 	}
 	all(MemberAlive)
@@ -244,25 +246,25 @@ func TestSiteCutsItselfOff(t *testing.T) {
 }
 
 func TestBlockedUDPShowsAsAMetric(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	var blocked atomic.Bool
 	blocked.Store(true)
 	a := startGossip(t, "a", nil, nil)
 	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
-	awaitCondition(t, "a to see b", a.seesAs("b", MemberAlive))
-	awaitCondition(t, "the metric to rise", func() bool {
+	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
+	async.Await(t, "the metric to rise", func() bool {
 		return testutil.ToFloat64(a.metrics.udpBlocked) == 1 && testutil.ToFloat64(a.metrics.tcpOnly) >= 1
 	})
 	if got, _ := b.sees("a"); got.State != MemberAlive {
 		t.Errorf("b sees a as %s", got.State)
 	}
 	blocked.Store(false)
-	awaitCondition(t, "the metric to fall", func() bool { return testutil.ToFloat64(a.metrics.udpBlocked) == 0 })
+	async.Await(t, "the metric to fall", func() bool { return testutil.ToFloat64(a.metrics.udpBlocked) == 0 })
 }
 
 // Another generation's label, and another key, are another world.
 func TestOthersAreNotHeard(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	var log lockedBuffer
 	a := startGossip(t, "a", nil, func(o *GossipOptions) {
 		o.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -270,7 +272,7 @@ func TestOthersAreNotHeard(t *testing.T) {
 	b := startGossip(t, "b", []string{a.Addr()}, func(o *GossipOptions) { o.Label = "dev/2" })
 	c := startGossip(t, "c", []string{a.Addr()}, func(o *GossipOptions) { o.Key = []byte("another key, 16!") })
 	for _, m := range []*testGossip{b, c} {
-		awaitCondition(t, m.opts.Name+" to fail", func() bool {
+		async.Await(t, m.opts.Name+" to fail", func() bool {
 			return testutil.ToFloat64(m.metrics.joins.WithLabelValues("failed")) >= 2
 		})
 	}
@@ -309,7 +311,7 @@ func (b *lockedBuffer) String() string {
 
 // Nodes start in any order: a seed that is not there yet is found later.
 func TestSeedsMayComeLater(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	reserved, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -320,10 +322,10 @@ func TestSeedsMayComeLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := startGossip(t, "a", nil, func(o *GossipOptions) { o.Bind = addr })
-	awaitCondition(t, "b to find a", b.seesAs("a", MemberAlive))
-	awaitCondition(t, "a to see b", a.seesAs("b", MemberAlive))
+	async.Await(t, "b to find a", b.seesAs("a", MemberAlive))
+	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	joins := testutil.ToFloat64(b.metrics.joins.WithLabelValues("met"))
-	awaitCondition(t, "the name to be looked up again", func() bool {
+	async.Await(t, "the name to be looked up again", func() bool {
 		return testutil.ToFloat64(b.metrics.joins.WithLabelValues("unresolved")) >= 3
 	})
 	if got := testutil.ToFloat64(b.metrics.joins.WithLabelValues("met")); got != joins {
@@ -332,7 +334,7 @@ func TestSeedsMayComeLater(t *testing.T) {
 }
 
 func TestGossipRefusesToRun(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	for _, tc := range []struct {
 		name   string
 		change func(*GossipOptions)
@@ -356,7 +358,7 @@ func TestGossipRefusesToRun(t *testing.T) {
 				Self: func() Member { return Member{} }, Seeds: func() []string { return nil },
 			}
 			tc.change(&o)
-			if err := NewGossip(o).Run(withTimeout(t)); err == nil || !strings.Contains(err.Error(), tc.err) {
+			if err := NewGossip(o).Run(async.Context(t)); err == nil || !strings.Contains(err.Error(), tc.err) {
 				t.Fatalf("got %v, want an error with %q", err, tc.err)
 			}
 		})
@@ -364,7 +366,7 @@ func TestGossipRefusesToRun(t *testing.T) {
 }
 
 func TestGossipStreamsAreBounded(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
 	var mu sync.Mutex
 	closed := 0
@@ -383,7 +385,7 @@ func TestGossipStreamsAreBounded(t *testing.T) {
 		t.Cleanup(func() { _ = raw.Close() })
 	}
 	t.Cleanup(readers.Wait)
-	awaitCondition(t, "ten to be refused", func() bool {
+	async.Await(t, "ten to be refused", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return closed == 10 && testutil.ToFloat64(a.metrics.streamsRefused) == 10
@@ -440,7 +442,7 @@ func TestGossipLogLines(t *testing.T) {
 
 // A stop in the middle of a name that does not resolve is a stop.
 func TestGossipStopsBeforeItBegan(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	g := NewGossip(GossipOptions{
 		Name: "a", Bind: "127.0.0.1:0", Advertise: "no-such-host.invalid:7956", Key: testGossipKey, Logger: slog.New(slog.DiscardHandler),
 		Self: func() Member { return Member{} }, Seeds: func() []string { return nil },
@@ -448,7 +450,7 @@ func TestGossipStopsBeforeItBegan(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- g.Run(ctx) }()
-	awaitCondition(t, "it to be bound", func() bool { return g.Addr() != "" })
+	async.Await(t, "it to be bound", func() bool { return g.Addr() != "" })
 	cancel()
 	if err := <-done; err != nil {
 		t.Fatal(err)

@@ -3,6 +3,8 @@ package cluster
 import (
 	"context"
 	"testing"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // BenchmarkDial is the price of a new connection, both sides: TCP, mutual TLS
@@ -12,7 +14,7 @@ func BenchmarkDial(b *testing.B) {
 	hub := newTestPeer(b, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.serve(b, book)
 	ln := hub.Listener(KindHTTP)
-	runInTest(b, func(ctx context.Context) error {
+	async.Run(b, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 		for {
 			conn, err := ln.Accept()

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // testBook is the address book of a test, shared by all its nodes.
@@ -95,7 +97,7 @@ func (p *testPeer) serve(t testing.TB, book *testBook) (stop func()) {
 	}
 	p.addr = ln.Addr().String()
 	book.set(p.id.Node, p.addr)
-	return runInTest(t, func(ctx context.Context) error { return p.Serve(ctx, ln) })
+	return async.Run(t, func(ctx context.Context) error { return p.Serve(ctx, ln) })
 }
 
 // serveGRPC answers health checks and records who asked.
@@ -116,7 +118,7 @@ func (p *testPeer) serveGRPC(t testing.TB) (callers func() []Identity) {
 		}))...)
 	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
 	ln := p.Listener(KindGRPC)
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, server.Stop)()
 		return server.Serve(ln)
 	})
@@ -144,7 +146,7 @@ func (p *testPeer) serveHTTP(t testing.TB) {
 		}),
 	}
 	ln := p.Listener(KindHTTP)
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = server.Close() })()
 		if err := server.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 			return err
@@ -159,7 +161,7 @@ func (p *testPeer) serveRaft(t testing.TB) *raft.NetworkTransport {
 	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: p.RaftLayer(p.id.Node), MaxPool: 2, Timeout: 10 * time.Second, Logger: hclog.NewNullLogger(),
 	})
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		for {
 			select {
 			case <-ctx.Done():
@@ -181,10 +183,4 @@ func (p *testPeer) check(ctx context.Context, node string) error {
 	}
 	_, err = grpc_health_v1.NewHealthClient(client).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
 	return err
-}
-
-func withTimeout(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	t.Cleanup(cancel)
-	return ctx
 }

@@ -10,9 +10,7 @@ import (
 	"net"
 	"os"
 	"strings"
-	"sync"
 	"syscall"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -144,42 +142,4 @@ func explainHandshake(err error) error {
 		return fmt.Errorf("the peer's certificate was signed by another CA: %w", err)
 	}
 	return err
-}
-
-// lineThrottle lets each reason be logged once in a while: whoever can open
-// connections could fill a disk with words otherwise.
-type lineThrottle struct {
-	every time.Duration
-
-	mu   sync.Mutex // guards seen
-	seen map[string]throttledLine
-}
-
-type throttledLine struct {
-	last    time.Time
-	skipped int
-}
-
-const throttleKeys = 256
-
-func newLineThrottle() *lineThrottle {
-	return &lineThrottle{every: 10 * time.Second, seen: map[string]throttledLine{}}
-}
-
-// allow says whether the reason may be logged now, and how many lines of it
-// were not since the last one.
-func (t *lineThrottle) allow(reason string) (skipped int, ok bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	line, known := t.seen[reason]
-	if known && time.Since(line.last) < t.every {
-		line.skipped++
-		t.seen[reason] = line
-		return 0, false
-	}
-	if !known && len(t.seen) >= throttleKeys {
-		clear(t.seen)
-	}
-	t.seen[reason] = throttledLine{last: time.Now()}
-	return line.skipped, true
 }

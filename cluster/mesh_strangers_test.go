@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // strangerTLS is what somebody presents who has a certificate but not our code.
@@ -31,7 +33,7 @@ func strangerTLS(t testing.TB, cert, key []byte) *tls.Config {
 }
 
 func TestStrangersAreNotAccepted(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.serve(t, book)
@@ -89,7 +91,7 @@ func TestStrangersAreNotAccepted(t *testing.T) {
 				}
 			}
 			_ = raw.Close() // the other side lingers until then
-			awaitCondition(t, "the failure to be counted as "+tc.reason, func() bool {
+			async.Await(t, "the failure to be counted as "+tc.reason, func() bool {
 				return testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason)) == before+1
 			})
 		})
@@ -101,12 +103,12 @@ func TestStrangersAreNotAccepted(t *testing.T) {
 
 // What an operator reads at the node with the wrong certificate.
 func TestWordsForAWrongCertificate(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, otherCA, book := newTLSAuthority(t, "dev"), newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.serve(t, book)
 	hub.Listener(KindGRPC)
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 
 	lost := newTestPeer(t, otherCA, book, Identity{"dev", "b", "b-1"}, nil)
 	if _, err := lost.Dial(ctx, KindGRPC, "a-1"); err == nil || !strings.Contains(err.Error(), "signed by another CA") {
@@ -160,7 +162,7 @@ func silent(t *testing.T, addr string) (dropped <-chan struct{}) {
 }
 
 func TestSilentClientIsDropped(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.arrivals.limit = 50 * time.Millisecond
@@ -170,13 +172,13 @@ func TestSilentClientIsDropped(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("it was not dropped")
 	}
-	awaitCondition(t, "it to be counted", func() bool {
+	async.Await(t, "it to be counted", func() bool {
 		return testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", "timeout")) == 1
 	})
 }
 
 func TestCrowdDoesNotKeepPeersOut(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.arrivals = newArrivals(4, time.Minute)
@@ -187,7 +189,7 @@ func TestCrowdDoesNotKeepPeersOut(t *testing.T) {
 		crowd = append(crowd, silent(t, hub.addr))
 	}
 	peer := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
-	if err := peer.check(withTimeout(t), "a-1"); err != nil {
+	if err := peer.check(async.Context(t), "a-1"); err != nil {
 		t.Fatalf("a peer did not get through: %v", err)
 	}
 	for _, dropped := range crowd[:16] { // the oldest went first
@@ -200,15 +202,15 @@ func TestCrowdDoesNotKeepPeersOut(t *testing.T) {
 
 // A connection that nobody takes off the listener's hands does not wait for ever.
 func TestUnclaimedConnectionIsDropped(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	hub.arrivals.limit = 300 * time.Millisecond
 	hub.serve(t, book)
 	hub.Listener(KindHTTP) // nobody accepts
 	peer := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
-	awaitCondition(t, "a dial that comes through in time", func() bool {
-		conn, err := peer.Dial(withTimeout(t), KindHTTP, "a-1")
+	async.Await(t, "a dial that comes through in time", func() bool {
+		conn, err := peer.Dial(async.Context(t), KindHTTP, "a-1")
 		if err != nil {
 			return false // a busy machine
 		}
@@ -226,7 +228,7 @@ func TestUnclaimedConnectionIsDropped(t *testing.T) {
 // The CA is exchanged, and with it every certificate, while peers dial all the
 // time: not one dial fails, whatever lies half written on the disk.
 func TestRotationUnderDials(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	a := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
 	b := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
@@ -234,7 +236,7 @@ func TestRotationUnderDials(t *testing.T) {
 	for _, p := range peers {
 		p.serve(t, book)
 		ln := p.Listener(KindHTTP)
-		runInTest(t, func(ctx context.Context) error {
+		async.Run(t, func(ctx context.Context) error {
 			defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 			for {
 				conn, err := ln.Accept()
@@ -246,7 +248,7 @@ func TestRotationUnderDials(t *testing.T) {
 		})
 		p.opts.Credentials.poll = 2 * time.Millisecond
 		p.opts.Credentials.log = slog.New(slog.DiscardHandler)
-		runInTest(t, p.opts.Credentials.Run)
+		async.Run(t, p.opts.Credentials.Run)
 	}
 	var dials atomic.Int64
 	dialler := func(from, to *testPeer) func(context.Context) error {
@@ -262,14 +264,14 @@ func TestRotationUnderDials(t *testing.T) {
 			return nil
 		}
 	}
-	stopA, stopB := runInTest(t, dialler(a, b)), runInTest(t, dialler(b, a))
+	stopA, stopB := async.Run(t, dialler(a, b)), async.Run(t, dialler(b, a))
 	dialSome := func() {
 		target := dials.Load() + 6
-		awaitCondition(t, "more dials", func() bool { return dials.Load() >= target || t.Failed() })
+		async.Await(t, "more dials", func() bool { return dials.Load() >= target || t.Failed() })
 	}
 	settled := func(what string) {
 		t.Helper()
-		awaitCondition(t, what, func() bool {
+		async.Await(t, what, func() bool {
 			for _, p := range peers {
 				c := p.opts.Credentials
 				files, err := c.read()
@@ -315,14 +317,14 @@ func TestRotationUnderDials(t *testing.T) {
 	if err := late.opts.Credentials.Reload(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := late.Dial(withTimeout(t), KindHTTP, "a-1"); !errors.Is(err, ErrCertificateRefused) {
+	if _, err := late.Dial(async.Context(t), KindHTTP, "a-1"); !errors.Is(err, ErrCertificateRefused) {
 		t.Errorf("got %v, want ErrCertificateRefused", err)
 	}
 }
 
 // A dial ends when its context does, at whatever step it is.
 func TestDialEndsWithItsContext(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	peer := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 func meshOfThree(t *testing.T, change func(*MeshOptions)) (*testBook, []*testPeer) {
@@ -33,9 +34,9 @@ func meshOfThree(t *testing.T, change func(*MeshOptions)) (*testBook, []*testPee
 }
 
 func TestOnePortCarriesEveryKind(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	_, peers := meshOfThree(t, nil)
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 	callers := map[string]func() []Identity{}
 	transports := map[string]*raft.NetworkTransport{}
 	for _, p := range peers {
@@ -112,10 +113,10 @@ func post(ctx context.Context, m *Mesh, node, body string) (string, error) {
 }
 
 func TestSeeds(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	_, peers := meshOfThree(t, nil)
 	callers := peers[0].serveGRPC(t)
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 
 	joiner := peers[2]
 	joiner.is(noCluster)
@@ -147,7 +148,7 @@ func TestSeeds(t *testing.T) {
 
 // Both sides learn why, whoever of them is the odd one.
 func TestRefusalsTellBothSides(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	type newer struct {
 		at   string
 		peer Identity
@@ -171,7 +172,7 @@ func TestRefusalsTellBothSides(t *testing.T) {
 		return p
 	}
 	a, b := make("a"), make("b")
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 	for _, tc := range []struct {
 		name      string
 		kind      Kind
@@ -203,7 +204,7 @@ func TestRefusalsTellBothSides(t *testing.T) {
 			if refused.LeftBehind() != tc.leftA {
 				t.Errorf("left behind: %v", refused.LeftBehind())
 			}
-			awaitCondition(t, "the acceptor to count it", func() bool {
+			async.Await(t, "the acceptor to count it", func() bool {
 				return testutil.ToFloat64(b.metrics.refused.WithLabelValues(tc.dialler, "self")) == before+1
 			})
 			if got := testutil.ToFloat64(a.metrics.refused.WithLabelValues(tc.dialler, "peer")); got == 0 {
@@ -219,11 +220,11 @@ func TestRefusalsTellBothSides(t *testing.T) {
 }
 
 func TestDialVerifiesTheName(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	book, peers := meshOfThree(t, nil)
 	peers[1].Listener(KindGRPC)
 	book.set(peers[0].id.Node, peers[1].addr) // an old entry: another node took the address
-	_, err := peers[2].Dial(withTimeout(t), KindGRPC, peers[0].id.Node)
+	_, err := peers[2].Dial(async.Context(t), KindGRPC, peers[0].id.Node)
 	if !errors.Is(err, ErrWrongNode) {
 		t.Fatalf("got %v, want ErrWrongNode", err)
 	}
@@ -233,9 +234,9 @@ func TestDialVerifiesTheName(t *testing.T) {
 }
 
 func TestClientConnFollowsTheAddress(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	book, peers := meshOfThree(t, nil)
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 	peers[0].serveGRPC(t)
 	moving := peers[1]
 	if err := moving.check(ctx, peers[0].id.Node); err != nil {
@@ -248,14 +249,14 @@ func TestClientConnFollowsTheAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	peers[0].addr = ln.Addr().String()
-	runInTest(t, func(ctx context.Context) error { return peers[0].Serve(ctx, ln) })
+	async.Run(t, func(ctx context.Context) error { return peers[0].Serve(ctx, ln) })
 	book.set(peers[0].id.Node, peers[0].addr)
 	peers[0].CloseAll(moving.id.Site)
 	client, err := moving.ClientConn(peers[0].id.Node)
 	if err != nil {
 		t.Fatal(err)
 	}
-	awaitCondition(t, "the channel to find the new address", func() bool {
+	async.Await(t, "the channel to find the new address", func() bool {
 		// A call that was on its way over the cut connection fails.
 		_, err := grpc_health_v1.NewHealthClient(client).Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true))
 		return err == nil
@@ -286,7 +287,7 @@ func remoteAddrs(m *Mesh) []string {
 }
 
 func TestCloseKindAndCloseAll(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	var cutOff atomic.Value
 	cutOff.Store("")
 	_, peers := meshOfThree(t, func(o *MeshOptions) {
@@ -297,7 +298,7 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 			return nil
 		}
 	})
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 	hub := peers[0]
 	type pair struct{ dialled, accepted net.Conn }
 	open := func(kind Kind, from *testPeer) pair {
@@ -371,7 +372,7 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 }
 
 func TestClosedRaftLayer(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	_, peers := meshOfThree(t, nil)
 	layer := peers[0].RaftLayer(peers[0].id.Node)
 	if err := layer.Close(); err != nil {
@@ -385,7 +386,7 @@ func TestClosedRaftLayer(t *testing.T) {
 		t.Errorf("dial: %v", err)
 	}
 	var refused *RefusedError
-	if _, err := peers[1].Dial(withTimeout(t), KindRaft, peers[0].id.Node); !errors.As(err, &refused) || refused.Code != CodeKindClosed {
+	if _, err := peers[1].Dial(async.Context(t), KindRaft, peers[0].id.Node); !errors.As(err, &refused) || refused.Code != CodeKindClosed {
 		t.Errorf("dial towards it: %v", err)
 	}
 	again := peers[0].RaftLayer(peers[0].id.Node)

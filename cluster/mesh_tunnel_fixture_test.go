@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // testLink is a way to a node that can be cut: then what is on its way stays
@@ -33,7 +35,7 @@ func newTestLink(t testing.TB, to string) *testLink {
 	}
 	l := &testLink{addr: ln.Addr().String(), ln: ln, open: make(chan struct{})}
 	close(l.open)
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 		var all sync.WaitGroup
 		defer all.Wait()
@@ -194,7 +196,7 @@ func echo(t *testing.T, p *testPeer, kind Kind) (peers func() []*PeerConn) {
 	var mu sync.Mutex
 	var seen []*PeerConn
 	ln := p.Listener(kind)
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 		var all sync.WaitGroup
 		defer all.Wait()
@@ -223,7 +225,7 @@ func echo(t *testing.T, p *testPeer, kind Kind) (peers func() []*PeerConn) {
 // through opens a connection from a to b that must be a tunnel through c.
 func (w *triangle) through(t *testing.T, kind Kind) *PeerConn {
 	t.Helper()
-	conn, err := w.a.Dial(withTimeout(t), kind, "b-1")
+	conn, err := w.a.Dial(async.Context(t), kind, "b-1")
 	if err != nil {
 		t.Fatal(err)
 	}

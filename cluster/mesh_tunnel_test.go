@@ -8,27 +8,26 @@ import (
 	"io"
 	"net"
 	"os"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
-	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // With the direct way cut every user of the mesh gets through, and both ends
 // know each other as if there were nobody between them.
 func TestTunnelCarriesEveryKind(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	callers := w.b.serveGRPC(t)
 	w.b.serveHTTP(t)
 	w.b.serveRaft(t)
 	transport := w.a.serveRaft(t)
 	w.link.cut()
-	ctx := withTimeout(t)
+	ctx := async.Context(t)
 
 	if err := w.a.check(ctx, "b-1"); err != nil {
 		t.Errorf("grpc: %v", err)
@@ -58,11 +57,11 @@ func TestTunnelCarriesEveryKind(t *testing.T) {
 
 // A direct way that works is taken, also when it is slow.
 func TestDirectWayComesFirst(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindHTTP)
 	w.a.timing.headStart = time.Minute
-	conn, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1")
+	conn, err := w.a.Dial(async.Context(t), KindHTTP, "b-1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +76,7 @@ func TestDirectWayComesFirst(t *testing.T) {
 
 // What is no fault of the network is no reason for a tunnel.
 func TestNoTunnelAroundARefusal(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	for _, tc := range []struct {
 		name    string
 		prepare func(*triangle)
@@ -98,7 +97,7 @@ func TestNoTunnelAroundARefusal(t *testing.T) {
 			}
 			w.a.timing.headStart = time.Minute
 			w.set(func() { tc.prepare(w) })
-			if _, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1"); !tc.want(err) {
+			if _, err := w.a.Dial(async.Context(t), KindHTTP, "b-1"); !tc.want(err) {
 				t.Errorf("got %v", err)
 			}
 			if n := testutil.CollectAndCount(w.a.metrics.tunnels); n != 0 {
@@ -118,7 +117,7 @@ func refusedAs(code string) func(error) bool {
 // A site that is cut off on purpose is cut off from tunnels too, whoever of the
 // three is the one that knows.
 func TestTunnelsRespectIsolation(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	for _, tc := range []struct{ name, who, about string }{
 		{"the relay does not admit the asker", "c", "a"},
 		{"the relay does not admit the target", "c", "b"},
@@ -137,7 +136,7 @@ func TestTunnelsRespectIsolation(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.set(func() { w.cutOff[tc.who+":"+tc.about] = errors.New("a drill") })
-			if conn, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1"); err == nil {
+			if conn, err := w.a.Dial(async.Context(t), KindHTTP, "b-1"); err == nil {
 				_ = conn.Close()
 				t.Error("a new tunnel was made")
 			}
@@ -151,7 +150,7 @@ func TestTunnelsRespectIsolation(t *testing.T) {
 					t.Errorf("the standing tunnel goes on: %v", err)
 				}
 			}
-			awaitCondition(t, "the relay to let go", func() bool { return w.c.carries() == 0 })
+			async.Await(t, "the relay to let go", func() bool { return w.c.carries() == 0 })
 		})
 	}
 }
@@ -159,7 +158,7 @@ func TestTunnelsRespectIsolation(t *testing.T) {
 // The far end finds a tunnelled connection under its peer's site, and under the
 // relay's.
 func TestCloseAllFindsTunnels(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	accepted := echo(t, w.b, KindHTTP)
 	w.link.cut()
@@ -180,7 +179,7 @@ func TestCloseAllFindsTunnels(t *testing.T) {
 }
 
 func TestRelayRefuses(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.book.set("dead-1", "127.0.0.1:1")
 	w.book.set("detoured-1", w.b.addr)
@@ -192,7 +191,7 @@ func TestRelayRefuses(t *testing.T) {
 	w.c.relayed.most = 3
 	w.c.relayed.mu.Unlock()
 	ask := func(target string) (*PeerConn, error) {
-		half, err := w.a.dial(withTimeout(t), greeting{kind: KindTunnel, node: "c-1", target: target}, w.c.addr)
+		half, err := w.a.dial(async.Context(t), greeting{kind: KindTunnel, node: "c-1", target: target}, w.c.addr)
 		if err != nil {
 			return nil, err
 		}
@@ -232,7 +231,7 @@ func TestRelayRefuses(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 		_ = halves[0].Close()
-		awaitCondition(t, "a place to be free", func() bool {
+		async.Await(t, "a place to be free", func() bool {
 			half, err := ask("b-1")
 			if half != nil {
 				halves = append(halves, half)
@@ -259,14 +258,14 @@ func TestRelayRefuses(t *testing.T) {
 
 // A relay that is one of us and malicious can refuse, no more.
 func TestRelayCannotSpeakForAnother(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.link.cut()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	runInTest(t, func(ctx context.Context) error {
+	async.Run(t, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 		for {
 			raw, err := ln.Accept()
@@ -286,7 +285,7 @@ func TestRelayCannotSpeakForAnother(t *testing.T) {
 		}
 	})
 	w.book.set("c-1", ln.Addr().String())
-	conn, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1")
+	conn, err := w.a.Dial(async.Context(t), KindHTTP, "b-1")
 	if !errors.Is(err, ErrWrongNode) {
 		t.Errorf("got %v, %v, want ErrWrongNode", conn, err)
 	}
@@ -294,11 +293,11 @@ func TestRelayCannotSpeakForAnother(t *testing.T) {
 
 // What a peer may say inside a tunnel, and no stranger before it.
 func TestHostileInsideOfATunnel(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindHTTP)
 	relayedHalf := func() *PeerConn {
-		half, err := w.c.dial(withTimeout(t), greeting{kind: KindRelayed, node: "b-1"}, w.b.addr)
+		half, err := w.c.dial(async.Context(t), greeting{kind: KindRelayed, node: "b-1"}, w.b.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -310,7 +309,7 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 		if kind == KindTunnel {
 			inside.target = "c-1"
 		}
-		if _, err := w.a.greet(withTimeout(t), relayedHalf(), inside); !refusedAs(CodeNoTunnel)(err) {
+		if _, err := w.a.greet(async.Context(t), relayedHalf(), inside); !refusedAs(CodeNoTunnel)(err) {
 			t.Errorf("%s inside of a tunnel: %v", kind, err)
 		}
 	}
@@ -322,7 +321,7 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 		half := relayedHalf()
 		_, _ = half.Write(say)
 		_ = half.Close()
-		awaitCondition(t, "it to be counted as "+reason, func() bool {
+		async.Await(t, "it to be counted as "+reason, func() bool {
 			return testutil.ToFloat64(w.b.metrics.failures.WithLabelValues("accepted", reason)) == before+1
 		})
 	}
@@ -331,9 +330,9 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 	strict.arrivals.limit = 300 * time.Millisecond
 	strict.serve(t, w.book)
 	var half *PeerConn
-	awaitCondition(t, "a half that is in time", func() bool { // on a busy machine
+	async.Await(t, "a half that is in time", func() bool { // on a busy machine
 		var err error
-		half, err = w.c.dial(withTimeout(t), greeting{kind: KindRelayed, node: "d-1"}, strict.addr)
+		half, err = w.c.dial(async.Context(t), greeting{kind: KindRelayed, node: "d-1"}, strict.addr)
 		return err == nil
 	})
 	defer func() { _ = half.Close() }()
@@ -344,14 +343,14 @@ func TestHostileInsideOfATunnel(t *testing.T) {
 		t.Errorf("a silent one is kept: %v", err)
 	}
 	for _, p := range []*testPeer{w.b, strict} {
-		awaitCondition(t, "nothing to be left", func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
+		async.Await(t, "nothing to be left", func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
 	}
 }
 
 // The ends of a tunnel come to an end together, and what was said before that
 // arrives.
 func TestTunnelEnds(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	ln := w.b.Listener(KindHTTP)
 	w.link.cut()
@@ -372,7 +371,7 @@ func TestTunnelEnds(t *testing.T) {
 	}
 	_ = far.Close()
 	for _, p := range []*testPeer{w.a, w.b, w.c} {
-		awaitCondition(t, "nothing to be left at "+p.id.Node, func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
+		async.Await(t, "nothing to be left at "+p.id.Node, func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
 	}
 
 	// The relay's own end ends it as well.
@@ -393,11 +392,11 @@ func TestTunnelEnds(t *testing.T) {
 // When no way leads to a node the words tell of both, and the reason is the
 // direct one's.
 func TestNeitherWay(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.link.addr = "127.0.0.1:1" // refuses
 	w.book.set("b-1", "127.0.0.1:1")
-	_, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1")
+	_, err := w.a.Dial(async.Context(t), KindHTTP, "b-1")
 	var network *net.OpError
 	if !errors.As(err, &network) || !strings.Contains(err.Error(), "through c-1") {
 		t.Errorf("got %v", err)
@@ -407,48 +406,6 @@ func TestNeitherWay(t *testing.T) {
 	}
 	if got := testutil.ToFloat64(w.a.metrics.tunnels.WithLabelValues("dialled", CodeUnreached)); got != 1 {
 		t.Errorf("counted %v times", got)
-	}
-}
-
-func TestRankRelays(t *testing.T) {
-	sites := map[string]string{"b-1": "b", "b-2": "b", "c-1": "c", "c-2": "c", "d-1": "d", "a-2": "a"}
-	hears := func(sent time.Duration, draining bool, nodes ...string) answer {
-		r := &clusterpb.PingResponse{Health: &clusterpb.Health{Draining: draining}}
-		for _, n := range nodes {
-			r.Heard = append(r.Heard, &clusterpb.Heard{Node: n, AgoMs: 300})
-		}
-		return answer{sent: sent, got: r}
-	}
-	const now = 10 * time.Second
-	for _, tc := range []struct {
-		name    string
-		answers map[string]answer
-		want    []string
-	}{
-		{"nobody", nil, nil},
-		{"a third site first, then neighbours", map[string]answer{
-			"b-2": hears(now, false, "b-1"), "a-2": hears(now, false, "b-1"), "c-1": hears(now, false, "b-1"), "d-1": hears(now, false, "c-1", "b-1"),
-		}, []string{"c-1", "d-1", "a-2", "b-2"}},
-		{"who is leaving comes last", map[string]answer{
-			"c-1": hears(now, true, "b-1"), "c-2": hears(now, false, "b-1"), "a-2": hears(now, false, "b-1"),
-		}, []string{"c-2", "a-2", "c-1"}},
-		{"not who does not hear it", map[string]answer{"c-1": hears(now, false, "d-1")}, nil},
-		{"who is silent right now comes last", map[string]answer{
-			"c-1": hears(now-time.Second, false, "b-1"), "b-2": hears(now, false, "b-1"),
-		}, []string{"b-2", "c-1"}},
-		{"not who is silent for long", map[string]answer{"c-1": hears(now-relayHears, false, "b-1")}, nil},
-		{"not the node itself, nor strangers", map[string]answer{"b-1": hears(now, false, "b-1"), "x-1": hears(now, false, "b-1")}, nil},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			table := &peerTable{answers: tc.answers}
-			got := rankRelays("b-1", "a", func(n string) string { return sites[n] }, table.hearing("b-1", now), now-600*time.Millisecond)
-			if !slices.Equal(got, tc.want) {
-				t.Errorf("got %v, want %v", got, tc.want)
-			}
-			if old := table.hearing("b-1", now+time.Minute); len(old) != 0 {
-				t.Errorf("a minute later %d still hear it", len(old))
-			}
-		})
 	}
 }
 

@@ -13,20 +13,21 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // The link breaks under everything that stands, is found to be cut, and heals:
 // nobody has to wait for TCP to give up, and in the end all is direct again.
 func TestWayIsFoundAndLeft(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.b.serveGRPC(t)
 	w.b.serveHTTP(t)
 	w.b.serveRaft(t)
 	transport := w.a.serveRaft(t)
 	w.a.opts.DialTimeout = 2 * time.Second // the cut is certain after two of these
-	runInTest(t, w.a.KeepWays)
-	ctx := withTimeout(t)
+	async.Run(t, w.a.KeepWays)
+	ctx := async.Context(t)
 	all := func(when string) {
 		t.Helper()
 		if err := w.a.check(ctx, "b-1"); err != nil {
@@ -61,27 +62,27 @@ func TestWayIsFoundAndLeft(t *testing.T) {
 		}
 		hanging <- err
 	}()
-	awaitCondition(t, "the request to hang", func() bool { return w.link.held.Load() > 0 })
+	async.Await(t, "the request to hang", func() bool { return w.link.held.Load() > 0 })
 	w.set(func() { w.silent = []string{"b-1"} })
-	awaitCondition(t, "the detour", w.goes("c-1"))
+	async.Await(t, "the detour", w.goes("c-1"))
 	w.set(func() { w.silent = nil })
 	// The way is known a moment before it is taken.
-	awaitCondition(t, "another channel", func() bool { return before.replaced.Err() != nil })
+	async.Await(t, "another channel", func() bool { return before.replaced.Err() != nil })
 	all("behind the cut")
 	if err := <-hanging; err != nil {
 		t.Errorf("a request that hung: %v", err)
 	}
-	awaitCondition(t, "raft", func() bool { return appendTo(transport, "b-1") == nil })
+	async.Await(t, "raft", func() bool { return appendTo(transport, "b-1") == nil })
 	if n := testutil.ToFloat64(w.a.metrics.detours); n != 1 {
 		t.Errorf("%v detours are counted", n)
 	}
 
 	w.link.mend()
-	awaitCondition(t, "the direct way", w.goes(""))
+	async.Await(t, "the direct way", w.goes(""))
 	w.set(func() { w.relays = nil }) // a busy machine is slower than the head start
-	awaitCondition(t, "the tunnels to be left", func() bool { return w.c.carries() == 0 })
+	async.Await(t, "the tunnels to be left", func() bool { return w.c.carries() == 0 })
 	all("in the end")
-	awaitCondition(t, "raft", func() bool { return appendTo(transport, "b-1") == nil })
+	async.Await(t, "raft", func() bool { return appendTo(transport, "b-1") == nil })
 	if n := testutil.ToFloat64(w.a.metrics.detours); n != 0 || w.c.carries() != 0 {
 		t.Errorf("%v detours are counted, c carries %d tunnels", n, w.c.carries())
 	}
@@ -89,12 +90,12 @@ func TestWayIsFoundAndLeft(t *testing.T) {
 
 // A peer that is only slow to answer keeps its way, and nobody is asked.
 func TestDoubtAboutAGoodWay(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindGRPC)
 	w.a.timing.headStart, w.a.timing.soft = time.Minute, time.Minute
 	w.a.Doubt("b-1")
-	awaitCondition(t, "the way to be examined", func() bool { return w.a.ways.worked("b-1") == 1 })
+	async.Await(t, "the way to be examined", func() bool { return w.a.ways.worked("b-1") == 1 })
 	if w.a.Way("b-1") != "" || testutil.CollectAndCount(w.a.metrics.tunnels) != 0 {
 		t.Error("another way was looked for")
 	}
@@ -108,21 +109,21 @@ func TestDoubtAboutAGoodWay(t *testing.T) {
 // A link that is bad, but not cut, gets its new connections another way for a
 // moment. Those that stand are left alone.
 func TestBadLinkKeepsItsConnections(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindGRPC)
 	echo(t, w.b, KindHTTP)
-	runInTest(t, w.a.KeepWays)
-	standing, err := w.a.Dial(withTimeout(t), KindHTTP, "b-1")
+	async.Run(t, w.a.KeepWays)
+	standing, err := w.a.Dial(async.Context(t), KindHTTP, "b-1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = standing.Close() }()
 	w.link.cut()
 	w.a.Doubt("b-1")
-	awaitCondition(t, "the detour", w.goes("c-1"))
+	async.Await(t, "the detour", w.goes("c-1"))
 	w.link.mend() // long before a direct dial has failed
-	awaitCondition(t, "the direct way", w.goes(""))
+	async.Await(t, "the direct way", w.goes(""))
 	if via := standing.(*PeerConn).Via(); via != "" {
 		t.Fatalf("it was made through %s", via)
 	}
@@ -134,7 +135,7 @@ func TestBadLinkKeepsItsConnections(t *testing.T) {
 // When a relay is no good the next one is asked, and when all are none the
 // direct way is what is left.
 func TestAnotherRelay(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindGRPC)
 	d := newTestPeer(t, w.ca, w.book, Identity{"dev", "d", "d-1"}, nil)
@@ -144,8 +145,8 @@ func TestAnotherRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.set(func() { w.relays, w.silent = []string{"dead-1", "c-1", "d-1"}, []string{"b-1"} })
-	runInTest(t, w.a.KeepWays)
-	awaitCondition(t, "a detour through the one that works", w.goes("c-1"))
+	async.Run(t, w.a.KeepWays)
+	async.Await(t, "a detour through the one that works", w.goes("c-1"))
 	if got := w.a.relaysFor("b-1"); fmt.Sprint(got) != "[c-1 dead-1 d-1]" {
 		t.Errorf("asked next: %v", got)
 	}
@@ -157,15 +158,15 @@ func TestAnotherRelay(t *testing.T) {
 		t.Error("a tunnel outlives its relay")
 	}
 	w.set(func() { w.silent = []string{"b-1"} })
-	awaitCondition(t, "a detour through the other one", w.goes("d-1"))
+	async.Await(t, "a detour through the other one", w.goes("d-1"))
 
 	w.set(func() { w.relays = nil })
-	awaitCondition(t, "no detour when nobody hears the node", w.goes(""))
+	async.Await(t, "no detour when nobody hears the node", w.goes(""))
 }
 
 // Ends of a mesh while it looks for ways are as orderly as others.
 func TestCloseWhileExamining(t *testing.T) {
-	failOnLeaks(t)
+	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindGRPC)
 	deaf, err := net.Listen("tcp", "127.0.0.1:0") // accepts, and says nothing
