@@ -312,6 +312,9 @@ func (t *gossipTransport) Shutdown() error {
 	return nil
 }
 
+// lookUpTimeout bounds one question to the resolver.
+const lookUpTimeout = 2 * time.Second
+
 // resolveHostPort turns host:port into addresses, where host may be a DNS name.
 // What is not host:port at all is a *net.AddrError.
 func resolveHostPort(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
@@ -326,7 +329,7 @@ func resolveHostPort(ctx context.Context, hostport string) ([]netip.AddrPort, er
 	if ip, err := netip.ParseAddr(host); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(port))}, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, defaultDialTimeout)
+	ctx, cancel := context.WithTimeout(ctx, lookUpTimeout)
 	defer cancel()
 	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
