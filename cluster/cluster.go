@@ -23,6 +23,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/gossip"
 )
 
 // Options is what a Cluster is made of. All of it is needed unless it says
@@ -86,7 +87,7 @@ type Cluster struct {
 	peers   *peerTable
 	pauses  *pauseMeter
 	metrics *metrics
-	gossip  atomic.Pointer[Gossip]
+	gossip  atomic.Pointer[gossip.Gossip]
 
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 	carried func(context.Context) (map[string]int64, error)      // see OnCarried
@@ -284,12 +285,12 @@ func (c *Cluster) Paused() time.Duration { return c.pauses.longest() }
 func (c *Cluster) Sever() {
 	c.mesh.CloseRefused()
 	if g := c.gossip.Load(); g != nil {
-		g.sever()
+		g.CloseRefused()
 	}
 }
 
 // Members is what gossip knows; nil before this node is a member.
-func (c *Cluster) Members() []Member {
+func (c *Cluster) Members() []gossip.Member {
 	if g := c.gossip.Load(); g != nil {
 		return g.Members()
 	}
@@ -409,14 +410,14 @@ func quiet(ctx context.Context, err error) error {
 	return nil
 }
 
-func (c *Cluster) newGossip() *Gossip {
+func (c *Cluster) newGossip() *gossip.Gossip {
 	m := c.Membership()
-	return NewGossip(GossipOptions{
+	return gossip.New(gossip.Options{
 		Name: c.opts.Name, Bind: c.opts.GossipBind, Advertise: c.opts.Gossip, Key: c.opts.GossipKey,
 		Label: fmt.Sprintf("%s/%d/%s", m.ClusterID, m.Generation.Number, m.Generation.ID),
-		Self: func() Member {
+		Self: func() gossip.Member {
 			n := c.self()
-			return Member{
+			return gossip.Member{
 				Name: n.Name, Site: n.Site, RPC: n.RPC, API: n.API, Admin: n.Admin, Version: n.Version,
 				PID: c.opts.Health().PID, Feature: n.Feature, Instance: n.Instance, StartedAt: n.StartedAt,
 				Draining: c.opts.Health().Draining,
@@ -431,7 +432,7 @@ func (c *Cluster) newGossip() *Gossip {
 			}
 			return seeds
 		},
-		OnChange: func(m Member) {
+		OnChange: func(m gossip.Member) {
 			if m.Name != c.opts.Name {
 				c.book.learn(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,

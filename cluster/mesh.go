@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/throttle"
 )
 
 // ErrNoAddress means that no address of the dialled node is known.
@@ -65,7 +66,7 @@ type MeshOptions struct {
 type Mesh struct {
 	opts      MeshOptions
 	metrics   *meshMetrics
-	acceptLog *lineThrottle
+	acceptLog *throttle.Lines
 	serverTLS *tls.Config
 	dialer    net.Dialer
 	transport *http.Transport
@@ -96,7 +97,7 @@ func NewMesh(o MeshOptions) *Mesh {
 	m := &Mesh{
 		opts:      o,
 		metrics:   metrics,
-		acceptLog: newLineThrottle(),
+		acceptLog: throttle.NewLines(),
 		serverTLS: o.Credentials.ServerTLS(),
 		dialer:    net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout},
 		conns:     peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},

@@ -107,7 +107,7 @@ func (m *Mesh) reportUnaccepted(remote net.Addr, reason string, err error) {
 		m.opts.Logger.Debug("a peer's connection ended before it was accepted", "remote", remote.String(), "error", err)
 		return
 	}
-	if unreported, ok := m.acceptLog.allow(reason); ok {
+	if unreported, ok := m.acceptLog.Allow(reason); ok {
 		m.opts.Logger.Warn("a peer's connection was not accepted", "remote", remote.String(),
 			"reason", reason, "error", err, "unreported", unreported)
 	}

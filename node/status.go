@@ -9,6 +9,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/gossip"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/replication"
 )
@@ -49,7 +50,7 @@ func (n *Node) status() admin.Status {
 	v.jobs, v.copies = n.work.status(v.state)
 	v.journals, v.table = n.work.damaged(), n.work.partial()
 	for _, m := range n.cluster.Members() {
-		v.left[m.Name] = m.State == cluster.MemberLeft
+		v.left[m.Name] = m.State == gossip.MemberLeft
 	}
 	s := describe(v)
 	s.Cluster = n.cfg.Cluster

@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"bytes"
@@ -20,7 +20,7 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-var testGossipKey = []byte("0123456789abcdef")
+var testKey = []byte("0123456789abcdef")
 
 // testGossip is a member of a test, with everything ten times faster.
 type testGossip struct {
@@ -34,18 +34,18 @@ type testGossip struct {
 
 var testStarts atomic.Int64 // so that each start is later than the one before
 
-func startGossip(t *testing.T, name string, seeds []string, change func(*GossipOptions)) *testGossip {
+func startGossip(t *testing.T, name string, seeds []string, change func(*Options)) *testGossip {
 	t.Helper()
 	return startGossipIn(t, testNet{}, name, seeds, change)
 }
 
 // testNet is what a member's surroundings are like.
 type testNet struct {
-	gossipFaults
+	faults
 	steady time.Duration // 0: an hour, so that only what happens causes meetings
 }
 
-func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change func(*GossipOptions)) *testGossip {
+func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change func(*Options)) *testGossip {
 	t.Helper()
 	if n.steady == 0 {
 		n.steady = time.Hour
@@ -54,8 +54,8 @@ func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change 
 		Site: "site-of-" + name, RPC: "127.0.0.1:" + fmt.Sprint(10000+testStarts.Load()), Version: "0.1.0", PID: 7,
 		StartedAt: time.UnixMilli(1764000000000 + testStarts.Add(1)).UTC(),
 	}}
-	o := GossipOptions{
-		Name: name, Bind: "127.0.0.1:0", Key: testGossipKey, Label: "dev/1",
+	o := Options{
+		Name: name, Bind: "127.0.0.1:0", Key: testKey, Label: "dev/1",
 		Self: func() Member {
 			m.mu.Lock()
 			defer m.mu.Unlock()
@@ -72,9 +72,9 @@ func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change 
 	if change != nil {
 		change(&o)
 	}
-	m.Gossip = NewGossip(o)
-	m.faults = n.gossipFaults
-	m.timing = gossipTiming{
+	m.Gossip = New(o)
+	m.faults = n.faults
+	m.timing = timing{
 		probeInterval: 100 * time.Millisecond, probeTimeout: 50 * time.Millisecond, reclaim: time.Second,
 		rejoin: rejoinTiming{
 			first: 20 * time.Millisecond, steady: n.steady,
@@ -125,7 +125,7 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 		t.Fatalf("bound to %q, %v", a.Addr(), err)
 	}
 	b := startGossip(t, "b", []string{"localhost:" + port}, nil) // a DNS name
-	c := startGossip(t, "c", []string{a.Addr()}, func(o *GossipOptions) { o.LeaveOnStop = true })
+	c := startGossip(t, "c", []string{a.Addr()}, func(o *Options) { o.LeaveOnStop = true })
 	all := []*testGossip{a, b, c}
 	for _, m := range all {
 		for _, name := range []string{"a", "b", "c"} {
@@ -192,7 +192,7 @@ func TestPartitionHealsByItself(t *testing.T) {
 	async.NoLeaks(t)
 	var cut atomic.Bool
 	a := startGossip(t, "a", nil, nil)
-	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
+	b := startGossipIn(t, testNet{faults: faults{losePacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
 	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	async.Await(t, "b to see a", b.seesAs("a", MemberAlive))
 	cut.Store(true)
@@ -215,8 +215,8 @@ func TestSiteCutsItselfOff(t *testing.T) {
 		}
 		return nil
 	}
-	a := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "a", nil, func(o *GossipOptions) { o.Admit = admit })
-	near := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "near", []string{a.Addr()}, func(o *GossipOptions) {
+	a := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "a", nil, func(o *Options) { o.Admit = admit })
+	near := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "near", []string{a.Addr()}, func(o *Options) {
 		o.Admit = admit
 		self := o.Self
 		o.Self = func() Member {
@@ -235,8 +235,8 @@ func TestSiteCutsItselfOff(t *testing.T) {
 	}
 	all(MemberAlive)
 	cut.Store(true)
-	a.sever()
-	near.sever()
+	a.CloseRefused()
+	near.CloseRefused()
 	all(MemberDead)
 	if !a.seesAs("near", MemberAlive)() || !near.seesAs("a", MemberAlive)() {
 		t.Error("neighbours of one site lost each other")
@@ -250,7 +250,7 @@ func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	var blocked atomic.Bool
 	blocked.Store(true)
 	a := startGossip(t, "a", nil, nil)
-	b := startGossipIn(t, testNet{gossipFaults: gossipFaults{losePacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
+	b := startGossipIn(t, testNet{faults: faults{losePacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
 	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	async.Await(t, "the metric to rise", func() bool {
 		return testutil.ToFloat64(a.metrics.udpBlocked) == 1 && testutil.ToFloat64(a.metrics.tcpOnly) >= 1
@@ -266,11 +266,11 @@ func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 func TestOthersAreNotHeard(t *testing.T) {
 	async.NoLeaks(t)
 	var log lockedBuffer
-	a := startGossip(t, "a", nil, func(o *GossipOptions) {
+	a := startGossip(t, "a", nil, func(o *Options) {
 		o.Logger = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	})
-	b := startGossip(t, "b", []string{a.Addr()}, func(o *GossipOptions) { o.Label = "dev/2" })
-	c := startGossip(t, "c", []string{a.Addr()}, func(o *GossipOptions) { o.Key = []byte("another key, 16!") })
+	b := startGossip(t, "b", []string{a.Addr()}, func(o *Options) { o.Label = "dev/2" })
+	c := startGossip(t, "c", []string{a.Addr()}, func(o *Options) { o.Key = []byte("another key, 16!") })
 	for _, m := range []*testGossip{b, c} {
 		async.Await(t, m.opts.Name+" to fail", func() bool {
 			return testutil.ToFloat64(m.metrics.joins.WithLabelValues("failed")) >= 2
@@ -284,7 +284,7 @@ func TestOthersAreNotHeard(t *testing.T) {
 	if text := log.String(); !strings.Contains(text, "unacceptable label") || !strings.Contains(text, "level=WARN") {
 		t.Errorf("nothing about the label in the log:\n%s", text)
 	}
-	for _, secret := range []string{string(testGossipKey), hex.EncodeToString(testGossipKey), fmt.Sprint(testGossipKey)} {
+	for _, secret := range []string{string(testKey), hex.EncodeToString(testKey), fmt.Sprint(testKey)} {
 		if strings.Contains(log.String(), secret) {
 			t.Error("the key is in the log")
 		}
@@ -321,7 +321,7 @@ func TestSeedsMayComeLater(t *testing.T) {
 	if err := reserved.Close(); err != nil {
 		t.Fatal(err)
 	}
-	a := startGossip(t, "a", nil, func(o *GossipOptions) { o.Bind = addr })
+	a := startGossip(t, "a", nil, func(o *Options) { o.Bind = addr })
 	async.Await(t, "b to find a", b.seesAs("a", MemberAlive))
 	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	joins := testutil.ToFloat64(b.metrics.joins.WithLabelValues("met"))
@@ -333,39 +333,39 @@ func TestSeedsMayComeLater(t *testing.T) {
 	}
 }
 
-func TestGossipRefusesToRun(t *testing.T) {
+func TestRefusesToRun(t *testing.T) {
 	async.NoLeaks(t)
 	for _, tc := range []struct {
 		name   string
-		change func(*GossipOptions)
+		change func(*Options)
 		err    string
 	}{
-		{"no key", func(o *GossipOptions) { o.Key = nil }, "must have 16, 24 or 32"},
-		{"long label", func(o *GossipOptions) { o.Label = strings.Repeat("x", 256) }, "at most 255"},
-		{"odd name", func(o *GossipOptions) { o.Name = "a b" }, "may hold letters"},
-		{"nothing to advertise", func(o *GossipOptions) { o.Bind = ":0" }, "which address to advertise"},
-		{"no port to advertise", func(o *GossipOptions) { o.Advertise = "example.com" }, "missing port"},
-		{"too much to say", func(o *GossipOptions) {
+		{"no key", func(o *Options) { o.Key = nil }, "must have 16, 24 or 32"},
+		{"long label", func(o *Options) { o.Label = strings.Repeat("x", 256) }, "at most 255"},
+		{"odd name", func(o *Options) { o.Name = "a b" }, "may hold letters"},
+		{"nothing to advertise", func(o *Options) { o.Bind = ":0" }, "which address to advertise"},
+		{"no port to advertise", func(o *Options) { o.Advertise = "example.com" }, "missing port"},
+		{"too much to say", func(o *Options) {
 			o.Self = func() Member {
 				return Member{RPC: strings.Repeat("r", 250), API: strings.Repeat("r", 250), Admin: strings.Repeat("r", 250)}
 			}
 		}, "shorten the advertised addresses"},
-		{"no address", func(o *GossipOptions) { o.Bind = "256.256.256.256:1" }, "gossip:"},
+		{"no address", func(o *Options) { o.Bind = "256.256.256.256:1" }, "gossip:"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			o := GossipOptions{
-				Name: "a", Bind: "127.0.0.1:0", Key: testGossipKey, Logger: slog.New(slog.DiscardHandler),
+			o := Options{
+				Name: "a", Bind: "127.0.0.1:0", Key: testKey, Logger: slog.New(slog.DiscardHandler),
 				Self: func() Member { return Member{} }, Seeds: func() []string { return nil },
 			}
 			tc.change(&o)
-			if err := NewGossip(o).Run(async.Context(t)); err == nil || !strings.Contains(err.Error(), tc.err) {
+			if err := New(o).Run(async.Context(t)); err == nil || !strings.Contains(err.Error(), tc.err) {
 				t.Fatalf("got %v, want an error with %q", err, tc.err)
 			}
 		})
 	}
 }
 
-func TestGossipStreamsAreBounded(t *testing.T) {
+func TestStreamsAreBounded(t *testing.T) {
 	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
 	var mu sync.Mutex
@@ -416,7 +416,7 @@ func TestPauseBetweenMeetings(t *testing.T) {
 	}
 }
 
-func TestGossipLogLines(t *testing.T) {
+func TestLogLines(t *testing.T) {
 	for _, tc := range []struct {
 		line  string
 		level slog.Level
@@ -441,10 +441,10 @@ func TestGossipLogLines(t *testing.T) {
 }
 
 // A stop in the middle of a name that does not resolve is a stop.
-func TestGossipStopsBeforeItBegan(t *testing.T) {
+func TestStopsBeforeItBegan(t *testing.T) {
 	async.NoLeaks(t)
-	g := NewGossip(GossipOptions{
-		Name: "a", Bind: "127.0.0.1:0", Advertise: "no-such-host.invalid:7956", Key: testGossipKey, Logger: slog.New(slog.DiscardHandler),
+	g := New(Options{
+		Name: "a", Bind: "127.0.0.1:0", Advertise: "no-such-host.invalid:7956", Key: testKey, Logger: slog.New(slog.DiscardHandler),
 		Self: func() Member { return Member{} }, Seeds: func() []string { return nil },
 	})
 	ctx, cancel := context.WithCancel(context.Background())

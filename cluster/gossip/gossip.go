@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"context"
@@ -53,7 +53,7 @@ type Member struct {
 }
 
 // GossipOptions are what Gossip needs of its node.
-type GossipOptions struct {
+type Options struct {
 	Name string
 	// Bind is host:port, for TCP and UDP; port 0 takes a free one.
 	Bind string
@@ -101,34 +101,34 @@ const (
 // Gossip tells who is there, quickly and without proof: a phone book and a
 // hint. It never decides anything. Start at Run.
 type Gossip struct {
-	opts    GossipOptions
-	table   *gossipTable
-	metrics *gossipMetrics
+	opts    Options
+	table   *table
+	metrics *metrics
 	update  chan struct{}
 
 	mu        sync.Mutex // guards transport
-	transport *gossipTransport
+	transport *transport
 	addr      atomic.Pointer[string]
 	meta      atomic.Pointer[[]byte] // what memberlist is given as metadata
-	timing    gossipTiming
-	faults    gossipFaults
+	timing    timing
+	faults    faults
 }
 
 // gossipTiming is what tests shorten.
-type gossipTiming struct {
+type timing struct {
 	probeInterval, probeTimeout, reclaim time.Duration
 	rejoin                               rejoinTiming
 }
 
 // NewGossip makes a Gossip. Nothing is bound before Listen or Run.
-func NewGossip(o GossipOptions) *Gossip {
-	metrics := newGossipMetrics(o.Registerer)
+func New(o Options) *Gossip {
+	metrics := newMetrics(o.Registerer)
 	return &Gossip{
 		opts:    o,
-		table:   newGossipTable(o.Name, metrics),
+		table:   newTable(o.Name, metrics),
 		metrics: metrics,
 		update:  make(chan struct{}, 1),
-		timing: gossipTiming{
+		timing: timing{
 			probeInterval: gossipProbeInterval, probeTimeout: gossipProbeTimeout, reclaim: gossipReclaim,
 			rejoin: defaultRejoinTiming,
 		},
@@ -142,13 +142,13 @@ func (g *Gossip) Listen() error {
 	return err
 }
 
-func (g *Gossip) listen() (*gossipTransport, error) {
+func (g *Gossip) listen() (*transport, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newGossipTransport(g.opts.Bind, g.metrics, g.faults, g.admits)
+	t, err := newTransport(g.opts.Bind, g.metrics, g.faults, g.admits)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
@@ -175,7 +175,7 @@ func (g *Gossip) admits(remote netip.AddrPort, anyPort bool) bool {
 }
 
 // sever closes the streams that are no longer admitted.
-func (g *Gossip) sever() {
+func (g *Gossip) CloseRefused() {
 	g.mu.Lock()
 	t := g.transport
 	g.mu.Unlock()
@@ -184,7 +184,7 @@ func (g *Gossip) sever() {
 	}
 }
 
-func (g *Gossip) unlisten(t *gossipTransport) {
+func (g *Gossip) unlisten(t *transport) {
 	_ = t.Shutdown() // never fails
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -313,7 +313,7 @@ func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
 	if self.Gossip == "" {
 		self.Gossip = g.advertised()
 	}
-	meta, err := appendGossipMeta(nil, self, leaving)
+	meta, err := appendMeta(nil, self, leaving)
 	if err != nil {
 		return false, err
 	}
@@ -336,7 +336,7 @@ func (g *Gossip) advertised() string {
 
 // resolveAdvertise finds the IP address that memberlist must tell the others.
 // A name service that is down delays it and doesn't stop the node.
-func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error {
+func (g *Gossip) resolveAdvertise(ctx context.Context, t *transport) error {
 	bound := t.listener.Addr().(*net.TCPAddr).AddrPort()
 	if g.opts.Advertise == "" {
 		if bound.Addr().IsUnspecified() {
@@ -368,7 +368,7 @@ func (g *Gossip) resolveAdvertise(ctx context.Context, t *gossipTransport) error
 	}
 }
 
-func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
+func (g *Gossip) config(t *transport) *memberlist.Config {
 	c := memberlist.DefaultLANConfig()
 	c.Name = g.opts.Name
 	c.Transport = t
@@ -382,20 +382,20 @@ func (g *Gossip) config(t *gossipTransport) *memberlist.Config {
 	c.SuspicionMult = 4
 	c.GossipToTheDeadTime = gossipDeadMemory
 	c.DeadNodeReclaimTime = g.timing.reclaim
-	c.EnableCompression = false                // a few hundred bytes, encrypted after it
-	c.QueueCheckInterval = math.MaxInt64       // only feeds a metrics sink that nobody installs
-	c.Delegate = gossipDelegate{meta: &g.meta} // metadata out
-	c.Events, c.Alive = g.table, g.table       // members in
-	c.Conflict, c.Ping = g.table, g.table      // a name with two addresses; probes answered
-	c.Logger = log.New(newGossipLog(g.opts.Logger, g.table), "", 0)
+	c.EnableCompression = false           // a few hundred bytes, encrypted after it
+	c.QueueCheckInterval = math.MaxInt64  // only feeds a metrics sink that nobody installs
+	c.Delegate = delegate{meta: &g.meta}  // metadata out
+	c.Events, c.Alive = g.table, g.table  // members in
+	c.Conflict, c.Ping = g.table, g.table // a name with two addresses; probes answered
+	c.Logger = log.New(newLogWriter(g.opts.Logger, g.table), "", 0)
 	return c
 }
 
 // gossipDelegate gives memberlist this node's metadata and wants nothing else.
-type gossipDelegate struct{ meta *atomic.Pointer[[]byte] }
+type delegate struct{ meta *atomic.Pointer[[]byte] }
 
-func (d gossipDelegate) NodeMeta(int) []byte             { return *d.meta.Load() }
-func (gossipDelegate) NotifyMsg([]byte)                  {}
-func (gossipDelegate) GetBroadcasts(_, _ int) [][]byte   { return nil }
-func (gossipDelegate) LocalState(bool) []byte            { return nil }
-func (gossipDelegate) MergeRemoteState(_ []byte, _ bool) {}
+func (d delegate) NodeMeta(int) []byte             { return *d.meta.Load() }
+func (delegate) NotifyMsg([]byte)                  {}
+func (delegate) GetBroadcasts(_, _ int) [][]byte   { return nil }
+func (delegate) LocalState(bool) []byte            { return nil }
+func (delegate) MergeRemoteState(_ []byte, _ bool) {}

@@ -1,4 +1,4 @@
-package cluster
+package throttle
 
 import (
 	"sync"
@@ -8,7 +8,7 @@ import (
 // lineThrottle lets each reason be logged once every 10 seconds: anybody who can
 // open connections could fill a disk with log lines otherwise. At most 256 reasons are
 // remembered; one more forgets them all.
-type lineThrottle struct {
+type Lines struct {
 	every time.Duration
 
 	mu   sync.Mutex // guards seen
@@ -22,13 +22,13 @@ type throttledLine struct {
 
 const throttleKeys = 256
 
-func newLineThrottle() *lineThrottle {
-	return &lineThrottle{every: 10 * time.Second, seen: map[string]throttledLine{}}
+func NewLines() *Lines {
+	return &Lines{every: 10 * time.Second, seen: map[string]throttledLine{}}
 }
 
 // allow reports whether the reason may be logged now, and how many lines of it were
 // skipped since the last one that was.
-func (t *lineThrottle) allow(reason string) (skipped int, ok bool) {
+func (t *Lines) Allow(reason string) (skipped int, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	line, known := t.seen[reason]

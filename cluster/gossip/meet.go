@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"context"
@@ -10,7 +10,7 @@ import (
 )
 
 // gossipMeetMax bounds the nodes met at the same time.
-const gossipMeetMax = 8
+const meetMax = 8
 
 // rejoinTiming says how often this node looks for those it doesn't hear.
 type rejoinTiming struct {
@@ -44,7 +44,7 @@ func (r rejoinTiming) pause(v meeting, last time.Duration) time.Duration {
 
 // keepMeeting joins seeds and lost members until ctx ends. In a cluster where
 // everybody is heard it opens no connection.
-func (g *Gossip) keepMeeting(ctx context.Context, list *memberlist.Memberlist, t *gossipTransport) {
+func (g *Gossip) keepMeeting(ctx context.Context, list *memberlist.Memberlist, t *transport) {
 	var pause time.Duration
 	for ctx.Err() == nil {
 		before := g.table.meeting(time.Now(), g.timing.rejoin.recent)
@@ -114,7 +114,7 @@ func (g *Gossip) toMeet(ctx context.Context, v meeting, self netip.AddrPort) []n
 }
 
 func (g *Gossip) meet(ctx context.Context, list *memberlist.Memberlist, addrs []netip.AddrPort) {
-	slots := make(chan struct{}, gossipMeetMax)
+	slots := make(chan struct{}, meetMax)
 	var joins sync.WaitGroup
 	defer joins.Wait()
 	for _, a := range addrs {

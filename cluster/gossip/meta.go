@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"errors"
@@ -35,11 +35,11 @@ const (
 	metaFlagLeaving  = 2 // the next thing heard of this instance is that it left
 )
 
-var errGossipMeta = errors.New("gossip metadata can't be read")
+var errMeta = errors.New("gossip metadata can't be read")
 
 // appendGossipMeta encodes what a member says of itself, without its name,
 // which memberlist carries. It refuses, with words, what doesn't fit.
-func appendGossipMeta(to []byte, m Member, leaving bool) ([]byte, error) {
+func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 	start := len(to)
 	number := func(field protowire.Number, v uint64) {
 		if v != 0 {
@@ -55,7 +55,7 @@ func appendGossipMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 	}
 	number(metaFormat, gossipMetaFormat)
 	for _, f := range m.metaTexts() {
-		if err := checkGossipText(*f.value); err != nil {
+		if err := checkText(*f.value); err != nil {
 			return nil, fmt.Errorf("the %s of a member %w", f.what, err)
 		}
 		text(f.field, *f.value)
@@ -101,11 +101,11 @@ func (m *Member) metaTexts() []metaText {
 
 // decodeGossipMeta reads a member's metadata, of this format or a later one,
 // of which it keeps what it understands. Nothing of buf is kept.
-func decodeGossipMeta(name string, buf []byte) (m Member, leaving bool, err error) {
+func decodeMeta(name string, buf []byte) (m Member, leaving bool, err error) {
 	m.Name = name
 	texts := m.metaTexts()
 	fail := func(format string, args ...any) (Member, bool, error) {
-		return Member{}, false, fmt.Errorf("%w: "+format, append([]any{errGossipMeta}, args...)...)
+		return Member{}, false, fmt.Errorf("%w: "+format, append([]any{errMeta}, args...)...)
 	}
 	if len(buf) > gossipMetaMax {
 		return fail("%d bytes, at most %d are allowed", len(buf), gossipMetaMax)
@@ -147,7 +147,7 @@ func decodeGossipMeta(name string, buf []byte) (m Member, leaving bool, err erro
 			for _, t := range texts {
 				if t.field == field {
 					*t.value = string(v)
-					if err := checkGossipText(*t.value); err != nil {
+					if err := checkText(*t.value); err != nil {
 						return fail("the %s %w", t.what, err)
 					}
 				}
@@ -167,7 +167,7 @@ func decodeGossipMeta(name string, buf []byte) (m Member, leaving bool, err erro
 }
 
 // checkGossipText keeps what another node says fit for a terminal and a log.
-func checkGossipText(s string) error {
+func checkText(s string) error {
 	if len(s) > gossipTextMax {
 		return fmt.Errorf("has %d bytes, at most %d are allowed", len(s), gossipTextMax)
 	}

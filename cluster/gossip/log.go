@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"context"
@@ -7,6 +7,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/dsnode/dsnode/cluster/throttle"
 )
 
 // What memberlist v0.7.0 tells in its log and nowhere else. A test of each
@@ -22,18 +24,18 @@ const (
 
 // gossipLog takes memberlist's log lines: errors and warnings become warnings,
 // a kind of them every few seconds at most, the rest is for debugging.
-type gossipLog struct {
+type logWriter struct {
 	log      *slog.Logger
-	table    *gossipTable
-	throttle *lineThrottle
+	table    *table
+	throttle *throttle.Lines
 }
 
-func newGossipLog(log *slog.Logger, table *gossipTable) *gossipLog {
-	return &gossipLog{log: log, table: table, throttle: newLineThrottle()}
+func newLogWriter(log *slog.Logger, table *table) *logWriter {
+	return &logWriter{log: log, table: table, throttle: throttle.NewLines()}
 }
 
 // Write takes one line of a log.Logger without flags.
-func (l *gossipLog) Write(line []byte) (int, error) {
+func (l *logWriter) Write(line []byte) (int, error) {
 	level, text := splitLogLine(string(line))
 	if name, ok := cutBoth(text, logSuspectPrefix, logSuspectSuffix); ok {
 		l.table.suspect(name)
@@ -46,7 +48,7 @@ func (l *gossipLog) Write(line []byte) (int, error) {
 		l.log.Log(context.Background(), level, "gossip: memberlist says", "line", text)
 		return len(line), nil
 	}
-	if skipped, ok := l.throttle.allow(logKind(text)); ok {
+	if skipped, ok := l.throttle.Allow(logKind(text)); ok {
 		l.log.Warn("gossip: memberlist says", "line", text, "unreported", skipped)
 	}
 	return len(line), nil
@@ -85,7 +87,7 @@ func cutBoth(s, prefix, suffix string) (string, bool) {
 	return s, before && after
 }
 
-type gossipMetrics struct {
+type metrics struct {
 	members        *prometheus.GaugeVec
 	udpBlocked     prometheus.Gauge
 	tcpOnly        prometheus.Counter
@@ -97,12 +99,12 @@ type gossipMetrics struct {
 	streamsRefused prometheus.Counter
 }
 
-func newGossipMetrics(reg prometheus.Registerer) *gossipMetrics {
+func newMetrics(reg prometheus.Registerer) *metrics {
 	f := promauto.With(reg)
 	packets := f.NewCounterVec(prometheus.CounterOpts{
 		Name: "dsnode_gossip_packets_total", Help: "Gossip datagrams.",
 	}, []string{"direction"})
-	return &gossipMetrics{
+	return &metrics{
 		members: f.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "dsnode_gossip_members", Help: "Members that gossip knows, this node included.",
 		}, []string{"state"}),

@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"fmt"
@@ -23,19 +23,19 @@ const (
 // gossipTable is what memberlist's callbacks say, put together. They come under
 // memberlist's lock, so they only change the table and wake Run; what changed is
 // found by comparing, and nothing can overflow or be lost.
-type gossipTable struct {
+type table struct {
 	self    string
-	metrics *gossipMetrics
+	metrics *metrics
 	wake    chan struct{}
 	stir    chan struct{} // somebody was lost, or this node's name is in dispute
 
 	mu           sync.Mutex // guards what follows
-	entries      map[string]*gossipEntry
+	entries      map[string]*entry
 	published    map[string]Member
 	selfConflict time.Time // when another address was last heard for this node's own name
 }
 
-type gossipEntry struct {
+type entry struct {
 	member     Member // as last taken in by memberlist, state and since included
 	addr       netip.AddrPort
 	leaving    bool // it announced that it would go
@@ -50,35 +50,35 @@ type gossipEntry struct {
 	claimAt    time.Time
 }
 
-func newGossipTable(self string, metrics *gossipMetrics) *gossipTable {
-	return &gossipTable{
+func newTable(self string, metrics *metrics) *table {
+	return &table{
 		self: self, metrics: metrics,
 		wake:    make(chan struct{}, 1),
 		stir:    make(chan struct{}, 1),
-		entries: map[string]*gossipEntry{}, published: map[string]Member{},
+		entries: map[string]*entry{}, published: map[string]Member{},
 	}
 }
 
 // view is the member as it stands at a time: the claim while it lives, else
 // what memberlist holds.
-func (e *gossipEntry) view(now time.Time) Member {
+func (e *entry) view(now time.Time) Member {
 	if e.claimed(now) {
 		return e.claim
 	}
 	return e.member
 }
 
-func (e *gossipEntry) claimed(now time.Time) bool {
+func (e *entry) claimed(now time.Time) bool {
 	return e.claim.StartedAt.After(e.member.StartedAt) && now.Sub(e.claimAt) < gossipClaimLife
 }
 
-func (e *gossipEntry) set(state MemberState, now time.Time) {
+func (e *entry) set(state MemberState, now time.Time) {
 	if e.member.State != state {
 		e.member.State, e.member.Since = state, now
 	}
 }
 
-func (t *gossipTable) signal() { poke(t.wake) }
+func (t *table) signal() { poke(t.wake) }
 
 // poke wakes a loop that looks at everything when it wakes.
 func poke(c chan struct{}) {
@@ -90,11 +90,11 @@ func poke(c chan struct{}) {
 
 // NotifyAlive refuses, before memberlist takes it in, a member that this node
 // could not tell anybody about.
-func (t *gossipTable) NotifyAlive(n *memberlist.Node) error {
+func (t *table) NotifyAlive(n *memberlist.Node) error {
 	if err := config.CheckIdentityPart("node", n.Name); err != nil {
 		return err
 	}
-	if _, _, err := decodeGossipMeta(n.Name, n.Meta); err != nil {
+	if _, _, err := decodeMeta(n.Name, n.Meta); err != nil {
 		return err
 	}
 	t.mu.Lock()
@@ -113,13 +113,13 @@ func (t *gossipTable) NotifyAlive(n *memberlist.Node) error {
 }
 
 // NotifyJoin hears of a member that is new, or back from the dead.
-func (t *gossipTable) NotifyJoin(n *memberlist.Node) { t.take(n) }
+func (t *table) NotifyJoin(n *memberlist.Node) { t.take(n) }
 
 // NotifyUpdate hears of a member that says something new of itself.
-func (t *gossipTable) NotifyUpdate(n *memberlist.Node) { t.take(n) }
+func (t *table) NotifyUpdate(n *memberlist.Node) { t.take(n) }
 
-func (t *gossipTable) take(n *memberlist.Node) {
-	m, leaving, err := decodeGossipMeta(n.Name, n.Meta)
+func (t *table) take(n *memberlist.Node) {
+	m, leaving, err := decodeMeta(n.Name, n.Meta)
 	if err != nil {
 		return // NotifyAlive has refused it
 	}
@@ -128,7 +128,7 @@ func (t *gossipTable) take(n *memberlist.Node) {
 	defer t.mu.Unlock()
 	e, ok := t.entries[n.Name]
 	if !ok {
-		e = &gossipEntry{}
+		e = &entry{}
 		t.entries[n.Name] = e
 	}
 	m.State, m.Since = e.member.State, e.member.Since
@@ -139,7 +139,7 @@ func (t *gossipTable) take(n *memberlist.Node) {
 
 // NotifyLeave hears that a member is dead or gone; the event doesn't tell
 // which, but who goes has said so before.
-func (t *gossipTable) NotifyLeave(n *memberlist.Node) {
+func (t *table) NotifyLeave(n *memberlist.Node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e, ok := t.entries[n.Name]
@@ -157,10 +157,10 @@ func (t *gossipTable) NotifyLeave(n *memberlist.Node) {
 }
 
 // NotifyConflict hears a name under another address than memberlist holds.
-func (t *gossipTable) NotifyConflict(_, other *memberlist.Node) {
+func (t *table) NotifyConflict(_, other *memberlist.Node) {
 	t.metrics.conflicts.Inc()
 	now := time.Now()
-	m, leaving, err := decodeGossipMeta(other.Name, other.Meta)
+	m, leaving, err := decodeMeta(other.Name, other.Meta)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if other.Name == t.self {
@@ -181,10 +181,10 @@ func (t *gossipTable) NotifyConflict(_, other *memberlist.Node) {
 }
 
 // AckPayload adds nothing to answers to probes.
-func (t *gossipTable) AckPayload() []byte { return nil }
+func (t *table) AckPayload() []byte { return nil }
 
 // NotifyPingComplete hears of a probe that was answered over UDP.
-func (t *gossipTable) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte) {
+func (t *table) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e, ok := t.entries[n.Name]
@@ -199,7 +199,7 @@ func (t *gossipTable) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ 
 }
 
 // suspect marks a member whose probe by this node went unanswered.
-func (t *gossipTable) suspect(name string) {
+func (t *table) suspect(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok && e.member.State == MemberAlive {
@@ -209,7 +209,7 @@ func (t *gossipTable) suspect(name string) {
 }
 
 // udpIsBlocked marks a member that answers probes over TCP only.
-func (t *gossipTable) udpIsBlocked(name string) {
+func (t *table) udpIsBlocked(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok {
@@ -220,7 +220,7 @@ func (t *gossipTable) udpIsBlocked(name string) {
 
 // changes is what differs from the last call, ordered by name. It also forgets
 // who has been dead for as long as memberlist remembers the dead.
-func (t *gossipTable) changes(now time.Time) []Member {
+func (t *table) changes(now time.Time) []Member {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var changed []Member
@@ -250,7 +250,7 @@ func (t *gossipTable) changes(now time.Time) []Member {
 	return changed
 }
 
-func (t *gossipTable) snapshot(now time.Time) []Member {
+func (t *table) snapshot(now time.Time) []Member {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	all := make([]Member, 0, len(t.entries))
@@ -262,7 +262,7 @@ func (t *gossipTable) snapshot(now time.Time) []Member {
 }
 
 // sitesAt are the sites of the members at an address, or, with anyPort, at its IP.
-func (t *gossipTable) sitesAt(a netip.AddrPort, anyPort bool) []string {
+func (t *table) sitesAt(a netip.AddrPort, anyPort bool) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var sites []string
@@ -287,7 +287,7 @@ type meeting struct {
 	conflict bool // this node's own name is known elsewhere under another address
 }
 
-func (t *gossipTable) meeting(now time.Time, recent time.Duration) meeting {
+func (t *table) meeting(now time.Time, recent time.Duration) meeting {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := meeting{

@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"errors"
@@ -18,7 +18,7 @@ func testMember() Member {
 	}
 }
 
-func TestGossipMetaComesBack(t *testing.T) {
+func TestMetaComesBack(t *testing.T) {
 	text := rapid.StringMatching(`[a-z0-9.:\[\]-]{0,40}`)
 	rapid.Check(t, func(t *rapid.T) {
 		m := Member{
@@ -29,19 +29,19 @@ func TestGossipMetaComesBack(t *testing.T) {
 			StartedAt: time.UnixMilli(rapid.Int64Range(1, 4e12).Draw(t, "started")).UTC(),
 		}
 		leaving := rapid.Bool().Draw(t, "leaving")
-		wire, err := appendGossipMeta(nil, m, leaving)
+		wire, err := appendMeta(nil, m, leaving)
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, gone, err := decodeGossipMeta("n", wire)
+		got, gone, err := decodeMeta("n", wire)
 		if err != nil || got != m || gone != leaving {
 			t.Fatalf("got %+v, leaving %v, %v; want %+v", got, gone, err, m)
 		}
 	})
 }
 
-func TestGossipMetaOfALaterFormat(t *testing.T) {
-	wire, err := appendGossipMeta(nil, testMember(), false)
+func TestMetaOfALaterFormat(t *testing.T) {
+	wire, err := appendMeta(nil, testMember(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,18 +53,18 @@ func TestGossipMetaOfALaterFormat(t *testing.T) {
 	wire = protowire.AppendFixed64(wire, 1)
 	wire = protowire.AppendTag(wire, metaSite, protowire.Fixed32Type) // a known field of another type
 	wire = protowire.AppendFixed32(wire, 1)
-	got, _, err := decodeGossipMeta("shanghai-a-1", wire)
+	got, _, err := decodeMeta("shanghai-a-1", wire)
 	if err != nil || got != testMember() {
 		t.Fatalf("got %+v, %v", got, err)
 	}
 }
 
-func TestGossipMetaIsRefused(t *testing.T) {
+func TestMetaIsRefused(t *testing.T) {
 	field := func(n protowire.Number, text string) []byte {
 		wire := protowire.AppendVarint(protowire.AppendTag(nil, metaFormat, protowire.VarintType), 1)
 		return protowire.AppendString(protowire.AppendTag(wire, n, protowire.BytesType), text)
 	}
-	whole, err := appendGossipMeta(nil, testMember(), false)
+	whole, err := appendMeta(nil, testMember(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +83,7 @@ func TestGossipMetaIsRefused(t *testing.T) {
 		{"a long text", field(metaRPC, strings.Repeat("x", gossipTextMax+1)), "at most 255"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			if _, _, err := decodeGossipMeta("n", tc.wire); !errors.Is(err, errGossipMeta) || !strings.Contains(err.Error(), tc.err) {
+			if _, _, err := decodeMeta("n", tc.wire); !errors.Is(err, errMeta) || !strings.Contains(err.Error(), tc.err) {
 				t.Fatalf("got %v, want an error with %q", err, tc.err)
 			}
 		})
@@ -91,18 +91,18 @@ func TestGossipMetaIsRefused(t *testing.T) {
 
 	long := testMember()
 	long.RPC, long.API, long.Admin = strings.Repeat("r", 200), strings.Repeat("p", 200), strings.Repeat("d", 200)
-	if _, err := appendGossipMeta(nil, long, false); err == nil || !strings.Contains(err.Error(), "shorten the advertised addresses") {
+	if _, err := appendMeta(nil, long, false); err == nil || !strings.Contains(err.Error(), "shorten the advertised addresses") {
 		t.Errorf("got %v, want words on what to shorten", err)
 	}
 	odd := testMember()
 	odd.Version = "1.0\n"
-	if _, err := appendGossipMeta(nil, odd, false); err == nil {
+	if _, err := appendMeta(nil, odd, false); err == nil {
 		t.Error("what nobody would read was written")
 	}
 }
 
-func FuzzGossipMeta(f *testing.F) {
-	wire, err := appendGossipMeta(nil, testMember(), true)
+func FuzzMeta(f *testing.F) {
+	wire, err := appendMeta(nil, testMember(), true)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -111,18 +111,18 @@ func FuzzGossipMeta(f *testing.F) {
 	f.Add([]byte{0x08, 0x01})
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, wire []byte) {
-		m, leaving, err := decodeGossipMeta("n", wire)
+		m, leaving, err := decodeMeta("n", wire)
 		if err != nil {
 			return
 		}
 		if _, err := m.StartedAt.MarshalJSON(); err != nil {
 			t.Fatalf("a time that JSON can't hold: %v", err)
 		}
-		again, err := appendGossipMeta(nil, m, leaving)
+		again, err := appendMeta(nil, m, leaving)
 		if err != nil {
 			t.Fatalf("what was read can't be written: %v", err)
 		}
-		second, secondLeaving, err := decodeGossipMeta("n", again)
+		second, secondLeaving, err := decodeMeta("n", again)
 		if err != nil || second != m || secondLeaving != leaving {
 			t.Fatalf("%+v became %+v, %v", m, second, err)
 		}

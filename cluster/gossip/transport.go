@@ -1,4 +1,4 @@
-package cluster
+package gossip
 
 import (
 	"context"
@@ -23,8 +23,8 @@ const (
 
 // gossipTransport is memberlist's way to the network. Memberlist's own one
 // takes any number of streams at once and allocates 64 KiB for every packet.
-type gossipTransport struct {
-	metrics  *gossipMetrics
+type transport struct {
+	metrics  *metrics
 	listener *net.TCPListener
 	udp      *net.UDPConn
 	packets  chan *memberlist.Packet
@@ -36,36 +36,36 @@ type gossipTransport struct {
 	advertise atomic.Pointer[netip.AddrPort]
 
 	mu      sync.Mutex // guards open, halted
-	open    map[*gossipStream]struct{}
+	open    map[*stream]struct{}
 	halted  bool
 	dialCtx context.Context //nolint:containedctx // memberlist's interface passes none
 	halt    context.CancelFunc
 
-	faults gossipFaults
+	faults faults
 	// admits is asked for each packet and stream; anyPort when the remote port
 	// is not the one that the other listens on.
 	admits func(remote netip.AddrPort, anyPort bool) bool
 }
 
 // errGossipRefused is why nothing is sent to a site that is cut off.
-var errGossipRefused = errors.New("gossip with this address is cut off")
+var errRefused = errors.New("gossip with this address is cut off")
 
-// gossipFaults are what tests do to the network; nil does nothing.
-type gossipFaults struct {
+// faults are what tests do to the network; nil does nothing.
+type faults struct {
 	losePacket   func() bool // on its way in
 	refuseStream func() bool // in either direction
 }
 
 // newGossipTransport binds TCP and UDP to the same port.
-func newGossipTransport(bind string, metrics *gossipMetrics, faults gossipFaults, admits func(netip.AddrPort, bool) bool) (*gossipTransport, error) {
-	t := &gossipTransport{
+func newTransport(bind string, metrics *metrics, faults faults, admits func(netip.AddrPort, bool) bool) (*transport, error) {
+	t := &transport{
 		metrics: metrics,
 		faults:  faults,
 		admits:  admits,
 		packets: make(chan *memberlist.Packet),
 		streams: make(chan net.Conn),
 		done:    make(chan struct{}),
-		open:    map[*gossipStream]struct{}{},
+		open:    map[*stream]struct{}{},
 	}
 	t.dialCtx, t.halt = context.WithCancel(context.Background())
 	var err error
@@ -87,7 +87,7 @@ func newGossipTransport(bind string, metrics *gossipMetrics, faults gossipFaults
 	return t, nil
 }
 
-func (t *gossipTransport) bind(bind string) error {
+func (t *transport) bind(bind string) error {
 	tcp, err := net.Listen("tcp", bind)
 	if err != nil {
 		return err
@@ -104,15 +104,15 @@ func (t *gossipTransport) bind(bind string) error {
 	return nil
 }
 
-func (t *gossipTransport) addr() string { return t.listener.Addr().String() }
+func (t *transport) addr() string { return t.listener.Addr().String() }
 
-func (t *gossipTransport) setAdvertise(a netip.AddrPort) {
+func (t *transport) setAdvertise(a netip.AddrPort) {
 	a = netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
 	t.advertise.Store(&a)
 }
 
 // FinalAdvertiseAddr is where the others reach this node.
-func (t *gossipTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
+func (t *transport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 	a := t.advertise.Load()
 	if a == nil {
 		return nil, 0, errors.New("no address to advertise")
@@ -120,7 +120,7 @@ func (t *gossipTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 	return a.Addr().AsSlice(), int(a.Port()), nil
 }
 
-func (t *gossipTransport) acceptStreams() {
+func (t *transport) acceptStreams() {
 	for {
 		raw, err := t.listener.Accept()
 		if err != nil {
@@ -146,7 +146,7 @@ func (t *gossipTransport) acceptStreams() {
 	}
 }
 
-func (t *gossipTransport) readPackets() {
+func (t *transport) readPackets() {
 	buf := make([]byte, gossipPacketBytes)
 	for {
 		n, from, err := t.udp.ReadFromUDPAddrPort(buf)
@@ -181,13 +181,13 @@ func (t *gossipTransport) readPackets() {
 }
 
 // PacketCh gives memberlist the datagrams.
-func (t *gossipTransport) PacketCh() <-chan *memberlist.Packet { return t.packets }
+func (t *transport) PacketCh() <-chan *memberlist.Packet { return t.packets }
 
 // StreamCh gives memberlist the accepted streams.
-func (t *gossipTransport) StreamCh() <-chan net.Conn { return t.streams }
+func (t *transport) StreamCh() <-chan net.Conn { return t.streams }
 
 // WriteTo sends a datagram to an IP address and port.
-func (t *gossipTransport) WriteTo(b []byte, addr string) (time.Time, error) {
+func (t *transport) WriteTo(b []byte, addr string) (time.Time, error) {
 	to, err := netip.ParseAddrPort(addr)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("gossip address: %w", err)
@@ -201,14 +201,14 @@ func (t *gossipTransport) WriteTo(b []byte, addr string) (time.Time, error) {
 }
 
 // WriteToAddress is WriteTo; the name is not needed.
-func (t *gossipTransport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
+func (t *transport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
 	return t.WriteTo(b, a.Addr)
 }
 
 // DialTimeout opens a stream.
-func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
+func (t *transport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
 	if to, err := netip.ParseAddrPort(addr); err == nil && !t.admits(to, false) {
-		return nil, errGossipRefused
+		return nil, errRefused
 	}
 	dialer := net.Dialer{Timeout: timeout}
 	raw, err := dialer.DialContext(t.dialCtx, "tcp", addr)
@@ -224,18 +224,18 @@ func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.C
 }
 
 // DialAddressTimeout is DialTimeout; the name is not needed.
-func (t *gossipTransport) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
+func (t *transport) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
 	return t.DialTimeout(a.Addr, timeout)
 }
 
 // gossipStream is a stream that the transport can end.
-type gossipStream struct {
+type stream struct {
 	net.Conn
-	transport *gossipTransport
+	transport *transport
 	accepted  bool
 }
 
-func (s *gossipStream) Close() error {
+func (s *stream) Close() error {
 	s.transport.mu.Lock()
 	delete(s.transport.open, s)
 	s.transport.mu.Unlock()
@@ -244,7 +244,7 @@ func (s *gossipStream) Close() error {
 
 // track refuses streams beyond the bound. Those that memberlist dials are as
 // many as its loops and don't count.
-func (t *gossipTransport) track(raw net.Conn, accepted bool) (*gossipStream, bool) {
+func (t *transport) track(raw net.Conn, accepted bool) (*stream, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.halted || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), accepted) {
@@ -261,14 +261,14 @@ func (t *gossipTransport) track(raw net.Conn, accepted bool) (*gossipStream, boo
 			return nil, false
 		}
 	}
-	s := &gossipStream{Conn: raw, transport: t, accepted: accepted}
+	s := &stream{Conn: raw, transport: t, accepted: accepted}
 	t.open[s] = struct{}{}
 	return s, true
 }
 
 // closeRefused ends the streams that are no longer admitted. One that is being
 // opened is either listed here already or asks for admission after this.
-func (t *gossipTransport) closeRefused() {
+func (t *transport) closeRefused() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for s := range t.open {
@@ -290,7 +290,7 @@ func remoteOf(c net.Conn) netip.AddrPort {
 
 // stopStreams ends all streams and dials, and allows no more. Datagrams go on:
 // a goodbye needs them.
-func (t *gossipTransport) stopStreams() {
+func (t *transport) stopStreams() {
 	t.halt()
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -301,7 +301,7 @@ func (t *gossipTransport) stopStreams() {
 }
 
 // Shutdown ends everything and waits for it. It may be called more than once.
-func (t *gossipTransport) Shutdown() error {
+func (t *transport) Shutdown() error {
 	t.stop.Do(func() {
 		close(t.done)
 		t.stopStreams()
