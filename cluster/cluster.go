@@ -24,6 +24,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/gossip"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // Options is what a Cluster is made of. All of it is needed unless it says
@@ -42,7 +43,7 @@ type Options struct {
 	Gossip      string // advertised; port 0 becomes the real one
 	GossipBind  string
 	GossipKey   []byte
-	Credentials *Credentials
+	Credentials *mesh.Credentials
 
 	Logs        raft.LogStore
 	Stable      raft.StableStore
@@ -80,7 +81,7 @@ type Cluster struct {
 	started  time.Time
 	timing   atomic.Pointer[config.Timing] // the default until this node is a member
 
-	mesh    *Mesh
+	mesh    *mesh.Mesh
 	book    *addressBook
 	fsm     *fsm
 	lease   *lease
@@ -152,11 +153,11 @@ func New(o Options) (*Cluster, error) {
 			c.book.learn(n)
 		}
 	}
-	c.mesh = NewMesh(MeshOptions{
+	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
 		Relays: c.relays, Silent: c.silent,
-		OnNewerGeneration: func(peer Identity, theirs agreed.Generation) {
+		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&words); old == nil {
 				c.log.Error("left behind by a recovery", "peer", peer.Node, "generation", theirs.Number)
@@ -169,7 +170,7 @@ func New(o Options) (*Cluster, error) {
 }
 
 // Mesh carries connections to peers.
-func (c *Cluster) Mesh() *Mesh { return c.mesh }
+func (c *Cluster) Mesh() *mesh.Mesh { return c.mesh }
 
 // Timing is what failure detection uses: the default before this node is a
 // member, then what the cluster was founded with.
@@ -202,11 +203,11 @@ func (c *Cluster) State() *agreed.State { return c.fsm.state.Load() }
 func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
 
 // Membership is what the preface of each connection says of this node.
-func (c *Cluster) Membership() Membership {
+func (c *Cluster) Membership() mesh.Membership {
 	if m := c.member.Load(); m != nil {
 		return m.membership()
 	}
-	return Membership{}
+	return mesh.Membership{}
 }
 
 // Waiting says why this node is not a member yet, in words; empty when it is.
@@ -470,7 +471,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 func (c *Cluster) diskStalled(stalled bool) {
 	c.layer.shut(stalled)
 	if stalled {
-		c.mesh.CloseKind(KindRaft)
+		c.mesh.CloseKind(mesh.KindRaft)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 func TestMain(m *testing.M) {
@@ -35,7 +36,7 @@ type testCA struct {
 
 func newTestCA(t testing.TB, clusterName string) *testCA {
 	t.Helper()
-	cert, key, err := NewCA(clusterName, 24*time.Hour)
+	cert, key, err := mesh.NewCA(clusterName, 24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,13 +54,13 @@ func (ca *testCA) write(t testing.TB, name string, b []byte) string {
 	return path
 }
 
-func (ca *testCA) issue(t testing.TB, id Identity) *Credentials {
+func (ca *testCA) issue(t testing.TB, id mesh.Identity) *mesh.Credentials {
 	t.Helper()
-	cert, key, err := Issue(ca.cert, ca.key, id, []string{"127.0.0.1"}, time.Hour)
+	cert, key, err := mesh.Issue(ca.cert, ca.key, id, []string{"127.0.0.1"}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := LoadCredentials(ca.write(t, id.Node+".pem", cert), ca.write(t, id.Node+".key", key),
+	c, err := mesh.LoadCredentials(ca.write(t, id.Node+".pem", cert), ca.write(t, id.Node+".key", key),
 		filepath.Join(ca.dir, "ca.pem"), slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
@@ -112,7 +113,7 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
-		Credentials: m.ca.issue(t, Identity{Cluster: "test", Site: m.site, Node: m.name}),
+		Credentials: m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		Logs:        m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },

@@ -13,6 +13,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 const (
@@ -110,7 +111,7 @@ func (c *Cluster) dialSeed(addr string) (clusterpb.PeerClient, func(), error) {
 // reachable dials once, so that a refusal at the preface keeps its words, which
 // grpc would bury in its own.
 func (c *Cluster) reachable(ctx context.Context, addr string) error {
-	conn, err := c.mesh.DialAddr(ctx, KindGRPC, addr)
+	conn, err := c.mesh.DialAddr(ctx, mesh.KindGRPC, addr)
 	if err != nil {
 		return err
 	}

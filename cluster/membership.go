@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
@@ -32,8 +33,8 @@ type memberFile struct {
 	VoteFrom uint64 `json:"vote_from,omitempty"`
 }
 
-func (m memberFile) membership() Membership {
-	return Membership{ClusterID: m.ClusterID, Generation: m.Generation}
+func (m memberFile) membership() mesh.Membership {
+	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation}
 }
 
 func (m memberFile) heartbeat() time.Duration {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // pinging asks one peer again and again what it knows. All pings go through one
@@ -20,7 +21,7 @@ type pinging struct {
 	c    *Cluster
 	name string
 
-	channel *meshClient // what call goes through
+	channel *mesh.Client // what call goes through
 	call    clusterpb.Peer_PingsClient
 	end     context.CancelFunc // of call
 }
@@ -47,7 +48,7 @@ func (p *pinging) run(ctx context.Context) {
 // ping asks once. When there is no answer in time the next one asks in a new
 // call.
 func (p *pinging) ping(ctx context.Context) (err error) {
-	channel, err := p.c.mesh.client(p.name)
+	channel, err := p.c.mesh.Client(p.name)
 	if err != nil {
 		return fmt.Errorf("connect to %s: %w", p.name, err)
 	}
@@ -57,7 +58,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		// A ping that waits on the old way would be heard too late on the new one.
-		stop := context.AfterFunc(channel.replaced, cancel)
+		stop := context.AfterFunc(channel.Replaced, cancel)
 		p.channel, p.end = channel, func() { cancel(); stop() }
 	}
 	late := time.AfterFunc(pingTimeout, p.end)
@@ -132,7 +133,7 @@ func (s *peerServer) Pings(call clusterpb.Peer_PingsServer) error {
 	}
 }
 
-func (s *peerServer) answer(id Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
+func (s *peerServer) answer(id mesh.Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
 	n := nodeOf(r.GetNode())
 	if n.Name != id.Node || n.Site != id.Site {
 		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)

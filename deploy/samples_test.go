@@ -15,8 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.yaml.in/yaml/v4"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -55,13 +55,13 @@ func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	caCert, caKey, err := cluster.NewCA("dev", 2*time.Hour)
+	caCert, caKey, err := mesh.NewCA("dev", 2*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
 	write("ca.pem", caCert)
 	for _, name := range []string{"node", "api", "admin"} {
-		cert, key, err := cluster.Issue(caCert, caKey, cluster.Identity{Cluster: "dev", Site: "shanghai-a", Node: "shanghai-a-1"}, []string{"10.0.0.5"}, time.Hour)
+		cert, key, err := mesh.Issue(caCert, caKey, mesh.Identity{Cluster: "dev", Site: "shanghai-a", Node: "shanghai-a-1"}, []string{"10.0.0.5"}, time.Hour)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -12,8 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -315,8 +315,8 @@ func (c *Config) checkFiles(src *config.Source) {
 	at := config.At("rpc", "tls")
 	if t := c.RPC.TLS; t.CertFile != "" && t.KeyFile != "" {
 		if pair, ok := src.CheckKeyPair(at, t.CertFile, t.KeyFile, readBounded); ok {
-			id, err := cluster.ParseIdentity(pair.Leaf)
-			want := cluster.Identity{Cluster: c.Cluster, Site: c.Site, Node: c.Name}
+			id, err := mesh.ParseIdentity(pair.Leaf)
+			want := mesh.Identity{Cluster: c.Cluster, Site: c.Site, Node: c.Name}
 			const hint = "issue one for this node with dsnode tls issue, or correct cluster, site and name"
 			switch {
 			case err != nil:

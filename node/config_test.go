@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // good is a node.yaml that says no more than it must, on lines 1 to 8.
@@ -173,11 +173,11 @@ func TestAdminMayBeReachedFromOutsideWithTokenAndTLS(t *testing.T) {
 func writeNode(t testing.TB, text string) (dir, path string) {
 	t.Helper()
 	dir = t.TempDir()
-	caCert, caKey, err := cluster.NewCA("dev", 2*time.Hour)
+	caCert, caKey, err := mesh.NewCA("dev", 2*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, key, err := cluster.Issue(caCert, caKey, cluster.Identity{Cluster: "dev", Site: "a", Node: "a-1"}, []string{"localhost"}, time.Hour)
+	cert, key, err := mesh.Issue(caCert, caKey, mesh.Identity{Cluster: "dev", Site: "a", Node: "a-1"}, []string{"localhost"}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -272,7 +272,7 @@ func TestLoadConfigComparesNamesWithTheCertificate(t *testing.T) {
 		t.Errorf("another name: %v", err)
 	}
 	_, path = writeNode(t, strings.NewReplacer("node.pem", "ca.pem", "node.key", "ca.key").Replace(good))
-	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), ":7: rpc.tls.cert_file: "+cluster.ErrNoIdentity.Error()) {
+	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), ":7: rpc.tls.cert_file: "+mesh.ErrNoIdentity.Error()) {
 		t.Errorf("a certificate without an identity: %v", err)
 	}
 }

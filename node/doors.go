@@ -15,8 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node/gateway"
 )
 
@@ -103,9 +103,9 @@ func (n *Node) equip() {
 	api := &n.doors.clients[0]
 	api.ln = n.gateway.Listen(api.ln, api.tls != nil)
 	server(api, n.gateway)
-	peers := door{name: "peers", ln: n.cluster.Mesh().Listener(cluster.KindHTTP)}
+	peers := door{name: "peers", ln: n.cluster.Mesh().Listener(mesh.KindHTTP)}
 	server(&peers, n.gateway.PeerHandler())
-	peers.server.ConnContext = cluster.HTTPConnContext
+	peers.server.ConnContext = mesh.HTTPConnContext
 	n.doors.clients = append(n.doors.clients, peers)
 
 	metrics := http.NewServeMux()

@@ -16,8 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -46,7 +46,7 @@ models:
 
 func newKeyCluster(t *testing.T) *keyCluster {
 	t.Helper()
-	cert, key, err := cluster.NewCA("dev", 24*time.Hour)
+	cert, key, err := mesh.NewCA("dev", 24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +72,7 @@ func (c *keyCluster) write(name string, b []byte) string {
 // boot runs a node in its data directory and gives what its Run returns.
 func (c *keyCluster) boot(name string, o operatorKeys) (n *Node, ended <-chan error) {
 	c.t.Helper()
-	cert, key, err := cluster.Issue(c.cert, c.key, cluster.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
+	cert, key, err := mesh.Issue(c.cert, c.key, mesh.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -37,10 +37,14 @@ var floor = map[string]int{
 	"replication":               12,
 	"replication/replicationpb": 9, // generated messages
 
-	"cluster":        10,
-	"cluster/agreed": -2, // the agreed state and Apply: pure
-	"cluster/config": -3, // cluster.yaml: a leaf, so that whoever reads settings compiles no Raft
-	"cluster/clusterpb": 9, // generated messages, for cluster alone and who speaks rpc
+	"cluster":           10,
+	"cluster/mesh":      2, // connections between nodes: TLS, preface, tunnels
+	"cluster/gossip":    2,
+	"cluster/throttle":  -3,
+	"cluster/clock":     -3, // the clock of leases, and shared ticks
+	"cluster/agreed":    -2, // the agreed state and Apply: pure
+	"cluster/config":    -3, // cluster.yaml: a leaf, so that whoever reads settings compiles no Raft
+	"cluster/clusterpb": 9,  // generated messages, for cluster alone and who speaks rpc
 
 	"storage/jobtable":   2,
 	"storage":            1,
@@ -60,8 +64,8 @@ var arrows = []arrow{
 	{"cmd/dsnode", "node/admin", "the client of the admin API, which every command speaks through"},
 	{"cmd/dsnode", "node/modelsim", "the hidden modelsim command, which dev starts"},
 	{"cmd/dsnode", "failover/drill", "renders a drill's report, and follows one"},
-	{"cmd/dsnode", "cluster", "config validate offline; tls ca and tls issue"},
 	{"cmd/dsnode", "cluster/config", "config validate offline; dev writes cluster.yaml"},
+	{"cmd/dsnode", "cluster/mesh", "tls ca and tls issue"},
 	{"cmd/dsnode", "storage", "dev looks into a data directory for who runs there"},
 	{"cmd/dsnode", "storage/keyring", "tls keys and dev make an operator's key"},
 
@@ -77,6 +81,9 @@ var arrows = []arrow{
 	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
 	{"node", "cluster", "wiring: membership, Raft, identity"},
 	{"node", "cluster/config", "wiring: timing, and what a new configuration changes"},
+	{"node", "cluster/mesh", "wiring: identity, certificates and connections"},
+	{"node", "cluster/gossip", "wiring: the members that gossip knows"},
+	{"node", "cluster/clock", "wiring: shared ticks"},
 	{"node", "cluster/agreed", "wiring: reads the agreed state for whoever runs on it"},
 	{"node", "storage", "wiring: opens and closes the node's files"},
 	{"node", "storage/keyring", "wiring: the operator's key"},
@@ -92,16 +99,16 @@ var arrows = []arrow{
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
-	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
 	{"node/jobs", "cluster/config", "durabilities, limits and expiry of jobs"},
+	{"node/jobs", "cluster/clock", "a start follows its lease check by running time"},
 	{"node/jobs", "cluster/agreed", "who owns which stream"},
 	{"node/jobs", "storage/jobtable", "reads a job off its row"},
 	{"node/jobs", "storage/atomicfile", "notes which streams are islands"},
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
-	{"node/serving", "cluster", "reads the agreed configuration"},
 	{"node/serving", "cluster/config", "upstreams, models and timeouts"},
+	{"node/serving", "cluster/clock", "shared ticks"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
 	{"node/cache", "cluster/agreed", "purges"},
@@ -114,15 +121,26 @@ var arrows = []arrow{
 	{"failover/drill", "cluster/agreed", "records of drills"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 	{"failover", "cluster/config", "cities, priorities and timing"},
+	{"failover", "cluster/clock", "leases run on its clock"},
 	{"failover", "cluster/agreed", "the primary, its nodes and the owners of streams"},
 
 	{"cluster", "cluster/clusterpb", "what is said on the rpc port"},
 	{"cluster", "cluster/config", "the agreed configuration, parsed"},
+	{"cluster", "cluster/clock", "leases run on its clock"},
+	{"cluster", "cluster/mesh", "what Raft, pings and joins are sent over"},
+	{"cluster", "cluster/gossip", "addresses of the members, and who is alive"},
+	{"cluster/mesh", "cluster/agreed", "the generation in a preface"},
+	{"cluster/mesh", "cluster/clock", "when a direct connection was last tried"},
+	{"cluster/mesh", "cluster/config", "which names fit a certificate"},
+	{"cluster/mesh", "cluster/throttle", "strangers must not fill the log"},
+	{"cluster/gossip", "cluster/config", "which names fit a certificate"},
+	{"cluster/gossip", "cluster/throttle", "strangers must not fill the log"},
 	{"cluster", "cluster/agreed", "the state machine of its Raft log"},
 	{"cluster/agreed", "cluster/config", "a configuration is agreed on as text, and read as parsed"},
 	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
-	{"replication", "cluster", "who calls, as the mesh knows it"},
+	{"replication", "cluster/clock", "shared ticks"},
+	{"replication", "cluster/mesh", "who calls"},
 	{"replication", "storage/atomicfile", "notes how durable records are"},
 	{"replication", "storage/journal", "streams are what it carries"},
 	{"replication", "storage/keyring", "which key a record is sealed with: nothing is acknowledged that can't be opened"},

@@ -86,16 +86,16 @@ type Options struct {
 // Timing for sites up to 60 ms apart: memberlist's LAN profile, whose probe
 // timeout of 500 ms is many round trips, with the memory of a WAN.
 const (
-	gossipProbeInterval = time.Second
-	gossipProbeTimeout  = 500 * time.Millisecond
-	gossipStreamTimeout = 5 * time.Second
-	gossipPushPull      = 15 * time.Second
-	gossipInterval      = 200 * time.Millisecond // a goodbye takes a few of them
-	gossipDeadMemory    = time.Hour              // memberlist's GossipToTheDeadTime
-	gossipReclaim       = 30 * time.Second
-	gossipLeaveTimeout  = time.Second
-	gossipUpdateTimeout = time.Second
-	gossipTick          = time.Second
+	probeInterval    = time.Second
+	probeTimeout     = 500 * time.Millisecond
+	streamTimeout    = 5 * time.Second
+	pushPullInterval = 15 * time.Second
+	sendInterval     = 200 * time.Millisecond // a goodbye takes a few of them
+	deadMemory       = time.Hour              // memberlist's GossipToTheDeadTime
+	deadReclaim      = 30 * time.Second
+	leaveTimeout     = time.Second
+	updateTimeout    = time.Second
+	rejoinTick       = time.Second
 )
 
 // Gossip tells who is there, quickly and without proof: a phone book and a
@@ -114,7 +114,7 @@ type Gossip struct {
 	faults    faults
 }
 
-// gossipTiming is what tests shorten.
+// timing is what tests shorten.
 type timing struct {
 	probeInterval, probeTimeout, reclaim time.Duration
 	rejoin                               rejoinTiming
@@ -129,7 +129,7 @@ func New(o Options) *Gossip {
 		metrics: metrics,
 		update:  make(chan struct{}, 1),
 		timing: timing{
-			probeInterval: gossipProbeInterval, probeTimeout: gossipProbeTimeout, reclaim: gossipReclaim,
+			probeInterval: probeInterval, probeTimeout: probeTimeout, reclaim: deadReclaim,
 			rejoin: defaultRejoinTiming,
 		},
 	}
@@ -249,7 +249,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	loops.Go(func() { g.keepMeeting(inner, list, transport) })
 	loops.Go(func() { g.keepTelling(inner, list) })
 
-	tick := time.NewTicker(gossipTick)
+	tick := time.NewTicker(rejoinTick)
 	defer tick.Stop()
 	for ctx.Err() == nil {
 		select {
@@ -277,11 +277,11 @@ func (g *Gossip) Run(ctx context.Context) error {
 // the metadata says it first.
 func (g *Gossip) leave(list *memberlist.Memberlist) {
 	if _, err := g.refreshMeta(true); err == nil {
-		if err := list.UpdateNode(gossipLeaveTimeout); err != nil {
+		if err := list.UpdateNode(leaveTimeout); err != nil {
 			g.opts.Logger.Debug("gossip: leaving was not announced to anybody", "error", err)
 		}
 	}
-	if err := list.Leave(gossipLeaveTimeout); err != nil {
+	if err := list.Leave(leaveTimeout); err != nil {
 		g.opts.Logger.Warn("gossip: nobody heard the goodbye, the others will find out by themselves", "error", err)
 	}
 }
@@ -304,7 +304,7 @@ func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
 		}
 		// Its error is that nobody was there to be told in time; whoever comes
 		// later is told.
-		_ = list.UpdateNode(gossipUpdateTimeout)
+		_ = list.UpdateNode(updateTimeout)
 	}
 }
 
@@ -376,11 +376,11 @@ func (g *Gossip) config(t *transport) *memberlist.Config {
 	c.SecretKey = g.opts.Key
 	c.ProbeInterval = g.timing.probeInterval
 	c.ProbeTimeout = g.timing.probeTimeout
-	c.TCPTimeout = gossipStreamTimeout
-	c.PushPullInterval = gossipPushPull
-	c.GossipInterval = gossipInterval
+	c.TCPTimeout = streamTimeout
+	c.PushPullInterval = pushPullInterval
+	c.GossipInterval = sendInterval
 	c.SuspicionMult = 4
-	c.GossipToTheDeadTime = gossipDeadMemory
+	c.GossipToTheDeadTime = deadMemory
 	c.DeadNodeReclaimTime = g.timing.reclaim
 	c.EnableCompression = false           // a few hundred bytes, encrypted after it
 	c.QueueCheckInterval = math.MaxInt64  // only feeds a metrics sink that nobody installs
@@ -391,7 +391,7 @@ func (g *Gossip) config(t *transport) *memberlist.Config {
 	return c
 }
 
-// gossipDelegate gives memberlist this node's metadata and wants nothing else.
+// delegate gives memberlist this node's metadata and wants nothing else.
 type delegate struct{ meta *atomic.Pointer[[]byte] }
 
 func (d delegate) NodeMeta(int) []byte             { return *d.meta.Load() }

@@ -22,7 +22,7 @@ const (
 	gossipLogMax = 300 // bytes of a line; memberlist prints whole metadata as numbers
 )
 
-// gossipLog takes memberlist's log lines: errors and warnings become warnings,
+// logWriter takes memberlist's log lines: errors and warnings become warnings,
 // a kind of them every few seconds at most, the rest is for debugging.
 type logWriter struct {
 	log      *slog.Logger

@@ -9,7 +9,7 @@ import (
 	"github.com/hashicorp/memberlist"
 )
 
-// gossipMeetMax bounds the nodes met at the same time.
+// meetMax bounds the nodes met at the same time.
 const meetMax = 8
 
 // rejoinTiming says how often this node looks for those it doesn't hear.

@@ -20,7 +20,7 @@ const (
 	gossipClaimLife = 15 * time.Second
 )
 
-// gossipTable is what memberlist's callbacks say, put together. They come under
+// table is what memberlist's callbacks say, put together. They come under
 // memberlist's lock, so they only change the table and wake Run; what changed is
 // found by comparing, and nothing can overflow or be lost.
 type table struct {
@@ -228,7 +228,7 @@ func (t *table) changes(now time.Time) []Member {
 	blocked := 0
 	for name, e := range t.entries {
 		m := e.view(now)
-		if m.gone() && now.Sub(m.Since) > gossipDeadMemory {
+		if m.gone() && now.Sub(m.Since) > deadMemory {
 			delete(t.entries, name)
 			delete(t.published, name)
 			continue

@@ -21,7 +21,7 @@ const (
 	gossipBindTries   = 10
 )
 
-// gossipTransport is memberlist's way to the network. Memberlist's own one
+// transport is memberlist's way to the network. Memberlist's own one
 // takes any number of streams at once and allocates 64 KiB for every packet.
 type transport struct {
 	metrics  *metrics
@@ -228,7 +228,7 @@ func (t *transport) DialAddressTimeout(a memberlist.Address, timeout time.Durati
 	return t.DialTimeout(a.Addr, timeout)
 }
 
-// gossipStream is a stream that the transport can end.
+// stream is a stream that the transport can end.
 type stream struct {
 	net.Conn
 	transport *transport

@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -21,7 +21,7 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-func meshOfThree(t *testing.T, change func(*MeshOptions)) (*testBook, []*testPeer) {
+func meshOfThree(t *testing.T, change func(*Options)) (*testBook, []*testPeer) {
 	t.Helper()
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	var peers []*testPeer
@@ -159,7 +159,7 @@ func TestRefusalsTellBothSides(t *testing.T) {
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	make := func(site string) *testPeer {
 		id := Identity{"dev", site, site + "-1"}
-		p := newTestPeer(t, ca, book, id, func(o *MeshOptions) {
+		p := newTestPeer(t, ca, book, id, func(o *Options) {
 			o.OnNewerGeneration = func(peer Identity, g agreed.Generation) {
 				mu.Lock()
 				defer mu.Unlock()
@@ -290,7 +290,7 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 	async.NoLeaks(t)
 	var cutOff atomic.Value
 	cutOff.Store("")
-	_, peers := meshOfThree(t, func(o *MeshOptions) {
+	_, peers := meshOfThree(t, func(o *Options) {
 		o.Admit = func(site string) error {
 			if site == cutOff.Load() {
 				return fmt.Errorf("site %s is cut off by a drill", site)

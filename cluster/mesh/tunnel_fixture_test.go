@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -149,8 +149,8 @@ func (w *triangle) admit(self string) func(string) error {
 func newTriangle(t *testing.T) *triangle {
 	t.Helper()
 	w := &triangle{book: newTestBook(), ca: newTLSAuthority(t, "dev"), relays: []string{"c-1"}, cutOff: map[string]error{}}
-	make := func(site string, change func(*MeshOptions)) *testPeer {
-		return newTestPeer(t, w.ca, w.book, Identity{"dev", site, site + "-1"}, func(o *MeshOptions) {
+	make := func(site string, change func(*Options)) *testPeer {
+		return newTestPeer(t, w.ca, w.book, Identity{"dev", site, site + "-1"}, func(o *Options) {
 			o.Admit = w.admit(site)
 			if change != nil {
 				change(o)
@@ -161,7 +161,7 @@ func newTriangle(t *testing.T) *triangle {
 	w.b.serve(t, w.book)
 	w.stopC = w.c.serve(t, w.book)
 	w.link = newTestLink(t, w.b.addr)
-	w.a = make("a", func(o *MeshOptions) {
+	w.a = make("a", func(o *Options) {
 		o.Address = func(node string) (string, bool) {
 			if node == "b-1" {
 				return w.link.addr, true

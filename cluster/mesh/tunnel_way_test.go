@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -41,7 +41,7 @@ func TestWayIsFoundAndLeft(t *testing.T) {
 	if err := appendTo(transport, "b-1"); err != nil {
 		t.Fatal(err)
 	}
-	before, err := w.a.client("b-1")
+	before, err := w.a.Client("b-1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestWayIsFoundAndLeft(t *testing.T) {
 	async.Await(t, "the detour", w.goes("c-1"))
 	w.set(func() { w.silent = nil })
 	// The way is known a moment before it is taken.
-	async.Await(t, "another channel", func() bool { return before.replaced.Err() != nil })
+	async.Await(t, "another channel", func() bool { return before.Replaced.Err() != nil })
 	all("behind the cut")
 	if err := <-hanging; err != nil {
 		t.Errorf("a request that hung: %v", err)
@@ -204,7 +204,7 @@ func TestCloseWhileExamining(t *testing.T) {
 }
 
 func TestExaminationsAreBounded(t *testing.T) {
-	w := newWays(newMeshMetrics(nil))
+	w := newWays(newMetrics(nil))
 	if !w.begin("a", time.Hour) || w.begin("a", 0) {
 		t.Error("one node is examined twice at once, or never")
 	}

@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -35,12 +35,12 @@ const (
 
 // meshClient is the gRPC channel to a node, until another takes its place
 // because the way to the node has changed.
-type meshClient struct {
+type Client struct {
 	*grpc.ClientConn
 	first atomic.Pointer[PeerConn] // to begin with, when there is one already
 	via   atomic.Pointer[string]   // of the newest connection; nil before the first
 
-	replaced context.Context
+	Replaced context.Context
 	replace  context.CancelFunc
 }
 
@@ -50,14 +50,14 @@ type meshClient struct {
 // channel takes its place, and this one is closed when replaceGrace has passed.
 // The caller doesn't close it: Forget or Close does.
 func (m *Mesh) ClientConn(node string) (*grpc.ClientConn, error) {
-	client, err := m.client(node)
+	client, err := m.Client(node)
 	if err != nil {
 		return nil, err
 	}
 	return client.ClientConn, nil
 }
 
-func (m *Mesh) client(node string) (*meshClient, error) {
+func (m *Mesh) Client(node string) (*Client, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
@@ -77,10 +77,10 @@ func (m *Mesh) client(node string) (*meshClient, error) {
 	return client, nil
 }
 
-func (m *Mesh) newMeshClient(node string, first *PeerConn) (*meshClient, error) {
-	c := &meshClient{}
+func (m *Mesh) newMeshClient(node string, first *PeerConn) (*Client, error) {
+	c := &Client{}
 	c.first.Store(first)
-	c.replaced, c.replace = context.WithCancel(context.Background())
+	c.Replaced, c.replace = context.WithCancel(context.Background())
 	var err error
 	c.ClientConn, err = m.newClient(node, func(ctx context.Context, _ string) (net.Conn, error) {
 		if conn := c.first.Swap(nil); conn != nil {
@@ -97,13 +97,13 @@ func (m *Mesh) newMeshClient(node string, first *PeerConn) (*meshClient, error) 
 }
 
 // tunnelled reports whether the channel goes through another node.
-func (c *meshClient) tunnelled() bool {
+func (c *Client) tunnelled() bool {
 	via := c.via.Load()
 	return via != nil && *via != ""
 }
 
 // Close ends the channel, and calls under way with it.
-func (c *meshClient) Close() error {
+func (c *Client) Close() error {
 	c.replace()
 	err := c.ClientConn.Close()
 	if unused := c.first.Swap(nil); unused != nil {
@@ -144,7 +144,7 @@ func (m *Mesh) rechannel(node string, first *PeerConn) {
 }
 
 // exchange gives nothing when there is no channel to replace.
-func (m *Mesh) exchange(node string, first *PeerConn) (old, fresh *meshClient) {
+func (m *Mesh) exchange(node string, first *PeerConn) (old, fresh *Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	old, ok := m.clients[node] // a closed mesh has none

@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -31,7 +31,7 @@ const (
 )
 
 // MeshOptions are what a Mesh needs of its node.
-type MeshOptions struct {
+type Options struct {
 	Credentials *Credentials
 	// Membership is asked at each handshake; it changes when the node joins.
 	Membership func() Membership
@@ -64,8 +64,8 @@ type MeshOptions struct {
 // both directions. Each is mutual TLS, then a preface that says what it is for
 // and to which cluster and generation its ends belong. Start at Serve and Dial.
 type Mesh struct {
-	opts      MeshOptions
-	metrics   *meshMetrics
+	opts      Options
+	metrics   *metrics
 	acceptLog *throttle.Lines
 	serverTLS *tls.Config
 	dialer    net.Dialer
@@ -83,17 +83,17 @@ type Mesh struct {
 
 	mu        sync.Mutex // guards listeners, clients, closed
 	listeners map[Kind]*kindListener
-	clients   map[string]*meshClient
+	clients   map[string]*Client
 	closed    bool
 }
 
 // NewMesh makes a mesh. Nothing listens before Serve, nothing is dialled before
 // somebody asks for it. Close it after everything that uses it has ended.
-func NewMesh(o MeshOptions) *Mesh {
+func New(o Options) *Mesh {
 	if o.DialTimeout <= 0 {
 		o.DialTimeout = defaultDialTimeout
 	}
-	metrics := newMeshMetrics(o.Registerer)
+	metrics := newMetrics(o.Registerer)
 	m := &Mesh{
 		opts:      o,
 		metrics:   metrics,
@@ -103,7 +103,7 @@ func NewMesh(o MeshOptions) *Mesh {
 		conns:     peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
 		arrivals:  newArrivals(maxHandshakes, defaultAcceptTime),
 		listeners: map[Kind]*kindListener{},
-		clients:   map[string]*meshClient{},
+		clients:   map[string]*Client{},
 		ways:      newWays(metrics),
 		timing:    defaultWayTiming(),
 		relayed:   relayed{most: maxRelayed, each: maxRelayedEach, of: map[string]int{}},

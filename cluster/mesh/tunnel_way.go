@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -49,7 +49,7 @@ func defaultWayTiming() wayTiming {
 // ways is how nodes are reached. A node without an entry is reached directly,
 // as far as anybody knows.
 type ways struct {
-	metrics *meshMetrics
+	metrics *metrics
 
 	mu        sync.Mutex // guards of, examining
 	of        map[string]*way
@@ -65,7 +65,7 @@ type way struct {
 	failed, worked int
 }
 
-func newWays(metrics *meshMetrics) ways {
+func newWays(metrics *metrics) ways {
 	return ways{metrics: metrics, of: map[string]*way{}}
 }
 
@@ -412,7 +412,7 @@ func (m *Mesh) leaveTunnels() {
 		return false
 	})
 	for node := range channels {
-		if client, err := m.client(node); err == nil && client.tunnelled() {
+		if client, err := m.Client(node); err == nil && client.tunnelled() {
 			m.rechannel(node, nil)
 		}
 	}

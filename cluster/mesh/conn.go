@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -74,7 +74,7 @@ func (c *PeerConn) cut() {
 
 // peerConns is every connection that stands.
 type peerConns struct {
-	metrics *meshMetrics
+	metrics *metrics
 
 	mu     sync.Mutex // guards all, closed
 	all    map[*PeerConn]struct{}

@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -22,7 +22,7 @@ var ErrCertificateRefused = errors.New("the peer refused this node's certificate
 
 var errTooManyConns = errors.New("too many connections with peers")
 
-type meshMetrics struct {
+type metrics struct {
 	connections *prometheus.GaugeVec
 	opened      *prometheus.CounterVec
 	handshakes  prometheus.Gauge
@@ -32,9 +32,9 @@ type meshMetrics struct {
 	detours     prometheus.Gauge
 }
 
-func newMeshMetrics(reg prometheus.Registerer) *meshMetrics {
+func newMetrics(reg prometheus.Registerer) *metrics {
 	f := promauto.With(reg)
-	return &meshMetrics{
+	return &metrics{
 		connections: f.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "dsnode_peer_connections", Help: "Connections with peers that stand.",
 		}, []string{"kind", "direction"}),

@@ -1,4 +1,4 @@
-package cluster
+package mesh
 
 import (
 	"context"
@@ -60,12 +60,12 @@ func (p *testPeer) is(m Membership) {
 }
 
 // newTestPeer makes a node that dials; serve has it accept too.
-func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, change func(*MeshOptions)) *testPeer {
+func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, change func(*Options)) *testPeer {
 	t.Helper()
 	p := &testPeer{id: id, files: newTLSFiles(t), membership: first}
 	cert, key := ca.issue(t, id)
 	p.files.write(t, cert, key, ca.cert)
-	o := MeshOptions{
+	o := Options{
 		Credentials: p.files.load(t, nil),
 		Membership: func() Membership {
 			p.mu.Lock()
@@ -79,7 +79,7 @@ func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, cha
 	if change != nil {
 		change(&o)
 	}
-	p.Mesh = NewMesh(o)
+	p.Mesh = New(o)
 	t.Cleanup(func() {
 		if err := p.Close(); err != nil {
 			t.Error(err)
