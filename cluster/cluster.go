@@ -98,7 +98,7 @@ type Cluster struct {
 	raft   atomic.Pointer[raft.Raft]
 	layer  *gatedLayer
 	// snapshotted is the configuration index that the newest snapshot holds;
-	// keepHouse's alone.
+	// upkeep's alone.
 	snapshotted uint64
 	waiting     atomic.Pointer[string] // why this node isn't a member yet, for the status
 
@@ -377,7 +377,7 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	defer stopLoops()
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
-		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
+		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.upkeep,
 		c.watchDisk, c.watchStore,
 	} {
 		g.Go(func() error { return loop(lctx) })

@@ -11,13 +11,13 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-const houseEvery = 2 * time.Second
+const upkeepEvery = 2 * time.Second
 
-// keepHouse does small duties: learning addresses from the agreed state, a
+// upkeep runs small periodic tasks: learning addresses from the agreed state, a
 // snapshot after each change of raft's configuration, and, on the leader,
 // raising the feature level.
-func (c *Cluster) keepHouse(ctx context.Context) error {
-	tick := time.NewTicker(houseEvery)
+func (c *Cluster) upkeep(ctx context.Context) error {
+	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
 	for {
 		changed := c.Changed()

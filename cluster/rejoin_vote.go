@@ -8,10 +8,10 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// A voter whose disk is gone forgets what it has voted for and what it has
-// acknowledged. If it came back under its name and voted, it and a voter that
-// lags could elect a leader which lacks committed entries. So it loses its vote
-// before it is let in again, and gives none before it knows that.
+// A voter that lost its disk has forgotten its votes and what it acknowledged. If it
+// came back under its name and voted, it and a voter that lags could elect a leader
+// that lacks committed entries. So it is demoted before it is let in again, and votes
+// only after it has learned of the demotion.
 
 // disenfranchise makes a voter that comes back with an empty disk a non-voter;
 // the placement of voters makes it one again when it has caught up.
@@ -32,13 +32,12 @@ func (c *Cluster) disenfranchise(name string) error {
 
 var errNoVoteYet = errors.New("this node has just joined: it votes when it has the entry that let it in")
 
-// voterTransport is raft's transport, on which no vote is given before the log
-// holds the entry that let this node in. From then on whoever can get a vote
-// here knows as well that it does not count. And on it heartbeats share the
-// answers to entries (raft_calm.go).
+// voterTransport is raft's transport with one rule: it refuses requests for votes
+// until this node's log holds the entry that let it in. A candidate needs a log at
+// least as long, so from then on every candidate knows too that this node's vote
+// does not count.
 type voterTransport struct {
 	*raft.NetworkTransport
-	hearts  *heartbeats
 	from    uint64
 	running func() *raft.Raft
 	passed  chan raft.RPC
@@ -51,9 +50,9 @@ type voterTransport struct {
 // back would depose a healthy leader.
 var _ raft.WithPreVote = (*voterTransport)(nil)
 
-func newVoterTransport(t *raft.NetworkTransport, hearts *heartbeats, from uint64, running func() *raft.Raft) *voterTransport {
+func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft) *voterTransport {
 	v := &voterTransport{
-		NetworkTransport: t, hearts: hearts, from: from, running: running,
+		NetworkTransport: t, from: from, running: running,
 		passed: make(chan raft.RPC), closed: make(chan struct{}),
 	}
 	v.done.Go(v.pass)
