@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -109,6 +111,17 @@ func newDataKeys(node, dir string, sealer keyring.Sealer, operator operatorKeys,
 		return nil, fmt.Errorf("data keys kept from the last run: %w", err)
 	}
 	return d, nil
+}
+
+// run keeps this node's ring, re-seals its records and, while it is the Raft
+// leader, takes the steps that only one node may take. It blocks until ctx ends, or
+// until a key that is in use can't be opened.
+func (d *dataKeys) run(ctx context.Context, whileLeader func(context.Context, func(context.Context, cluster.Leadership) error) error) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.follow(ctx) })
+	g.Go(func() error { return d.reseal(ctx) })
+	g.Go(func() error { return whileLeader(ctx, d.tend) })
+	return g.Wait()
 }
 
 // follow keeps the ring in step with what is agreed and confirms each key that

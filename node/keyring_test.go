@@ -3,9 +3,6 @@ package node
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -20,19 +17,20 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	a.run(true)
-	until(t, "the first node is ready", a.ring.Ready)
+	async.Await(t, "the first node is ready", a.ring.Ready)
 	b := w.start("b-1", t.TempDir(), op)
 	b.run(false)
-	until(t, "the second has the same key", func() bool { return b.ring.Ready() && current(a) == current(b) })
+	async.Await(t, "the second has the same key", func() bool { return b.ring.Ready() && current(a) == current(b) })
 	first := current(a)
 	for _, n := range []*worldNode{a, b} {
 		for i := range 5 {
@@ -44,14 +42,14 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	// A member that does not confirm keeps the new key out of use.
 	c := w.start("c-1", t.TempDir(), op)
 	k, err := b.rotate(t.Context(), "ann")
-	if err != nil || k.State != "pending" || k.CreatedBy != "ann" {
+	if err != nil || k.State() != agreed.DataKeyPending || k.CreatedBy != "ann" {
 		t.Fatalf("%+v, %v", k, err)
 	}
 	again, err := a.rotate(t.Context(), "bob")
 	if err != nil || again.ID != k.ID {
 		t.Fatalf("a second rotation made %s, not %s: %v", again.ID, k.ID, err)
 	}
-	until(t, "a and b have confirmed", func() bool {
+	async.Await(t, "a and b have confirmed", func() bool {
 		key, _ := a.State().DataKey(k.ID)
 		return cmp.Equal(a.State().Unconfirmed(key), []string{"c-1"})
 	})
@@ -63,9 +61,9 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 		t.Fatalf("a pending key opens already: %v", err)
 	}
 	c.run(false)
-	until(t, "the new key is used everywhere", func() bool { return current(a) == k.ID && current(b) == k.ID && current(c) == k.ID })
-	until(t, "the first key is dropped", func() bool { _, there := a.State().DataKey(first); return !there })
-	until(t, "the rings follow", func() bool {
+	async.Await(t, "the new key is used everywhere", func() bool { return current(a) == k.ID && current(b) == k.ID && current(c) == k.ID })
+	async.Await(t, "the first key is dropped", func() bool { _, there := a.State().DataKey(first); return !there })
+	async.Await(t, "the rings follow", func() bool {
 		old, err := keyring.ParseKeyID(first)
 		return err == nil && !a.ring.Has(old) && !b.ring.Has(old) && !c.ring.Has(old)
 	})
@@ -76,95 +74,38 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	}
 }
 
-// spySealer shows what it was given to seal: how a test gets at a key.
-type spySealer struct{ seen []byte }
-
-func (s *spySealer) Seal(dst, plaintext, _ []byte) []byte {
-	s.seen = bytes.Clone(plaintext)
-	return append(dst, make([]byte, len(plaintext)+keyring.Overhead)...)
-}
-
-func (s *spySealer) Open(_, _, _ []byte) ([]byte, error) { return nil, keyring.ErrDamaged }
-
-// secretsOf gives the keys that a node holds in all forms that people and
-// programs write keys in, with its operator keys.
+// secretsOf are the keys that a node holds.
 func secretsOf(t *testing.T, d *dataKeys) [][]byte {
 	t.Helper()
 	d.mu.Lock()
 	kept := d.kept
 	d.mu.Unlock()
-	spy := &spySealer{}
-	if err := keyring.WriteKept(t.TempDir(), spy, kept); err != nil {
-		t.Fatal(err)
-	}
-	var j struct {
-		Keys []struct{ Material []byte }
-	}
-	if err := json.Unmarshal(spy.seen, &j); err != nil || len(j.Keys) != len(kept.Keys) || len(j.Keys) == 0 {
-		t.Fatalf("%d keys, %v", len(j.Keys), err)
-	}
-	var raw, forms [][]byte
-	for _, k := range j.Keys {
-		raw = append(raw, k.Material)
-	}
-	for _, op := range []keyring.OperatorKey{d.operator.current, d.operator.previous} {
-		b, err := base64.StdEncoding.DecodeString(op.Encode())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if op != (keyring.OperatorKey{}) {
-			raw = append(raw, b)
-		}
-	}
-	for _, b := range raw {
-		if len(b) != 32 {
-			t.Fatalf("a key of %d bytes", len(b))
-		}
-		forms = append(forms, b, []byte(hex.EncodeToString(b)),
-			[]byte(base64.RawStdEncoding.EncodeToString(b)), []byte(base64.RawURLEncoding.EncodeToString(b)),
-			[]byte(fmt.Sprint(b)), []byte(strings.ReplaceAll(strings.Trim(fmt.Sprint(b), "[]"), " ", ",")))
-	}
-	return forms
-}
-
-// noneOf fails when one of the secrets stands somewhere.
-func noneOf(t *testing.T, secrets [][]byte, where string, b []byte) {
-	t.Helper()
-	for _, s := range secrets {
-		if bytes.Contains(b, s) {
-			t.Errorf("%s holds a key in clear", where)
-		}
-	}
+	return keyringtest.Secrets(t, kept, d.operator.current, d.operator.previous)
 }
 
 func TestKeysAreNowhereInClear(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	_, stop := a.run(true)
-	until(t, "ready", a.ring.Ready)
+	async.Await(t, "ready", a.ring.Ready)
 	if _, err := a.rotate(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "rotated", func() bool { return len(retiredKeys(a.State())) == 0 && a.State().DataKeysVersion > 8 })
+	async.Await(t, "rotated", func() bool { return len(retiredKeys(a.State())) == 0 && a.State().DataKeysVersion > 8 })
 	stop()
 	secrets := secretsOf(t, a.dataKeys)
 	state, err := w.state.Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
-	noneOf(t, secrets, "the agreed state", state)
-	noneOf(t, secrets, "the log", w.log.Bytes())
-	listed, err := json.Marshal(describeKeyring(w.state, a.ask(t.Context(), w.state, time.Second)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	noneOf(t, secrets, "the list", listed)
+	keyringtest.NoneIn(t, secrets, "the agreed state", state)
+	keyringtest.NoneIn(t, secrets, "the log", w.log.Bytes())
 	for _, name := range []string{keyring.KeptFile, keyring.NodeKeyFile} {
 		b, err := os.ReadFile(filepath.Join(a.dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		noneOf(t, secrets, name, b)
+		keyringtest.NoneIn(t, secrets, name, b)
 	}
 	if !bytes.Contains(w.log.Bytes(), []byte(current(a))) {
 		t.Error("the log does not even name the key") // else this test proves nothing
@@ -175,8 +116,8 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	a.run(true)
-	until(t, "ready", a.ring.Ready)
-	if got := unsealed(a.State()); len(got) > 0 {
+	async.Await(t, "ready", a.ring.Ready)
+	if got := unconfirmed(a.State()); len(got) > 0 {
 		t.Fatalf("the status says %q", got)
 	}
 	z := w.start("z-1", t.TempDir(), oneKey())
@@ -202,11 +143,8 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 			t.Fatal("it confirmed a key that it can't open")
 		}
 	}
-	reasons := describe(sight{name: "z-1", state: w.state, keys: z.Problem(), raft: cluster.RaftView{Quorum: true}}).Reasons
-	if !slices.ContainsFunc(reasons, func(r string) bool {
-		return strings.HasPrefix(r, "node z-1: wrong operator key")
-	}) {
-		t.Fatalf("reasons %q", reasons)
+	if !strings.HasPrefix(z.Problem(), "wrong operator key") {
+		t.Fatalf("problem %q", z.Problem())
 	}
 }
 
@@ -217,8 +155,8 @@ func TestKeyThatSomeCanNotOpenIsNeverUsed(t *testing.T) {
 	a, b := w.start("a-1", t.TempDir(), oneKey()), w.start("b-1", t.TempDir(), oneKey())
 	a.run(true)
 	ended, _ := b.run(false)
-	until(t, "b says it", func() bool { return strings.Contains(b.Problem(), "wrong operator key") })
-	until(t, "a has confirmed", func() bool {
+	async.Await(t, "b says it", func() bool { return strings.Contains(b.Problem(), "wrong operator key") })
+	async.Await(t, "a has confirmed", func() bool {
 		k, there := a.State().PendingDataKey()
 		return there && cmp.Equal(a.State().Unconfirmed(k), []string{"b-1"})
 	})
@@ -232,7 +170,7 @@ func TestKeyThatSomeCanNotOpenIsNeverUsed(t *testing.T) {
 	}
 	k, _ := a.State().PendingDataKey()
 	want := fmt.Sprintf("no job can be taken: data key %s is not confirmed by b-1", k.ID)
-	if got := unsealed(a.State()); !slices.Contains(got, want) {
+	if got := unconfirmed(a.State()); !slices.Contains(got, want) {
 		t.Fatalf("the status says %q, not %q", got, want)
 	}
 }
@@ -241,13 +179,13 @@ func TestRingSurvivesARestartWithoutQuorum(t *testing.T) {
 	w, op, dir := newKeyWorld(t), oneKey(), t.TempDir()
 	a := w.start("a-1", dir, op)
 	_, stop := a.run(true)
-	until(t, "ready", a.ring.Ready)
+	async.Await(t, "ready", a.ring.Ready)
 	before := w.state
 	first := current(a)
 	if _, err := a.rotate(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "rotated", func() bool { return current(a) != first })
+	async.Await(t, "rotated", func() bool { return current(a) != first })
 	if err := a.put("x"); err != nil {
 		t.Fatal(err)
 	}
@@ -281,13 +219,13 @@ func TestReplayedWrappingIsNoReasonToEnd(t *testing.T) {
 	w, old := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), old)
 	_, stop := a.run(true)
-	until(t, "ready", a.ring.Ready)
+	async.Await(t, "ready", a.ring.Ready)
 	stop()
 	wrapped := w.state
 	both := operatorKeys{current: keyring.GenerateOperatorKey(), previous: old.current}
 	a = w.start("a-1", a.dir, both)
 	_, stop = a.run(true)
-	until(t, "it said which operator key it has", func() bool { return len(a.State().LackOperatorKey(both.current.Fingerprint())) == 0 })
+	async.Await(t, "it said which operator key it has", func() bool { return len(a.State().LackOperatorKey(both.current.Fingerprint())) == 0 })
 	if err := a.rewrap(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +237,7 @@ func TestReplayedWrappingIsNoReasonToEnd(t *testing.T) {
 		t.Fatal("it took an old list for the present one")
 	}
 	b.run(false)
-	until(t, "b is ready", func() bool { return b.ring.Ready() && current(a) == current(b) })
+	async.Await(t, "b is ready", func() bool { return b.ring.Ready() && current(a) == current(b) })
 	stop()
 }
 
@@ -319,7 +257,7 @@ func TestOperatorKeyChanges(t *testing.T) {
 	for _, name := range names {
 		boot(name, t.TempDir(), old)
 	}
-	until(t, "all are ready", func() bool {
+	async.Await(t, "all are ready", func() bool {
 		return nodes["a-1"].ring.Ready() && nodes["b-1"].ring.Ready() && nodes["c-1"].ring.Ready()
 	})
 	if err := nodes["b-1"].put("x"); err != nil {
@@ -343,13 +281,13 @@ func TestOperatorKeyChanges(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	until(t, "rotated", func() bool { return current(nodes["c-1"]) == k.ID })
+	async.Await(t, "rotated", func() bool { return current(nodes["c-1"]) == k.ID })
 	restart("b-1", both)
 	restart("c-1", both)
 	if err := nodes["c-1"].rewrap(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "all confirm anew", func() bool {
+	async.Await(t, "all confirm anew", func() bool {
 		s := nodes["a-1"].State()
 		return s.OperatorKey() == next.current.Fingerprint() && !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool {
 			return len(s.Unconfirmed(k)) > 0
@@ -363,8 +301,8 @@ func TestOperatorKeyChanges(t *testing.T) {
 	}
 	d := w.start("d-1", t.TempDir(), next)
 	d.run(false)
-	until(t, "a newcomer is ready", func() bool { return d.ring.Ready() && current(d) == current(nodes["a-1"]) })
-	noneOf(t, secretsOf(t, nodes["a-1"].dataKeys), "the log", w.log.Bytes())
+	async.Await(t, "a newcomer is ready", func() bool { return d.ring.Ready() && current(d) == current(nodes["a-1"]) })
+	keyringtest.NoneIn(t, secretsOf(t, nodes["a-1"].dataKeys), "the log", w.log.Bytes())
 }
 
 func TestNodeKeyFollowsTheOperatorKey(t *testing.T) {
@@ -441,7 +379,7 @@ func TestDroppedKeyStaysWhileRecordsNeedIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	until(t, "it is sealed anew and the key gone", func() bool { return !a.ring.Has(id) })
+	async.Await(t, "it is sealed anew and the key gone", func() bool { return !a.ring.Has(id) })
 	if err := a.read(); err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,13 +12,14 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // keyWorld is a cluster that agrees at once: every node sees the same state, in
 // its own time.
 type keyWorld struct {
 	t   testing.TB
-	log *lockedWriter
+	log *async.Buffer
 
 	mu      sync.Mutex // guards what follows
 	state   *agreed.State
@@ -41,7 +41,7 @@ type worldNode struct {
 
 func newKeyWorld(t testing.TB) *keyWorld {
 	t.Helper()
-	return &keyWorld{t: t, log: &lockedWriter{w: &bytes.Buffer{}}, state: &agreed.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
+	return &keyWorld{t: t, log: &async.Buffer{}, state: &agreed.State{}, changed: make(chan struct{}), nodes: map[string]*worldNode{}}
 }
 
 func (w *worldNode) State() *agreed.State {
@@ -128,24 +128,6 @@ func (w *keyWorld) start(name, dir string, operator operatorKeys) *worldNode {
 		w.must(agreed.CmdNodePut, record)
 	}
 	return n
-}
-
-type lockedWriter struct {
-	mu sync.Mutex
-	w  *bytes.Buffer
-}
-
-func (l *lockedWriter) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.w.Write(b)
-}
-
-// Bytes is what was written until now.
-func (l *lockedWriter) Bytes() []byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Clone(l.w.Bytes())
 }
 
 // keyStore is a Carrier: records in memory.
@@ -236,18 +218,6 @@ func (w *worldNode) run(leads bool) (ended <-chan error, stop func()) {
 	stop = func() { once.Do(func() { cancel(); wg.Wait() }) }
 	w.world.t.Cleanup(stop)
 	return end, stop
-}
-
-// until waits for a condition.
-func until(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for !ok() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		time.Sleep(2 * time.Millisecond) // between two looks
-	}
 }
 
 func oneKey() operatorKeys { return operatorKeys{current: keyring.GenerateOperatorKey()} }

@@ -31,6 +31,7 @@ import (
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage"
+	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 // Options are what a Node needs besides its configuration.
@@ -110,7 +111,7 @@ func (n *Node) open() error {
 		return err
 	}
 	n.onStop("data directory lock", lock.Unlock)
-	operator, err := loadOperatorKeys(n.cfg)
+	operator, err := loadOperatorKeys(keyring.KeyRef(n.cfg.OperatorKey), keyring.KeyRef(n.cfg.OperatorKeyPrevious))
 	if err != nil {
 		return err
 	}
@@ -230,9 +231,10 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopCluster()
 
 	n.look()
-	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.keepKeys, n.work.run} {
+	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
+	g.Go(func() error { return n.keys.run(living, n.cluster.WhileLeader) })
 	clusterDone := make(chan struct{})
 	g.Go(func() error {
 		defer close(clusterDone)

@@ -299,7 +299,7 @@ func (v sight) reasons(s admin.Status) []string {
 	if v.keys != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
 	}
-	out = append(out, unsealed(v.state)...)
+	out = append(out, unconfirmed(v.state)...)
 	if v.journals != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.journals))
 	}

@@ -3,6 +3,7 @@
 package async
 
 import (
+	"bytes"
 	"context"
 	"sync"
 	"testing"
@@ -65,6 +66,26 @@ func NoLeaks(t testing.TB) {
 		}
 		t.Error(leak)
 	})
+}
+
+// Buffer is a bytes.Buffer that goroutines may share, such as for a log.
+type Buffer struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+// Write appends p.
+func (b *Buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+// Bytes is a copy of what was written until now.
+func (b *Buffer) Bytes() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return bytes.Clone(b.b.Bytes())
 }
 
 // Context is cancelled at the end of the test, or when a single operation in it
