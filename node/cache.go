@@ -56,7 +56,7 @@ func (n *Node) openCache() error {
 	}
 	var err error
 	n.cache, err = cache.New(cache.Options{
-		Dir: dir, Site: n.cfg.Site, Ring: n.keys.ring,
+		Dir: dir, Site: n.cfg.Site, Ring: n.keys.Ring,
 		Purges: func() *agreed.CachePurges { return &n.cluster.State().Purges },
 		Files: cache.Files{
 			LookupEnv: os.LookupEnv,

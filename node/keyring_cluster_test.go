@@ -96,7 +96,7 @@ func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	n.keys.every, n.keys.grace = 50*time.Millisecond, 200*time.Millisecond
+	n.keys.Every, n.keys.Grace = 50*time.Millisecond, 200*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	end := make(chan error, 1)
 	done := make(chan struct{})
@@ -124,8 +124,8 @@ func (c *keyCluster) stop(name string) {
 func (c *keyCluster) sealing(not string) bool {
 	var ids []string
 	for _, n := range c.nodes {
-		id, _ := n.keys.ring.Current()
-		if !n.keys.ring.Ready() || id.String() == not {
+		id, _ := n.keys.Ring.Current()
+		if !n.keys.Ring.Ready() || id.String() == not {
 			return false
 		}
 		ids = append(ids, id.String())
@@ -156,11 +156,11 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	async.Await(t, "the first node founds the cluster", func() bool {
 		return a.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
 	})
-	async.Await(t, "it has a key", a.keys.ring.Ready)
+	async.Await(t, "it has a key", a.keys.Ring.Ready)
 	c.boot("b-1", old, none)
 	c.boot("c-1", old, none)
 	async.Await(t, "three nodes share it", func() bool { return len(a.cluster.State().Nodes) == 3 && c.sealing("") })
-	first, _ := a.keys.ring.Current()
+	first, _ := a.keys.Ring.Current()
 
 	// Rotation, asked of a follower; the first key goes since nothing carries it.
 	k, err := c.nodes["c-1"].RotateKeyring(t.Context(), "ann")
@@ -181,12 +181,12 @@ func TestKeyringOfRealNodes(t *testing.T) {
 				return false
 			}
 		}
-		return len(r.Keys) == 2 && !c.nodes["b-1"].keys.ring.Has(first)
+		return len(r.Keys) == 2 && !c.nodes["b-1"].keys.Ring.Has(first)
 	})
 	if diff := cmp.Diff([]string{"mac active", "seal active"}, listed); diff != "" {
 		t.Fatal(diff)
 	}
-	if got, _ := c.nodes["b-1"].keys.ring.Current(); got.String() != k.ID {
+	if got, _ := c.nodes["b-1"].keys.Ring.Current(); got.String() != k.ID {
 		t.Fatalf("%s seals, not %s", got, k.ID)
 	}
 
@@ -220,7 +220,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	c.stop("a-1")
 	c.seed = c.nodes["b-1"].Addresses().RPC
 	a, _ = c.boot("a-1", next, old)
-	if !a.keys.ring.Ready() {
+	if !a.keys.Ring.Ready() {
 		t.Fatal("a node that comes back has to wait for the others to open its records")
 	}
 	async.Await(t, "rewrapped", func() bool {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/datakeys"
 )
 
 // askedWithin is how long a question about keys waits for the other nodes.
@@ -17,7 +18,7 @@ func (n *Node) Keyring(ctx context.Context) (admin.Keyring, error) {
 	if s.ClusterID == "" {
 		return admin.Keyring{}, n.notMember()
 	}
-	return describeKeyring(s, n.keys.ask(ctx, s, askedWithin)), nil
+	return describeKeyring(s, n.keys.Ask(ctx, s, askedWithin)), nil
 }
 
 // RotateKeyring makes a new sealing key, or gives the one that waits to be
@@ -26,7 +27,7 @@ func (n *Node) RotateKeyring(ctx context.Context, by string) (admin.DataKey, err
 	if n.cluster.State().ClusterID == "" {
 		return admin.DataKey{}, n.notMember()
 	}
-	k, err := n.keys.rotate(ctx, by)
+	k, err := n.keys.Rotate(ctx, by)
 	if err != nil {
 		return admin.DataKey{}, err
 	}
@@ -39,14 +40,14 @@ func (n *Node) RewrapKeyring(ctx context.Context, by string) (admin.Keyring, err
 	if n.cluster.State().ClusterID == "" {
 		return admin.Keyring{}, n.notMember()
 	}
-	if err := n.keys.rewrap(ctx, by); err != nil {
+	if err := n.keys.Rewrap(ctx, by); err != nil {
 		return admin.Keyring{}, err
 	}
 	return n.Keyring(ctx)
 }
 
 // describeKeyring puts the agreed keys into an operator's terms.
-func describeKeyring(s *agreed.State, all map[string]carried) admin.Keyring {
+func describeKeyring(s *agreed.State, all map[string]datakeys.Carried) admin.Keyring {
 	r := admin.Keyring{Keys: []admin.DataKey{}, Nodes: []admin.KeyringNode{}}
 	if op := s.OperatorKey(); op != "" {
 		r.OperatorKey = &op
@@ -63,7 +64,7 @@ func describeKeyring(s *agreed.State, all map[string]carried) admin.Keyring {
 	return r
 }
 
-func describeKey(s *agreed.State, k agreed.DataKey, all map[string]carried) admin.DataKey {
+func describeKey(s *agreed.State, k agreed.DataKey, all map[string]datakeys.Carried) admin.DataKey {
 	d := admin.DataKey{
 		ID: k.ID, Kind: string(k.Kind), State: string(k.State()), CreatedAt: k.CreatedAt, CreatedBy: k.CreatedBy,
 		Confirmed: sortedNames(k.Confirmed), Missing: s.Unconfirmed(k),
@@ -81,7 +82,7 @@ func describeKey(s *agreed.State, k agreed.DataKey, all map[string]carried) admi
 		d.RetiredAt = &k.RetiredAt
 	}
 	if k.Kind == agreed.DataKeySeal {
-		d.Records = carriedBy(all, k.ID)
+		d.Records = datakeys.RecordsSealedWith(all, k.ID)
 	}
 	return d
 }

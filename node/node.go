@@ -28,6 +28,7 @@ import (
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage"
@@ -51,7 +52,7 @@ type Node struct {
 	pipeline *serving.Pipeline
 	gateway  *gateway.Gateway
 	admin    *admin.Server
-	keys     *dataKeys
+	keys     *datakeys.Keys
 	cache    *cache.Cache
 	work     *work
 	doors    doors
@@ -111,15 +112,15 @@ func (n *Node) open() error {
 		return err
 	}
 	n.onStop("data directory lock", lock.Unlock)
-	operator, err := loadOperatorKeys(keyring.KeyRef(n.cfg.OperatorKey), keyring.KeyRef(n.cfg.OperatorKeyPrevious))
+	operator, err := datakeys.LoadOperator(keyring.KeyRef(n.cfg.OperatorKey), keyring.KeyRef(n.cfg.OperatorKeyPrevious))
 	if err != nil {
 		return err
 	}
-	sealer, err := operator.openNodeKey(n.cfg.DataDir, n.log)
+	sealer, err := operator.OpenNodeKey(n.cfg.DataDir, n.log)
 	if err != nil {
 		return err
 	}
-	if n.keys, err = newDataKeys(n.cfg.Name, n.cfg.DataDir, sealer, operator, n.log); err != nil {
+	if n.keys, err = datakeys.New(n.cfg.Name, n.cfg.DataDir, sealer, operator, n.log); err != nil {
 		return err
 	}
 	if err := n.openWork(); err != nil {
@@ -159,7 +160,7 @@ func (n *Node) open() error {
 		Listener: n.doors.rpc, RPC: n.doors.rpcAddr, API: n.doors.apiAddr, Admin: n.doors.adminAddr,
 		Gossip: n.cfg.Gossip.Advertise, GossipBind: n.cfg.Gossip.Bind, GossipKey: gossipKey,
 		Credentials: credentials,
-		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
+		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
 		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
@@ -172,8 +173,8 @@ func (n *Node) open() error {
 	if err := n.work.connect(); err != nil {
 		return err
 	}
-	n.keys.agreed = n.cluster
-	n.cluster.OnCarried(n.keys.carried)
+	n.keys.Connect(n.cluster)
+	n.cluster.OnCarried(n.keys.Carried)
 	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})
 	if err := n.openCache(); err != nil {
 		return err
@@ -234,7 +235,7 @@ func (n *Node) Run(ctx context.Context) error {
 	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
-	g.Go(func() error { return n.keys.run(living, n.cluster.WhileLeader) })
+	g.Go(func() error { return n.keys.Run(living, n.cluster.WhileLeader) })
 	clusterDone := make(chan struct{})
 	g.Go(func() error {
 		defer close(clusterDone)

@@ -11,6 +11,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/gossip"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/replication"
 )
 
@@ -299,7 +300,7 @@ func (v sight) reasons(s admin.Status) []string {
 	if v.keys != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
 	}
-	out = append(out, unconfirmed(v.state)...)
+	out = append(out, datakeys.NotInUse(v.state)...)
 	if v.journals != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.journals))
 	}

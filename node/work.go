@@ -59,7 +59,7 @@ type work struct {
 
 // openWork opens the files. The cluster's services are registered by serve.
 func (n *Node) openWork() error {
-	w := &work{n: n, clock: journal.NewHLC(time.Now, clockAhead), sealer: journal.NewSealer(n.keys.ring)}
+	w := &work{n: n, clock: journal.NewHLC(time.Now, clockAhead), sealer: journal.NewSealer(n.keys.Ring)}
 	var err error
 	dir := filepath.Join(n.cfg.DataDir, jobsDir)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -76,8 +76,8 @@ func (n *Node) openWork() error {
 		return fmt.Errorf("open the journals: %w", err)
 	}
 	n.onStop("journals", w.log.Close)
-	n.keys.carry("journals", journalCarrier{w.log, w.sealer})
-	n.keys.carry("job table", tableCarrier{w.table})
+	n.keys.Carry("journals", journalCarrier{w.log, w.sealer})
+	n.keys.Carry("job table", tableCarrier{w.table})
 	n.work = w
 	return nil
 }
@@ -85,7 +85,7 @@ func (n *Node) openWork() error {
 // openTable makes a damaged table anew: it is derived.
 func (w *work) openTable(dir string) (*jobtable.Table, error) {
 	o := jobtable.Options{
-		Dir: dir, Sealer: w.sealer, Ring: w.n.keys.ring, Clock: w.clock, Logger: w.n.log, Registerer: w.n.reg,
+		Dir: dir, Sealer: w.sealer, Ring: w.n.keys.Ring, Clock: w.clock, Logger: w.n.log, Registerer: w.n.reg,
 		Retention: w.retention,
 	}
 	t, err := jobtable.Open(o)
@@ -114,7 +114,7 @@ func (w *work) connect() error {
 	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime)
 	var err error
 	w.replication, err = replication.New(replication.Options{
-		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members, Current: w.current,
+		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.Ring, Members: w.members, Current: w.current,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
 		Retired: w.retired, Deliver: n.absorb, Boottime: clock.Boottime, Logger: n.log, Registerer: n.reg,
 	})
@@ -225,8 +225,8 @@ func (w *work) awaitReady(ctx context.Context) bool {
 		return false
 	}
 	for {
-		changed := w.n.keys.ring.Changed()
-		if w.n.keys.ring.Ready() {
+		changed := w.n.keys.Ring.Changed()
+		if w.n.keys.Ring.Ready() {
 			return true
 		}
 		select {
@@ -272,7 +272,7 @@ func (w *work) options() jobs.Options {
 	n := w.n
 	return jobs.Options{
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
-		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.ring, Replication: jobReplication{w.replication, w},
+		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.Ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
 		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),

@@ -23,6 +23,7 @@ var floor = map[string]int{
 
 	"node": 50,
 
+	"node/datakeys": 40,
 	"node/gateway":  40,
 	"node/admin":    40,
 	"node/modelsim": 40,
@@ -73,6 +74,7 @@ var arrows = []arrow{
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/serving", "wiring: puts the pipeline together"},
 	{"node", "node/jobs", "wiring: opens, runs and shows the jobs"},
+	{"node", "node/datakeys", "wiring: opens the keys that everything at rest is sealed with"},
 	{"node", "replication", "wiring: carries the journals between nodes"},
 	{"node", "storage/jobtable", "wiring: opens the table and fills it from the journals"},
 	{"node", "storage/journal", "wiring: opens the journals"},
@@ -96,6 +98,10 @@ var arrows = []arrow{
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 	{"node/admin", "cluster/config", "checks and compares configurations"},
 	{"node/admin", "cluster/agreed", "shows what is agreed on"},
+	{"node/datakeys", "cluster", "proposes keys, and works as the Raft leader's"},
+	{"node/datakeys", "cluster/agreed", "the agreed keys"},
+	{"node/datakeys", "cluster/clock", "how long nobody has carried a key"},
+	{"node/datakeys", "storage/keyring", "the ring"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},

@@ -1,4 +1,4 @@
-package node
+package datakeys
 
 import (
 	"context"
@@ -27,9 +27,9 @@ type keyWorld struct {
 	nodes   map[string]*worldNode
 }
 
-// worldNode is one node's dataKeys and its view of the world.
+// worldNode is one node's Keys and its view of the world.
 type worldNode struct {
-	*dataKeys
+	*Keys
 	*keyStore
 	world    *keyWorld
 	instance string
@@ -73,7 +73,7 @@ func (w *worldNode) Carried(ctx context.Context, node string) (map[string]int64,
 	if gone {
 		return nil, errors.New("no answer")
 	}
-	return n.carried(ctx)
+	return n.Keys.Carried(ctx)
 }
 
 func (w *keyWorld) propose(t agreed.CommandType, data any) error {
@@ -101,26 +101,26 @@ func (w *keyWorld) must(t agreed.CommandType, data any) {
 }
 
 // start makes a node in a data directory; the first founds the cluster.
-func (w *keyWorld) start(name, dir string, operator operatorKeys) *worldNode {
+func (w *keyWorld) start(name, dir string, operator Operator) *worldNode {
 	w.t.Helper()
-	sealer, err := operator.openNodeKey(dir, slog.New(slog.DiscardHandler))
+	sealer, err := operator.OpenNodeKey(dir, slog.New(slog.DiscardHandler))
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	d, err := newDataKeys(name, dir, sealer, operator, slog.New(slog.NewJSONHandler(w.log, nil)))
+	d, err := New(name, dir, sealer, operator, slog.New(slog.NewJSONHandler(w.log, nil)))
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	d.every, d.grace = 10*time.Millisecond, 30*time.Millisecond
-	n := &worldNode{dataKeys: d, world: w, instance: fmt.Sprintf("%s/%d", name, time.Now().UnixNano()), dir: dir, keyStore: newKeyStore(d.ring)}
+	d.Every, d.Grace = 10*time.Millisecond, 30*time.Millisecond
+	n := &worldNode{Keys: d, world: w, instance: fmt.Sprintf("%s/%d", name, time.Now().UnixNano()), dir: dir, keyStore: newKeyStore(d.Ring)}
 	d.agreed = n
-	d.carry("records", n.keyStore)
+	d.Carry("records", n.keyStore)
 	w.mu.Lock()
 	w.nodes[name] = n
 	w.mu.Unlock()
 	record := agreed.Node{
 		Name: name, Site: name[:1], Feature: 1, Instance: n.instance,
-		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
+		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 	}
 	if w.state.ClusterID == "" {
 		w.must(agreed.CmdInit, agreed.Init{ClusterID: "c1", Name: "dev", Generation: agreed.Generation{Number: 1, ID: "g"}, Node: record})
@@ -220,9 +220,9 @@ func (w *worldNode) run(leads bool) (ended <-chan error, stop func()) {
 	return end, stop
 }
 
-func oneKey() operatorKeys { return operatorKeys{current: keyring.GenerateOperatorKey()} }
+func oneKey() Operator { return Operator{Current: keyring.GenerateOperatorKey()} }
 
 func current(n *worldNode) string {
-	id, _ := n.ring.Current()
+	id, _ := n.Ring.Current()
 	return id.String()
 }

@@ -1,4 +1,7 @@
-package node
+// Package datakeys keeps a node's data-encryption keys in step with what the cluster
+// agreed on: it opens and confirms agreed keys, re-seals records whose key retires,
+// and, on the Raft leader, adds, activates and drops keys. Start at Keys.Run.
+package datakeys
 
 import (
 	"context"
@@ -16,8 +19,8 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// keyAgreement is what dataKeys needs of the cluster.
-type keyAgreement interface {
+// Agreement is what Keys needs of the cluster.
+type Agreement interface {
 	State() *agreed.State
 	Changed() <-chan struct{}
 	Instance() string
@@ -25,17 +28,17 @@ type keyAgreement interface {
 	Carried(ctx context.Context, node string) (map[string]int64, error)
 }
 
-var _ keyAgreement = (*cluster.Cluster)(nil)
+var _ Agreement = (*cluster.Cluster)(nil)
 
 // operatorKeys are the ones that this node was started with.
-type operatorKeys struct {
-	current  keyring.OperatorKey
-	previous keyring.OperatorKey // may be none
+type Operator struct {
+	Current  keyring.OperatorKey
+	Previous keyring.OperatorKey // may be none
 }
 
 // named gives the one of a fingerprint.
-func (o operatorKeys) named(fingerprint string) (keyring.OperatorKey, bool) {
-	for _, k := range []keyring.OperatorKey{o.current, o.previous} {
+func (o Operator) named(fingerprint string) (keyring.OperatorKey, bool) {
+	for _, k := range []keyring.OperatorKey{o.Current, o.Previous} {
 		if fingerprint != "" && k.Fingerprint() == fingerprint {
 			return k, true
 		}
@@ -43,21 +46,21 @@ func (o operatorKeys) named(fingerprint string) (keyring.OperatorKey, bool) {
 	return keyring.OperatorKey{}, false
 }
 
-// dataKeys is this node's part in the cluster's data keys: it opens what is
+// Keys is this node's part in the cluster's data keys: it opens what is
 // agreed, says so, and keeps the ring in step. On the raft leader it also takes
 // the steps that somebody must take (keyring_leader.go). Start at follow.
-type dataKeys struct {
+type Keys struct {
 	node     string
-	ring     *keyring.Ring
+	Ring     *keyring.Ring
 	dir      string         // of data.keys
 	sealer   keyring.Sealer // the node's own
-	operator operatorKeys
-	agreed   keyAgreement
+	operator Operator
+	agreed   Agreement
 	log      *slog.Logger
 
 	// How often a node asks what its records are sealed with while a key is to
 	// go, and how long nobody must carry one before it goes.
-	every, grace time.Duration
+	Every, Grace time.Duration
 
 	mu       sync.Mutex // guards what follows
 	carriers []carrier
@@ -92,10 +95,10 @@ const (
 
 // newDataKeys fills the ring with what the node kept from its last run: it opens
 // its records before it has heard of anybody. agreed is set before any loop runs.
-func newDataKeys(node, dir string, sealer keyring.Sealer, operator operatorKeys, log *slog.Logger) (*dataKeys, error) {
-	d := &dataKeys{
-		node: node, ring: keyring.NewRing(), dir: dir, sealer: sealer, operator: operator, log: log,
-		every: carriedEvery, grace: carriedGrace,
+func New(node, dir string, sealer keyring.Sealer, operator Operator, log *slog.Logger) (*Keys, error) {
+	d := &Keys{
+		node: node, Ring: keyring.NewRing(), dir: dir, sealer: sealer, operator: operator, log: log,
+		Every: carriedEvery, Grace: carriedGrace,
 	}
 	kept, err := keyring.ReadKept(dir, sealer)
 	switch {
@@ -107,16 +110,19 @@ func newDataKeys(node, dir string, sealer keyring.Sealer, operator operatorKeys,
 	}
 	d.kept = kept
 	d.adopted = adoption{cluster: kept.ClusterID, generation: kept.Generation, version: kept.Version}
-	if err := d.ring.Set(kept.Current, kept.Keys...); err != nil {
+	if err := d.Ring.Set(kept.Current, kept.Keys...); err != nil {
 		return nil, fmt.Errorf("data keys kept from the last run: %w", err)
 	}
 	return d, nil
 }
 
-// run keeps this node's ring, re-seals its records and, while it is the Raft
+// Connect sets the cluster that the keys are agreed on in. Call it before Run.
+func (d *Keys) Connect(a Agreement) { d.agreed = a }
+
+// Run keeps this node's ring, re-seals its records and, while it is the Raft
 // leader, takes the steps that only one node may take. It blocks until ctx ends, or
 // until a key that is in use can't be opened.
-func (d *dataKeys) run(ctx context.Context, whileLeader func(context.Context, func(context.Context, cluster.Leadership) error) error) error {
+func (d *Keys) Run(ctx context.Context, whileLeader func(context.Context, func(context.Context, cluster.Leadership) error) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.follow(ctx) })
 	g.Go(func() error { return d.reseal(ctx) })
@@ -127,7 +133,7 @@ func (d *dataKeys) run(ctx context.Context, whileLeader func(context.Context, fu
 // follow keeps the ring in step with what is agreed and confirms each key that
 // could be opened, until ctx ends. It fails when a key that is in use can't be
 // opened: such a node could read nothing, and must not run.
-func (d *dataKeys) follow(ctx context.Context) error {
+func (d *Keys) follow(ctx context.Context) error {
 	for {
 		changed := d.agreed.Changed()
 		s := d.agreed.State()
@@ -167,14 +173,14 @@ func wait(ctx context.Context, changed <-chan struct{}, atMost time.Duration) bo
 
 // fresh reports whether a state is no older than this process: it knows that the
 // process has started. While the log is replayed older ones pass by.
-func (d *dataKeys) fresh(s *agreed.State) bool {
+func (d *Keys) fresh(s *agreed.State) bool {
 	n, member := s.Nodes[d.node]
 	return member && n.Instance == d.agreed.Instance()
 }
 
 // adopt opens the agreed keys and gives the ids of those that it could open as
 // they are wrapped now. What it shows in the ring never goes back.
-func (d *dataKeys) adopt(s *agreed.State) (opened []string, err error) {
+func (d *Keys) adopt(s *agreed.State) (opened []string, err error) {
 	if s.ClusterID == "" {
 		return nil, nil
 	}
@@ -223,7 +229,7 @@ func (d *dataKeys) adopt(s *agreed.State) (opened []string, err error) {
 }
 
 // open unwraps an agreed key.
-func (d *dataKeys) open(clusterID string, k agreed.DataKey) (keyring.DataKey, error) {
+func (d *Keys) open(clusterID string, k agreed.DataKey) (keyring.DataKey, error) {
 	id, err := keyring.ParseKeyID(k.ID)
 	if err != nil {
 		return keyring.DataKey{}, err
@@ -238,11 +244,11 @@ func (d *dataKeys) open(clusterID string, k agreed.DataKey) (keyring.DataKey, er
 	}
 	return keyring.DataKey{}, fmt.Errorf("%w: data key %s of the cluster is wrapped with operator key %s, this node was started with %s: "+
 		"give it the cluster's operator key, as operator_key_previous while the cluster changes to another one, and start it again",
-		keyring.ErrWrongOperatorKey, k.ID, k.OperatorKey, d.operator.current.Fingerprint())
+		keyring.ErrWrongOperatorKey, k.ID, k.OperatorKey, d.operator.Current.Fingerprint())
 }
 
 // held finds a key that the ring shows already.
-func (d *dataKeys) held(id string) (keyring.DataKey, bool) {
+func (d *Keys) held(id string) (keyring.DataKey, bool) {
 	i := slices.IndexFunc(d.kept.Keys, func(k keyring.DataKey) bool { return k.ID().String() == id })
 	if i < 0 {
 		return keyring.DataKey{}, false
@@ -252,7 +258,7 @@ func (d *dataKeys) held(id string) (keyring.DataKey, bool) {
 
 // retained are the sealing keys that the cluster has given up and some record
 // here may still need: shed lets them go.
-func (d *dataKeys) retained(s *agreed.State) []keyring.DataKey {
+func (d *Keys) retained(s *agreed.State) []keyring.DataKey {
 	var keep []keyring.DataKey
 	for _, k := range d.kept.Keys {
 		if _, agreed := s.DataKey(k.ID().String()); !agreed && k.Kind() == keyring.KindSeal {
@@ -263,7 +269,7 @@ func (d *dataKeys) retained(s *agreed.State) []keyring.DataKey {
 }
 
 // note remembers what can't be opened, and logs it once.
-func (d *dataKeys) note(err error) {
+func (d *Keys) note(err error) {
 	words := ""
 	if err != nil {
 		words = err.Error()
@@ -276,7 +282,7 @@ func (d *dataKeys) note(err error) {
 
 // show makes the ring and the kept file say the same; the file is first, so that
 // nothing is sealed with a key that a restart would not find.
-func (d *dataKeys) show(next keyring.Kept, now adoption) error {
+func (d *Keys) show(next keyring.Kept, now adoption) error {
 	if !slices.Equal(next.Keys, d.kept.Keys) || next.Current != d.kept.Current || next.ClusterID != d.kept.ClusterID {
 		if err := keyring.WriteKept(d.dir, d.sealer, next); err != nil {
 			return err
@@ -286,18 +292,18 @@ func (d *dataKeys) show(next keyring.Kept, now adoption) error {
 		}
 	}
 	d.kept, d.adopted = next, now
-	return d.ring.Set(next.Current, next.Keys...)
+	return d.Ring.Set(next.Current, next.Keys...)
 }
 
 // Problem says which data key can't be opened here and why; empty when all can.
-func (d *dataKeys) Problem() string {
+func (d *Keys) Problem() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.problem
 }
 
 // confirm tells the cluster which keys this node has opened, unless it knows.
-func (d *dataKeys) confirm(ctx context.Context, s *agreed.State, opened []string) error {
+func (d *Keys) confirm(ctx context.Context, s *agreed.State, opened []string) error {
 	if !d.fresh(s) {
 		return nil
 	}

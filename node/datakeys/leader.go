@@ -1,4 +1,4 @@
-package node
+package datakeys
 
 import (
 	"context"
@@ -41,7 +41,7 @@ func nextKeyStep(s *agreed.State) (keyStep, bool) {
 }
 
 // tend takes the leader's steps until ctx ends, which is when leadership does.
-func (d *dataKeys) tend(ctx context.Context, _ cluster.Leadership) error {
+func (d *Keys) tend(ctx context.Context, _ cluster.Leadership) error {
 	free := freeKeys{since: map[string]time.Duration{}}
 	looked := time.Duration(0)
 	for {
@@ -55,11 +55,11 @@ func (d *dataKeys) tend(ctx context.Context, _ cluster.Leadership) error {
 			}
 		}
 		if retired := retiredKeys(s); len(retired) > 0 {
-			if now := clock.Boottime(); looked == 0 || now-looked >= d.every {
+			if now := clock.Boottime(); looked == 0 || now-looked >= d.Every {
 				looked = now
-				d.drop(ctx, &free, retired, d.ask(ctx, s, d.every))
+				d.drop(ctx, &free, retired, d.Ask(ctx, s, d.Every))
 			}
-			again = d.every
+			again = d.Every
 		}
 		if !wait(ctx, changed, again) {
 			return nil
@@ -67,7 +67,7 @@ func (d *dataKeys) tend(ctx context.Context, _ cluster.Leadership) error {
 	}
 }
 
-func (d *dataKeys) take(ctx context.Context, step keyStep) error {
+func (d *Keys) take(ctx context.Context, step keyStep) error {
 	if step.add != "" {
 		_, err := d.add(ctx, keyring.Kind(step.add), "dsnode")
 		return err
@@ -81,14 +81,14 @@ func (d *dataKeys) take(ctx context.Context, step keyStep) error {
 
 // add proposes a new key, wrapped with the operator key that all the others are
 // wrapped with.
-func (d *dataKeys) add(ctx context.Context, kind keyring.Kind, by string) (id string, err error) {
+func (d *Keys) add(ctx context.Context, kind keyring.Kind, by string) (id string, err error) {
 	s := d.agreed.State()
-	op := d.operator.current
+	op := d.operator.Current
 	if len(s.DataKeys) > 0 {
 		var ok bool
 		if op, ok = d.operator.named(s.OperatorKey()); !ok {
 			return "", fmt.Errorf("%w: the data keys are wrapped with operator key %s, node %s was started with %s",
-				agreed.ErrOperatorKey, s.OperatorKey(), d.node, d.operator.current.Fingerprint())
+				agreed.ErrOperatorKey, s.OperatorKey(), d.node, d.operator.Current.Fingerprint())
 		}
 	}
 	k := keyring.NewDataKey(kind)
@@ -117,18 +117,18 @@ func retiredKeys(s *agreed.State) []string {
 }
 
 // carried is what one node said of the keys that its records are sealed with.
-type carried struct {
+type Carried struct {
 	counts map[string]int64
 	err    error // then it is not known
 }
 
 // ask asks every member at once what it carries.
-func (d *dataKeys) ask(ctx context.Context, s *agreed.State, atMost time.Duration) map[string]carried {
+func (d *Keys) Ask(ctx context.Context, s *agreed.State, atMost time.Duration) map[string]Carried {
 	ctx, cancel := context.WithTimeout(ctx, max(atMost, retryEvery))
 	defer cancel()
 	var (
 		mu  sync.Mutex // guards all
-		all = make(map[string]carried, len(s.Nodes))
+		all = make(map[string]Carried, len(s.Nodes))
 		wg  sync.WaitGroup
 	)
 	for name := range s.Nodes {
@@ -136,7 +136,7 @@ func (d *dataKeys) ask(ctx context.Context, s *agreed.State, atMost time.Duratio
 			counts, err := d.agreed.Carried(ctx, name)
 			mu.Lock()
 			defer mu.Unlock()
-			all[name] = carried{counts: counts, err: err}
+			all[name] = Carried{counts: counts, err: err}
 		})
 	}
 	wg.Wait()
@@ -144,7 +144,7 @@ func (d *dataKeys) ask(ctx context.Context, s *agreed.State, atMost time.Duratio
 }
 
 // carriers sums what is sealed with a key; nil when some node did not say.
-func carriedBy(all map[string]carried, key string) *int64 {
+func RecordsSealedWith(all map[string]Carried, key string) *int64 {
 	sum := int64(0)
 	for _, c := range all {
 		if c.err != nil {
@@ -165,7 +165,7 @@ type freeKeys struct {
 // judge gives the keys that nobody has carried for all of grace. One round of
 // answers is not enough: a record can be under way from a node that was asked
 // late to one that was asked early.
-func (f *freeKeys) judge(retired []string, all map[string]carried, now, grace time.Duration) []string {
+func (f *freeKeys) judge(retired []string, all map[string]Carried, now, grace time.Duration) []string {
 	members := slices.Sorted(maps.Keys(all))
 	if !slices.Equal(members, f.members) {
 		f.members, f.since = members, map[string]time.Duration{}
@@ -173,7 +173,7 @@ func (f *freeKeys) judge(retired []string, all map[string]carried, now, grace ti
 	maps.DeleteFunc(f.since, func(id string, _ time.Duration) bool { return !slices.Contains(retired, id) })
 	var free []string
 	for _, id := range retired {
-		n := carriedBy(all, id)
+		n := RecordsSealedWith(all, id)
 		if n == nil || *n > 0 {
 			delete(f.since, id)
 			continue
@@ -190,8 +190,8 @@ func (f *freeKeys) judge(retired []string, all map[string]carried, now, grace ti
 	return free
 }
 
-func (d *dataKeys) drop(ctx context.Context, f *freeKeys, retired []string, all map[string]carried) {
-	for _, id := range f.judge(retired, all, clock.Boottime(), d.grace) {
+func (d *Keys) drop(ctx context.Context, f *freeKeys, retired []string, all map[string]Carried) {
+	for _, id := range f.judge(retired, all, clock.Boottime(), d.Grace) {
 		_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: f.members})
 		switch {
 		case err == nil:

@@ -1,4 +1,4 @@
-package node
+package datakeys
 
 import (
 	"bytes"
@@ -27,10 +27,10 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	a.run(true)
-	async.Await(t, "the first node is ready", a.ring.Ready)
+	async.Await(t, "the first node is ready", a.Ring.Ready)
 	b := w.start("b-1", t.TempDir(), op)
 	b.run(false)
-	async.Await(t, "the second has the same key", func() bool { return b.ring.Ready() && current(a) == current(b) })
+	async.Await(t, "the second has the same key", func() bool { return b.Ring.Ready() && current(a) == current(b) })
 	first := current(a)
 	for _, n := range []*worldNode{a, b} {
 		for i := range 5 {
@@ -41,11 +41,11 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	}
 	// A member that does not confirm keeps the new key out of use.
 	c := w.start("c-1", t.TempDir(), op)
-	k, err := b.rotate(t.Context(), "ann")
+	k, err := b.Rotate(t.Context(), "ann")
 	if err != nil || k.State() != agreed.DataKeyPending || k.CreatedBy != "ann" {
 		t.Fatalf("%+v, %v", k, err)
 	}
-	again, err := a.rotate(t.Context(), "bob")
+	again, err := a.Rotate(t.Context(), "bob")
 	if err != nil || again.ID != k.ID {
 		t.Fatalf("a second rotation made %s, not %s: %v", again.ID, k.ID, err)
 	}
@@ -57,7 +57,7 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 		t.Fatal("a key is in use before every member has opened it")
 	}
 	id, err := keyring.ParseKeyID(k.ID)
-	if err != nil || !a.ring.Has(id) {
+	if err != nil || !a.Ring.Has(id) {
 		t.Fatalf("a pending key opens already: %v", err)
 	}
 	c.run(false)
@@ -65,7 +65,7 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 	async.Await(t, "the first key is dropped", func() bool { _, there := a.State().DataKey(first); return !there })
 	async.Await(t, "the rings follow", func() bool {
 		old, err := keyring.ParseKeyID(first)
-		return err == nil && !a.ring.Has(old) && !b.ring.Has(old) && !c.ring.Has(old)
+		return err == nil && !a.Ring.Has(old) && !b.Ring.Has(old) && !c.Ring.Has(old)
 	})
 	for _, n := range []*worldNode{a, b} {
 		if err := n.read(); err != nil || len(n.records) != 5 {
@@ -75,25 +75,25 @@ func TestDataKeysFromFoundingToDropping(t *testing.T) {
 }
 
 // secretsOf are the keys that a node holds.
-func secretsOf(t *testing.T, d *dataKeys) [][]byte {
+func secretsOf(t *testing.T, d *Keys) [][]byte {
 	t.Helper()
 	d.mu.Lock()
 	kept := d.kept
 	d.mu.Unlock()
-	return keyringtest.Secrets(t, kept, d.operator.current, d.operator.previous)
+	return keyringtest.Secrets(t, kept, d.operator.Current, d.operator.Previous)
 }
 
 func TestKeysAreNowhereInClear(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	_, stop := a.run(true)
-	async.Await(t, "ready", a.ring.Ready)
-	if _, err := a.rotate(t.Context(), "ann"); err != nil {
+	async.Await(t, "ready", a.Ring.Ready)
+	if _, err := a.Rotate(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "rotated", func() bool { return len(retiredKeys(a.State())) == 0 && a.State().DataKeysVersion > 8 })
 	stop()
-	secrets := secretsOf(t, a.dataKeys)
+	secrets := secretsOf(t, a.Keys)
 	state, err := w.state.Encode()
 	if err != nil {
 		t.Fatal(err)
@@ -116,8 +116,8 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 	w, op := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), op)
 	a.run(true)
-	async.Await(t, "ready", a.ring.Ready)
-	if got := unconfirmed(a.State()); len(got) > 0 {
+	async.Await(t, "ready", a.Ring.Ready)
+	if got := NotInUse(a.State()); len(got) > 0 {
 		t.Fatalf("the status says %q", got)
 	}
 	z := w.start("z-1", t.TempDir(), oneKey())
@@ -127,7 +127,7 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 		if !errors.Is(err, keyring.ErrWrongOperatorKey) {
 			t.Fatalf("it ended with %v", err)
 		}
-		for _, words := range []string{op.current.Fingerprint(), z.operator.current.Fingerprint(), "operator_key_previous", "start it again"} {
+		for _, words := range []string{op.Current.Fingerprint(), z.operator.Current.Fingerprint(), "operator_key_previous", "start it again"} {
 			if !strings.Contains(err.Error(), words) {
 				t.Errorf("%q lacks %q", err, words)
 			}
@@ -135,8 +135,8 @@ func TestNodeWithAWrongOperatorKeyEnds(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Fatal("it goes on")
 	}
-	if z.Problem() == "" || z.ring.Ready() {
-		t.Fatalf("problem %q, ready %v", z.Problem(), z.ring.Ready())
+	if z.Problem() == "" || z.Ring.Ready() {
+		t.Fatalf("problem %q, ready %v", z.Problem(), z.Ring.Ready())
 	}
 	for _, k := range w.state.DataKeys {
 		if _, confirmed := k.Confirmed["z-1"]; confirmed {
@@ -160,7 +160,7 @@ func TestKeyThatSomeCanNotOpenIsNeverUsed(t *testing.T) {
 		k, there := a.State().PendingDataKey()
 		return there && cmp.Equal(a.State().Unconfirmed(k), []string{"b-1"})
 	})
-	if a.ring.Ready() || b.ring.Ready() {
+	if a.Ring.Ready() || b.Ring.Ready() {
 		t.Fatal("a key is in use that b can't open")
 	}
 	select {
@@ -170,7 +170,7 @@ func TestKeyThatSomeCanNotOpenIsNeverUsed(t *testing.T) {
 	}
 	k, _ := a.State().PendingDataKey()
 	want := fmt.Sprintf("no job can be taken: data key %s is not confirmed by b-1", k.ID)
-	if got := unconfirmed(a.State()); !slices.Contains(got, want) {
+	if got := NotInUse(a.State()); !slices.Contains(got, want) {
 		t.Fatalf("the status says %q, not %q", got, want)
 	}
 }
@@ -179,10 +179,10 @@ func TestRingSurvivesARestartWithoutQuorum(t *testing.T) {
 	w, op, dir := newKeyWorld(t), oneKey(), t.TempDir()
 	a := w.start("a-1", dir, op)
 	_, stop := a.run(true)
-	async.Await(t, "ready", a.ring.Ready)
+	async.Await(t, "ready", a.Ring.Ready)
 	before := w.state
 	first := current(a)
-	if _, err := a.rotate(t.Context(), "ann"); err != nil {
+	if _, err := a.Rotate(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "rotated", func() bool { return current(a) != first })
@@ -192,18 +192,18 @@ func TestRingSurvivesARestartWithoutQuorum(t *testing.T) {
 	second := current(a)
 	stop()
 
-	sealer, err := op.openNodeKey(dir, slog.New(slog.DiscardHandler))
+	sealer, err := op.OpenNodeKey(dir, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := newDataKeys("a-1", dir, sealer, op, slog.New(slog.DiscardHandler))
+	d, err := New("a-1", dir, sealer, op, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	back := &worldNode{dataKeys: d, world: w, instance: "next", keyStore: a.keyStore, held: before}
+	back := &worldNode{Keys: d, world: w, instance: "next", keyStore: a.keyStore, held: before}
 	d.agreed = back
-	if !d.ring.Ready() || current(back) != second {
-		t.Fatalf("without a word from the cluster: ready %v, current %s, want %s", d.ring.Ready(), current(back), second)
+	if !d.Ring.Ready() || current(back) != second {
+		t.Fatalf("without a word from the cluster: ready %v, current %s, want %s", d.Ring.Ready(), current(back), second)
 	}
 	// While the log is replayed, an older list passes by.
 	if _, err := d.adopt(before); err != nil || current(back) != second {
@@ -219,38 +219,38 @@ func TestReplayedWrappingIsNoReasonToEnd(t *testing.T) {
 	w, old := newKeyWorld(t), oneKey()
 	a := w.start("a-1", t.TempDir(), old)
 	_, stop := a.run(true)
-	async.Await(t, "ready", a.ring.Ready)
+	async.Await(t, "ready", a.Ring.Ready)
 	stop()
 	wrapped := w.state
-	both := operatorKeys{current: keyring.GenerateOperatorKey(), previous: old.current}
+	both := Operator{Current: keyring.GenerateOperatorKey(), Previous: old.Current}
 	a = w.start("a-1", a.dir, both)
 	_, stop = a.run(true)
-	async.Await(t, "it said which operator key it has", func() bool { return len(a.State().LackOperatorKey(both.current.Fingerprint())) == 0 })
-	if err := a.rewrap(t.Context(), "ann"); err != nil {
+	async.Await(t, "it said which operator key it has", func() bool { return len(a.State().LackOperatorKey(both.Current.Fingerprint())) == 0 })
+	if err := a.Rewrap(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
-	b := w.start("b-1", t.TempDir(), operatorKeys{current: both.current})
+	b := w.start("b-1", t.TempDir(), Operator{Current: both.Current})
 	if _, err := b.adopt(wrapped); err != nil {
 		t.Fatalf("an old list: %v", err)
 	}
-	if b.ring.Ready() || b.Problem() != "" {
+	if b.Ring.Ready() || b.Problem() != "" {
 		t.Fatal("it took an old list for the present one")
 	}
 	b.run(false)
-	async.Await(t, "b is ready", func() bool { return b.ring.Ready() && current(a) == current(b) })
+	async.Await(t, "b is ready", func() bool { return b.Ring.Ready() && current(a) == current(b) })
 	stop()
 }
 
 func TestOperatorKeyChanges(t *testing.T) {
 	w, old, next := newKeyWorld(t), oneKey(), oneKey()
-	both := operatorKeys{current: next.current, previous: old.current}
+	both := Operator{Current: next.Current, Previous: old.Current}
 	names := []string{"a-1", "b-1", "c-1"}
 	nodes, stops := map[string]*worldNode{}, map[string]func(){}
-	boot := func(name, dir string, o operatorKeys) {
+	boot := func(name, dir string, o Operator) {
 		nodes[name] = w.start(name, dir, o)
 		_, stops[name] = nodes[name].run(name == "a-1")
 	}
-	restart := func(name string, o operatorKeys) {
+	restart := func(name string, o Operator) {
 		stops[name]()
 		boot(name, nodes[name].dir, o)
 	}
@@ -258,70 +258,70 @@ func TestOperatorKeyChanges(t *testing.T) {
 		boot(name, t.TempDir(), old)
 	}
 	async.Await(t, "all are ready", func() bool {
-		return nodes["a-1"].ring.Ready() && nodes["b-1"].ring.Ready() && nodes["c-1"].ring.Ready()
+		return nodes["a-1"].Ring.Ready() && nodes["b-1"].Ring.Ready() && nodes["c-1"].Ring.Ready()
 	})
 	if err := nodes["b-1"].put("x"); err != nil {
 		t.Fatal(err)
 	}
 	// Nothing to do yet: all have the present one.
-	if err := nodes["a-1"].rewrap(t.Context(), "ann"); err != nil {
+	if err := nodes["a-1"].Rewrap(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
 	restart("a-1", both)
-	err := nodes["a-1"].rewrap(t.Context(), "ann")
+	err := nodes["a-1"].Rewrap(t.Context(), "ann")
 	if !errors.Is(err, agreed.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "b-1, c-1") {
 		t.Fatalf("others lack it: %v", err)
 	}
-	err = nodes["b-1"].rewrap(t.Context(), "ann")
+	err = nodes["b-1"].Rewrap(t.Context(), "ann")
 	if !errors.Is(err, agreed.ErrOperatorKeyMissing) || !strings.Contains(err.Error(), "node b-1 was started with the present one") || !strings.Contains(err.Error(), "a-1") {
 		t.Fatalf("asked of a node that has the old one: %v", err)
 	}
 	// Half-way through a rotation still works: it uses the key that all have.
-	k, err := nodes["a-1"].rotate(t.Context(), "ann")
+	k, err := nodes["a-1"].Rotate(t.Context(), "ann")
 	if err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "rotated", func() bool { return current(nodes["c-1"]) == k.ID })
 	restart("b-1", both)
 	restart("c-1", both)
-	if err := nodes["c-1"].rewrap(t.Context(), "ann"); err != nil {
+	if err := nodes["c-1"].Rewrap(t.Context(), "ann"); err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "all confirm anew", func() bool {
 		s := nodes["a-1"].State()
-		return s.OperatorKey() == next.current.Fingerprint() && !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool {
+		return s.OperatorKey() == next.Current.Fingerprint() && !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool {
 			return len(s.Unconfirmed(k)) > 0
 		})
 	})
 	for _, name := range names {
 		restart(name, next)
-		if n := nodes[name]; !n.ring.Ready() || n.Problem() != "" {
-			t.Fatalf("%s with the new operator key alone: ready %v, %s", name, n.ring.Ready(), n.Problem())
+		if n := nodes[name]; !n.Ring.Ready() || n.Problem() != "" {
+			t.Fatalf("%s with the new operator key alone: ready %v, %s", name, n.Ring.Ready(), n.Problem())
 		}
 	}
 	d := w.start("d-1", t.TempDir(), next)
 	d.run(false)
-	async.Await(t, "a newcomer is ready", func() bool { return d.ring.Ready() && current(d) == current(nodes["a-1"]) })
-	keyringtest.NoneIn(t, secretsOf(t, nodes["a-1"].dataKeys), "the log", w.log.Bytes())
+	async.Await(t, "a newcomer is ready", func() bool { return d.Ring.Ready() && current(d) == current(nodes["a-1"]) })
+	keyringtest.NoneIn(t, secretsOf(t, nodes["a-1"].Keys), "the log", w.log.Bytes())
 }
 
 func TestNodeKeyFollowsTheOperatorKey(t *testing.T) {
 	dir, old, next := t.TempDir(), oneKey(), oneKey()
 	log := slog.New(slog.DiscardHandler)
-	sealer, err := old.openNodeKey(dir, log)
+	sealer, err := old.OpenNodeKey(dir, log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	sealed := sealer.Seal(nil, []byte("x"), nil)
-	if _, err := next.openNodeKey(dir, log); !errors.Is(err, keyring.ErrWrongOperatorKey) {
+	if _, err := next.OpenNodeKey(dir, log); !errors.Is(err, keyring.ErrWrongOperatorKey) {
 		t.Fatalf("the new one alone: %v", err)
 	}
-	strange := operatorKeys{current: next.current, previous: keyring.GenerateOperatorKey()}
-	if _, err := strange.openNodeKey(dir, log); !errors.Is(err, keyring.ErrWrongOperatorKey) || !strings.Contains(err.Error(), "neither") {
+	strange := Operator{Current: next.Current, Previous: keyring.GenerateOperatorKey()}
+	if _, err := strange.OpenNodeKey(dir, log); !errors.Is(err, keyring.ErrWrongOperatorKey) || !strings.Contains(err.Error(), "neither") {
 		t.Fatalf("two strange ones: %v", err)
 	}
-	for _, o := range []operatorKeys{{current: next.current, previous: old.current}, next} {
-		sealer, err := o.openNodeKey(dir, log)
+	for _, o := range []Operator{{Current: next.Current, Previous: old.Current}, next} {
+		sealer, err := o.OpenNodeKey(dir, log)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -363,7 +363,7 @@ func TestDroppedKeyStaysWhileRecordsNeedIt(t *testing.T) {
 	if err := a.put("x"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.rotate(ctx, "ann"); err != nil {
+	if _, err := a.Rotate(ctx, "ann"); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 {
@@ -379,26 +379,26 @@ func TestDroppedKeyStaysWhileRecordsNeedIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	async.Await(t, "it is sealed anew and the key gone", func() bool { return !a.ring.Has(id) })
+	async.Await(t, "it is sealed anew and the key gone", func() bool { return !a.Ring.Has(id) })
 	if err := a.read(); err != nil {
 		t.Fatal(err)
 	}
 }
 
 func TestJudgeFreeKeys(t *testing.T) {
-	said := func(a, b int64) map[string]carried {
-		m := map[string]carried{"a-1": {counts: map[string]int64{"k": a}}, "b-1": {counts: map[string]int64{"k": b}}}
+	said := func(a, b int64) map[string]Carried {
+		m := map[string]Carried{"a-1": {counts: map[string]int64{"k": a}}, "b-1": {counts: map[string]int64{"k": b}}}
 		if b < 0 {
-			m["b-1"] = carried{err: errors.New("away")}
+			m["b-1"] = Carried{err: errors.New("away")}
 		}
 		return m
 	}
 	third := said(0, 0)
-	third["c-1"] = carried{}
+	third["c-1"] = Carried{}
 	const grace = 30 * time.Second
 	type round struct {
 		at   time.Duration
-		said map[string]carried
+		said map[string]Carried
 		free bool
 	}
 	for name, rounds := range map[string][]round{
@@ -466,7 +466,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 				}
 			case 5:
 				if len(n.State().DataKeys) > 0 {
-					_, _ = n.rotate(ctx, "ann") // one may be pending
+					_, _ = n.Rotate(ctx, "ann") // one may be pending
 				}
 			case 6:
 				if err := n.put("text"); err == nil {
@@ -475,7 +475,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 						rt.Fatal(err)
 					}
 					for _, name := range before {
-						if o := w.nodes[name]; o != nil && !o.ring.Has(id) && o.fresh(o.State()) {
+						if o := w.nodes[name]; o != nil && !o.Ring.Has(id) && o.fresh(o.State()) {
 							if k, there := o.State().DataKey(id.String()); there && k.Confirmed[name].IsZero() && k.State() == agreed.DataKeyPending {
 								rt.Fatalf("%s seals with %s, which %s has not opened", n.node, id, name)
 							}
@@ -484,7 +484,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 				}
 				other := rapid.SampledFrom(nodes).Draw(rt, "to")
 				for _, r := range n.records {
-					if id, err := keyring.SealedWith(r); err == nil && other != n && other.ring.Has(id) && len(other.records) < 20 {
+					if id, err := keyring.SealedWith(r); err == nil && other != n && other.Ring.Has(id) && len(other.records) < 20 {
 						other.records = append(other.records, bytes.Clone(r))
 					}
 				}
@@ -496,7 +496,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 				_ = n.shed(ctx, given) // some may be needed
 			case 8:
 				clock += time.Second
-				for _, id := range free.judge(retiredKeys(n.State()), n.ask(ctx, n.State(), time.Second), clock, 2*time.Second) {
+				for _, id := range free.judge(retiredKeys(n.State()), n.Ask(ctx, n.State(), time.Second), clock, 2*time.Second) {
 					_, _ = n.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: free.members}) // it may be gone
 				}
 			}
@@ -504,7 +504,7 @@ func TestRecordsAlwaysOpen(t *testing.T) {
 				if err := o.read(); err != nil {
 					rt.Fatalf("a record of %s: %v", o.node, err)
 				}
-				if m, err := o.ring.MAC("test v1"); err == nil {
+				if m, err := o.Ring.MAC("test v1"); err == nil {
 					sums[m.Sum([]byte("x"))] = true
 				}
 			}

@@ -1,4 +1,4 @@
-package node
+package datakeys
 
 import (
 	"context"
@@ -13,14 +13,14 @@ import (
 
 // loadOperatorKeys reads the operator keys that node.yaml names. The previous one
 // is optional: its zero value names none.
-func loadOperatorKeys(current, previous keyring.KeyRef) (operatorKeys, error) {
-	var o operatorKeys
+func LoadOperator(current, previous keyring.KeyRef) (Operator, error) {
+	var o Operator
 	var err error
-	if o.current, err = keyring.LoadOperatorKey(current); err != nil {
+	if o.Current, err = keyring.LoadOperatorKey(current); err != nil {
 		return o, err
 	}
 	if previous != (keyring.KeyRef{}) {
-		if o.previous, err = keyring.LoadOperatorKey(previous); err != nil {
+		if o.Previous, err = keyring.LoadOperatorKey(previous); err != nil {
 			return o, fmt.Errorf("operator_key_previous: %w", err)
 		}
 	}
@@ -29,21 +29,21 @@ func loadOperatorKeys(current, previous keyring.KeyRef) (operatorKeys, error) {
 
 // openNodeKey opens node.key, and wraps it with the present operator key when
 // only the one before it opens it.
-func (o operatorKeys) openNodeKey(dir string, log *slog.Logger) (keyring.Sealer, error) {
-	sealer, err := keyring.OpenNodeKey(dir, o.current)
-	if !errors.Is(err, keyring.ErrWrongOperatorKey) || o.previous == (keyring.OperatorKey{}) {
+func (o Operator) OpenNodeKey(dir string, log *slog.Logger) (keyring.Sealer, error) {
+	sealer, err := keyring.OpenNodeKey(dir, o.Current)
+	if !errors.Is(err, keyring.ErrWrongOperatorKey) || o.Previous == (keyring.OperatorKey{}) {
 		return sealer, err
 	}
-	if err := keyring.RewrapNodeKey(dir, o.previous, o.current); err != nil {
+	if err := keyring.RewrapNodeKey(dir, o.Previous, o.Current); err != nil {
 		return nil, fmt.Errorf("neither operator_key nor operator_key_previous opens it: %w", err)
 	}
-	log.Info("node key wrapped with the new operator key", "operator_key", o.current.Fingerprint(), "before", o.previous.Fingerprint())
-	return keyring.OpenNodeKey(dir, o.current)
+	log.Info("node key wrapped with the new operator key", "operator_key", o.Current.Fingerprint(), "before", o.Previous.Fingerprint())
+	return keyring.OpenNodeKey(dir, o.Current)
 }
 
 // rotate proposes a new sealing key. It returns the pending one when there is one
 // already.
-func (d *dataKeys) rotate(ctx context.Context, by string) (agreed.DataKey, error) {
+func (d *Keys) Rotate(ctx context.Context, by string) (agreed.DataKey, error) {
 	id, err := d.add(ctx, keyring.KindSeal, by)
 	s := d.agreed.State()
 	if errors.Is(err, agreed.ErrDataKeyPending) {
@@ -64,9 +64,9 @@ func (d *dataKeys) rotate(ctx context.Context, by string) (agreed.DataKey, error
 // rewrap wraps all data keys with this node's operator key, which every node must
 // have by now.
 
-func (d *dataKeys) rewrap(ctx context.Context, by string) error {
+func (d *Keys) Rewrap(ctx context.Context, by string) error {
 	s := d.agreed.State()
-	op := d.operator.current
+	op := d.operator.Current
 	to := op.Fingerprint()
 	if err := mayRewrap(s, d.node, to); err != nil {
 		return err
@@ -107,7 +107,7 @@ func mayRewrap(s *agreed.State, asked, to string) error {
 
 // unconfirmed lists, in sentences for the status, why the first data keys are not in
 // use yet. Until they are, no job can be accepted.
-func unconfirmed(s *agreed.State) []string {
+func NotInUse(s *agreed.State) []string {
 	var out []string
 	for _, kind := range []agreed.DataKeyKind{agreed.DataKeySeal, agreed.DataKeyMAC} {
 		var first agreed.DataKey

@@ -1,4 +1,4 @@
-package node
+package datakeys
 
 import (
 	"context"
@@ -27,14 +27,14 @@ type carrier struct {
 }
 
 // carry makes a store known; before the loops run.
-func (d *dataKeys) carry(name string, c Carrier) {
+func (d *Keys) Carry(name string, c Carrier) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.carriers = append(d.carriers, carrier{name, c})
 }
 
 // count is how many records here are sealed with each key.
-func (d *dataKeys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
+func (d *Keys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	d.mu.Lock()
 	carriers := slices.Clone(d.carriers)
 	d.mu.Unlock()
@@ -52,7 +52,7 @@ func (d *dataKeys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
 }
 
 // carried is count as peers are told.
-func (d *dataKeys) carried(ctx context.Context) (map[string]int64, error) {
+func (d *Keys) Carried(ctx context.Context) (map[string]int64, error) {
 	counts, err := d.count(ctx)
 	if err != nil {
 		return nil, err
@@ -66,7 +66,7 @@ func (d *dataKeys) carried(ctx context.Context) (map[string]int64, error) {
 
 // leaving are the keys that open records here and must not for long: the
 // sealing keys other than the current one, unless they wait to become it.
-func (d *dataKeys) leaving() (retired, given []keyring.KeyID) {
+func (d *Keys) leaving() (retired, given []keyring.KeyID) {
 	s := d.agreed.State()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -90,11 +90,11 @@ func (d *dataKeys) leaving() (retired, given []keyring.KeyID) {
 
 // reseal seals what retired keys have sealed anew, in the background, until ctx
 // ends.
-func (d *dataKeys) reseal(ctx context.Context) error {
+func (d *Keys) reseal(ctx context.Context) error {
 	said := ""
 	for {
 		// The ring follows what is agreed a moment later, so both count.
-		changed, shown := d.agreed.Changed(), d.ring.Changed()
+		changed, shown := d.agreed.Changed(), d.Ring.Changed()
 		retired, given := d.leaving()
 		if len(retired)+len(given) == 0 {
 			select {
@@ -122,7 +122,7 @@ func (d *dataKeys) reseal(ctx context.Context) error {
 		if said = words; err == nil && more {
 			continue
 		}
-		if !wait(ctx, changed, d.every) {
+		if !wait(ctx, changed, d.Every) {
 			return nil
 		}
 	}
@@ -130,7 +130,7 @@ func (d *dataKeys) reseal(ctx context.Context) error {
 
 // resealSome asks each store once for each key that it carries; more says
 // whether to go on at once.
-func (d *dataKeys) resealSome(ctx context.Context, leaving []keyring.KeyID) (more bool, err error) {
+func (d *Keys) resealSome(ctx context.Context, leaving []keyring.KeyID) (more bool, err error) {
 	d.mu.Lock()
 	carriers := slices.Clone(d.carriers)
 	d.mu.Unlock()
@@ -160,7 +160,7 @@ func (d *dataKeys) resealSome(ctx context.Context, leaving []keyring.KeyID) (mor
 
 // shed lets go of the keys that the cluster has given up and nothing here needs
 // any more.
-func (d *dataKeys) shed(ctx context.Context, given []keyring.KeyID) error {
+func (d *Keys) shed(ctx context.Context, given []keyring.KeyID) error {
 	if len(given) == 0 {
 		return nil
 	}
