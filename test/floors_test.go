@@ -94,7 +94,6 @@ var arrows = []arrow{
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster", "reads the agreed configuration and purges"},
 	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},
-	{"node/cache", "storage/boltfile", "lets bbolt open only what can't crash it"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
 	{"failover/drill", "cluster", "records drills in the agreed state"},
