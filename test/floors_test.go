@@ -119,7 +119,6 @@ var arrows = []arrow{
 	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
 	{"node/cache", "cluster/agreed", "purges"},
 	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},
-	{"node/cache", "storage/boltfile", "lets bbolt open only what can't crash it"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
 	{"failover/drill", "cluster", "records drills in the agreed state"},

@@ -171,7 +171,7 @@ func (c *Cache) retier(ctx context.Context, have, want tierSpec) error {
 	var err error
 	switch want.site.Shared {
 	case config.SharedEmbedded:
-		s, err = openEmbedded(c.o.Dir, want.bytes, c.log, func() { c.counts.rebuilds.Add(1) })
+		s, err = openEmbedded(c.o.Dir, want.bytes, c.now, c.log, func() { c.counts.rebuilds.Add(1) })
 	case config.SharedRedis:
 		s, err = openRedis(want.site.Redis, maxAnswer+maxOverhead, c.o.Files)
 	default:
