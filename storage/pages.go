@@ -1,10 +1,6 @@
 package storage
 
-import (
-	"io"
-
-	"github.com/dsnode/dsnode/storage/boltfile"
-)
+import "github.com/dsnode/dsnode/storage/boltfile"
 
 // pageSize is given to bbolt explicitly, so files move between machines.
 const pageSize = 4096
@@ -17,9 +13,4 @@ func raftLayout() boltfile.Layout {
 		MaxEntry: maxEntry,
 		Depth:    boltfile.Whole,
 	}
-}
-
-// checkPages says whether bbolt may open the file.
-func checkPages(f io.ReaderAt, size int64) (boltfile.Meta, error) {
-	return boltfile.Check(f, size, raftLayout())
 }

@@ -19,6 +19,7 @@ import (
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -77,9 +78,9 @@ type RaftStore struct {
 // indexRange is the first and the last index stored, both 0 for none.
 type indexRange struct{ first, last uint64 }
 
-// RaftStoreOptions say where the store is and what it needs. All are required.
-type RaftStoreOptions struct {
-	Dir     string // the data directory; its lock is held by the caller
+// Options of a store. All are required.
+type Options struct {
+	Dir     string // the data directory; the caller holds its lock
 	Sealer  keyring.Sealer
 	Logger  *slog.Logger
 	Metrics *Metrics
@@ -93,7 +94,7 @@ type RaftStoreOptions struct {
 // anew, so that no page is left that a failed sync dropped. The errors are
 // ErrDamaged, ErrForeign, ErrWrongKey, ErrNewerFormat, ErrLocked or what the
 // file system said; the files are left as they are then.
-func OpenRaftStore(o RaftStoreOptions) (*RaftStore, error) {
+func OpenRaftStore(o Options) (*RaftStore, error) {
 	s := &RaftStore{
 		sealer:  o.Sealer,
 		log:     o.Logger,
@@ -129,7 +130,7 @@ func (s *RaftStore) open(dir, path string) error {
 		return err
 	}
 	markPath := filepath.Join(dir, raftMarkFile)
-	mark, marked, err := readRaftMark(markPath)
+	mark, marked, err := raftMarkFormat.Read(markPath)
 	if err != nil {
 		return err
 	}
@@ -150,7 +151,7 @@ func (s *RaftStore) open(dir, path string) error {
 	if err != nil {
 		return err
 	}
-	if !isNew && (!marked || mark.state != markClosed) {
+	if !isNew && (!marked || mark.State != boltfile.MarkClosed) {
 		if err := rewriteRaftFile(dir, path, int64(pages.HighWater)*pageSize); err != nil {
 			return fmt.Errorf("write it anew: %w", err)
 		}
@@ -160,10 +161,10 @@ func (s *RaftStore) open(dir, path string) error {
 	}
 	s.now, err = s.verify()
 	if err == nil && marked {
-		err = mark.allows(s.now)
+		err = decodeRaftMark(mark).allows(s.now)
 	}
 	if err == nil {
-		s.now.state = markOpen
+		s.now.State = boltfile.MarkOpen
 		s.publish()
 		s.mark, err = os.OpenFile(markPath, os.O_RDWR|os.O_CREATE, 0o600)
 	}
@@ -198,14 +199,9 @@ func openBolt(path string) (db *bbolt.DB, err error) {
 // createRaftFile makes a file with empty buckets under a temporary name, so
 // that raft.db is either absent or whole.
 func (s *RaftStore) createRaftFile(dir, path string) error {
-	temp := filepath.Join(dir, raftTempFile)
-	db, err := openBolt(temp)
-	if err != nil {
-		return err
-	}
 	id := make([]byte, 16)
 	_, _ = rand.Read(id) // never fails; it ends the process instead
-	put := func(tx *bbolt.Tx) error {
+	return boltfile.Create(path, filepath.Join(dir, raftTempFile), openBolt, func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{bucketLog, bucketMeta, bucketStable} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
@@ -213,20 +209,7 @@ func (s *RaftStore) createRaftFile(dir, path string) error {
 		}
 		record := appendRecord(nil, s.sealer, append([]byte{storeFormat}, id...), placeOf(bucketMeta, keyStore))
 		return tx.Bucket(bucketMeta).Put(keyStore, record)
-	}
-	// Twice, so that both meta pages are ours and none is bbolt's first one.
-	err = db.Update(put)
-	if err == nil {
-		err = db.Update(put)
-	}
-	err = errors.Join(err, db.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err == nil {
-		err = syncDir(dir)
-	}
-	return err
+	})
 }
 
 // rewriteRaftFile copies the used part of the file to a new one, syncs that
@@ -244,24 +227,10 @@ func rewriteRaftFile(dir, path string, size int64) error {
 	if err := syscall.Flock(int(from.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return fmt.Errorf("%w: %w", ErrLocked, err)
 	}
-	temp := filepath.Join(dir, raftTempFile)
-	to, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	return atomicfile.Write(path, filepath.Join(dir, raftTempFile), func(to io.Writer) error {
+		_, err := io.Copy(to, io.NewSectionReader(from, 0, size))
 		return err
-	}
-	_, err = io.Copy(to, io.NewSectionReader(from, 0, size))
-	if err == nil {
-		err = to.Sync()
-	}
-	err = errors.Join(err, to.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err != nil {
-		_ = os.Remove(temp) // a full disk needs the room; the next open tries again
-		return err
-	}
-	return syncDir(dir)
+	})
 }
 
 // Failed is closed when a write or sync has failed, or a stored record turned
@@ -303,7 +272,7 @@ func (s *RaftStore) Close() error {
 	var err error
 	// A failed store stays marked as open: the next start writes it anew.
 	if s.Err() == nil {
-		s.now.state = markClosed
+		s.now.State = boltfile.MarkClosed
 		err = s.writeMark()
 	}
 	err = errors.Join(err, s.mark.Close())
@@ -322,7 +291,7 @@ func (s *RaftStore) update(what string, after raftMark, fn func(*bbolt.Tx) error
 	}
 	txid, err := s.commit(fn)
 	if err == nil {
-		after.txid = txid
+		after.Txid = txid
 		s.now = after
 		err = s.writeMark()
 	}
@@ -384,21 +353,7 @@ func (s *RaftStore) usable() error {
 	return s.Err()
 }
 
-func (s *RaftStore) writeMark() error {
-	var b [markSize]byte
-	if _, err := s.mark.WriteAt(s.now.append(b[:0]), 0); err != nil {
-		return fmt.Errorf("write %s: %w", raftMarkFile, err)
-	}
-	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+func (s *RaftStore) writeMark() error { return raftMarkFormat.Write(s.mark, s.now.encode()) }
 
 // placeOf is a record's additional data: the bucket's name, a zero byte, the key.
 func placeOf(bucket, key []byte) []byte {

@@ -20,8 +20,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-func raftOptions(t testing.TB, dir string) RaftStoreOptions {
-	return RaftStoreOptions{
+func storeOptions(t testing.TB, dir string) Options {
+	return Options{
 		Dir: dir, Sealer: testSealer(t, 1),
 		Logger: slog.New(slog.DiscardHandler), Metrics: NewMetrics(prometheus.NewRegistry()),
 	}
@@ -30,7 +30,7 @@ func raftOptions(t testing.TB, dir string) RaftStoreOptions {
 // openRaft opens a store that is closed when the test ends.
 func openRaft(t testing.TB, dir string) *RaftStore {
 	t.Helper()
-	s, err := OpenRaftStore(raftOptions(t, dir))
+	s, err := OpenRaftStore(storeOptions(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +313,7 @@ func TestRaftStoreAgainstAModel(t *testing.T) {
 			rt.Fatal(err)
 		}
 		open := func() *RaftStore {
-			s, err := OpenRaftStore(raftOptions(t, sub))
+			s, err := OpenRaftStore(storeOptions(t, sub))
 			if err != nil {
 				rt.Fatal(err)
 			}
@@ -420,56 +420,56 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 	}
 	tests := []struct {
 		name  string
-		spoil func(t *testing.T, dir string) RaftStoreOptions
+		spoil func(t *testing.T, dir string) Options
 		want  error
 		words string
 	}{
-		{"another key", func(t *testing.T, dir string) RaftStoreOptions {
-			o := raftOptions(t, dir)
+		{"another key", func(t *testing.T, dir string) Options {
+			o := storeOptions(t, dir)
 			o.Sealer = testSealer(t, 2)
 			return o
 		}, ErrWrongKey, "node.key"},
-		{"another program's file", func(t *testing.T, dir string) RaftStoreOptions {
+		{"another program's file", func(t *testing.T, dir string) Options {
 			writeFile(t, filepath.Join(dir, RaftFile), bytes.Repeat([]byte("not a database "), 10000))
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrForeign, "no database"},
-		{"an empty file", func(t *testing.T, dir string) RaftStoreOptions {
+		{"an empty file", func(t *testing.T, dir string) Options {
 			writeFile(t, filepath.Join(dir, RaftFile), nil)
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "join anew"},
-		{"the file is gone", func(t *testing.T, dir string) RaftStoreOptions {
+		{"the file is gone", func(t *testing.T, dir string) Options {
 			if err := os.Remove(filepath.Join(dir, RaftFile)); err != nil {
 				t.Fatal(err)
 			}
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "it is gone"},
-		{"an older copy", func(t *testing.T, dir string) RaftStoreOptions {
+		{"an older copy", func(t *testing.T, dir string) Options {
 			path := filepath.Join(dir, RaftFile)
 			old := readFile(t, path)
 			s := openRaft(t, dir)
 			mustStore(t, s, entry(11, 1))
 			closeRaft(t, s)
 			writeFile(t, path, old)
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "older copy"},
-		{"another store of the same key", func(t *testing.T, dir string) RaftStoreOptions {
+		{"another store of the same key", func(t *testing.T, dir string) Options {
 			other := t.TempDir()
 			s := openRaft(t, other)
 			mustStore(t, s, entriesFrom(1, 99, 1)...)
 			mustStore(t, s, entriesFrom(100, 199, 1)...)
 			closeRaft(t, s)
 			writeFile(t, filepath.Join(dir, RaftFile), readFile(t, filepath.Join(other, RaftFile)))
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "not the file that was here before"},
-		{"cut short", func(t *testing.T, dir string) RaftStoreOptions {
+		{"cut short", func(t *testing.T, dir string) Options {
 			if err := os.Truncate(filepath.Join(dir, RaftFile), 3*pageSize); err != nil {
 				t.Fatal(err)
 			}
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "pages are in use"},
-		{"in use", func(t *testing.T, dir string) RaftStoreOptions {
+		{"in use", func(t *testing.T, dir string) Options {
 			openRaft(t, dir)
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrLocked, "in use"},
 	}
 	for _, tt := range tests {
@@ -543,7 +543,7 @@ func TestNothingInClearOnDisk(t *testing.T) {
 func TestMetricsCountSyncsAndDamage(t *testing.T) {
 	dir := t.TempDir()
 	reg := prometheus.NewRegistry()
-	o := raftOptions(t, dir)
+	o := storeOptions(t, dir)
 	o.Metrics = NewMetrics(reg)
 	s, err := OpenRaftStore(o)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 func (s *RaftStore) verify() (now raftMark, err error) {
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	err = s.db.View(func(tx *bbolt.Tx) error {
-		now.txid = uint64(tx.ID())
+		now.Txid = uint64(tx.ID())
 		// The key's fault is named before any other.
 		if err := s.verifyMeta(tx.Bucket(bucketMeta), &now); err != nil {
 			return err
@@ -41,7 +41,7 @@ func (s *RaftStore) verifyMeta(b *bbolt.Bucket, now *raftMark) error {
 	if len(plain) < 1 || plain[0] != storeFormat {
 		return fmt.Errorf("%w: store format %x", ErrNewerFormat, plain[:min(1, len(plain))])
 	}
-	if copy(now.store[:], plain[1:]) != len(now.store) {
+	if copy(now.Store[:], plain[1:]) != len(now.Store) {
 		return fmt.Errorf("%w: its head is short", ErrDamaged)
 	}
 	return nil

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -44,18 +45,9 @@ type SnapshotStore struct {
 
 var _ raft.SnapshotStore = (*SnapshotStore)(nil)
 
-// SnapshotStoreOptions say where the store is and what it needs. All are
-// required.
-type SnapshotStoreOptions struct {
-	Dir     string // the data directory; its lock is held by the caller
-	Sealer  keyring.Sealer
-	Logger  *slog.Logger
-	Metrics *Metrics
-}
-
 // OpenSnapshotStore makes the directory if it is not there and removes what an
 // interrupted snapshot left behind.
-func OpenSnapshotStore(o SnapshotStoreOptions) (*SnapshotStore, error) {
+func OpenSnapshotStore(o Options) (*SnapshotStore, error) {
 	s := &SnapshotStore{
 		dir:     filepath.Join(o.Dir, SnapshotDir),
 		sealer:  o.Sealer,
@@ -71,7 +63,7 @@ func OpenSnapshotStore(o SnapshotStoreOptions) (*SnapshotStore, error) {
 func (s *SnapshotStore) open(dataDir string) error {
 	err := os.Mkdir(s.dir, 0o700)
 	if err == nil {
-		return syncDir(dataDir)
+		return atomicfile.SyncDir(dataDir)
 	}
 	if !errors.Is(err, fs.ErrExist) {
 		return err
@@ -226,29 +218,19 @@ func (s *SnapshotStore) write(id string, file []byte) error {
 }
 
 func writeDurably(path string, b []byte) error {
-	temp := path + snapshotTemp
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	err := atomicfile.Write(path, path+snapshotTemp, func(w io.Writer) error {
+		_, err := w.Write(b)
 		return err
-	}
-	_, err = f.Write(b)
+	})
 	if err == nil {
-		err = f.Sync()
+		return nil
 	}
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
+	// Renamed, but the directory was not synced: whether the file survives a crash
+	// is unknown. The caller assumes that it does not exist, so remove it.
+	if removeErr := os.Remove(path); !errors.Is(removeErr, fs.ErrNotExist) {
+		err = errors.Join(err, removeErr)
 	}
-	if err != nil {
-		_ = os.Remove(temp) // else the next open does it
-		return err
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		// Whether it is there after a crash is unknown; the caller takes it for
-		// absent, so it must be.
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
+	return err
 }
 
 func (s *SnapshotStore) removeOld() error {

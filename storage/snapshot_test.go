@@ -18,16 +18,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-func snapshotOptions(t testing.TB, dir string) SnapshotStoreOptions {
-	return SnapshotStoreOptions{
-		Dir: dir, Sealer: testSealer(t, 1),
-		Logger: slog.New(slog.DiscardHandler), Metrics: NewMetrics(prometheus.NewRegistry()),
-	}
-}
-
 func openSnapshots(t testing.TB, dir string) *SnapshotStore {
 	t.Helper()
-	s, err := OpenSnapshotStore(snapshotOptions(t, dir))
+	s, err := OpenSnapshotStore(storeOptions(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +154,7 @@ func TestUnfinishedSnapshotsAreNone(t *testing.T) {
 
 func TestDamagedSnapshotsAreSkippedAndOlderOnesUsed(t *testing.T) {
 	dir := t.TempDir()
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	reg := prometheus.NewRegistry()
 	o.Metrics = NewMetrics(reg)
 	var logged bytes.Buffer
@@ -215,7 +208,7 @@ func TestOnlyDamagedSnapshotsAreAnErrorNotAnEmptyList(t *testing.T) {
 	dir := t.TempDir()
 	s := openSnapshots(t, dir)
 	id := takeSnapshot(t, s, 100, 1, []byte("state"))
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	o.Sealer = testSealer(t, 2)
 	other, err := OpenSnapshotStore(o)
 	if err != nil {
@@ -259,7 +252,7 @@ func TestSnapshotStoreRefuses(t *testing.T) {
 
 func TestAFailedWriteLeavesNoSnapshot(t *testing.T) {
 	dir := t.TempDir()
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	reg := prometheus.NewRegistry()
 	o.Metrics = NewMetrics(reg)
 	s, err := OpenSnapshotStore(o)

@@ -82,12 +82,12 @@ func (i image) write(t testing.TB, dir string) {
 
 // closedImage is like i, but closed in order: opening it is quicker.
 func (i image) closed() image {
-	m, ok := parseRaftMark(i.mark)
+	m, ok := raftMarkFormat.Parse(i.mark)
 	if !ok {
 		panic("no mark")
 	}
-	m.state = markClosed
-	return image{i.db, m.append(nil)}
+	m.State = boltfile.MarkClosed
+	return image{i.db, raftMarkFormat.Append(nil, m)}
 }
 
 // filled makes a store with something of everything, of more than one page each.
@@ -150,7 +150,7 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 			opens := func(what string, i image, may ...content) {
 				t.Helper()
 				i.write(t, dir)
-				s, err := OpenRaftStore(raftOptions(t, dir))
+				s, err := OpenRaftStore(storeOptions(t, dir))
 				if err != nil {
 					t.Fatalf("%s: %v", what, err)
 				}
@@ -263,7 +263,7 @@ func TestDamageIsNoticedOrHarmless(t *testing.T) {
 	for n := range tries {
 		how := spoil[n%len(spoil)]
 		image{how.do(bytes.Clone(good.db)), good.mark}.write(t, dir)
-		s, err := OpenRaftStore(raftOptions(t, dir))
+		s, err := OpenRaftStore(storeOptions(t, dir))
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign) {
 				t.Fatalf("%s: %v", how.name, err)
@@ -377,7 +377,7 @@ func TestPageCheckAgreesWithBolt(t *testing.T) {
 
 func FuzzCheckPages(f *testing.F) {
 	dir := f.TempDir()
-	s, err := OpenRaftStore(raftOptions(f, dir))
+	s, err := OpenRaftStore(storeOptions(f, dir))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -401,7 +401,7 @@ func FuzzCheckPages(f *testing.F) {
 	f.Fuzz(func(t *testing.T, at uint32, patch []byte) {
 		b := bytes.Clone(db)
 		copy(b[int(at)%len(b):], patch)
-		_, err := checkPages(bytes.NewReader(b), int64(len(b)))
+		_, err := boltfile.Check(bytes.NewReader(b), int64(len(b)), raftLayout())
 		if err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign) && !errors.Is(err, io.EOF) {
 			t.Fatalf("unnamed error %v", err)
 		}

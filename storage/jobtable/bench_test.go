@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -145,12 +146,12 @@ func BenchmarkMany(b *testing.B) {
 	b.Run("open after a kill", func(b *testing.B) {
 		mark := filepath.Join(dir, markFile)
 		for b.Loop() {
-			m, _, err := readMark(mark)
+			m, _, err := markFormat.Read(mark)
 			if err != nil {
 				b.Fatal(err)
 			}
-			m.state = markOpen
-			if err := os.WriteFile(mark, m.append(nil), 0o600); err != nil {
+			m.State = boltfile.MarkOpen
+			if err := os.WriteFile(mark, markFormat.Append(nil, m), 0o600); err != nil {
 				b.Fatal(err)
 			}
 			table, err := Open(o)

@@ -125,8 +125,8 @@ func (t *Table) commit() error {
 		start := time.Now()
 		if err := t.write(b); err != nil {
 			// The mark first: should the node be killed now, the file is not believed.
-			t.now.state = markDamaged
-			if markErr := t.mark.write(t.now); markErr != nil {
+			t.now.State = boltfile.MarkDamaged
+			if markErr := markFormat.Write(t.mark, t.now); markErr != nil {
 				t.o.Logger.Error("the damaged job table can't be marked as such", "err", markErr)
 			}
 			return t.setFailed("commit", err)
@@ -206,14 +206,14 @@ func (t *Table) write(b *batch) (err error) {
 	// Also when damage makes bbolt panic, else the file could not be closed. After a
 	// commit it does nothing, and else the table has failed, whatever it says.
 	defer func() { _ = tx.Rollback() }()
-	t.now.txid = uint64(tx.ID())
+	t.now.Txid = uint64(tx.ID())
 	if err := t.fill(tx, b); err != nil {
 		return err
 	}
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	return t.mark.write(t.now)
+	return markFormat.Write(t.mark, t.now)
 }
 
 func (t *Table) fill(tx *bbolt.Tx, b *batch) error {

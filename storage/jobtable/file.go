@@ -13,6 +13,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
@@ -22,6 +23,8 @@ const (
 	markFile = "jobs.mark"
 	tempFile = "jobs.db.tmp"
 )
+
+var markFormat = boltfile.MarkFormat{Magic: "DSNJMARK"}
 
 // pageSize holds several rows of a few KiB a page: with 4 KiB many a row would
 // fill a page by itself and leave half of it empty.
@@ -70,7 +73,7 @@ func Discard(dir string) error {
 			return fmt.Errorf("discard the job table: %w", err)
 		}
 	}
-	return syncDir(dir)
+	return atomicfile.SyncDir(dir)
 }
 
 // openFile opens the file or makes one, and checks it as far as that can be done
@@ -85,7 +88,7 @@ func (t *Table) openFile() (err error) {
 	if err := os.Remove(filepath.Join(dir, tempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	found, marked, err := readMark(filepath.Join(dir, markFile))
+	found, marked, err := markFormat.Read(filepath.Join(dir, markFile))
 	if err != nil {
 		return err
 	}
@@ -96,14 +99,14 @@ func (t *Table) openFile() (err error) {
 		return fmt.Errorf("%w: %s is gone, but %s says that it was there", ErrDamaged, File, markFile)
 	case t.fresh:
 		err = createFile(dir, path)
-	case marked && found.state == markDamaged:
+	case marked && found.State == boltfile.MarkDamaged:
 		err = fmt.Errorf("%w: damage was found in it, or a write failed", ErrDamaged)
 	}
 	if err != nil {
 		return err
 	}
 	depth := boltfile.Branches
-	if !marked || found.state != markClosed {
+	if !marked || found.State != boltfile.MarkClosed {
 		depth = boltfile.Heads // it was not closed in order
 	}
 	if _, err := boltfile.CheckFile(path, layout(depth)); err != nil {
@@ -112,25 +115,25 @@ func (t *Table) openFile() (err error) {
 	if t.db, err = openBolt(path); err != nil {
 		return asDamaged(err)
 	}
-	if t.mark, err = openMark(filepath.Join(dir, markFile)); err != nil {
+	if t.mark, err = os.OpenFile(filepath.Join(dir, markFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return errors.Join(err, t.db.Close())
 	}
 	err = t.view(func(tx *bbolt.Tx) error {
-		t.now = mark{txid: uint64(tx.ID()), state: markOpen}
+		t.now = boltfile.Mark{Txid: uint64(tx.ID()), State: boltfile.MarkOpen}
 		head := tx.Bucket([]byte(bucketNames[tableMeta])).Get(keyStore)
 		if len(head) < 1 || head[0] != fileFormat {
 			return fmt.Errorf("%w: file format %x", ErrNewerFormat, head[:min(1, len(head))])
 		}
-		if copy(t.now.store[:], head[1:]) != len(t.now.store) {
+		if copy(t.now.Store[:], head[1:]) != len(t.now.Store) {
 			return fmt.Errorf("%w: its head is short", ErrDamaged)
 		}
 		return t.readCounts(tx)
 	})
 	if err == nil && marked {
-		err = found.allows(t.now)
+		err = found.Allows(t.now)
 	}
 	if err == nil {
-		err = t.mark.write(t.now)
+		err = markFormat.Write(t.mark, t.now)
 	}
 	if err != nil {
 		return errors.Join(asDamaged(err), t.mark.Close(), t.db.Close())
@@ -158,35 +161,17 @@ func openBolt(path string) (db *bbolt.DB, err error) {
 // createFile makes a file with empty buckets under a temporary name, so that
 // it is either absent or whole.
 func createFile(dir, path string) error {
-	temp := filepath.Join(dir, tempFile)
-	db, err := openBolt(temp)
-	if err != nil {
-		return err
-	}
 	head := make([]byte, 17)
 	head[0] = fileFormat
 	_, _ = rand.Read(head[1:]) // never fails; it ends the process instead
-	put := func(tx *bbolt.Tx) error {
+	return boltfile.Create(path, filepath.Join(dir, tempFile), openBolt, func(tx *bbolt.Tx) error {
 		for _, name := range bucketNames {
 			if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
 				return err
 			}
 		}
 		return tx.Bucket([]byte(bucketNames[tableMeta])).Put(keyStore, head)
-	}
-	// Twice, so that both meta pages are ours and none is bbolt's first one.
-	err = db.Update(put)
-	if err == nil {
-		err = db.Update(put)
-	}
-	err = errors.Join(err, db.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err == nil {
-		err = syncDir(dir)
-	}
-	return err
+	})
 }
 
 // asDamaged gives boltfile's words for it our name.
@@ -195,12 +180,4 @@ func asDamaged(err error) error {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

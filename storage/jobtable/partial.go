@@ -40,7 +40,7 @@ func (t *Table) Partial() bool { return t.partial.Load() }
 func (t *Table) SetWhole() error {
 	err := os.Remove(filepath.Join(t.o.Dir, partialFile))
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		err = syncDir(t.o.Dir)
+		err = atomicfile.SyncDir(t.o.Dir)
 	}
 	if err != nil {
 		return fmt.Errorf("note that the job table is whole: %w", err)

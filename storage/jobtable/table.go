@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -25,8 +26,8 @@ type Table struct {
 	o       Options
 	metrics *metrics
 	db      *bbolt.DB
-	mark    markWriter
-	now     mark // where the file stands; the committer's alone after Open
+	mark    *os.File
+	now     boltfile.Mark // where the file stands; the committer's alone after Open
 	fresh   bool
 	partial atomic.Bool
 
@@ -112,8 +113,8 @@ func (t *Table) Close() error {
 	}
 	var err error
 	if first { // else it stays marked as what it is
-		t.now.state = markClosed
-		err = t.mark.write(t.now)
+		t.now.State = boltfile.MarkClosed
+		err = markFormat.Write(t.mark, t.now)
 	}
 	err = errors.Join(err, t.mark.Close(), t.db.Close())
 	t.db = nil

@@ -2,7 +2,6 @@ package journal
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -107,24 +106,12 @@ func (r *recovery) keepPrefix(g *segment) error {
 		return err
 	}
 	defer func() { _ = from.Close() }() // only read from
-	temp := g.path + tempSuffix
-	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
-	if err != nil {
-		return err
-	}
-	if err = copyBytes(to, from, 0, g.size); err == nil {
-		err = to.sync()
-	}
-	if err = errors.Join(err, to.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(g.path, asideName(g.path)); err != nil {
-		return err
-	}
-	if err := l.disk.rename(temp, g.path); err != nil {
-		return err
-	}
-	return l.disk.syncDir(r.s.dir)
+	return l.rewriteFile(g.path, func(to file) error {
+		if err := copyBytes(to, from, 0, g.size); err != nil {
+			return err
+		}
+		return os.Link(g.path, asideName(g.path))
+	})
 }
 
 // asideName is a free name for a damaged segment.

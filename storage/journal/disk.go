@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
 // disk is the calls of the file system whose failure matters; tests make them fail.
@@ -42,14 +44,7 @@ func (osDisk) open(path string, flags int) (file, error) {
 
 func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
 func (osDisk) remove(path string) error     { return os.Remove(path) }
-
-func (osDisk) syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+func (osDisk) syncDir(path string) error    { return atomicfile.SyncDir(path) }
 
 // free is what a process without privileges may still write.
 func (osDisk) free(path string) (int64, error) {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -116,15 +115,12 @@ func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sea
 		return nil, 0, err
 	}
 	defer func() { _ = from.Close() }() // only read from
-	temp := g.path + tempSuffix
-	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
-	if err != nil {
-		return nil, 0, err
-	}
-	// What lies between the frames stays as it is.
-	err = copyBytes(to, from, 0, g.size)
-	if err == nil {
-		_, err = walk(from, s.id, g.index[0].offset, g.size, func(at int64, frame []byte, r *Record) error {
+	err = l.rewriteFile(g.path, func(to file) error {
+		// Copy everything first: bytes between the frames stay as they are.
+		if err := copyBytes(to, from, 0, g.size); err != nil {
+			return err
+		}
+		_, err := walk(from, s.id, g.index[0].offset, g.size, func(at int64, frame []byte, r *Record) error {
 			changed, err := sealer.Reseal(r)
 			if errors.Is(err, keyring.ErrUnknownKey) {
 				left++
@@ -153,15 +149,7 @@ func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sea
 			_, err = to.WriteAt(next, at)
 			return err
 		})
-	}
-	if err == nil {
-		err = to.sync()
-	}
-	if err = errors.Join(err, to.Close()); err == nil {
-		err = l.disk.rename(temp, g.path)
-	}
-	if err == nil {
-		err = l.disk.syncDir(filepath.Dir(g.path))
-	}
+		return err
+	})
 	return sealed, left, err
 }

@@ -127,14 +127,22 @@ func (l *Log) readSettled() (map[string]settled, error) {
 	return list.Streams, nil
 }
 
-// replaceFile makes a file durable under its name, whole or not at all.
 func (l *Log) replaceFile(path string, b []byte) error {
+	return l.rewriteFile(path, func(f file) error {
+		_, err := f.WriteAt(b, 0)
+		return err
+	})
+}
+
+// rewriteFile replaces the file at path by what fill writes. After a crash the
+// path has the old content or the new one; after it returns nil, the new one.
+func (l *Log) rewriteFile(path string, fill func(file) error) error {
 	temp := path + tempSuffix
 	f, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return err
 	}
-	if _, err = f.WriteAt(b, 0); err == nil {
+	if err = fill(f); err == nil {
 		err = f.sync()
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
