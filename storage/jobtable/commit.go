@@ -145,7 +145,7 @@ func (t *Table) collect() *batch {
 	t.mu.Lock()
 	t.begun++
 	for s, p := range t.streams {
-		if p.drop || p.seen > p.durable {
+		if p.seen > p.durable {
 			b.applied[s] = *p
 		}
 	}
@@ -182,14 +182,7 @@ func (t *Table) retire(b *batch) {
 	t.metrics.pending.Set(float64(t.pending.Load()))
 	t.mu.Lock()
 	for s, p := range b.applied {
-		switch now := t.streams[s]; {
-		case p.drop && now.drop:
-			delete(t.streams, s)
-		case p.drop: // used again since
-			now.durable = 0
-		default:
-			now.durable = p.seen
-		}
+		t.streams[s].durable = p.seen
 	}
 	t.done = t.begun
 	t.mu.Unlock()
@@ -240,18 +233,11 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 	if err := putSeals(buckets[tableSeals], b); err != nil {
 		return err
 	}
-	if err := putDigests(buckets[tableDigests], b, t.DigestsCut()); err != nil {
+	if err := putDigests(buckets[tableDigests], b, t.digestsCut()); err != nil {
 		return err
 	}
 	for s, p := range b.applied {
-		key := streamKey(s)
-		var err error
-		if p.drop {
-			err = buckets[tableStreams].Delete(key)
-		} else {
-			err = buckets[tableStreams].Put(key, binary.BigEndian.AppendUint64(nil, p.seen))
-		}
-		if err != nil {
+		if err := buckets[tableStreams].Put(streamKey(s), binary.BigEndian.AppendUint64(nil, p.seen)); err != nil {
 			return err
 		}
 	}

@@ -168,8 +168,8 @@ func TestRow(t *testing.T) {
 		late     int
 	}{
 		{"nothing", nil, journal.Queued, 0, 0, 0, 0},
-		{"submitted", []journal.Record{submit}, journal.Queued, 0, 1, 1, 0},
-		{"submitted twice", []journal.Record{again, submit}, journal.Queued, 0, 1, 2, 0},
+		{"submitted", []journal.Record{submit}, journal.Queued, 0, 0, 1, 0},
+		{"submitted twice", []journal.Record{again, submit}, journal.Queued, 0, 0, 2, 0},
 		{"started", []journal.Record{submit, start}, journal.Running, 1, 1, 1, 0},
 		{"waits to be tried again", []journal.Record{submit, retry, start}, journal.Queued, 1, 1, 1, 0},
 		{"tried again", []journal.Record{submit, start2, retry, start}, journal.Running, 2, 1, 1, 0},
@@ -194,8 +194,8 @@ func TestRow(t *testing.T) {
 			if got := row.Attempts(); got != tt.attempts {
 				t.Errorf("%d attempts, want %d", got, tt.attempts)
 			}
-			if got := row.Token().Index; got != tt.token {
-				t.Errorf("token %d, want %d", got, tt.token)
+			if current, _ := row.Current(); current.Token.Index != tt.token {
+				t.Errorf("the current record has token %d, want %d", current.Token.Index, tt.token)
 			}
 			if got := len(row.Homes()); got != tt.homes {
 				t.Errorf("%d homes, want %d", got, tt.homes)

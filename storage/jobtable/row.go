@@ -108,16 +108,6 @@ func (r Row) Attempts() uint32 {
 	return n
 }
 
-// Token is that of the owner who wrote the current record, or who accepted the
-// job when nothing was started.
-func (r Row) Token() journal.Token {
-	if rec, ok := r.Current(); ok {
-		return rec.Token
-	}
-	rec, _ := r.Submitted()
-	return rec.Token
-}
-
 // visible reports whether the row is shown: its submission is here, or it is gone.
 func (r Row) visible() bool {
 	if len(r.Records) == 0 {

@@ -76,7 +76,7 @@ func TestRetention(t *testing.T) {
 	if row, ok, err := table.Get(id); err != nil || !ok || row.Status() != journal.Succeeded {
 		t.Fatalf("within its retention: %v, %v, %v", row, ok, err)
 	}
-	cut := table.DigestsCut()
+	cut := table.digestsCut()
 
 	w.pass(2 * time.Second)
 	table.settle()
@@ -93,8 +93,8 @@ func TestRetention(t *testing.T) {
 	if ids, err := table.FindKey("k"); err != nil || len(ids) != 0 {
 		t.Errorf("FindKey: %v, %v", ids, err)
 	}
-	if slot := slotOf(l.all[1].Clock.Time()); slot >= table.DigestsCut() || table.DigestsCut() < cut {
-		t.Errorf("slot %d is compared since %d: some nodes have forgotten it", slot, table.DigestsCut())
+	if slot := slotOf(l.all[1].Clock.Time()); slot >= table.digestsCut() || table.digestsCut() < cut {
+		t.Errorf("slot %d is compared since %d: some nodes have forgotten it", slot, table.digestsCut())
 	}
 
 	// A late copy does not bring it back, and a list still goes on behind it.

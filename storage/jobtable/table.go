@@ -62,7 +62,6 @@ type Table struct {
 type position struct {
 	seen    uint64 // visible
 	durable uint64
-	drop    bool // forget it with the next commit
 }
 
 // Open opens the table of a directory, or makes one; the caller holds the
@@ -233,17 +232,6 @@ func (t *Table) SetApplied(ctx context.Context, s journal.Stream, seq uint64) er
 	return t.flush(ctx)
 }
 
-// DropStream forgets how far a stream was applied that was deleted everywhere.
-// Rows stay. It is durable when it returns.
-func (t *Table) DropStream(ctx context.Context, s journal.Stream) error {
-	t.mu.Lock()
-	if p := t.streams[s]; p != nil {
-		p.drop = true
-	}
-	t.mu.Unlock()
-	return t.flush(ctx)
-}
-
 // position gives the stream's, making it. The caller holds t.mu.
 func (t *Table) position(s journal.Stream) *position {
 	p := t.streams[s]
@@ -251,7 +239,6 @@ func (t *Table) position(s journal.Stream) *position {
 		p = &position{}
 		t.streams[s] = p
 	}
-	p.drop = false
 	return p
 }
 
@@ -271,9 +258,6 @@ func (t *Table) LiveCounts() map[journal.Stream]int64 {
 	defer t.mu.Unlock()
 	return maps.Clone(t.live)
 }
-
-// PendingBytes is about how much memory changes take that are not yet in the file.
-func (t *Table) PendingBytes() int64 { return t.pending.Load() }
 
 // Watch calls f with the row at every change of a visible job, in order per job
 // and outside of all locks, from the goroutine that made the change: f must be

@@ -168,7 +168,7 @@ func TestDropBesideEverything(t *testing.T) {
 	if err := l.Err(); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(l.Ends()); n != 0 || l.Bytes() != 0 {
-		t.Fatalf("%d streams and %d bytes are left", n, l.Bytes())
+	if n := len(l.Ends()); n != 0 || l.bytes.Load() != 0 {
+		t.Fatalf("%d streams and %d bytes are left", n, l.bytes.Load())
 	}
 }

@@ -156,16 +156,6 @@ func (s *Sealer) Reseal(r *Record) (changed bool, err error) {
 	return true, nil
 }
 
-// CanOpen says whether the payload's key is held, without opening it; true when
-// there is no payload.
-func (s *Sealer) CanOpen(r *Record) (bool, error) {
-	if len(r.Payload) == 0 {
-		return true, nil
-	}
-	id, err := keyring.SealedWith(r.Payload)
-	return err == nil && s.ring.Has(id), err
-}
-
 // meta is what a payload says beside its body.
 type meta interface {
 	appendMeta(b []byte) ([]byte, error)

@@ -474,8 +474,8 @@ func TestShrink(t *testing.T) {
 		mustAppend(t, l, b, started(1, strings.Repeat("x", 100)))
 	}
 	none, err := l.Shrink(func(Stream) uint64 { return 0 })
-	if err != nil || len(none) > 0 || l.Bytes() <= o.BudgetBytes {
-		t.Fatalf("%v trimmed without being applied, %d bytes: %v", none, l.Bytes(), err)
+	if err != nil || len(none) > 0 || l.bytes.Load() <= o.BudgetBytes {
+		t.Fatalf("%v trimmed without being applied, %d bytes: %v", none, l.bytes.Load(), err)
 	}
 	got, err := l.Shrink(func(id Stream) uint64 {
 		if id == a {
@@ -483,18 +483,18 @@ func TestShrink(t *testing.T) {
 		}
 		return 1000
 	})
-	if err != nil || l.Bytes() > o.BudgetBytes {
-		t.Fatalf("%d bytes left: %v", l.Bytes(), err)
+	if err != nil || l.bytes.Load() > o.BudgetBytes {
+		t.Fatalf("%d bytes left: %v", l.bytes.Load(), err)
 	}
 	ea, _ := l.End(a)
 	if got[a] != ea.First || ea.First > 31 || ea.First < 2 {
 		t.Fatalf("%v, %+v", got, ea)
 	}
-	before := l.Bytes()
+	before := l.bytes.Load()
 	mustClose(t, l)
 	l = mustOpen(t, o)
-	if l.Bytes() != before {
-		t.Fatalf("%d bytes, before %d", l.Bytes(), before)
+	if l.bytes.Load() != before {
+		t.Fatalf("%d bytes, before %d", l.bytes.Load(), before)
 	}
 }
 

@@ -59,9 +59,6 @@ func (l *Log) removeSegments(s *stream, old []*segment) error {
 	return nil
 }
 
-// Bytes is what all segments take on the disk.
-func (l *Log) Bytes() int64 { return l.bytes.Load() }
-
 // Shrink brings the log back within BudgetBytes, if it can: it trims the segments
 // with the oldest records first, those of which applied says that all is in the
 // own table: the highest seq of the stream that is, durably. Who still

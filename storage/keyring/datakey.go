@@ -146,9 +146,6 @@ func UnwrapDataKey(op OperatorKey, clusterID string, id KeyID, kind Kind, wrappe
 	return k, nil
 }
 
-// WrappedSize is the length of every wrapped data key in bytes.
-const WrappedSize = keySize + Overhead
-
 func wrapPlace(clusterID string, id KeyID, kind Kind) []byte {
 	return appendParts(nil, []byte("dsnode data key"), []byte(clusterID), id[:], []byte(kind))
 }

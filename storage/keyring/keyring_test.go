@@ -168,24 +168,6 @@ func TestLoadOperatorKey(t *testing.T) {
 	}
 }
 
-func TestWriteOperatorKeyIsPrivateAndReplacesNothing(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "operator.key")
-	k := GenerateOperatorKey()
-	if err := WriteOperatorKey(path, k); err != nil {
-		t.Fatal(err)
-	}
-	got, err := LoadOperatorKey(KeyRef{File: path})
-	if err != nil || got != k {
-		t.Fatalf("read back: %v", err)
-	}
-	if err := WriteOperatorKey(path, GenerateOperatorKey()); !errors.Is(err, os.ErrExist) {
-		t.Fatalf("replaced an existing key: %v", err)
-	}
-	if err := WriteOperatorKey(path+"2", OperatorKey{}); !errors.Is(err, ErrNoOperatorKey) {
-		t.Fatalf("wrote the zero key: %v", err)
-	}
-}
-
 func TestOperatorKeyDoesNotPrint(t *testing.T) {
 	k := GenerateOperatorKey()
 	for _, s := range []string{

@@ -121,16 +121,3 @@ func writeNodeKey(dir string, material []byte, op OperatorKey) error {
 	}
 	return nil
 }
-
-// writeNew makes a file of mode 0600 that must not exist yet, and syncs it.
-func writeNew(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
-}

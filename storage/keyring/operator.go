@@ -130,15 +130,6 @@ func (k OperatorKey) Encode() string {
 	return base64.StdEncoding.EncodeToString(k.material[:])
 }
 
-// WriteOperatorKey writes the key to a new file that only its owner can read.
-// An existing file is never replaced.
-func WriteOperatorKey(path string, k OperatorKey) error {
-	if !k.set {
-		return ErrNoOperatorKey
-	}
-	return writeNew(path, []byte(k.Encode()+"\n"))
-}
-
 func (k OperatorKey) String() string       { return "[operator key]" }
 func (k OperatorKey) GoString() string     { return "[operator key]" }
 func (k OperatorKey) LogValue() slog.Value { return slog.StringValue("[operator key]") }
