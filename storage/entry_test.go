@@ -26,7 +26,7 @@ func testSealer(t testing.TB, seed byte) keyring.Sealer {
 	return s
 }
 
-// entryGen draws entries as raft hands them over; the index is the caller's.
+// entryGen draws entries as raft stores them; the caller sets the index.
 func entryGen() *rapid.Generator[raft.Log] {
 	return rapid.Custom(func(t *rapid.T) raft.Log {
 		l := raft.Log{
@@ -46,19 +46,19 @@ func entryGen() *rapid.Generator[raft.Log] {
 	})
 }
 
-func TestEntryReadsBackAsWritten(t *testing.T) {
+func TestEntryRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := entryGen().Draw(t, "entry")
 		want.Index = rapid.Uint64().Draw(t, "index")
 		before := rapid.Uint64().Draw(t, "before")
 		b := appendEntry([]byte("x"), &want, before)[1:]
 		if len(b) > entrySize(&want) {
-			t.Fatalf("%d bytes, promised at most %d", len(b), entrySize(&want))
+			t.Fatalf("%d bytes, but entrySize is %d", len(b), entrySize(&want))
 		}
 		var got raft.Log
 		gotBefore, err := decodeEntry(b, &got)
 		if err != nil || gotBefore != before {
-			t.Fatalf("before %d, err %v", gotBefore, err)
+			t.Fatalf("previous index %d, err %v", gotBefore, err)
 		}
 		if d := cmp.Diff(want, got); d != "" {
 			t.Fatal(d)
@@ -69,11 +69,11 @@ func TestEntryReadsBackAsWritten(t *testing.T) {
 func TestEntrySizeIsEnoughForTheLargestNumbers(t *testing.T) {
 	l := raft.Log{Index: math.MaxUint64, Term: math.MaxUint64, AppendedAt: time.Unix(1, 0), Data: make([]byte, 1<<20)}
 	if got := len(appendEntry(nil, &l, math.MaxUint64)); got > entrySize(&l) {
-		t.Fatalf("%d bytes, promised at most %d", got, entrySize(&l))
+		t.Fatalf("%d bytes, but entrySize is %d", got, entrySize(&l))
 	}
 }
 
-func TestUnknownEntryFormatIsNamed(t *testing.T) {
+func TestUnknownEntryFormat(t *testing.T) {
 	b := appendEntry(nil, &raft.Log{Index: 1}, 0)
 	for _, at := range []int{0, 1} {
 		c := bytes.Clone(b)
@@ -84,7 +84,7 @@ func TestUnknownEntryFormatIsNamed(t *testing.T) {
 	}
 }
 
-func TestRecordTellsDamageFromWrongKeyAndNewerFormat(t *testing.T) {
+func TestRecordErrors(t *testing.T) {
 	a, b := testSealer(t, 1), testSealer(t, 2)
 	place := []byte("place")
 	good := appendRecord(nil, a, []byte("plaintext"), place)
@@ -112,14 +112,14 @@ func FuzzDecodeEntry(f *testing.F) {
 		before, err := decodeEntry(b, &l)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("unnamed error %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}
 		var again raft.Log
 		before2, err := decodeEntry(appendEntry(nil, &l, before), &again)
 		if err != nil || before2 != before || !cmp.Equal(l, again) {
-			t.Fatalf("%v does not survive writing: %v %v", l, again, err)
+			t.Fatalf("%v was encoded and decoded as %v, %v", l, again, err)
 		}
 	})
 }

@@ -2,10 +2,10 @@ package storage
 
 import "github.com/dsnode/dsnode/storage/boltfile"
 
-// pageSize is given to bbolt explicitly, so files move between machines.
+// pageSize is passed to bbolt explicitly, so that files can move between machines.
 const pageSize = 4096
 
-// raftLayout is what raft.db looks like: small enough to be read whole.
+// raftLayout describes raft.db, which is small enough to check every page.
 func raftLayout() boltfile.Layout {
 	return boltfile.Layout{
 		PageSize: pageSize,
