@@ -26,16 +26,16 @@ const (
 
 var markFormat = boltfile.MarkFormat{Magic: "DSNJMARK"}
 
-// pageSize holds several rows of a few KiB a page: with 4 KiB many a row would
-// fill a page by itself and leave half of it empty.
+// pageSize fits several rows of a few KiB. With 4 KiB, many rows would take a page
+// each and leave half of it empty.
 const pageSize = 16 << 10
 
 const initialMap = 1 << 28
 
-// The buckets of the file, in order. Indexes hold keys alone; see facts.go.
+// The buckets of the file. Index entries are keys without values; see derived.go.
 const (
 	indexDue     = iota // class (1) | ms (8) | job
-	indexKeys           // hash of a KeyHash (16) | job
+	indexKeys           // MAC of a KeyHash (16) | job
 	indexList           // tenant (16) | status (1) | clock of the submission (8) | job
 	indexLive           // incarnation (16) | origin | job
 	tableDigests        // slot (8) → 256 digests of 16
@@ -52,7 +52,7 @@ var (
 	keyCounts   = []byte("counts")
 )
 
-// fileFormat is of the whole file: which buckets there are and what they hold.
+// fileFormat is the version of the whole file: its buckets and their content.
 const fileFormat = 1
 
 func layout(depth boltfile.Depth) boltfile.Layout {
@@ -61,14 +61,14 @@ func layout(depth boltfile.Depth) boltfile.Layout {
 	return boltfile.Layout{PageSize: pageSize, Buckets: names, Freelist: true, Depth: depth}
 }
 
-// Discard removes the table's files, so that the next Open makes an empty one,
-// which is Partial. Nothing is lost that the journals or another node's rows can't
-// give again; the caller sees to it that they do, and then calls SetWhole.
+// Discard removes the table's files, so that the next Open creates an empty table,
+// which is Partial. The caller has to fill it from the journals and from other
+// nodes' rows, and then calls SetWhole.
 func Discard(dir string) error {
 	if err := notePartial(dir); err != nil {
 		return fmt.Errorf("discard the job table: %w", err)
 	}
-	for _, name := range []string{File, tempFile, markFile} { // the mark last: it demands the file
+	for _, name := range []string{File, tempFile, markFile} { // the mark last: without the file it means damage
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("discard the job table: %w", err)
 		}
@@ -76,8 +76,7 @@ func Discard(dir string) error {
 	return atomicfile.SyncDir(dir)
 }
 
-// openFile opens the file or makes one, and checks it as far as that can be done
-// in little time.
+// openFile opens the file or creates one, and checks as much as takes little time.
 func (t *Table) openFile() (err error) {
 	dir, path := t.o.Dir, filepath.Join(t.o.Dir, File)
 	partial, err := isPartial(dir)
@@ -96,11 +95,11 @@ func (t *Table) openFile() (err error) {
 	t.fresh = errors.Is(err, fs.ErrNotExist)
 	switch {
 	case t.fresh && marked:
-		return fmt.Errorf("%w: %s is gone, but %s says that it was there", ErrDamaged, File, markFile)
+		return fmt.Errorf("%w: %s is gone, but %s exists", ErrDamaged, File, markFile)
 	case t.fresh:
 		err = createFile(dir, path)
 	case marked && found.State == boltfile.MarkDamaged:
-		err = fmt.Errorf("%w: damage was found in it, or a write failed", ErrDamaged)
+		err = fmt.Errorf("%w: %s says that damage was found, or that a write failed", ErrDamaged, markFile)
 	}
 	if err != nil {
 		return err
@@ -125,7 +124,7 @@ func (t *Table) openFile() (err error) {
 			return fmt.Errorf("%w: file format %x", ErrNewerFormat, head[:min(1, len(head))])
 		}
 		if copy(t.now.Store[:], head[1:]) != len(t.now.Store) {
-			return fmt.Errorf("%w: its head is short", ErrDamaged)
+			return fmt.Errorf("%w: the file's id is too short", ErrDamaged)
 		}
 		return t.readCounts(tx)
 	})
@@ -141,25 +140,24 @@ func (t *Table) openFile() (err error) {
 	return nil
 }
 
-// openBolt. Unlike Raft's file this one keeps its free list: without, bbolt
-// reads every page at each open and keeps a map of them, which for a million
-// jobs takes seconds and a hundred megabytes. The list is as long as a few
-// commits have pages, and is written once a commit.
+// openBolt opens the file with a stored free list, in contrast to Raft's file.
+// Without one, bbolt reads every page at open and keeps a map of them, which takes
+// seconds and a hundred megabytes for a million jobs. The list has as many pages as a
+// few commits change, and is written once per commit.
 func openBolt(path string) (db *bbolt.DB, err error) {
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	return bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout:      time.Millisecond, // the directory's lock is the caller's; this one must be free
+		Timeout:      time.Millisecond, // the caller holds the directory's lock, so bbolt's own lock is free
 		PageSize:     pageSize,
-		FreelistType: bbolt.FreelistMapType, // the array is searched from its start for each page
-		// Address space alone. Each time the mapping grows a commit waits for all
-		// readers and copies what it holds.
+		FreelistType: bbolt.FreelistMapType, // the array type is searched from its start for each page
+		// This takes address space only. Each time the mapping grows, a commit waits for
+		// all readers and copies its pages.
 		InitialMmapSize: initialMap,
 		NoStatistics:    true,
 	})
 }
 
-// createFile makes a file with empty buckets under a temporary name, so that
-// it is either absent or whole.
+// createFile makes a file with empty buckets.
 func createFile(dir, path string) error {
 	head := make([]byte, 17)
 	head[0] = fileFormat
@@ -174,7 +172,7 @@ func createFile(dir, path string) error {
 	})
 }
 
-// asDamaged gives boltfile's words for it our name.
+// asDamaged adds ErrDamaged to boltfile's errors about a file's content.
 func asDamaged(err error) error {
 	if errors.Is(err, boltfile.ErrDamaged) || errors.Is(err, boltfile.ErrForeign) {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)

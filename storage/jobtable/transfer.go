@@ -11,20 +11,19 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// bucketScan bounds the rows that one call of Bucket looks at.
+// bucketScan bounds the rows that one call of Bucket reads.
 const bucketScan = 20_000
 
-// Rows gives durable rows behind the id after in the order of ids, as frames
-// for Merge: about maxBytes, at least one row. last is the id to go on with;
-// more is false when there is nothing behind it. Take AppliedAll before the
-// first page: the rows hold at least that much. Ids whose retention is over are
-// left out.
+// Rows returns durable rows after the given id, ordered by id, as frames for Merge:
+// about maxBytes, at least one row. last is where the next page begins; more is false
+// after the last page. Call AppliedAll before the first page: the rows include at
+// least those records. Ids of jobs whose retention is over are left out.
 func (t *Table) Rows(after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error) {
 	return t.page(after, maxBytes, func(journal.JobID) bool { return true })
 }
 
-// Bucket gives the rows of bucket n of Digests, as Rows does; a page may be
-// empty and have more behind it.
+// Bucket returns the rows of one bucket of Digests, like Rows; a page may be empty
+// although more is true.
 func (t *Table) Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error) {
 	return t.page(after, maxBytes, func(id journal.JobID) bool { return bucketOf(id) == n })
 }
@@ -54,7 +53,7 @@ func (t *Table) page(after journal.JobID, maxBytes int, wanted func(journal.JobI
 					more = true
 					return nil
 				}
-				if s.until == 0 {
+				if s.idUntil == 0 {
 					frames = append(frames, of...)
 				}
 			}
@@ -65,8 +64,8 @@ func (t *Table) page(after journal.JobID, maxBytes int, wanted func(journal.JobI
 	return frames, last, more, err
 }
 
-// digestsCut is the first slot of which this node has forgotten nothing yet.
-func (t *Table) digestsCut() Slot {
+// digestsCut returns the first slot of which this node has forgotten nothing yet.
+func (t *Table) digestsCut() timeSlot {
 	from := t.clock().Add(-t.o.Retention())
 	return slotOf(from.Add(slotLength)) // the first slot that begins after it
 }
@@ -78,13 +77,13 @@ func (t *Table) digestsCut() Slot {
 // order the records came.
 func (t *Table) Digests() ([256][16]byte, error) { return t.digestsSince(t.digestsCut()) }
 
-func (t *Table) digestsSince(since Slot) (sums [256][16]byte, err error) {
+func (t *Table) digestsSince(since timeSlot) (sums [256][16]byte, err error) {
 	err = t.read("read digests", func(tx *bbolt.Tx) error {
 		return bucket(tx, tableDigests).ForEach(func(k, v []byte) error {
 			if len(k) != 8 || len(v) != len(sums)*16 {
 				return fmt.Errorf("%w: digests of %d bytes", ErrDamaged, len(v))
 			}
-			if slot := Slot(binary.BigEndian.Uint64(k)); slot != liveSlot && slot < since {
+			if slot := timeSlot(binary.BigEndian.Uint64(k)); slot != liveSlot && slot < since {
 				return nil
 			}
 			for i := range sums {
