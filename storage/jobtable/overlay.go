@@ -314,13 +314,13 @@ func (t *Table) waitForSpace() error {
 			}
 			return nil
 		}
-		room := t.space.wait()
+		space := t.space.wait()
 		if t.pending.Load() < maxPending {
 			continue // a commit ended in between
 		}
 		signal(t.urgent)
 		select {
-		case <-room:
+		case <-space:
 		case <-t.failed:
 		}
 	}
