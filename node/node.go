@@ -126,13 +126,13 @@ func (n *Node) open() error {
 	if err := n.openWork(); err != nil {
 		return err
 	}
-	metrics := storage.NewMetrics(n.reg)
-	store, err := storage.OpenRaftStore(storage.RaftStoreOptions{Dir: n.cfg.DataDir, Sealer: sealer, Logger: n.log, Metrics: metrics})
+	o := storage.Options{Dir: n.cfg.DataDir, Sealer: sealer, Logger: n.log, Metrics: storage.NewMetrics(n.reg)}
+	store, err := storage.OpenRaftStore(o)
 	if err != nil {
 		return err
 	}
 	n.onStop("raft store", store.Close)
-	snapshots, err := storage.OpenSnapshotStore(storage.SnapshotStoreOptions{Dir: n.cfg.DataDir, Sealer: sealer, Logger: n.log, Metrics: metrics})
+	snapshots, err := storage.OpenSnapshotStore(o)
 	if err != nil {
 		return err
 	}

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// Each operation is one transaction with its two syncs; the batch is what raft
-// hands over at once.
+// Each operation is one transaction with two syncs. The batch is what raft stores
+// in one call.
 func BenchmarkStoreLogs(b *testing.B) {
 	for _, batch := range []uint64{1, 32} {
 		b.Run(fmt.Sprintf("batch=%d", batch), func(b *testing.B) {
@@ -27,7 +27,7 @@ func BenchmarkStoreLogs(b *testing.B) {
 	}
 }
 
-// What a restart costs before raft reads its first entry.
+// BenchmarkOpen measures a restart up to the first read by raft.
 func BenchmarkOpen(b *testing.B) {
 	dir := b.TempDir()
 	s := openRaft(b, dir)

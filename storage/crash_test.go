@@ -50,13 +50,13 @@ func child(dir string) int {
 	say := func(format string, args ...any) { fmt.Fprintf(os.Stdout, format+"\n", args...) }
 	t := &testing.B{} // for the helpers' signatures; none of them fails here
 	metrics := NewMetrics(prometheus.NewRegistry())
-	o := RaftStoreOptions{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
+	o := Options{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
 	s, err := OpenRaftStore(o)
 	if err != nil {
 		say("open failed: %v", err)
 		return 4
 	}
-	snaps, err := OpenSnapshotStore(SnapshotStoreOptions(o))
+	snaps, err := OpenSnapshotStore(o)
 	if err != nil {
 		say("open failed: %v", err)
 		return 4
@@ -203,7 +203,7 @@ func (p *promises) hear(line string) error {
 // be there or not, and stays.
 func (p *promises) check(t *testing.T, dir string) {
 	t.Helper()
-	s, err := OpenRaftStore(raftOptions(t, dir))
+	s, err := OpenRaftStore(storeOptions(t, dir))
 	if err != nil {
 		t.Fatalf("after %d promises: %v", p.acks, err)
 	}
@@ -407,7 +407,7 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	if err := os.Mkdir(data, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	s, err := OpenRaftStore(raftOptions(t, data))
+	s, err := OpenRaftStore(storeOptions(t, data))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -427,7 +427,7 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	closeRaft(t, s)
 
 	// It can't be written anew without room, says so, and spoils nothing.
-	if _, err := OpenRaftStore(raftOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
+	if _, err := OpenRaftStore(storeOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("open on a full disk: %v", err)
 	}
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=8m"); err != nil {

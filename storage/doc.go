@@ -1,9 +1,8 @@
-// Package storage keeps on disk what a node must not forget: the Raft log and
-// its stable values (RaftStore), the snapshots of the agreed state
-// (SnapshotStore), and the lock that gives a data directory to one process
-// (Lock). Everything is sealed with the node's key before it is written.
+// Package storage stores what Raft needs on disk: its log and stable values
+// (RaftStore), snapshots of the agreed state (SnapshotStore), and the lock that
+// reserves a data directory for one process (Lock). All content is sealed with
+// the node's key.
 //
-// Start at OpenRaftStore in raft_store.go: what it checks before it trusts a
-// file, and what happens when a write fails. Reasons and rejected choices are
-// in DESIGN.md.
+// Start at OpenRaftStore in raft_store.go: what it checks in a file, and what
+// happens when a write fails. Reasons and rejected alternatives are in DESIGN.md.
 package storage

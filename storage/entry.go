@@ -10,14 +10,13 @@ import (
 
 // A log entry, before it is sealed, is
 //
-//	format (1) | flags (1) | type (1) | index | index of the entry before | term |
-//	appended at, Unix nanoseconds (8, if flagged) | length of data | data | extensions
+//	format (1) | flags (1) | type (1) | index | index of the previous entry | term |
+//	time appended, Unix nanoseconds (8, if flagged) | length of data | data | extensions
 //
 // Numbers without a size are unsigned varints; the extensions are the rest.
-// The index of the entry before lets a reader notice that entries between two
-// others have vanished: raft leaves gaps on purpose after installing a
-// snapshot, so a gap alone proves nothing. It is 0 for the first entry of an
-// empty log.
+// The index of the previous entry shows a reader whether entries are missing in
+// between: raft leaves gaps on purpose after it installed a snapshot, so a gap
+// alone proves nothing. It is 0 for the first entry of an empty log.
 const (
 	entryFormat   = 1
 	entryFlagTime = 1 << 0
@@ -25,8 +24,8 @@ const (
 	maxEntryHeader = 3 + 3*binary.MaxVarintLen64 + 8 + binary.MaxVarintLen64
 )
 
-// maxEntry bounds data and extensions of one entry. The agreed state is a few
-// MB, and commands are far smaller than the state.
+// maxEntry bounds data and extensions of one entry. The agreed state is a few MB,
+// and commands are far smaller.
 const maxEntry = 32 << 20
 
 func entrySize(l *raft.Log) int { return maxEntryHeader + len(l.Data) + len(l.Extensions) }
@@ -48,9 +47,9 @@ func appendEntry(dst []byte, l *raft.Log, before uint64) []byte {
 	return append(dst, l.Extensions...)
 }
 
-// decodeEntry fills l from b and gives the index of the entry before. Data and
-// Extensions of l point into b; empty ones are nil. The error is ErrDamaged or
-// ErrNewerFormat, and l is unchanged then.
+// decodeEntry fills l from b and returns the index of the previous entry. Data and
+// Extensions of l point into b; empty ones are nil. On error l is unchanged; the
+// error wraps ErrDamaged or ErrNewerFormat.
 func decodeEntry(b []byte, l *raft.Log) (before uint64, err error) {
 	if len(b) < 3 {
 		return 0, fmt.Errorf("%w: an entry of %d bytes", ErrDamaged, len(b))

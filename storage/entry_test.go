@@ -2,6 +2,7 @@ package storage
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"math"
 	"testing"
@@ -11,6 +12,7 @@ import (
 	"github.com/hashicorp/raft"
 	"pgregory.net/rapid"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -23,7 +25,7 @@ func testSealer(t testing.TB, seed byte) keyring.Sealer {
 	return s
 }
 
-// entryGen draws entries as raft hands them over; the index is the caller's.
+// entryGen draws entries as raft stores them; the caller sets the index.
 func entryGen() *rapid.Generator[raft.Log] {
 	return rapid.Custom(func(t *rapid.T) raft.Log {
 		l := raft.Log{
@@ -43,19 +45,19 @@ func entryGen() *rapid.Generator[raft.Log] {
 	})
 }
 
-func TestEntryReadsBackAsWritten(t *testing.T) {
+func TestEntryRoundTrip(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := entryGen().Draw(t, "entry")
 		want.Index = rapid.Uint64().Draw(t, "index")
 		before := rapid.Uint64().Draw(t, "before")
 		b := appendEntry([]byte("x"), &want, before)[1:]
 		if len(b) > entrySize(&want) {
-			t.Fatalf("%d bytes, promised at most %d", len(b), entrySize(&want))
+			t.Fatalf("%d bytes, but entrySize is %d", len(b), entrySize(&want))
 		}
 		var got raft.Log
 		gotBefore, err := decodeEntry(b, &got)
 		if err != nil || gotBefore != before {
-			t.Fatalf("before %d, err %v", gotBefore, err)
+			t.Fatalf("previous index %d, err %v", gotBefore, err)
 		}
 		if d := cmp.Diff(want, got); d != "" {
 			t.Fatal(d)
@@ -66,11 +68,11 @@ func TestEntryReadsBackAsWritten(t *testing.T) {
 func TestEntrySizeIsEnoughForTheLargestNumbers(t *testing.T) {
 	l := raft.Log{Index: math.MaxUint64, Term: math.MaxUint64, AppendedAt: time.Unix(1, 0), Data: make([]byte, 1<<20)}
 	if got := len(appendEntry(nil, &l, math.MaxUint64)); got > entrySize(&l) {
-		t.Fatalf("%d bytes, promised at most %d", got, entrySize(&l))
+		t.Fatalf("%d bytes, but entrySize is %d", got, entrySize(&l))
 	}
 }
 
-func TestUnknownEntryFormatIsNamed(t *testing.T) {
+func TestUnknownEntryFormat(t *testing.T) {
 	b := appendEntry(nil, &raft.Log{Index: 1}, 0)
 	for _, at := range []int{0, 1} {
 		c := bytes.Clone(b)
@@ -81,7 +83,7 @@ func TestUnknownEntryFormatIsNamed(t *testing.T) {
 	}
 }
 
-func TestRecordTellsDamageFromWrongKeyAndNewerFormat(t *testing.T) {
+func TestRecordErrors(t *testing.T) {
 	a, b := testSealer(t, 1), testSealer(t, 2)
 	place := []byte("place")
 	good := appendRecord(nil, a, []byte("plaintext"), place)
@@ -109,14 +111,14 @@ func FuzzDecodeEntry(f *testing.F) {
 		before, err := decodeEntry(b, &l)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("unnamed error %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}
 		var again raft.Log
 		before2, err := decodeEntry(appendEntry(nil, &l, before), &again)
 		if err != nil || before2 != before || !cmp.Equal(l, again) {
-			t.Fatalf("%v does not survive writing: %v %v", l, again, err)
+			t.Fatalf("%v was encoded and decoded as %v, %v", l, again, err)
 		}
 	})
 }
@@ -133,12 +135,30 @@ func FuzzOpenRecord(f *testing.F) {
 	})
 }
 
+// An older or newer version of dsnode reads the same bytes.
+func TestRaftMarkBytes(t *testing.T) {
+	m := raftMark{
+		Mark:       boltfile.Mark{State: boltfile.MarkOpen, Store: [16]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, Txid: 5},
+		indexRange: indexRange{1, 9}, stable: 3,
+	}
+	const want = "44534e524d41524b0101000102030405060708090a0b0c0d0e0f" +
+		"0000000000000005" + "0000000000000001" + "0000000000000009" + "00000003" + "ebfaacd3"
+	if got := hex.EncodeToString(raftMarkFormat.Append(nil, m.encode())); got != want {
+		t.Errorf("raft.mark is\n%s, want\n%s", got, want)
+	}
+}
+
 func FuzzParseRaftMark(f *testing.F) {
 	f.Add([]byte{})
-	f.Add(raftMark{state: markOpen, txid: 5, indexRange: indexRange{1, 9}}.append(nil))
+	m := raftMark{Mark: boltfile.Mark{State: boltfile.MarkOpen, Txid: 5}, indexRange: indexRange{1, 9}, stable: 3}
+	f.Add(raftMarkFormat.Append(nil, m.encode()))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if m, ok := parseRaftMark(b); ok && !bytes.Equal(m.append(nil), b) {
-			t.Fatalf("%+v does not survive writing", m)
+		parsed, ok := raftMarkFormat.Parse(b)
+		if !ok {
+			return
+		}
+		if m := decodeRaftMark(parsed); !bytes.Equal(raftMarkFormat.Append(nil, m.encode()), b) {
+			t.Fatalf("%+v is encoded differently from what it was decoded from", m)
 		}
 	})
 }

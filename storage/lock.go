@@ -11,17 +11,16 @@ import (
 	"syscall"
 )
 
-// LockFile is the file's name inside the data directory. It holds the process
-// id of the node that has the lock, and is empty when nobody has it.
+// LockFile is the name of the lock file in the data directory. It holds the
+// process id of the node that has the lock; it is empty when no node has it.
 const LockFile = "dsnode.pid"
 
-// DirLock gives a data directory to one process. The kernel drops it when the
-// process ends, however it ends.
+// DirLock reserves a data directory for one process. The kernel releases it when
+// the process ends, in whatever way.
 type DirLock struct{ file *os.File }
 
-// Lock takes the lock of a data directory, which must exist. It never waits:
-// the error is ErrLocked with the holder's process id, or what the file system
-// said.
+// Lock locks a data directory, which must exist. It does not wait: when another
+// process has the lock, the error wraps ErrLocked and names its process id.
 func Lock(dir string) (*DirLock, error) {
 	path := filepath.Join(dir, LockFile)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
@@ -36,8 +35,8 @@ func Lock(dir string) (*DirLock, error) {
 		}
 		return nil, fmt.Errorf("lock data directory: %w", err)
 	}
-	// The pid is for people; the lock holds without it. So no fsync, but a
-	// disk that can't take it is reported now and not by the first vote.
+	// The pid is for people; the lock works without it, so it is not synced.
+	// Still report a disk that can't be written to now, and not at the first vote.
 	err = f.Truncate(0)
 	if err == nil {
 		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
@@ -48,8 +47,8 @@ func Lock(dir string) (*DirLock, error) {
 	return &DirLock{file: f}, nil
 }
 
-// Unlock gives the directory free. The file stays: removing it would let two
-// processes lock two files of one name.
+// Unlock releases the directory. It does not remove the file: then two processes
+// could lock two different files of that name.
 func (l *DirLock) Unlock() error {
 	return errors.Join(l.file.Truncate(0), l.file.Close())
 }
@@ -58,7 +57,7 @@ func holder(f *os.File) string {
 	b, err := io.ReadAll(io.NewSectionReader(f, 0, 32))
 	pid := strings.TrimSpace(string(b))
 	if err != nil || pid == "" {
-		// Between its lock and its write.
+		// The holder has locked the file and not yet written its pid.
 		return "a process that is just starting"
 	}
 	return "process " + pid

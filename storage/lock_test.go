@@ -9,24 +9,24 @@ import (
 	"testing"
 )
 
-func TestADataDirectoryBelongsToOneProcess(t *testing.T) {
+func TestLockIsExclusive(t *testing.T) {
 	dir := t.TempDir()
 	lock, err := Lock(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got := strings.TrimSpace(string(readFile(t, filepath.Join(dir, LockFile)))); got != fmt.Sprint(os.Getpid()) {
-		t.Fatalf("pid file says %q", got)
+		t.Fatalf("the pid file holds %q", got)
 	}
 	_, err = Lock(dir)
 	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), fmt.Sprintf("process %d;", os.Getpid())) {
-		t.Fatalf("locked twice, or without words: %v", err)
+		t.Fatalf("locking again returned %v", err)
 	}
 	if err := lock.Unlock(); err != nil {
 		t.Fatal(err)
 	}
 	if got := readFile(t, filepath.Join(dir, LockFile)); len(got) != 0 {
-		t.Fatalf("a free directory names a process: %q", got)
+		t.Fatalf("the pid file of a free directory holds %q", got)
 	}
 	again, err := Lock(dir)
 	if err != nil {
@@ -40,7 +40,7 @@ func TestADataDirectoryBelongsToOneProcess(t *testing.T) {
 	}
 }
 
-func TestAStalePidFileIsTakenOver(t *testing.T) {
+func TestLockTakesOverStalePidFile(t *testing.T) {
 	dir := t.TempDir()
 	writeFile(t, filepath.Join(dir, LockFile), []byte("999999999999\n"))
 	lock, err := Lock(dir)
@@ -48,7 +48,7 @@ func TestAStalePidFileIsTakenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got := strings.TrimSpace(string(readFile(t, filepath.Join(dir, LockFile)))); got != fmt.Sprint(os.Getpid()) {
-		t.Fatalf("pid file says %q", got)
+		t.Fatalf("the pid file holds %q", got)
 	}
 	if err := lock.Unlock(); err != nil {
 		t.Fatal(err)

@@ -5,21 +5,21 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 )
 
-// Metrics are those of all stores of one node.
+// Metrics are shared by all stores of one node.
 type Metrics struct {
 	fsync    *prometheus.HistogramVec
 	failures *prometheus.CounterVec
 	damaged  *prometheus.CounterVec
 }
 
-// NewMetrics registers the metrics with reg, once a node.
+// NewMetrics registers the metrics; call it once per node.
 func NewMetrics(reg prometheus.Registerer) *Metrics {
 	f := promauto.With(reg)
 	return &Metrics{
 		fsync: f.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "dsnode_storage_fsync_seconds",
 			Help: "Time to write and sync one transaction or file, by store.",
-			// 0.1 ms (a disk with a battery) to 3.3 s (a disk that hangs).
+			// 0.1 ms (a disk with a battery-backed cache) to 3.3 s (a disk that hangs).
 			Buckets: prometheus.ExponentialBuckets(0.0001, 2, 16),
 		}, []string{"store"}),
 		failures: f.NewCounterVec(prometheus.CounterOpts{
@@ -33,7 +33,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	}
 }
 
-// storeMetrics are one store's.
+// storeMetrics are the metrics of one store.
 type storeMetrics struct {
 	fsync    prometheus.Observer
 	failures prometheus.Counter

@@ -1,15 +1,11 @@
 package storage
 
-import (
-	"io"
+import "github.com/dsnode/dsnode/storage/boltfile"
 
-	"github.com/dsnode/dsnode/storage/boltfile"
-)
-
-// pageSize is given to bbolt explicitly, so files move between machines.
+// pageSize is passed to bbolt explicitly, so that files can move between machines.
 const pageSize = 4096
 
-// raftLayout is what raft.db looks like: small enough to be read whole.
+// raftLayout describes raft.db, which is small enough to check every page.
 func raftLayout() boltfile.Layout {
 	return boltfile.Layout{
 		PageSize: pageSize,
@@ -17,9 +13,4 @@ func raftLayout() boltfile.Layout {
 		MaxEntry: maxEntry,
 		Depth:    boltfile.Whole,
 	}
-}
-
-// checkPages says whether bbolt may open the file.
-func checkPages(f io.ReaderAt, size int64) (boltfile.Meta, error) {
-	return boltfile.Check(f, size, raftLayout())
 }

@@ -13,19 +13,20 @@ var _ raft.CommitTrackingLogStore = (*RaftStore)(nil)
 
 var keyCommit = []byte("commit")
 
-// A commit mark, before it is sealed, is format (1) | index (8).
+// A commit index, before it is sealed, is format (1) | index (8).
 const commitFormat = 1
 
-// StageCommitIndex notes how far entries are committed. It is written with the
-// next entries, in their transaction, and costs no sync of its own: a node that
-// starts without a quorum then knows what was agreed up to its last entry but
-// one. With a tick each 250 ms that is no older.
+// StageCommitIndex records how far entries are committed. The index is written
+// with the next entries, in their transaction, and costs no sync of its own. A
+// node that starts without a quorum then knows what was agreed up to its last
+// entry but one; the leader appends an entry every 250 ms.
 func (s *RaftStore) StageCommitIndex(index uint64) error {
 	s.staged.Store(index)
 	return nil
 }
 
-// GetCommitIndex is the newest stored one, never above LastIndex, 0 for none.
+// GetCommitIndex returns the newest stored commit index, never above LastIndex, and
+// 0 for none.
 func (s *RaftStore) GetCommitIndex() (uint64, error) {
 	var index uint64
 	err := s.view(func(tx *bbolt.Tx) error {
@@ -54,12 +55,12 @@ func parseCommit(plain []byte) (uint64, error) {
 	case len(plain) == 9 && plain[0] == commitFormat:
 		return binary.BigEndian.Uint64(plain[1:]), nil
 	case len(plain) > 0 && plain[0] > commitFormat:
-		return 0, fmt.Errorf("%w: commit mark format %d", ErrNewerFormat, plain[0])
+		return 0, fmt.Errorf("%w: commit index format %d", ErrNewerFormat, plain[0])
 	}
-	return 0, fmt.Errorf("%w: the commit mark has %d bytes", ErrDamaged, len(plain))
+	return 0, fmt.Errorf("%w: the commit index has %d bytes", ErrDamaged, len(plain))
 }
 
-// putCommit writes the staged index into the transaction that stores entries.
+// putCommit writes the staged index in the transaction that stores entries.
 func (s *RaftStore) putCommit(tx *bbolt.Tx) error {
 	index := s.staged.Load()
 	if index == 0 {

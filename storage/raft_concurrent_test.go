@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Raft appends from its main loop while replication reads, the snapshot loop
-// compacts and votes are kept.
-func TestAppendReadCompactAndVoteAtOnce(t *testing.T) {
+// Raft appends from its main loop while its replication reads, its snapshot loop
+// compacts, and votes are stored.
+func TestConcurrentAppendReadCompactAndVote(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	s := openRaft(t, t.TempDir())
 	const last = 600
@@ -27,7 +27,7 @@ func TestAppendReadCompactAndVoteAtOnce(t *testing.T) {
 		}
 		return nil
 	})
-	// during runs do again and again until the appending ends.
+	// during repeats do until the appending ends.
 	during := func(do func(first, last uint64) error) {
 		g.Go(func() error {
 			for {
@@ -72,7 +72,7 @@ func TestAppendReadCompactAndVoteAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	if s.entries.Load().last < last {
-		t.Fatal("not all was stored")
+		t.Fatal("the last entry was not stored")
 	}
 	closeRaft(t, s)
 }

@@ -10,14 +10,14 @@ import (
 )
 
 const (
-	// deleteBatch bounds one transaction of DeleteRange, and with it how long
-	// an append waits behind a compaction.
+	// deleteBatch bounds one transaction of DeleteRange, and so the time that an
+	// append waits behind a compaction.
 	deleteBatch = 2048
-	// keptArena is how much of the buffers for sealing stays allocated.
+	// keptArena is the size up to which the buffers for sealing stay allocated.
 	keptArena = 1 << 20
 )
 
-// FirstIndex is the first index stored, 0 for none.
+// FirstIndex returns the first index stored, 0 for none.
 func (s *RaftStore) FirstIndex() (uint64, error) {
 	if err := s.usable(); err != nil {
 		return 0, err
@@ -25,7 +25,7 @@ func (s *RaftStore) FirstIndex() (uint64, error) {
 	return s.entries.Load().first, nil
 }
 
-// LastIndex is the last index stored, 0 for none.
+// LastIndex returns the last index stored, 0 for none.
 func (s *RaftStore) LastIndex() (uint64, error) {
 	if err := s.usable(); err != nil {
 		return 0, err
@@ -33,8 +33,8 @@ func (s *RaftStore) LastIndex() (uint64, error) {
 	return s.entries.Load().last, nil
 }
 
-// GetLog fills l with the entry at index. The error is raft.ErrLogNotFound
-// itself when there is none. Any other one means that the store has failed.
+// GetLog fills l with the entry at index. The error is raft.ErrLogNotFound itself
+// when there is none; any other error means that the store has failed.
 func (s *RaftStore) GetLog(index uint64, l *raft.Log) error {
 	found := false
 	err := s.view(func(tx *bbolt.Tx) error {
@@ -59,7 +59,7 @@ func (s *RaftStore) GetLog(index uint64, l *raft.Log) error {
 	return nil
 }
 
-// openEntry opens the record at key into l, whose bytes stand in plain.
+// openEntry decrypts the record at key into l, whose data points into plain.
 func (s *RaftStore) openEntry(dst, key, record []byte, l *raft.Log) (before uint64, plain []byte, err error) {
 	var place [12]byte
 	plain, err = openRecord(dst, s.sealer, record, logPlace(&place, key))
@@ -73,12 +73,12 @@ func (s *RaftStore) openEntry(dst, key, record []byte, l *raft.Log) (before uint
 	return before, plain, err
 }
 
-// StoreLog is StoreLogs of one entry.
+// StoreLog is StoreLogs with one entry.
 func (s *RaftStore) StoreLog(l *raft.Log) error { return s.StoreLogs([]*raft.Log{l}) }
 
-// StoreLogs stores all of the entries or none. Their indexes must rise and lie
-// behind the last one stored, gaps are allowed: else ErrOutOfOrder, and the
-// store stays as it was. ErrTooLarge is for an entry of more than 32 MiB.
+// StoreLogs stores all of the entries or none. Their indexes must rise and follow
+// the last one stored; gaps are allowed. The error wraps ErrOutOfOrder or, for an
+// entry of more than 32 MiB, ErrTooLarge, and then the store is unchanged.
 func (s *RaftStore) StoreLogs(logs []*raft.Log) error {
 	if len(logs) == 0 {
 		return s.usable()
@@ -111,10 +111,10 @@ func (s *RaftStore) StoreLogs(logs []*raft.Log) error {
 }
 
 func (s *RaftStore) putLogs(b *bbolt.Bucket, logs []*raft.Log, size int) error {
-	// Indexes only rise, so pages need no room for later insertions.
+	// Indexes only rise, so pages need no free space for later insertions.
 	b.FillPercent = 1
-	// bbolt keeps the values it is given until the commit has written them.
-	// They all lie in one buffer, large enough to never move.
+	// bbolt refers to the values until the commit has written them. They share one
+	// buffer, which is large enough not to be reallocated meanwhile.
 	if cap(s.arena) < size {
 		s.arena = make([]byte, 0, size)
 	}
@@ -144,10 +144,10 @@ func (s *RaftStore) putLogs(b *bbolt.Bucket, logs []*raft.Log, size int) error {
 	return nil
 }
 
-// DeleteRange removes the entries from min to max, both included, which must be
-// the first or the last ones stored; else ErrOutOfOrder. Nothing to delete is
-// no error. It takes several transactions when there are many: a crash leaves a
-// part of them, and never a hole.
+// DeleteRange removes the entries from min to max, inclusive. They must be the
+// first or the last ones stored, or the error wraps ErrOutOfOrder. It returns nil
+// when there is nothing to delete. Many entries take several transactions: a crash
+// leaves some of them, but never a hole.
 func (s *RaftStore) DeleteRange(min, max uint64) error {
 	for {
 		done, err := s.deleteSome(min, max)
@@ -173,7 +173,7 @@ func (s *RaftStore) deleteSome(min, max uint64) (done bool, err error) {
 		return false, fmt.Errorf("%w: deleting %d to %d would leave a hole in %d to %d",
 			ErrOutOfOrder, min, max, now.first, now.last)
 	}
-	// A prefix goes from its beginning, a suffix from its end.
+	// Delete a prefix from its beginning, a suffix from its end.
 	after := now
 	err = s.view(func(tx *bbolt.Tx) error {
 		c := tx.Bucket(bucketLog).Cursor()

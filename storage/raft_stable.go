@@ -8,8 +8,8 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// A stable value, before it is sealed, is format (1) | value. Raft keeps three
-// of them: its term, and for whom it voted in which term.
+// A stable value, before it is sealed, is format (1) | value. Raft stores three:
+// its term, and the term and the candidate of its last vote.
 const (
 	stableFormat    = 1
 	maxStableKey    = 256
@@ -17,8 +17,8 @@ const (
 	maxStableValues = 64
 )
 
-// Set stores a value of up to 64 KiB. There may be 64 of them. ErrTooLarge is
-// for more.
+// Set stores a value of up to 64 KiB. There may be 64 values. Beyond either limit
+// the error wraps ErrTooLarge.
 func (s *RaftStore) Set(key, val []byte) error {
 	if len(key) == 0 || len(key) > maxStableKey || len(val) > maxStableValue {
 		return fmt.Errorf("%w: stable value %q of %d bytes", ErrTooLarge, key, len(val))
@@ -42,7 +42,7 @@ func (s *RaftStore) Set(key, val []byte) error {
 	})
 }
 
-// Get gives the value of key, and nil without an error when there is none.
+// Get returns the value of key, or nil without an error when there is none.
 func (s *RaftStore) Get(key []byte) ([]byte, error) {
 	var value []byte
 	err := s.view(func(tx *bbolt.Tx) error {
@@ -79,14 +79,14 @@ func (s *RaftStore) SetUint64(key []byte, val uint64) error {
 	return s.Set(key, binary.BigEndian.AppendUint64(nil, val))
 }
 
-// GetUint64 gives the number of key, and 0 without an error when there is none.
+// GetUint64 returns the number under key, or 0 without an error when there is none.
 func (s *RaftStore) GetUint64(key []byte) (uint64, error) {
 	b, err := s.Get(key)
 	if err != nil || b == nil {
 		return 0, err
 	}
 	if len(b) != 8 {
-		return 0, fmt.Errorf("stable value %q has %d bytes; it is no number", key, len(b))
+		return 0, fmt.Errorf("stable value %q has %d bytes, not the 8 of a number", key, len(b))
 	}
 	return binary.BigEndian.Uint64(b), nil
 }

@@ -19,6 +19,7 @@ import (
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -40,14 +41,14 @@ var (
 	_ raft.StableStore = (*RaftStore)(nil)
 )
 
-// storeFormat is of the whole file: which buckets there are and what they hold.
+// storeFormat is the version of the whole file: its buckets and their content.
 const storeFormat = 1
 
-// RaftStore is Raft's log and stable store: what a node has promised to the
-// others. A call that returned nil has been synced to the disk.
+// RaftStore is Raft's log and stable store. A call that returned nil has been
+// synced to the disk.
 //
 // It does not implement raft.MonotonicLogStore: raft v1.8 empties such a store
-// on installing a snapshot but keeps the old last index in memory, and panics
+// when it installs a snapshot but keeps the old last index in memory, and panics
 // later (hashicorp/raft#697).
 type RaftStore struct {
 	db      *bbolt.DB
@@ -56,13 +57,13 @@ type RaftStore struct {
 	metrics storeMetrics
 	mark    *os.File
 
-	writing sync.Mutex // guards all below up to the blank line; one transaction at a time
+	writing sync.Mutex // guards the fields below up to the blank line; one transaction at a time
 	now     raftMark
 	arena   []byte // sealed values of the running transaction
 	plain   []byte // one entry before it is sealed
-	stuck   bool   // bbolt panicked with its locks held; it can't be closed
+	stuck   bool   // bbolt panicked while it held its locks; it can't be closed
 
-	unbroken uint64 // where the run of entries without a gap began that ended the log at open
+	unbroken uint64 // first index after the last gap in the log, at open
 
 	closed  atomic.Bool
 	entries atomic.Pointer[indexRange]
@@ -74,26 +75,26 @@ type RaftStore struct {
 	cause  atomic.Pointer[error]
 }
 
-// indexRange is the first and the last index stored, both 0 for none.
+// indexRange is the first and the last index stored; both are 0 for none.
 type indexRange struct{ first, last uint64 }
 
-// RaftStoreOptions say where the store is and what it needs. All are required.
-type RaftStoreOptions struct {
-	Dir     string // the data directory; its lock is held by the caller
+// Options of a store. All are required.
+type Options struct {
+	Dir     string // the data directory; the caller holds its lock
 	Sealer  keyring.Sealer
 	Logger  *slog.Logger
 	Metrics *Metrics
 }
 
-// OpenRaftStore opens the Raft store of a data directory, or makes one.
+// OpenRaftStore opens the Raft store of a data directory, or creates one.
 //
-// It trusts nothing: every page, every record's seal and the order of all
-// entries are checked, and that the file is not older than what was
-// acknowledged. After a store that was not closed in order the file is written
-// anew, so that no page is left that a failed sync dropped. The errors are
-// ErrDamaged, ErrForeign, ErrWrongKey, ErrNewerFormat, ErrLocked or what the
-// file system said; the files are left as they are then.
-func OpenRaftStore(o RaftStoreOptions) (*RaftStore, error) {
+// It checks every page, every record's seal, the order of all entries, and that
+// the file is not older than what was acknowledged. If the store was not closed in
+// order it rewrites the file, because pages that a failed sync dropped may exist
+// in the page cache only. The error wraps ErrDamaged, ErrForeign, ErrWrongKey,
+// ErrNewerFormat, ErrLocked, or is an error of the file system; then the files are
+// unchanged.
+func OpenRaftStore(o Options) (*RaftStore, error) {
 	s := &RaftStore{
 		sealer:  o.Sealer,
 		log:     o.Logger,
@@ -105,31 +106,31 @@ func OpenRaftStore(o RaftStoreOptions) (*RaftStore, error) {
 		if errors.Is(err, ErrDamaged) {
 			s.metrics.damaged.Inc()
 		}
-		return nil, fmt.Errorf("open %s: %w", path, inWords(err))
+		return nil, fmt.Errorf("open %s: %w", path, withHint(err))
 	}
 	s.log.Info("raft store opened", "path", path, "first", s.now.first, "last", s.now.last)
 	return s, nil
 }
 
-// inWords adds what a person can do.
-func inWords(err error) error {
+// withHint adds what an operator can do.
+func withHint(err error) error {
 	switch {
 	case errors.Is(err, ErrWrongKey):
 		return fmt.Errorf("%w; was %s of this directory lost or replaced?", err, keyring.NodeKeyFile)
 	case errors.Is(err, ErrDamaged):
 		return fmt.Errorf("%w; the other nodes hold the same state: remove this node from the cluster, "+
-			"empty its data directory and let it join anew", err)
+			"empty its data directory and let it join again", err)
 	}
 	return err
 }
 
 func (s *RaftStore) open(dir, path string) error {
-	// A crash may have left one; nothing relies on it.
+	// A crash may have left a temporary file; nothing uses its content.
 	if err := os.Remove(filepath.Join(dir, raftTempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	markPath := filepath.Join(dir, raftMarkFile)
-	mark, marked, err := readRaftMark(markPath)
+	mark, marked, err := raftMarkFormat.Read(markPath)
 	if err != nil {
 		return err
 	}
@@ -150,9 +151,9 @@ func (s *RaftStore) open(dir, path string) error {
 	if err != nil {
 		return err
 	}
-	if !isNew && (!marked || mark.state != markClosed) {
+	if !isNew && (!marked || mark.State != boltfile.MarkClosed) {
 		if err := rewriteRaftFile(dir, path, int64(pages.HighWater)*pageSize); err != nil {
-			return fmt.Errorf("write it anew: %w", err)
+			return fmt.Errorf("rewrite it: %w", err)
 		}
 	}
 	if s.db, err = openBolt(path); err != nil {
@@ -160,10 +161,10 @@ func (s *RaftStore) open(dir, path string) error {
 	}
 	s.now, err = s.verify()
 	if err == nil && marked {
-		err = mark.allows(s.now)
+		err = decodeRaftMark(mark).allows(s.now)
 	}
 	if err == nil {
-		s.now.state = markOpen
+		s.now.State = boltfile.MarkOpen
 		s.publish()
 		s.mark, err = os.OpenFile(markPath, os.O_RDWR|os.O_CREATE, 0o600)
 	}
@@ -182,7 +183,7 @@ func (s *RaftStore) open(dir, path string) error {
 func openBolt(path string) (db *bbolt.DB, err error) {
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
-		// The data directory's lock is ours; this one must be free.
+		// The caller holds the data directory's lock, so bbolt's own lock is free.
 		Timeout:        time.Millisecond,
 		PageSize:       pageSize,
 		NoFreelistSync: true,
@@ -195,17 +196,11 @@ func openBolt(path string) (db *bbolt.DB, err error) {
 	return db, err
 }
 
-// createRaftFile makes a file with empty buckets under a temporary name, so
-// that raft.db is either absent or whole.
+// createRaftFile makes a file with empty buckets.
 func (s *RaftStore) createRaftFile(dir, path string) error {
-	temp := filepath.Join(dir, raftTempFile)
-	db, err := openBolt(temp)
-	if err != nil {
-		return err
-	}
 	id := make([]byte, 16)
 	_, _ = rand.Read(id) // never fails; it ends the process instead
-	put := func(tx *bbolt.Tx) error {
+	return boltfile.Create(path, filepath.Join(dir, raftTempFile), openBolt, func(tx *bbolt.Tx) error {
 		for _, name := range [][]byte{bucketLog, bucketMeta, bucketStable} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
@@ -213,63 +208,36 @@ func (s *RaftStore) createRaftFile(dir, path string) error {
 		}
 		record := appendRecord(nil, s.sealer, append([]byte{storeFormat}, id...), placeOf(bucketMeta, keyStore))
 		return tx.Bucket(bucketMeta).Put(keyStore, record)
-	}
-	// Twice, so that both meta pages are ours and none is bbolt's first one.
-	err = db.Update(put)
-	if err == nil {
-		err = db.Update(put)
-	}
-	err = errors.Join(err, db.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err == nil {
-		err = syncDir(dir)
-	}
-	return err
+	})
 }
 
-// rewriteRaftFile copies the used part of the file to a new one, syncs that
-// and puts it in the old one's place. The kernel marks pages clean when their
-// sync fails and never writes them again, yet goes on showing them: only
-// written again are they surely on the disk.
+// rewriteRaftFile copies the used part of the file to a new one, syncs that and
+// renames it over the old one. When a sync fails, the kernel marks the pages
+// clean and never writes them again, but still shows them to readers. Writing
+// them again is the only way to be sure that they are on the disk.
 func rewriteRaftFile(dir, path string, size int64) error {
 	from, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = from.Close() }() // only read from
-	// The caller holds the directory's lock. Should it not, another store's
-	// file must not be exchanged under it.
+	// The caller holds the directory's lock. In case it doesn't: don't replace a
+	// file that another store has open.
 	if err := syscall.Flock(int(from.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return fmt.Errorf("%w: %w", ErrLocked, err)
 	}
-	temp := filepath.Join(dir, raftTempFile)
-	to, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	return atomicfile.Write(path, filepath.Join(dir, raftTempFile), func(to io.Writer) error {
+		_, err := io.Copy(to, io.NewSectionReader(from, 0, size))
 		return err
-	}
-	_, err = io.Copy(to, io.NewSectionReader(from, 0, size))
-	if err == nil {
-		err = to.Sync()
-	}
-	err = errors.Join(err, to.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err != nil {
-		_ = os.Remove(temp) // a full disk needs the room; the next open tries again
-		return err
-	}
-	return syncDir(dir)
+	})
 }
 
-// Failed is closed when a write or sync has failed, or a stored record turned
-// out to be damaged. The node must stop then: what it has promised can't be
-// kept any more. Err says why.
+// Failed is closed when a write or sync failed, or when a stored record is
+// damaged. The node must stop then: it can't keep what it acknowledged to its
+// peers. Err returns the cause.
 func (s *RaftStore) Failed() <-chan struct{} { return s.failed }
 
-// Err is nil until Failed is closed; then it wraps ErrFailed and the cause.
+// Err is nil until Failed is closed. Then it wraps ErrFailed and the cause.
 func (s *RaftStore) Err() error {
 	if p := s.cause.Load(); p != nil {
 		return *p
@@ -277,7 +245,7 @@ func (s *RaftStore) Err() error {
 	return nil
 }
 
-// setFailed makes the store fail for good and gives the error to return.
+// setFailed makes the store fail permanently and returns the error.
 func (s *RaftStore) setFailed(what string, cause error) error {
 	s.fail.Do(func() {
 		err := fmt.Errorf("%w: %s: %w", ErrFailed, what, cause)
@@ -292,8 +260,7 @@ func (s *RaftStore) setFailed(what string, cause error) error {
 	return s.Err()
 }
 
-// Close closes the files. Calls in other goroutines must have ended. It is
-// safe to call twice.
+// Close closes the files. No other call may be running. It is safe to call twice.
 func (s *RaftStore) Close() error {
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -301,9 +268,9 @@ func (s *RaftStore) Close() error {
 		return nil
 	}
 	var err error
-	// A failed store stays marked as open: the next start writes it anew.
+	// A failed store stays marked as open, so that the next start rewrites the file.
 	if s.Err() == nil {
-		s.now.state = markClosed
+		s.now.State = boltfile.MarkClosed
 		err = s.writeMark()
 	}
 	err = errors.Join(err, s.mark.Close())
@@ -313,16 +280,16 @@ func (s *RaftStore) Close() error {
 	return errors.Join(err, s.db.Close())
 }
 
-// update runs one transaction and makes it durable. fn must not fail for
-// reasons that could have been known before: it would fail the store. after is
-// where the store stands afterwards. The caller holds s.writing.
+// update runs one transaction and makes it durable. after is the state that the
+// transaction leads to. An error of fn fails the store, so the caller checks
+// everything that it can beforehand. The caller holds s.writing.
 func (s *RaftStore) update(what string, after raftMark, fn func(*bbolt.Tx) error) error {
 	if err := s.usable(); err != nil {
 		return err
 	}
 	txid, err := s.commit(fn)
 	if err == nil {
-		after.txid = txid
+		after.Txid = txid
 		s.now = after
 		err = s.writeMark()
 	}
@@ -338,8 +305,8 @@ func (s *RaftStore) publish() {
 	s.entries.Store(&entries)
 }
 
-// Syncs counts the transactions that have reached the disk since the store was
-// opened: while it rises, the disk works.
+// Syncs is the number of transactions written to the disk since the store was
+// opened: as long as it rises, the disk works.
 func (s *RaftStore) Syncs() uint64 { return s.syncs.Load() }
 
 func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
@@ -354,7 +321,7 @@ func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
 			err = errors.Join(err, tx.Rollback())
 		}
 	}
-	s.stuck = false // no panic came this far
+	s.stuck = false // bbolt did not panic
 	if err != nil {
 		return 0, err
 	}
@@ -364,7 +331,7 @@ func (s *RaftStore) commit(fn func(*bbolt.Tx) error) (txid uint64, err error) {
 	return txid, nil
 }
 
-// view runs fn in a read transaction. Its bytes are valid only inside.
+// view runs fn in a read transaction. Bytes that fn reads are valid only in it.
 func (s *RaftStore) view(fn func(*bbolt.Tx) error) (err error) {
 	if err := s.usable(); err != nil {
 		return err
@@ -384,21 +351,7 @@ func (s *RaftStore) usable() error {
 	return s.Err()
 }
 
-func (s *RaftStore) writeMark() error {
-	var b [markSize]byte
-	if _, err := s.mark.WriteAt(s.now.append(b[:0]), 0); err != nil {
-		return fmt.Errorf("write %s: %w", raftMarkFile, err)
-	}
-	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+func (s *RaftStore) writeMark() error { return raftMarkFormat.Write(s.mark, s.now.encode()) }
 
 // placeOf is a record's additional data: the bucket's name, a zero byte, the key.
 func placeOf(bucket, key []byte) []byte {

@@ -20,8 +20,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-func raftOptions(t testing.TB, dir string) RaftStoreOptions {
-	return RaftStoreOptions{
+func storeOptions(t testing.TB, dir string) Options {
+	return Options{
 		Dir: dir, Sealer: testSealer(t, 1),
 		Logger: slog.New(slog.DiscardHandler), Metrics: NewMetrics(prometheus.NewRegistry()),
 	}
@@ -30,7 +30,7 @@ func raftOptions(t testing.TB, dir string) RaftStoreOptions {
 // openRaft opens a store that is closed when the test ends.
 func openRaft(t testing.TB, dir string) *RaftStore {
 	t.Helper()
-	s, err := OpenRaftStore(raftOptions(t, dir))
+	s, err := OpenRaftStore(storeOptions(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +45,7 @@ func closeRaft(t testing.TB, s *RaftStore) {
 	}
 }
 
-// entry is a made-up entry whose content follows from its index and term.
+// entry makes an entry whose content depends on its index and term.
 func entry(index, term uint64) *raft.Log {
 	seed := binary.BigEndian.AppendUint64(nil, index*31+term)
 	return &raft.Log{
@@ -55,7 +55,7 @@ func entry(index, term uint64) *raft.Log {
 	}
 }
 
-// sameEntry compares without cmp, which takes seconds for megabytes.
+// sameEntry is used instead of cmp, which takes seconds for megabytes.
 func sameEntry(a, b *raft.Log) bool {
 	return a.Index == b.Index && a.Term == b.Term && a.Type == b.Type && a.AppendedAt.Equal(b.AppendedAt) &&
 		bytes.Equal(a.Data, b.Data) && bytes.Equal(a.Extensions, b.Extensions)
@@ -76,7 +76,7 @@ func mustStore(t testing.TB, s *RaftStore, logs ...*raft.Log) {
 	}
 }
 
-// wantLog checks that exactly the entries of want are there.
+// wantLog checks that the store has exactly these entries.
 func wantLog(t testing.TB, s *RaftStore, want ...*raft.Log) {
 	t.Helper()
 	var first, last uint64
@@ -112,7 +112,7 @@ func wantLog(t testing.TB, s *RaftStore, want ...*raft.Log) {
 	}
 }
 
-func TestRaftStoreKeepsWhatRaftExpects(t *testing.T) {
+func TestRaftStoreLog(t *testing.T) {
 	tests := []struct {
 		name string
 		do   func(t *testing.T, s *RaftStore) (want []*raft.Log)
@@ -133,7 +133,7 @@ func TestRaftStoreKeepsWhatRaftExpects(t *testing.T) {
 			mustStore(t, s, entriesFrom(65, 70, 1)...)
 			return entriesFrom(1, 70, 1)
 		}},
-		{"begins anywhere", func(t *testing.T, s *RaftStore) []*raft.Log {
+		{"first index above 1", func(t *testing.T, s *RaftStore) []*raft.Log {
 			mustStore(t, s, entriesFrom(500, 510, 3)...)
 			return entriesFrom(500, 510, 3)
 		}},
@@ -147,7 +147,7 @@ func TestRaftStoreKeepsWhatRaftExpects(t *testing.T) {
 			mustDelete(t, s, 1, 20)
 			return entriesFrom(21, 50, 1)
 		}},
-		{"compaction from before the first", func(t *testing.T, s *RaftStore) []*raft.Log {
+		{"compaction from below the first index", func(t *testing.T, s *RaftStore) []*raft.Log {
 			mustStore(t, s, entriesFrom(10, 50, 1)...)
 			mustDelete(t, s, 0, 20)
 			return entriesFrom(21, 50, 1)
@@ -164,7 +164,7 @@ func TestRaftStoreKeepsWhatRaftExpects(t *testing.T) {
 			mustStore(t, s, entriesFrom(31, 33, 2)...)
 			return append(entriesFrom(1, 30, 1), entriesFrom(31, 33, 2)...)
 		}},
-		{"all deleted and begun again", func(t *testing.T, s *RaftStore) []*raft.Log {
+		{"all deleted, then new entries", func(t *testing.T, s *RaftStore) []*raft.Log {
 			mustStore(t, s, entriesFrom(1, 50, 1)...)
 			mustDelete(t, s, 1, 50)
 			mustStore(t, s, entriesFrom(20, 22, 2)...)
@@ -217,7 +217,7 @@ func mustDelete(t testing.TB, s *RaftStore, from, to uint64) {
 	}
 }
 
-func TestRaftStoreRefusesAndStaysAsItWas(t *testing.T) {
+func TestRaftStoreRefusesInvalidCalls(t *testing.T) {
 	s := openRaft(t, t.TempDir())
 	want := entriesFrom(10, 20, 1)
 	mustStore(t, s, want...)
@@ -228,7 +228,7 @@ func TestRaftStoreRefusesAndStaysAsItWas(t *testing.T) {
 		do   func() error
 		want error
 	}{
-		{"an entry that is there", func() error { return s.StoreLog(entry(20, 2)) }, ErrOutOfOrder},
+		{"an index that exists", func() error { return s.StoreLog(entry(20, 2)) }, ErrOutOfOrder},
 		{"an entry before the first", func() error { return s.StoreLog(entry(3, 2)) }, ErrOutOfOrder},
 		{"falling indexes", func() error { return s.StoreLogs([]*raft.Log{entry(22, 1), entry(21, 1)}) }, ErrOutOfOrder},
 		{"the same index twice", func() error { return s.StoreLogs([]*raft.Log{entry(21, 1), entry(21, 1)}) }, ErrOutOfOrder},
@@ -283,10 +283,10 @@ func TestStableValues(t *testing.T) {
 		t.Fatalf("empty value: %q %v", b, err)
 	}
 	if _, err := s.GetUint64([]byte("LastVoteCand")); err == nil {
-		t.Fatal("a name was read as a number")
+		t.Fatal("a value that is not a number was read as one")
 	}
 	if s.Err() != nil {
-		t.Fatalf("a caller's mistake failed the store: %v", s.Err())
+		t.Fatalf("a wrong call failed the store: %v", s.Err())
 	}
 	for i := 3; i < maxStableValues; i++ {
 		if err := s.SetUint64(fmt.Appendf(nil, "k%d", i), 1); err != nil {
@@ -294,15 +294,15 @@ func TestStableValues(t *testing.T) {
 		}
 	}
 	if err := s.SetUint64([]byte("one more"), 1); !errors.Is(err, ErrTooLarge) {
-		t.Fatalf("beyond the bound: %v", err)
+		t.Fatalf("one value too many: %v", err)
 	}
 	if err := s.SetUint64([]byte("CurrentTerm"), 9); err != nil {
-		t.Fatalf("changing one at the bound: %v", err)
+		t.Fatalf("changing a value when the store is full: %v", err)
 	}
 }
 
-// The store must behave as a sorted map with raft's rules, whatever the order
-// of calls, restarts included.
+// The store must behave as a sorted map with raft's rules, for any order of calls
+// and restarts.
 func TestRaftStoreAgainstAModel(t *testing.T) {
 	dir := t.TempDir()
 	run := 0
@@ -313,14 +313,14 @@ func TestRaftStoreAgainstAModel(t *testing.T) {
 			rt.Fatal(err)
 		}
 		open := func() *RaftStore {
-			s, err := OpenRaftStore(raftOptions(t, sub))
+			s, err := OpenRaftStore(storeOptions(t, sub))
 			if err != nil {
 				rt.Fatal(err)
 			}
 			return s
 		}
 		s := open()
-		defer func() { _ = s.Close() }() // the last check has closed it already
+		defer func() { _ = s.Close() }() // the last check may have closed it already
 		var model []*raft.Log
 		stable := map[string]string{}
 		last := func() uint64 {
@@ -410,7 +410,7 @@ func TestRaftStoreAgainstAModel(t *testing.T) {
 	})
 }
 
-func TestOpenSaysWhatIsWrong(t *testing.T) {
+func TestOpenNamesTheFault(t *testing.T) {
 	fill := func(t *testing.T) string {
 		dir := t.TempDir()
 		s := openRaft(t, dir)
@@ -420,56 +420,56 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 	}
 	tests := []struct {
 		name  string
-		spoil func(t *testing.T, dir string) RaftStoreOptions
+		spoil func(t *testing.T, dir string) Options
 		want  error
 		words string
 	}{
-		{"another key", func(t *testing.T, dir string) RaftStoreOptions {
-			o := raftOptions(t, dir)
+		{"another key", func(t *testing.T, dir string) Options {
+			o := storeOptions(t, dir)
 			o.Sealer = testSealer(t, 2)
 			return o
 		}, ErrWrongKey, "node.key"},
-		{"another program's file", func(t *testing.T, dir string) RaftStoreOptions {
+		{"another program's file", func(t *testing.T, dir string) Options {
 			writeFile(t, filepath.Join(dir, RaftFile), bytes.Repeat([]byte("not a database "), 10000))
-			return raftOptions(t, dir)
-		}, ErrForeign, "no database"},
-		{"an empty file", func(t *testing.T, dir string) RaftStoreOptions {
+			return storeOptions(t, dir)
+		}, ErrForeign, "not a database"},
+		{"an empty file", func(t *testing.T, dir string) Options {
 			writeFile(t, filepath.Join(dir, RaftFile), nil)
-			return raftOptions(t, dir)
-		}, ErrDamaged, "join anew"},
-		{"the file is gone", func(t *testing.T, dir string) RaftStoreOptions {
+			return storeOptions(t, dir)
+		}, ErrDamaged, "join again"},
+		{"the file is gone", func(t *testing.T, dir string) Options {
 			if err := os.Remove(filepath.Join(dir, RaftFile)); err != nil {
 				t.Fatal(err)
 			}
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "it is gone"},
-		{"an older copy", func(t *testing.T, dir string) RaftStoreOptions {
+		{"an older copy", func(t *testing.T, dir string) Options {
 			path := filepath.Join(dir, RaftFile)
 			old := readFile(t, path)
 			s := openRaft(t, dir)
 			mustStore(t, s, entry(11, 1))
 			closeRaft(t, s)
 			writeFile(t, path, old)
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "older copy"},
-		{"another store of the same key", func(t *testing.T, dir string) RaftStoreOptions {
+		{"another store of the same key", func(t *testing.T, dir string) Options {
 			other := t.TempDir()
 			s := openRaft(t, other)
 			mustStore(t, s, entriesFrom(1, 99, 1)...)
 			mustStore(t, s, entriesFrom(100, 199, 1)...)
 			closeRaft(t, s)
 			writeFile(t, filepath.Join(dir, RaftFile), readFile(t, filepath.Join(other, RaftFile)))
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "not the file that was here before"},
-		{"cut short", func(t *testing.T, dir string) RaftStoreOptions {
+		{"truncated file", func(t *testing.T, dir string) Options {
 			if err := os.Truncate(filepath.Join(dir, RaftFile), 3*pageSize); err != nil {
 				t.Fatal(err)
 			}
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrDamaged, "pages are in use"},
-		{"in use", func(t *testing.T, dir string) RaftStoreOptions {
+		{"in use", func(t *testing.T, dir string) Options {
 			openRaft(t, dir)
-			return raftOptions(t, dir)
+			return storeOptions(t, dir)
 		}, ErrLocked, "in use"},
 	}
 	for _, tt := range tests {
@@ -478,19 +478,19 @@ func TestOpenSaysWhatIsWrong(t *testing.T) {
 			s, err := OpenRaftStore(o)
 			if err == nil {
 				closeRaft(t, s)
-				t.Fatal("opened")
+				t.Fatal("it was opened")
 			}
 			if !errors.Is(err, tt.want) {
 				t.Errorf("got %v, want %v", err, tt.want)
 			}
 			if !strings.Contains(err.Error(), tt.words) {
-				t.Errorf("%q does not say %q", err, tt.words)
+				t.Errorf("error %q does not contain %q", err, tt.words)
 			}
 		})
 	}
 }
 
-func TestClosedRaftStoreSaysSo(t *testing.T) {
+func TestClosedRaftStoreReturnsErrClosed(t *testing.T) {
 	s := openRaft(t, t.TempDir())
 	mustStore(t, s, entry(1, 1))
 	closeRaft(t, s)
@@ -507,11 +507,11 @@ func TestClosedRaftStoreSaysSo(t *testing.T) {
 		}
 	}
 	if s.Err() != nil {
-		t.Errorf("closing is no failure: %v", s.Err())
+		t.Errorf("Err after closing: %v", s.Err())
 	}
 }
 
-func TestNothingInClearOnDisk(t *testing.T) {
+func TestNoPlaintextOnDisk(t *testing.T) {
 	dir := t.TempDir()
 	canary := []byte("canary-7f3a91-canary")
 	s := openRaft(t, dir)
@@ -525,13 +525,13 @@ func TestNothingInClearOnDisk(t *testing.T) {
 	snaps := openSnapshots(t, dir)
 	takeSnapshot(t, snaps, 200, 1, bytes.Repeat(canary, 100))
 	closeRaft(t, s)
-	openRaft(t, dir) // written anew or not, nothing may show
+	openRaft(t, dir) // this may rewrite the file
 	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		if bytes.Contains(readFile(t, path), canary) {
-			t.Errorf("%s holds the canary in clear", path)
+			t.Errorf("%s holds the canary as plaintext", path)
 		}
 		return nil
 	})
@@ -543,7 +543,7 @@ func TestNothingInClearOnDisk(t *testing.T) {
 func TestMetricsCountSyncsAndDamage(t *testing.T) {
 	dir := t.TempDir()
 	reg := prometheus.NewRegistry()
-	o := raftOptions(t, dir)
+	o := storeOptions(t, dir)
 	o.Metrics = NewMetrics(reg)
 	s, err := OpenRaftStore(o)
 	if err != nil {
@@ -565,7 +565,7 @@ func TestMetricsCountSyncsAndDamage(t *testing.T) {
 	}
 }
 
-// metric is the value of a counter, or the count of a histogram.
+// metric returns the value of a counter, or the count of a histogram.
 func metric(t testing.TB, reg *prometheus.Registry, name, store string) float64 {
 	t.Helper()
 	families, err := reg.Gather()
@@ -583,7 +583,7 @@ func metric(t testing.TB, reg *prometheus.Registry, name, store string) float64 
 	return 0
 }
 
-// fsm counts the commands it was given.
+// fsm records the commands that it applies.
 type fsm struct{ applied []string }
 
 func (f *fsm) Apply(l *raft.Log) any { f.applied = append(f.applied, string(l.Data)); return nil }
@@ -607,7 +607,7 @@ func (f fsmSnapshot) Persist(sink raft.SnapshotSink) error {
 }
 func (f fsmSnapshot) Release() {}
 
-// Raft itself runs over both stores, takes snapshots, compacts and restarts.
+// Raft runs on both stores, takes snapshots, compacts and restarts.
 func TestRaftRestartsFromTheStores(t *testing.T) {
 	dir := t.TempDir()
 	var want []string
@@ -644,7 +644,7 @@ func TestRaftRestartsFromTheStores(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if round != 2 { // once the log alone carries a round
+		if round != 2 { // one round restarts from the log alone
 			if err := r.Snapshot().Error(); err != nil {
 				t.Fatal(err)
 			}

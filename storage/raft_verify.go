@@ -11,13 +11,13 @@ import (
 	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
-// verify opens every record of a file whose pages are sound, and says where
-// the store stands. It takes about a microsecond an entry.
+// verify decrypts every record of a file whose pages are intact, and returns the
+// state of the store. It takes about a microsecond per entry.
 func (s *RaftStore) verify() (now raftMark, err error) {
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	err = s.db.View(func(tx *bbolt.Tx) error {
-		now.txid = uint64(tx.ID())
-		// The key's fault is named before any other.
+		now.Txid = uint64(tx.ID())
+		// First, so that a wrong key is reported as such.
 		if err := s.verifyMeta(tx.Bucket(bucketMeta), &now); err != nil {
 			return err
 		}
@@ -32,7 +32,7 @@ func (s *RaftStore) verify() (now raftMark, err error) {
 func (s *RaftStore) verifyMeta(b *bbolt.Bucket, now *raftMark) error {
 	record := b.Get(keyStore)
 	if record == nil {
-		return fmt.Errorf("%w: its head is missing", ErrDamaged)
+		return fmt.Errorf("%w: the store's id is missing", ErrDamaged)
 	}
 	plain, err := openRecord(nil, s.sealer, record, placeOf(bucketMeta, keyStore))
 	if err != nil {
@@ -41,8 +41,8 @@ func (s *RaftStore) verifyMeta(b *bbolt.Bucket, now *raftMark) error {
 	if len(plain) < 1 || plain[0] != storeFormat {
 		return fmt.Errorf("%w: store format %x", ErrNewerFormat, plain[:min(1, len(plain))])
 	}
-	if copy(now.store[:], plain[1:]) != len(now.store) {
-		return fmt.Errorf("%w: its head is short", ErrDamaged)
+	if copy(now.Store[:], plain[1:]) != len(now.Store) {
+		return fmt.Errorf("%w: the store's id is too short", ErrDamaged)
 	}
 	return nil
 }
@@ -85,10 +85,10 @@ func (s *RaftStore) verifyLog(b *bbolt.Bucket, now *raftMark) error {
 	return nil
 }
 
-// CheckTogether says whether the newest good snapshot and the log of one node,
-// both just opened, leave no hole between them: raft would panic on it. The
-// error wraps ErrDamaged. Raft's TrailingLogs must be larger than its
-// SnapshotThreshold, so that the older of two snapshots is enough, too.
+// CheckTogether checks that the newest intact snapshot and the log of one node,
+// both just opened, leave no hole between them; raft would panic on one. The error
+// wraps ErrDamaged. Raft's TrailingLogs must be larger than its SnapshotThreshold,
+// so that the older of two snapshots suffices too.
 func CheckTogether(r *RaftStore, s *SnapshotStore) error {
 	snapshots, err := s.List()
 	if err != nil {
@@ -100,7 +100,7 @@ func CheckTogether(r *RaftStore, s *SnapshotStore) error {
 	}
 	e := r.entries.Load()
 	if e.last > covered && r.unbroken > covered+1 {
-		return inWords(fmt.Errorf("%w: the newest good snapshot reaches to entry %d, and the log begins with %d",
+		return withHint(fmt.Errorf("%w: the newest intact snapshot ends at entry %d, and the log begins with %d",
 			ErrDamaged, covered, r.unbroken))
 	}
 	return nil

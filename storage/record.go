@@ -9,13 +9,13 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// A record is one sealed piece of data at one place:
+// A record is one sealed value together with its place:
 //
-//	crc32c of place and all that follows (4) | format (1) | sealed bytes
+//	crc32c of the place and all that follows (4) | format (1) | sealed bytes
 //
-// The place ("log", index; "stable", key; …) is the additional data of the
-// seal. The checksum comes first so that a flipped bit is called damage even
-// where it hits the format or the key's id.
+// The place ("log" and index, "stable" and key, …) is the additional data of the
+// seal. The checksum comes first so that a flipped bit in the format or in the
+// key's id is also reported as damage.
 const (
 	recordFormat   = 1
 	recordHeader   = 4 + 1
@@ -33,7 +33,7 @@ func appendRecord(dst []byte, s keyring.Sealer, plaintext, place []byte) []byte 
 	return dst
 }
 
-// openRecord appends the plaintext of a record to dst. The error is
+// openRecord appends the plaintext of a record to dst. The error wraps
 // ErrDamaged, ErrWrongKey or ErrNewerFormat.
 func openRecord(dst []byte, s keyring.Sealer, record, place []byte) ([]byte, error) {
 	if len(record) < recordOverhead {

@@ -16,20 +16,20 @@ import (
 //
 //	"DSNSNAPS" (8) | format (1) | length (4) | meta record | length (4) | body record
 //
-// and nothing after. The meta's place is the snapshot's id, the body's place is
-// the meta record: neither can be put into another file.
+// with nothing after it. The place of the meta record is the snapshot's id, and
+// the place of the body is the meta record: neither can be moved to another file.
 const (
 	snapshotMagic  = "DSNSNAPS"
 	snapshotFormat = 1
 	snapshotHeader = len(snapshotMagic) + 1
 
-	// maxSnapshot bounds the body. The agreed state is a few MB by design.
+	// maxSnapshot bounds the body; the agreed state is a few MB.
 	maxSnapshot     = 64 << 20
 	maxSnapshotMeta = 1 << 20
 	maxSnapshotFile = snapshotHeader + 4 + maxSnapshotMeta + 4 + maxSnapshot + 2*recordOverhead
 )
 
-// snapshotMeta is the sealed head of a snapshot, in JSON.
+// snapshotMeta is the sealed head of a snapshot, as JSON.
 type snapshotMeta struct {
 	Format             int    `json:"format"` // of this struct
 	RaftVersion        int    `json:"raft_version"`
@@ -59,7 +59,7 @@ func appendSnapshot(dst []byte, s keyring.Sealer, id string, meta snapshotMeta, 
 	return appendRecord(dst, s, body, place), nil
 }
 
-// parseSnapshot opens a snapshot file whole. The error is ErrDamaged,
+// parseSnapshot decrypts a whole snapshot file. The error wraps ErrDamaged,
 // ErrWrongKey or ErrNewerFormat.
 func parseSnapshot(b []byte, s keyring.Sealer, id string) (*raft.SnapshotMeta, []byte, error) {
 	if len(b) < snapshotHeader || string(b[:len(snapshotMagic)]) != snapshotMagic {
@@ -120,8 +120,8 @@ func parseSnapshotMeta(head []byte, s keyring.Sealer, id string) (*raft.Snapshot
 	}, nil
 }
 
-// decodeConfiguration is raft.DecodeConfiguration, which panics where it can't
-// decode.
+// decodeConfiguration wraps raft.DecodeConfiguration, which panics on bytes that
+// it can't decode.
 func decodeConfiguration(b []byte) (c raft.Configuration, err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -152,8 +152,8 @@ const (
 	snapshotSuffix = ".dss"
 )
 
-// snapshotName is the order of a snapshot's file name, which is its id and
-// this suffix.
+// snapshotName is what a snapshot's id consists of. The file name is the id and
+// snapshotSuffix.
 type snapshotName struct {
 	term, index uint64
 	unixms      int64
@@ -163,13 +163,13 @@ func (n snapshotName) id() string {
 	return fmt.Sprintf("%s%d-%d-%d", snapshotPrefix, n.term, n.index, n.unixms)
 }
 
-// parseSnapshotName reads a file name; false is for any other file.
+// parseSnapshotName parses a file name; ok is false for any other file.
 func parseSnapshotName(file string) (n snapshotName, ok bool) {
 	id, ok := strings.CutSuffix(file, snapshotSuffix)
 	if !ok {
 		return n, false
 	}
-	// Printing it again refuses all that Sscanf is lenient about.
+	// Sscanf is lenient: accept only a name that is printed the same again.
 	if _, err := fmt.Sscanf(id, snapshotPrefix+"%d-%d-%d", &n.term, &n.index, &n.unixms); err != nil {
 		return n, false
 	}
@@ -188,7 +188,8 @@ func (n snapshotName) compare(o snapshotName) int {
 	return 0
 }
 
-// isUnreadable says that a file was read and found bad, not that reading failed.
+// isUnreadable reports whether a file was read and its content rejected, as
+// opposed to an error of reading.
 func isUnreadable(err error) bool {
 	return errors.Is(err, ErrDamaged) || errors.Is(err, ErrWrongKey) || errors.Is(err, ErrNewerFormat)
 }

@@ -17,45 +17,37 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// SnapshotDir is the snapshots' place inside the data directory.
+// SnapshotDir is the directory of the snapshots inside the data directory.
 const SnapshotDir = "snapshots"
 
 const (
-	// keptSnapshots is one for use and one for the day that one is damaged.
+	// One is a reserve, in case the other is damaged.
 	keptSnapshots = 2
 	snapshotTemp  = ".tmp"
 )
 
-// SnapshotStore keeps Raft's snapshots, sealed, one file each. A snapshot
-// exists once it is whole and synced, and never changes after. All methods may
-// be called by many goroutines.
+// SnapshotStore keeps Raft's snapshots, sealed, one file each. A snapshot exists
+// once it is complete and synced, and never changes afterwards. All methods are
+// safe for concurrent use.
 type SnapshotStore struct {
 	dir     string
 	sealer  keyring.Sealer
 	log     *slog.Logger
 	metrics storeMetrics
 
-	writing sync.Mutex   // serialises the end of a snapshot and the removal of old ones
-	lastMS  atomic.Int64 // of the last id given, so that ids never repeat
+	writing sync.Mutex   // serialises writing a snapshot and removing old ones
+	lastMS  atomic.Int64 // in the last id given, so that ids never repeat
 }
 
 var _ raft.SnapshotStore = (*SnapshotStore)(nil)
 
-// SnapshotStoreOptions say where the store is and what it needs. All are
-// required.
-type SnapshotStoreOptions struct {
-	Dir     string // the data directory; its lock is held by the caller
-	Sealer  keyring.Sealer
-	Logger  *slog.Logger
-	Metrics *Metrics
-}
-
-// OpenSnapshotStore makes the directory if it is not there and removes what an
-// interrupted snapshot left behind.
-func OpenSnapshotStore(o SnapshotStoreOptions) (*SnapshotStore, error) {
+// OpenSnapshotStore makes the directory if it does not exist, and removes the
+// files of interrupted snapshots.
+func OpenSnapshotStore(o Options) (*SnapshotStore, error) {
 	s := &SnapshotStore{
 		dir:     filepath.Join(o.Dir, SnapshotDir),
 		sealer:  o.Sealer,
@@ -71,7 +63,7 @@ func OpenSnapshotStore(o SnapshotStoreOptions) (*SnapshotStore, error) {
 func (s *SnapshotStore) open(dataDir string) error {
 	err := os.Mkdir(s.dir, 0o700)
 	if err == nil {
-		return syncDir(dataDir)
+		return atomicfile.SyncDir(dataDir)
 	}
 	if !errors.Is(err, fs.ErrExist) {
 		return err
@@ -92,7 +84,7 @@ func (s *SnapshotStore) open(dataDir string) error {
 }
 
 // Create begins a snapshot. The sink holds it in memory, up to 64 MiB, and
-// writes it when it is closed. Only version 1 is known.
+// writes it on Close. Only snapshot version 1 is supported.
 func (s *SnapshotStore) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, _ raft.Transport,
 ) (raft.SnapshotSink, error) {
@@ -122,9 +114,9 @@ func (s *SnapshotStore) nextMS() int64 {
 	}
 }
 
-// List gives the good snapshots, the newest first, at most two. Each is opened
-// whole to know. Damaged ones are skipped and logged; when there is nothing
-// else, List fails: an empty list would make raft start from nothing.
+// List returns the intact snapshots, newest first, at most two. It reads each one
+// whole to verify it. It logs and skips damaged ones. When all are damaged it
+// fails, because raft would take an empty list for a new node.
 func (s *SnapshotStore) List() ([]*raft.SnapshotMeta, error) {
 	names, err := s.names()
 	if err != nil {
@@ -135,7 +127,7 @@ func (s *SnapshotStore) List() ([]*raft.SnapshotMeta, error) {
 	for _, n := range names {
 		meta, _, err := s.read(n.id())
 		switch {
-		case errors.Is(err, fs.ErrNotExist): // a newer one has just replaced it
+		case errors.Is(err, fs.ErrNotExist): // removed meanwhile, for a newer one
 			continue
 		case err != nil:
 			s.metrics.damaged.Inc()
@@ -148,13 +140,13 @@ func (s *SnapshotStore) List() ([]*raft.SnapshotMeta, error) {
 		}
 	}
 	if len(good) == 0 && bad != nil {
-		return nil, fmt.Errorf("list snapshots in %s: none can be used: %w", s.dir, inWords(bad))
+		return nil, fmt.Errorf("list snapshots in %s: none can be used: %w", s.dir, withHint(bad))
 	}
 	return good, nil
 }
 
-// Open gives a snapshot in clear. All of it has been verified before the first
-// byte is read; Size in the meta is that of the plaintext.
+// Open returns the plaintext of a snapshot, verified as a whole. Size in the meta
+// is the size of the plaintext.
 func (s *SnapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
 	if _, ok := parseSnapshotName(id + snapshotSuffix); !ok {
 		return nil, nil, fmt.Errorf("open snapshot %q: %w", id, fs.ErrNotExist)
@@ -189,7 +181,7 @@ func (s *SnapshotStore) read(id string) (*raft.SnapshotMeta, []byte, error) {
 	return parseSnapshot(b, s.sealer, id)
 }
 
-// names are all snapshot files, the newest first, readable or not.
+// names returns all snapshot files, newest first, intact or not.
 func (s *SnapshotStore) names() ([]snapshotName, error) {
 	files, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -205,9 +197,9 @@ func (s *SnapshotStore) names() ([]snapshotName, error) {
 	return names, nil
 }
 
-// write makes a snapshot durable, then removes those beyond the newest two
-// good ones. A failed sync is not tried again: the file is thrown away, and
-// raft's next snapshot is a new one.
+// write makes a snapshot durable, then removes all but the two newest intact
+// ones. A failed sync is not retried: the file is removed, and raft takes another
+// snapshot later.
 func (s *SnapshotStore) write(id string, file []byte) error {
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -219,36 +211,26 @@ func (s *SnapshotStore) write(id string, file []byte) error {
 	}
 	s.metrics.fsync.Observe(time.Since(begin).Seconds())
 	if err := s.removeOld(); err != nil {
-		// The new one is safe; the next snapshot tries again.
+		// The new one is durable; the next snapshot tries again.
 		s.log.Warn("old snapshots not removed", "err", err)
 	}
 	return nil
 }
 
 func writeDurably(path string, b []byte) error {
-	temp := path + snapshotTemp
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	err := atomicfile.Write(path, path+snapshotTemp, func(w io.Writer) error {
+		_, err := w.Write(b)
 		return err
-	}
-	_, err = f.Write(b)
+	})
 	if err == nil {
-		err = f.Sync()
+		return nil
 	}
-	err = errors.Join(err, f.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
+	// Renamed, but the directory was not synced: whether the file survives a crash
+	// is unknown. The caller assumes that it does not exist, so remove it.
+	if removeErr := os.Remove(path); !errors.Is(removeErr, fs.ErrNotExist) {
+		err = errors.Join(err, removeErr)
 	}
-	if err != nil {
-		_ = os.Remove(temp) // else the next open does it
-		return err
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		// Whether it is there after a crash is unknown; the caller takes it for
-		// absent, so it must be.
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
+	return err
 }
 
 func (s *SnapshotStore) removeOld() error {
@@ -263,8 +245,7 @@ func (s *SnapshotStore) removeOld() error {
 			if err == nil {
 				good++
 			}
-			// A bad one stays until two good ones make it useless, for whoever
-			// wants to look at it.
+			// Keep a damaged one for inspection until there are two intact ones.
 			continue
 		}
 		if err := os.Remove(filepath.Join(s.dir, n.id()+snapshotSuffix)); err != nil {
@@ -275,7 +256,7 @@ func (s *SnapshotStore) removeOld() error {
 	return nil
 }
 
-// snapshotSink is one snapshot being taken. Raft uses it from one goroutine.
+// snapshotSink is a snapshot being taken. Raft uses it from one goroutine.
 type snapshotSink struct {
 	store *SnapshotStore
 	id    string
@@ -296,8 +277,7 @@ func (k *snapshotSink) Write(p []byte) (int, error) {
 	return k.body.Write(p)
 }
 
-// Close makes the snapshot durable. Called again it does nothing, as raft
-// expects.
+// Close makes the snapshot durable. A second call does nothing, as raft expects.
 func (k *snapshotSink) Close() error {
 	if k.ended {
 		return nil
@@ -317,7 +297,7 @@ func (k *snapshotSink) Close() error {
 	return nil
 }
 
-// Cancel drops the snapshot.
+// Cancel discards the snapshot.
 func (k *snapshotSink) Cancel() error {
 	k.ended = true
 	k.body = bytes.Buffer{}

@@ -18,16 +18,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-func snapshotOptions(t testing.TB, dir string) SnapshotStoreOptions {
-	return SnapshotStoreOptions{
-		Dir: dir, Sealer: testSealer(t, 1),
-		Logger: slog.New(slog.DiscardHandler), Metrics: NewMetrics(prometheus.NewRegistry()),
-	}
-}
-
 func openSnapshots(t testing.TB, dir string) *SnapshotStore {
 	t.Helper()
-	s, err := OpenSnapshotStore(snapshotOptions(t, dir))
+	s, err := OpenSnapshotStore(storeOptions(t, dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +81,7 @@ func readSnapshot(t testing.TB, s *SnapshotStore, id string) (*raft.SnapshotMeta
 	return meta, body
 }
 
-func TestSnapshotReadsBackInClear(t *testing.T) {
+func TestSnapshotRoundTrip(t *testing.T) {
 	dir := t.TempDir()
 	for _, size := range []int{0, 1, 5_000_000} {
 		body := bytes.Repeat([]byte("x"), size)
@@ -102,7 +95,7 @@ func TestSnapshotReadsBackInClear(t *testing.T) {
 			t.Fatal(d)
 		}
 		if !bytes.Equal(got, body) {
-			t.Fatalf("%d bytes came back as %d", len(body), len(got))
+			t.Fatalf("wrote %d bytes, read %d others", len(body), len(got))
 		}
 	}
 }
@@ -126,11 +119,11 @@ func TestTheNewestTwoSnapshotsAreKept(t *testing.T) {
 	}
 	a, b := takeSnapshot(t, s, 600, 3, nil), takeSnapshot(t, s, 600, 3, nil)
 	if a == b {
-		t.Fatalf("two snapshots of one id %s", a)
+		t.Fatalf("two snapshots have the id %s", a)
 	}
 }
 
-func TestUnfinishedSnapshotsAreNone(t *testing.T) {
+func TestUnfinishedSnapshotsAreNotListed(t *testing.T) {
 	dir := t.TempDir()
 	s := openSnapshots(t, dir)
 	takeSnapshot(t, s, 1, 1, []byte("good"))
@@ -155,13 +148,13 @@ func TestUnfinishedSnapshotsAreNone(t *testing.T) {
 		t.Fatalf("the unfinished file is still there: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, SnapshotDir, "notes.txt")); err != nil {
-		t.Fatalf("somebody else's file is gone: %v", err)
+		t.Fatalf("a file that is not a snapshot was removed: %v", err)
 	}
 }
 
-func TestDamagedSnapshotsAreSkippedAndOlderOnesUsed(t *testing.T) {
+func TestListSkipsDamagedSnapshots(t *testing.T) {
 	dir := t.TempDir()
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	reg := prometheus.NewRegistry()
 	o.Metrics = NewMetrics(reg)
 	var logged bytes.Buffer
@@ -180,7 +173,7 @@ func TestDamagedSnapshotsAreSkippedAndOlderOnesUsed(t *testing.T) {
 			t.Fatalf("listed %v", got)
 		}
 		if _, _, err := s.Open(newer); !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-			t.Fatalf("opened a damaged one: %v", err)
+			t.Fatalf("opening a damaged snapshot: %v", err)
 		}
 	}
 	for range 300 {
@@ -194,10 +187,10 @@ func TestDamagedSnapshotsAreSkippedAndOlderOnesUsed(t *testing.T) {
 	spoil(append(bytes.Clone(good), 0))
 	spoil(readFile(t, filepath.Join(dir, SnapshotDir, old+snapshotSuffix))) // the old one under the new name
 	if !strings.Contains(logged.String(), "snapshot skipped") || metric(t, reg, "dsnode_storage_damaged_total", "snapshot") < 400 {
-		t.Fatal("nobody was told")
+		t.Fatal("nothing was logged")
 	}
 
-	// A new good one leaves two good ones, and the damaged one between them.
+	// After another good one there are two, with the damaged one between them.
 	takeSnapshot(t, s, 300, 1, []byte("good again"))
 	if got := listed(t, s); !slices.Equal(got, []uint64{300, 100}) {
 		t.Fatalf("listed %v", got)
@@ -207,15 +200,15 @@ func TestDamagedSnapshotsAreSkippedAndOlderOnesUsed(t *testing.T) {
 		t.Fatalf("listed %v", got)
 	}
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-		t.Fatalf("the damaged one outlives its use: %v", err)
+		t.Fatalf("the damaged snapshot was not removed: %v", err)
 	}
 }
 
-func TestOnlyDamagedSnapshotsAreAnErrorNotAnEmptyList(t *testing.T) {
+func TestListFailsWhenAllSnapshotsAreDamaged(t *testing.T) {
 	dir := t.TempDir()
 	s := openSnapshots(t, dir)
 	id := takeSnapshot(t, s, 100, 1, []byte("state"))
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	o.Sealer = testSealer(t, 2)
 	other, err := OpenSnapshotStore(o)
 	if err != nil {
@@ -232,7 +225,7 @@ func TestOnlyDamagedSnapshotsAreAnErrorNotAnEmptyList(t *testing.T) {
 	}
 }
 
-func TestSnapshotStoreRefuses(t *testing.T) {
+func TestSnapshotStoreRefusesInvalidCalls(t *testing.T) {
 	s := openSnapshots(t, t.TempDir())
 	if _, err := s.Create(0, 1, 1, threeVoters, 1, nil); !errors.Is(err, ErrNewerFormat) {
 		t.Errorf("version 0: %v", err)
@@ -250,16 +243,16 @@ func TestSnapshotStoreRefuses(t *testing.T) {
 		}
 	}
 	if _, err := sink.Write([]byte{1}); !errors.Is(err, ErrTooLarge) {
-		t.Errorf("beyond the bound: %v", err)
+		t.Errorf("a snapshot that is too large: %v", err)
 	}
 	if err := sink.Cancel(); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestAFailedWriteLeavesNoSnapshot(t *testing.T) {
+func TestFailedWriteLeavesNoSnapshot(t *testing.T) {
 	dir := t.TempDir()
-	o := snapshotOptions(t, dir)
+	o := storeOptions(t, dir)
 	reg := prometheus.NewRegistry()
 	o.Metrics = NewMetrics(reg)
 	s, err := OpenSnapshotStore(o)
@@ -271,7 +264,7 @@ func TestAFailedWriteLeavesNoSnapshot(t *testing.T) {
 	}
 	sink := beginSnapshot(t, s, 1, 1)
 	if err := sink.Close(); !errors.Is(err, fs.ErrNotExist) {
-		t.Fatalf("written into a directory that is gone: %v", err)
+		t.Fatalf("writing to a removed directory: %v", err)
 	}
 	if n := metric(t, reg, "dsnode_storage_failures_total", "snapshot"); n != 1 {
 		t.Fatalf("%v failures counted", n)
@@ -285,14 +278,14 @@ func TestCheckTogetherFindsAHole(t *testing.T) {
 		covered uint64 // by the snapshot, 0 for none
 		want    error
 	}{
-		{"nothing at all", nil, 0, nil},
+		{"no log, no snapshot", nil, 0, nil},
 		{"log from the beginning", entriesFrom(1, 9, 1), 0, nil},
 		{"compacted log", entriesFrom(50, 99, 1), 60, nil},
-		{"log goes on where the snapshot ends", entriesFrom(61, 99, 1), 60, nil},
+		{"log continues where the snapshot ends", entriesFrom(61, 99, 1), 60, nil},
 		{"snapshot was installed", append(entriesFrom(1, 9, 1), entriesFrom(61, 99, 1)...), 60, nil},
 		{"installed, nothing stored since", entriesFrom(1, 9, 1), 60, nil},
 		{"snapshot covers all", entriesFrom(1, 60, 1), 60, nil},
-		{"snapshot is gone", entriesFrom(50, 99, 1), 0, ErrDamaged},
+		{"no snapshot of a compacted log", entriesFrom(50, 99, 1), 0, ErrDamaged},
 		{"only an older snapshot is left", entriesFrom(62, 99, 1), 60, ErrDamaged},
 		{"gap that no snapshot covers", append(entriesFrom(1, 9, 1), entriesFrom(61, 99, 1)...), 5, ErrDamaged},
 	}
@@ -329,12 +322,12 @@ func FuzzParseSnapshot(f *testing.F) {
 			t.Fatalf("unnamed error %v", err)
 		}
 		if err == nil && meta.Size != int64(len(body)) {
-			t.Fatalf("%d bytes, meta says %d", len(body), meta.Size)
+			t.Fatalf("%d bytes, but the meta says %d", len(body), meta.Size)
 		}
 	})
 }
 
-// The sealed meta is out of a fuzzer's reach behind the seal; this one is not.
+// A fuzzer can't produce a sealed configuration, so this one tests decoding alone.
 func FuzzSnapshotConfiguration(f *testing.F) {
 	f.Add(raft.EncodeConfiguration(threeVoters))
 	f.Add([]byte{})

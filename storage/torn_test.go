@@ -17,7 +17,7 @@ import (
 	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
-// content is all that a store holds, for comparing.
+// content is everything that a store holds, for comparison.
 type content struct {
 	indexRange
 	entries map[uint64]raft.Log
@@ -64,7 +64,7 @@ func (c content) equal(o content) bool {
 	return true
 }
 
-// image is the store's files at one moment.
+// image is the content of the store's files at one moment.
 type image struct{ db, mark []byte }
 
 func imageOf(t testing.TB, dir string) image {
@@ -80,17 +80,17 @@ func (i image) write(t testing.TB, dir string) {
 	}
 }
 
-// closedImage is like i, but closed in order: opening it is quicker.
+// closed returns i with a mark that says "closed in order": opening that is faster.
 func (i image) closed() image {
-	m, ok := parseRaftMark(i.mark)
+	m, ok := raftMarkFormat.Parse(i.mark)
 	if !ok {
 		panic("no mark")
 	}
-	m.state = markClosed
-	return image{i.db, m.append(nil)}
+	m.State = boltfile.MarkClosed
+	return image{i.db, raftMarkFormat.Append(nil, m)}
 }
 
-// filled makes a store with something of everything, of more than one page each.
+// filled makes a store with entries and stable values on several pages.
 func filled(t testing.TB, dir string) *RaftStore {
 	s := openRaft(t, dir)
 	mustStore(t, s, entriesFrom(1, 400, 1)...)
@@ -104,10 +104,10 @@ func filled(t testing.TB, dir string) *RaftStore {
 	return s
 }
 
-// A machine that loses power in the middle of a transaction leaves any subset
-// of its sectors. Before the data is synced the meta page is not written: the
-// store must open as it was before. A torn meta page leaves before or after.
-func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
+// A power failure during a transaction leaves any subset of its sectors. Data is
+// synced before the meta page is written, so with torn data the store must open
+// as it was before. With a torn meta page it opens as before or after.
+func TestTornTransactionIsAppliedWhollyOrNotAtAll(t *testing.T) {
 	transactions := []struct {
 		name string
 		do   func(s *RaftStore) error
@@ -150,7 +150,7 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 			opens := func(what string, i image, may ...content) {
 				t.Helper()
 				i.write(t, dir)
-				s, err := OpenRaftStore(raftOptions(t, dir))
+				s, err := OpenRaftStore(storeOptions(t, dir))
 				if err != nil {
 					t.Fatalf("%s: %v", what, err)
 				}
@@ -160,7 +160,7 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 				}
 				closeRaft(t, s)
 				if !slices.ContainsFunc(may, got.equal) {
-					t.Fatalf("%s: neither before nor after", what)
+					t.Fatalf("%s: the content is neither that before nor that after the transaction", what)
 				}
 			}
 			for n := range tries {
@@ -168,7 +168,7 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 				opens(fmt.Sprintf("data torn in %d", size), image{tear(old.db, done.db, size), old.mark}, before)
 			}
 			opens("data whole, old meta", image{append(bytes.Clone(old.db[:2*pageSize]), done.db[2*pageSize:]...), old.mark}, before)
-			// The mark is never synced: it may be missing or torn as well.
+			// The mark is never synced: it may be missing or torn too.
 			opens("no mark", image{tear(old.db, done.db, 512), nil}, before)
 			opens("torn mark", image{tear(old.db, done.db, 512), old.mark[:20]}, before)
 
@@ -192,8 +192,8 @@ func TestTornTransactionsLeaveBeforeOrAfter(t *testing.T) {
 	}
 }
 
-// tear gives old with a random part of the sectors that differ in done, its
-// length being one of the two; the meta pages stay.
+// tear returns old with a random subset of the sectors that differ in done, with
+// the length of either. The meta pages stay as in old.
 func tear(old, done []byte, sector int) []byte {
 	b := bytes.Clone(old)
 	if len(done) > len(old) && rand.IntN(2) == 0 {
@@ -207,9 +207,9 @@ func tear(old, done []byte, sector int) []byte {
 	return b
 }
 
-// Whatever a disk does to the file: opening fails with a name for it, or all is
-// there as it was acknowledged. Never anything else, and never a panic.
-func TestDamageIsNoticedOrHarmless(t *testing.T) {
+// After any damage of the file, opening either fails with a named error or finds
+// everything that was acknowledged. It never panics.
+func TestDamageIsDetectedOrHarmless(t *testing.T) {
 	live := t.TempDir()
 	s := filled(t, live)
 	want, err := contentOf(s)
@@ -230,11 +230,11 @@ func TestDamageIsNoticedOrHarmless(t *testing.T) {
 	}{
 		{"bit anywhere", func(b []byte) []byte { b[rand.IntN(used)] ^= 1 << rand.IntN(8); return b }},
 		{"bit in a meta page", func(b []byte) []byte { b[rand.IntN(2)*pageSize+rand.IntN(80)] ^= 1 << rand.IntN(8); return b }},
-		{"bit at a page's begin", func(b []byte) []byte {
+		{"bit in a page header", func(b []byte) []byte {
 			b[rand.IntN(used/pageSize)*pageSize+rand.IntN(64)] ^= 1 << rand.IntN(8)
 			return b
 		}},
-		{"number at a page's begin", func(b []byte) []byte {
+		{"number in a page header", func(b []byte) []byte {
 			at := rand.IntN(used/pageSize)*pageSize + 4*rand.IntN(32)
 			copy(b[at:], []byte{byte(rand.Uint32()), byte(rand.IntN(2)), 0, 0})
 			return b
@@ -256,14 +256,14 @@ func TestDamageIsNoticedOrHarmless(t *testing.T) {
 			copy(b[to:to+pageSize], bytes.Clone(b[from:from+pageSize]))
 			return b
 		}},
-		{"cut", func(b []byte) []byte { return b[:rand.IntN(used)] }},
+		{"truncated", func(b []byte) []byte { return b[:rand.IntN(used)] }},
 	}
 	dir := t.TempDir()
 	var refused, harmless int
 	for n := range tries {
 		how := spoil[n%len(spoil)]
 		image{how.do(bytes.Clone(good.db)), good.mark}.write(t, dir)
-		s, err := OpenRaftStore(raftOptions(t, dir))
+		s, err := OpenRaftStore(storeOptions(t, dir))
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign) {
 				t.Fatalf("%s: %v", how.name, err)
@@ -273,21 +273,21 @@ func TestDamageIsNoticedOrHarmless(t *testing.T) {
 		}
 		got, err := contentOf(s)
 		if err != nil || !got.equal(want) {
-			t.Fatalf("%s: opened with another content: %v", how.name, err)
+			t.Fatalf("%s: opened with different content: %v", how.name, err)
 		}
 		if err := s.StoreLog(entry(got.last+1, 9)); err != nil {
-			t.Fatalf("%s: opened, but can't be written: %v", how.name, err)
+			t.Fatalf("%s: opened, but writing fails: %v", how.name, err)
 		}
 		closeRaft(t, s)
 		harmless++
 	}
 	t.Logf("%d refused, %d harmless", refused, harmless)
 	if refused < tries/4 {
-		t.Fatalf("only %d of %d were refused: nothing was tested", refused, tries)
+		t.Fatalf("only %d of %d damaged files were refused: the test damages too little", refused, tries)
 	}
 }
 
-// Damage under a running store arrives through the mapping.
+// A running store reads damage through its memory mapping.
 func TestDamageWhileRunningStopsTheStore(t *testing.T) {
 	tests := []struct {
 		name  string
@@ -321,7 +321,7 @@ func TestDamageWhileRunningStopsTheStore(t *testing.T) {
 			}
 			<-s.Failed()
 			if err := s.StoreLog(entry(541, 3)); !errors.Is(err, ErrFailed) {
-				t.Fatalf("stored into a damaged store: %v", err)
+				t.Fatalf("storing after damage was found: %v", err)
 			}
 			if _, err := s.LastIndex(); !errors.Is(err, ErrFailed) {
 				t.Fatalf("last index: %v", err)
@@ -340,11 +340,11 @@ func TestPanicsAreContained(t *testing.T) {
 		t.Fatalf("got %v", err)
 	}
 	if err := s.StoreLog(entry(1, 1)); !errors.Is(err, ErrFailed) {
-		t.Fatalf("stored after that: %v", err)
+		t.Fatalf("storing after a panic: %v", err)
 	}
 }
 
-// Our reading of bbolt's pages agrees with bbolt's own.
+// boltfile accepts every file that bbolt itself finds correct.
 func TestPageCheckAgreesWithBolt(t *testing.T) {
 	for n := range 20 {
 		dir := t.TempDir()
@@ -369,7 +369,7 @@ func TestPageCheckAgreesWithBolt(t *testing.T) {
 			}
 			return nil
 		}); err != nil {
-			t.Fatalf("bbolt finds its own file bad: %v", err)
+			t.Fatalf("bbolt reports its own file as damaged: %v", err)
 		}
 		closeRaft(t, s)
 	}
@@ -377,7 +377,7 @@ func TestPageCheckAgreesWithBolt(t *testing.T) {
 
 func FuzzCheckPages(f *testing.F) {
 	dir := f.TempDir()
-	s, err := OpenRaftStore(raftOptions(f, dir))
+	s, err := OpenRaftStore(storeOptions(f, dir))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -397,13 +397,13 @@ func FuzzCheckPages(f *testing.F) {
 	db = db[:pages.HighWater*pageSize]
 	f.Add(uint32(0), []byte{})
 	f.Add(uint32(2*pageSize+8), []byte{1, 0, 255, 255})
-	// A patch of a good file reaches further than bytes from nothing.
+	// Patching a correct file gets further into the check than arbitrary bytes.
 	f.Fuzz(func(t *testing.T, at uint32, patch []byte) {
 		b := bytes.Clone(db)
 		copy(b[int(at)%len(b):], patch)
-		_, err := checkPages(bytes.NewReader(b), int64(len(b)))
+		_, err := boltfile.Check(bytes.NewReader(b), int64(len(b)), raftLayout())
 		if err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrForeign) && !errors.Is(err, io.EOF) {
-			t.Fatalf("unnamed error %v", err)
+			t.Fatalf("unexpected kind of error: %v", err)
 		}
 	})
 }

@@ -298,7 +298,7 @@ func (x *executor) observe(row jobtable.Row) {
 // laneOf is the lane of the first of a job's homes that is this node's to
 // execute; mu is held.
 func (x *executor) laneOf(row jobtable.Row) *lane {
-	for _, s := range row.Homes() {
+	for _, s := range row.AcceptedBy() {
 		if l := x.q.lane(s); l != nil && !l.gone {
 			return l
 		}

@@ -1,50 +1,63 @@
-// Package atomicfile replaces small files so that a crash leaves the old content
-// or the new one, and nothing in between.
+// Package atomicfile replaces files so that a crash leaves either the old or the
+// new content.
 package atomicfile
 
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 )
 
 // Replace gives a file new content, readable by its owner alone. When it returns
-// nil the content is on the disk; after an error the file is as it was, or as it
-// should be. One caller at a time for each path: the next content is written
-// beside it, as path.new.
+// nil the content is on the disk; after an error the file has its old content or
+// the new one. One caller at a time for each path: the new content is first
+// written to path.new.
 func Replace(path string, content []byte) error {
-	if err := replace(path, path+".new", content); err != nil {
+	err := Write(path, path+".new", func(w io.Writer) error {
+		_, err := w.Write(content)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("replace %s: %w", path, err)
 	}
 	return nil
 }
 
-func replace(path, next string, content []byte) error {
-	// A crash may have left one; it holds nothing that anybody relies on.
-	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// Write is Replace with content that fill writes, and with a temporary name of
+// the caller's choice in the same directory.
+func Write(path, temp string, fill func(io.Writer) error) error {
+	// A crash may have left the temporary file; nothing uses its content.
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	f, err := os.OpenFile(next, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(temp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(content)
+	err = fill(f)
 	if err == nil {
 		err = f.Sync()
 	}
 	err = errors.Join(err, f.Close())
 	if err == nil {
-		err = os.Rename(next, path)
+		err = os.Rename(temp, path)
 	}
 	if err != nil {
-		_ = os.Remove(next) // a full disk needs the room; the next one does it otherwise
+		_ = os.Remove(temp) // frees space on a full disk; else the next Write removes it
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(path))
+	return SyncDir(filepath.Dir(path))
+}
+
+// SyncDir makes the entries of a directory durable: files made, renamed or
+// removed in it.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return errors.Join(d.Sync(), d.Close())
 }

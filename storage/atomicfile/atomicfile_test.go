@@ -8,7 +8,7 @@ import (
 
 func TestReplace(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "f")
-	// What a crash left beside it is no hindrance.
+	// A temporary file from a crash does not matter.
 	if err := os.WriteFile(path+".new", []byte("half a"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -25,11 +25,11 @@ func TestReplace(t *testing.T) {
 		t.Errorf("%v %v", info, err)
 	}
 	if _, err := os.Stat(path + ".new"); !os.IsNotExist(err) {
-		t.Errorf("something is left beside it: %v", err)
+		t.Errorf("the temporary file was not removed: %v", err)
 	}
 }
 
-// Where the new content can't be written the old one stays.
+// When the new content can't be written, the file keeps the old content.
 func TestReplaceFails(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "f")
@@ -40,7 +40,7 @@ func TestReplaceFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := Replace(path, []byte("new")); err == nil {
-		t.Fatal("it was replaced")
+		t.Fatal("Replace succeeded")
 	}
 	if got, err := os.ReadFile(path); err != nil || string(got) != "old" {
 		t.Errorf("%q %v", got, err)

@@ -1,11 +1,12 @@
-// Package boltfile decides whether bbolt may open a file, and contains what
-// bbolt does when a file turns out to be damaged later.
+// Package boltfile checks whether bbolt may open a file, and contains bbolt's
+// panics when a file turns out to be damaged later. It also creates bbolt files
+// (create.go) and detects that one has lost its latest transactions (mark.go).
 //
-// It reads bbolt's file format (version 2) by itself. bbolt trusts its pages: a
-// damaged one makes it panic in a goroutine of its own, recurse for ever, or
-// read beyond the end of its mapping, and none of that can be contained from
-// outside. So pages are checked first, through read calls, whose errors are
-// errors. Whether the records are the right ones is for their owner to decide.
+// It parses bbolt's file format (version 2) itself. bbolt trusts its pages: a
+// damaged one can make it panic in its own goroutine, recurse forever, or read
+// beyond the end of its mapping, and a caller can contain none of that. So the
+// pages are checked first, through read calls, which return errors. The content
+// of the records is checked by the file's owner.
 package boltfile
 
 import (
@@ -20,9 +21,9 @@ import (
 )
 
 var (
-	// ErrDamaged means that a file is not what was written.
+	// ErrDamaged means that a file differs from what was written.
 	ErrDamaged = errors.New("stored data is damaged")
-	// ErrForeign means that a file is of another kind than its name says.
+	// ErrForeign means that a file is not of the kind that its name says.
 	ErrForeign = errors.New("not a file of dsnode")
 )
 
@@ -38,34 +39,34 @@ const (
 	metaVersion    = 2
 	metaSize       = 64
 	noFreelistPage = ^uint64(0)
-	maxTreeDepth   = 32 // at least two keys a page: 2^32 pages
+	maxTreeDepth   = 32 // at least two keys per page: 2^32 pages
 )
 
-// Depth says how much of a file is read.
+// Depth is how much of a file Check reads.
 type Depth int
 
 const (
-	// Whole reads every page: what passes can't crash bbolt.
+	// Whole reads every page; a file that passes can't crash bbolt.
 	Whole Depth = iota
-	// Heads reads only the headers of leaf pages: no page is used twice, nor
-	// free and used. A damaged leaf is found when it is used, and Contain holds it.
+	// Heads reads only the headers of leaf pages: no page is used twice, or both
+	// free and used. A damaged leaf is found when it is used, inside Contain.
 	Heads
-	// Branches does not look at leaf pages, for files that are too large for it:
-	// what is left to go wrong is what Contain holds.
+	// Branches does not read leaf pages, for files with too many of them. A damaged
+	// leaf, or one that is used twice, is found when it is used, inside Contain.
 	Branches
 )
 
-// Layout is what a file of ours looks like.
+// Layout describes a bbolt file of dsnode.
 type Layout struct {
-	PageSize int      // given to bbolt explicitly, so files move between machines
-	Buckets  []string // of the top level, in order; there are no others, nor any below
-	// MaxEntry bounds the bytes of a key with its value; 0: only the file does.
+	PageSize int      // passed to bbolt explicitly, so that files can move between machines
+	Buckets  []string // all buckets of the top level, sorted; none of them has sub-buckets
+	// MaxEntry bounds the bytes of a key with its value; 0: bounded by the file's size.
 	MaxEntry int
 	Freelist bool // the file keeps its free list (bbolt's NoFreelistSync is off)
 	Depth    Depth
 }
 
-// Meta is what counts of the valid meta page.
+// Meta is what the valid meta page says.
 type Meta struct {
 	HighWater uint64 // pages that may be in use
 	Txid      uint64 // of the last transaction
@@ -73,8 +74,8 @@ type Meta struct {
 	root, freelist uint64
 }
 
-// Check checks the reachable pages of a bbolt file, as deep as the layout says.
-// The error wraps ErrDamaged or ErrForeign, or is what reading said.
+// Check checks the reachable pages of a bbolt file, to the layout's depth. The
+// error wraps ErrDamaged or ErrForeign, or is an error of reading.
 func Check(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 	m, err := latestMeta(f, size, l)
 	if err != nil {
@@ -82,8 +83,8 @@ func Check(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 	}
 	c := pageCheck{f: f, layout: l, highWater: m.HighWater, seen: make([]uint64, m.HighWater/64+1), maxOverflow: m.HighWater}
 	if l.MaxEntry > 0 {
-		// bbolt splits a page from four keys on, so up to four of the largest
-		// entries may share a run of pages.
+		// bbolt splits a page only if it has at least four keys, so up to four of the
+		// largest entries may share a run of pages.
 		c.maxOverflow = uint64(4*(l.MaxEntry/l.PageSize) + 64)
 	}
 	if err := c.tree(m.root, 0, nil, nil, true); err != nil {
@@ -98,7 +99,7 @@ func Check(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 	return m, nil
 }
 
-// CheckFile is Check of the file at path.
+// CheckFile runs Check on the file at path.
 func CheckFile(path string, l Layout) (Meta, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -112,10 +113,10 @@ func CheckFile(path string, l Layout) (Meta, error) {
 	return Check(f, info.Size(), l)
 }
 
-// Contain, deferred, turns a panic of bbolt into ErrDamaged: it panics on pages
-// that changed under it. A page that the disk refuses to give arrives as a fault
-// at its mapped address, which is a panic, too, between SetPanicOnFault(true)
-// and here; before is what that call returned:
+// Contain, deferred, turns a panic of bbolt into ErrDamaged; bbolt panics on pages
+// that changed while it runs. A page that the disk fails to read causes a fault at
+// its mapped address. SetPanicOnFault(true) makes that a panic too; Contain
+// restores the previous setting, which it is passed:
 //
 //	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 func Contain(err *error, before bool) {
@@ -125,7 +126,7 @@ func Contain(err *error, before bool) {
 	}
 }
 
-// latestMeta picks the meta page that bbolt would pick.
+// latestMeta returns the meta page that bbolt would choose.
 func latestMeta(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 	var best Meta
 	pageSize := int64(l.PageSize)
@@ -152,7 +153,7 @@ func latestMeta(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 			HighWater: binary.NativeEndian.Uint64(b[40:]),
 			Txid:      binary.NativeEndian.Uint64(b[48:]),
 		}
-		// Ours always have these two; other programs' differ.
+		// Our files always have these two values; those of other programs differ.
 		if int64(binary.NativeEndian.Uint32(b[8:])) != pageSize || (m.freelist != noFreelistPage) != l.Freelist {
 			return best, fmt.Errorf("%w: it is another program's database", ErrForeign)
 		}
@@ -161,10 +162,10 @@ func latestMeta(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 		}
 	}
 	if valid == 0 && known == 0 {
-		return best, fmt.Errorf("%w: it is no database", ErrForeign)
+		return best, fmt.Errorf("%w: it is not a database", ErrForeign)
 	}
 	if valid == 0 {
-		return best, fmt.Errorf("%w: both meta pages", ErrDamaged)
+		return best, fmt.Errorf("%w: neither meta page is valid", ErrDamaged)
 	}
 	if best.HighWater < 2 || best.HighWater > uint64(size/pageSize) {
 		return best, fmt.Errorf("%w: it has %d bytes, but %d pages are in use", ErrDamaged, size, best.HighWater)
@@ -172,7 +173,7 @@ func latestMeta(f io.ReaderAt, size int64, l Layout) (Meta, error) {
 	return best, nil
 }
 
-// metaIntact is the check that bbolt makes.
+// metaIntact is bbolt's own check of a meta page.
 func metaIntact(b []byte) bool {
 	sum := fnv.New64a()
 	_, _ = sum.Write(b[:56]) // a hash never fails
@@ -186,14 +187,14 @@ type pageCheck struct {
 	layout      Layout
 	highWater   uint64
 	maxOverflow uint64
-	seen        []uint64                   // a bit a page
+	seen        []uint64                   // one bit per page
 	found       int                        // top-level buckets
-	leaves      int                        // of the bucket: the depth at which its leaves are
-	bufs        [2*maxTreeDepth + 2][]byte // one a level; keys of a level point into its own
+	leaves      int                        // depth of the current bucket's leaves
+	bufs        [2*maxTreeDepth + 2][]byte // one per level; keys of a level point into its buffer
 }
 
-// tree checks the page id and all below it. Keys must lie in [from, to); nil
-// is no limit. top says that the values are buckets.
+// tree checks page id and all pages below it. Keys must lie in [from, to); nil is
+// no limit. top means that the values are buckets.
 func (c *pageCheck) tree(id uint64, depth int, from, to []byte, top bool) error {
 	isRoot := from == nil && to == nil
 	if depth > maxTreeDepth {
@@ -244,7 +245,7 @@ func (c *pageCheck) bucket(e elements, i int, id uint64) error {
 	known := c.found < len(c.layout.Buckets) && string(e.key(i)) == c.layout.Buckets[c.found]
 	switch {
 	case e.flags(i) != leafIsBucket || len(value) < bucketHeader:
-		return fmt.Errorf("%w: page %d holds something that is no bucket", ErrDamaged, id)
+		return fmt.Errorf("%w: page %d has an element that is not a bucket", ErrDamaged, id)
 	case !known:
 		return fmt.Errorf("%w: it has a bucket %q", ErrForeign, e.key(i))
 	}
@@ -269,10 +270,10 @@ func (c *pageCheck) bucket(e elements, i int, id uint64) error {
 	return inline.inOrder(nil, nil)
 }
 
-// skip marks the page id as seen and gives true when it is a leaf, as far as the
-// layout's depth wants to know it.
+// skip reports whether page id is a leaf that the layout's depth excludes from
+// reading, and marks it as seen.
 func (c *pageCheck) skip(id uint64, depth int) (leaf bool, err error) {
-	// All leaves of a bucket are equally deep, so the first tells where.
+	// All leaves of a bucket have the same depth, so the first one gives it.
 	if c.layout.Depth == Branches && depth == c.leaves {
 		if id < 2 || id >= c.highWater {
 			return true, fmt.Errorf("%w: a reference to page %d of %d", ErrDamaged, id, c.highWater)
@@ -287,7 +288,7 @@ func (c *pageCheck) skip(id uint64, depth int) (leaf bool, err error) {
 	return true, c.mark(id, overflow)
 }
 
-// header gives the type of page id and how many more belong to it.
+// header returns the type of page id and the number of overflow pages.
 func (c *pageCheck) header(id uint64) (flags uint16, overflow uint64, err error) {
 	if id < 2 || id >= c.highWater {
 		return 0, 0, fmt.Errorf("%w: a reference to page %d of %d", ErrDamaged, id, c.highWater)
@@ -298,7 +299,7 @@ func (c *pageCheck) header(id uint64) (flags uint16, overflow uint64, err error)
 	}
 	overflow = uint64(binary.NativeEndian.Uint32(header[12:]))
 	if binary.NativeEndian.Uint64(header[:]) != id || overflow > c.maxOverflow || id+overflow >= c.highWater {
-		return 0, 0, fmt.Errorf("%w: header of page %d", ErrDamaged, id)
+		return 0, 0, fmt.Errorf("%w: wrong header of page %d", ErrDamaged, id)
 	}
 	return binary.NativeEndian.Uint16(header[8:]), overflow, nil
 }
@@ -313,15 +314,15 @@ func (c *pageCheck) mark(id, overflow uint64) error {
 	return nil
 }
 
-// freelist checks that what is free is not in use, as far as that was looked at:
-// bbolt would write over it.
+// freelist checks that no free page is in use, as far as the used pages were
+// checked: bbolt would overwrite it.
 func (c *pageCheck) freelist(id uint64) error {
 	flags, overflow, err := c.header(id)
 	if err != nil {
 		return err
 	}
 	if flags != pageFreelist {
-		return fmt.Errorf("%w: page %d has type %x, not the free list's", ErrDamaged, id, flags)
+		return fmt.Errorf("%w: page %d has type %x, not that of the free list", ErrDamaged, id, flags)
 	}
 	if err := c.mark(id, overflow); err != nil {
 		return err
@@ -331,11 +332,11 @@ func (c *pageCheck) freelist(id uint64) error {
 		return fmt.Errorf("read page %d: %w", id, err)
 	}
 	count, ids := uint64(binary.NativeEndian.Uint16(page[10:])), page[pageHeader:]
-	if count == 0xFFFF { // then the first one is their number
+	if count == 0xFFFF { // then the first id is the real count
 		count, ids = binary.NativeEndian.Uint64(ids), ids[8:]
 	}
 	if count > uint64(len(ids)/8) {
-		return fmt.Errorf("%w: %d free pages", ErrDamaged, count)
+		return fmt.Errorf("%w: free list of %d pages", ErrDamaged, count)
 	}
 	for i := range count {
 		free := binary.NativeEndian.Uint64(ids[8*i:])
@@ -349,7 +350,7 @@ func (c *pageCheck) freelist(id uint64) error {
 	return nil
 }
 
-// read gives the page id with its overflow, and marks all of it as seen.
+// read returns page id with its overflow pages, and marks all of them as seen.
 func (c *pageCheck) read(id uint64, depth int, top bool) ([]byte, error) {
 	_, overflow, err := c.header(id)
 	if err == nil {
@@ -373,18 +374,18 @@ func (c *pageCheck) read(id uint64, depth int, top bool) ([]byte, error) {
 	return page, nil
 }
 
-// elements is a page whose elements lie inside it.
+// elements is a page whose elements all lie inside it.
 type elements struct {
 	page   []byte
 	branch bool
 	count  int
 }
 
-// parseElements checks that the page is a branch or a leaf, and that every
-// key and value lies inside it, behind the elements.
+// parseElements checks that the page is a branch or a leaf, and that every key and
+// value lies inside it, after the element headers.
 func parseElements(page []byte, id uint64) (elements, error) {
 	if len(page) < pageHeader {
-		return elements{}, fmt.Errorf("%w: page %d is cut", ErrDamaged, id)
+		return elements{}, fmt.Errorf("%w: page %d is truncated", ErrDamaged, id)
 	}
 	flags := binary.NativeEndian.Uint16(page[8:])
 	e := elements{page: page, branch: flags == pageBranch, count: int(binary.NativeEndian.Uint16(page[10:]))}
@@ -398,7 +399,7 @@ func parseElements(page []byte, id uint64) (elements, error) {
 	for i := range e.count {
 		from, key, value := e.extent(i)
 		if key == 0 || from < behind || from+key+value > uint64(len(page)) {
-			return e, fmt.Errorf("%w: element %d of page %d", ErrDamaged, i, id)
+			return e, fmt.Errorf("%w: element %d of page %d reaches outside of it", ErrDamaged, i, id)
 		}
 	}
 	return e, nil
@@ -406,7 +407,7 @@ func parseElements(page []byte, id uint64) (elements, error) {
 
 func (e elements) at(i int) []byte { return e.page[pageHeader+i*pageElement:] }
 
-// extent is where the key begins in the page, and the sizes of key and value.
+// extent returns where the key begins in the page, and the sizes of key and value.
 func (e elements) extent(i int) (from, key, value uint64) {
 	b := e.at(i)
 	base := uint64(pageHeader + i*pageElement)

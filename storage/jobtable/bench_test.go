@@ -11,10 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// manyJobs is the size of the table that lists and restarts are measured with.
+// manyJobs is the number of jobs in the table for lists and restarts.
 var manyJobs = flag.Int("jobs", 20_000, "jobs in the benchmarks of a large table")
 
 func BenchmarkSubmit(b *testing.B) {
@@ -28,7 +29,8 @@ func BenchmarkSubmit(b *testing.B) {
 	applyAll(b, table, l)
 }
 
-// A job's life: 64 are in flight, so most are written once or twice.
+// BenchmarkLife submits, starts and finishes jobs. 64 are in progress at a time, so
+// most rows are written once or twice.
 func BenchmarkLife(b *testing.B) {
 	w := newWorld(b)
 	table := start(b, w.options(b.TempDir()))
@@ -75,7 +77,7 @@ func applyAll(b *testing.B, table *running, l *log) {
 	b.StopTimer()
 }
 
-// cpuTime of the process: what a busy machine doesn't distort.
+// cpuTime is that of the process, which other load on the machine hardly changes.
 func cpuTime(b *testing.B) time.Duration {
 	b.Helper()
 	var u syscall.Rusage
@@ -85,7 +87,7 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// BenchmarkMany asks a table of -jobs finished jobs, and opens it again.
+// BenchmarkMany queries a table of -jobs finished jobs, and opens it again.
 func BenchmarkMany(b *testing.B) {
 	w := newWorld(b)
 	dir := b.TempDir()
@@ -111,7 +113,7 @@ func BenchmarkMany(b *testing.B) {
 		f    Filter
 	}{
 		{"page of a tenant", Filter{Tenant: "3", Limit: 20}},
-		{"status that none has", Filter{Tenant: "3", Status: []journal.Status{journal.Failed}}},
+		{"status without jobs", Filter{Tenant: "3", Status: []journal.Status{journal.Failed}}},
 		{"page of all", Filter{AllTenants: true, Limit: 20}},
 	} {
 		b.Run(q.name, func(b *testing.B) {
@@ -145,12 +147,12 @@ func BenchmarkMany(b *testing.B) {
 	b.Run("open after a kill", func(b *testing.B) {
 		mark := filepath.Join(dir, markFile)
 		for b.Loop() {
-			m, _, err := readMark(mark)
+			m, _, err := markFormat.Read(mark)
 			if err != nil {
 				b.Fatal(err)
 			}
-			m.state = markOpen
-			if err := os.WriteFile(mark, m.append(nil), 0o600); err != nil {
+			m.State = boltfile.MarkOpen
+			if err := os.WriteFile(mark, markFormat.Append(nil, m), 0o600); err != nil {
 				b.Fatal(err)
 			}
 			table, err := Open(o)

@@ -13,12 +13,12 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Check reads the whole table and says whether it agrees with itself: every row
-// is canonical, every index has an entry for it and no other, and counts, seals
-// and digests are those of the rows. The error wraps ErrDamaged.
+// Check reads the whole table and verifies it: every row is canonical, every index
+// has exactly the entries of the rows, and counts, seals and digests match the rows.
+// The error wraps ErrDamaged.
 //
-// It makes everything durable first and then reads at one moment; a file that
-// has to grow meanwhile waits for it. It takes some microseconds a row.
+// It makes everything durable first and then reads in one transaction; a commit that
+// grows the file waits meanwhile. It takes some microseconds per row.
 func (t *Table) Check(ctx context.Context) error {
 	if err := t.flush(ctx); err != nil {
 		return err
@@ -64,7 +64,7 @@ func checkTables(ctx context.Context, tx *bbolt.Tx) error {
 			return err
 		}
 		if count != entries[n] {
-			return fmt.Errorf("%w: the index %q has %d entries for %d", ErrDamaged, bucketNames[n], count, entries[n])
+			return fmt.Errorf("%w: the index %q has %d entries, the rows have %d", ErrDamaged, bucketNames[n], count, entries[n])
 		}
 	}
 	return errors.Join(checkCounts(tx, all), checkSeals(tx, all), checkDigests(tx, all))
@@ -75,12 +75,12 @@ func checkRow(s *state) error {
 	switch {
 	case !canonical(s.records):
 		return fmt.Errorf("%w: the row is not in canonical order", ErrDamaged)
-	case s.until > 0 && len(s.records) > 0:
+	case s.idUntil > 0 && len(s.records) > 0:
 		return fmt.Errorf("%w: a forgotten job has records", ErrDamaged)
 	case len(subs) > 0 && s.at != subs[0].Clock:
-		return fmt.Errorf("%w: the row's time is not that of its submission", ErrDamaged)
-	case len(s.records) > 0 && (s.noted > 0) == (Row{s.records}).visible():
-		return fmt.Errorf("%w: a row without submission and when it was seen", ErrDamaged)
+		return fmt.Errorf("%w: the row's time differs from that of its submission", ErrDamaged)
+	case len(s.records) > 0 && (s.firstSeen > 0) == (Row{s.records}).visible():
+		return fmt.Errorf("%w: the time first seen is set for a row with a submission, or missing for one without", ErrDamaged)
 	}
 	return nil
 }
@@ -93,7 +93,7 @@ func checkCounts(tx *bbolt.Tx, all *batch) error {
 			n = int64(binary.BigEndian.Uint64(b[8*i:]))
 		}
 		if n != want {
-			return fmt.Errorf("%w: %d jobs are said to be %s, %d are", ErrDamaged, n, statuses[i], want)
+			return fmt.Errorf("%w: %d jobs are counted as %s, the rows have %d", ErrDamaged, n, statuses[i], want)
 		}
 	}
 	return nil
@@ -107,7 +107,7 @@ func checkSeals(tx *bbolt.Tx, all *batch) error {
 		}
 		id := [8]byte(k)
 		if n := int64(binary.BigEndian.Uint64(v)); n != left[id] {
-			return fmt.Errorf("%w: key %x is said to seal %d payloads, it does %d", ErrDamaged, k, n, left[id])
+			return fmt.Errorf("%w: key %x is counted for %d payloads, the rows have %d", ErrDamaged, k, n, left[id])
 		}
 		delete(left, id)
 		return nil
@@ -118,19 +118,19 @@ func checkSeals(tx *bbolt.Tx, all *batch) error {
 	return err
 }
 
-// checkDigests compares the slots that are there and not yet half forgotten.
+// checkDigests compares the slots that no node has begun to forget.
 func checkDigests(tx *bbolt.Tx, all *batch) error {
 	for slot, want := range all.digests {
 		v := bucket(tx, tableDigests).Get(slot.key())
 		if v == nil && slot != liveSlot {
-			continue // before the cut
+			continue // older than the cut
 		}
 		if len(v) != len(want)*16 {
 			return fmt.Errorf("%w: digests of %d bytes", ErrDamaged, len(v))
 		}
 		for i := range want {
 			if !bytes.Equal(v[16*i:16*i+16], want[i][:]) {
-				return fmt.Errorf("%w: the digest of bucket %d in slot %d", ErrDamaged, i, slot)
+				return fmt.Errorf("%w: the digest of bucket %d in slot %d is wrong", ErrDamaged, i, slot)
 			}
 		}
 	}

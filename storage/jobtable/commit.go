@@ -21,18 +21,18 @@ import (
 )
 
 // commitEvery is how long changes collect in memory. A job that is submitted,
-// executed and finished meanwhile is written once, and the journal's own syncs
-// have the disk for themselves.
+// executed and finished meanwhile is written once, and the journals' own syncs do
+// not compete for the disk.
 const commitEvery = 500 * time.Millisecond
 
-// yieldRows is after how many rows of a commit others get the processor. A commit
-// has thousands of them, tens of µs each, and rarely somebody who waits, as all
-// else that a node does has.
+// yieldRows is the number of rows after which a commit yields the processor. A
+// commit has thousands of rows, each takes tens of µs, and hardly any caller waits
+// for it, in contrast to everything else that a node does.
 const yieldRows = 8
 
-// Run commits what Apply and Merge changed and sweeps what is due, until ctx
-// ends; what was visible then is durable. An error means that the node has to
-// stop: it wraps ErrFailed.
+// Run commits the changes of Apply and Merge and sweeps what is due, until ctx ends.
+// The last commit makes everything durable that is visible. An error wraps
+// ErrFailed and means that the node has to stop.
 func (t *Table) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return t.commitLoop(ctx) })
@@ -64,45 +64,45 @@ func (t *Table) commitLoop(ctx context.Context) error {
 	}
 }
 
-// change of one row that a commit writes.
+// rowChange is a changed row to be committed.
 type rowChange struct {
 	id      journal.JobID
 	next    state
 	version uint64
-	filed   bool // the file has a row already
+	inFile  bool // the file already has a row of the job
 }
 
-// batch is what one transaction writes, and its scratch.
+// batch is the content of one transaction, with scratch buffers.
 type batch struct {
 	applied map[journal.Stream]position
 	rows    []rowChange
 
 	counts  [len(statuses)]int64
 	seals   map[keyring.KeyID]int64
-	digests map[Slot]*[256][16]byte
+	digests map[timeSlot]*[256][16]byte
 
-	arena   arena // of values
+	arena   arena // for values
 	scratch []byte
 	old     []indexKey
 	next    []indexKey
 }
 
-// arena gives room for values, which bbolt keeps until the commit.
+// arena allocates values, which bbolt refers to until the commit.
 type arena struct{ free []byte }
 
 const arenaChunk = 1 << 20
 
-// room is empty, with a capacity of at least n.
-func (a *arena) room(n int) []byte {
+// space returns an empty slice with a capacity of at least n.
+func (a *arena) space(n int) []byte {
 	if cap(a.free) < n {
 		a.free = make([]byte, 0, max(n, arenaChunk))
 	}
 	return a.free[:0]
 }
 
-// took says that n bytes of the last room are used.
-func (a *arena) took(n int) {
-	if n <= cap(a.free) { // else it did not fit after all, and was moved
+// keep reserves n bytes of the slice that space returned last.
+func (a *arena) keep(n int) {
+	if n <= cap(a.free) { // else it did not fit and was reallocated
 		a.free = a.free[n:n:cap(a.free)]
 	}
 }
@@ -111,11 +111,11 @@ func newBatch() *batch {
 	return &batch{
 		applied: map[journal.Stream]position{},
 		seals:   map[keyring.KeyID]int64{},
-		digests: map[Slot]*[256][16]byte{},
+		digests: map[timeSlot]*[256][16]byte{},
 	}
 }
 
-// commit writes all that is visible. Its callers don't overlap.
+// commit writes everything that is visible. Calls must not overlap.
 func (t *Table) commit() error {
 	if err := t.usable(); err != nil {
 		return err
@@ -124,10 +124,11 @@ func (t *Table) commit() error {
 	if len(b.rows) > 0 || len(b.applied) > 0 {
 		start := time.Now()
 		if err := t.write(b); err != nil {
-			// The mark first: should the node be killed now, the file is not believed.
-			t.now.state = markDamaged
-			if markErr := t.mark.write(t.now); markErr != nil {
-				t.o.Logger.Error("the damaged job table can't be marked as such", "err", markErr)
+			// Before anything else, so that the next start does not use the file even if
+			// the node is killed now.
+			t.now.State = boltfile.MarkDamaged
+			if markErr := markFormat.Write(t.mark, t.now); markErr != nil {
+				t.o.Logger.Error("can't mark the job table as damaged", "err", markErr)
 			}
 			return t.setFailed("commit", err)
 		}
@@ -138,14 +139,14 @@ func (t *Table) commit() error {
 	return nil
 }
 
-// collect takes what has changed. Positions first: the rows that are taken
-// after them hold at least that much.
+// collect takes the changes. It reads positions first: rows read after them include
+// at least those records.
 func (t *Table) collect() *batch {
 	b := newBatch()
 	t.mu.Lock()
 	t.begun++
 	for s, p := range t.streams {
-		if p.drop || p.seen > p.durable {
+		if p.seen > p.durable {
 			b.applied[s] = *p
 		}
 	}
@@ -154,7 +155,7 @@ func (t *Table) collect() *batch {
 		s := &t.stripes[i]
 		s.mu.Lock()
 		for id, e := range s.entries {
-			b.rows = append(b.rows, rowChange{id: id, next: e.state, version: e.version, filed: e.filed})
+			b.rows = append(b.rows, rowChange{id: id, next: e.state, version: e.version, inFile: e.inFile})
 		}
 		s.mu.Unlock()
 	}
@@ -162,7 +163,7 @@ func (t *Table) collect() *batch {
 	return b
 }
 
-// retire forgets what the file holds now, and wakes who waited for it.
+// retire removes the entries that the file now has, and wakes waiters.
 func (t *Table) retire(b *batch) {
 	t.retired.Add(1)
 	for i := range b.rows {
@@ -175,25 +176,18 @@ func (t *Table) retire(b *batch) {
 			t.pending.Add(-e.bytes)
 			delete(s.entries, c.id)
 		default:
-			e.filed = !c.next.empty()
+			e.inFile = !c.next.empty()
 		}
 		s.mu.Unlock()
 	}
 	t.metrics.pending.Set(float64(t.pending.Load()))
 	t.mu.Lock()
 	for s, p := range b.applied {
-		switch now := t.streams[s]; {
-		case p.drop && now.drop:
-			delete(t.streams, s)
-		case p.drop: // used again since
-			now.durable = 0
-		default:
-			now.durable = p.seen
-		}
+		t.streams[s].durable = p.seen
 	}
 	t.done = t.begun
 	t.mu.Unlock()
-	t.room.open()
+	t.space.open()
 	t.finished.open()
 }
 
@@ -203,17 +197,17 @@ func (t *Table) write(b *batch) (err error) {
 	if err != nil {
 		return err
 	}
-	// Also when damage makes bbolt panic, else the file could not be closed. After a
-	// commit it does nothing, and else the table has failed, whatever it says.
+	// Needed when damage makes bbolt panic, or the file could not be closed. After a
+	// commit it does nothing; otherwise the table has failed and its error adds nothing.
 	defer func() { _ = tx.Rollback() }()
-	t.now.txid = uint64(tx.ID())
+	t.now.Txid = uint64(tx.ID())
 	if err := t.fill(tx, b); err != nil {
 		return err
 	}
 	if err := tx.Commit(); err != nil {
 		return err
 	}
-	return t.mark.write(t.now)
+	return markFormat.Write(t.mark, t.now)
 }
 
 func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
@@ -221,8 +215,8 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 	for n := range buckets {
 		buckets[n] = bucket(tx, n)
 	}
-	// Rows and indexes mostly grow at an end: half-filled pages behind it would
-	// stay so. What changes later still finds some room.
+	// Rows and list entries are mostly appended, and pages that are split in half would
+	// stay half empty. Leave some free space for rows that grow later.
 	buckets[tableRows].FillPercent = 0.9
 	buckets[indexList].FillPercent = 0.8
 	buckets[indexDue].FillPercent = 0.9
@@ -240,28 +234,22 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 	if err := putSeals(buckets[tableSeals], b); err != nil {
 		return err
 	}
-	if err := putDigests(buckets[tableDigests], b, t.DigestsCut()); err != nil {
+	if err := putDigests(buckets[tableDigests], b, t.digestsCut()); err != nil {
 		return err
 	}
 	for s, p := range b.applied {
-		key := streamKey(s)
-		var err error
-		if p.drop {
-			err = buckets[tableStreams].Delete(key)
-		} else {
-			err = buckets[tableStreams].Put(key, binary.BigEndian.AppendUint64(nil, p.seen))
-		}
-		if err != nil {
+		if err := buckets[tableStreams].Put(streamKey(s), binary.BigEndian.AppendUint64(nil, p.seen)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// putRow writes one row, and all that follows from its change.
+// putRow writes one row, and the index entries, counts and digests that change
+// with it.
 func (t *Table) putRow(buckets *[tables]*bbolt.Bucket, b *batch, c *rowChange) error {
 	var old state
-	if c.filed {
+	if c.inFile {
 		var err error
 		if old, err = parseValue(c.id, buckets[tableRows].Get(c.id[:])); err != nil {
 			return err
@@ -274,11 +262,11 @@ func (t *Table) putRow(buckets *[tables]*bbolt.Bucket, b *batch, c *rowChange) e
 			return err
 		}
 	} else {
-		value, err := appendValue(b.arena.room(int(next.size())), next)
+		value, err := appendValue(b.arena.space(int(next.size())), next)
 		if err != nil {
 			return err
 		}
-		b.arena.took(len(value))
+		b.arena.keep(len(value))
 		if err := buckets[tableRows].Put(c.id[:], value); err != nil {
 			return err
 		}
@@ -308,7 +296,7 @@ func containsKey(keys []indexKey, k indexKey) bool {
 	return slices.ContainsFunc(keys, func(o indexKey) bool { return o.index == k.index && bytes.Equal(o.key, k.key) })
 }
 
-// account adds n times what the row counts for.
+// account adds n times the row to the counts, seals and digests.
 func (b *batch) account(id journal.JobID, s *state, n int64) {
 	if status, ok := s.counted(); ok {
 		b.counts[status] += n
@@ -332,7 +320,7 @@ func (b *batch) account(id journal.JobID, s *state, n int64) {
 	}
 }
 
-// sealOf is the key of a payload, zero when that can't be told.
+// sealOf returns the key that sealed a payload, zero if it is unknown.
 func sealOf(r *journal.Record) keyring.KeyID {
 	id, err := keyring.SealedWith(r.Payload)
 	if err != nil {
@@ -372,9 +360,9 @@ func putSeals(seals *bbolt.Bucket, b *batch) error {
 	return nil
 }
 
-// putDigests also forgets the slots that nobody compares any more: two before
-// the cut still count for a node whose clock is behind.
-func putDigests(digests *bbolt.Bucket, b *batch, cut Slot) error {
+// putDigests also removes the slots that are no longer compared. It keeps two before
+// the cut for peers whose clock is behind.
+func putDigests(digests *bbolt.Bucket, b *batch, cut timeSlot) error {
 	for slot, change := range b.digests {
 		key := slot.key()
 		sums := make([]byte, 256*16)
@@ -397,18 +385,18 @@ func putDigests(digests *bbolt.Bucket, b *batch, cut Slot) error {
 	return nil
 }
 
-func (s Slot) key() []byte { return binary.BigEndian.AppendUint64(nil, uint64(s)) }
+func (s timeSlot) key() []byte { return binary.BigEndian.AppendUint64(nil, uint64(s)) }
 
-// tenantPurpose of the MAC that hides tenants in the file.
+// tenantPurpose is that of the MAC that hides tenants in the file.
 const tenantPurpose = "job table tenant v1"
 
-// tenantSum is a tenant's name and how it stands in the file.
+// tenantSum is a tenant's name and its MAC.
 type tenantSum struct {
 	name string
 	sum  [16]byte
 }
 
-// tenantHash is how a tenant stands in the file.
+// tenantHash returns the MAC that stands for a tenant in the file.
 func (t *Table) tenantHash(name string) (sum [16]byte, err error) {
 	if r := t.recent.Load(); r != nil && r.name == name {
 		return r.sum, nil
@@ -422,14 +410,15 @@ func (t *Table) tenantHash(name string) (sum [16]byte, err error) {
 	}
 	full := mac.Sum([]byte(name))
 	copy(sum[:], full[:])
-	if sum == everybody {
-		sum[0] = 1 // one of 2^128
+	if sum == allTenants {
+		sum[0] = 1 // happens for one of 2^128 tenants
 	}
 	t.recent.Store(&tenantSum{name, sum})
 	return sum, nil
 }
 
-// keyHashOf is how a KeyHash stands in the file. It is an HMAC already.
+// keyHashOf returns the MAC that stands for a KeyHash in the file. A KeyHash is
+// itself an HMAC.
 func (t *Table) keyHashOf(keyHash string) (sum [16]byte, err error) {
 	mac := t.tenant.Load()
 	if mac == nil {
@@ -443,9 +432,9 @@ func (t *Table) keyHashOf(keyHash string) (sum [16]byte, err error) {
 	return sum, nil
 }
 
-// fillHead reads what the indexes need of a submission, where that is not known
-// yet. A submission that can't be opened, for want of its key, is tried again by
-// the sweeper.
+// fillHead opens the submission to read what the indexes need, unless that is
+// already known. If the submission can't be opened because its key is missing, the
+// sweeper tries again later.
 func (t *Table) fillHead(id journal.JobID, s *state) {
 	subs := s.submissions()
 	if s.head.known || len(subs) == 0 {
@@ -465,14 +454,14 @@ func (t *Table) fillHead(id journal.JobID, s *state) {
 		}
 		if err != nil {
 			t.metrics.unreadable.Inc()
-			t.o.Logger.Error("a job's submission can't be read; it is in no list of its tenant", "job", id, "err", err)
+			t.o.Logger.Error("can't open a job's submission; the job is in no list of its tenant", "job", id, "err", err)
 			return
 		}
 	}
 	s.head = h
 }
 
-// compareKeys orders list entries, the newest first.
+// compareKeys orders list entries, newest first.
 func compareKeys(a, b *listed) int {
 	return cmp.Or(cmp.Compare(b.at, a.at), b.id.Compare(a.id))
 }

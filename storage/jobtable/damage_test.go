@@ -2,6 +2,7 @@ package jobtable
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -15,7 +16,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// filled gives a directory with a closed table of n jobs.
+// filled returns a directory with a closed table of n jobs.
 func filled(t testing.TB, w *world, n int) (dir string, l *log, ids []journal.JobID) {
 	t.Helper()
 	dir, l = t.TempDir(), w.log("a")
@@ -52,8 +53,9 @@ func (p *position) seenOrZero() uint64 {
 	return p.seen
 }
 
-// TestDamagedTableIsMadeAnew as a node does: with the same options.
-func TestDamagedTableIsMadeAnew(t *testing.T) {
+// TestDamagedTableIsReplaced discards and reopens the table as a node does, with the
+// same options.
+func TestDamagedTableIsReplaced(t *testing.T) {
 	w := newWorld(t)
 	dir, l, _ := filled(t, w, 10)
 	o := w.options(dir)
@@ -63,7 +65,7 @@ func TestDamagedTableIsMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := Open(o); !errors.Is(err, ErrDamaged) {
-		t.Fatalf("a short file opens with %v", err)
+		t.Fatalf("opening a short file: %v", err)
 	}
 	if err := Discard(dir); err != nil {
 		t.Fatal(err)
@@ -78,11 +80,11 @@ func TestDamagedTableIsMadeAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n, err := testutil.GatherAndCount(reg, "dsnode_job_table_rows_written_total"); err != nil || n != 1 {
-		t.Errorf("%d counters of rows, %v", n, err)
+		t.Errorf("%d metrics of rows written, %v", n, err)
 	}
 }
 
-func TestOpenKnowsDamage(t *testing.T) {
+func TestOpenDetectsDamage(t *testing.T) {
 	w := newWorld(t)
 	dir, l, _ := filled(t, w, 300)
 	db, mark := filepath.Join(dir, File), filepath.Join(dir, markFile)
@@ -108,7 +110,7 @@ func TestOpenKnowsDamage(t *testing.T) {
 	}
 	newest := int(m.Txid%2) * pageSize // bbolt alternates
 
-	// One more transaction, for a file that is older than its mark.
+	// One more transaction, so that the file is older than its mark.
 	newer := t.TempDir()
 	if err := errors.Join(os.WriteFile(filepath.Join(newer, File), whole, 0o600), os.WriteFile(filepath.Join(newer, markFile), closed, 0o600)); err != nil {
 		t.Fatal(err)
@@ -131,23 +133,23 @@ func TestOpenKnowsDamage(t *testing.T) {
 		spoil func() error
 		want  error
 	}{
-		{"whole", func() error { return nil }, nil},
+		{"undamaged", func() error { return nil }, nil},
 		{"gone", func() error { return os.Remove(db) }, ErrDamaged},
 		{"empty", put(nil), ErrDamaged},
-		{"cut", put(whole[:4*pageSize]), ErrDamaged},
+		{"truncated", put(whole[:4*pageSize]), ErrDamaged},
 		{"newest meta page", spoil(newest+16, 64), ErrDamaged},
 		{"both meta pages", func() error {
 			b := bytes.Clone(whole)
 			clear(b[:2*pageSize])
 			return os.WriteFile(db, b, 0o600)
 		}, ErrDamaged},
-		{"another table's", func() error {
+		{"another table's file", func() error {
 			if err := os.Remove(db); err != nil {
 				return err
 			}
 			return createFile(dir, db)
 		}, ErrDamaged},
-		{"no database", put(bytes.Repeat([]byte("no "), 40_000)), ErrDamaged},
+		{"not a database", put(bytes.Repeat([]byte("no "), 40_000)), ErrDamaged},
 		{"no mark", func() error { return os.Remove(mark) }, nil},
 		{"torn mark", func() error { return os.WriteFile(mark, closed[:20], 0o600) }, nil},
 		{"older copy", func() error { return os.WriteFile(mark, newerMark, 0o600) }, ErrDamaged},
@@ -185,19 +187,19 @@ func TestOpenKnowsDamage(t *testing.T) {
 	}
 }
 
-// Damage anywhere is an error with a name: never a panic, nor another content.
-func TestDamageIsNeverBelieved(t *testing.T) {
+// Any damage leads to ErrDamaged, never to a panic or to different content.
+func TestDamageNeverChangesContent(t *testing.T) {
 	w := newWorld(t)
 	dir, l, ids := filled(t, w, 400)
 	whole, err := os.ReadFile(filepath.Join(dir, File))
 	if err != nil {
 		t.Fatal(err)
 	}
-	killed, _, err := readMark(filepath.Join(dir, markFile))
+	killed, _, err := markFormat.Read(filepath.Join(dir, markFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	killed.state = markOpen
+	killed.State = boltfile.MarkOpen
 	size := int64(len(whole)) // the file grows by more than it needs
 	whole = whole[:(len(bytes.TrimRight(whole, "\x00"))/pageSize+1)*pageSize]
 	want := map[journal.JobID]Row{}
@@ -225,7 +227,7 @@ func TestDamageIsNeverBelieved(t *testing.T) {
 			err = os.Truncate(filepath.Join(dir, File), size)
 		}
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, markFile), killed.append(nil), 0o600)
+			err = os.WriteFile(filepath.Join(dir, markFile), markFormat.Append(nil, killed), 0o600)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -260,18 +262,18 @@ func TestDamageIsNeverBelieved(t *testing.T) {
 		if err != nil {
 			found++
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("damage is called %v", err)
+				t.Fatalf("the error for damage is %v", err)
 			}
 		}
 	}
 	if found < tries/6 {
-		t.Errorf("of %d damages %d were found", tries, found)
+		t.Errorf("%d of %d damaged files were detected", found, tries)
 	}
 }
 
-// After a commit that failed the file is not believed: its pages may be in the
-// kernel's cache alone.
-func TestAFailedCommitIsTheEnd(t *testing.T) {
+// After a failed commit the file is not used again: its pages may exist only in the
+// kernel's cache.
+func TestFailedCommitFailsTheTable(t *testing.T) {
 	w := newWorld(t)
 	o := w.options(t.TempDir())
 	table, err := Open(o)
@@ -280,7 +282,7 @@ func TestAFailedCommitIsTheEnd(t *testing.T) {
 	}
 	l := w.log("a")
 	ended := make(chan error, 1)
-	if err := table.db.Close(); err != nil { // what any failure of bbolt looks like
+	if err := table.db.Close(); err != nil { // makes bbolt fail
 		t.Fatal(err)
 	}
 	go func() { ended <- table.Run(t.Context()) }()
@@ -296,7 +298,7 @@ func TestAFailedCommitIsTheEnd(t *testing.T) {
 	if _, _, err := table.Get(w.newID()); !errors.Is(err, ErrFailed) {
 		t.Errorf("Get: %v", err)
 	}
-	table.Apply(l.stream, []journal.Record{l.submit(w.newID(), journal.Submission{})}) // returns
+	table.Apply(l.stream, []journal.Record{l.submit(w.newID(), journal.Submission{})}) // must return
 	if n := table.Applied(l.stream); n != 0 {
 		t.Errorf("applied %d", n)
 	}
@@ -308,7 +310,7 @@ func TestAFailedCommitIsTheEnd(t *testing.T) {
 	}
 }
 
-func TestAGapIsNotAppliedOver(t *testing.T) {
+func TestGapFailsTheTable(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
@@ -325,7 +327,7 @@ func FuzzParseValue(f *testing.F) {
 	id := w.newID()
 	s, _ := (&state{}).with([]journal.Record{l.submit(id, journal.Submission{Tenant: "x"}), l.start(id, journal.Token{Generation: 1}, 1)}, w.time())
 	s.head = head{known: true, tenant: [16]byte{1}, key: [16]byte{2}, expires: 3}
-	for _, s := range []state{s, {until: 5, at: 7}, {records: []journal.Record{l.start(id, journal.Token{}, 1)}, noted: 9}} {
+	for _, s := range []state{s, {idUntil: 5, at: 7}, {records: []journal.Record{l.start(id, journal.Token{}, 1)}, firstSeen: 9}} {
 		b, err := appendValue(nil, &s)
 		if err != nil {
 			f.Fatal(err)
@@ -345,20 +347,20 @@ func FuzzParseValue(f *testing.F) {
 			t.Fatal(err)
 		}
 		s2, err := parseValue(id, again)
-		if err != nil || !equal(s.records, s2.records) || s.head != s2.head || s.at != s2.at || s.until != s2.until || s.noted != s2.noted {
-			t.Fatalf("%+v became %+v, %v", s, s2, err)
+		if err != nil || !equal(s.records, s2.records) || s.head != s2.head || s.at != s2.at || s.idUntil != s2.idUntil || s.firstSeen != s2.firstSeen {
+			t.Fatalf("%+v was encoded and decoded as %+v, %v", s, s2, err)
 		}
 		_ = s.appendIndexKeys(nil, id)
 	})
 }
 
-func FuzzParseMark(f *testing.F) {
-	f.Add(mark{state: markClosed, txid: 7}.append(nil))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if m, ok := parseMark(b); ok && !bytes.Equal(m.append(nil), b) {
-			t.Fatal("a mark is read as another")
-		}
-	})
+// An older or newer version of dsnode reads the same bytes.
+func TestMarkBytes(t *testing.T) {
+	m := boltfile.Mark{State: boltfile.MarkClosed, Store: [16]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, Txid: 7}
+	const want = "44534e4a4d41524b0102000102030405060708090a0b0c0d0e0f" + "0000000000000007" + "04001cc8"
+	if got := hex.EncodeToString(markFormat.Append(nil, m)); got != want {
+		t.Errorf("jobs.mark is\n%s, want\n%s", got, want)
+	}
 }
 
 func wantAbsent(t *testing.T, dir string, canary []byte) {
@@ -373,7 +375,7 @@ func wantAbsent(t *testing.T, dir string, canary []byte) {
 			t.Fatal(err)
 		}
 		if bytes.Contains(b, canary) {
-			t.Errorf("%s holds it in clear", e.Name())
+			t.Errorf("%s contains it as plaintext", e.Name())
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"github.com/dsnode/dsnode/storage/atomicfile"
 	"github.com/dsnode/dsnode/storage/boltfile"
 )
 
@@ -23,16 +24,18 @@ const (
 	tempFile = "jobs.db.tmp"
 )
 
-// pageSize holds several rows of a few KiB a page: with 4 KiB many a row would
-// fill a page by itself and leave half of it empty.
+var markFormat = boltfile.MarkFormat{Magic: "DSNJMARK"}
+
+// pageSize fits several rows of a few KiB. With 4 KiB, many rows would take a page
+// each and leave half of it empty.
 const pageSize = 16 << 10
 
 const initialMap = 1 << 28
 
-// The buckets of the file, in order. Indexes hold keys alone; see facts.go.
+// The buckets of the file. Index entries are keys without values; see derived.go.
 const (
 	indexDue     = iota // class (1) | ms (8) | job
-	indexKeys           // hash of a KeyHash (16) | job
+	indexKeys           // MAC of a KeyHash (16) | job
 	indexList           // tenant (16) | status (1) | clock of the submission (8) | job
 	indexLive           // incarnation (16) | origin | job
 	tableDigests        // slot (8) → 256 digests of 16
@@ -49,7 +52,7 @@ var (
 	keyCounts   = []byte("counts")
 )
 
-// fileFormat is of the whole file: which buckets there are and what they hold.
+// fileFormat is the version of the whole file: its buckets and their content.
 const fileFormat = 1
 
 func layout(depth boltfile.Depth) boltfile.Layout {
@@ -58,23 +61,22 @@ func layout(depth boltfile.Depth) boltfile.Layout {
 	return boltfile.Layout{PageSize: pageSize, Buckets: names, Freelist: true, Depth: depth}
 }
 
-// Discard removes the table's files, so that the next Open makes an empty one,
-// which is Partial. Nothing is lost that the journals or another node's rows can't
-// give again; the caller sees to it that they do, and then calls SetWhole.
+// Discard removes the table's files, so that the next Open creates an empty table,
+// which is Partial. The caller has to fill it from the journals and from other
+// nodes' rows, and then calls SetWhole.
 func Discard(dir string) error {
 	if err := notePartial(dir); err != nil {
 		return fmt.Errorf("discard the job table: %w", err)
 	}
-	for _, name := range []string{File, tempFile, markFile} { // the mark last: it demands the file
+	for _, name := range []string{File, tempFile, markFile} { // the mark last: without the file it means damage
 		if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("discard the job table: %w", err)
 		}
 	}
-	return syncDir(dir)
+	return atomicfile.SyncDir(dir)
 }
 
-// openFile opens the file or makes one, and checks it as far as that can be done
-// in little time.
+// openFile opens the file or creates one, and checks as much as takes little time.
 func (t *Table) openFile() (err error) {
 	dir, path := t.o.Dir, filepath.Join(t.o.Dir, File)
 	partial, err := isPartial(dir)
@@ -85,7 +87,7 @@ func (t *Table) openFile() (err error) {
 	if err := os.Remove(filepath.Join(dir, tempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	found, marked, err := readMark(filepath.Join(dir, markFile))
+	found, marked, err := markFormat.Read(filepath.Join(dir, markFile))
 	if err != nil {
 		return err
 	}
@@ -93,17 +95,17 @@ func (t *Table) openFile() (err error) {
 	t.fresh = errors.Is(err, fs.ErrNotExist)
 	switch {
 	case t.fresh && marked:
-		return fmt.Errorf("%w: %s is gone, but %s says that it was there", ErrDamaged, File, markFile)
+		return fmt.Errorf("%w: %s is gone, but %s exists", ErrDamaged, File, markFile)
 	case t.fresh:
 		err = createFile(dir, path)
-	case marked && found.state == markDamaged:
-		err = fmt.Errorf("%w: damage was found in it, or a write failed", ErrDamaged)
+	case marked && found.State == boltfile.MarkDamaged:
+		err = fmt.Errorf("%w: %s says that damage was found, or that a write failed", ErrDamaged, markFile)
 	}
 	if err != nil {
 		return err
 	}
 	depth := boltfile.Branches
-	if !marked || found.state != markClosed {
+	if !marked || found.State != boltfile.MarkClosed {
 		depth = boltfile.Heads // it was not closed in order
 	}
 	if _, err := boltfile.CheckFile(path, layout(depth)); err != nil {
@@ -112,25 +114,25 @@ func (t *Table) openFile() (err error) {
 	if t.db, err = openBolt(path); err != nil {
 		return asDamaged(err)
 	}
-	if t.mark, err = openMark(filepath.Join(dir, markFile)); err != nil {
+	if t.mark, err = os.OpenFile(filepath.Join(dir, markFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return errors.Join(err, t.db.Close())
 	}
 	err = t.view(func(tx *bbolt.Tx) error {
-		t.now = mark{txid: uint64(tx.ID()), state: markOpen}
+		t.now = boltfile.Mark{Txid: uint64(tx.ID()), State: boltfile.MarkOpen}
 		head := tx.Bucket([]byte(bucketNames[tableMeta])).Get(keyStore)
 		if len(head) < 1 || head[0] != fileFormat {
 			return fmt.Errorf("%w: file format %x", ErrNewerFormat, head[:min(1, len(head))])
 		}
-		if copy(t.now.store[:], head[1:]) != len(t.now.store) {
-			return fmt.Errorf("%w: its head is short", ErrDamaged)
+		if copy(t.now.Store[:], head[1:]) != len(t.now.Store) {
+			return fmt.Errorf("%w: the file's id is too short", ErrDamaged)
 		}
 		return t.readCounts(tx)
 	})
 	if err == nil && marked {
-		err = found.allows(t.now)
+		err = found.Allows(t.now)
 	}
 	if err == nil {
-		err = t.mark.write(t.now)
+		err = markFormat.Write(t.mark, t.now)
 	}
 	if err != nil {
 		return errors.Join(asDamaged(err), t.mark.Close(), t.db.Close())
@@ -138,69 +140,42 @@ func (t *Table) openFile() (err error) {
 	return nil
 }
 
-// openBolt. Unlike Raft's file this one keeps its free list: without, bbolt
-// reads every page at each open and keeps a map of them, which for a million
-// jobs takes seconds and a hundred megabytes. The list is as long as a few
-// commits have pages, and is written once a commit.
+// openBolt opens the file with a stored free list, in contrast to Raft's file.
+// Without one, bbolt reads every page at open and keeps a map of them, which takes
+// seconds and a hundred megabytes for a million jobs. The list has as many pages as a
+// few commits change, and is written once per commit.
 func openBolt(path string) (db *bbolt.DB, err error) {
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	return bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout:      time.Millisecond, // the directory's lock is the caller's; this one must be free
+		Timeout:      time.Millisecond, // the caller holds the directory's lock, so bbolt's own lock is free
 		PageSize:     pageSize,
-		FreelistType: bbolt.FreelistMapType, // the array is searched from its start for each page
-		// Address space alone. Each time the mapping grows a commit waits for all
-		// readers and copies what it holds.
+		FreelistType: bbolt.FreelistMapType, // the array type is searched from its start for each page
+		// This takes address space only. Each time the mapping grows, a commit waits for
+		// all readers and copies its pages.
 		InitialMmapSize: initialMap,
 		NoStatistics:    true,
 	})
 }
 
-// createFile makes a file with empty buckets under a temporary name, so that
-// it is either absent or whole.
+// createFile makes a file with empty buckets.
 func createFile(dir, path string) error {
-	temp := filepath.Join(dir, tempFile)
-	db, err := openBolt(temp)
-	if err != nil {
-		return err
-	}
 	head := make([]byte, 17)
 	head[0] = fileFormat
 	_, _ = rand.Read(head[1:]) // never fails; it ends the process instead
-	put := func(tx *bbolt.Tx) error {
+	return boltfile.Create(path, filepath.Join(dir, tempFile), openBolt, func(tx *bbolt.Tx) error {
 		for _, name := range bucketNames {
 			if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
 				return err
 			}
 		}
 		return tx.Bucket([]byte(bucketNames[tableMeta])).Put(keyStore, head)
-	}
-	// Twice, so that both meta pages are ours and none is bbolt's first one.
-	err = db.Update(put)
-	if err == nil {
-		err = db.Update(put)
-	}
-	err = errors.Join(err, db.Close())
-	if err == nil {
-		err = os.Rename(temp, path)
-	}
-	if err == nil {
-		err = syncDir(dir)
-	}
-	return err
+	})
 }
 
-// asDamaged gives boltfile's words for it our name.
+// asDamaged adds ErrDamaged to boltfile's errors about a file's content.
 func asDamaged(err error) error {
 	if errors.Is(err, boltfile.ErrDamaged) || errors.Is(err, boltfile.ErrForeign) {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -7,8 +7,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// How many records of a category a row keeps, in canonical order. Each is the
-// top of a total order, which is what makes Join associative.
+// How many records of a category a row keeps. They are the first of a total order,
+// which makes Join associative.
 const (
 	maxSubmitted = 4
 	maxProgress  = 1
@@ -18,8 +18,8 @@ const (
 	maxRecords = maxSubmitted + maxProgress + maxFinished + maxAsked
 )
 
-// category groups the kinds that compete for one place in a row. Their numbers
-// are the canonical order.
+// category groups the kinds of records that compete for the same places in a row.
+// The numbers are the canonical order.
 type category uint8
 
 const (
@@ -28,7 +28,7 @@ const (
 	finished
 	asked
 	deleted
-	unknown // a kind of a later version: dropped, since its order is not known
+	unknown // a kind from a later version: dropped, since its order is not known
 )
 
 func categoryOf(k journal.Kind) category {
@@ -62,14 +62,14 @@ func (c category) keeps() int {
 	return 0
 }
 
-// Join is the row that two sets of one job's records make: their union, pruned
-// to what matters, in canonical order. It is commutative, associative and
-// idempotent. Neither argument is changed; payloads are shared, not copied. When
-// b adds nothing to a canonical a, the result is a itself.
+// Join merges two sets of one job's records: their union, pruned to the records that
+// matter, in canonical order. It is commutative, associative and idempotent. It
+// changes neither argument; payloads are shared, not copied. When b adds nothing to a
+// canonical a, the result is a itself.
 //
-// A record is the same in a and b when all but its payload is equal: then a's
-// payload stays. Payloads of one record differ only by the key that sealed
-// them, and what is held already can be opened here.
+// Two records are the same when they are equal in everything but the payload. Then
+// a's payload stays: the payloads differ only in the key that sealed them, and this
+// node can open the one that it already has.
 func Join(a, b []journal.Record) []journal.Record {
 	if canonical(a) && addsNothing(a, b) {
 		return a
@@ -82,7 +82,7 @@ func Join(a, b []journal.Record) []journal.Record {
 	for i := range b {
 		all = append(all, &b[i])
 	}
-	slices.SortStableFunc(all, compare) // stable: a's payload comes first
+	slices.SortStableFunc(all, compare) // stable, so that a's payload comes first
 	all = prune(all)
 	joined := make([]journal.Record, len(all))
 	for i, r := range all {
@@ -91,8 +91,8 @@ func Join(a, b []journal.Record) []journal.Record {
 	return joined
 }
 
-// prune keeps the first of equal records, and of each category as many as it
-// has places. all is in order, and is overwritten.
+// prune keeps the first of equal records, and the first keeps() records of each
+// category. all is sorted; it is overwritten.
 func prune(all []*journal.Record) []*journal.Record {
 	out := all[:0]
 	var last *journal.Record
@@ -110,14 +110,14 @@ func prune(all []*journal.Record) []*journal.Record {
 			continue
 		}
 		if c == deleted {
-			out = out[:0] // everything else is of no use any more
+			out = out[:0] // a deletion replaces everything else
 		}
 		out = append(out, r)
 	}
 	return out
 }
 
-// canonical reports whether Join(a, nil) is a.
+// canonical reports whether Join(a, nil) equals a.
 func canonical(a []journal.Record) bool {
 	kept := 0
 	for i := range a {
@@ -135,7 +135,8 @@ func canonical(a []journal.Record) bool {
 	return true
 }
 
-// addsNothing reports whether all of b is in a, or would be pruned. a is canonical.
+// addsNothing reports whether each record of b is in a or would be pruned. a is
+// canonical.
 func addsNothing(a, b []journal.Record) bool {
 	for i := range b {
 		if !dominated(a, &b[i]) {
@@ -168,7 +169,7 @@ func dominated(a []journal.Record, r *journal.Record) bool {
 	return held == c.keeps() && before == held
 }
 
-// compare is the canonical order of a row's records; 0 means the same record.
+// compare defines the canonical order of a row's records; 0 means the same record.
 func compare(a, b *journal.Record) int {
 	c := categoryOf(a.Kind)
 	if order := cmp.Compare(c, categoryOf(b.Kind)); order != 0 {
@@ -180,7 +181,7 @@ func compare(a, b *journal.Record) int {
 			b.Token.Compare(a.Token),
 			cmp.Compare(b.Attempt, a.Attempt),
 			cmp.Compare(b.Rank, a.Rank),
-			cmp.Compare(b.Kind, a.Kind), // Retrying ends what Started began
+			cmp.Compare(b.Kind, a.Kind), // Retrying ends the attempt that Started began
 			cmp.Compare(b.Clock, a.Clock),
 			b.Stream.Compare(a.Stream),
 			cmp.Compare(b.Seq, a.Seq),
@@ -196,8 +197,8 @@ func compare(a, b *journal.Record) int {
 			return order
 		}
 	}
-	// Two records of one place in one stream never differ in the rest. Should
-	// they, the choice must still be the same everywhere.
+	// Two records with the same place in the same stream never differ otherwise. If
+	// they did, every node would still have to order them the same way.
 	return cmp.Or(
 		a.Job.Compare(b.Job),
 		slices.Compare(a.Digest[:], b.Digest[:]),

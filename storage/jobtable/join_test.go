@@ -9,7 +9,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// drawRecords draws records of one job from few values, so that they collide.
+// drawRecords draws records of one job with fields from few values, so that they
+// collide.
 func drawRecords(t *rapid.T, label string) []journal.Record {
 	return rapid.SliceOfN(rapid.Custom(drawRecord), 0, 14).Draw(t, label)
 }
@@ -62,9 +63,9 @@ func TestJoinIsASemilattice(t *testing.T) {
 			t.Fatalf("not canonical: %v", ab)
 		}
 		if again := Join(ab, b); len(ab) > 0 && &again[0] != &ab[0] {
-			t.Fatal("what added nothing made a new row")
+			t.Fatal("Join made a new row although nothing was added")
 		}
-		// One by one, in any order, with repeats: how records really arrive.
+		// One by one, in any order, with repeats, as records arrive in practice.
 		all := slices.Concat(a, b, a)
 		order := rapid.Permutation(all).Draw(t, "order")
 		var row []journal.Record
@@ -72,12 +73,12 @@ func TestJoinIsASemilattice(t *testing.T) {
 			row = Join(row, order[i:i+1])
 		}
 		if !equal(row, ab) {
-			t.Fatalf("one by one:\n%v\n%v", row, ab)
+			t.Fatalf("joined one by one:\n%v\njoined at once:\n%v", row, ab)
 		}
 	})
 }
 
-func TestJoinKeepsWhatCounts(t *testing.T) {
+func TestJoinKeepsTheFirstOfEachCategory(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		all := drawRecords(t, "all")
 		row := Row{Join(all, nil)}
@@ -91,7 +92,7 @@ func TestJoinKeepsWhatCounts(t *testing.T) {
 		}
 		if best(deleted) != nil {
 			if !row.Deleted() || len(row.Records) != 1 {
-				t.Fatalf("a deleted row keeps %v", row.Records)
+				t.Fatalf("a deleted row has the records %v", row.Records)
 			}
 			return
 		}
@@ -105,7 +106,7 @@ func TestJoinKeepsWhatCounts(t *testing.T) {
 	})
 }
 
-func TestAFinalIsNeverLeft(t *testing.T) {
+func TestRowNeverLeavesAFinalState(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var row Row
 		final, gone := false, false
@@ -120,8 +121,8 @@ func TestAFinalIsNeverLeft(t *testing.T) {
 	})
 }
 
-// What is sealed with another key is the same record, and what is held stays.
-func TestJoinHoldsOnToItsSeal(t *testing.T) {
+// A record sealed with another key is the same record; the first payload stays.
+func TestJoinKeepsTheFirstPayload(t *testing.T) {
 	r := journal.Record{Kind: journal.Submitted, Seq: 1, Clock: 1, Stream: journal.Stream{Origin: "a"}}
 	mine, other := r, r
 	mine.Payload, other.Payload = []byte("mine"), []byte("other")
@@ -164,15 +165,15 @@ func TestRow(t *testing.T) {
 		status   journal.Status
 		attempts uint32
 		token    uint64
-		homes    int
+		accepted int
 		late     int
 	}{
-		{"nothing", nil, journal.Queued, 0, 0, 0, 0},
-		{"submitted", []journal.Record{submit}, journal.Queued, 0, 1, 1, 0},
-		{"submitted twice", []journal.Record{again, submit}, journal.Queued, 0, 1, 2, 0},
+		{"no records", nil, journal.Queued, 0, 0, 0, 0},
+		{"submitted", []journal.Record{submit}, journal.Queued, 0, 0, 1, 0},
+		{"submitted twice", []journal.Record{again, submit}, journal.Queued, 0, 0, 2, 0},
 		{"started", []journal.Record{submit, start}, journal.Running, 1, 1, 1, 0},
-		{"waits to be tried again", []journal.Record{submit, retry, start}, journal.Queued, 1, 1, 1, 0},
-		{"tried again", []journal.Record{submit, start2, retry, start}, journal.Running, 2, 1, 1, 0},
+		{"waits for a retry", []journal.Record{submit, retry, start}, journal.Queued, 1, 1, 1, 0},
+		{"retried", []journal.Record{submit, start2, retry, start}, journal.Running, 2, 1, 1, 0},
 		{"adopted", []journal.Record{submit, adopted, start2}, journal.Running, 1, 7, 1, 0},
 		{"cancel asked, still running", []journal.Record{submit, start, ask}, journal.Running, 1, 1, 1, 0},
 		{"succeeded", []journal.Record{submit, start, end(start, journal.Succeeded)}, journal.Succeeded, 1, 1, 1, 0},
@@ -180,8 +181,8 @@ func TestRow(t *testing.T) {
 		{"cancelled", []journal.Record{submit, ask, end(start, journal.Cancelled)}, journal.Cancelled, 1, 1, 1, 0},
 		{"expired while it waited", []journal.Record{submit, end(at("a", 5, 0, 1, 0), journal.Expired)}, journal.Expired, 0, 1, 1, 0},
 		{"expired and succeeded in one attempt", []journal.Record{submit, end(start, journal.Expired), end(start, journal.Succeeded)}, journal.Succeeded, 1, 1, 1, 1},
-		{"late result while the adopter works", []journal.Record{submit, adopted, end(start, journal.Succeeded)}, journal.Succeeded, 1, 1, 1, 0},
-		{"the adopter's counts", []journal.Record{submit, end(adopted, journal.Failed), end(start, journal.Succeeded)}, journal.Failed, 1, 7, 1, 1},
+		{"late result while the adopter executes", []journal.Record{submit, adopted, end(start, journal.Succeeded)}, journal.Succeeded, 1, 1, 1, 0},
+		{"the adopter's result counts", []journal.Record{submit, end(adopted, journal.Failed), end(start, journal.Succeeded)}, journal.Failed, 1, 7, 1, 1},
 		{"started after the end", []journal.Record{submit, end(start, journal.Failed), adopted}, journal.Failed, 1, 1, 1, 0},
 		{"deleted", []journal.Record{submit, end(start, journal.Succeeded), gone, ask}, "", 0, 0, 0, 0},
 		{"only started", []journal.Record{start}, journal.Running, 1, 1, 0, 0},
@@ -194,11 +195,11 @@ func TestRow(t *testing.T) {
 			if got := row.Attempts(); got != tt.attempts {
 				t.Errorf("%d attempts, want %d", got, tt.attempts)
 			}
-			if got := row.Token().Index; got != tt.token {
-				t.Errorf("token %d, want %d", got, tt.token)
+			if current, _ := row.Current(); current.Token.Index != tt.token {
+				t.Errorf("the current record has token %d, want %d", current.Token.Index, tt.token)
 			}
-			if got := len(row.Homes()); got != tt.homes {
-				t.Errorf("%d homes, want %d", got, tt.homes)
+			if got := len(row.AcceptedBy()); got != tt.accepted {
+				t.Errorf("accepted by %d streams, want %d", got, tt.accepted)
 			}
 			if got := len(row.Late()); got != tt.late {
 				t.Errorf("%d late results, want %d", got, tt.late)

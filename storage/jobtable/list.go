@@ -13,17 +13,17 @@ import (
 )
 
 const (
-	// maxListBytes ends a page early: submissions and results can be large.
+	// maxListBytes ends a page early, since submissions and results can be large.
 	maxListBytes = 16 << 20
-	// livePage is how many rows Live looks up at once.
+	// livePage is how many rows Live reads at once.
 	livePage = 256
 )
 
-// ErrUnknownCursor means that List was asked to go on from a job that is not known.
-var ErrUnknownCursor = errors.New("the list can't go on from a job that is not known")
+// ErrUnknownCursor means that List was given a cursor whose job is not known.
+var ErrUnknownCursor = errors.New("the list's cursor is a job that is not known")
 
-// Get gives the row of a job; false when nothing is known of it, or only that
-// its submission is on its way. A job that is gone is given as Row.Deleted.
+// Get returns the row of a job. It returns false when nothing is known of the job,
+// or when its submission has not arrived. A deleted job is returned as Row.Deleted.
 func (t *Table) Get(id journal.JobID) (Row, bool, error) {
 	s, err := t.current(id)
 	if err != nil {
@@ -39,21 +39,20 @@ type listed struct {
 	id journal.JobID
 }
 
-// page is one List at work.
+// page is the state of one call of List.
 type page struct {
-	prefixes [][]byte // of the list index, one a status
-	forward  bool     // towards newer ones
-	from     *listed  // exclusive; nil is the end
+	prefixes [][]byte // of the list index, one per status
+	forward  bool     // towards newer jobs
+	from     *listed  // exclusive; nil: from the end
 	limit    int
 
-	overlay map[journal.JobID]*state // all that is changed: the file's entries of these don't count
-	ahead   []listed                 // those of the overlay that match, in the page's order
+	overlay map[journal.JobID]*state // all changed rows: replace the file's
+	changed []listed                 // matching rows of the overlay, in the page's order
 }
 
-// List gives rows by the time of their submission, the newest first, and
-// whether there are more in the direction of the cursor. Deleted ones are left
-// out. A page of large jobs may be shorter than Limit. The error may be
-// ErrUnknownCursor.
+// List returns rows by the time of their submission, newest first, and whether
+// there are more in the direction of the cursor. It leaves out deleted jobs. A page
+// of large jobs may be shorter than Limit. The error may wrap ErrUnknownCursor.
 func (t *Table) List(f Filter) (rows []Row, more bool, err error) {
 	p := page{limit: f.Limit, forward: f.Before != journal.JobID{}}
 	if p.limit <= 0 || p.limit > MaxLimit {
@@ -62,7 +61,7 @@ func (t *Table) List(f Filter) (rows []Row, more bool, err error) {
 	if p.from, err = t.cursor(f); err != nil {
 		return nil, false, err
 	}
-	tenant := everybody
+	tenant := allTenants
 	if !f.AllTenants {
 		if tenant, err = t.tenantHash(f.Tenant); err != nil {
 			return nil, false, err
@@ -73,8 +72,8 @@ func (t *Table) List(f Filter) (rows []Row, more bool, err error) {
 			p.prefixes = append(p.prefixes, append(tenant[:], byte(number)))
 		}
 	}
-	// The overlay first: what leaves it meanwhile is in the file by then.
-	t.lookOver(&p, f, tenant)
+	// Read the overlay first: a row that leaves it meanwhile is then in the file.
+	t.addOverlay(&p, f, tenant)
 	err = t.read("list", func(tx *bbolt.Tx) error {
 		rows, more, err = p.collect(tx)
 		return err
@@ -108,8 +107,8 @@ func (t *Table) cursor(f Filter) (*listed, error) {
 	return &listed{s.at, id}, nil
 }
 
-// lookOver takes the overlay's rows into the page.
-func (t *Table) lookOver(p *page, f Filter, tenant [16]byte) {
+// addOverlay adds the overlay's rows to the page.
+func (t *Table) addOverlay(p *page, f Filter, tenant [16]byte) {
 	p.overlay = map[journal.JobID]*state{}
 	t.eachChanged(func(id journal.JobID, s *state) {
 		p.overlay[id] = s
@@ -119,10 +118,10 @@ func (t *Table) lookOver(p *page, f Filter, tenant [16]byte) {
 			return
 		}
 		if l := (listed{s.at, id}); p.from == nil || p.before(p.from, &l) {
-			p.ahead = append(p.ahead, l)
+			p.changed = append(p.changed, l)
 		}
 	})
-	slices.SortFunc(p.ahead, func(a, b listed) int {
+	slices.SortFunc(p.changed, func(a, b listed) int {
 		if p.before(&a, &b) {
 			return -1
 		}
@@ -130,14 +129,14 @@ func (t *Table) lookOver(p *page, f Filter, tenant [16]byte) {
 	})
 }
 
-// eachChanged calls f with a copy of each state in the overlay, its head filled.
+// eachChanged calls f with a copy of each state in the overlay, with its head read.
 func (t *Table) eachChanged(f func(journal.JobID, *state)) {
 	for i := range t.stripes {
 		s := &t.stripes[i]
 		s.mu.Lock()
 		changed := make([]rowChange, 0, len(s.entries))
 		for id, e := range s.entries {
-			t.fillHead(id, &e.state) // once a row: the committer needs it, too
+			t.fillHead(id, &e.state) // stored in the entry, since the commit needs it too
 			changed = append(changed, rowChange{id: id, next: e.state})
 		}
 		s.mu.Unlock()
@@ -147,7 +146,7 @@ func (t *Table) eachChanged(f func(journal.JobID, *state)) {
 	}
 }
 
-// before reports whether the page comes to a before b.
+// before reports whether a comes before b in the page's direction.
 func (p *page) before(a, b *listed) bool {
 	order := compareKeys(a, b)
 	if p.forward {
@@ -156,7 +155,7 @@ func (p *page) before(a, b *listed) bool {
 	return order < 0
 }
 
-// walker goes through the list entries of one status.
+// walker iterates over the list entries of one status.
 type walker struct {
 	c      *bbolt.Cursor
 	prefix []byte
@@ -176,10 +175,10 @@ func (w *walker) set(k []byte) error {
 	return nil
 }
 
-// start goes to the first entry behind from, in the page's direction.
+// start moves to the first entry after p.from, in the page's direction.
 func (w *walker) start(p *page) error {
 	var k []byte
-	if p.forward { // there is always a cursor then
+	if p.forward { // forward implies a cursor
 		k, _ = w.c.Seek(p.from.key(w.prefix))
 		if err := w.set(k); err != nil || !w.ok || w.at != *p.from {
 			return err
@@ -192,7 +191,7 @@ func (w *walker) start(p *page) error {
 	}
 	if k, _ = w.c.Seek(limit); k == nil {
 		k, _ = w.c.Last()
-		// Seek beyond the end: the last entry is before the limit.
+		// Seek went beyond the end, so the last entry is before the limit.
 	}
 	if k != nil && bytes.Compare(k, limit) >= 0 {
 		k, _ = w.c.Prev()
@@ -216,7 +215,7 @@ func (l *listed) key(prefix []byte) []byte {
 	return append(k, l.id[:]...)
 }
 
-// collect merges the statuses' entries in the file with the overlay's.
+// collect merges the file's entries of all statuses with the overlay's.
 func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 	walkers := make([]*walker, 0, len(p.prefixes))
 	for _, prefix := range p.prefixes {
@@ -238,9 +237,9 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 		var s state
 		var id journal.JobID
 		switch {
-		case len(p.ahead) > 0 && (best == nil || p.before(&p.ahead[0], &best.at) || p.ahead[0] == best.at):
-			id = p.ahead[0].id
-			s, p.ahead = *p.overlay[id], p.ahead[1:]
+		case len(p.changed) > 0 && (best == nil || p.before(&p.changed[0], &best.at) || p.changed[0] == best.at):
+			id = p.changed[0].id
+			s, p.changed = *p.overlay[id], p.changed[1:]
 		case best == nil:
 			return rows, false, nil
 		default:
@@ -254,7 +253,7 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 			if len(rows) < p.limit && size < maxListBytes {
 				v := table.Get(id[:])
 				if v == nil {
-					return nil, false, fmt.Errorf("%w: job %s is listed, but not there", ErrDamaged, id)
+					return nil, false, fmt.Errorf("%w: job %s is in the list index, but has no row", ErrDamaged, id)
 				}
 				if s, err = parseValue(id, bytes.Clone(v)); err != nil {
 					return nil, false, err
@@ -269,7 +268,7 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 	}
 }
 
-// FindKey gives the jobs whose Submission has this KeyHash, at most MaxLimit.
+// FindKey returns the jobs whose Submission has this KeyHash, at most MaxLimit.
 func (t *Table) FindKey(keyHash string) ([]journal.JobID, error) {
 	if keyHash == "" {
 		return nil, nil
@@ -305,9 +304,9 @@ func (t *Table) FindKey(keyHash string) ([]journal.JobID, error) {
 	return ids[:min(len(ids), MaxLimit)], nil
 }
 
-// Live calls yield with each row that is not final and has a home in the
-// stream, each as it is at that moment, until yield gives false. What is
-// submitted while it runs, Watch tells.
+// Live calls yield with each row that is not final and was accepted by the stream,
+// as it is at that moment, until yield returns false. For jobs submitted meanwhile,
+// use Watch.
 func (t *Table) Live(s journal.Stream, yield func(Row) bool) error {
 	done := map[journal.JobID]bool{}
 	var ids []journal.JobID
@@ -326,7 +325,7 @@ func (t *Table) Live(s journal.Stream, yield func(Row) bool) error {
 				return err
 			}
 			row := st.row(id)
-			if st.live() && slices.Contains(row.Homes(), s) && !yield(row) {
+			if st.live() && slices.Contains(row.AcceptedBy(), s) && !yield(row) {
 				return nil
 			}
 		}
@@ -339,7 +338,7 @@ func (t *Table) Live(s journal.Stream, yield func(Row) bool) error {
 			k, _ := c.Seek(from)
 			for ; bytes.HasPrefix(k, prefix) && len(ids) < livePage; k, _ = c.Next() {
 				if len(k) != len(prefix)+16 {
-					continue // another origin whose name begins with this one
+					continue // the name of another origin begins with this one's
 				}
 				if id := journal.JobID(k[len(prefix):]); !done[id] {
 					ids = append(ids, id)

@@ -19,7 +19,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// model is a table as simple as can be, beside the real one.
+// model is a simple reference implementation beside the real table.
 type model struct {
 	w     *world
 	table *Table
@@ -37,18 +37,18 @@ func (m *model) open(t *rapid.T) {
 	if m.table, err = Open(m.w.options(m.dir)); err != nil {
 		t.Fatal(err)
 	}
-	m.table.db.NoSync = true // a copy of the files shows what a killed process leaves, synced or not
+	m.table.db.NoSync = true // the test copies files, which shows unsynced writes too
 }
 
-// write adds a record to a journal; nobody has seen it yet.
+// write adds a record to a journal, without applying it.
 func (m *model) write(t *rapid.T) {
 	l := rapid.SampledFrom(m.logs).Draw(t, "log")
 	m.w.pass(time.Duration(rapid.IntRange(0, 2).Draw(t, "ms")) * time.Millisecond)
 	if len(m.ids) == 0 || rapid.IntRange(0, 2).Draw(t, "new") == 0 {
 		var id journal.JobID
 		binary.BigEndian.PutUint64(id[:], uint64(m.w.time().UnixMilli())<<16)
-		if rapid.Bool().Draw(t, "idempotent") { // as an HMAC lies anywhere
-			binary.BigEndian.PutUint64(id[:], rapid.Uint64Min(1).Draw(t, "hmac")) // the zero id is no job's: it stands for "from the start"
+		if rapid.Bool().Draw(t, "idempotent") { // an HMAC may have any value
+			binary.BigEndian.PutUint64(id[:], rapid.Uint64Min(1).Draw(t, "hmac")) // the zero id means "from the start"
 		}
 		id[15] = byte(rapid.IntRange(0, 3).Draw(t, "bucket")) // few stripes
 		binary.BigEndian.PutUint32(id[8:], uint32(len(m.ids)))
@@ -91,7 +91,7 @@ func (m *model) commit(t *rapid.T) {
 	}
 }
 
-// crash goes on with the files as a killed process leaves them.
+// crash continues with the files as a killed process leaves them.
 func (m *model) crash(t *rapid.T) {
 	next := m.dirs()
 	for _, name := range []string{File, markFile} {
@@ -105,8 +105,8 @@ func (m *model) crash(t *rapid.T) {
 	m.replay(t)
 }
 
-// copyFile leaves the bytes to the kernel: the file is large, mostly empty, and
-// the race detector looks at every byte that passes through memory.
+// copyFile copies in the kernel: the file is large and mostly empty, and the race
+// detector checks every byte that passes through memory.
 func copyFile(to, from string) error {
 	src, err := os.Open(from)
 	if err != nil {
@@ -133,18 +133,18 @@ func (m *model) close(t *rapid.T) {
 	}
 }
 
-// replay does what a node does at its start.
+// replay applies the journals, as a node does at its start.
 func (m *model) replay(t *rapid.T) {
 	for _, l := range m.logs {
 		applied := int(m.table.Applied(l.stream))
 		if applied > m.seen[l] {
-			t.Fatalf("%d records are applied of %d", applied, m.seen[l])
+			t.Fatalf("%d of %d records are applied", applied, m.seen[l])
 		}
 		m.table.Apply(l.stream, l.all[applied:m.seen[l]])
 	}
 }
 
-// compare asks the table everything.
+// compare compares the results of all queries with the model's.
 func (m *model) compare(t *rapid.T) {
 	if err := m.table.usable(); err != nil {
 		t.Fatal(err)
@@ -169,7 +169,7 @@ func (m *model) compare(t *rapid.T) {
 			byKey[key] = append(byKey[key], id)
 		}
 		if !want.Status().Final() {
-			for _, s := range want.Homes() {
+			for _, s := range want.AcceptedBy() {
 				live[s]++
 			}
 		}
@@ -183,14 +183,14 @@ func (m *model) compare(t *rapid.T) {
 	for _, l := range m.logs {
 		got := map[journal.JobID]bool{}
 		err := m.table.Live(l.stream, func(r Row) bool {
-			if got[r.ID()] || r.Status().Final() || !slices.Contains(r.Homes(), l.stream) {
-				t.Fatalf("Live gave %v", r)
+			if got[r.ID()] || r.Status().Final() || !slices.Contains(r.AcceptedBy(), l.stream) {
+				t.Fatalf("Live returned %v", r)
 			}
 			got[r.ID()] = true
 			return true
 		})
 		if err != nil || int64(len(got)) != live[l.stream] {
-			t.Fatalf("Live gave %d rows of %d, %v", len(got), live[l.stream], err)
+			t.Fatalf("Live returned %d rows of %d, %v", len(got), live[l.stream], err)
 		}
 	}
 	for _, key := range []string{"k1", "k2", "k3"} {
@@ -203,7 +203,7 @@ func (m *model) compare(t *rapid.T) {
 	m.compareLists(t)
 }
 
-// compareLists pages through a list, there and back.
+// compareLists pages through a list in both directions.
 func (m *model) compareLists(t *rapid.T) {
 	f := Filter{
 		AllTenants: rapid.Bool().Draw(t, "all tenants"),
@@ -230,7 +230,7 @@ func (m *model) compareLists(t *rapid.T) {
 		}
 		for _, r := range rows {
 			if !equal(r.Records, m.rows[r.ID()].Records) {
-				t.Fatalf("List gave %v, want %v", r, m.rows[r.ID()])
+				t.Fatalf("List returned %v, want %v", r, m.rows[r.ID()])
 			}
 			ids = append(ids, r.ID())
 		}
@@ -245,7 +245,7 @@ func (m *model) compareLists(t *rapid.T) {
 		var ids []journal.JobID
 		ids, more = list(page)
 		if more && len(ids) != f.Limit {
-			t.Fatalf("%d of %d, and there are more", len(ids), f.Limit)
+			t.Fatalf("List returned %d rows of a limit of %d, and more is true", len(ids), f.Limit)
 		}
 		got = append(got, ids...)
 	}
@@ -273,9 +273,9 @@ func checkNow(t interface{ Fatal(...any) }, table *Table) {
 	}
 }
 
-// A table is the simple one, whatever comes in what order, however often it is
-// stopped or killed.
-func TestTableIsItsModel(t *testing.T) {
+// The table behaves like the model for any records in any order, and any number of
+// restarts and kills.
+func TestTableAgainstAModel(t *testing.T) {
 	root := t.TempDir()
 	n := 0
 	rapid.Check(t, func(rt *rapid.T) {
@@ -309,14 +309,13 @@ func TestTableIsItsModel(t *testing.T) {
 		m.compare(rt)
 		checkNow(rt, m.table)
 		m.compare(rt)
-		m.sameAsAnotherWay(rt)
+		m.compareCopy(rt)
 		m.close(rt)
 	})
 }
 
-// sameAsAnotherWay makes a second table from pages of rows, and expects the same
-// digests.
-func (m *model) sameAsAnotherWay(t *rapid.T) {
+// compareCopy makes a second table from pages of rows, and expects the same digests.
+func (m *model) compareCopy(t *rapid.T) {
 	other, err := Open(m.w.options(m.dirs()))
 	if err != nil {
 		t.Fatal(err)
@@ -337,7 +336,7 @@ func (m *model) sameAsAnotherWay(t *rapid.T) {
 	}
 	records = rapid.Permutation(records).Draw(t, "order")
 	for i := range records {
-		if err := other.join(records[i].Job, []journal.Record{records[i]}, nothingSeen); err != nil {
+		if err := other.join(records[i].Job, []journal.Record{records[i]}, absenceUnknown); err != nil {
 			t.Fatal(err)
 		}
 	}

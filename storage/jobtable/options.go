@@ -12,38 +12,37 @@ import (
 )
 
 var (
-	// ErrDamaged means that the table's file is not what was written. It is
-	// derived: Discard it, open a new one, and fill that by replaying all
-	// journals, or from another node's rows where segments were trimmed.
+	// ErrDamaged means that the table's file differs from what was written. The
+	// table is derived: Discard it, open a new one, and fill that by replaying all
+	// journals, and from another node's rows where the journals were trimmed.
 	ErrDamaged = errors.New("the job table is damaged")
-	// ErrFailed means that a write failed earlier; the node must stop.
+	// ErrFailed means that an earlier write failed; the node must stop.
 	ErrFailed = errors.New("the job table has failed")
 	// ErrClosed means that the table was closed.
 	ErrClosed = errors.New("the job table is closed")
 	// ErrNewerFormat means that a later version of dsnode wrote the table.
-	ErrNewerFormat = errors.New("the job table is of a format that this version does not know")
+	ErrNewerFormat = errors.New("the job table has a format that this version does not know")
 )
 
-// Options say where the table is and what it needs. Dir, Sealer and
-// Ring are required.
+// Options of a Table. Dir, Sealer and Ring are required.
 type Options struct {
-	Dir    string // its lock is held by the caller
+	Dir    string // the caller holds its lock
 	Sealer *journal.Sealer
-	// Ring is the sealer's. Tenants stand in indexes as a MAC of it.
+	// Ring is the one of Sealer. The indexes contain tenants as MACs under its key.
 	Ring *keyring.Ring
-	// Retention is how long after its end a job is kept, asked each time: it may
-	// change. Nil: 24 h.
+	// Retention returns how long a job is kept after its end. It is called each time,
+	// since the setting may change. Nil: 24 h.
 	Retention func() time.Duration
-	Now       func() time.Time // time.Now when nil
-	Clock     *journal.HLC     // of Now when nil; it says what time the records' clocks have come to
-	Logger    *slog.Logger     // none when nil
-	// Registerer gets the metrics; none when nil.
+	Now       func() time.Time // nil: time.Now
+	Clock     *journal.HLC     // the clock of the records; nil: a new one on Now
+	Logger    *slog.Logger     // nil: no logs
+	// Registerer gets the metrics; nil: none are registered.
 	Registerer prometheus.Registerer
 }
 
 const (
 	defaultRetention = 24 * time.Hour
-	maxAhead         = 10 * time.Minute // of a clock that is made here
+	maxAhead         = 10 * time.Minute // for a Clock that is nil
 )
 
 func (o Options) withDefaults() Options {
@@ -62,15 +61,15 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Filter says which rows List gives, newest first.
+// Filter selects the rows of List.
 type Filter struct {
-	// Tenant's jobs only, "" being those of no tenant, unless AllTenants.
+	// Tenant selects the tenant's jobs, "" those without a tenant; unless AllTenants.
 	Tenant     string
 	AllTenants bool
-	// Status has to be one of these; any when empty.
+	// Status is the list of wanted statuses; empty: all.
 	Status []journal.Status
-	// After gives what comes behind this job in the list (older ones), Before
-	// what stands directly before it (newer ones). At most one of them.
+	// After returns the jobs that follow this one in the list (older ones), Before
+	// those directly in front of it (newer ones). At most one of them is set.
 	After, Before journal.JobID
 	Limit         int // 1 to MaxLimit; MaxLimit when 0
 }

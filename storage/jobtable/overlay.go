@@ -14,51 +14,51 @@ import (
 )
 
 const (
-	// stripeCount locks share the jobs, so that streams rarely wait for each other.
+	// stripeCount is the number of locks, so that streams rarely wait for each other.
 	stripeCount = 64
 	// maxPending is about how many bytes of changes may wait for a commit before
-	// Apply blocks. One batch of them is written and held twice while it is.
+	// Apply blocks. The changes being committed are in memory twice meanwhile.
 	maxPending = 32 << 20
-	// commitEarly does not wait for the rest of a batch's time.
+	// commitEarly is the number of pending bytes at which a commit begins at once.
 	commitEarly = maxPending / 8
 )
 
-// stripe holds the changed rows of some jobs until the file has them.
+// stripe holds the changed rows of some jobs until a commit has written them.
 type stripe struct {
 	mu      sync.Mutex // guards entries, tickets
 	entries map[journal.JobID]*entry
-	tickets uint64 // given to changes that watchers hear of
+	tickets uint64 // number of changes that watchers are notified of
 
-	turn   sync.Mutex // guards called; never held while mu is taken
-	next   *sync.Cond
-	called uint64 // tickets that watchers have heard of
+	order    sync.Mutex // guards notified; never held while mu is locked
+	next     *sync.Cond
+	notified uint64 // number of tickets whose watchers have been called
 }
 
 type entry struct {
 	state
-	version uint64 // one more with each change
+	version uint64 // increases with each change
 	bytes   int64
-	filed   bool // the file has a row of the job
+	inFile  bool // the file has a row of the job
 }
 
 func (s *stripe) init() {
 	s.entries = map[journal.JobID]*entry{}
-	s.next = sync.NewCond(&s.turn)
+	s.next = sync.NewCond(&s.order)
 }
 
-// The last byte is random in every id; its low bits part the stripes.
+// stripe selects by the low bits of the id's last byte, which is random.
 func (t *Table) stripe(id journal.JobID) *stripe { return &t.stripes[id[len(id)-1]%stripeCount] }
 
-// ErrGap means that records were applied which don't follow those before: what
-// is between them would be missing for ever.
+// ErrGap means that Apply was given records that don't follow the ones before. The
+// records in between would be lost.
 var ErrGap = errors.New("journal records are missing before the applied ones")
 
-// Apply joins the records of one stream, which must come in their order,
-// beginning at or before Applied+1; what was applied before is skipped, and a
-// gap fails the table. The changes are visible when it returns, and durable with
-// the next commit. It may be called at once for different streams, keeps nothing
-// of records, and blocks while the commits of Run are too far behind. Once the
-// table has failed it does nothing: Run's error stops the node.
+// Apply joins the records of one stream, in their order, beginning at or before
+// Applied+1. It skips records that were applied before; a gap fails the table. When
+// it returns the changes are visible; the next commit makes them durable. Different
+// streams may be applied concurrently. Apply keeps no reference to records. It
+// blocks while too many changes wait for a commit. Once the table has failed it does
+// nothing: the error of Run stops the node.
 func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 	t.mu.Lock()
 	seen := t.position(s).seen
@@ -77,7 +77,7 @@ func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 	for i := range records {
 		r := &records[i]
 		if r.Seq != applied+1 {
-			_ = t.setFailed("apply", fmt.Errorf("%w: %d of %s after %d", ErrGap, r.Seq, s, applied)) // Run says it
+			_ = t.setFailed("apply", fmt.Errorf("%w: %d of %s after %d", ErrGap, r.Seq, s, applied)) // Run returns it
 			return
 		}
 		if err := t.join(r.Job, records[i:i+1], absent.at(i)); err != nil {
@@ -92,9 +92,9 @@ func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 	signal(t.kick)
 }
 
-// Merge joins rows of another node, as Rows and Bucket gave them. They are
-// durable when it returns. The error is ErrDamaged when they are no such rows:
-// then some may have been joined.
+// Merge joins rows of another node, as returned by its Rows or Bucket. They are
+// durable when it returns. When frames are malformed the error wraps ErrDamaged;
+// then some rows may have been joined.
 func (t *Table) Merge(ctx context.Context, frames []byte) error {
 	records, err := parseFrames(frames)
 	if err != nil {
@@ -105,7 +105,7 @@ func (t *Table) Merge(ctx context.Context, frames []byte) error {
 		for to < len(records) && records[to].Job == records[from].Job {
 			to++
 		}
-		if err := t.join(records[from].Job, records[from:to], nothingSeen); err != nil {
+		if err := t.join(records[from].Job, records[from:to], absenceUnknown); err != nil {
 			return err
 		}
 		from = to
@@ -113,26 +113,26 @@ func (t *Table) Merge(ctx context.Context, frames []byte) error {
 	return t.flush(ctx)
 }
 
-// absences says which jobs the file had no row of, before a number of commits.
-// Asking for many at once costs a fraction of asking for each.
+// absences says which jobs had no row in the file, as of a number of commits.
+// Looking for many jobs at once costs a fraction of a lookup for each.
 type absences struct {
 	jobs    []bool
 	commits uint64
 }
 
-// sight of one job.
-type sight struct {
+// absence is that of one job.
+type absence struct {
 	absent  bool
 	commits uint64
 }
 
-// nothingSeen says nothing: the file is asked.
-var nothingSeen = sight{}
+// absenceUnknown means that the file must be asked.
+var absenceUnknown = absence{}
 
-func (a *absences) at(i int) sight { return sight{a.jobs[i], a.commits} }
+func (a *absences) at(i int) absence { return absence{a.jobs[i], a.commits} }
 
-// absent asks the file for the jobs of records. No lock is held meanwhile: a
-// commit that has to grow the file waits for all who read.
+// absent looks for the jobs of records in the file. The caller holds no lock: a
+// commit that grows the file waits for all readers.
 func (t *Table) absent(records []journal.Record) (absences, error) {
 	a := absences{jobs: make([]bool, len(records)), commits: t.retired.Load()}
 	err := t.read("look for rows", func(tx *bbolt.Tx) error {
@@ -148,8 +148,8 @@ func (t *Table) absent(records []journal.Record) (absences, error) {
 }
 
 // join joins records into a job's row.
-func (t *Table) join(id journal.JobID, records []journal.Record, seen sight) error {
-	if err := t.waitForRoom(); err != nil {
+func (t *Table) join(id journal.JobID, records []journal.Record, seen absence) error {
+	if err := t.waitForSpace(); err != nil {
 		return err
 	}
 	return t.change(id, true, seen, func(s state) (state, bool) {
@@ -157,7 +157,7 @@ func (t *Table) join(id journal.JobID, records []journal.Record, seen sight) err
 		if !changed {
 			return s, false
 		}
-		// The caller's buffer is its own: copy what was taken from it.
+		// Clone the payloads that come from the caller's buffer.
 		for i := range next.records {
 			for j := range records {
 				if records[j].Sealed() {
@@ -172,9 +172,9 @@ func (t *Table) join(id journal.JobID, records []journal.Record, seen sight) err
 	})
 }
 
-// change replaces a row's state by what f makes of it; tell says whether
-// watchers hear of it.
-func (t *Table) change(id journal.JobID, tell bool, seen sight, f func(state) (state, bool)) error {
+// change replaces a row's state by the result of f; tell says whether to notify
+// watchers.
+func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) (state, bool)) error {
 	s := t.stripe(id)
 	s.mu.Lock()
 	e := s.entries[id]
@@ -183,7 +183,8 @@ func (t *Table) change(id journal.JobID, tell bool, seen sight, f func(state) (s
 	case e != nil:
 		old = e.state
 	case seen.absent && seen.commits == t.retired.Load():
-		// No entry has left for the file since it was looked at.
+		// No commit has removed entries since the file was read, so the job is in
+		// neither.
 	default:
 		var err error
 		if old, err = t.load(id); err != nil {
@@ -197,7 +198,7 @@ func (t *Table) change(id journal.JobID, tell bool, seen sight, f func(state) (s
 		return nil
 	}
 	if e == nil {
-		e = &entry{filed: !old.empty()}
+		e = &entry{inFile: !old.empty()}
 		s.entries[id] = e
 	}
 	e.state = next
@@ -216,29 +217,29 @@ func (t *Table) change(id journal.JobID, tell bool, seen sight, f func(state) (s
 	s.mu.Unlock()
 	signal(t.kick)
 	if ticket > 0 {
-		s.tell(*watchers, row, ticket)
+		s.notify(*watchers, row, ticket)
 	}
 	return nil
 }
 
-// tell calls the watchers when all earlier tickets were told.
-func (s *stripe) tell(watchers []func(Row), row Row, ticket uint64) {
-	s.turn.Lock()
-	for s.called != ticket-1 {
+// notify calls the watchers after those of all earlier tickets have been called.
+func (s *stripe) notify(watchers []func(Row), row Row, ticket uint64) {
+	s.order.Lock()
+	for s.notified != ticket-1 {
 		s.next.Wait()
 	}
-	s.turn.Unlock()
+	s.order.Unlock()
 	for _, w := range watchers {
 		w(row)
 	}
-	s.turn.Lock()
-	s.called = ticket
-	s.turn.Unlock()
+	s.order.Lock()
+	s.notified = ticket
+	s.order.Unlock()
 	s.next.Broadcast()
 }
 
-// load gives a row's state in the file, with payloads of its own. The caller
-// holds the stripe's lock and found no entry there.
+// load reads a row's state from the file and copies its payloads. The caller holds
+// the stripe's lock and found no entry in it.
 func (t *Table) load(id journal.JobID) (s state, err error) {
 	err = t.read("load a row", func(tx *bbolt.Tx) error {
 		v := bucket(tx, tableRows).Get(id[:])
@@ -251,7 +252,7 @@ func (t *Table) load(id journal.JobID) (s state, err error) {
 	return s, err
 }
 
-// current gives a row's state.
+// current returns a row's state.
 func (t *Table) current(id journal.JobID) (state, error) {
 	s := t.stripe(id)
 	s.mu.Lock()
@@ -261,12 +262,12 @@ func (t *Table) current(id journal.JobID) (state, error) {
 		return e.state, nil
 	}
 	s.mu.Unlock()
-	// Entries leave the overlay only after the file has them, so what comes now
-	// is no older.
+	// An entry leaves the overlay only after the file has that version, so the file
+	// is at least as new.
 	return t.load(id)
 }
 
-// recount moves what Counts and LiveCounts say from one state to another.
+// recount updates Counts and LiveCounts for a change from one state to another.
 func (t *Table) recount(old, next *state) {
 	from, was := old.counted()
 	to, is := next.counted()
@@ -280,10 +281,10 @@ func (t *Table) recount(old, next *state) {
 	}
 	var left, come []journal.Stream
 	if old.live() {
-		left = Row{old.records}.Homes()
+		left = Row{old.records}.AcceptedBy()
 	}
 	if next.live() {
-		come = Row{next.records}.Homes()
+		come = Row{next.records}.AcceptedBy()
 	}
 	if len(left) == 0 && len(come) == 0 {
 		return
@@ -300,9 +301,9 @@ func (t *Table) recount(old, next *state) {
 	}
 }
 
-// waitForRoom blocks while too much waits for the next commit. The error is
-// that of usable.
-func (t *Table) waitForRoom() error {
+// waitForSpace blocks while too many changes wait for a commit. The error is that
+// of usable.
+func (t *Table) waitForSpace() error {
 	for {
 		if err := t.usable(); err != nil {
 			return err
@@ -313,22 +314,22 @@ func (t *Table) waitForRoom() error {
 			}
 			return nil
 		}
-		room := t.room.wait()
+		space := t.space.wait()
 		if t.pending.Load() < maxPending {
-			continue // a commit came in between
+			continue // a commit ended in between
 		}
 		signal(t.urgent)
 		select {
-		case <-room:
+		case <-space:
 		case <-t.failed:
 		}
 	}
 }
 
-// flush waits until all that is visible is durable.
+// flush waits until every change that is visible now is durable.
 func (t *Table) flush(ctx context.Context) error {
 	t.mu.Lock()
-	want := t.begun + 1 // the one that is running may have begun before
+	want := t.begun + 1 // a commit that is running may not include all changes
 	t.mu.Unlock()
 	for {
 		done := t.finished.wait()
@@ -352,6 +353,6 @@ func (t *Table) flush(ctx context.Context) error {
 func signal(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:
-	default: // it is signalled already
+	default: // already signalled
 	}
 }

@@ -10,12 +10,12 @@ import (
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
-// partialFile stands beside a table that was discarded, from before its files
-// went until it is whole again, so that a crash in between doesn't make it look so.
+// partialFile exists from before a table is discarded until the new one is whole, so
+// that a crash in between does not make the table look whole.
 const partialFile = "jobs.partial"
 
-// What it says is for people; that it is there is what counts.
-const partialNote = "dsnode 1: jobs.db was damaged and is made anew; it may lack rows that only other nodes have\n"
+// The content is for people; only the existence of the file matters.
+const partialNote = "dsnode 1: jobs.db was damaged and is being rebuilt; it may lack rows that only other nodes have\n"
 
 func notePartial(dir string) error {
 	return atomicfile.Replace(filepath.Join(dir, partialFile), []byte(partialNote))
@@ -29,21 +29,20 @@ func isPartial(dir string) (bool, error) {
 	return err == nil, err
 }
 
-// Partial reports whether the table was discarded and SetWhole has not been
-// called since: it may lack rows whose records the journals no longer hold, and
-// nothing may be concluded from what it doesn't have.
+// Partial reports whether the table was discarded and SetWhole has not been called
+// since. Then it may lack rows whose records are no longer in the journals: a row
+// that is missing proves nothing.
 func (t *Table) Partial() bool { return t.partial.Load() }
 
-// SetWhole notes that the table lacks nothing any more that can be had: all
-// journals are applied, and other nodes' rows merged. It is durable when it
-// returns nil.
+// SetWhole records that the table is complete, as far as it can be: all journals are
+// applied, and other nodes' rows are merged. It is durable when it returns nil.
 func (t *Table) SetWhole() error {
 	err := os.Remove(filepath.Join(t.o.Dir, partialFile))
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		err = syncDir(t.o.Dir)
+		err = atomicfile.SyncDir(t.o.Dir)
 	}
 	if err != nil {
-		return fmt.Errorf("note that the job table is whole: %w", err)
+		return fmt.Errorf("mark the job table as whole: %w", err)
 	}
 	t.partial.Store(false)
 	return nil

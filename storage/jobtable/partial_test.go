@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-func TestDiscardedTableIsPartialUntilItIsWhole(t *testing.T) {
+func TestDiscardedTableIsPartialUntilSetWhole(t *testing.T) {
 	w := newWorld(t)
 	dir := t.TempDir()
 	want := func(when string, partial bool) *Table {
@@ -16,9 +16,9 @@ func TestDiscardedTableIsPartialUntilItIsWhole(t *testing.T) {
 			t.Fatal(err)
 		}
 		if table.Partial() != partial {
-			t.Errorf("%s: partial %v", when, table.Partial())
+			t.Errorf("%s: Partial is %v", when, table.Partial())
 		}
-		t.Cleanup(func() { _ = table.Close() }) // also by hand, which is no harm
+		t.Cleanup(func() { _ = table.Close() }) // the test may have closed it, which is fine
 		return table
 	}
 	reopened := func(table *Table) {
@@ -29,7 +29,7 @@ func TestDiscardedTableIsPartialUntilItIsWhole(t *testing.T) {
 	}
 	table := want("a new one", false)
 	reopened(table)
-	// A crash in the midst of it leaves what was noted first.
+	// A crash during Discard leaves the file that says "partial".
 	if err := notePartial(dir); err != nil {
 		t.Fatal(err)
 	}
@@ -42,17 +42,17 @@ func TestDiscardedTableIsPartialUntilItIsWhole(t *testing.T) {
 	}
 	table = want("discarded", true)
 	if !table.Fresh() {
-		t.Error("not a new file")
+		t.Error("Fresh is false for a new file")
 	}
 	reopened(table)
 	table = want("discarded, and opened again", true)
-	for range 2 { // again is no harm
+	for range 2 { // the second call does nothing
 		if err := table.SetWhole(); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if table.Partial() {
-		t.Error("partial when it is whole")
+		t.Error("Partial is true after SetWhole")
 	}
 	reopened(table)
 	want("whole", false)

@@ -16,12 +16,12 @@ import (
 )
 
 const (
-	resealPage = 5000 // rows looked at once
+	resealPage = 5000 // rows read at once
 	resealRest = time.Second
 )
 
-// Carries says how many payloads are sealed with each key, after all that is
-// visible was made durable.
+// Carries makes all changes durable and then returns how many payloads are sealed
+// with each key.
 func (t *Table) Carries(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	if err := t.flush(ctx); err != nil {
 		return nil, err
@@ -39,11 +39,11 @@ func (t *Table) Carries(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	return n, err
 }
 
-// Reseal seals all payloads that carry the key from with the current one, row
-// by row and no faster than they can be committed, and returns when none is
-// left: Carries shows the progress. Journals and other nodes may bring more
-// later. It may be ended by ctx and begun again at any time. Payloads that can't
-// be opened are left, and make an error in the end.
+// Reseal seals all payloads that are sealed with the key from with the current key.
+// It goes row by row, no faster than rows can be committed, and returns when no such
+// payload is left; Carries shows the progress. Journals and other nodes may bring
+// more later. It may be cancelled by ctx and called again at any time. Payloads that
+// can't be opened stay as they are, and then it ends with an error.
 func (t *Table) Reseal(ctx context.Context, from keyring.KeyID) error {
 	for {
 		n, err := t.Carries(ctx)
@@ -55,7 +55,7 @@ func (t *Table) Reseal(ctx context.Context, from keyring.KeyID) error {
 			return nil
 		}
 		if current, ok := t.o.Ring.Current(); !ok || current == from {
-			return fmt.Errorf("seal jobs anew: %w", errCurrent)
+			return fmt.Errorf("re-seal jobs: %w", errCurrent)
 		}
 		stuck, err := t.resealAll(ctx, from)
 		if err != nil {
@@ -67,7 +67,7 @@ func (t *Table) Reseal(ctx context.Context, from keyring.KeyID) error {
 		if left := n[from]; left > 0 && left >= before {
 			return fmt.Errorf("%d payloads are still sealed with key %s: %w", left, from, errors.Join(stuck, errStuck))
 		}
-		select { // more came in meanwhile
+		select { // more payloads arrived meanwhile
 		case <-time.After(resealRest):
 		case <-ctx.Done():
 			return ctx.Err()
@@ -77,11 +77,11 @@ func (t *Table) Reseal(ctx context.Context, from keyring.KeyID) error {
 
 var (
 	errCurrent = errors.New("there is no newer key")
-	errStuck   = errors.New("they can't be opened, or come in faster than they are sealed anew")
+	errStuck   = errors.New("they can't be opened, or arrive faster than they are re-sealed")
 )
 
-// resealAll goes through the file once. stuck is the first reason why a payload
-// was left.
+// resealAll goes through the file once. stuck is the first error of re-sealing a
+// payload.
 func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err error) {
 	after := journal.JobID{}
 	for more := true; more; {
@@ -93,14 +93,14 @@ func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err e
 			if err := ctx.Err(); err != nil {
 				return stuck, err
 			}
-			if err := t.waitForRoom(); err != nil {
+			if err := t.waitForSpace(); err != nil {
 				return stuck, err
 			}
-			err := t.change(id, false, nothingSeen, func(s state) (state, bool) {
+			err := t.change(id, false, absenceUnknown, func(s state) (state, bool) {
 				next, changed, err := t.resealed(s, from)
 				if err != nil && stuck == nil {
 					stuck = fmt.Errorf("job %s: %w", id, err)
-					t.o.Logger.Error("a job can't be sealed anew", "job", id, "key", from, "err", err)
+					t.o.Logger.Error("can't re-seal a job", "job", id, "key", from, "err", err)
 				}
 				return next, changed
 			})
@@ -112,7 +112,7 @@ func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err e
 	return stuck, nil
 }
 
-// sealedWith gives a page of the rows that carry a key.
+// sealedWith returns a page of the jobs with a payload sealed with key.
 func (t *Table) sealedWith(after journal.JobID, key keyring.KeyID) (ids []journal.JobID, last journal.JobID, more bool, err error) {
 	last = after
 	err = t.read("look for a key", func(tx *bbolt.Tx) error {
@@ -143,7 +143,8 @@ func (t *Table) sealedWith(after journal.JobID, key keyring.KeyID) (ids []journa
 	return ids, last, more, err
 }
 
-// resealed gives the state with new payloads; what can't be opened stays.
+// resealed returns the state with re-sealed payloads, except those that can't be
+// opened.
 func (t *Table) resealed(s state, from keyring.KeyID) (next state, changed bool, failed error) {
 	next = s
 	next.records = slices.Clone(s.records)

@@ -6,11 +6,11 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Row is what is known of one job: its records in canonical order, as Join
-// gives them. It is shared: change neither the slice nor the payloads.
+// Row holds everything known about one job: its records in canonical order, as
+// Join returns them. It is shared: change neither the slice nor the payloads.
 type Row struct{ Records []journal.Record }
 
-// ID is the job's; zero for an empty row.
+// ID returns the job's id, zero for an empty row.
 func (r Row) ID() journal.JobID {
 	if len(r.Records) == 0 {
 		return journal.JobID{}
@@ -18,7 +18,7 @@ func (r Row) ID() journal.JobID {
 	return r.Records[0].Job
 }
 
-// first gives the first record of a category: the one that counts.
+// first returns the first record of a category, which is the one that counts.
 func (r Row) first(c category) (*journal.Record, bool) {
 	for i := range r.Records {
 		if categoryOf(r.Records[i].Kind) == c {
@@ -35,13 +35,13 @@ func (r Row) value(c category) (journal.Record, bool) {
 	return journal.Record{}, false
 }
 
-// Submitted is the record that gives the job's content; false while it is still
-// on its way, and once the job is deleted.
+// Submitted returns the record with the job's content; false while that has not
+// arrived, and after the job was deleted.
 func (r Row) Submitted() (journal.Record, bool) { return r.value(submitted) }
 
-// Homes are the streams that accepted the job, the first one first: its owners
-// may execute it.
-func (r Row) Homes() []journal.Stream {
+// AcceptedBy returns the streams that accepted the job, the earliest first. The
+// owners of these streams may execute it.
+func (r Row) AcceptedBy() []journal.Stream {
 	var homes []journal.Stream
 	for i := range r.Records {
 		if rec := &r.Records[i]; rec.Kind == journal.Submitted && !slices.Contains(homes, rec.Stream) {
@@ -51,7 +51,7 @@ func (r Row) Homes() []journal.Stream {
 	return homes
 }
 
-// Current is the result that counts or else how far the execution has come;
+// Current returns the result that counts or, without a result, the newest progress;
 // false when nothing was started.
 func (r Row) Current() (journal.Record, bool) {
 	if rec, ok := r.first(finished); ok {
@@ -60,7 +60,7 @@ func (r Row) Current() (journal.Record, bool) {
 	return r.value(progress)
 }
 
-// Late are results that don't count beside the current one, the best first.
+// Late returns the results that don't count, the best first.
 func (r Row) Late() []journal.Record {
 	from := slices.IndexFunc(r.Records, func(rec journal.Record) bool { return rec.Kind == journal.Finished })
 	if from < 0 {
@@ -73,18 +73,18 @@ func (r Row) Late() []journal.Record {
 	return r.Records[from+1 : to : to]
 }
 
-// CancelAsked is the first wish to cancel the job.
+// CancelAsked returns the first request to cancel the job.
 func (r Row) CancelAsked() (journal.Record, bool) { return r.value(asked) }
 
-// Deleted reports whether the job is gone: a client deleted it, or its
-// retention is over and only its id is still known, so that a late copy can't
-// bring it back. Then nothing else is known of it.
+// Deleted reports whether the job was deleted by a client, or its retention is over.
+// In the latter case only its id is kept, so that a late copy can't restore it.
+// Nothing else is known of a deleted job.
 func (r Row) Deleted() bool {
 	_, ok := r.first(deleted)
 	return ok
 }
 
-// Status is where the job is; empty for a deleted one.
+// Status returns the job's status; empty for a deleted job.
 func (r Row) Status() journal.Status {
 	if r.Deleted() {
 		return ""
@@ -99,7 +99,7 @@ func (r Row) Status() journal.Status {
 	return journal.Queued
 }
 
-// Attempts is how many executions were begun.
+// Attempts returns how many executions were begun.
 func (r Row) Attempts() uint32 {
 	var n uint32
 	for i := range r.Records {
@@ -108,17 +108,8 @@ func (r Row) Attempts() uint32 {
 	return n
 }
 
-// Token is that of the owner who wrote the current record, or who accepted the
-// job when nothing was started.
-func (r Row) Token() journal.Token {
-	if rec, ok := r.Current(); ok {
-		return rec.Token
-	}
-	rec, _ := r.Submitted()
-	return rec.Token
-}
-
-// visible reports whether the row is shown: its submission is here, or it is gone.
+// visible reports whether the row is shown: its submission has arrived, or the job
+// is deleted.
 func (r Row) visible() bool {
 	if len(r.Records) == 0 {
 		return false

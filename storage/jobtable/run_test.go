@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"sync"
@@ -19,9 +20,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// Streams are applied at once while others read, and the watcher hears each
-// job's changes in order.
-func TestManyAtOnce(t *testing.T) {
+// Several streams are applied concurrently with reads and commits; the watcher
+// is called with each job's changes in order.
+func TestConcurrentUse(t *testing.T) {
 	w := newWorld(t)
 	table := start(t, w.options(t.TempDir()))
 	const jobs = 200
@@ -43,9 +44,9 @@ func TestManyAtOnce(t *testing.T) {
 		mu.Lock()
 		defer mu.Unlock()
 		changes++
-		// Each is what it was before, and more.
+		// Each row includes the previous one.
 		if before := heard[r.ID()]; !equal(Join(before.Records, r.Records), r.Records) {
-			t.Errorf("heard %v after %v", r, before)
+			t.Errorf("the watcher was called with %v after %v", r, before)
 		}
 		heard[r.ID()] = r
 	})
@@ -71,15 +72,15 @@ func TestManyAtOnce(t *testing.T) {
 				seen[r.ID()] = true
 				now, ok, err := table.Get(r.ID())
 				if err != nil || !ok || !equal(Join(r.Records, now.Records), now.Records) {
-					t.Errorf("Get went back: %v after %v (%v)", now, r, err)
+					t.Errorf("Get returned an older row: %v after %v (%v)", now, r, err)
 				}
 			}
-			if _, err := table.DigestsSince(0); err != nil {
+			if _, err := table.digestsSince(0); err != nil {
 				t.Errorf("Digests: %v", err)
 			}
 		}
 	})
-	// Commits all the time, so that rows change while they are written.
+	// Commit continuously, so that rows change while they are written.
 	reading.Go(func() {
 		for {
 			select {
@@ -105,15 +106,15 @@ func TestManyAtOnce(t *testing.T) {
 	reading.Wait()
 	table.check(t)
 	if n := table.Counts()[journal.Succeeded]; n != jobs || len(heard) != jobs {
-		t.Errorf("%d jobs succeeded, %d were heard of, want %d", n, len(heard), jobs)
+		t.Errorf("%d jobs succeeded, the watcher saw %d, want %d", n, len(heard), jobs)
 	}
 	for id, r := range heard {
 		if now := table.get(t, id); !equal(now.Records, r.Records) {
-			t.Errorf("last heard %v, is %v", r, now)
+			t.Errorf("the watcher's last row is %v, Get returned %v", r, now)
 		}
 	}
-	if n := table.PendingBytes(); n != 0 {
-		t.Errorf("%d bytes wait after all is durable", n)
+	if n := table.pending.Load(); n != 0 {
+		t.Errorf("%d bytes are pending after everything is durable", n)
 	}
 	for _, l := range logs {
 		if n := table.Applied(l.stream); n != l.seq {
@@ -122,7 +123,7 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
-// Apply keeps nothing of the caller's buffer.
+// Apply keeps no reference to the caller's buffer.
 func TestApplyCopies(t *testing.T) {
 	w := newWorld(t)
 	table := start(t, w.options(t.TempDir()))
@@ -134,7 +135,7 @@ func TestApplyCopies(t *testing.T) {
 		t.Fatal(err)
 	}
 	payload := bytes.Clone(r.Payload)
-	if r, _, err = journal.NextFrame(frame); err != nil { // as one that came from a peer
+	if r, _, err = journal.NextFrame(frame); err != nil { // as if received from a peer
 		t.Fatal(err)
 	}
 	table.Apply(l.stream, []journal.Record{r})
@@ -148,7 +149,7 @@ func TestApplyCopies(t *testing.T) {
 	}
 }
 
-// Without commits Apply waits, and memory stays bounded.
+// Apply blocks without commits, so that memory stays bounded.
 func TestApplyWaitsForCommits(t *testing.T) {
 	w := newWorld(t)
 	table, err := Open(w.options(t.TempDir()))
@@ -160,7 +161,7 @@ func TestApplyWaitsForCommits(t *testing.T) {
 	for range n {
 		l.submit(w.newID(), journal.Submission{Body: make([]byte, 1<<20)})
 	}
-	for i := range l.all { // what zstd made of the zeros would not fill anything
+	for i := range l.all { // zstd compresses zeros to almost nothing
 		l.all[i].Payload = append(l.all[i].Payload, make([]byte, 1<<20)...)
 	}
 	done := make(chan struct{})
@@ -168,16 +169,16 @@ func TestApplyWaitsForCommits(t *testing.T) {
 		defer close(done)
 		table.Apply(l.stream, l.all)
 	}()
-	for table.PendingBytes() < maxPending {
+	for table.pending.Load() < maxPending {
 		select {
 		case <-done:
-			t.Fatal("Apply did not wait")
+			t.Fatal("Apply did not block")
 		case <-time.After(time.Millisecond):
 		}
 	}
 	for waiting := true; waiting; {
-		if p := table.PendingBytes(); p > maxPending+4<<20 {
-			t.Fatalf("%d bytes wait", p)
+		if p := table.pending.Load(); p > maxPending+4<<20 {
+			t.Fatalf("%d bytes are pending", p)
 		}
 		if err := table.commit(); err != nil {
 			t.Fatal(err)
@@ -196,7 +197,8 @@ func TestApplyWaitsForCommits(t *testing.T) {
 	}
 }
 
-// A node that lost its table gets the rows of another one, and goes on from there.
+// A node that lost its table merges the rows of another node and then applies
+// further records.
 func TestRebuiltFromAnotherNode(t *testing.T) {
 	w := newWorld(t)
 	source := start(t, w.options(t.TempDir()))
@@ -224,8 +226,8 @@ func TestRebuiltFromAnotherNode(t *testing.T) {
 		if err := copied.Merge(t.Context(), frames); err != nil {
 			t.Fatal(err)
 		}
-		if n := copied.PendingBytes(); n != 0 {
-			t.Fatalf("%d bytes wait after Merge", n)
+		if n := copied.pending.Load(); n != 0 {
+			t.Fatalf("%d bytes are pending after Merge", n)
 		}
 	}
 	for s, seq := range applied {
@@ -235,18 +237,22 @@ func TestRebuiltFromAnotherNode(t *testing.T) {
 	}
 	compare := func() []byte {
 		t.Helper()
-		since := max(source.DigestsCut(), copied.DigestsCut())
-		a, err := source.DigestsSince(since)
+		if a, b := source.AppliedAll(), copied.AppliedAll(); !maps.Equal(a, b) {
+			t.Fatalf("the tables have applied %v and %v", a, b)
+		}
+		a, err := source.Digests()
 		if err != nil {
 			t.Fatal(err)
 		}
-		b, err := copied.DigestsSince(since)
+		b, err := copied.Digests()
 		if err != nil {
 			t.Fatal(err)
 		}
-		differ, comparable := a.Differ(b)
-		if !comparable {
-			t.Fatalf("applied %v and %v", a.Applied, b.Applied)
+		var differ []byte
+		for i := range a {
+			if a[i] != b[i] {
+				differ = append(differ, byte(i))
+			}
 		}
 		return differ
 	}
@@ -259,16 +265,16 @@ func TestRebuiltFromAnotherNode(t *testing.T) {
 		table.check(t)
 	}
 	if d := compare(); len(d) != 0 {
-		t.Errorf("buckets %v differ after one more", d)
+		t.Errorf("buckets %v differ after one more record", d)
 	}
 	if err := copied.Merge(t.Context(), []byte("no frames at all, but long enough")); !errors.Is(err, ErrDamaged) {
-		t.Errorf("Merge of nonsense: %v", err)
+		t.Errorf("Merge of malformed frames: %v", err)
 	}
 
-	// A difference is found in its bucket, and repaired by joining that both ways.
+	// A difference shows in its bucket, and merging that bucket repairs it.
 	third := w.log("c")
 	lost := third.write(journal.Record{Kind: journal.CancelAsked, Job: l.all[7].Job})
-	if err := source.join(lost.Job, []journal.Record{lost}, nothingSeen); err != nil {
+	if err := source.join(lost.Job, []journal.Record{lost}, absenceUnknown); err != nil {
 		t.Fatal(err)
 	}
 	source.check(t)
@@ -289,13 +295,10 @@ func TestRebuiltFromAnotherNode(t *testing.T) {
 	if d := compare(); len(d) != 0 {
 		t.Errorf("buckets %v differ after the repair", d)
 	}
-	if err := copied.DropStream(t.Context(), other.stream); err != nil {
-		t.Fatal(err)
-	}
 	copied.end()
 	copied = start(t, o)
-	if got := copied.AppliedAll(); len(got) != 1 || got[l.stream] != l.seq {
-		t.Errorf("applied %v after dropping a stream and a restart", got)
+	if a, b := source.AppliedAll(), copied.AppliedAll(); !maps.Equal(a, b) {
+		t.Errorf("the tables have applied %v and %v after a restart", a, b)
 	}
 	copied.check(t)
 }
@@ -320,10 +323,10 @@ func TestReseal(t *testing.T) {
 		return n[k]
 	}
 	if n := carries(from); n != 200 {
-		t.Fatalf("%d payloads carry the key, want 200", n)
+		t.Fatalf("%d payloads are sealed with the key, want 200", n)
 	}
 	if err := table.Reseal(t.Context(), from); err == nil {
-		t.Error("sealed anew with the same key")
+		t.Error("Reseal to the same key succeeded")
 	}
 	before, err := table.Digests()
 	if err != nil {
@@ -335,18 +338,19 @@ func TestReseal(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a, b := carries(from), carries(to); a != 0 || b != 200 {
-		t.Errorf("%d payloads carry the old key, %d the new one", a, b)
+		t.Errorf("%d payloads are sealed with the old key, %d with the new one", a, b)
 	}
 	if after, err := table.Digests(); err != nil || after != before {
 		t.Errorf("the digests changed (%v)", err)
 	}
 	table.check(t)
 
-	// The old key may go: all can still be read, also what comes once more.
+	// Without the old key everything can still be opened, also after a record arrives
+	// again.
 	if err := w.ring.Set(to, slices.Delete(slices.Clone(w.keys), 1, 2)...); err != nil {
 		t.Fatal(err)
 	}
-	if err := table.join(l.all[0].Job, l.all[:1], nothingSeen); err != nil {
+	if err := table.join(l.all[0].Job, l.all[:1], absenceUnknown); err != nil {
 		t.Fatal(err)
 	}
 	for i := range l.all {
@@ -356,10 +360,10 @@ func TestReseal(t *testing.T) {
 		}
 	}
 	if n := carries(from); n != 0 {
-		t.Errorf("%d payloads carry a key that is gone", n)
+		t.Errorf("%d payloads are sealed with a dropped key", n)
 	}
 
-	// What can't be opened is told, and does not go round for ever.
+	// A payload that can't be opened makes Reseal return an error, not loop forever.
 	lost := w.log("b")
 	r := lost.submit(w.newID(), journal.Submission{})
 	r.Payload[len(r.Payload)-1] ^= 1
@@ -369,12 +373,12 @@ func TestReseal(t *testing.T) {
 		t.Errorf("Reseal of a damaged payload: %v", err)
 	}
 	if n := carries(to); n != 1 {
-		t.Errorf("%d payloads carry the key, want the damaged one", n)
+		t.Errorf("%d payloads are sealed with the key, want the damaged one", n)
 	}
 }
 
-// Nothing of a tenant, a key or a body is in clear in the files.
-func TestNothingInClear(t *testing.T) {
+// The files contain no plaintext of a tenant, an Idempotency-Key or a body.
+func TestNoPlaintextOnDisk(t *testing.T) {
 	w := newWorld(t)
 	dir := t.TempDir()
 	table := start(t, w.options(dir))
@@ -389,8 +393,8 @@ func TestNothingInClear(t *testing.T) {
 	wantAbsent(t, dir, canary)
 }
 
-// The second change of a job is not told while a watcher is still at the first.
-func TestWatchersHearOneChangeAfterTheOther(t *testing.T) {
+// A watcher is not called with a job's second change while it handles the first.
+func TestWatchersAreCalledInOrder(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	a, b := w.log("a"), w.log("b")
@@ -411,7 +415,7 @@ func TestWatchersHearOneChangeAfterTheOther(t *testing.T) {
 			}
 			runtime.Gosched()
 		}
-		for range 10_000 { // it is visible, and has all the time to be told too early
+		for range 10_000 { // the change is visible: give a wrong call time to happen
 			runtime.Gosched()
 		}
 		told = append(told, "first")
@@ -419,6 +423,6 @@ func TestWatchersHearOneChangeAfterTheOther(t *testing.T) {
 	table.apply(a, first)
 	later.Wait()
 	if !slices.Equal(told, []string{"first", "second"}) {
-		t.Errorf("told %v", told)
+		t.Errorf("the watcher was called with %v", told)
 	}
 }

@@ -13,16 +13,16 @@ import (
 
 const (
 	sweepEvery = time.Second
-	sweepPage  = 1000 // rows looked up at once
+	sweepPage  = 1000 // rows read at once
 )
 
-// clock is what time it is where the records' clocks come from.
+// clock is the current time by the clock that records are stamped with.
 func (t *Table) clock() time.Time { return t.o.Clock.Now().Time() }
 
 func (t *Table) sweepLoop(ctx context.Context) error {
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
-	var heads <-chan struct{} // closed when keys have changed since heads were tried
+	var heads <-chan struct{} // closed when keys have changed since the last sweepHeads
 	for {
 		select {
 		case <-ctx.Done():
@@ -47,18 +47,18 @@ func (t *Table) sweepLoop(ctx context.Context) error {
 	}
 }
 
-// sweep forgets what is due: the content of jobs whose retention is over, ids
-// that nothing can bring back, and records whose submission never came.
+// sweep removes what is due: the content of jobs whose retention is over, ids whose
+// job has expired, and records whose submission never arrived.
 func (t *Table) sweep(ctx context.Context) error {
 	now := t.clock()
 	for _, class := range []struct {
 		name byte
-		to   time.Time // what is due up to here
+		to   time.Time // due up to this time
 		what string
 	}{
 		{dueFinal, now.Add(-t.o.Retention()), "content"},
 		{dueOrphan, now.Add(-orphanFor), "orphan"},
-		{dueGone, now, "id"},
+		{dueID, now, "id"},
 	} {
 		from := dueKey(class.name, 0, journal.JobID{})
 		for from != nil && ctx.Err() == nil {
@@ -81,8 +81,8 @@ func (t *Table) sweep(ctx context.Context) error {
 	return nil
 }
 
-// dueUpTo gives rows of a class that are due, and where to go on; nil when that
-// was all.
+// dueUpTo returns a page of the due rows of a class, and where the next page
+// begins, nil after the last.
 func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID, next []byte, err error) {
 	err = t.read("look for due jobs", func(tx *bbolt.Tx) error {
 		c := bucket(tx, indexDue).Cursor()
@@ -104,13 +104,13 @@ func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID,
 	return ids, next, err
 }
 
-// forget does what is due with a row, if it still is.
+// forget removes what is due of a row, if it still is due.
 func (t *Table) forget(id journal.JobID, class byte, to int64) (forgotten bool, err error) {
-	if err := t.waitForRoom(); err != nil {
+	if err := t.waitForSpace(); err != nil {
 		return false, err
 	}
 	now := t.clock().UnixMilli()
-	err = t.change(id, false, nothingSeen, func(s state) (state, bool) {
+	err = t.change(id, false, absenceUnknown, func(s state) (state, bool) {
 		of, at, ok := s.due()
 		if !ok || of != class || at > to {
 			return s, false
@@ -119,16 +119,16 @@ func (t *Table) forget(id journal.JobID, class byte, to int64) (forgotten bool, 
 		if class != dueFinal {
 			return state{}, true
 		}
-		until := s.goneAt()
+		until := s.idExpiry()
 		if until <= now {
 			return state{}, true
 		}
-		return state{at: s.at, until: until}, true
+		return state{at: s.at, idUntil: until}, true
 	})
 	return forgotten, err
 }
 
-// sweepHeads tries to open the submissions again that could not be opened.
+// sweepHeads tries again to open the submissions that could not be opened.
 func (t *Table) sweepHeads(ctx context.Context) error {
 	from := dueKey(dueHead, 0, journal.JobID{})
 	for from != nil && ctx.Err() == nil {
@@ -138,10 +138,10 @@ func (t *Table) sweepHeads(ctx context.Context) error {
 			return err
 		}
 		for _, id := range ids {
-			if err := t.waitForRoom(); err != nil {
+			if err := t.waitForSpace(); err != nil {
 				return err
 			}
-			err := t.change(id, false, nothingSeen, func(s state) (state, bool) {
+			err := t.change(id, false, absenceUnknown, func(s state) (state, bool) {
 				if s.head.known || len(s.submissions()) == 0 {
 					return s, false
 				}

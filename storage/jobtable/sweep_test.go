@@ -11,7 +11,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// stepped is a table without Run: the test says when it commits and sweeps.
+// stepped is a table without Run: the test calls commit and sweep.
 type stepped struct {
 	*Table
 	t testing.TB
@@ -23,7 +23,7 @@ func openStepped(t testing.TB, o Options) stepped {
 	if err != nil {
 		t.Fatal(err)
 	}
-	table.db.NoSync = true // no machine dies here
+	table.db.NoSync = true // no power failure in this test
 	t.Cleanup(func() {
 		if err := table.Close(); err != nil {
 			t.Error(err)
@@ -32,7 +32,7 @@ func openStepped(t testing.TB, o Options) stepped {
 	return stepped{table, t}
 }
 
-// settle sweeps, and checks what is in the file then.
+// settle sweeps and commits, and checks the file.
 func (s stepped) settle() {
 	s.t.Helper()
 	if err := s.commit(); err != nil {
@@ -76,7 +76,7 @@ func TestRetention(t *testing.T) {
 	if row, ok, err := table.Get(id); err != nil || !ok || row.Status() != journal.Succeeded {
 		t.Fatalf("within its retention: %v, %v, %v", row, ok, err)
 	}
-	cut := table.DigestsCut()
+	cut := table.digestsCut()
 
 	w.pass(2 * time.Second)
 	table.settle()
@@ -85,7 +85,7 @@ func TestRetention(t *testing.T) {
 		t.Fatalf("after its retention: %v, %v, %v", row, ok, err)
 	}
 	if n := table.rowsInFile(); n != 0 {
-		t.Errorf("%d records are still there", n)
+		t.Errorf("the file still has %d records", n)
 	}
 	if n := table.Counts()[journal.Succeeded]; n != 0 {
 		t.Errorf("%d jobs succeeded", n)
@@ -93,36 +93,36 @@ func TestRetention(t *testing.T) {
 	if ids, err := table.FindKey("k"); err != nil || len(ids) != 0 {
 		t.Errorf("FindKey: %v, %v", ids, err)
 	}
-	if slot := slotOf(l.all[1].Clock.Time()); slot >= table.DigestsCut() || table.DigestsCut() < cut {
-		t.Errorf("slot %d is compared since %d: some nodes have forgotten it", slot, table.DigestsCut())
+	if slot := slotOf(l.all[1].Clock.Time()); slot >= table.digestsCut() || table.digestsCut() < cut {
+		t.Errorf("slot %d is compared (cut %d), but some nodes have forgotten it", slot, table.digestsCut())
 	}
 
-	// A late copy does not bring it back, and a list still goes on behind it.
+	// A late copy does not restore the job, and its id still works as a cursor.
 	table.apply(late, copied)
 	table.settle()
 	if row, _, err := table.Get(id); err != nil || !row.Deleted() {
 		t.Fatalf("after a late copy: %v, %v", row, err)
 	}
 	if _, _, err := table.List(Filter{AllTenants: true, After: id}); err != nil {
-		t.Errorf("List behind it: %v", err)
+		t.Errorf("List after the job: %v", err)
 	}
 	if _, _, err := table.List(Filter{AllTenants: true, After: w.newID()}); !errors.Is(err, ErrUnknownCursor) {
-		t.Errorf("List behind nothing: %v", err)
+		t.Errorf("List after an unknown job: %v", err)
 	}
 
 	w.pass(expires.Add(idGrace).Sub(w.time()) - time.Second)
 	table.settle()
 	if row, ok, _ := table.Get(id); !ok || !row.Deleted() {
-		t.Fatal("its id was forgotten too early")
+		t.Fatal("the id was forgotten too early")
 	}
 	w.pass(2 * time.Second)
 	table.settle()
 	if row, ok, err := table.Get(id); ok || err != nil {
-		t.Fatalf("its id is still known: %v, %v", row, err)
+		t.Fatalf("the id is still known: %v, %v", row, err)
 	}
 }
 
-func TestAJobThatWaitsIsNotForgotten(t *testing.T) {
+func TestQueuedJobIsKept(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
@@ -135,8 +135,8 @@ func TestAJobThatWaitsIsNotForgotten(t *testing.T) {
 	}
 }
 
-// A late result moves the end of a job: the sweeper goes by what counts now.
-func TestALateResultIsSweptByItsOwnTime(t *testing.T) {
+// A result that replaces another one moves the end of the job, by which it is swept.
+func TestRetentionBeginsAtTheCurrentResult(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
@@ -153,7 +153,7 @@ func TestALateResultIsSweptByItsOwnTime(t *testing.T) {
 	}
 }
 
-func TestADeletedJobIsForgottenInTheEnd(t *testing.T) {
+func TestDeletionIsForgotten(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
@@ -166,16 +166,16 @@ func TestADeletedJobIsForgottenInTheEnd(t *testing.T) {
 		t.Fatalf("%d records, want the deletion: other nodes need it", n)
 	}
 	if _, _, err := table.List(Filter{AllTenants: true, After: id}); err != nil {
-		t.Errorf("List behind it: %v", err)
+		t.Errorf("List after the job: %v", err)
 	}
 	w.pass(2 * time.Second)
 	table.settle()
 	if _, ok, err := table.Get(id); ok || err != nil {
-		t.Fatal("it is still known", err)
+		t.Fatal("the id is still known", err)
 	}
 }
 
-func TestOrphansGo(t *testing.T) {
+func TestRecordsWithoutSubmissionAreRemoved(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	home, executor := w.log("a"), w.log("b")
@@ -193,15 +193,16 @@ func TestOrphansGo(t *testing.T) {
 	w.pass(2 * time.Second)
 	table.settle()
 	if row, ok, err := table.Get(found); err != nil || !ok || row.Status() != journal.Running {
-		t.Fatalf("the submission came late: %v, %v, %v", row, ok, err)
+		t.Fatalf("after the submission arrived: %v, %v, %v", row, ok, err)
 	}
 	if n := table.rowsInFile(); n != 2 {
 		t.Errorf("%d records, want 2", n)
 	}
 }
 
-// A submission whose key comes later is in its tenant's list once it can be read.
-func TestASubmissionIsReadWhenItsKeyComes(t *testing.T) {
+// When the key of a submission arrives later, the job is then added to its tenant's
+// list.
+func TestSubmissionIsOpenedWhenItsKeyArrives(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")
@@ -225,7 +226,7 @@ func TestASubmissionIsReadWhenItsKeyComes(t *testing.T) {
 		return len(rows)
 	}
 	if row, ok, err := table.Get(id); err != nil || !ok || row.Status() != journal.Queued || of() != 0 {
-		t.Fatalf("unreadable: %v, %v, %v", row, ok, err)
+		t.Fatalf("a submission without its key: %v, %v, %v", row, ok, err)
 	}
 	if err := w.ring.Set(other.ID(), w.keys[0], w.keys[1], other); err != nil {
 		t.Fatal(err)
@@ -234,7 +235,7 @@ func TestASubmissionIsReadWhenItsKeyComes(t *testing.T) {
 		t.Fatal(err)
 	}
 	if of() != 1 {
-		t.Error("readable, but not in its tenant's list")
+		t.Error("the job is not in its tenant's list although its key is known")
 	}
 	table.settle()
 	if of() != 1 {
@@ -242,8 +243,8 @@ func TestASubmissionIsReadWhenItsKeyComes(t *testing.T) {
 	}
 }
 
-// Digest slots are forgotten with the jobs.
-func TestDigestsStaySmall(t *testing.T) {
+// Digest slots are removed with their jobs.
+func TestOldDigestSlotsAreRemoved(t *testing.T) {
 	w := newWorld(t)
 	table := openStepped(t, w.options(t.TempDir()))
 	l := w.log("a")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -19,56 +20,55 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Table keeps the rows of all jobs. What Apply changed is in memory (overlay.go)
-// until Run has committed it (commit.go). It is safe for many goroutines.
+// Table stores the rows of all jobs. Changes are in memory (overlay.go) until Run
+// commits them (commit.go). It is safe for concurrent use.
 type Table struct {
 	o       Options
 	metrics *metrics
 	db      *bbolt.DB
-	mark    markWriter
-	now     mark // where the file stands; the committer's alone after Open
+	mark    *os.File
+	now     boltfile.Mark // state of the file; after Open only the committer uses it
 	fresh   bool
 	partial atomic.Bool
 
 	stripes [stripeCount]stripe
 	pending atomic.Int64 // bytes in the stripes
-	// retired counts the commits whose entries leave the stripes: it moves before
-	// the first does.
+	// retired counts the commits whose entries leave the stripes. It is incremented
+	// before the first entry leaves.
 	retired atomic.Uint64
-	room    gate // opened by each commit
+	space   gate // opened by each commit
 
-	counts [len(statuses)]atomic.Int64 // as they are visible
+	counts [len(statuses)]atomic.Int64 // of the visible state
 	watch  atomic.Pointer[[]func(Row)]
 	tenant atomic.Pointer[keyring.MAC]
-	recent atomic.Pointer[tenantSum] // most jobs come in a row
+	recent atomic.Pointer[tenantSum] // cache of one: jobs of a tenant mostly come in series
 
-	mu      sync.Mutex // guards all below
+	mu      sync.Mutex // guards the fields below, up to the blank line
 	streams map[journal.Stream]*position
 	live    map[journal.Stream]int64
-	begun   uint64 // number of the last commit that was begun
-	done    uint64 // and of the last that is durable
+	begun   uint64 // number of the last commit that has begun
+	done    uint64 // number of the last commit that is durable
 
 	kick     chan struct{} // capacity 1: there is something to commit
-	urgent   chan struct{} // capacity 1: somebody waits for it
+	urgent   chan struct{} // capacity 1: commit at once
 	finished gate          // opened when a commit is done
 
 	fail   sync.Once
-	failed chan struct{} // closed by fail, and by Close
+	failed chan struct{} // closed by setFailed and Close
 	cause  atomic.Pointer[error]
 }
 
-// position says how far a stream was applied.
+// position is how far a stream was applied.
 type position struct {
 	seen    uint64 // visible
 	durable uint64
-	drop    bool // forget it with the next commit
 }
 
-// Open opens the table of a directory, or makes one; the caller holds the
-// directory's lock. The error is ErrDamaged, ErrNewerFormat, or what the file
-// system said; the files are left as they are then.
+// Open opens the table of a directory, or creates one; the caller holds the
+// directory's lock. The error wraps ErrDamaged or ErrNewerFormat, or is one of the
+// file system; then the files are unchanged.
 //
-// An empty table is right only where all journals are whole: see Fresh.
+// A new table is empty, which is only correct if no journal was trimmed: see Fresh.
 func Open(o Options) (*Table, error) {
 	t := &Table{
 		o:       o.withDefaults(),
@@ -79,7 +79,7 @@ func Open(o Options) (*Table, error) {
 		failed:  make(chan struct{}),
 	}
 	t.metrics = newMetrics()
-	t.room.init()
+	t.space.init()
 	t.finished.init()
 	for i := range t.stripes {
 		t.stripes[i].init()
@@ -87,19 +87,21 @@ func Open(o Options) (*Table, error) {
 	if err := t.openFile(); err != nil {
 		return nil, fmt.Errorf("open the job table in %s: %w", o.Dir, err)
 	}
-	// Last: who discards a damaged table opens another one with the same registry.
+	// Last, so that the caller can discard a damaged table and open another one with
+	// the same registry.
 	t.metrics.register(o.Registerer)
 	t.o.Logger.Info("job table opened", "dir", o.Dir, "fresh", t.fresh, "partial", t.partial.Load(), "jobs", t.Counts())
 	return t, nil
 }
 
-// Fresh reports whether Open made the file: then every journal has to be
-// applied from its first record, and where that was trimmed already, rows have
-// to come from another node before the jobs are served.
+// Fresh reports whether Open created the file. Then every journal has to be applied
+// from its first record; where records were already trimmed, rows have to come from
+// another node before jobs are served.
 func (t *Table) Fresh() bool { return t.fresh }
 
-// Close closes the files; what Run has not committed is applied again from the
-// journals at the next start. All calls must have ended. It is safe to call twice.
+// Close closes the files. Changes that Run has not committed are applied again from
+// the journals at the next start. No other call may be running. It is safe to call
+// twice.
 func (t *Table) Close() error {
 	first := false
 	t.fail.Do(func() {
@@ -111,16 +113,16 @@ func (t *Table) Close() error {
 		return nil
 	}
 	var err error
-	if first { // else it stays marked as what it is
-		t.now.state = markClosed
-		err = t.mark.write(t.now)
+	if first { // a failed table keeps its mark
+		t.now.State = boltfile.MarkClosed
+		err = markFormat.Write(t.mark, t.now)
 	}
 	err = errors.Join(err, t.mark.Close(), t.db.Close())
 	t.db = nil
 	return err
 }
 
-// usable is nil, ErrClosed, or wraps ErrFailed.
+// usable returns nil, ErrClosed, or an error that wraps ErrFailed.
 func (t *Table) usable() error {
 	if p := t.cause.Load(); p != nil {
 		return *p
@@ -128,7 +130,7 @@ func (t *Table) usable() error {
 	return nil
 }
 
-// setFailed makes the table fail for good and gives the error to return.
+// setFailed makes the table fail permanently and returns the error.
 func (t *Table) setFailed(what string, cause error) error {
 	t.fail.Do(func() {
 		err := fmt.Errorf("%w: %s: %w", ErrFailed, what, asDamaged(cause))
@@ -140,8 +142,8 @@ func (t *Table) setFailed(what string, cause error) error {
 	return t.usable()
 }
 
-// view runs fn in a read transaction, whose bytes are valid only inside. It
-// must be short: a growing file waits for it.
+// view runs fn in a read transaction. Bytes that fn reads are valid only in it. It
+// must be short: a commit that grows the file waits for it.
 func (t *Table) view(fn func(*bbolt.Tx) error) (err error) {
 	if err := t.usable(); err != nil {
 		return err
@@ -154,7 +156,7 @@ func (t *Table) view(fn func(*bbolt.Tx) error) (err error) {
 	return err
 }
 
-// read is view, and fails the table when damage is found.
+// read is view; it fails the table when fn finds damage.
 func (t *Table) read(what string, fn func(*bbolt.Tx) error) error {
 	err := t.view(fn)
 	if err = asDamaged(err); errors.Is(err, ErrDamaged) {
@@ -165,7 +167,7 @@ func (t *Table) read(what string, fn func(*bbolt.Tx) error) error {
 
 func bucket(tx *bbolt.Tx, n int) *bbolt.Bucket { return tx.Bucket([]byte(bucketNames[n])) }
 
-// readCounts fills what is kept in memory: a few numbers a stream, none a job.
+// readCounts reads what is kept in memory: a few numbers per stream, none per job.
 func (t *Table) readCounts(tx *bbolt.Tx) error {
 	if b := bucket(tx, tableMeta).Get(keyCounts); b != nil {
 		if len(b) != 8*len(statuses) {
@@ -178,7 +180,7 @@ func (t *Table) readCounts(tx *bbolt.Tx) error {
 	err := bucket(tx, tableStreams).ForEach(func(k, v []byte) error {
 		s, ok := parseStreamKey(k)
 		if !ok || len(v) != 8 {
-			return fmt.Errorf("%w: a stream %x", ErrDamaged, k)
+			return fmt.Errorf("%w: a stream's key is %x", ErrDamaged, k)
 		}
 		n := binary.BigEndian.Uint64(v)
 		t.streams[s] = &position{seen: n, durable: n}
@@ -187,19 +189,20 @@ func (t *Table) readCounts(tx *bbolt.Tx) error {
 	if err != nil {
 		return err
 	}
-	// As long as jobs are queued or running.
+	// This takes time in proportion to the jobs that are queued or running.
 	return bucket(tx, indexLive).ForEach(func(k, _ []byte) error {
 		s, ok := parseStreamKey(k[:max(0, len(k)-16)])
 		if !ok {
-			return fmt.Errorf("%w: a live job %x", ErrDamaged, k)
+			return fmt.Errorf("%w: a live job's key is %x", ErrDamaged, k)
 		}
 		t.live[s]++
 		return nil
 	})
 }
 
-// Applied is up to where the stream's records are durable in the table's file;
-// its journal may be trimmed up to there. 0 for an unknown stream.
+// Applied returns the sequence number up to which the stream's records are durable
+// in the table's file; the journal may be trimmed up to there. It is 0 for an
+// unknown stream.
 func (t *Table) Applied(s journal.Stream) uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -209,7 +212,7 @@ func (t *Table) Applied(s journal.Stream) uint64 {
 	return 0
 }
 
-// AppliedAll is Applied of every stream.
+// AppliedAll returns Applied of every stream.
 func (t *Table) AppliedAll() map[journal.Stream]uint64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -222,8 +225,8 @@ func (t *Table) AppliedAll() map[journal.Stream]uint64 {
 	return all
 }
 
-// SetApplied notes that all of a stream up to seq came in with merged rows. It
-// is durable when it returns, and never goes down.
+// SetApplied records that merged rows include the stream's records up to seq. It is
+// durable when it returns, and never decreases.
 func (t *Table) SetApplied(ctx context.Context, s journal.Stream, seq uint64) error {
 	t.mu.Lock()
 	p := t.position(s)
@@ -232,29 +235,18 @@ func (t *Table) SetApplied(ctx context.Context, s journal.Stream, seq uint64) er
 	return t.flush(ctx)
 }
 
-// DropStream forgets how far a stream was applied that was deleted everywhere.
-// Rows stay. It is durable when it returns.
-func (t *Table) DropStream(ctx context.Context, s journal.Stream) error {
-	t.mu.Lock()
-	if p := t.streams[s]; p != nil {
-		p.drop = true
-	}
-	t.mu.Unlock()
-	return t.flush(ctx)
-}
-
-// position gives the stream's, making it. The caller holds t.mu.
+// position returns the stream's position, and creates it if needed. The caller holds
+// t.mu.
 func (t *Table) position(s journal.Stream) *position {
 	p := t.streams[s]
 	if p == nil {
 		p = &position{}
 		t.streams[s] = p
 	}
-	p.drop = false
 	return p
 }
 
-// Counts says how many jobs there are of each status; deleted ones don't count.
+// Counts returns the number of jobs by status, without deleted ones.
 func (t *Table) Counts() map[journal.Status]int64 {
 	n := make(map[journal.Status]int64, len(statuses))
 	for i, s := range statuses {
@@ -263,21 +255,18 @@ func (t *Table) Counts() map[journal.Status]int64 {
 	return n
 }
 
-// LiveCounts says how many jobs that are not final have a home in each stream;
-// streams without any are left out.
+// LiveCounts returns for each stream the number of jobs that it accepted and that
+// are not final; streams without any are left out.
 func (t *Table) LiveCounts() map[journal.Stream]int64 {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return maps.Clone(t.live)
 }
 
-// PendingBytes is about how much memory changes take that are not yet in the file.
-func (t *Table) PendingBytes() int64 { return t.pending.Load() }
-
-// Watch calls f with the row at every change of a visible job, in order per job
-// and outside of all locks, from the goroutine that made the change: f must be
-// quick, and must not call Apply, Merge or Reseal. What the sweeper forgets is
-// not told. Register before the first Apply.
+// Watch registers f. It is called with the row at every change of a visible job, in
+// order for each job, without any lock held, on the goroutine that made the change. f
+// must be quick, and must not call Apply, Merge or Reseal. It is not called for rows
+// that the sweeper removes. Register before the first Apply.
 func (t *Table) Watch(f func(Row)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -289,7 +278,7 @@ func (t *Table) Watch(f func(Row)) {
 	t.watch.Store(&all)
 }
 
-// gate lets waiters through each time it is opened.
+// gate releases all waiters each time it is opened.
 type gate struct {
 	mu sync.Mutex // guards ch
 	ch chan struct{}
@@ -297,7 +286,7 @@ type gate struct {
 
 func (g *gate) init() { g.ch = make(chan struct{}) }
 
-// wait is closed at the next open.
+// wait returns a channel that is closed the next time the gate is opened.
 func (g *gate) wait() <-chan struct{} {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -14,7 +14,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
-// world makes records as nodes would.
+// world makes records like several nodes.
 type world struct {
 	t      testing.TB
 	ring   *keyring.Ring
@@ -82,8 +82,8 @@ func (l *log) submit(id journal.JobID, s journal.Submission) journal.Record {
 	return l.write(r)
 }
 
-// fromDisk is the record as another node, or a restarted one, has it: its head
-// has to be opened.
+// fromDisk returns the record as another node, or a restarted one, has it, without a
+// cached head.
 func fromDisk(t testing.TB, r journal.Record) journal.Record {
 	t.Helper()
 	frame, err := journal.AppendFrame(nil, &r)
@@ -117,13 +117,13 @@ func (w *world) newID() journal.JobID {
 	return id
 }
 
-// running is a table with its Run.
+// running is a table on which Run is running.
 type running struct {
 	*Table
 	end func()
 }
 
-// start opens a table and runs it. end stops it, and says when Run failed.
+// start opens a table and runs it. end stops it, and reports an error of Run.
 func start(t testing.TB, o Options) *running {
 	t.Helper()
 	table, err := Open(o)
@@ -162,7 +162,7 @@ func (r *running) get(t testing.TB, id journal.JobID) Row {
 	return row
 }
 
-func TestAJobLives(t *testing.T) {
+func TestJobLifeCycle(t *testing.T) {
 	w := newWorld(t)
 	o := w.options(t.TempDir())
 	table := start(t, o)
@@ -189,7 +189,7 @@ func TestAJobLives(t *testing.T) {
 
 	apply(l.submit(id, journal.Submission{Tenant: "acme", KeyHash: "k"}))
 	want(journal.Queued)
-	table.check(t) // in the file, too
+	table.check(t) // and in the file
 	want(journal.Queued)
 	if n := table.LiveCounts()[l.stream]; n != 1 {
 		t.Errorf("%d live jobs", n)
@@ -216,7 +216,7 @@ func TestAJobLives(t *testing.T) {
 	table = start(t, o)
 	want(journal.Succeeded)
 	if table.Fresh() {
-		t.Error("a table that was there is fresh")
+		t.Error("Fresh is true for an existing table")
 	}
 	if n := table.Applied(l.stream); n != 3 {
 		t.Errorf("applied %d of 3 after a restart", n)

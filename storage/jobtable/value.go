@@ -14,33 +14,32 @@ import (
 //
 //	format (1) | flags (1) | fields of the flags, in their order | crc32c of all that (4) | frames
 //
-// The fields are derived here and never leave the node; the frames are the
-// row's records in canonical order, as their journals had them, which have
-// checksums of their own.
+// The fields are derived on this node and never leave it. The frames are the row's
+// records in canonical order, with their own checksums, as in the journals.
 const (
 	valueFormat = 1
 
-	flagHead  = 1  // tenant (16) | expires, ms (uvarint)
-	flagKey   = 2  // key (16)
-	flagAt    = 4  // clock of the first submission (8)
-	flagNoted = 8  // ms (uvarint)
-	flagUntil = 16 // ms (uvarint)
-	flagsAll  = flagHead | flagKey | flagAt | flagNoted | flagUntil
+	flagHead      = 1  // tenant (16) | expires, ms (uvarint)
+	flagKey       = 2  // key (16)
+	flagAt        = 4  // clock of the first submission (8)
+	flagFirstSeen = 8  // ms (uvarint)
+	flagIDUntil   = 16 // ms (uvarint)
+	flagsAll      = flagHead | flagKey | flagAt | flagFirstSeen | flagIDUntil
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// state is a row with what is derived from it. Its records are never changed in
-// place; the zero state means that nothing is known of the job.
+// state is a row and what was derived from it. Its records are never changed in
+// place. The zero state means that nothing is known of the job.
 type state struct {
-	records []journal.Record
-	head    head
-	at      journal.Clock // of the first submission, kept when that is gone, for cursors
-	noted   int64         // ms; when a row without a submission was first seen
-	until   int64         // ms; for a job whose retention is over: how long its id is kept
+	records   []journal.Record
+	head      head
+	at        journal.Clock // of the first submission; kept after that is removed, for cursors
+	firstSeen int64         // ms; of a row without a submission
+	idUntil   int64         // ms; how long the id is kept of a job whose retention is over
 }
 
-// head is what the indexes need of a submission.
+// head holds the parts of a submission that the indexes need.
 type head struct {
 	known   bool
 	tenant  [16]byte
@@ -48,17 +47,17 @@ type head struct {
 	expires int64    // ms
 }
 
-func (s *state) empty() bool { return len(s.records) == 0 && s.until == 0 }
+func (s *state) empty() bool { return len(s.records) == 0 && s.idUntil == 0 }
 
-// row is the state as it is shown.
+// row returns the state as readers see it.
 func (s *state) row(id journal.JobID) Row {
-	if s.until > 0 {
+	if s.idUntil > 0 {
 		return Row{[]journal.Record{{Kind: journal.Deleted, Job: id}}}
 	}
 	return Row{s.records}
 }
 
-// submissions are the records that a head is made of.
+// submissions returns the records from which the head is read.
 func (s *state) submissions() []journal.Record {
 	n := 0
 	for n < len(s.records) && s.records[n].Kind == journal.Submitted {
@@ -67,10 +66,10 @@ func (s *state) submissions() []journal.Record {
 	return s.records[:n]
 }
 
-// with is the state after joining records. changed is false when they add nothing.
+// with returns the state after joining records; changed is false if they add nothing.
 func (s *state) with(records []journal.Record, now time.Time) (next state, changed bool) {
-	if s.until > 0 {
-		return *s, false // a late copy does not bring it back
+	if s.idUntil > 0 {
+		return *s, false // a late copy does not restore the job
 	}
 	joined := Join(s.records, records)
 	if len(joined) == len(s.records) && (len(joined) == 0 || &joined[0] == &s.records[0]) {
@@ -81,9 +80,9 @@ func (s *state) with(records []journal.Record, now time.Time) (next state, chang
 	if len(subs) == 0 {
 		next.head = head{}
 		if !next.row(joined[0].Job).Deleted() {
-			next.noted = s.noted
-			if next.noted == 0 {
-				next.noted = now.UnixMilli()
+			next.firstSeen = s.firstSeen
+			if next.firstSeen == 0 {
+				next.firstSeen = now.UnixMilli()
 			}
 		}
 		return next, true
@@ -95,7 +94,7 @@ func (s *state) with(records []journal.Record, now time.Time) (next state, chang
 	return next, true
 }
 
-// size is about how much memory the state holds.
+// size is about how much memory the state takes.
 func (s *state) size() int64 {
 	n := int64(256)
 	for i := range s.records {
@@ -121,13 +120,13 @@ func appendValue(dst []byte, s *state) ([]byte, error) {
 		flags |= flagAt
 		dst = binary.BigEndian.AppendUint64(dst, uint64(s.at))
 	}
-	if s.noted > 0 {
-		flags |= flagNoted
-		dst = binary.AppendUvarint(dst, uint64(s.noted))
+	if s.firstSeen > 0 {
+		flags |= flagFirstSeen
+		dst = binary.AppendUvarint(dst, uint64(s.firstSeen))
 	}
-	if s.until > 0 {
-		flags |= flagUntil
-		dst = binary.AppendUvarint(dst, uint64(s.until))
+	if s.idUntil > 0 {
+		flags |= flagIDUntil
+		dst = binary.AppendUvarint(dst, uint64(s.idUntil))
 	}
 	dst[start+1] = flags
 	dst = binary.BigEndian.AppendUint32(dst, crc32.Checksum(dst[start:], castagnoli))
@@ -144,8 +143,8 @@ func appendFrames(dst []byte, records []journal.Record) ([]byte, error) {
 	return dst, nil
 }
 
-// parseValue reads a row's value; payloads point into it. A nil value is the
-// zero state. The error is ErrDamaged or ErrNewerFormat.
+// parseValue decodes a row's value; payloads point into it. A nil value is the zero
+// state. The error wraps ErrDamaged or ErrNewerFormat.
 func parseValue(id journal.JobID, value []byte) (state, error) {
 	if value == nil {
 		return state{}, nil
@@ -155,7 +154,7 @@ func parseValue(id journal.JobID, value []byte) (state, error) {
 		s.records, err = parseFrames(frames)
 	}
 	if err == nil && s.empty() {
-		err = fmt.Errorf("%w: a row of nothing", ErrDamaged)
+		err = fmt.Errorf("%w: a row without content", ErrDamaged)
 	}
 	for i := range s.records {
 		if s.records[i].Job != id {
@@ -168,7 +167,7 @@ func parseValue(id journal.JobID, value []byte) (state, error) {
 	return s, nil
 }
 
-// parseFields reads a value up to its frames.
+// parseFields decodes a value up to its frames.
 func parseFields(value []byte) (s state, frames []byte, err error) {
 	if len(value) < 6 {
 		return s, nil, fmt.Errorf("%w: a row of %d bytes", ErrDamaged, len(value))
@@ -205,21 +204,21 @@ func parseFields(value []byte) (s state, frames []byte, err error) {
 	if flags&flagAt != 0 {
 		s.at = journal.Clock(binary.BigEndian.Uint64(take(8)))
 	}
-	if flags&flagNoted != 0 {
-		s.noted = number()
+	if flags&flagFirstSeen != 0 {
+		s.firstSeen = number()
 	}
-	if flags&flagUntil != 0 {
-		s.until = number()
+	if flags&flagIDUntil != 0 {
+		s.idUntil = number()
 	}
 	covered := value[:len(value)-len(rest)]
 	sum := binary.BigEndian.Uint32(take(4))
-	if short || crc32.Checksum(covered, castagnoli) != sum || s.noted < 0 || s.until < 0 || s.head.expires < 0 {
-		return s, nil, fmt.Errorf("%w: the fields of a row", ErrDamaged)
+	if short || crc32.Checksum(covered, castagnoli) != sum || s.firstSeen < 0 || s.idUntil < 0 || s.head.expires < 0 {
+		return s, nil, fmt.Errorf("%w: the fields of a row are malformed", ErrDamaged)
 	}
 	return s, rest, nil
 }
 
-// parseFrames reads frames back to back; payloads point into b.
+// parseFrames decodes frames back to back; payloads point into b.
 func parseFrames(b []byte) ([]journal.Record, error) {
 	if len(b) == 0 {
 		return nil, nil

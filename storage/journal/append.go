@@ -11,33 +11,32 @@ import (
 	"time"
 )
 
-// Bounds of what is written at once and of what waits for it.
+// Bounds of one write, and of the records that wait to be written.
 const (
-	// batchBytes and batchRecords bound a batch that several appends share.
+	// batchBytes and batchRecords bound a batch, which several appends share.
 	batchBytes   = 4 << 20
 	batchRecords = 4096
-	// MaxAppend bounds the frames of one Append, and of one Receive.
+	// MaxAppend bounds the frames of one Append or Receive.
 	MaxAppend = 32 << 20
-	// prewriteBytes is how far a write reaches beyond what it has to, in zeros, when
-	// it reaches beyond the end of the file at all. The next ones then fall on
-	// blocks that the disk has, and their syncs need not touch the file system's
-	// own journal: measured 1.3 to 2 times as many of them.
+	// prewriteBytes is how many zeros a write that extends the file adds. Later writes
+	// then overwrite allocated blocks, and their syncs need not touch the file system's
+	// own journal: measured 1.3 to 2 times as many syncs.
 	prewriteBytes = 512 << 10
-	// maxBatches wait in front of one stream's committer; further callers wait
-	// without having queued anything.
+	// maxBatches bounds the batches that wait for one stream's committer. Beyond it,
+	// callers block before their records are queued.
 	maxBatches = 8
 )
 
-// queue is what waits to be written to one own stream.
+// queue holds the records that wait to be written to one own stream.
 type queue struct {
 	mu      sync.Mutex // guards what follows
 	filled  sync.Cond
 	batches []*batch
 	closed  error
-	usual   int // records of the batch before
+	lastLen int // records of the previous batch
 }
 
-// batch is what one write and one sync make durable.
+// batch is written and synced at once.
 type batch struct {
 	records []Record
 	bytes   int
@@ -51,8 +50,8 @@ func newQueue() *queue {
 	return q
 }
 
-// add queues the records and gives the batch they are in and how many of it come
-// after them: none when full, but for what was queued later.
+// add queues the records. It returns their batch and the index in it after the last
+// of them. It blocks while maxBatches wait.
 func (q *queue) add(ctx context.Context, records []Record, bytes int) (b *batch, upTo int, err error) {
 	for {
 		q.mu.Lock()
@@ -75,7 +74,7 @@ func (q *queue) add(ctx context.Context, records []Record, bytes int) (b *batch,
 				}
 			}
 		}
-		b = &batch{done: make(chan struct{}), records: make([]Record, 0, q.usual+q.usual/8)}
+		b = &batch{done: make(chan struct{}), records: make([]Record, 0, q.lastLen+q.lastLen/8)}
 		q.batches = append(q.batches, b)
 		q.filled.Signal()
 		break
@@ -99,7 +98,7 @@ func (q *queue) next() *batch {
 	b := q.batches[0]
 	q.batches[0] = nil
 	q.batches = q.batches[1:]
-	q.usual = len(b.records)
+	q.lastLen = len(b.records)
 	return b
 }
 
@@ -112,10 +111,10 @@ func (q *queue) close(why error) {
 	q.filled.Broadcast()
 }
 
-// Create makes a new stream of this node, which is on the disk when it returns.
-// Only streams that were created in this process take Append.
+// Create makes a new stream of this node, durably. Only streams that were created in
+// this process take Append.
 func (l *Log) Create(ctx context.Context, id Stream) error {
-	if err := l.roomFor(4); err != nil {
+	if err := l.checkSpace(4); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -128,19 +127,18 @@ func (l *Log) Create(ctx context.Context, id Stream) error {
 	return nil
 }
 
-// add makes a stream with an empty segment, and with a queue if it is to take
-// appends.
+// add makes a stream with an empty segment. With a queue the stream takes appends.
 func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error) {
 	if id.Origin == "" || len(id.Origin) > MaxOrigin || len(escape(id.Origin)) > maxFileName {
-		return nil, fmt.Errorf("%w: a node's name of %d bytes", ErrTooLarge, len(id.Origin))
+		return nil, fmt.Errorf("%w: a node name of %d bytes", ErrTooLarge, len(id.Origin))
 	}
-	l.making.Lock()
-	defer l.making.Unlock()
+	l.creating.Lock()
+	defer l.creating.Unlock()
 	if err := l.mayAdd(id); err != nil {
 		return nil, err
 	}
 	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1, queue: q}
-	if err := l.makeStream(s, first, flags); err != nil {
+	if err := l.createFiles(s, first, flags); err != nil {
 		return nil, l.setFailed("make a stream", err)
 	}
 	l.mu.Lock()
@@ -152,7 +150,7 @@ func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error
 	if q != nil {
 		l.committers.Go(func() { l.commit(s, q) })
 	}
-	l.moved.give()
+	l.changed.notify()
 	return s, nil
 }
 
@@ -172,7 +170,7 @@ func (l *Log) mayAdd(id Stream) error {
 	return nil
 }
 
-func (l *Log) makeStream(s *stream, first uint64, flags byte) error {
+func (l *Log) createFiles(s *stream, first uint64, flags byte) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
@@ -181,7 +179,7 @@ func (l *Log) makeStream(s *stream, first uint64, flags byte) error {
 		return err
 	}
 	s.active, s.allocated, s.segments = f, g.size, []*segment{g}
-	if err := l.actives.add(s); err != nil {
+	if err := l.openSegs.add(s); err != nil {
 		return err
 	}
 	origin := filepath.Dir(s.dir)
@@ -205,7 +203,7 @@ func (l *Log) newSegment(s *stream, first uint64, flags byte) (*segment, file, e
 		}
 	}
 	if err != nil {
-		_ = f.Close() // the log fails
+		_ = f.Close() // the caller fails the log
 		return nil, nil, err
 	}
 	l.segments.Add(1)
@@ -213,13 +211,13 @@ func (l *Log) newSegment(s *stream, first uint64, flags byte) (*segment, file, e
 	return &segment{path: path, first: first, last: first - 1, size: int64(len(header))}, f, nil
 }
 
-// Append writes records to a stream of this node and returns when they are
-// durable and Durable was told; last is the Seq of the last one. It fills in
-// Stream, Seq and Clock. The payloads belong to the log from then on.
+// Append writes records to a stream of this node. When it returns they are durable,
+// and Options.Durable was called with them; last is the Seq of the last one. It sets
+// Stream, Seq and Clock. The caller must not use the payloads afterwards.
 //
-// The errors are ErrFull, ErrFailed, ErrClosed, ErrFrozen, ErrNoStream,
-// ErrTooLarge, ErrDamaged for a record that is none, or, when ctx ended,
-// ErrUncertain or, when nothing was written, ctx's own.
+// The error wraps ErrFull, ErrFailed, ErrClosed, ErrFrozen, ErrNoStream, ErrTooLarge
+// or, for a record with an invalid field, ErrDamaged. When ctx ends it wraps
+// ErrUncertain or, if nothing was written, only ctx's error.
 func (l *Log) Append(ctx context.Context, id Stream, records []Record) (last uint64, err error) {
 	s, err := l.find(id)
 	if err != nil {
@@ -249,7 +247,7 @@ func (l *Log) Append(ctx context.Context, id Stream, records []Record) (last uin
 	if bytes > MaxAppend {
 		return 0, fmt.Errorf("%w: %d bytes in one append", ErrTooLarge, bytes)
 	}
-	if err := l.roomFor(part); err != nil {
+	if err := l.checkSpace(part); err != nil {
 		return 0, err
 	}
 	b, upTo, err := q.add(ctx, records, bytes)
@@ -272,15 +270,15 @@ func (l *Log) Append(ctx context.Context, id Stream, records []Record) (last uin
 	return records[len(records)-1].Seq, nil
 }
 
-// commit is the only writer of an own stream.
+// commit is the only goroutine that writes to an own stream.
 func (l *Log) commit(s *stream, q *queue) {
 	for b := q.next(); b != nil; b = q.next() {
 		b.err = l.writeBatch(s, b)
 		close(b.done)
-		// Those who have just been answered come again, and others are on their way:
-		// let them, so that they share the next sync and not the one after it. Not
-		// only until as many wait as were in this batch: once few, it would stay few.
-		// With nobody to run it takes no time.
+		// Callers that have just been answered append again, and others are about to.
+		// Yield, so that they share the next sync instead of the one after it. Don't stop
+		// as soon as the queue has as many records as this batch: batches that were small
+		// once would stay small. When no other goroutine can run this takes no time.
 		for range 3 {
 			runtime.Gosched()
 		}
@@ -296,7 +294,7 @@ func (l *Log) writeBatch(s *stream, b *batch) error {
 	if s.gone {
 		return fmt.Errorf("%w: %s", ErrNoStream, s.id)
 	}
-	buf := make([]byte, markSize, markSize+b.bytes)
+	buf := make([]byte, batchHeaderSize, batchHeaderSize+b.bytes)
 	seq := s.durable // only changes under s.write
 	for i := range b.records {
 		r := &b.records[i]
@@ -304,21 +302,21 @@ func (l *Log) writeBatch(s *stream, b *batch) error {
 		r.Seq, r.Clock = seq, l.clock.Now()
 		var err error
 		if buf, err = AppendFrame(buf, r); err != nil {
-			return l.setFailed("encode a record", err) // checked before
+			return l.setFailed("encode a record", err) // Append has checked the record
 		}
 	}
 	return l.put(s, buf, b.records, &l.metrics.own)
 }
 
-// put writes frames, which stand behind the room for a mark, syncs, and shows
-// them. The caller holds s.write.
+// put writes a batch, syncs it, and makes it visible. buf is space for the batch
+// header and the frames. The caller holds s.write.
 func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) error {
 	began := time.Now()
 	g, err := l.activate(s, int64(len(buf)))
 	if err != nil {
 		return l.setFailed("open a segment", err)
 	}
-	putMark(buf, s.id, g.size, records[0].Seq)
+	putBatchHeader(buf, s.id, g.size, records[0].Seq)
 	if err := l.write(s, g, buf); err != nil {
 		return l.setFailed("write records", err)
 	}
@@ -326,14 +324,14 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 		return l.setFailed("sync records", err)
 	}
 	took := time.Since(began)
-	if err := l.marks.put(s, records[len(records)-1].Seq); err != nil {
-		return l.setFailed("mark what is durable", err)
+	if err := l.watermarks.put(s, records[len(records)-1].Seq); err != nil {
+		return l.setFailed("write a watermark", err)
 	}
 
 	s.mu.Lock()
-	at := g.size + markSize
+	at := g.size + batchHeaderSize
 	for i := range records {
-		g.note(&records[i], at)
+		g.add(&records[i], at)
 		at += int64(frameSize(&records[i]))
 	}
 	g.size += int64(len(buf))
@@ -342,24 +340,24 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 	s.mu.Unlock()
 
 	l.bytes.Add(int64(len(buf)))
-	l.tails.add(s.id, records[0].Seq, s.durable, buf[markSize:])
-	l.moved.give()
+	l.tails.add(s.id, records[0].Seq, s.durable, buf[batchHeaderSize:])
+	l.changed.notify()
 	l.metrics.fsync.Observe(took.Seconds())
 	l.metrics.batch.Observe(float64(len(records)))
 	counts.records.Add(float64(len(records)))
 	counts.bytes.Add(float64(len(buf)))
 	if healed {
-		if err := l.heal(s); err != nil {
-			return l.setFailed("heal a stream", err)
+		if err := l.clearDamage(s); err != nil {
+			return l.setFailed("clear a stream's damage", err)
 		}
-		l.log.Info("a damaged stream is whole again", "stream", s.id.String())
+		l.log.Info("a damaged stream has all its records again", "stream", s.id.String())
 	}
 	l.o.Durable(s.id, records)
 	return nil
 }
 
-// write writes buf at the end of the segment, and zeros ahead of it where the
-// file ends. After a crash in between there are fewer zeros.
+// write writes buf at the end of the segment and, if that extends the file, zeros
+// after it. A crash in between leaves fewer zeros.
 func (l *Log) write(s *stream, g *segment, buf []byte) error {
 	if _, err := s.active.WriteAt(buf, g.size); err != nil {
 		return err
@@ -372,14 +370,14 @@ func (l *Log) write(s *stream, g *segment, buf []byte) error {
 	if s.allocated == end {
 		return nil
 	}
-	_, err := s.active.WriteAt(ahead[:s.allocated-end], end)
+	_, err := s.active.WriteAt(zeroBytes[:s.allocated-end], end)
 	return err
 }
 
-// ahead is never written to.
-var ahead [prewriteBytes]byte
+// zeroBytes is never written to.
+var zeroBytes [prewriteBytes]byte
 
-// activate gives the segment to write the next bytes to, open.
+// activate returns the segment for the next bytes, opened for writing.
 func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 	g := s.last()
 	if g.last >= g.first && g.size+bytes > l.o.SegmentBytes {
@@ -394,7 +392,7 @@ func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 			return nil, err
 		}
 		s.active = f
-		if err := l.actives.add(s); err != nil {
+		if err := l.openSegs.add(s); err != nil {
 			return nil, err
 		}
 		if s.allocated, err = f.size(); err != nil {
@@ -404,7 +402,7 @@ func (l *Log) activate(s *stream, bytes int64) (*segment, error) {
 	return g, nil
 }
 
-// rotate makes the next records go to a new segment. The caller holds s.write.
+// rotate begins a new segment. The caller holds s.write.
 func (l *Log) rotate(s *stream) error {
 	if err := l.closeActive(s); err != nil {
 		return err
@@ -417,11 +415,11 @@ func (l *Log) rotate(s *stream) error {
 	s.mu.Lock()
 	s.segments = append(s.segments, next)
 	s.mu.Unlock()
-	return l.actives.add(s)
+	return l.openSegs.add(s)
 }
 
-// Freeze ends appends to an own stream: what is queued is still written. It is
-// a closed incarnation then.
+// Freeze ends appends to an own stream, which is then a closed incarnation. Records
+// that are queued are still written.
 func (l *Log) Freeze(id Stream) error {
 	s, err := l.find(id)
 	if err != nil {

@@ -35,7 +35,8 @@ func (f countingFile) sync() error {
 	return f.file.sync()
 }
 
-// BenchmarkAppend is durable appends of 1 KiB, by how many callers wait at once.
+// BenchmarkAppend measures durable appends of 1 KiB by the number of concurrent
+// callers.
 func BenchmarkAppend(b *testing.B) {
 	for _, inFlight := range []int{1, 64, 256} {
 		b.Run(fmt.Sprint(inFlight), func(b *testing.B) {
@@ -105,8 +106,8 @@ func BenchmarkOpenSubmission(b *testing.B) {
 	}
 }
 
-// BenchmarkDisk is what the disk gives without a journal: one write and one
-// fdatasync at a time, behind the end of a file and over blocks written before.
+// BenchmarkDisk measures the disk without a journal: one write and one fdatasync at a
+// time, at the end of a file and over allocated blocks.
 func BenchmarkDisk(b *testing.B) {
 	for _, before := range []int64{0, 64 << 20} {
 		name := "extending"

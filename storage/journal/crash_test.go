@@ -116,7 +116,7 @@ func child(dir string) int {
 	return 3
 }
 
-// promises is what children have acknowledged, over all their lives.
+// promises is what the child processes have acknowledged, over all restarts.
 type promises struct {
 	acked   map[string]map[uint64]string // by stream and seq: the job
 	trimmed map[string]uint64
@@ -137,7 +137,7 @@ func (p *promises) hear(line string) error {
 			p.acked[stream] = map[uint64]string{}
 		}
 		if was := p.acked[stream][seq]; was != "" {
-			err = fmt.Errorf("%s %d was given to %s, too", stream, seq, was)
+			err = fmt.Errorf("%s %d was also used for %s", stream, seq, was)
 		}
 		p.acked[stream][seq] = job
 		p.count++
@@ -156,7 +156,7 @@ func (p *promises) hear(line string) error {
 	return nil
 }
 
-// check opens what a dead child left and compares it with its promises.
+// check opens the journal of a dead child and compares it with its promises.
 func (p *promises) check(t *testing.T, dir string) {
 	t.Helper()
 	l := mustOpen(t, testOptions(dir))
@@ -164,17 +164,17 @@ func (p *promises) check(t *testing.T, dir string) {
 	ends := l.Ends()
 	for id, e := range ends {
 		if e.Damaged != 0 {
-			t.Fatalf("%s is taken for damaged: %+v", id, e)
+			t.Fatalf("%s was found damaged: %+v", id, e)
 		}
 		acked, held := p.acked[id.String()], map[uint64]string{}
 		if e.First > max(p.trimmed[id.String()], 1) {
-			t.Fatalf("%s begins with %d, trimmed was %d", id, e.First, p.trimmed[id.String()])
+			t.Fatalf("%s begins with %d, but was trimmed to %d", id, e.First, p.trimmed[id.String()])
 		}
 		if err := l.Replay(id, e.First, func(records []Record) error {
 			for _, r := range records {
 				held[r.Seq] = r.Job.String()
 				if id == copied && r.Job != copiedRecord(r.Seq).Job {
-					return fmt.Errorf("copy %d is another record", r.Seq)
+					return fmt.Errorf("record %d of the copy differs", r.Seq)
 				}
 			}
 			return nil
@@ -183,11 +183,11 @@ func (p *promises) check(t *testing.T, dir string) {
 		}
 		for seq, job := range acked {
 			if seq >= e.First && held[seq] != job {
-				t.Fatalf("%s %d is %q, acknowledged was %q; it ends with %d", id, seq, held[seq], job, e.Durable)
+				t.Fatalf("%s %d is %q, %q was acknowledged; the stream ends with %d", id, seq, held[seq], job, e.Durable)
 			}
 		}
 		delete(p.acked, id.String())
-		if id != copied { // enough of it
+		if id != copied { // so that the journal stays small
 			if err := l.Drop(id); err != nil {
 				t.Fatal(err)
 			}
@@ -197,7 +197,7 @@ func (p *promises) check(t *testing.T, dir string) {
 		t.Fatalf("%s is gone", id)
 	}
 	if ends[copied].Durable < p.copied {
-		t.Fatalf("the copy ends with %d, durable was %d", ends[copied].Durable, p.copied)
+		t.Fatalf("the copy ends with %d, but %d was durable", ends[copied].Durable, p.copied)
 	}
 }
 
@@ -356,9 +356,9 @@ func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
 		d.mu.Lock()
 		d.room = free
 		d.mu.Unlock()
-		l.room.mu.Lock()
-		l.room.known = false
-		l.room.mu.Unlock()
+		l.space.mu.Lock()
+		l.space.known = false
+		l.space.mu.Unlock()
 	}
 	for _, tt := range []struct {
 		free                    int64
@@ -383,7 +383,7 @@ func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
 	if err := l.Err(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(filepath.Join(o.Dir, marksFile)); err != nil {
+	if _, err := os.Stat(filepath.Join(o.Dir, watermarksFile)); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -2,7 +2,6 @@ package journal
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,9 +9,9 @@ import (
 	"strings"
 )
 
-// A stream that is damaged keeps its good beginning. What is behind the damage
-// is moved aside, and a note says how far it reached, until peers have given it
-// again or an operator has accepted the loss.
+// A damaged stream keeps the part in front of the damage. The rest is renamed, and
+// damage.json records how far the stream reached. It is removed when peers have
+// resent the missing records, or an operator has accepted the loss.
 const (
 	damageFile    = "damage.json"
 	damageFormat  = 1
@@ -21,8 +20,8 @@ const (
 
 type damageNote struct {
 	Format  int    `json:"format"`
-	From    uint64 `json:"from"`    // the first record that is missing
-	Through uint64 `json:"through"` // the last one that is known to have been there
+	From    uint64 `json:"from"`    // the first missing record
+	Through uint64 `json:"through"` // the last record known to have existed
 }
 
 func readDamage(dir string) (n damageNote, err error) {
@@ -42,9 +41,10 @@ func readDamage(dir string) (n damageNote, err error) {
 	return n, nil
 }
 
-// cutDamaged ends the stream in front of the damage in segment i; g is its good
-// part, nil when there is none. Every step can be repeated after a crash.
-func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
+// truncateAtDamage ends the stream in front of the damage in segment i. g is the
+// intact part of the segment, nil if there is none. Every step can be repeated after
+// a crash.
+func (r *recovery) truncateAtDamage(i int, g *segment, trouble error) error {
 	l, s := r.l, r.s
 	end := r.files[i] - 1
 	if g != nil {
@@ -52,7 +52,7 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 	} else if len(s.segments) > 0 {
 		end = s.last().last
 	}
-	note := damageNote{Format: damageFormat, From: end + 1, Through: max(s.damaged, r.known.Durable, end+1)}
+	note := damageNote{Format: damageFormat, From: end + 1, Through: max(s.damaged, r.checkpoint.Durable, end+1)}
 	for j := i; j < len(r.files); j++ {
 		note.Through = max(note.Through, r.files[j]-1)
 		if err := salvage(l.disk, r.path(j), s.id, func(rec *Record) error {
@@ -63,9 +63,9 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 		}
 	}
 	l.metrics.damaged.Inc()
-	l.log.Error("a stream is damaged; it is cut, and what is missing must come from other nodes",
+	l.log.Error("a stream is damaged and was truncated; other nodes must resend the missing records",
 		"stream", s.id.String(), "from", note.From, "through", note.Through, "segment", r.path(i), "err", trouble)
-	// Others must stop to count on what is missing before it is.
+	// Before records are removed, peers must stop counting this node as a holder.
 	if err := l.renewStore(); err != nil {
 		return err
 	}
@@ -78,7 +78,7 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 	}
 	s.damaged, r.note = note.Through, note
 	for j := len(r.files) - 1; j > i; j-- {
-		if err := l.disk.rename(r.path(j), asideName(r.path(j))); err != nil {
+		if err := l.disk.rename(r.path(j), damagedName(r.path(j))); err != nil {
 			return err
 		}
 		if err := l.disk.syncDir(s.dir); err != nil {
@@ -86,7 +86,7 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 		}
 	}
 	if g == nil {
-		if err := l.disk.rename(r.path(i), asideName(r.path(i))); err != nil {
+		if err := l.disk.rename(r.path(i), damagedName(r.path(i))); err != nil {
 			return err
 		}
 		return l.disk.syncDir(s.dir)
@@ -98,8 +98,8 @@ func (r *recovery) cutDamaged(i int, g *segment, trouble error) error {
 	return nil
 }
 
-// keepPrefix leaves the good part of a segment under its name, and the whole of
-// it aside.
+// keepPrefix keeps the intact part of a segment under its name, and the whole
+// segment under another.
 func (r *recovery) keepPrefix(g *segment) error {
 	l := r.l
 	from, err := l.disk.open(g.path, os.O_RDONLY)
@@ -107,28 +107,16 @@ func (r *recovery) keepPrefix(g *segment) error {
 		return err
 	}
 	defer func() { _ = from.Close() }() // only read from
-	temp := g.path + tempSuffix
-	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
-	if err != nil {
-		return err
-	}
-	if err = copyBytes(to, from, 0, g.size); err == nil {
-		err = to.sync()
-	}
-	if err = errors.Join(err, to.Close()); err != nil {
-		return err
-	}
-	if err := os.Link(g.path, asideName(g.path)); err != nil {
-		return err
-	}
-	if err := l.disk.rename(temp, g.path); err != nil {
-		return err
-	}
-	return l.disk.syncDir(r.s.dir)
+	return l.rewriteFile(g.path, func(to file) error {
+		if err := copyBytes(to, from, 0, g.size); err != nil {
+			return err
+		}
+		return os.Link(g.path, damagedName(g.path))
+	})
 }
 
-// asideName is a free name for a damaged segment.
-func asideName(path string) string {
+// damagedName returns an unused name for a damaged segment.
+func damagedName(path string) string {
 	for i := 0; ; i++ {
 		name := fmt.Sprintf("%s.%d%s", path, i, damagedSuffix)
 		if _, err := os.Lstat(name); isNotExist(err) {
@@ -137,8 +125,8 @@ func asideName(path string) string {
 	}
 }
 
-// salvage calls fn with every record of a file that can be read, whatever lies
-// in between. A disk that refuses a part ends it there.
+// salvage calls fn with every record in a file that can be read, also after
+// unreadable parts. It stops where the disk returns an error.
 func salvage(d disk, path string, id Stream, fn func(*Record) error) error {
 	f, err := d.open(path, os.O_RDONLY)
 	if err != nil {
@@ -151,7 +139,7 @@ func salvage(d disk, path string, id Stream, fn func(*Record) error) error {
 	}
 	var stop error
 	for at := int64(0); ; {
-		mark, found, err := nextMark(f, id, at, size)
+		mark, found, err := nextBatchHeader(f, id, at, size)
 		if err != nil || !found {
 			return nil
 		}
@@ -169,14 +157,14 @@ func salvage(d disk, path string, id Stream, fn func(*Record) error) error {
 	}
 }
 
-// Salvage calls fn with the records behind a stream's damage that can still be
-// read, in no order and some perhaps twice. Their payloads are valid only inside.
+// Salvage calls fn with the records after a stream's damage that can still be read,
+// in any order, some perhaps twice. Their payloads are valid only during the call.
 func (l *Log) Salvage(id Stream, fn func(*Record) error) error {
 	s, err := l.find(id)
 	if err != nil {
 		return err
 	}
-	names, err := asides(s.dir)
+	names, err := damagedFiles(s.dir)
 	if err != nil {
 		return err
 	}
@@ -188,7 +176,7 @@ func (l *Log) Salvage(id Stream, fn func(*Record) error) error {
 	return nil
 }
 
-func asides(dir string) ([]string, error) {
+func damagedFiles(dir string) ([]string, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, err
@@ -203,8 +191,8 @@ func asides(dir string) ([]string, error) {
 	return names, nil
 }
 
-// AcceptLoss ends a stream where it was cut: an operator has decided that what
-// was behind the damage need not come back. It goes on like any other.
+// AcceptLoss ends a damaged stream where it was truncated: an operator has decided
+// that the missing records need not be restored. Then it is a normal stream.
 func (l *Log) AcceptLoss(id Stream) error {
 	s, err := l.find(id)
 	if err != nil {
@@ -220,21 +208,21 @@ func (l *Log) AcceptLoss(id Stream) error {
 		return nil
 	}
 	l.log.Warn("the loss of records was accepted", "stream", id.String(), "from", e.Durable+1, "through", e.Damaged)
-	if err := l.heal(s); err != nil {
+	if err := l.clearDamage(s); err != nil {
 		return l.setFailed("accept a loss", err)
 	}
 	return nil
 }
 
-// heal forgets a stream's damage: it is as long again as it was, or needs not be.
-func (l *Log) heal(s *stream) error {
+// clearDamage marks a stream as undamaged and removes the renamed files.
+func (l *Log) clearDamage(s *stream) error {
 	if err := l.disk.remove(filepath.Join(s.dir, damageFile)); err != nil && !isNotExist(err) {
 		return err
 	}
 	if err := l.disk.syncDir(s.dir); err != nil {
 		return err
 	}
-	names, err := asides(s.dir)
+	names, err := damagedFiles(s.dir)
 	if err != nil {
 		return err
 	}
@@ -246,6 +234,6 @@ func (l *Log) heal(s *stream) error {
 	s.mu.Lock()
 	s.damaged = 0
 	s.mu.Unlock()
-	l.moved.give()
+	l.changed.notify()
 	return nil
 }

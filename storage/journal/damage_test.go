@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// filled makes a log with one stream of many small segments, ends it in a way,
-// and gives what was acknowledged.
+// filled makes a log with one stream of many small segments, ends it by the given
+// function, and returns the acknowledged records.
 func filled(t *testing.T, o Options, n int, end func(*Log)) []Record {
 	t.Helper()
 	l := mustOpen(t, o)
@@ -49,9 +49,9 @@ func segmentsOf(t *testing.T, o Options) []string {
 	return names
 }
 
-// Whatever byte of whatever segment changes, nothing that was acknowledged is
-// missing without a word.
-func TestDamagedByteIsNoticed(t *testing.T) {
+// When any byte of any segment changes, all acknowledged records are there or the
+// stream is reported as damaged.
+func TestDamagedByteIsDetected(t *testing.T) {
 	for name, end := range map[string]func(*testing.T) func(*Log){"closed": closed, "killed": killed} {
 		t.Run(name, func(t *testing.T) {
 			o := testOptions(t.TempDir())
@@ -91,10 +91,10 @@ func damagedOrWhole(t *testing.T, dir string, acked []Record) {
 	id := streamOf(1)
 	e, ok := l.End(id)
 	if !ok {
-		t.Fatal("the stream is gone")
+		t.Fatal("the stream is missing")
 	}
 	if got := max(e.Durable, e.Damaged); got != uint64(len(acked)) {
-		t.Fatalf("%d were acknowledged, it says %+v", len(acked), e)
+		t.Fatalf("%d records were acknowledged, End is %+v", len(acked), e)
 	}
 	got := recordsOf(t, l, id, 1)
 	if len(got) != int(e.Durable) {
@@ -102,18 +102,18 @@ func damagedOrWhole(t *testing.T, dir string, acked []Record) {
 	}
 	for i := range got {
 		if !got[i].same(&acked[i]) || !bytes.Equal(got[i].Payload, acked[i].Payload) {
-			t.Fatalf("record %d is not what was written", i+1)
+			t.Fatalf("record %d differs from what was written", i+1)
 		}
 	}
 }
 
-// A cut at any byte of the last segment, with nothing known of what was
-// acknowledged, leaves a prefix that ends with a whole record.
-func TestCutAtAnyByte(t *testing.T) {
+// When the last segment is truncated at any byte, and no checkpoint or watermark says
+// what was acknowledged, a prefix of whole records is left.
+func TestTruncationAtAnyByte(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes = 1000
 	acked := filled(t, o, 24, killed(t))
-	for _, f := range []string{settledFile, marksFile} {
+	for _, f := range []string{checkpointFile, watermarksFile} {
 		if err := os.Remove(filepath.Join(o.Dir, f)); err != nil {
 			t.Fatal(err)
 		}
@@ -137,19 +137,19 @@ func TestCutAtAnyByte(t *testing.T) {
 		l := mustOpen(t, testOptions(copied))
 		e, ok := l.End(streamOf(1))
 		if !ok || e.Damaged != 0 || e.Durable < before {
-			t.Fatalf("cut at %d: %+v, shorter it was %d", size, e, before)
+			t.Fatalf("truncated to %d bytes: %+v, but %d when it was shorter", size, e, before)
 		}
 		before = e.Durable
 		got := recordsOf(t, l, streamOf(1), 1)
 		if len(got) != int(e.Durable) || len(got) > 0 && !got[len(got)-1].same(&acked[len(got)-1]) {
-			t.Fatalf("cut at %d: %d records", size, len(got))
+			t.Fatalf("truncated to %d bytes: %d records", size, len(got))
 		}
 		mustClose(t, l)
 	}
 }
 
-// A damaged stream is given again by a peer, and is whole then.
-func TestDamagedStreamIsHealedByReceiving(t *testing.T) {
+// Records received from a peer complete a damaged stream, and clear the damage.
+func TestReceiveRepairsADamagedStream(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes = 1000
 	id := streamOf(1)
@@ -170,10 +170,10 @@ func TestDamagedStreamIsHealedByReceiving(t *testing.T) {
 		t.Fatal(err)
 	}
 	epoch := peer.StoreEpoch()
-	for round := range 2 { // the note stays over a restart
+	for round := range 2 { // the damage is also known after a restart
 		l := mustOpen(t, o)
 		if l.StoreEpoch() <= epoch {
-			t.Fatal("others go on to count on what is missing")
+			t.Fatal("the store's epoch did not rise")
 		}
 		e, _ := l.End(id)
 		if e.Damaged != uint64(len(acked)) || e.Durable == 0 || e.Durable >= e.Damaged {
@@ -182,7 +182,7 @@ func TestDamagedStreamIsHealedByReceiving(t *testing.T) {
 		seen := map[uint64]bool{}
 		if err := l.Salvage(id, func(r *Record) error {
 			if !r.same(&acked[r.Seq-1]) {
-				t.Errorf("salvaged %d is another record", r.Seq)
+				t.Errorf("the salvaged record %d differs", r.Seq)
 			}
 			seen[r.Seq] = true
 			return nil
@@ -210,14 +210,14 @@ func TestDamagedStreamIsHealedByReceiving(t *testing.T) {
 		}
 	}
 	if e, _ := l.End(id); e.Damaged != 0 || e.Durable != uint64(len(acked)) {
-		t.Fatalf("not healed: %+v", e)
+		t.Fatalf("the damage was not cleared: %+v", e)
 	}
-	if aside, err := asides(filepath.Dir(names[0])); err != nil || len(aside) > 0 {
-		t.Fatalf("left behind: %v %v", aside, err)
+	if aside, err := damagedFiles(filepath.Dir(names[0])); err != nil || len(aside) > 0 {
+		t.Fatalf("files were left: %v %v", aside, err)
 	}
 }
 
-// Damage in front of everything leaves a stream that holds nothing, and is not gone.
+// Damage in front of all records leaves an empty stream, which still exists.
 func TestAcceptedLossEndsTheStream(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes = 1000
@@ -240,8 +240,8 @@ func TestAcceptedLossEndsTheStream(t *testing.T) {
 	}
 }
 
-// A whole segment that is missing in the middle is damage, too.
-func TestMissingSegmentIsNoticed(t *testing.T) {
+// A missing segment in the middle is damage too.
+func TestMissingSegmentIsDetected(t *testing.T) {
 	for _, which := range []int{1, -1} {
 		o := testOptions(t.TempDir())
 		o.SegmentBytes = 1000
@@ -254,7 +254,7 @@ func TestMissingSegmentIsNoticed(t *testing.T) {
 	}
 }
 
-// Damage that shows up while running stops the node.
+// Damage that is found while the node runs stops it.
 func TestDamageFoundByReadingFailsTheLog(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes, o.TailBytes = 1000, 1
@@ -295,7 +295,7 @@ func TestNewerFormatsAreRefused(t *testing.T) {
 		"segment": {filepath.Join(escape(id.Origin), id.Incarnation.String(), segmentName(1)), newer},
 		"record":  {filepath.Join(escape(id.Origin), id.Incarnation.String(), segmentName(1)), slices.Concat(header, frame)},
 		"store":   {storeFile, store},
-		"settled": {settledFile, []byte(`{"format":2}`)},
+		"settled": {checkpointFile, []byte(`{"format":2}`)},
 		"damage":  {filepath.Join(escape(id.Origin), id.Incarnation.String(), damageFile), []byte(`{"format":2}`)},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -317,8 +317,8 @@ func TestNewerFormatsAreRefused(t *testing.T) {
 	}
 }
 
-// A half-made stream, of which nothing was ever told, is cleared away.
-func TestHalfMadeStreams(t *testing.T) {
+// A stream whose creation was interrupted, and so never reported, is removed.
+func TestInterruptedCreationIsRemoved(t *testing.T) {
 	id := streamOf(1)
 	header := appendHeader(nil, id, 1, 0)
 	for name, data := range map[string][]byte{"no file": nil, "empty": {}, "half a header": header[:20]} {
@@ -340,7 +340,7 @@ func TestHalfMadeStreams(t *testing.T) {
 				t.Fatalf("%d streams", n)
 			}
 			if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-				t.Fatalf("it is still there: %v", err)
+				t.Fatalf("its directory still exists: %v", err)
 			}
 			mustCreate(t, l, id)
 		})

@@ -8,9 +8,11 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
-// disk is the calls of the file system whose failure matters; tests make them fail.
+// disk has the calls of the file system whose failure matters; tests make them fail.
 type disk interface {
 	open(path string, flags int) (file, error)
 	rename(from, to string) error
@@ -42,16 +44,9 @@ func (osDisk) open(path string, flags int) (file, error) {
 
 func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
 func (osDisk) remove(path string) error     { return os.Remove(path) }
+func (osDisk) syncDir(path string) error    { return atomicfile.SyncDir(path) }
 
-func (osDisk) syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
-
-// free is what a process without privileges may still write.
+// free returns the bytes that an unprivileged process may still write.
 func (osDisk) free(path string) (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(path, &st); err != nil {
@@ -76,7 +71,7 @@ func (f osFile) sync() error {
 	}
 }
 
-// escape makes a file name of a node's name, one to one.
+// escape makes a file name from a node's name, one to one.
 func escape(name string) string {
 	var b strings.Builder
 	for i, c := range []byte(name) {

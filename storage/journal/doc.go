@@ -1,8 +1,8 @@
-// Package journal holds what happened to jobs: records, and the logs of them.
+// Package journal stores what happened to jobs, as records in append-only logs.
 //
-// A stream is one node's append-only log of one incarnation; a node keeps its
-// own streams and a copy of every other node's. Only fsynced records are ever
-// shown. What a record is stands in record.go, what its payload means in
-// payload.go and how it is sealed in sealer.go; Log in log.go keeps the streams.
-// Start there, and with DESIGN.md for what a crash and damage do.
+// A stream is one node's log of one incarnation. A node stores its own streams and
+// a copy of every other node's. Only fsynced records can be read. record.go defines
+// a record, payload.go its payloads, and sealer.go how payloads are sealed. Log in
+// log.go stores the streams: start there. DESIGN.md describes what happens after a
+// crash and after damage.
 package journal

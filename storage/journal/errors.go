@@ -2,36 +2,36 @@ package journal
 
 import "errors"
 
-// What can go wrong with a log. ErrDamaged, ErrNewerFormat and ErrTooLarge stand
-// with the record.
+// Errors of a Log. ErrDamaged, ErrNewerFormat and ErrTooLarge are defined in
+// record.go.
 var (
-	// ErrFailed means that a write or a sync failed, or that a stored record turned
-	// out to be damaged. Nothing is read or written from then on; only a restart
-	// of the node, with a sound disk, helps.
+	// ErrFailed means that a write or a sync failed, or that a stored record is
+	// damaged. The log reads and writes nothing any more; the node must restart, on a
+	// working disk.
 	ErrFailed = errors.New("the journal has failed")
 	// ErrClosed means that the log was closed.
 	ErrClosed = errors.New("the journal is closed")
-	// ErrFull means that the disk has less room than the floor. Nothing was
-	// written; it recovers by itself when there is room again.
+	// ErrFull means that the disk has less free space than the floor. Nothing was
+	// written. It ends by itself when there is space again.
 	ErrFull = errors.New("the disk of the journal is full")
-	// ErrUncertain means that the caller went away while its records were being
+	// ErrUncertain means that the caller's context ended while its records were being
 	// written: they may be in the journal or not.
 	ErrUncertain = errors.New("the records may have been written")
-	// ErrNoStream means that no such stream is held here.
+	// ErrNoStream means that this node does not hold the stream.
 	ErrNoStream = errors.New("no such stream")
-	// ErrStreamExists means that the stream to create is there already.
+	// ErrStreamExists means that the stream to create exists.
 	ErrStreamExists = errors.New("the stream exists")
-	// ErrTooManyStreams means that MaxStreams are held.
+	// ErrTooManyStreams means that the log holds MaxStreams.
 	ErrTooManyStreams = errors.New("too many streams")
-	// ErrFrozen means that the stream takes no records this way: appends go to a
-	// stream of this process that is open, copies to any other.
-	ErrFrozen = errors.New("the stream takes no such records")
-	// ErrTrimmed means that the records are not held any more.
+	// ErrFrozen means that the stream does not take records by this call: Append is for
+	// streams created in this process and not frozen, Receive for all others.
+	ErrFrozen = errors.New("the stream does not take records this way")
+	// ErrTrimmed means that this node no longer holds the records.
 	ErrTrimmed = errors.New("the records have been trimmed")
-	// ErrGap means that records are missing between what is held and what was
-	// given or asked for.
+	// ErrGap means that records are missing between those held and those given or asked
+	// for.
 	ErrGap = errors.New("records are missing in between")
-	// ErrDiverged means that two different records have one place in a stream.
-	// That must never happen; a disk was copied or an image restored.
+	// ErrDiverged means that two different records have the same place in a stream.
+	// Only a copied disk or a restored image can cause it.
 	ErrDiverged = errors.New("a record differs from the one held in its place")
 )

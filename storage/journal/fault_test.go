@@ -12,15 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Whichever call of the file system fails, and whether the machine loses power
-// then or not: what was acknowledged before is there, and nothing is
-// acknowledged after.
+// Any call of the file system may fail, with or without a loss of power then: what was
+// acknowledged before is there, and nothing is acknowledged after.
 func TestAnyCallFails(t *testing.T) {
 	for _, power := range []bool{false, true} {
 		for n := int64(1); ; n++ {
 			if ended := anyCallFails(t, n, power); ended {
 				if n < 50 {
-					t.Fatalf("only %d calls: nothing was tested", n)
+					t.Fatalf("only %d calls: the test has failed too few", n)
 				}
 				break
 			}
@@ -28,7 +27,8 @@ func TestAnyCallFails(t *testing.T) {
 	}
 }
 
-// anyCallFails makes the n-th call and all later ones fail; true when there were fewer.
+// anyCallFails makes the n-th call and all later ones fail; it returns true when there
+// were fewer calls.
 func anyCallFails(t *testing.T, n int64, power bool) (ended bool) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	o.SegmentBytes = 1000
@@ -96,7 +96,7 @@ func anyCallFails(t *testing.T, n int64, power bool) (ended bool) {
 	defer mustClose(t, again)
 	e, held := again.End(id)
 	if e.Durable < acked || e.Damaged != 0 || e.First > 3 {
-		t.Fatalf("after call %d failed: %+v, acknowledged were %d", n, e, acked)
+		t.Fatalf("after call %d failed: %+v, but %d records were acknowledged", n, e, acked)
 	}
 	if held {
 		if got := recordsOf(t, again, id, e.First); len(got) != int(e.Durable+1-e.First) {
@@ -104,14 +104,14 @@ func anyCallFails(t *testing.T, n int64, power bool) (ended bool) {
 		}
 	}
 	if e, held := again.End(copied); held && (e.Durable < max(received, begun) || e.Damaged != 0) {
-		t.Fatalf("after call %d failed: the copy is %+v, durable were %d", n, e, received)
+		t.Fatalf("after call %d failed: the copy is %+v, but %d records were durable", n, e, received)
 	}
 	return ended
 }
 
-// Who reads, trims, seals anew or appends while a stream is dropped gets an answer,
-// and nothing fails.
-func TestDropBesideEverything(t *testing.T) {
+// Reads, trims, re-seals and appends that run while a stream is dropped return, and
+// the log does not fail.
+func TestDropConcurrentWithOtherCalls(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes, o.TailBytes = 500, 1
 	l := mustOpen(t, o)
@@ -168,7 +168,7 @@ func TestDropBesideEverything(t *testing.T) {
 	if err := l.Err(); err != nil {
 		t.Fatal(err)
 	}
-	if n := len(l.Ends()); n != 0 || l.Bytes() != 0 {
-		t.Fatalf("%d streams and %d bytes are left", n, l.Bytes())
+	if n := len(l.Ends()); n != 0 || l.bytes.Load() != 0 {
+		t.Fatalf("%d streams and %d bytes are left", n, l.bytes.Load())
 	}
 }

@@ -9,19 +9,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// faultDisk is the real file system, with a memory of what would not survive a
-// loss of power, and calls that fail when they are told to.
+// faultDisk is the real file system, which also tracks the bytes that would not survive
+// a power failure, and whose calls can be made to fail.
 type faultDisk struct {
 	osDisk
 	mu    sync.Mutex
 	files map[string]*faultFileState
-	// fail is asked before each call: "open", "write", "sync", "rename", "remove", "syncdir".
+	// fail is called before each call: "open", "write", "sync", "rename", "remove", "syncdir".
 	fail func(call, path string) error
-	room int64 // free bytes; 0: what the disk says
+	room int64 // free bytes; 0: those of the real disk
 }
 
-// faultFileState is what of a file is in the page cache only: written and not
-// synced, or taken for clean after a sync that failed.
+// faultFileState holds the parts of a file that are in the page cache only: written
+// and not synced, or marked clean after a failed sync.
 type faultFileState struct {
 	dirty []span
 	lost  []span
@@ -116,7 +116,7 @@ func (f *faultFile) WriteAt(b []byte, at int64) (int, error) {
 	err := f.d.may("write", f.path)
 	n := len(b)
 	if err != nil {
-		n = rand.IntN(len(b) + 1) // a part of it may have got there
+		n = rand.IntN(len(b) + 1) // a part of it may have been written
 	}
 	f.d.mu.Lock()
 	s := f.d.state(f.path)
@@ -135,7 +135,7 @@ func (f *faultFile) sync() error {
 	defer f.d.mu.Unlock()
 	s := f.d.state(f.path)
 	if err != nil {
-		s.lost = append(s.lost, s.dirty...) // and the next sync succeeds
+		s.lost = append(s.lost, s.dirty...) // the next sync succeeds without writing them
 	}
 	s.dirty = nil
 	return err
@@ -154,8 +154,8 @@ func without(spans []span, cut span) []span {
 	return rest
 }
 
-// losePower leaves on the disk what it might hold after a loss of power: of what
-// was not synced any sectors, and the file as long as it was, or shorter.
+// losePower changes the files to what the disk may hold after a power failure: any
+// subset of the unsynced sectors, and the file's length or a shorter one.
 func (d *faultDisk) losePower(t fataler, rnd *rand.Rand) {
 	t.Helper()
 	d.mu.Lock()
@@ -180,10 +180,10 @@ func (d *faultDisk) losePower(t fataler, rnd *rand.Rand) {
 		kind := rnd.IntN(4)
 		for _, w := range s.dirty {
 			switch kind {
-			case 0: // all of it got there
+			case 0: // all of it was written
 			case 1:
 				zero(w.from, w.to)
-			case 2: // cut short
+			case 2: // truncated
 				info, err := f.Stat()
 				if err != nil {
 					t.Fatal(err)
@@ -212,7 +212,7 @@ func (d *faultDisk) losePower(t fataler, rnd *rand.Rand) {
 	d.files = map[string]*faultFileState{}
 }
 
-// fataler is what testing.TB and rapid's T have in common.
+// fataler has the methods that testing.TB and rapid.T share.
 type fataler interface {
 	Helper()
 	Fatal(args ...any)

@@ -2,7 +2,7 @@
 
 package journal
 
-// What this version writes: the format that it knows, which adds nothing.
+// This version writes the format that it knows, without an extension.
 const writeFormat = knownFormat
 
 var writeExt []byte

@@ -2,8 +2,8 @@
 
 package journal
 
-// A build with this tag stands for the next version: its records say more than
-// this version knows. The lab upgrades a cluster to it and goes back.
+// A build with this tag acts as the next version: its records have an extension that
+// this version does not know. Tests upgrade a cluster to it and downgrade again.
 const writeFormat = knownFormat + 1
 
 var writeExt = []byte("\x01next")

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// A record of the next version's format is read, and kept byte for byte: two
-// versions next to each other share a cluster.
+// A record in the next version's format is read and kept byte for byte, so that two
+// consecutive versions can share a cluster.
 func TestNextFormatIsReadAndKept(t *testing.T) {
 	r := Record{
 		Stream: streamOf(1), Seq: 7, Clock: 9, Kind: Started, Job: JobID{1}, Attempt: 2,
@@ -18,7 +18,7 @@ func TestNextFormatIsReadAndKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	if len(frame) != frameSize(&r) {
-		t.Errorf("frameSize says %d of %d bytes", frameSize(&r), len(frame))
+		t.Errorf("frameSize returned %d, the frame has %d bytes", frameSize(&r), len(frame))
 	}
 	got, rest, err := NextFrame(frame)
 	if err != nil || len(rest) != 0 {
@@ -28,7 +28,7 @@ func TestNextFormatIsReadAndKept(t *testing.T) {
 		t.Fatalf("read as %+v", got)
 	}
 	if again, err := AppendFrame(nil, &got); err != nil || !bytes.Equal(again, frame) {
-		t.Fatalf("written again as %x, was %x: %v", again, frame, err)
+		t.Fatalf("encoded as %x, was %x: %v", again, frame, err)
 	}
 	r.Format = readFormat + 1
 	if frame, err = AppendFrame(nil, &r); err != nil {

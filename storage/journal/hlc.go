@@ -5,21 +5,21 @@ import (
 	"time"
 )
 
-// HLC gives hybrid logical clocks: always rising, near the wall clock, and after
-// everything observed. One per node; safe for many goroutines.
+// HLC is a hybrid logical clock: it always increases, stays near the wall clock, and
+// is after everything observed. There is one per node; it is safe for concurrent use.
 type HLC struct {
 	now      func() time.Time
 	maxAhead time.Duration
 	last     atomic.Uint64
 }
 
-// NewHLC makes a clock over now, time.Now outside tests. A clock more than
-// maxAhead ahead of now is not believed by Observe.
+// NewHLC makes a clock on top of now, which is time.Now outside of tests. Observe
+// rejects clocks that are more than maxAhead ahead of now.
 func NewHLC(now func() time.Time, maxAhead time.Duration) *HLC {
 	return &HLC{now: now, maxAhead: maxAhead}
 }
 
-// Now is above all that Now gave and Observe accepted before.
+// Now returns a clock above all that Now returned and Observe accepted before.
 func (h *HLC) Now() Clock {
 	wall := uint64(ClockAt(h.now()))
 	for {
@@ -31,10 +31,10 @@ func (h *HLC) Now() Clock {
 	}
 }
 
-// Observe takes notice of another node's clock, so that what this node writes
-// from now on comes after it. ahead is how far it is ahead of our wall clock,
-// negative when behind. One that is ahead by more than the bound is not
-// accepted: a node whose date is wrong must not take the others along.
+// Observe records another node's clock, so that later clocks of this node are above
+// it. ahead is its distance from this node's wall clock, negative when behind. A clock
+// that is more than maxAhead ahead is not accepted: one node with a wrong date must
+// not move the clocks of all.
 func (h *HLC) Observe(c Clock) (ahead time.Duration, accepted bool) {
 	ahead = c.Time().Sub(h.now())
 	if ahead > h.maxAhead {

@@ -13,9 +13,9 @@ func TestHLC(t *testing.T) {
 	if a != ClockAt(now) {
 		t.Fatalf("%d", a)
 	}
-	now = now.Add(-time.Hour) // set back
+	now = now.Add(-time.Hour) // the wall clock is set back
 	if b := h.Now(); b <= a {
-		t.Fatal("the clock fell")
+		t.Fatal("the clock went back")
 	}
 	now = now.Add(time.Hour)
 	if ahead, ok := h.Observe(ClockAt(now.Add(9 * time.Minute))); !ok || ahead != 9*time.Minute {
@@ -23,7 +23,7 @@ func TestHLC(t *testing.T) {
 	}
 	c := h.Now()
 	if c <= ClockAt(now.Add(9*time.Minute)) {
-		t.Fatal("it does not come after what was seen")
+		t.Fatal("the clock is not after the observed one")
 	}
 	if ahead, ok := h.Observe(ClockAt(now.Add(11 * time.Minute))); ok || ahead != 11*time.Minute {
 		t.Fatalf("%s %v", ahead, ok)
@@ -33,7 +33,7 @@ func TestHLC(t *testing.T) {
 	}
 }
 
-func TestHLCRisesForAll(t *testing.T) {
+func TestHLCConcurrently(t *testing.T) {
 	h := NewHLC(time.Now, time.Minute)
 	var wg sync.WaitGroup
 	all := make([][]Clock, 8)
@@ -49,7 +49,7 @@ func TestHLCRisesForAll(t *testing.T) {
 	for _, clocks := range all {
 		for i, c := range clocks {
 			if seen[c] || i > 0 && c <= clocks[i-1] {
-				t.Fatal("a clock was given twice, or fell")
+				t.Fatal("a clock was returned twice, or went back")
 			}
 			seen[c] = true
 		}

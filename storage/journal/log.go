@@ -26,42 +26,42 @@ const (
 
 // Options of a log. Dir, Clock, Logger and Registerer are required.
 type Options struct {
-	Dir        string // made when absent; the data directory's lock is held by the caller
+	Dir        string // created if it does not exist; the caller holds the data directory's lock
 	Clock      *HLC
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 
-	SegmentBytes int64 // a file is closed beyond it; 0: DefaultSegmentBytes
+	SegmentBytes int64 // size at which a new file is begun; 0: DefaultSegmentBytes
 	BudgetBytes  int64 // see Shrink; 0: DefaultBudgetBytes
-	// FreeFloor is the room on the disk below which submissions are refused; copies are
-	// below half of it, and other own records below a quarter, so that jobs in flight
-	// can end. 0: DefaultFreeFloor; negative: no floor.
+	// FreeFloor is the free space on the disk below which submissions are refused. Copies
+	// are refused below half of it, other own records below a quarter, so that running
+	// jobs can finish. 0: DefaultFreeFloor; negative: no floor.
 	FreeFloor int64
-	TailBytes int64 // of recent frames kept in memory, of all streams; 0: DefaultTailBytes
+	TailBytes int64 // recent frames of all streams kept in memory; 0: DefaultTailBytes
 
-	// Durable is told of records that have become durable, in order for each stream and
-	// before those who appended them. It may keep the records, and must not change
-	// them. While it blocks, the stream takes no more. It may read and Trim, but must
-	// not wait for a call of the Log that writes to the same stream.
+	// Durable is called with records that have become durable, in order for each stream,
+	// before Append returns them. It may keep the records, and must not change them.
+	// While it blocks, the stream takes no more. It may call Read and Trim, but must not
+	// wait for a call that writes to the same stream.
 	Durable func(Stream, []Record)
 }
 
-// Log is the journals of one node: its own streams and copies of others'. It is
-// safe for many goroutines.
+// Log stores the journals of one node: its own streams and copies of others'. It is
+// safe for concurrent use.
 type Log struct {
-	o       Options
-	log     *slog.Logger
-	clock   *HLC
-	metrics *metrics
-	disk    disk
-	store   storeID
-	room    room
-	tails   tails
-	moved   notice
-	actives actives
-	marks   *marks
+	o          Options
+	log        *slog.Logger
+	clock      *HLC
+	metrics    *metrics
+	disk       disk
+	store      storeID
+	space      freeSpace
+	tails      tails
+	changed    broadcast
+	openSegs   openSegments
+	watermarks *watermarks
 
-	making sync.Mutex // held while streams are made and dropped; before mu
+	creating sync.Mutex // held while a stream is created or dropped; locked before mu
 
 	bytes, segments atomic.Int64
 
@@ -76,40 +76,40 @@ type Log struct {
 	cause  atomic.Pointer[error]
 }
 
-// End says what is held of a stream: the records First to Durable, none when
+// End says which records of a stream this node holds: First to Durable, none when
 // First is Durable+1.
 type End struct {
 	First   uint64
 	Durable uint64
-	// Damaged is the last record that is known to have been here when damage cut the
-	// stream behind Durable; 0 when there is none. It goes when Durable gets there.
+	// Damaged is not 0 when the stream was truncated at damage after Durable: it is the
+	// last record known to have existed. It is reset when Durable reaches it.
 	Damaged uint64
-	Own     bool // takes Append: of this process, and not frozen
+	Own     bool // takes Append: created by this process, and not frozen
 }
 
-// stream is one stream's state.
+// stream is the state of one stream.
 type stream struct {
 	id  Stream
 	dir string
 
 	// Locks are taken in the order write, prune, mu.
 
-	write  sync.Mutex // held while writing to the end, and while Durable is told; guards what follows
-	active file       // the last segment, nil until it is needed
-	// allocated is the active file's size: zeros from the segment's own size on.
+	write  sync.Mutex // held while writing to the end and during Options.Durable; guards what follows
+	active file       // the last segment, nil while it is not open
+	// allocated is the size of the active file: zeros follow the segment's own size.
 	allocated int64
 	gone      bool
-	slot      int       // of its mark, 0 for none yet
-	warned    time.Time // of its origin's clock
+	slot      int       // of its watermark, 0: none yet
+	warned    time.Time // when a warning about its origin's clock was logged
 
-	prune sync.Mutex // held while files other than the last are deleted or replaced
+	prune sync.Mutex // held while files other than the last one are deleted or replaced
 
 	mu       sync.Mutex // guards what follows
-	segments []*segment // never empty, rising
-	dropped  bool       // its files are gone, or about to go
+	segments []*segment // never empty, in rising order
+	dropped  bool       // Drop has begun to delete its files
 	durable  uint64
 	damaged  uint64
-	queue    *queue // nil where nobody may append
+	queue    *queue // nil: the stream does not take appends
 }
 
 func (s *stream) end() End {
@@ -118,17 +118,16 @@ func (s *stream) end() End {
 	return End{First: s.segments[0].first, Durable: s.durable, Damaged: s.damaged, Own: s.queue != nil}
 }
 
-// last is the segment that is written to.
+// last returns the segment at the end of the stream, which is written to.
 func (s *stream) last() *segment {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.segments[len(s.segments)-1]
 }
 
-// Open opens the journals of a directory, or makes them. Every record is
-// checked; what that means and what is done about damage stands in DESIGN.md.
-// The error is ErrNewerFormat, ErrDamaged for what can't be helped, or the file
-// system's.
+// Open opens the journals of a directory, or creates them. It checks every record;
+// DESIGN.md says how, and what happens with damage. The error wraps ErrNewerFormat,
+// ErrDamaged for damage that can't be isolated, or is one of the file system.
 func Open(o Options) (*Log, error) { return open(o, osDisk{}) }
 
 func open(o Options, d disk) (*Log, error) {
@@ -150,8 +149,8 @@ func open(o Options, d disk) (*Log, error) {
 		failed:  make(chan struct{}),
 	}
 	l.metrics = newMetrics(o.Registerer, l)
-	l.room = room{dir: o.Dir, floor: o.FreeFloor, disk: d, began: time.Now()}
-	l.tails = tails{limit: o.TailBytes, of: map[Stream][]*chunk{}}
+	l.space = freeSpace{dir: o.Dir, floor: o.FreeFloor, disk: d, began: time.Now()}
+	l.tails = tails{limit: o.TailBytes, chunks: map[Stream][]*chunk{}}
 	if err := l.recover(); err != nil {
 		return nil, fmt.Errorf("open the journal %s: %w", o.Dir, err)
 	}
@@ -159,11 +158,11 @@ func open(o Options, d disk) (*Log, error) {
 	return l, nil
 }
 
-// Failed is closed when a write or sync has failed, or a stored record turned
-// out to be damaged. The node must stop then. Err says why.
+// Failed is closed when a write or sync failed, or when a stored record is damaged.
+// The node must stop then. Err returns the cause.
 func (l *Log) Failed() <-chan struct{} { return l.failed }
 
-// Err is nil until Failed is closed; then it wraps ErrFailed and the cause.
+// Err is nil until Failed is closed. Then it wraps ErrFailed and the cause.
 func (l *Log) Err() error {
 	if p := l.cause.Load(); p != nil {
 		return *p
@@ -185,7 +184,7 @@ func (l *Log) setFailed(what string, cause error) error {
 	return l.Err()
 }
 
-// usable says whether the log may still be asked.
+// usable returns ErrClosed, an error that wraps ErrFailed, or nil.
 func (l *Log) usable() error {
 	l.mu.RLock()
 	closed := l.closed
@@ -196,11 +195,11 @@ func (l *Log) usable() error {
 	return l.Err()
 }
 
-// Close waits for what is being written and closes the files. It is safe to
+// Close waits for the writes that are in progress and closes the files. It is safe to
 // call twice.
 func (l *Log) Close() error {
-	l.making.Lock()
-	defer l.making.Unlock()
+	l.creating.Lock()
+	defer l.creating.Unlock()
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -222,14 +221,14 @@ func (l *Log) Close() error {
 		s.prune.Unlock()
 		s.write.Unlock()
 	}
-	err = errors.Join(err, l.marks.close())
+	err = errors.Join(err, l.watermarks.close())
 	if l.Err() != nil {
-		return err // the next start trusts nothing that was not settled before
+		return err // keep the old checkpoint: later bytes may not be on the disk
 	}
-	return errors.Join(err, l.settle(streams))
+	return errors.Join(err, l.writeCheckpoint(streams))
 }
 
-// all lists the streams; the caller holds l.mu.
+// all lists the streams. The caller holds l.mu.
 func (l *Log) all() []*stream {
 	all := make([]*stream, 0, len(l.streams))
 	for _, s := range l.streams {
@@ -244,7 +243,7 @@ func (l *Log) streamCount() int {
 	return len(l.streams)
 }
 
-// find gives a stream of a log that can be used.
+// find returns a stream, or an error if the log can't be used.
 func (l *Log) find(id Stream) (*stream, error) {
 	l.mu.RLock()
 	s, closed := l.streams[id], l.closed
@@ -260,12 +259,12 @@ func (l *Log) find(id Stream) (*stream, error) {
 	return s, nil
 }
 
-// StoreEpoch is higher each time that the directory was made anew, or lost
-// records to damage: the Unix milliseconds of that moment, or more. What others
-// know of this node's streams under a lower one counts no more.
+// StoreEpoch increases each time the directory is created anew or loses records to
+// damage: it is the Unix milliseconds of that moment, or more. What peers recorded
+// about this node's streams under a lower epoch is obsolete.
 func (l *Log) StoreEpoch() uint64 { return l.store.epoch }
 
-// Ends says what is held of every stream.
+// Ends returns what is held of every stream.
 func (l *Log) Ends() map[Stream]End {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
@@ -276,7 +275,7 @@ func (l *Log) Ends() map[Stream]End {
 	return ends
 }
 
-// End says what is held of one stream.
+// End returns what is held of one stream.
 func (l *Log) End(id Stream) (End, bool) {
 	l.mu.RLock()
 	s := l.streams[id]
@@ -287,24 +286,24 @@ func (l *Log) End(id Stream) (End, bool) {
 	return s.end(), true
 }
 
-// Changed is closed at the next change of what Ends says. Take it before
-// looking, else a change in between goes unnoticed.
-func (l *Log) Changed() <-chan struct{} { return l.moved.next() }
+// Changed is closed at the next change of Ends. Call it before Ends, or a change in
+// between goes unnoticed.
+func (l *Log) Changed() <-chan struct{} { return l.changed.wait() }
 
-// isDropped says whether Drop has begun to delete the stream's files.
+// isDropped reports whether Drop has begun to delete the stream's files.
 func (s *stream) isDropped() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dropped
 }
 
-// notice tells many waiters of a change, and costs little without one.
-type notice struct {
+// broadcast wakes any number of waiters, and costs little when there are none.
+type broadcast struct {
 	mu sync.Mutex // guards ch
 	ch chan struct{}
 }
 
-func (n *notice) next() <-chan struct{} {
+func (n *broadcast) wait() <-chan struct{} {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.ch == nil {
@@ -313,7 +312,7 @@ func (n *notice) next() <-chan struct{} {
 	return n.ch
 }
 
-func (n *notice) give() {
+func (n *broadcast) notify() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.ch != nil {
@@ -322,8 +321,8 @@ func (n *notice) give() {
 	}
 }
 
-// room watches the free bytes of the disk.
-type room struct {
+// freeSpace checks the free bytes of the disk, from time to time.
+type freeSpace struct {
 	dir   string
 	floor int64
 	disk  disk
@@ -336,17 +335,17 @@ type room struct {
 }
 
 // A disk that fills at 1 GB/s loses a tenth of the default floor in this time.
-const roomEvery = 25 * time.Millisecond
+const spaceCheckEvery = 25 * time.Millisecond
 
-// left is the free bytes above the floor divided by part. What can't be
-// measured is not held against the caller: the write itself will tell.
-func (r *room) left(part int64) int64 {
+// aboveFloor returns the free bytes above the floor divided by part. When the free
+// space is unknown there is no limit: a write to a full disk will fail anyway.
+func (r *freeSpace) aboveFloor(part int64) int64 {
 	if r.floor < 0 {
 		return math.MaxInt64
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if since := time.Since(r.began); !r.known || since-r.checked >= roomEvery {
+	if since := time.Since(r.began); !r.known || since-r.checked >= spaceCheckEvery {
 		free, err := r.disk.free(r.dir)
 		if err != nil {
 			return math.MaxInt64
@@ -356,16 +355,16 @@ func (r *room) left(part int64) int64 {
 	return r.free - r.floor/part
 }
 
-func (l *Log) roomFor(part int64) error {
-	if l.room.left(part) > 0 {
+func (l *Log) checkSpace(part int64) error {
+	if l.space.aboveFloor(part) > 0 {
 		return nil
 	}
 	l.metrics.refused.Inc()
 	return fmt.Errorf("%w: %s has less than %d MiB left", ErrFull, l.o.Dir, l.o.FreeFloor/part>>20)
 }
 
-// dirOf is where a stream's segments are. Origins are names that an operator
-// chose; whatever a file system could take amiss is escaped.
+// dirOf returns the directory of a stream's segments. Origins are names that an
+// operator chose, so special characters are escaped.
 func (l *Log) dirOf(id Stream) string {
 	return filepath.Join(l.o.Dir, escape(id.Origin), id.Incarnation.String())
 }

@@ -32,7 +32,7 @@ func mustOpen(t testing.TB, o Options) *Log {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = l.Close() }) // a test that cares has closed it
+	t.Cleanup(func() { _ = l.Close() }) // a test that checks the error has closed it
 	return l
 }
 
@@ -54,7 +54,7 @@ func mustCreate(t testing.TB, l *Log, id Stream) {
 	}
 }
 
-// started is a record without a payload's meaning: the journal never opens one.
+// started makes a record with an arbitrary payload: the journal never opens payloads.
 func started(job byte, payload string) Record {
 	r := Record{Kind: Started, Job: JobID{job}, Attempt: 1, Token: Token{1, 300}}
 	if payload != "" {
@@ -72,7 +72,7 @@ func mustAppend(t testing.TB, l *Log, id Stream, records ...Record) uint64 {
 	return last
 }
 
-// records reads all of a stream from a seq on.
+// recordsOf reads all records of a stream from a seq on.
 func recordsOf(t fataler, l *Log, id Stream, from uint64) []Record {
 	t.Helper()
 	var all []Record
@@ -90,7 +90,7 @@ func recordsOf(t fataler, l *Log, id Stream, from uint64) []Record {
 				t.Fatal(err)
 			}
 			if r.Seq != from {
-				t.Fatalf("record %d where %d was expected", r.Seq, from)
+				t.Fatalf("record %d, want %d", r.Seq, from)
 			}
 			from++
 			all = append(all, r)
@@ -101,7 +101,7 @@ func recordsOf(t fataler, l *Log, id Stream, from uint64) []Record {
 	}
 }
 
-func TestAppendedIsThereAfterReopening(t *testing.T) {
+func TestAppendedRecordsAreReadAfterReopening(t *testing.T) {
 	o := testOptions(t.TempDir())
 	var mu sync.Mutex
 	var heard []uint64
@@ -123,10 +123,10 @@ func TestAppendedIsThereAfterReopening(t *testing.T) {
 	select {
 	case <-changed:
 	default:
-		t.Fatal("nobody was told")
+		t.Fatal("Options.Durable was not called")
 	}
 	if records[0].Seq != 1 || records[2].Seq != 3 || records[2].Clock <= records[0].Clock {
-		t.Fatalf("the caller's records were not filled in: %+v", records)
+		t.Fatalf("Append did not set the caller's records: %+v", records)
 	}
 	got := recordsOf(t, l, id, 1)
 	mustClose(t, l)
@@ -134,15 +134,15 @@ func TestAppendedIsThereAfterReopening(t *testing.T) {
 	l = mustOpen(t, o)
 	again := recordsOf(t, l, id, 1)
 	if len(again) != 3 || len(heard) != 3 || heard[2] != 3 {
-		t.Fatalf("%d records, heard %v", len(again), heard)
+		t.Fatalf("%d records, Options.Durable got %v", len(again), heard)
 	}
 	for i := range again {
 		if !again[i].same(&got[i]) || !bytes.Equal(again[i].Payload, got[i].Payload) {
-			t.Fatalf("record %d: %+v is not %+v", i, again[i], got[i])
+			t.Fatalf("record %d is %+v, want %+v", i, again[i], got[i])
 		}
 	}
 	if _, err := l.Append(context.Background(), id, records); !errors.Is(err, ErrFrozen) {
-		t.Fatalf("an old incarnation took an append: %v", err)
+		t.Fatalf("append to an old incarnation: %v", err)
 	}
 }
 
@@ -171,15 +171,15 @@ func TestReceiveCopiesFrames(t *testing.T) {
 		t.Fatalf("the copy differs: %v", err)
 	}
 	if _, err := src.Receive(context.Background(), id, frames); !errors.Is(err, ErrFrozen) {
-		t.Fatalf("an own stream took a copy: %v", err)
+		t.Fatalf("receive into an own stream: %v", err)
 	}
 	other := streamOf(2)
 	if _, err := dst.Receive(context.Background(), other, frames); !errors.Is(err, ErrDamaged) {
-		t.Fatalf("another stream's frames were taken: %v", err)
+		t.Fatalf("receive frames of another stream: %v", err)
 	}
 }
 
-func TestOpenMakesAStore(t *testing.T) {
+func TestOpenCreatesAStore(t *testing.T) {
 	o := testOptions(t.TempDir())
 	mustClose(t, mustOpen(t, o))
 	if _, err := os.Stat(filepath.Join(o.Dir, storeFile)); err != nil {

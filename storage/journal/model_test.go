@@ -13,11 +13,11 @@ import (
 	"pgregory.net/rapid"
 )
 
-// modelStream is what a stream promised.
+// modelStream is the expected content of a stream.
 type modelStream struct {
-	first uint64   // what was asked to be kept
-	acked []Record // from seq 1, whether kept or not
-	maybe []Record // written behind acked, and not acknowledged
+	first uint64   // the stream was trimmed up to here at most
+	acked []Record // from seq 1, including trimmed ones
+	maybe []Record // written after acked, and not acknowledged
 	own   bool
 }
 
@@ -31,8 +31,8 @@ type model struct {
 	next    byte
 }
 
-// TestModel does what a node does, with crashes of the process and of the
-// machine and with syncs that fail, and then compares with what was promised.
+// TestModel makes random calls, with crashes of the process and of the machine and
+// with failing syncs, and compares the log with the model.
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		dir, err := os.MkdirTemp("", "journal-model-")
@@ -123,11 +123,11 @@ func (m *model) append() {
 	}
 	s.acked = append(s.acked, records...)
 	if last != uint64(len(s.acked)) {
-		m.t.Fatalf("last seq %d of %d", last, len(s.acked))
+		m.t.Fatalf("last seq %d, want %d", last, len(s.acked))
 	}
 }
 
-// receive copies a part of a stream of the source, which it writes first.
+// receive appends to a stream of the source and copies a part of it.
 func (m *model) receive() {
 	var id Stream
 	if m.next > 0 && rapid.Bool().Draw(m.t, "known") {
@@ -191,10 +191,10 @@ func (m *model) drop() {
 		m.t.Fatal(err)
 	}
 	delete(m.streams, id)
-	_ = m.source.Drop(id) // most are not there
+	_ = m.source.Drop(id) // most streams are not in the source
 }
 
-// reopen ends the process in one of three ways, and starts the next.
+// reopen ends the process in one of three ways, and opens the log again.
 func (m *model) reopen(how string) {
 	switch how {
 	case "close":
@@ -212,12 +212,12 @@ func (m *model) reopen(how string) {
 	for id, s := range m.streams {
 		s.own = false
 		if _, ok := m.l.End(id); !ok {
-			m.t.Fatalf("%s is gone (%s)", id, how)
+			m.t.Fatalf("%s is missing after %q", id, how)
 		}
 	}
 }
 
-// kill leaves the files as they are: nothing is written any more.
+// kill leaves the files as they are, like a killed process.
 func (m *model) kill() {
 	m.d.failing(func(call, _ string) error {
 		if call == "open" {
@@ -230,7 +230,7 @@ func (m *model) kill() {
 	m.d.failing(nil)
 }
 
-// fault makes one write or sync fail. Nothing may be acknowledged from then on.
+// fault makes a write or sync fail. Nothing may be acknowledged afterwards.
 func (m *model) fault() {
 	id, s := m.pick(true)
 	records := m.records()
@@ -239,32 +239,32 @@ func (m *model) fault() {
 	}
 	m.d.failing(failAll(rapid.SampledFrom([]string{"write", "sync"}).Draw(m.t, "call"), unix.EIO))
 	if _, err := m.l.Append(context.Background(), id, records); !errors.Is(err, ErrFailed) || !errors.Is(err, unix.EIO) {
-		m.t.Fatalf("a failed write was answered with %v", err)
+		m.t.Fatalf("a failed write returned %v", err)
 	}
 	m.d.failing(nil)
 	select {
 	case <-m.l.Failed():
 	default:
-		m.t.Fatal("the node was not told")
+		m.t.Fatal("Failed was not closed")
 	}
 	if _, err := m.l.Append(context.Background(), id, records); !errors.Is(err, ErrFailed) {
-		m.t.Fatalf("acknowledged after a failure: %v", err)
+		m.t.Fatalf("append after a failure: %v", err)
 	}
 	s.maybe = records
 	m.reopen(rapid.SampledFrom([]string{"kill", "power"}).Draw(m.t, "end"))
 }
 
-// check compares every stream with its promises.
+// check compares every stream with the model.
 func (m *model) check() {
 	ends := m.l.Ends()
 	for id, s := range m.streams {
 		e, ok := ends[id]
 		if !ok || e.Damaged != 0 || e.First > max(s.first, 1) {
-			m.t.Fatalf("%s: %+v, kept from %d", id, e, s.first)
+			m.t.Fatalf("%s: %+v, want it to begin with %d at most", id, e, s.first)
 		}
 		extra := int(e.Durable) - len(s.acked)
 		if extra < 0 || extra > len(s.maybe) {
-			m.t.Fatalf("%s ends with %d, acknowledged were %d and %d uncertain", id, e.Durable, len(s.acked), len(s.maybe))
+			m.t.Fatalf("%s ends with %d; %d records were acknowledged and %d are uncertain", id, e.Durable, len(s.acked), len(s.maybe))
 		}
 		if e.Own != s.own {
 			m.t.Fatalf("%s: own %v", id, e.Own)
@@ -276,11 +276,11 @@ func (m *model) check() {
 		for i := range got {
 			at := int(e.First) + i - 1
 			if at >= len(s.acked) {
-				s.acked = append(s.acked, got[i]) // from now on it stays
+				s.acked = append(s.acked, got[i]) // it must not be lost from now on
 				continue
 			}
 			if !got[i].same(&s.acked[at]) || !bytes.Equal(got[i].Payload, s.acked[at].Payload) {
-				m.t.Fatalf("%s at %d: %+v is not %+v", id, at+1, got[i], s.acked[at])
+				m.t.Fatalf("%s at %d is %+v, want %+v", id, at+1, got[i], s.acked[at])
 			}
 		}
 		s.maybe = nil

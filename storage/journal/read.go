@@ -9,13 +9,13 @@ import (
 	"sync"
 )
 
-// Read gives frames of a stream from a seq on, back to back as they stand in
+// Read returns frames of a stream from a seq on, one after the other as encoded by
 // AppendFrame: at least one, and no more than maxBytes unless the first alone is
-// larger. next is the seq behind them. None and next = from means that there are
-// no more yet. The bytes must not be changed.
+// larger. next is the seq after them. No frames and next = from means that there are no
+// more yet. The caller must not change the bytes.
 //
-// The errors are ErrTrimmed, ErrGap when from lies behind the end, ErrNoStream,
-// ErrFailed (also for damage found now) and ErrClosed.
+// The error wraps ErrTrimmed, ErrGap when from is beyond the end, ErrNoStream,
+// ErrFailed (also when damage is found now) or ErrClosed.
 func (l *Log) Read(id Stream, from uint64, maxBytes int) (frames []byte, next uint64, err error) {
 	s, err := l.find(id)
 	if err != nil {
@@ -60,7 +60,7 @@ func (l *Log) read(s *stream, from uint64, maxBytes int) (frames []byte, next ui
 
 		frames, next, err := l.readSegment(s.id, path, at, end, from, maxBytes)
 		if errors.Is(err, fs.ErrNotExist) && l.trimmed(s, g) {
-			continue // in between; the answer is ErrTrimmed
+			continue // trimmed since; the next round returns ErrTrimmed
 		}
 		if err != nil && s.isDropped() {
 			return nil, from, fmt.Errorf("%w: %s", ErrNoStream, s.id)
@@ -72,7 +72,7 @@ func (l *Log) read(s *stream, from uint64, maxBytes int) (frames []byte, next ui
 	}
 }
 
-// trimmed says whether a segment has gone from its stream.
+// trimmed reports whether a segment was removed from its stream.
 func (l *Log) trimmed(s *stream, g *segment) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -112,8 +112,8 @@ func (l *Log) readSegment(id Stream, path string, at, end int64, from uint64, ma
 	return frames, next, err
 }
 
-// Replay calls fn with the records of a stream from a seq on, in order, up to
-// what was durable when it began; fn may keep them. An error of fn ends it.
+// Replay calls fn with the records of a stream from a seq on, in order, up to what was
+// durable when it began. fn may keep them. It stops at an error of fn.
 func (l *Log) Replay(id Stream, from uint64, fn func([]Record) error) error {
 	s, err := l.find(id)
 	if err != nil {
@@ -141,28 +141,28 @@ func (l *Log) Replay(id Stream, from uint64, fn func([]Record) error) error {
 	return nil
 }
 
-// tails is the recent frames of all streams, in memory, oldest out first.
+// tails caches the recent frames of all streams in memory; the oldest are evicted first.
 type tails struct {
 	limit int64
 
-	mu    sync.Mutex // guards what follows
-	held  int64
-	order []*chunk
-	of    map[Stream][]*chunk
+	mu     sync.Mutex // guards what follows
+	held   int64
+	order  []*chunk
+	chunks map[Stream][]*chunk
 }
 
-// chunk is a batch; frames never change.
+// chunk is one batch. Its bytes never change.
 type chunk struct {
 	stream      Stream
 	first, last uint64
-	frames      []byte // nil when dropped
+	frames      []byte // nil after drop
 }
 
 func (t *tails) add(id Stream, first, last uint64, frames []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := &chunk{id, first, last, frames}
-	t.of[id] = append(t.of[id], c)
+	t.chunks[id] = append(t.chunks[id], c)
 	t.order = append(t.order, c)
 	t.held += int64(len(frames))
 	for t.held > t.limit && len(t.order) > 0 {
@@ -173,31 +173,31 @@ func (t *tails) add(id Stream, first, last uint64, frames []byte) {
 			continue
 		}
 		t.held -= int64(len(old.frames))
-		rest := t.of[old.stream]
+		rest := t.chunks[old.stream]
 		rest[0] = nil
 		if rest = rest[1:]; len(rest) == 0 {
-			delete(t.of, old.stream)
+			delete(t.chunks, old.stream)
 		} else {
-			t.of[old.stream] = rest
+			t.chunks[old.stream] = rest
 		}
 	}
 }
 
-// drop forgets a stream's frames.
+// drop removes a stream's frames.
 func (t *tails) drop(id Stream) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, c := range t.of[id] {
+	for _, c := range t.chunks[id] {
 		t.held -= int64(len(c.frames))
 		c.frames = nil
 	}
-	delete(t.of, id)
+	delete(t.chunks, id)
 }
 
-// read is Read from memory; false when the frames are not all there.
+// read is Read from memory; false when not all frames are cached.
 func (t *tails) read(id Stream, from uint64, maxBytes int) (frames []byte, next uint64, ok bool) {
 	t.mu.Lock()
-	all := t.of[id]
+	all := t.chunks[id]
 	i, _ := slices.BinarySearchFunc(all, from, func(c *chunk, seq uint64) int {
 		switch {
 		case c.last < seq:

@@ -7,14 +7,14 @@ import (
 	"time"
 )
 
-// Receive writes frames of another node's stream, or of an own one that is
-// closed. They must be contiguous; those that are held already are compared and
-// skipped. A stream that is not held begins with seq 1. durable is what is held
-// durably afterwards, also with an error.
+// Receive writes frames of another node's stream, or of an own stream that is closed.
+// They must be contiguous. It skips records that are held already, after comparing
+// them. A stream that is not held must begin with seq 1. durable is the last durable
+// record afterwards, also with an error.
 //
-// The errors are ErrGap when records are missing in front, ErrDiverged,
+// The error wraps ErrGap when records are missing before the given ones, ErrDiverged,
 // ErrFrozen for a stream that takes Append, ErrFull, ErrFailed, ErrClosed,
-// ErrTooManyStreams, ErrTooLarge beyond MaxAppend, and NextFrame's.
+// ErrTooManyStreams, ErrTooLarge beyond MaxAppend, or is one of NextFrame.
 func (l *Log) Receive(ctx context.Context, id Stream, frames []byte) (durable uint64, err error) {
 	records, buf, err := copyFrames(id, frames)
 	if err != nil {
@@ -30,7 +30,7 @@ func (l *Log) Receive(ctx context.Context, id Stream, frames []byte) (durable ui
 		}
 	}
 	if errors.Is(err, ErrNoStream) {
-		err = fmt.Errorf("%w: %s is not held, and was given from %d", ErrGap, id, records[0].Seq)
+		err = fmt.Errorf("%w: %s is not held, and the given records begin with %d", ErrGap, id, records[0].Seq)
 	}
 	if err == nil {
 		err = ctx.Err()
@@ -49,16 +49,16 @@ func (l *Log) durableOf(id Stream) uint64 {
 	return e.Durable
 }
 
-// copyFrames checks frames and copies them behind room for a mark, because the
-// caller's buffer may be used again.
+// copyFrames checks frames and copies them, since the caller may reuse its buffer. The
+// copy has space for a batch header in front.
 func copyFrames(id Stream, frames []byte) ([]Record, []byte, error) {
 	if len(frames) > MaxAppend {
 		return nil, nil, fmt.Errorf("%w: %d bytes at once", ErrTooLarge, len(frames))
 	}
-	buf := make([]byte, markSize+len(frames))
-	copy(buf[markSize:], frames)
+	buf := make([]byte, batchHeaderSize+len(frames))
+	copy(buf[batchHeaderSize:], frames)
 	var records []Record
-	for rest := buf[markSize:]; len(rest) > 0; {
+	for rest := buf[batchHeaderSize:]; len(rest) > 0; {
 		var r Record
 		var err error
 		if r, rest, err = NextFrame(rest); err != nil {
@@ -70,13 +70,13 @@ func copyFrames(id Stream, frames []byte) ([]Record, []byte, error) {
 		if n := len(records); n > 0 && r.Seq != records[n-1].Seq+1 {
 			return nil, nil, fmt.Errorf("%w: %d of %s after %d", ErrGap, r.Seq, id, records[n-1].Seq)
 		}
-		r.Stream.Origin = id.Origin // one string for all
+		r.Stream.Origin = id.Origin // share one string
 		records = append(records, r)
 	}
 	return records, buf, nil
 }
 
-// receive is Receive under s.write.
+// receive does the work of Receive. The caller holds s.write.
 func (l *Log) receive(s *stream, records []Record, buf []byte) error {
 	if err := l.usable(); err != nil {
 		return err
@@ -88,7 +88,7 @@ func (l *Log) receive(s *stream, records []Record, buf []byte) error {
 	case e.Own:
 		return fmt.Errorf("%w: receive %s, which this process writes", ErrFrozen, s.id)
 	case records[0].Seq > e.Durable+1:
-		return fmt.Errorf("%w: %s is held to %d, and was given from %d", ErrGap, s.id, e.Durable, records[0].Seq)
+		return fmt.Errorf("%w: %s is held up to %d, and the given records begin with %d", ErrGap, s.id, e.Durable, records[0].Seq)
 	}
 	held := 0
 	for held < len(records) && records[held].Seq <= e.Durable {
@@ -100,27 +100,27 @@ func (l *Log) receive(s *stream, records []Record, buf []byte) error {
 	if held == len(records) {
 		return nil
 	}
-	if err := l.roomFor(2); err != nil {
+	if err := l.checkSpace(2); err != nil {
 		return err
 	}
 	skip := 0
 	for i := range records[:held] {
 		skip += frameSize(&records[i])
 	}
-	records, buf = records[held:], buf[skip:] // the mark goes over what is skipped
+	records, buf = records[held:], buf[skip:] // the batch header overwrites the end of what is skipped
 	if ahead, ok := l.clock.Observe(records[len(records)-1].Clock); !ok {
 		l.metrics.ahead.Inc()
 		if s.warned.IsZero() || time.Since(s.warned) > time.Minute {
 			s.warned = time.Now()
-			l.log.Warn("records come from a node whose clock is too far ahead; ours does not follow",
+			l.log.Warn("records come from a node whose clock is too far ahead; this node's clock does not follow it",
 				"stream", s.id.String(), "ahead", ahead)
 		}
 	}
 	return l.put(s, buf, records, &l.metrics.copies)
 }
 
-// compare says whether records are the ones that are held, but for what a
-// re-sealing changes. What is trimmed can't be compared.
+// compare checks that the given records equal the ones held, in everything but the
+// seal. Trimmed records can't be compared.
 func (l *Log) compare(s *stream, given []Record) error {
 	for len(given) > 0 {
 		frames, _, err := l.read(s, given[0].Seq, windowBytes)
@@ -138,7 +138,7 @@ func (l *Log) compare(s *stream, given []Record) error {
 			}
 			if !given[0].same(&held) {
 				l.metrics.diverged.Inc()
-				l.log.Error("two different records have one place in a stream; was a disk copied, or an image restored?",
+				l.log.Error("two different records have the same place in a stream; was a disk copied, or an image restored?",
 					"stream", s.id.String(), "seq", held.Seq)
 				return fmt.Errorf("%w: %s at %d", ErrDiverged, s.id, held.Seq)
 			}
@@ -148,7 +148,7 @@ func (l *Log) compare(s *stream, given []Record) error {
 	return nil
 }
 
-// same says whether two records are one, whatever key their payload is sealed with.
+// same reports whether two records are equal, whatever key seals their payload.
 func (r *Record) same(o *Record) bool {
 	a, b := *r, *o
 	a.Payload, b.Payload = nil, nil
@@ -156,9 +156,9 @@ func (r *Record) same(o *Record) bool {
 		a.Job == b.Job && a.Attempt == b.Attempt && a.Rank == b.Rank && a.Digest == b.Digest
 }
 
-// ReceiveFrom makes a copy of a stream that begins with first, because a
-// snapshot has all in front of it. What is held of the stream goes, unless it
-// reaches to first-1 at least, or beyond: then nothing happens.
+// ReceiveFrom makes a copy of a stream that begins with first, because a snapshot of the
+// table covers the records before it. Records held already are removed, unless they
+// reach at least to first-1: then it does nothing.
 func (l *Log) ReceiveFrom(id Stream, first uint64) error {
 	if first == 0 {
 		return fmt.Errorf("%w: a stream begins with 1", ErrGap)
@@ -188,14 +188,14 @@ func (l *Log) ReceiveFrom(id Stream, first uint64) error {
 	case e.Durable+1 >= first:
 		return nil
 	}
-	if err := l.beginAnew(s, first); err != nil {
-		return l.setFailed("begin a stream anew", err)
+	if err := l.restartAt(s, first); err != nil {
+		return l.setFailed("restart a stream after a snapshot", err)
 	}
 	return nil
 }
 
-// beginAnew puts one empty segment in place of all others.
-func (l *Log) beginAnew(s *stream, first uint64) error {
+// restartAt replaces all segments by one empty segment.
+func (l *Log) restartAt(s *stream, first uint64) error {
 	s.prune.Lock()
 	defer s.prune.Unlock()
 	if err := l.closeActive(s); err != nil {
@@ -206,7 +206,7 @@ func (l *Log) beginAnew(s *stream, first uint64) error {
 		return err
 	}
 	s.active, s.allocated = f, g.size
-	if err := l.actives.add(s); err != nil {
+	if err := l.openSegs.add(s); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -215,12 +215,12 @@ func (l *Log) beginAnew(s *stream, first uint64) error {
 	healed := s.damaged != 0 && s.durable >= s.damaged
 	s.mu.Unlock()
 	l.tails.drop(s.id)
-	l.moved.give()
+	l.changed.notify()
 	if healed {
-		if err := l.heal(s); err != nil {
+		if err := l.clearDamage(s); err != nil {
 			return err
 		}
 	}
-	l.log.Warn("stream begun anew after a snapshot", "stream", s.id.String(), "first", first)
+	l.log.Warn("stream restarted after a snapshot", "stream", s.id.String(), "first", first)
 	return l.removeSegments(s, old)
 }

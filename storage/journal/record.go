@@ -17,7 +17,7 @@ var (
 	// ErrDamaged means that bytes are not a record, or not the one that was written.
 	ErrDamaged = errors.New("a journal record is damaged")
 	// ErrNewerFormat means that a later version of dsnode wrote the record.
-	ErrNewerFormat = errors.New("a journal record is of a format that this version does not know")
+	ErrNewerFormat = errors.New("a journal record has a format that this version does not know")
 	// ErrTooLarge means that a record exceeds MaxPayload or a name MaxOrigin.
 	ErrTooLarge = errors.New("a journal record is too large")
 )
@@ -28,27 +28,27 @@ const (
 	MaxOrigin  = 128      // bytes of a node's name
 	MaxExt     = 1 << 10  // bytes that a later format may add
 
-	// readFormat is the newest format that is read. It is one above the newest
-	// that this version knows: a format only adds to Ext, and what is in there is
-	// kept byte for byte. So two versions next to each other share a cluster, and
-	// a cluster can go back to the one before. See DESIGN.md, Formats.
+	// readFormat is the newest format that can be read. It is one above the newest that
+	// this version knows: a format only adds to Ext, and this version keeps Ext byte for
+	// byte. So two consecutive versions can share a cluster, and a cluster can be
+	// downgraded by one version. See DESIGN.md, Formats.
 	readFormat  = knownFormat + 1
 	knownFormat = 1
-	// fixedBytes is the body up to the variable parts: format, kind, rank, seq,
-	// clock, job, digest, incarnation.
+	// fixedBytes is the length of the body up to the variable parts: format, kind, rank,
+	// seq, clock, job, digest, incarnation.
 	fixedBytes   = 1 + 1 + 1 + 8 + 8 + 16 + 16 + 16
 	maxBodyBytes = fixedBytes + 4*binary.MaxVarintLen64 + 1 + MaxOrigin + MaxExt + MaxPayload
 	frameHeader  = 4 + 4 // length, crc32c of the body
 )
 
-// Incarnation is a random number of one run of a journal: each start of a node
-// writes under a new one, so a wiped disk or a restored image never gives one
-// sequence number to two records.
+// Incarnation is a random number of one run of a journal. Each start of a node writes
+// under a new one, so that after a wiped disk or a restored image no sequence number is
+// used for two different records.
 type Incarnation [16]byte
 
 func (i Incarnation) String() string { return hex.EncodeToString(i[:]) }
 
-// ParseIncarnation reads what String wrote.
+// ParseIncarnation parses what String returned.
 func ParseIncarnation(text string) (Incarnation, error) {
 	var i Incarnation
 	b, err := hex.DecodeString(text)
@@ -65,16 +65,16 @@ type Stream struct {
 	Incarnation Incarnation
 }
 
-// String is origin/incarnation, where a stream has to be one word.
+// String returns origin/incarnation, for use as one word.
 func (s Stream) String() string { return s.Origin + "/" + s.Incarnation.String() }
 
-// Compare orders streams, for a deterministic choice only.
+// Compare orders streams. The order has no meaning.
 func (s Stream) Compare(o Stream) int {
 	return cmp.Or(strings.Compare(s.Origin, o.Origin), slices.Compare(s.Incarnation[:], o.Incarnation[:]))
 }
 
-// Token fences an owner: (generation, index of the raft entry that made it the
-// owner). Index 0 is that of an island: a stream nobody else has heard of.
+// Token fences an owner: (generation, index of the Raft entry that made it the owner).
+// Index 0 is that of an island, a stream that no other node knows of.
 type Token struct{ Generation, Index uint64 }
 
 // Compare orders tokens; the higher one is the later owner.
@@ -82,33 +82,34 @@ func (t Token) Compare(o Token) int {
 	return cmp.Or(cmp.Compare(t.Generation, o.Generation), cmp.Compare(t.Index, o.Index))
 }
 
-// Clock is a hybrid logical clock: 48 bits of Unix milliseconds, 16 of a
-// counter. It orders what one node saw in one order, whatever the wall clocks do.
+// Clock is a hybrid logical clock: 48 bits of Unix milliseconds and a counter of 16
+// bits. Events that one node has seen in one order have clocks in that order, even if
+// wall clocks differ.
 type Clock uint64
 
-// ClockAt is the first clock of a millisecond.
+// ClockAt returns the first clock of a millisecond.
 func ClockAt(t time.Time) Clock { return Clock(t.UnixMilli()) << 16 }
 
-// Time is the wall-clock part.
+// Time returns the wall-clock part.
 func (c Clock) Time() time.Time { return time.UnixMilli(int64(c >> 16)).UTC() }
 
-// JobID names a job everywhere. Random ones begin with their time, so that rows
-// of one time lie together; those of an Idempotency-Key are an HMAC.
+// JobID names a job on all nodes. Random ids begin with their time, so that the rows of
+// one period are adjacent. The id of a job with an Idempotency-Key is an HMAC.
 type JobID [16]byte
 
 const jobPrefix = "job_"
 
-// Append appends what String gives.
+// Append appends the text of String.
 func (id JobID) Append(b []byte) []byte { return hex.AppendEncode(append(b, jobPrefix...), id[:]) }
 
 func (id JobID) String() string {
 	return string(id.Append(make([]byte, 0, len(jobPrefix)+2*len(id))))
 }
 
-// Compare orders ids, for a deterministic choice only.
+// Compare orders ids. The order has no meaning.
 func (id JobID) Compare(o JobID) int { return slices.Compare(id[:], o[:]) }
 
-// ParseJobID reads what String wrote.
+// ParseJobID parses what String returned.
 func ParseJobID(text string) (JobID, error) {
 	var id JobID
 	digits, found := strings.CutPrefix(text, jobPrefix)
@@ -120,7 +121,7 @@ func ParseJobID(text string) (JobID, error) {
 	return id, nil
 }
 
-// Kind says what happened.
+// Kind is what happened.
 type Kind uint8
 
 // The kinds of records. The numbers are on disk: never reuse one.
@@ -133,34 +134,35 @@ const (
 	Retrying Kind = 3
 	// Finished ends the job; the payload is an Outcome.
 	Finished Kind = 4
-	// CancelAsked is a client's wish, written wherever the client asked; no payload.
+	// CancelAsked is a client's request to cancel, written by the node that received it;
+	// no payload.
 	CancelAsked Kind = 5
-	// Deleted hides the job for ever; no payload.
+	// Deleted hides the job permanently; no payload.
 	Deleted Kind = 6
 )
 
 func (k Kind) known() bool { return k >= Submitted && k <= Deleted }
 
-// Record is one entry of a journal. Everything but the payload is in clear:
-// numbers, the origin's name and a keyed digest. The payload is sealed under
-// Place, so a record can't be passed off as another.
+// Record is one entry of a journal. Everything but the payload is plaintext: numbers, the
+// origin's name and a keyed digest. The payload is sealed with Place as additional
+// data, so it can't be moved to another record.
 type Record struct {
 	Stream  Stream
 	Seq     uint64 // from 1, without gaps within a stream
 	Clock   Clock
-	Token   Token // of the owner that wrote it; of the stream's opening for a Submitted
+	Token   Token // of the owner that wrote it; in a Submitted, of the stream's creation
 	Kind    Kind
 	Job     JobID
-	Attempt uint32 // from 1; 0 where there is none
-	// Rank of a Finished orders the outcomes of one attempt and tells its status
-	// without a key; see Status.Rank. 0 for the other kinds.
+	Attempt uint32 // from 1; 0 for kinds without
+	// Rank of a Finished orders the outcomes of one attempt, and is its status in a form
+	// that needs no key; see Status.Rank. 0 for the other kinds.
 	Rank uint8
-	// Digest is the first half of an HMAC over Place and the plaintext: it stays
-	// when the payload is sealed with another key.
+	// Digest is the first half of an HMAC over Place and the plaintext. It does not change
+	// when the payload is re-sealed with another key.
 	Digest  [16]byte
-	Payload []byte // sealed; empty when the kind has none
-	// Format is the one that the record was written in; 0: the one that this
-	// version writes. Ext is what a later format than knownFormat says.
+	Payload []byte // sealed; empty for kinds without
+	// Format is the format in which the record was written; 0: the one that this version
+	// writes. Ext holds what formats above knownFormat add.
 	Format uint8
 	Ext    []byte
 
@@ -168,13 +170,13 @@ type Record struct {
 	head *Head
 }
 
-// Sealed reports whether the payload was sealed in this process as a submission:
-// then it is memory of its own, as long as it has to be, and not a part of what
-// was read or received.
+// Sealed reports whether the payload was sealed in this process as a submission. Then it
+// has its own memory of the exact size, and is not part of a buffer that was read or
+// received.
 func (r *Record) Sealed() bool { return r.head != nil }
 
-// Place is the additional data that the payload is sealed with. It leaves out
-// Seq and Clock, which are given when the record is written.
+// Place is the additional data of the payload's seal. It does not include Seq and Clock,
+// which are only known when the record is written.
 func (r *Record) Place() []byte {
 	b := make([]byte, 0, 64+len(r.Stream.Origin))
 	b = append(b, "job record v1\x00"...)
@@ -198,7 +200,7 @@ func (r *Record) Place() []byte {
 //	| length of ext (uvarint) | ext | payload
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// AppendFrame appends the record as it stands on disk and on the wire.
+// AppendFrame appends the record as it is encoded on disk and on the wire.
 func AppendFrame(dst []byte, r *Record) ([]byte, error) {
 	if len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin || len(r.Ext) > MaxExt {
 		return dst, fmt.Errorf("%w: %d bytes of payload, origin of %d bytes, ext of %d bytes", ErrTooLarge,
@@ -230,12 +232,12 @@ func AppendFrame(dst []byte, r *Record) ([]byte, error) {
 	return dst, nil
 }
 
-// ErrShort means that the bytes end within a frame: more may come, or a crash
-// cut it.
-var ErrShort = errors.New("a journal record is cut short")
+// ErrShort means that the bytes end within a frame: more may follow, or a crash cut it
+// off.
+var ErrShort = errors.New("a journal record is incomplete")
 
-// NextFrame reads the record at the start of b and gives what follows it. The
-// payload points into b. The error is ErrShort, ErrDamaged or ErrNewerFormat.
+// NextFrame decodes the record at the start of b and returns what follows it. The payload
+// points into b. The error wraps ErrShort, ErrDamaged or ErrNewerFormat.
 func NextFrame(b []byte) (r Record, rest []byte, err error) {
 	if len(b) < frameHeader {
 		return r, b, ErrShort
@@ -271,8 +273,8 @@ func decodeBody(body []byte) (r Record, err error) {
 	var attempt uint64
 	for _, field := range []*uint64{&r.Token.Generation, &r.Token.Index, &attempt} {
 		v, n := binary.Uvarint(rest)
-		if n <= 0 || n != uvarintSize(v) { // one record, one form
-			return r, fmt.Errorf("%w: a number that does not end", ErrDamaged)
+		if n <= 0 || n != uvarintSize(v) { // a record has only one encoding
+			return r, fmt.Errorf("%w: a malformed number", ErrDamaged)
 		}
 		*field, rest = v, rest[n:]
 	}
@@ -299,11 +301,11 @@ func decodeBody(body []byte) (r Record, err error) {
 	return r, r.check()
 }
 
-// lengthOf is the length of the whole frame at the start of b, which was
-// checked before.
+// lengthOf returns the length of the whole frame at the start of b, which was checked
+// before.
 func lengthOf(b []byte) int { return frameHeader + int(binary.BigEndian.Uint32(b)) }
 
-// frameSize is the length of the frame that AppendFrame makes.
+// frameSize returns the length of the frame that AppendFrame makes.
 func frameSize(r *Record) int {
 	ext := r.Ext
 	if r.Format == 0 {
@@ -315,7 +317,7 @@ func frameSize(r *Record) int {
 
 func uvarintSize(v uint64) int { return (bits.Len64(v|1) + 6) / 7 }
 
-// check says whether the record can be written and read again.
+// check reports whether the record can be written and read again.
 func (r *Record) check() error {
 	switch {
 	case len(r.Payload) > MaxPayload || len(r.Stream.Origin) > MaxOrigin || len(r.Ext) > MaxExt:

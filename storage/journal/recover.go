@@ -25,11 +25,11 @@ func (l *Log) recover() error {
 	if err := l.openStore(); err != nil {
 		return err
 	}
-	known, err := l.readSettled()
+	known, err := l.readCheckpoint()
 	if err != nil {
 		return err
 	}
-	marked, err := readMarks(l.o.Dir)
+	marked, err := readWatermarks(l.o.Dir)
 	if err != nil {
 		return err
 	}
@@ -60,8 +60,8 @@ func (l *Log) recover() error {
 			}
 			id := Stream{origin, incarnation}
 			s := &stream{id: id, dir: filepath.Join(dir, i.Name())}
-			r := recovery{l: l, s: s, known: known[id.String()]}
-			r.known.Durable = max(r.known.Durable, marked[incarnation].of(id))
+			r := recovery{l: l, s: s, checkpoint: known[id.String()]}
+			r.checkpoint.Durable = max(r.checkpoint.Durable, marked[incarnation].of(id))
 			if err := r.run(); err != nil {
 				return fmt.Errorf("stream %s: %w", id, err)
 			}
@@ -73,11 +73,11 @@ func (l *Log) recover() error {
 			}
 		}
 	}
-	// Only now: what the old ones said is in the list or in a note.
-	if err := l.settle(l.all()); err != nil {
+	// Not earlier: until the new checkpoint is written, the old watermarks are needed.
+	if err := l.writeCheckpoint(l.all()); err != nil {
 		return err
 	}
-	if l.marks, err = newMarks(l.disk, l.o.Dir); err != nil {
+	if l.watermarks, err = newWatermarks(l.disk, l.o.Dir); err != nil {
 		return err
 	}
 	return nil
@@ -105,12 +105,12 @@ func unescape(name string) (string, bool) {
 
 // recovery reads one stream's files.
 type recovery struct {
-	l     *Log
-	s     *stream
-	known settled // zero when nothing is known
+	l          *Log
+	s          *stream
+	checkpoint checkpoint // zero if there is none
 
 	note  damageNote
-	files []uint64 // first seqs of the segments there are
+	files []uint64 // first seqs of the existing segments
 }
 
 func (r *recovery) path(i int) string { return filepath.Join(r.s.dir, segmentName(r.files[i])) }
@@ -135,17 +135,17 @@ func (r *recovery) run() error {
 		}
 		torn := errors.Is(trouble, errTorn)
 		switch {
-		case torn && g == nil: // not even a header: nothing was in it
+		case torn && g == nil: // without a valid header: the segment was empty
 			if err := r.l.disk.remove(r.path(i)); err != nil {
 				return err
 			}
 		case torn:
 			r.s.segments = append(r.s.segments, g)
-			if err := r.cutTorn(g); err != nil {
+			if err := r.truncateTorn(g); err != nil {
 				return err
 			}
 		default:
-			if err := r.cutDamaged(i, g, trouble); err != nil {
+			if err := r.truncateAtDamage(i, g, trouble); err != nil {
 				return err
 			}
 		}
@@ -153,7 +153,7 @@ func (r *recovery) run() error {
 	}
 	if len(r.s.segments) == 0 {
 		if r.s.damaged == 0 {
-			// A crash while it was being made. Nothing was ever in it.
+			// A crash interrupted the creation of the stream; it never had a record.
 			return os.RemoveAll(r.s.dir)
 		}
 		if err := r.emptySegment(max(r.note.From, 1)); err != nil {
@@ -162,21 +162,21 @@ func (r *recovery) run() error {
 	}
 	g := r.s.last()
 	r.s.durable = g.last
-	if err := r.renew(g); err != nil {
-		return fmt.Errorf("write the end of %s anew: %w", g.path, err)
+	if err := r.rewriteEnd(g); err != nil {
+		return fmt.Errorf("rewrite the end of %s: %w", g.path, err)
 	}
 	r.l.segments.Add(int64(len(r.s.segments)))
 	for _, g := range r.s.segments {
 		r.l.bytes.Add(g.size)
 	}
 	if r.s.damaged != 0 && r.s.durable >= r.s.damaged {
-		return r.l.heal(r.s)
+		return r.l.clearDamage(r.s)
 	}
 	return nil
 }
 
-// list finds the segments, and removes those in front of one that begins the
-// stream anew, and what a crash left half-made.
+// list finds the segments. It removes temporary files, and segments in front of one that
+// restarts the stream.
 func (r *recovery) list() error {
 	entries, err := os.ReadDir(r.s.dir)
 	if err != nil {
@@ -212,7 +212,7 @@ func (r *recovery) list() error {
 	return nil
 }
 
-// flags are a header's, 0 when it can't be read.
+// flags returns the flags of a segment's header, 0 if it can't be read.
 func (r *recovery) flags(i int) (byte, error) {
 	f, err := r.l.disk.open(r.path(i), os.O_RDONLY)
 	if err != nil {
@@ -226,17 +226,17 @@ func (r *recovery) flags(i int) (byte, error) {
 	w := window{f: f, end: size}
 	b, err := w.peek(maxHeader)
 	if err != nil {
-		return 0, nil // scan will say
+		return 0, nil // scan returns the error
 	}
 	_, _, flags, _, _ := parseHeader(b)
 	return flags, nil
 }
 
-// errTorn: a crash cut the last write short; nothing of it was acknowledged.
-var errTorn = errors.New("the last write was cut short")
+// errTorn means that a crash interrupted the last write; no record of it was acknowledged.
+var errTorn = errors.New("the last write is incomplete")
 
-// scan reads segment i. trouble is errTorn or wraps ErrDamaged; then g ends in
-// front of it, and is nil when the header is not good.
+// scan reads segment i. trouble is nil, errTorn, or wraps ErrDamaged. g ends in front of
+// the trouble, and is nil when the header is not valid.
 func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 	f, err := r.l.disk.open(r.path(i), os.O_RDONLY)
 	if err != nil {
@@ -250,7 +250,7 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 	first := r.files[i]
 	head, err := r.header(f, size, first)
 	if n := len(r.s.segments); err == nil && n > 0 && r.s.segments[n-1].last+1 != first {
-		return nil, fmt.Errorf("%w: a segment begins with %d, the one before ends with %d", ErrDamaged, first, r.s.segments[n-1].last), nil
+		return nil, fmt.Errorf("%w: a segment begins with %d, the previous one ends with %d", ErrDamaged, first, r.s.segments[n-1].last), nil
 	}
 	if err == nil {
 		g = &segment{path: r.path(i), first: first, last: first - 1, size: int64(head)}
@@ -259,7 +259,7 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 			if rec.Seq != g.last+1 {
 				return fmt.Errorf("%w: record %d after %d", ErrDamaged, rec.Seq, g.last)
 			}
-			g.note(rec, at)
+			g.add(rec, at)
 			g.size = at + int64(len(frame))
 			return nil
 		})
@@ -268,13 +268,13 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 	last := i == len(r.files)-1
 	switch {
 	case errors.Is(err, ErrNewerFormat):
-		return nil, nil, fmt.Errorf("%s: %w; it was written by a later version of dsnode: start that one", r.path(i), err)
+		return nil, nil, fmt.Errorf("%s: %w; a later version of dsnode wrote it: start that version", r.path(i), err)
 	case g != nil && (err == nil && g.size == size || errors.Is(err, ErrDamaged) && zeros(f, int64(head), size)):
-		if last && r.known.Durable > g.last {
-			return g, fmt.Errorf("%w: it ends with %d, but %d was durable", ErrDamaged, g.last, r.known.Durable), nil
+		if last && r.checkpoint.Durable > g.last {
+			return g, fmt.Errorf("%w: it ends with %d, but %d was durable", ErrDamaged, g.last, r.checkpoint.Durable), nil
 		}
 		return g, nil, nil
-	case err == nil: // a mark with nothing behind it
+	case err == nil: // a batch header without frames
 		err = ErrShort
 	case errors.Is(err, unix.EIO):
 		return g, fmt.Errorf("%w: %w", ErrDamaged, err), nil
@@ -288,20 +288,20 @@ func (r *recovery) scan(i int) (g *segment, trouble, err error) {
 	if g != nil {
 		end = g.last
 	}
-	if r.known.Durable > end {
-		return g, fmt.Errorf("%w: %w; %d was durable", ErrDamaged, err, r.known.Durable), nil
+	if r.checkpoint.Durable > end {
+		return g, fmt.Errorf("%w: %w; %d was durable", ErrDamaged, err, r.checkpoint.Durable), nil
 	}
-	mark, found, err2 := nextMark(f, r.s.id, int64(head)+1, size)
+	mark, found, err2 := nextBatchHeader(f, r.s.id, int64(head)+1, size)
 	if err2 != nil {
 		return g, fmt.Errorf("%w: %w", ErrDamaged, err2), nil
 	}
 	if found {
-		return g, fmt.Errorf("%w: %w; what was written later, at %d, is there", ErrDamaged, err, mark), nil
+		return g, fmt.Errorf("%w: %w; a later batch, at %d, is intact", ErrDamaged, err, mark), nil
 	}
 	return g, fmt.Errorf("%w: %w", errTorn, err), nil
 }
 
-// header reads a segment's header and gives its size. With an error, size is 0.
+// header checks a segment's header and returns its size, 0 with an error.
 func (r *recovery) header(f file, end int64, first uint64) (size int, err error) {
 	w := window{f: f, end: end}
 	b, err := w.peek(maxHeader)
@@ -313,12 +313,12 @@ func (r *recovery) header(f file, end int64, first uint64) (size int, err error)
 		return 0, err
 	}
 	if id != r.s.id || named != first {
-		return 0, fmt.Errorf("%w: it is the segment %d of %s", ErrDamaged, named, id)
+		return 0, fmt.Errorf("%w: its header says segment %d of %s", ErrDamaged, named, id)
 	}
 	return size, nil
 }
 
-// zeros says whether there is nothing else in a part of a file.
+// zeros reports whether a part of a file has only zeros.
 func zeros(f io.ReaderAt, at, end int64) bool {
 	w := window{f: f, at: at, end: end}
 	for w.at < end {
@@ -331,26 +331,26 @@ func zeros(f io.ReaderAt, at, end int64) bool {
 	return true
 }
 
-// nextMark finds the next good mark from an offset on.
-func nextMark(f io.ReaderAt, id Stream, at, end int64) (offset int64, found bool, err error) {
-	magic := []byte{markMagic >> 24, markMagic >> 16 & 0xff, markMagic >> 8 & 0xff, markMagic & 0xff}
+// nextBatchHeader finds the next valid batch header from an offset on.
+func nextBatchHeader(f io.ReaderAt, id Stream, at, end int64) (offset int64, found bool, err error) {
+	magic := []byte{batchMagic >> 24, batchMagic >> 16 & 0xff, batchMagic >> 8 & 0xff, batchMagic & 0xff}
 	w := window{f: f, at: at, end: end}
 	for {
 		b, err := w.peek(windowBytes)
-		if err != nil || len(b) < markSize {
+		if err != nil || len(b) < batchHeaderSize {
 			return 0, false, err
 		}
 		i := bytes.Index(b, magic)
 		switch {
 		case i < 0:
 			w.skip(len(b) - len(magic) + 1)
-			if w.at+markSize > end {
+			if w.at+batchHeaderSize > end {
 				return 0, false, nil
 			}
 		case i > 0:
 			w.skip(i)
 		default:
-			if _, err := parseMark(b, id, w.at); err == nil {
+			if _, err := parseBatchHeader(b, id, w.at); err == nil {
 				return w.at, true, nil
 			}
 			w.skip(1)
@@ -358,8 +358,8 @@ func nextMark(f io.ReaderAt, id Stream, at, end int64) (offset int64, found bool
 	}
 }
 
-// cutTorn takes the torn end off.
-func (r *recovery) cutTorn(g *segment) error {
+// truncateTorn removes the incomplete write at the end.
+func (r *recovery) truncateTorn(g *segment) error {
 	f, err := r.l.disk.open(g.path, os.O_RDWR)
 	if err != nil {
 		return err
@@ -374,28 +374,28 @@ func (r *recovery) cutTorn(g *segment) error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	r.l.log.Info("the end of a stream was cut short by a crash; nothing of it was acknowledged",
+	r.l.log.Info("removed an incomplete write from the end of a stream; a crash interrupted it, and no record of it was acknowledged",
 		"stream", r.s.id.String(), "after", g.last, "bytes", size-g.size)
 	return nil
 }
 
-// renew writes the end of the last segment in its own place and syncs it: the
-// kernel marks pages clean when their sync fails and never writes them again, yet
-// goes on showing them. Only the last write of a stream can be such a one.
-func (r *recovery) renew(g *segment) error {
-	from := max(g.size-(MaxAppend+markSize), 0)
-	if r.known.Segment == g.first {
-		if r.known.Size == g.size {
+// rewriteEnd rewrites the end of the last segment in place and syncs it. When a sync
+// fails, the kernel marks the pages clean and never writes them again, but still shows
+// them to readers. Only the last write of a stream can be affected.
+func (r *recovery) rewriteEnd(g *segment) error {
+	from := max(g.size-(MaxAppend+batchHeaderSize), 0)
+	if r.checkpoint.Segment == g.first {
+		if r.checkpoint.Size == g.size {
 			return nil
 		}
-		from = max(from, min(r.known.Size, g.size))
+		from = max(from, min(r.checkpoint.Size, g.size))
 	}
 	f, err := r.l.disk.open(g.path, os.O_RDWR)
 	if err != nil {
 		return err
 	}
 	if err = copyBytes(f, f, from, g.size); err == nil {
-		err = f.Truncate(g.size) // what was written ahead
+		err = f.Truncate(g.size) // remove the zeros written ahead
 	}
 	if err == nil {
 		err = f.sync()
@@ -411,7 +411,7 @@ func (r *recovery) emptySegment(first uint64) error {
 	if err != nil {
 		return err
 	}
-	r.l.segments.Add(-1) // run counts them
+	r.l.segments.Add(-1) // run counts it again
 	r.l.bytes.Add(-g.size)
 	r.s.segments = []*segment{g}
 	return f.Close()

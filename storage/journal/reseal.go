@@ -5,14 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Carried says how many records in segments are sealed with each data key: a
-// key that is carried here can't be dropped.
+// Carried returns how many records in segments are sealed with each data key. Such a key
+// must not be dropped.
 func (l *Log) Carried() map[keyring.KeyID]int64 {
 	carried := map[keyring.KeyID]int64{}
 	l.mu.RLock()
@@ -29,10 +28,10 @@ func (l *Log) Carried() map[keyring.KeyID]int64 {
 	return carried
 }
 
-// Reseal seals the payloads that carry another key than the ring's current one anew, a
-// segment at a time; a segment that is being written to is closed first. All else
-// of the records stays. left is how many records it could not open.
-// It is for the background: it reads and writes what it changes once.
+// Reseal re-seals the payloads that are sealed with a key other than the ring's current
+// one, a segment at a time. It closes a segment that is being written to first. It
+// changes nothing else of the records. left is the number of records that it could not
+// open. It is meant for the background: it reads and writes whole segments.
 func (l *Log) Reseal(ctx context.Context, sealer *Sealer) (left int64, err error) {
 	current, ok := sealer.ring.Current()
 	if !ok {
@@ -62,11 +61,11 @@ func (l *Log) Reseal(ctx context.Context, sealer *Sealer) (left int64, err error
 	return left, nil
 }
 
-// resealSegment writes a segment anew. Readers and writers of its stream go on
-// meanwhile; it is not trimmed.
+// resealSegment rewrites a segment. Its stream can be read and written meanwhile, but not
+// trimmed.
 func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, err error) {
-	if l.room.left(1) < g.size {
-		return 0, fmt.Errorf("%w: seal %d MiB anew", ErrFull, g.size>>20)
+	if l.space.aboveFloor(1) < g.size {
+		return 0, fmt.Errorf("%w: re-seal %d MiB", ErrFull, g.size>>20)
 	}
 	if err := l.closeSegment(s, g); err != nil {
 		return 0, err
@@ -81,20 +80,20 @@ func (l *Log) resealSegment(s *stream, g *segment, sealer *Sealer) (left int64, 
 	}
 	sealed, left, err := l.rewriteSealed(s, g, sealer)
 	if err != nil {
-		return 0, l.setFailed("seal "+g.path+" anew", err)
+		return 0, l.setFailed("re-seal "+g.path, err)
 	}
 	s.mu.Lock()
 	g.sealed = sealed
 	s.mu.Unlock()
-	// What is in memory has the old seals. The file is as good.
+	// The cached frames have the old seals; read from the file instead.
 	l.tails.drop(s.id)
 	if left > 0 {
-		l.log.Warn("records are sealed with keys that are not known here", "stream", s.id.String(), "records", left)
+		l.log.Warn("records are sealed with keys that this node does not know", "stream", s.id.String(), "records", left)
 	}
 	return left, nil
 }
 
-// closeSegment sees to it that nothing more is written to the segment.
+// closeSegment makes the stream's next records go to another segment.
 func (l *Log) closeSegment(s *stream, g *segment) error {
 	s.write.Lock()
 	defer s.write.Unlock()
@@ -116,15 +115,12 @@ func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sea
 		return nil, 0, err
 	}
 	defer func() { _ = from.Close() }() // only read from
-	temp := g.path + tempSuffix
-	to, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
-	if err != nil {
-		return nil, 0, err
-	}
-	// What lies between the frames stays as it is.
-	err = copyBytes(to, from, 0, g.size)
-	if err == nil {
-		_, err = walk(from, s.id, g.index[0].offset, g.size, func(at int64, frame []byte, r *Record) error {
+	err = l.rewriteFile(g.path, func(to file) error {
+		// Copy everything first: bytes between the frames stay as they are.
+		if err := copyBytes(to, from, 0, g.size); err != nil {
+			return err
+		}
+		_, err := walk(from, s.id, g.index[0].offset, g.size, func(at int64, frame []byte, r *Record) error {
 			changed, err := sealer.Reseal(r)
 			if errors.Is(err, keyring.ErrUnknownKey) {
 				left++
@@ -153,15 +149,7 @@ func (l *Log) rewriteSealed(s *stream, g *segment, sealer *Sealer) (sealed []sea
 			_, err = to.WriteAt(next, at)
 			return err
 		})
-	}
-	if err == nil {
-		err = to.sync()
-	}
-	if err = errors.Join(err, to.Close()); err == nil {
-		err = l.disk.rename(temp, g.path)
-	}
-	if err == nil {
-		err = l.disk.syncDir(filepath.Dir(g.path))
-	}
+		return err
+	})
 	return sealed, left, err
 }

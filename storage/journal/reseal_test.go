@@ -7,9 +7,9 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
-// After a rotation of the keys the old one is carried by nothing once all is
-// sealed anew, and every record is the same.
-func TestResealing(t *testing.T) {
+// After a key rotation and Reseal no record is sealed with the old key, and the records
+// are otherwise unchanged.
+func TestReseal(t *testing.T) {
 	ring, keys := keyringtest.New(t, 1)
 	sealer := NewSealer(ring)
 	o := testOptions(t.TempDir())
@@ -63,7 +63,7 @@ func TestResealing(t *testing.T) {
 		mustClose(t, l)
 		l = mustOpen(t, o)
 	}
-	// A key that is not known leaves its records as they are.
+	// Records sealed with an unknown key stay as they are.
 	if err := ring.Set(keys[1].ID(), keys[0], keys[1]); err != nil {
 		t.Fatal(err)
 	}

@@ -16,25 +16,26 @@ import (
 //
 //	form (1): 0 as it is, 1 zstd | length of meta (uvarint) | meta, JSON | body
 //
-// where all behind the form is compressed together, and the digest is over it
+// Everything after the form is compressed together. The digest is over the uncompressed
+// bytes.
 // uncompressed.
 const (
 	formRaw  = 0
 	formZstd = 1
 
-	// Below it compression costs more than it gives.
+	// Below this size compression costs more than it saves.
 	compressFrom = 4 << 10
 	maxPlaintext = MaxPayload - keyring.Overhead - 1
 
 	scopePurpose  = "job journal v1"
 	digestPurpose = "job digest v1"
 
-	// maxScopes bounds the ciphers kept, one a stream.
+	// maxScopes bounds the cached scopes, one per stream.
 	maxScopes = 256
 )
 
-// Sealer seals and opens the payloads of records. One per node; safe for many
-// goroutines.
+// Sealer seals and opens the payloads of records. There is one per node; it is safe for
+// concurrent use.
 type Sealer struct {
 	ring    *keyring.Ring
 	mac     atomic.Pointer[keyring.MAC]
@@ -61,9 +62,8 @@ func NewSealer(ring *keyring.Ring) *Sealer {
 	return s
 }
 
-// SealSubmission fills Kind, Payload and Digest. All else but Seq and Clock must
-// be set: the payload is bound to it. The error is keyring.ErrNoDataKey or
-// ErrTooLarge.
+// SealSubmission sets Kind, Payload and Digest. All other fields but Seq and Clock must
+// be set: the seal covers them. The error wraps keyring.ErrNoDataKey or ErrTooLarge.
 func (s *Sealer) SealSubmission(r *Record, v *Submission) error {
 	r.Kind, r.Rank = Submitted, 0
 	if err := s.seal(r, v, v.Body); err != nil {
@@ -73,8 +73,8 @@ func (s *Sealer) SealSubmission(r *Record, v *Submission) error {
 	return nil
 }
 
-// OpenSubmission reads what SealSubmission sealed. The errors of the Open calls
-// are keyring.ErrUnknownKey, keyring.ErrNewerFormat, keyring.ErrDamaged and ErrDamaged.
+// OpenSubmission opens what SealSubmission sealed. The error of the Open methods wraps
+// keyring.ErrUnknownKey, keyring.ErrNewerFormat, keyring.ErrDamaged or ErrDamaged.
 func (s *Sealer) OpenSubmission(r *Record) (Submission, error) {
 	var v Submission
 	body, err := s.open(r, Submitted, &v)
@@ -82,8 +82,8 @@ func (s *Sealer) OpenSubmission(r *Record) (Submission, error) {
 	return v, err
 }
 
-// Head reads the head of what SealSubmission sealed. The record that was sealed,
-// and copies of it in memory, have it at hand; others are opened.
+// Head returns the head of a submission. A record that was sealed in this process, and
+// copies of it in memory, have it cached; other records are opened.
 func (s *Sealer) Head(r *Record) (Head, error) {
 	if r.head != nil {
 		return *r.head, nil
@@ -93,16 +93,16 @@ func (s *Sealer) Head(r *Record) (Head, error) {
 	return h, err
 }
 
-// SealOutcome fills Kind, Rank, Payload and Digest, like SealSubmission.
+// SealOutcome sets Kind, Rank, Payload and Digest, like SealSubmission.
 func (s *Sealer) SealOutcome(r *Record, v *Outcome) error {
 	if !v.Status.Final() {
-		return fmt.Errorf("seal an outcome: %q is no final status", v.Status)
+		return fmt.Errorf("seal an outcome: %q is not a final status", v.Status)
 	}
 	r.Kind, r.Rank = Finished, v.Status.Rank()
 	return s.seal(r, v, v.Body)
 }
 
-// OpenOutcome reads what SealOutcome sealed.
+// OpenOutcome opens what SealOutcome sealed.
 func (s *Sealer) OpenOutcome(r *Record) (Outcome, error) {
 	var v Outcome
 	body, err := s.open(r, Finished, &v)
@@ -113,21 +113,21 @@ func (s *Sealer) OpenOutcome(r *Record) (Outcome, error) {
 	return v, err
 }
 
-// SealDelay fills Kind, Payload and Digest, like SealSubmission.
+// SealDelay sets Kind, Payload and Digest, like SealSubmission.
 func (s *Sealer) SealDelay(r *Record, v *Delay) error {
 	r.Kind, r.Rank = Retrying, 0
 	return s.seal(r, v, nil)
 }
 
-// OpenDelay reads what SealDelay sealed.
+// OpenDelay opens what SealDelay sealed.
 func (s *Sealer) OpenDelay(r *Record) (Delay, error) {
 	var v Delay
 	_, err := s.open(r, Retrying, &v)
 	return v, err
 }
 
-// Reseal seals the payload with the ring's current key, unless it is already.
-// Place and Digest stay, and so does the payload's size.
+// Reseal seals the payload with the ring's current key, unless it already is. Place, Digest
+// and the payload's size do not change.
 func (s *Sealer) Reseal(r *Record) (changed bool, err error) {
 	if len(r.Payload) == 0 {
 		return false, nil
@@ -156,17 +156,7 @@ func (s *Sealer) Reseal(r *Record) (changed bool, err error) {
 	return true, nil
 }
 
-// CanOpen says whether the payload's key is held, without opening it; true when
-// there is no payload.
-func (s *Sealer) CanOpen(r *Record) (bool, error) {
-	if len(r.Payload) == 0 {
-		return true, nil
-	}
-	id, err := keyring.SealedWith(r.Payload)
-	return err == nil && s.ring.Has(id), err
-}
-
-// meta is what a payload says beside its body.
+// meta is the part of a payload other than the body.
 type meta interface {
 	appendMeta(b []byte) ([]byte, error)
 }
@@ -200,7 +190,7 @@ func (s *Sealer) seal(r *Record, v meta, body []byte) error {
 			plain = packed
 		}
 	}
-	// The exact size: it is kept as long as the record.
+	// Allocate the exact size: the payload lives as long as the record.
 	payload, err := s.scope(r.Stream).Seal(make([]byte, 0, len(plain)+keyring.Overhead), plain, place)
 	if err != nil {
 		return err
@@ -210,7 +200,7 @@ func (s *Sealer) seal(r *Record, v meta, body []byte) error {
 	return nil
 }
 
-// scratch is memory that is used again.
+// scratch holds buffers for reuse.
 type scratch struct{ meta, plain []byte }
 
 const maxScratch = 64 << 10
@@ -237,7 +227,7 @@ func (s *Sealer) open(r *Record, want Kind, meta any) (body []byte, err error) {
 	return decodePlain(plain, meta)
 }
 
-// unpack takes the form off.
+// unpack removes the form and decompresses.
 func (s *Sealer) unpack(plain []byte) ([]byte, error) {
 	if len(plain) == 0 {
 		return nil, fmt.Errorf("%w: an empty payload", ErrDamaged)
@@ -270,7 +260,7 @@ func decodePlain(plain []byte, meta any) (body []byte, err error) {
 	return body, nil
 }
 
-// digester is kept once it could be made: the MAC key never changes.
+// digester caches the MAC: its key never changes.
 func (s *Sealer) digester() (*keyring.MAC, error) {
 	if m := s.mac.Load(); m != nil {
 		return m, nil
@@ -296,7 +286,7 @@ func (s *Sealer) scope(stream Stream) keyring.Scoped {
 		return scoped
 	}
 	if len(s.scopes) >= maxScopes {
-		for victim := range s.scopes { // any: they are made again in microseconds
+		for victim := range s.scopes { // any one: a scope is made again in microseconds
 			delete(s.scopes, victim)
 			break
 		}

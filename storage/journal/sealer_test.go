@@ -29,7 +29,7 @@ func place() Record {
 	return Record{Stream: streamOf(1), Job: JobID{1, 2}, Token: Token{3, 4}, Attempt: 5}
 }
 
-// TestHead is the same from memory and from the disk.
+// TestHead checks that the head is the same from memory and from the disk.
 func TestHead(t *testing.T) {
 	ring, _ := keyringtest.New(t, 1)
 	s := NewSealer(ring)
@@ -44,7 +44,7 @@ func TestHead(t *testing.T) {
 	}
 	read, _, err := NextFrame(frame)
 	if err != nil || read.head != nil || r.head == nil {
-		t.Fatalf("%v; head %v in memory, %v read", err, r.head, read.head)
+		t.Fatalf("%v; the cached head is %v, after reading %v", err, r.head, read.head)
 	}
 	for name, rec := range map[string]*Record{"sealed": &r, "read": &read} {
 		h, err := s.Head(rec)
@@ -56,11 +56,11 @@ func TestHead(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := s.Head(&r); !errors.Is(err, ErrDamaged) {
-		t.Errorf("an outcome has a head: %v", err)
+		t.Errorf("Head of an outcome: %v", err)
 	}
 }
 
-func TestSealedPayloadsOpenAgain(t *testing.T) {
+func TestPayloadsRoundTrip(t *testing.T) {
 	ring, _ := keyringtest.New(t, 1)
 	s := NewSealer(ring)
 	for _, size := range []int{0, 1, compressFrom - 1, compressFrom, 1 << 20} {
@@ -102,7 +102,7 @@ func TestSealedPayloadsOpenAgain(t *testing.T) {
 		t.Fatalf("%v %s", err, cmp.Diff(got, o))
 	}
 	if err := s.SealOutcome(&r, &Outcome{Status: Running}); err == nil {
-		t.Fatal("running is no outcome")
+		t.Fatal("an outcome with the status running was sealed")
 	}
 	r, d := place(), Delay{NotBefore: time.Unix(5, 0).UTC(), Error: "x"}
 	if err := s.SealDelay(&r, &d); err != nil || r.Kind != Retrying {
@@ -112,11 +112,11 @@ func TestSealedPayloadsOpenAgain(t *testing.T) {
 		t.Fatalf("%+v: %v", got, err)
 	}
 	if _, err := s.OpenOutcome(&r); !errors.Is(err, ErrDamaged) {
-		t.Fatalf("a delay was opened as an outcome: %v", err)
+		t.Fatalf("opening a delay as an outcome: %v", err)
 	}
 }
 
-// A payload opens in its place only, whole, and with its digest.
+// A payload can only be opened in its place, complete, and with its digest.
 func TestPayloadIsBoundToItsPlace(t *testing.T) {
 	ring, _ := keyringtest.New(t, 1)
 	s := NewSealer(ring)
@@ -143,7 +143,7 @@ func TestPayloadIsBoundToItsPlace(t *testing.T) {
 		}
 	}
 	r := sealed
-	r.Seq, r.Clock = 99, 99 // these are given later
+	r.Seq, r.Clock = 99, 99 // these are set later and don't matter
 	if _, err := s.OpenSubmission(&r); err != nil {
 		t.Error(err)
 	}
@@ -179,7 +179,7 @@ func TestResealKeepsPlaceAndDigest(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r.Digest != before.Digest || len(r.Payload) != len(before.Payload) || bytes.Equal(r.Payload, before.Payload) {
-		t.Fatal("more or less than the seal has changed")
+		t.Fatal("Reseal changed more than the payload, or not the payload")
 	}
 	if err := ring.Set(keys[2].ID(), keys[0], keys[2]); err != nil {
 		t.Fatal(err)
@@ -190,16 +190,13 @@ func TestResealKeepsPlaceAndDigest(t *testing.T) {
 	if _, err := s.OpenSubmission(&before); !errors.Is(err, keyring.ErrUnknownKey) {
 		t.Fatal(err)
 	}
-	if ok, err := s.CanOpen(&before); ok || err != nil {
-		t.Fatalf("can open %v: %v", ok, err)
-	}
 }
 
-// The hand-written encoding is what encoding/json reads.
+// encoding/json can decode the hand-written encoding.
 func TestSubmissionIsJSON(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := func(name string) string {
-			// encoding/json reads invalid UTF-8 as U+FFFD.
+			// encoding/json decodes invalid UTF-8 as U+FFFD.
 			return strings.ToValidUTF8(rapid.String().Draw(t, name), "�")
 		}
 		v := Submission{
@@ -226,7 +223,7 @@ func TestSubmissionIsJSON(t *testing.T) {
 	})
 }
 
-// FuzzPayload opens what a sealed payload might hold.
+// FuzzPayload decodes arbitrary plaintext of a payload.
 func FuzzPayload(f *testing.F) {
 	ring, _ := keyringtest.New(f, 1)
 	s := NewSealer(ring)
@@ -246,7 +243,7 @@ func FuzzPayload(f *testing.F) {
 			}
 		}
 		if err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-			t.Fatalf("an error without a name: %v", err)
+			t.Fatalf("unexpected kind of error: %v", err)
 		}
 	})
 }

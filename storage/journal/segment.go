@@ -12,19 +12,21 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// A segment file is a header, and then batches back to back. The header is
+// A segment file is a header, followed by batches. The header is
 //
 //	"DSNJSEG\x00" (8) | format (1) | flags (1) | first seq (8) | incarnation (16) |
 //	origin length (1) | origin | crc32c of all that (4)
 //
-// and a batch, which one write and one sync made durable, is a mark and frames:
+// and a batch, which was made durable by one write and one sync, is a batch header and
+// frames. The batch header is
 //
-//	mark (4) | crc32c (4) of stream, offset and seq | offset of the mark (8) | seq of the next frame (8)
+//	magic (4) | crc32c (4) of stream, offset and seq | offset of this header (8) | seq of the next frame (8)
 //
-// A batch is written only after the sync of the one before. So a good mark
-// proves that everything in front of it was durable: what is unreadable there is
-// damage, and what is unreadable with no mark behind it is a write that a crash
-// cut short. The first byte tells a mark from a frame, whose length is below it.
+// A batch is written only after the sync of the previous one. So a valid batch header
+// proves that everything in front of it was durable: an unreadable part in front of one
+// is damage, and an unreadable part without one after it is a write that a crash
+// interrupted. The first byte distinguishes a batch header from a frame, whose length is
+// below it.
 const (
 	segmentMagic  = "DSNJSEG\x00"
 	segmentFormat = 1
@@ -32,42 +34,41 @@ const (
 	maxHeader     = headerFixed + MaxOrigin + 4
 	maxFileName   = 255
 
-	markSize  = 4 + 4 + 8 + 8
-	markMagic = 0xD5B0A7C1
+	batchHeaderSize = 4 + 4 + 8 + 8
+	batchMagic      = 0xD5B0A7C1
 
-	// flagBegins: the stream begins with this segment here; older ones are of no
-	// use any more.
+	// flagBegins: the stream restarts with this segment; older segments are obsolete.
 	flagBegins = 1
 
-	// indexEvery is how many bytes lie between two entries of the sparse index.
+	// indexEvery is the number of bytes between two entries of the sparse index.
 	indexEvery = 64 << 10
 )
 
-// segment is what is known of one file. Its stream's mutex guards it.
+// segment describes one file. The stream's mu guards it.
 type segment struct {
 	path   string
-	first  uint64 // the file's name
+	first  uint64 // in the file's name
 	last   uint64 // first-1 while it is empty
-	size   int64  // up to the last durable frame
+	size   int64  // up to the end of the last durable frame
 	clock  Clock  // of the last record
 	index  []indexed
 	sealed []sealedWith
 }
 
-// indexed says where a frame, or the mark before it, begins.
+// indexed is where a frame, or the batch header in front of it, begins.
 type indexed struct {
 	seq    uint64
 	offset int64
 }
 
-// sealedWith counts the payloads under one data key.
+// sealedWith counts the payloads sealed with one data key.
 type sealedWith struct {
 	key     keyring.KeyID
 	records int64
 }
 
-// note takes a record at the offset into the accounts.
-func (g *segment) note(r *Record, offset int64) {
+// add updates the segment for a record at the offset.
+func (g *segment) add(r *Record, offset int64) {
 	if len(g.index) == 0 || offset-g.index[len(g.index)-1].offset >= indexEvery {
 		g.index = append(g.index, indexed{r.Seq, offset})
 	}
@@ -89,7 +90,7 @@ func count(all []sealedWith, id keyring.KeyID, n int64) []sealedWith {
 	return append(all, sealedWith{id, n})
 }
 
-// offsetOf is where to begin reading for seq.
+// offsetOf returns where to begin reading for seq.
 func (g *segment) offsetOf(seq uint64) int64 {
 	i, found := slices.BinarySearchFunc(g.index, seq, func(e indexed, seq uint64) int {
 		switch {
@@ -108,7 +109,7 @@ func (g *segment) offsetOf(seq uint64) int64 {
 
 func segmentName(first uint64) string { return fmt.Sprintf("%020d.seg", first) }
 
-// parseSegmentName gives false for files that are no segments.
+// parseSegmentName returns false for the names of other files.
 func parseSegmentName(name string) (first uint64, ok bool) {
 	digits, found := strings.CutSuffix(name, ".seg")
 	if !found || len(digits) != 20 {
@@ -138,8 +139,8 @@ func appendSum(b []byte) []byte {
 	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
 
-// parseHeader reads the header at the start of b. The error is ErrShort,
-// ErrDamaged or ErrNewerFormat.
+// parseHeader decodes the header at the start of b. The error wraps ErrShort, ErrDamaged
+// or ErrNewerFormat.
 func parseHeader(b []byte) (s Stream, first uint64, flags byte, size int, err error) {
 	if len(b) < headerFixed {
 		return s, 0, 0, 0, ErrShort
@@ -147,7 +148,7 @@ func parseHeader(b []byte) (s Stream, first uint64, flags byte, size int, err er
 	origin := int(b[headerFixed-1])
 	size = headerFixed + origin + 4
 	if string(b[:len(segmentMagic)]) != segmentMagic {
-		return s, 0, 0, 0, fmt.Errorf("%w: no segment's header", ErrDamaged)
+		return s, 0, 0, 0, fmt.Errorf("%w: not the header of a segment", ErrDamaged)
 	}
 	format := b[len(segmentMagic)]
 	whole := len(b) >= size && crc32.Checksum(b[:size-4], castagnoli) == binary.BigEndian.Uint32(b[size-4:])
@@ -157,7 +158,7 @@ func parseHeader(b []byte) (s Stream, first uint64, flags byte, size int, err er
 	case len(b) < size:
 		return s, 0, 0, 0, ErrShort
 	case !whole || format != segmentFormat || origin == 0 || origin > MaxOrigin:
-		return s, 0, 0, 0, fmt.Errorf("%w: header of a segment", ErrDamaged)
+		return s, 0, 0, 0, fmt.Errorf("%w: invalid header of a segment", ErrDamaged)
 	}
 	at := len(segmentMagic) + 1
 	flags = b[at]
@@ -170,8 +171,7 @@ func parseHeader(b []byte) (s Stream, first uint64, flags byte, size int, err er
 	return s, first, flags, size, nil
 }
 
-// damagedFormat says whether a header with another format byte is one of ours
-// in which that byte was changed.
+// damagedFormat reports whether the header is valid except for a changed format byte.
 func damagedFormat(b []byte, size int) bool {
 	if len(b) < size {
 		return false
@@ -181,51 +181,52 @@ func damagedFormat(b []byte, size int) bool {
 	return crc32.Checksum(own[:size-4], castagnoli) == binary.BigEndian.Uint32(own[size-4:])
 }
 
-func putMark(b []byte, s Stream, offset int64, seq uint64) {
-	binary.BigEndian.PutUint32(b, markMagic)
+func putBatchHeader(b []byte, s Stream, offset int64, seq uint64) {
+	binary.BigEndian.PutUint32(b, batchMagic)
 	binary.BigEndian.PutUint64(b[8:], uint64(offset))
 	binary.BigEndian.PutUint64(b[16:], seq)
-	binary.BigEndian.PutUint32(b[4:], markSum(b, s))
+	binary.BigEndian.PutUint32(b[4:], batchSum(b, s))
 }
 
-func markSum(b []byte, s Stream) uint32 {
-	sum := crc32.Checksum(b[8:markSize], castagnoli)
+func batchSum(b []byte, s Stream) uint32 {
+	sum := crc32.Checksum(b[8:batchHeaderSize], castagnoli)
 	sum = crc32.Update(sum, castagnoli, s.Incarnation[:])
 	return crc32.Update(sum, castagnoli, []byte(s.Origin))
 }
 
-// isMark says whether b begins with what only a mark begins with.
-func isMark(b []byte) bool {
-	return len(b) >= 4 && binary.BigEndian.Uint32(b) == markMagic
+// isBatchHeader reports whether b begins like a batch header; no frame does.
+func isBatchHeader(b []byte) bool {
+	return len(b) >= 4 && binary.BigEndian.Uint32(b) == batchMagic
 }
 
-// parseMark checks a mark that lies at the offset.
-func parseMark(b []byte, s Stream, offset int64) (seq uint64, err error) {
-	if len(b) < markSize {
+// parseBatchHeader checks the batch header at the offset.
+func parseBatchHeader(b []byte, s Stream, offset int64) (seq uint64, err error) {
+	if len(b) < batchHeaderSize {
 		return 0, ErrShort
 	}
-	if uint64(offset) != binary.BigEndian.Uint64(b[8:]) || markSum(b, s) != binary.BigEndian.Uint32(b[4:]) {
-		return 0, fmt.Errorf("%w: mark of a batch", ErrDamaged)
+	if uint64(offset) != binary.BigEndian.Uint64(b[8:]) || batchSum(b, s) != binary.BigEndian.Uint32(b[4:]) {
+		return 0, fmt.Errorf("%w: invalid header of a batch", ErrDamaged)
 	}
 	return binary.BigEndian.Uint64(b[16:]), nil
 }
 
-// walk reads frames of the stream from the offset to the end and calls fn with
-// each one's offset and bytes, which are valid only inside. at is behind the
-// last whole frame, or mark, and after an error where the trouble is. The error is ErrShort
-// where the file ends within a frame, ErrDamaged, ErrNewerFormat, fn's or the disk's.
+// walk reads frames of the stream from the offset to the end and calls fn with each one's
+// offset and bytes, which are valid only during the call. It returns the offset after the
+// last whole frame or batch header; with an error, the offset of the problem. The error
+// wraps ErrShort where the file ends within a frame, ErrDamaged, ErrNewerFormat, or is
+// that of fn or the disk.
 func walk(f io.ReaderAt, s Stream, at, end int64, fn func(at int64, frame []byte, r *Record) error) (int64, error) {
 	w := window{f: f, at: at, end: end}
 	for w.at < end {
-		b, err := w.peek(markSize)
+		b, err := w.peek(batchHeaderSize)
 		if err != nil {
 			return w.at, err
 		}
-		if isMark(b) {
-			if _, err := parseMark(b, s, w.at); err != nil {
+		if isBatchHeader(b) {
+			if _, err := parseBatchHeader(b, s, w.at); err != nil {
 				return w.at, err
 			}
-			w.skip(markSize)
+			w.skip(batchHeaderSize)
 			continue
 		}
 		if len(b) < frameHeader {
@@ -258,12 +259,12 @@ func walk(f io.ReaderAt, s Stream, at, end int64, fn func(at int64, frame []byte
 type window struct {
 	f       io.ReaderAt
 	at, end int64
-	buf     []byte // what was read and not skipped
+	buf     []byte // read and not skipped
 }
 
 const windowBytes = 1 << 20
 
-// peek gives at least n bytes, or all that is left.
+// peek returns at least n bytes, or all that is left.
 func (w *window) peek(n int) ([]byte, error) {
 	left := w.end - w.at
 	if int64(n) > left {

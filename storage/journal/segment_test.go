@@ -25,7 +25,7 @@ func FuzzNextFrame(f *testing.F) {
 		r, rest, err := NextFrame(b)
 		if err != nil {
 			if !errors.Is(err, ErrShort) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("an error without a name: %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}
@@ -34,7 +34,7 @@ func FuzzNextFrame(f *testing.F) {
 			t.Fatalf("frameSize %d, lengthOf %d of %d bytes", frameSize(&r), lengthOf(used), len(used))
 		}
 		if again, err := AppendFrame(nil, &r); err != nil || !bytes.Equal(again, used) {
-			t.Fatalf("%x became %x: %v", used, again, err)
+			t.Fatalf("%x was decoded and encoded as %x: %v", used, again, err)
 		}
 	})
 }
@@ -48,24 +48,24 @@ func FuzzSegmentHeader(f *testing.F) {
 		id, first, flags, size, err := parseHeader(b)
 		if err != nil {
 			if !errors.Is(err, ErrShort) && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("an error without a name: %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}
 		if again := appendHeader(nil, id, first, flags); !bytes.Equal(again, b[:size]) {
-			t.Fatalf("%x became %x", b[:size], again)
+			t.Fatalf("%x was decoded and encoded as %x", b[:size], again)
 		}
 	})
 }
 
-// FuzzSegment reads files of any content: it ends, and what it gives are
-// records of the stream.
+// FuzzSegment reads files with arbitrary content: reading ends, and returns only records
+// of the stream.
 func FuzzSegment(f *testing.F) {
 	id := streamOf(1)
 	file := appendHeader(nil, id, 1, 0)
 	for seq := range uint64(3) {
-		mark := make([]byte, markSize)
-		putMark(mark, id, int64(len(file)), seq+1)
+		mark := make([]byte, batchHeaderSize)
+		putBatchHeader(mark, id, int64(len(file)), seq+1)
 		file = append(file, mark...)
 		r := started(1, "payload")
 		r.Stream, r.Seq = id, seq+1
@@ -87,11 +87,11 @@ func FuzzSegment(f *testing.F) {
 			return nil
 		})
 		if err == nil && end != int64(len(b)) {
-			t.Fatalf("it ended at %d of %d without an error", end, len(b))
+			t.Fatalf("reading ended at %d of %d without an error", end, len(b))
 		}
-		at, found, err := nextMark(bytes.NewReader(b), id, int64(from), int64(len(b)))
-		if err != nil || found && !isMark(b[at:]) {
-			t.Fatalf("a mark at %d: %v", at, err)
+		at, found, err := nextBatchHeader(bytes.NewReader(b), id, int64(from), int64(len(b)))
+		if err != nil || found && !isBatchHeader(b[at:]) {
+			t.Fatalf("a batch header at %d: %v", at, err)
 		}
 	})
 }
@@ -101,23 +101,23 @@ func FuzzStoreFile(f *testing.F) {
 	f.Add([]byte(storeMagic + "\x02"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if _, err := parseStore(b); err != nil && !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrNewerFormat) {
-			t.Fatalf("an error without a name: %v", err)
+			t.Fatalf("unexpected kind of error: %v", err)
 		}
 	})
 }
 
-// A mark is found wherever it lies, also across the pieces that are read.
-func TestNextMarkAcrossWindows(t *testing.T) {
+// A batch header is found at any offset, also across two windows.
+func TestNextBatchHeaderAcrossWindows(t *testing.T) {
 	id := streamOf(1)
-	for _, at := range []int{0, 5, windowBytes - markSize, windowBytes - 3, windowBytes - 1, windowBytes, windowBytes + 7, 2*windowBytes - 9} {
-		b := bytes.Repeat([]byte{0xD5, 0xB0, 0xA7}, windowBytes) // begins like many
-		putMark(b[at:], id, int64(at), 1)
-		got, found, err := nextMark(bytes.NewReader(b), id, 0, int64(len(b)))
+	for _, at := range []int{0, 5, windowBytes - batchHeaderSize, windowBytes - 3, windowBytes - 1, windowBytes, windowBytes + 7, 2*windowBytes - 9} {
+		b := bytes.Repeat([]byte{0xD5, 0xB0, 0xA7}, windowBytes) // many beginnings of a header
+		putBatchHeader(b[at:], id, int64(at), 1)
+		got, found, err := nextBatchHeader(bytes.NewReader(b), id, 0, int64(len(b)))
 		if err != nil || !found || got != int64(at) {
-			t.Errorf("the mark at %d was found at %d (%v): %v", at, got, found, err)
+			t.Errorf("the batch header at %d was found at %d (%v): %v", at, got, found, err)
 		}
-		if _, found, _ := nextMark(bytes.NewReader(b), id, int64(at)+1, int64(len(b))); found {
-			t.Errorf("a mark behind %d", at)
+		if _, found, _ := nextBatchHeader(bytes.NewReader(b), id, int64(at)+1, int64(len(b))); found {
+			t.Errorf("a batch header was found after %d", at)
 		}
 	}
 }
@@ -127,10 +127,10 @@ func TestEscapeIsOneToOne(t *testing.T) {
 		name := rapid.StringN(1, 40, MaxOrigin).Draw(t, "name")
 		file := escape(name)
 		if bytes.ContainsAny([]byte(file), "/\x00") || file[0] == '.' {
-			t.Fatalf("%q became %q", name, file)
+			t.Fatalf("%q was escaped as %q", name, file)
 		}
 		if back, ok := unescape(file); !ok || back != name {
-			t.Fatalf("%q became %q became %q", name, file, back)
+			t.Fatalf("%q was escaped as %q and unescaped as %q", name, file, back)
 		}
 	})
 }

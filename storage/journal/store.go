@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// storeFile says when the directory was made:
+	// storeFile identifies the directory and the time it was created:
 	//
 	//	"DSNJSTOR" (8) | format (1) | Unix milliseconds (8) | random id (16) | crc32c of all that (4)
 	storeFile   = "store"
@@ -22,9 +22,9 @@ const (
 	storeFormat = 1
 	storeSize   = len(storeMagic) + 1 + 8 + 16 + 4
 
-	// settledFile says what of each stream needs no doubt: see settled.
-	settledFile   = "settled.json"
-	settledFormat = 1
+	// checkpointFile holds a checkpoint for each stream.
+	checkpointFile   = "settled.json"
+	checkpointFormat = 1
 
 	tempSuffix = ".new"
 )
@@ -34,8 +34,8 @@ type storeID struct {
 	id    [16]byte
 }
 
-// openStore reads the store's identity, or makes it. One that can't be read is
-// made anew: to the others this node then holds only what it tells them from now on.
+// openStore reads the store's identity, or creates it. A damaged one is replaced: peers
+// then forget what they recorded about this node.
 func (l *Log) openStore() error {
 	path := filepath.Join(l.o.Dir, storeFile)
 	b, err := os.ReadFile(path)
@@ -48,13 +48,13 @@ func (l *Log) openStore() error {
 			return err
 		}
 		l.metrics.damaged.Inc()
-		l.log.Error("the journal's identity is damaged; it gets a new one", "path", path, "err", err)
+		l.log.Error("the journal's identity is damaged; it is replaced by a new one", "path", path, "err", err)
 	}
 	return l.renewStore()
 }
 
-// renewStore gives the store a new identity, with a higher epoch: what others
-// believe this node to hold counts no more.
+// renewStore gives the store a new identity with a higher epoch, which makes obsolete what
+// peers recorded about this node.
 func (l *Log) renewStore() error {
 	l.store.epoch = max(l.store.epoch+1, uint64(time.Now().UnixMilli()))
 	_, _ = rand.Read(l.store.id[:]) // never fails; it ends the process instead
@@ -78,63 +78,71 @@ func parseStore(b []byte) (s storeID, err error) {
 	return s, nil
 }
 
-// settled says of a stream that its last segment was on the disk up to a size,
-// at a moment when nothing was being written: after an open, and at a close in
-// order. What is behind it may be in the page cache only, left by a failed sync.
-type settled struct {
+// checkpoint says that the stream's last segment was on the disk up to Size, at a moment
+// without writes: after opening, and when it was closed in order. Later bytes may exist
+// only in the page cache, after a failed sync.
+type checkpoint struct {
 	Segment uint64 `json:"segment"` // first seq
 	Size    int64  `json:"size"`
 	Durable uint64 `json:"durable"`
 }
 
-type settledList struct {
-	Format  int                `json:"format"`
-	Streams map[string]settled `json:"streams"`
+type checkpoints struct {
+	Format  int                   `json:"format"`
+	Streams map[string]checkpoint `json:"streams"`
 }
 
-func (l *Log) settle(streams []*stream) error {
-	list := settledList{Format: settledFormat, Streams: map[string]settled{}}
+func (l *Log) writeCheckpoint(streams []*stream) error {
+	list := checkpoints{Format: checkpointFormat, Streams: map[string]checkpoint{}}
 	for _, s := range streams {
 		s.mu.Lock()
 		g := s.segments[len(s.segments)-1]
-		list.Streams[s.id.String()] = settled{Segment: g.first, Size: g.size, Durable: s.durable}
+		list.Streams[s.id.String()] = checkpoint{Segment: g.first, Size: g.size, Durable: s.durable}
 		s.mu.Unlock()
 	}
 	b, err := json.Marshal(list)
 	if err != nil {
 		return err
 	}
-	return l.replaceFile(filepath.Join(l.o.Dir, settledFile), b)
+	return l.replaceFile(filepath.Join(l.o.Dir, checkpointFile), b)
 }
 
-// readSettled gives nothing for a list that can't be read: then everything is in doubt.
-func (l *Log) readSettled() (map[string]settled, error) {
-	b, err := os.ReadFile(filepath.Join(l.o.Dir, settledFile))
+// readCheckpoint returns nothing when the file can't be read; recovery then trusts no bytes.
+func (l *Log) readCheckpoint() (map[string]checkpoint, error) {
+	b, err := os.ReadFile(filepath.Join(l.o.Dir, checkpointFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	var list settledList
+	var list checkpoints
 	if err := json.Unmarshal(b, &list); err != nil {
-		l.log.Warn("the list of what is settled is damaged", "file", settledFile, "err", err)
+		l.log.Warn("the journal's checkpoint is damaged", "file", checkpointFile, "err", err)
 		return nil, nil
 	}
-	if list.Format > settledFormat {
-		return nil, fmt.Errorf("%w: %s has format %d", ErrNewerFormat, settledFile, list.Format)
+	if list.Format > checkpointFormat {
+		return nil, fmt.Errorf("%w: %s has format %d", ErrNewerFormat, checkpointFile, list.Format)
 	}
 	return list.Streams, nil
 }
 
-// replaceFile makes a file durable under its name, whole or not at all.
 func (l *Log) replaceFile(path string, b []byte) error {
+	return l.rewriteFile(path, func(f file) error {
+		_, err := f.WriteAt(b, 0)
+		return err
+	})
+}
+
+// rewriteFile replaces the file at path by what fill writes. After a crash the
+// path has the old content or the new one; after it returns nil, the new one.
+func (l *Log) rewriteFile(path string, fill func(file) error) error {
 	temp := path + tempSuffix
 	f, err := l.disk.open(temp, os.O_RDWR|os.O_CREATE|os.O_TRUNC)
 	if err != nil {
 		return err
 	}
-	if _, err = f.WriteAt(b, 0); err == nil {
+	if err = fill(f); err == nil {
 		err = f.sync()
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
@@ -146,7 +154,7 @@ func (l *Log) replaceFile(path string, b []byte) error {
 	return err
 }
 
-// copyBytes copies a part of a file to the same place of another.
+// copyBytes copies a part of a file to the same offsets of another.
 func copyBytes(to, from file, at, end int64) error {
 	buf := make([]byte, min(windowBytes, max(end-at, 1)))
 	for at < end {

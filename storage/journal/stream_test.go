@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Appends, copies, reads, trims and re-reads at once: everyone sees one order,
-// whole, and only what is durable.
-func TestEverythingAtOnce(t *testing.T) {
+// Appends, copies, reads and trims run concurrently: every reader sees the same order,
+// without gaps, and only durable records.
+func TestConcurrentUse(t *testing.T) {
 	defer goleak.VerifyNone(t)
 	o := testOptions(t.TempDir())
 	o.SegmentBytes, o.TailBytes = 20_000, 10_000
@@ -29,7 +29,7 @@ func TestEverythingAtOnce(t *testing.T) {
 		last := v.(*atomic.Uint64)
 		for i := range records {
 			if !last.CompareAndSwap(records[i].Seq-1, records[i].Seq) {
-				t.Errorf("%s: told of %d after %d", id, records[i].Seq, last.Load())
+				t.Errorf("%s: Options.Durable got %d after %d", id, records[i].Seq, last.Load())
 			}
 		}
 	}
@@ -60,14 +60,14 @@ func TestEverythingAtOnce(t *testing.T) {
 						continue
 					}
 					if v, ok := told.Load(at.id); !ok || v.(*atomic.Uint64).Load() < last {
-						t.Errorf("acknowledged %d before it was told", last)
+						t.Errorf("%d was acknowledged before Options.Durable got it", last)
 					}
 				}
 			}
 		})
 	}
 	const total = writers * each
-	// follow reads a stream to its end as it grows.
+	// follow reads a stream to its end while it grows.
 	follow := func(l *Log, id Stream, fn func(frames []byte, next uint64) error) {
 		for from := uint64(1); from <= total; {
 			changed := l.Changed()
@@ -94,7 +94,7 @@ func TestEverythingAtOnce(t *testing.T) {
 		follow(src, copied, func(frames []byte, next uint64) error {
 			durable, err := dst.Receive(context.Background(), copied, bytes.Clone(frames))
 			if err == nil && durable != next-1 {
-				err = fmt.Errorf("durable %d of %d", durable, next-1)
+				err = fmt.Errorf("durable is %d, want %d", durable, next-1)
 			}
 			return err
 		})
@@ -107,7 +107,7 @@ func TestEverythingAtOnce(t *testing.T) {
 				}
 				follow(dst, id, func(frames []byte, next uint64) error {
 					if e, _ := dst.End(id); e.Durable < next-1 {
-						return fmt.Errorf("read up to %d, durable is %d", next-1, e.Durable)
+						return fmt.Errorf("read up to %d, but durable is %d", next-1, e.Durable)
 					}
 					for len(frames) > 0 {
 						var err error
@@ -138,8 +138,8 @@ func TestEverythingAtOnce(t *testing.T) {
 	mustClose(t, dst)
 }
 
-// A caller that goes away while its records are written is told that it can't know.
-func TestCallerGoesAway(t *testing.T) {
+// A caller whose context ends while its records are written gets ErrUncertain.
+func TestAppendCancelledWhileWriting(t *testing.T) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	l, err := open(o, d)
 	if err != nil {
@@ -163,14 +163,14 @@ func TestCallerGoesAway(t *testing.T) {
 	}()
 	<-syncing
 	if e, _ := l.End(id); e.Durable != 0 {
-		t.Errorf("it shows %d before the sync", e.Durable)
+		t.Errorf("Durable is %d before the sync", e.Durable)
 	}
 	if frames, _, err := l.Read(id, 1, 1000); err != nil || len(frames) > 0 {
 		t.Errorf("read before the sync: %d bytes, %v", len(frames), err)
 	}
 	cancel()
 	if err := <-answer; !errors.Is(err, ErrUncertain) || !errors.Is(err, context.Canceled) {
-		t.Errorf("answered %v", err)
+		t.Errorf("Append returned %v", err)
 	}
 	d.failing(nil)
 	close(release)
@@ -181,8 +181,8 @@ func TestCallerGoesAway(t *testing.T) {
 	}
 }
 
-// While one batch is on its way a bounded number wait, and all of them share syncs.
-func TestManyShareASync(t *testing.T) {
+// Appends that wait while a batch is being written share the next syncs.
+func TestAppendsShareSyncs(t *testing.T) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	l, err := open(o, d)
 	if err != nil {
@@ -257,20 +257,20 @@ func TestQueueIsBounded(t *testing.T) {
 	}
 	for range maxBatches {
 		if q.next() == nil {
-			t.Fatal("what was queued was forgotten")
+			t.Fatal("a queued batch was lost")
 		}
 	}
 	if q.next() != nil {
-		t.Fatal("more than there was")
+		t.Fatal("next returned more batches than were queued")
 	}
 }
 
-func TestFreezeWritesWhatIsQueued(t *testing.T) {
+func TestFreezeWritesQueuedRecords(t *testing.T) {
 	l := mustOpen(t, testOptions(t.TempDir()))
 	id := streamOf(1)
 	mustCreate(t, l, id)
 	if e, _ := l.End(id); !e.Own {
-		t.Fatal("not own")
+		t.Fatal("Own is false")
 	}
 	mustAppend(t, l, id, started(1, ""))
 	if err := l.Freeze(id); err != nil {
@@ -284,7 +284,7 @@ func TestFreezeWritesWhatIsQueued(t *testing.T) {
 	}
 }
 
-func TestRefusals(t *testing.T) {
+func TestInvalidCallsAreRefused(t *testing.T) {
 	ctx := context.Background()
 	l := mustOpen(t, testOptions(t.TempDir()))
 	id := streamOf(1)
@@ -344,18 +344,18 @@ func TestRefusals(t *testing.T) {
 	mustClose(t, l)
 	mustClose(t, l)
 	if err := read(id, 1); !errors.Is(err, ErrClosed) {
-		t.Errorf("read after the close: %v", err)
+		t.Errorf("read after Close: %v", err)
 	}
 	if err := answer(l.Append(ctx, id, []Record{started(1, "")})); !errors.Is(err, ErrClosed) {
-		t.Errorf("append after the close: %v", err)
+		t.Errorf("append after Close: %v", err)
 	}
 	if err := answer(l.Receive(ctx, copied, frame(3))); !errors.Is(err, ErrClosed) {
-		t.Errorf("receive after the close: %v", err)
+		t.Errorf("receive after Close: %v", err)
 	}
 }
 
 func TestTooManyStreams(t *testing.T) {
-	l, err := open(testOptions(t.TempDir()), newFaultDisk()) // which syncs no directories
+	l, err := open(testOptions(t.TempDir()), newFaultDisk()) // it does not sync directories
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,12 +374,12 @@ func TestTooManyStreams(t *testing.T) {
 	if err := l.Create(context.Background(), streamOf(1)); !errors.Is(err, ErrTooManyStreams) {
 		t.Fatal(err)
 	}
-	if n := len(l.actives.order); n > maxActive {
+	if n := len(l.openSegs.order); n > maxActive {
 		t.Fatalf("%d files are open", n)
 	}
 }
 
-// After a snapshot a copy begins in the middle; what was there before goes.
+// After a snapshot a copy begins in the middle; older records are removed.
 func TestReceiveFrom(t *testing.T) {
 	ctx := context.Background()
 	o := testOptions(t.TempDir())
@@ -424,7 +424,7 @@ func TestReceiveFrom(t *testing.T) {
 		if _, _, err := l.Read(copied, 10, 1000); !errors.Is(err, ErrTrimmed) {
 			t.Fatal(err)
 		}
-		// An overlap that reaches back behind the beginning.
+		// Records from before the copy's beginning are skipped.
 		if d, err := l.Receive(ctx, copied, frames(90, 105)); d != 110 || err != nil {
 			t.Fatal(d, err)
 		}
@@ -433,8 +433,8 @@ func TestReceiveFrom(t *testing.T) {
 	}
 }
 
-// A crash between the new beginning and the end of the old segments.
-func TestReceiveFromCutShort(t *testing.T) {
+// A crash after the new first segment was created, before the old ones were removed.
+func TestReceiveFromInterruptedByACrash(t *testing.T) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	l, err := open(o, d)
 	if err != nil {
@@ -459,7 +459,7 @@ func TestReceiveFromCutShort(t *testing.T) {
 	}
 }
 
-// Beyond the budget the oldest segments go, of what is applied.
+// Over budget the oldest segments are removed if they are applied.
 func TestShrink(t *testing.T) {
 	o := testOptions(t.TempDir())
 	o.SegmentBytes, o.BudgetBytes = 1000, 6000
@@ -474,8 +474,8 @@ func TestShrink(t *testing.T) {
 		mustAppend(t, l, b, started(1, strings.Repeat("x", 100)))
 	}
 	none, err := l.Shrink(func(Stream) uint64 { return 0 })
-	if err != nil || len(none) > 0 || l.Bytes() <= o.BudgetBytes {
-		t.Fatalf("%v trimmed without being applied, %d bytes: %v", none, l.Bytes(), err)
+	if err != nil || len(none) > 0 || l.bytes.Load() <= o.BudgetBytes {
+		t.Fatalf("%v trimmed without being applied, %d bytes: %v", none, l.bytes.Load(), err)
 	}
 	got, err := l.Shrink(func(id Stream) uint64 {
 		if id == a {
@@ -483,23 +483,23 @@ func TestShrink(t *testing.T) {
 		}
 		return 1000
 	})
-	if err != nil || l.Bytes() > o.BudgetBytes {
-		t.Fatalf("%d bytes left: %v", l.Bytes(), err)
+	if err != nil || l.bytes.Load() > o.BudgetBytes {
+		t.Fatalf("%d bytes left: %v", l.bytes.Load(), err)
 	}
 	ea, _ := l.End(a)
 	if got[a] != ea.First || ea.First > 31 || ea.First < 2 {
 		t.Fatalf("%v, %+v", got, ea)
 	}
-	before := l.Bytes()
+	before := l.bytes.Load()
 	mustClose(t, l)
 	l = mustOpen(t, o)
-	if l.Bytes() != before {
-		t.Fatalf("%d bytes, before %d", l.Bytes(), before)
+	if l.bytes.Load() != before {
+		t.Fatalf("%d bytes, before %d", l.bytes.Load(), before)
 	}
 }
 
-// A live tail is read from memory.
-func TestTailNeedsNoDisk(t *testing.T) {
+// The end of a stream is read from memory.
+func TestTailIsReadFromMemory(t *testing.T) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	l, err := open(o, d)
 	if err != nil {
@@ -518,7 +518,7 @@ func TestTailNeedsNoDisk(t *testing.T) {
 }
 
 func TestTailsAreBounded(t *testing.T) {
-	ts := tails{limit: 1000, of: map[Stream][]*chunk{}}
+	ts := tails{limit: 1000, chunks: map[Stream][]*chunk{}}
 	for i := range uint64(100) {
 		r := copiedRecord(i + 1)
 		r.Payload = make([]byte, 100)
@@ -530,7 +530,7 @@ func TestTailsAreBounded(t *testing.T) {
 			}
 			ts.add(r.Stream, r.Seq, r.Seq, frame)
 			if ts.held > ts.limit {
-				t.Fatalf("%d bytes are held", ts.held)
+				t.Fatalf("%d bytes are cached", ts.held)
 			}
 		}
 		if i == 50 {
@@ -538,16 +538,16 @@ func TestTailsAreBounded(t *testing.T) {
 		}
 	}
 	if _, next, ok := ts.read(streamOf(0), 100, 10); !ok || next != 101 {
-		t.Fatalf("the last one is not there: %v %d", ok, next)
+		t.Fatalf("the last batch is not cached: %v %d", ok, next)
 	}
 	if _, _, ok := ts.read(streamOf(0), 3, 10); ok {
-		t.Fatal("an old one is there")
+		t.Fatal("an old batch is still cached")
 	}
 	for n := range byte(3) {
 		ts.drop(streamOf(n))
 	}
-	if ts.held != 0 || len(ts.of) != 0 {
-		t.Fatalf("%d bytes are held of nothing", ts.held)
+	if ts.held != 0 || len(ts.chunks) != 0 {
+		t.Fatalf("%d bytes are accounted for, but nothing is cached", ts.held)
 	}
 }
 

@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// Trim lets go of the records below keepFrom, by whole segments: the last one
-// stays always.
+// Trim removes the records below keepFrom, by whole segments. The last segment always
+// stays.
 func (l *Log) Trim(id Stream, keepFrom uint64) error {
 	s, err := l.find(id)
 	if err != nil {
@@ -35,16 +35,15 @@ func (l *Log) Trim(id Stream, keepFrom uint64) error {
 	if n == 0 {
 		return nil
 	}
-	l.moved.give()
+	l.changed.notify()
 	if err := l.removeSegments(s, old); err != nil {
 		return l.setFailed("trim "+s.id.String(), err)
 	}
 	return nil
 }
 
-// removeSegments deletes files that are no part of the stream any more, the
-// oldest first and each durably: a hole that a crash leaves would look like
-// damage.
+// removeSegments deletes files that are no longer part of the stream, the oldest first and
+// each durably: a hole left by a crash would look like damage.
 func (l *Log) removeSegments(s *stream, old []*segment) error {
 	for _, g := range old {
 		if err := l.disk.remove(g.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -59,21 +58,17 @@ func (l *Log) removeSegments(s *stream, old []*segment) error {
 	return nil
 }
 
-// Bytes is what all segments take on the disk.
-func (l *Log) Bytes() int64 { return l.bytes.Load() }
-
-// Shrink brings the log back within BudgetBytes, if it can: it trims the segments
-// with the oldest records first, those of which applied says that all is in the
-// own table: the highest seq of the stream that is, durably. Who still
-// lacks them needs a snapshot. It gives the streams that it trimmed, with what
-// they begin with now.
+// Shrink brings the log back within BudgetBytes, if possible. It trims the segments with
+// the oldest records first, as long as they are applied: applied returns the last record
+// of a stream that is durable in the own table. Peers that lack the trimmed records need a
+// snapshot. It returns the streams that were trimmed, with their new first records.
 func (l *Log) Shrink(applied func(Stream) uint64) (map[Stream]uint64, error) {
 	trimmed := map[Stream]uint64{}
 	for l.bytes.Load() > l.o.BudgetBytes {
 		if err := l.usable(); err != nil {
 			return trimmed, err
 		}
-		oldest, ok := l.oldest(applied)
+		oldest, ok := l.oldestTrimmable(applied)
 		if !ok {
 			break
 		}
@@ -82,32 +77,32 @@ func (l *Log) Shrink(applied func(Stream) uint64) (map[Stream]uint64, error) {
 			return trimmed, err
 		}
 		trimmed[oldest.stream] = upTo + 1
-		l.log.Warn("journal beyond its budget; a segment is gone that not everybody may have",
+		l.log.Warn("journal over budget: removed a segment that some nodes may not have received",
 			"stream", oldest.stream.String(), "up_to", upTo)
 	}
 	return trimmed, nil
 }
 
-// beginning is the first segment of a stream.
-type beginning struct {
+// oldestSegment is the first segment of a stream.
+type oldestSegment struct {
 	stream Stream
 	last   uint64
 	clock  Clock
 }
 
-// oldest gives the segment with the oldest records of those that may be trimmed.
-func (l *Log) oldest(applied func(Stream) uint64) (best beginning, ok bool) {
-	var all []beginning
+// oldestTrimmable returns the segment with the oldest records that may be trimmed.
+func (l *Log) oldestTrimmable(applied func(Stream) uint64) (best oldestSegment, ok bool) {
+	var all []oldestSegment
 	l.mu.RLock()
 	for _, s := range l.streams {
 		s.mu.Lock()
 		if g := s.segments[0]; len(s.segments) > 1 {
-			all = append(all, beginning{s.id, g.last, g.clock})
+			all = append(all, oldestSegment{s.id, g.last, g.clock})
 		}
 		s.mu.Unlock()
 	}
 	l.mu.RUnlock()
-	// Asked without a lock: the table may be asking us.
+	// Call applied without a lock: the table may be calling this log.
 	for _, b := range all {
 		if b.last <= applied(b.stream) && (!ok || b.clock < best.clock) {
 			best, ok = b, true
@@ -116,13 +111,13 @@ func (l *Log) oldest(applied func(Stream) uint64) (best beginning, ok bool) {
 	return best, ok
 }
 
-// droppedPrefix begins the name of a stream's directory that is being deleted.
+// droppedPrefix begins the name of a stream's directory while that is being deleted.
 const droppedPrefix = ".dropped-"
 
-// Drop deletes a stream. Who asks for it afterwards gets ErrNoStream.
+// Drop deletes a stream. Later calls for it return ErrNoStream.
 func (l *Log) Drop(id Stream) error {
-	l.making.Lock()
-	defer l.making.Unlock()
+	l.creating.Lock()
+	defer l.creating.Unlock()
 	s, err := l.find(id)
 	if err != nil {
 		return err
@@ -150,7 +145,7 @@ func (l *Log) removeStream(s *stream) error {
 	if err := l.closeActive(s); err != nil {
 		return err
 	}
-	// Away with the name first: half a stream would look damaged.
+	// Rename first: a half-deleted stream would look damaged.
 	parent := filepath.Dir(s.dir)
 	aside := filepath.Join(parent, droppedPrefix+s.id.Incarnation.String())
 	if err := os.RemoveAll(aside); err != nil {
@@ -162,19 +157,19 @@ func (l *Log) removeStream(s *stream) error {
 	if err := l.disk.syncDir(parent); err != nil {
 		return err
 	}
-	// And with what is known of it, should a stream of this name ever come again.
-	if err := l.marks.free(s); err != nil {
+	// Clear its watermark and checkpoint too, in case a stream of this name is created again.
+	if err := l.watermarks.free(s); err != nil {
 		return err
 	}
 	l.mu.Lock()
 	delete(l.streams, s.id)
 	rest := l.all()
 	l.mu.Unlock()
-	if err := l.settle(rest); err != nil {
+	if err := l.writeCheckpoint(rest); err != nil {
 		return err
 	}
 	l.tails.drop(s.id)
-	l.moved.give()
+	l.changed.notify()
 	s.mu.Lock()
 	for _, g := range s.segments {
 		l.segments.Add(-1)

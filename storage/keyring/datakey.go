@@ -9,20 +9,20 @@ import (
 	"log/slog"
 )
 
-// KeyID names a data key. It is derived from the key and says nothing about
-// it. The zero value is no key.
+// KeyID names a data key. It is derived from the key but does not reveal it. The
+// zero value is no key.
 type KeyID [keyIDSize]byte
 
-// String is the id in 16 hex digits.
+// String returns the id as 16 hex digits.
 func (id KeyID) String() string { return hex.EncodeToString(id[:]) }
 
-// IsZero reports whether this is no key.
+// IsZero reports whether the id names no key.
 func (id KeyID) IsZero() bool { return id == KeyID{} }
 
-// MarshalText writes the id in hex, also as a key of a JSON object.
+// MarshalText encodes the id in hex, also as the key of a JSON object.
 func (id KeyID) MarshalText() ([]byte, error) { return hex.AppendEncode(nil, id[:]), nil }
 
-// UnmarshalText reads what MarshalText wrote.
+// UnmarshalText decodes what MarshalText encoded.
 func (id *KeyID) UnmarshalText(text []byte) error {
 	parsed, err := ParseKeyID(string(text))
 	if err != nil {
@@ -32,7 +32,7 @@ func (id *KeyID) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// ParseKeyID reads 16 hex digits.
+// ParseKeyID parses 16 hex digits.
 func ParseKeyID(text string) (KeyID, error) {
 	var id KeyID
 	b, err := hex.DecodeString(text)
@@ -43,20 +43,20 @@ func ParseKeyID(text string) (KeyID, error) {
 	return id, nil
 }
 
-// Kind says what a data key is for.
+// Kind is the purpose of a data key.
 type Kind string
 
 // The kinds of data keys.
 const (
 	// KindSeal encrypts records. It is rotated.
 	KindSeal Kind = "seal"
-	// KindMAC makes ids and digests that must be the same on every node for
-	// ever. There is one, and it is never rotated.
+	// KindMAC makes ids and digests that must stay the same on every node. There is
+	// one such key, and it is never rotated.
 	KindMAC Kind = "mac"
 )
 
-// DataKey is an opened data key. It prints as "[data key <id>]" wherever it is
-// printed; Wrap is the only way out. The zero value is no key.
+// DataKey is an opened data key. It prints as "[data key <id>]" in every format;
+// only Wrap gives access to it. The zero value is no key.
 type DataKey struct {
 	id       KeyID
 	kind     Kind
@@ -92,19 +92,19 @@ func DataKeyFrom(kind Kind, material []byte) (DataKey, error) {
 	return k, nil
 }
 
-// ID names the key.
+// ID returns the key's id.
 func (k DataKey) ID() KeyID { return k.id }
 
-// Kind says what the key is for.
+// Kind returns the key's purpose.
 func (k DataKey) Kind() Kind { return k.kind }
 
-// String names the key without showing it.
+// String returns the id, not the key.
 func (k DataKey) String() string { return "[data key " + k.id.String() + "]" }
 
-// GoString is String.
+// GoString is the same as String.
 func (k DataKey) GoString() string { return k.String() }
 
-// LogValue is String.
+// LogValue is the same as String.
 func (k DataKey) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
 // Both purposes end in a version; see subkey.
@@ -113,7 +113,7 @@ const (
 	fingerprintPurpose = "dsnode operator key fingerprint v1"
 )
 
-// Wrap seals the key with the operator's key, for this cluster alone.
+// Wrap seals the key with the operator's key, for this cluster only.
 func (k DataKey) Wrap(op OperatorKey, clusterID string) ([]byte, error) {
 	s, err := op.sealer(wrapPurpose)
 	if err != nil {
@@ -122,7 +122,7 @@ func (k DataKey) Wrap(op OperatorKey, clusterID string) ([]byte, error) {
 	return s.Seal(nil, k.material[:], wrapPlace(clusterID, k.id, k.kind)), nil
 }
 
-// UnwrapDataKey opens what Wrap made. The error is ErrWrongOperatorKey,
+// UnwrapDataKey opens what Wrap sealed. The error wraps ErrWrongOperatorKey,
 // ErrDamaged, ErrNewerFormat or ErrNoOperatorKey.
 func UnwrapDataKey(op OperatorKey, clusterID string, id KeyID, kind Kind, wrapped []byte) (DataKey, error) {
 	s, err := op.sealer(wrapPurpose)
@@ -146,15 +146,12 @@ func UnwrapDataKey(op OperatorKey, clusterID string, id KeyID, kind Kind, wrappe
 	return k, nil
 }
 
-// WrappedSize is the length of every wrapped data key in bytes.
-const WrappedSize = keySize + Overhead
-
 func wrapPlace(clusterID string, id KeyID, kind Kind) []byte {
 	return appendParts(nil, []byte("dsnode data key"), []byte(clusterID), id[:], []byte(kind))
 }
 
-// Fingerprint names an operator key: 16 hex digits that are derived from the
-// key and say nothing about it. "" for no key.
+// Fingerprint returns 16 hex digits that identify an operator key but do not reveal
+// it; "" for no key.
 func (k OperatorKey) Fingerprint() string {
 	if !k.set {
 		return ""
@@ -166,8 +163,8 @@ func (k OperatorKey) Fingerprint() string {
 	return hex.EncodeToString(b)
 }
 
-// appendParts joins parts so that no two lists of parts look alike: each is
-// preceded by its length.
+// appendParts joins parts, each preceded by its length, so that two different
+// lists of parts never give the same bytes.
 func appendParts(dst []byte, parts ...[]byte) []byte {
 	for _, p := range parts {
 		dst = binary.BigEndian.AppendUint64(dst, uint64(len(p)))

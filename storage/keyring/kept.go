@@ -11,26 +11,26 @@ import (
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
-// KeptFile is the file's name inside the data directory.
+// KeptFile is the name of the file in the data directory.
 const KeptFile = "data.keys"
 
 // The file is
 //
 //	"DSDATKEY" (8) | format (1) | sealed JSON
 //
-// sealed with the node's own key, so that it opens whatever becomes of the
-// operator's key meanwhile.
+// sealed with the node's own key, so that it can be opened even if the operator's
+// key changes.
 const (
 	keptMagic  = "DSDATKEY"
 	keptFormat = 1
-	// Far above maxRing keys.
+	// Far more than maxRing keys need.
 	maxKept = 64 << 10
 )
 
-// Kept is what a node remembers of the agreed data keys from one run to the
-// next. It needs no quorum to open its records again, and it never goes back:
-// while it replays its log it would else take a key for the current one that the
-// cluster has given up since.
+// Kept is what a node stores of the agreed data keys for its next run. With it the
+// node can open its records without a quorum. It also never goes back to a key
+// that the cluster has retired: while it replays its Raft log, it would otherwise
+// take such a key for the current one.
 type Kept struct {
 	ClusterID string
 	// Generation and Version order two lists; see cluster.State.
@@ -52,8 +52,8 @@ type keptKeyJSON struct {
 	Material []byte `json:"material"`
 }
 
-// ReadKept gives what WriteKept kept; the zero Kept when there is none yet. The
-// error is ErrWrongKey, ErrDamaged, ErrNewerFormat or what the file system said.
+// ReadKept returns what WriteKept stored; the zero Kept when there is no file. The
+// error wraps ErrWrongKey, ErrDamaged, ErrNewerFormat or is one of the file system.
 func ReadKept(dir string, s Sealer) (Kept, error) {
 	path := filepath.Join(dir, KeptFile)
 	info, err := os.Stat(path)
@@ -91,8 +91,8 @@ func parseKept(b []byte, s Sealer) (Kept, error) {
 	}
 	var j keptJSON
 	if err := json.Unmarshal(text, &j); err != nil {
-		// Its words could hold a piece of a key.
-		return Kept{}, fmt.Errorf("%w: what was sealed can't be read", ErrDamaged)
+		// Don't include err: its text could contain a part of a key.
+		return Kept{}, fmt.Errorf("%w: the sealed content is not JSON", ErrDamaged)
 	}
 	k := Kept{ClusterID: j.ClusterID, Generation: j.Generation, Version: j.Version, Current: j.Current}
 	for _, one := range j.Keys {
@@ -105,7 +105,7 @@ func parseKept(b []byte, s Sealer) (Kept, error) {
 	return k, nil
 }
 
-// WriteKept replaces what is kept; it is durable when it returns.
+// WriteKept replaces the stored keys, durably.
 func WriteKept(dir string, s Sealer, k Kept) error {
 	j := keptJSON{ClusterID: k.ClusterID, Generation: k.Generation, Version: k.Version, Current: k.Current}
 	for _, key := range k.Keys {

@@ -11,11 +11,11 @@ import (
 	"testing"
 )
 
-func TestKeptKeysComeBack(t *testing.T) {
+func TestKeptKeysRoundTrip(t *testing.T) {
 	dir, s := t.TempDir(), newTestSealer(t, 1)
 	got, err := ReadKept(dir, s)
 	if err != nil || !reflect.DeepEqual(got, Kept{}) {
-		t.Fatalf("nothing yet: %+v, %v", got, err)
+		t.Fatalf("without a file: %+v, %v", got, err)
 	}
 	seal := NewDataKey(KindSeal)
 	for _, want := range []Kept{
@@ -39,7 +39,7 @@ func TestKeptKeysComeBack(t *testing.T) {
 	}
 }
 
-func TestKeptKeysAreNotInClearAndDamageIsSeen(t *testing.T) {
+func TestKeptKeysAreSealedAndDamageIsDetected(t *testing.T) {
 	dir, s := t.TempDir(), newTestSealer(t, 1)
 	k := NewDataKey(KindSeal)
 	if err := WriteKept(dir, s, Kept{ClusterID: "c1", Current: k.ID(), Keys: []DataKey{k}}); err != nil {
@@ -54,7 +54,7 @@ func TestKeptKeysAreNotInClearAndDamageIsSeen(t *testing.T) {
 		k.material[:], []byte(hex.EncodeToString(k.material[:])), []byte(base64.StdEncoding.EncodeToString(k.material[:])),
 	} {
 		if bytes.Contains(good, secret) {
-			t.Fatal("a key stands in clear")
+			t.Fatal("the file contains a key as plaintext")
 		}
 	}
 	for at := range good {
@@ -84,11 +84,11 @@ func FuzzParseKept(f *testing.F) {
 	f.Add([]byte(`{"current":"zz"}`))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		// Raw bytes, and the same bytes as what was sealed.
+		// The raw bytes as a file, and as the sealed content of one.
 		for _, b := range [][]byte{b, sealed(string(b))} {
 			k, err := parseKept(b, s)
 			if err != nil && len(k.Keys) > 0 {
-				t.Fatal("keys with an error")
+				t.Fatal("both keys and an error were returned")
 			}
 		}
 	})

@@ -22,7 +22,7 @@ func newTestSealer(t testing.TB, seed byte) Sealer {
 	return s
 }
 
-func TestSealedBytesOpenOnlyWithTheSameKeyAndPlace(t *testing.T) {
+func TestOpenNeedsTheSameKeyAndPlace(t *testing.T) {
 	a, b := newTestSealer(t, 1), newTestSealer(t, 2)
 	rapid.Check(t, func(t *rapid.T) {
 		plain := rapid.SliceOf(rapid.Byte()).Draw(t, "plain")
@@ -30,11 +30,11 @@ func TestSealedBytesOpenOnlyWithTheSameKeyAndPlace(t *testing.T) {
 		prefix := rapid.SliceOf(rapid.Byte()).Draw(t, "prefix")
 		sealed := a.Seal(bytes.Clone(prefix), plain, aad)
 		if !bytes.HasPrefix(sealed, prefix) {
-			t.Fatal("Seal changed what was in dst")
+			t.Fatal("Seal changed the bytes before it in dst")
 		}
 		sealed = sealed[len(prefix):]
 		if len(sealed) != len(plain)+Overhead {
-			t.Fatalf("sealed has %d bytes for %d", len(sealed), len(plain))
+			t.Fatalf("%d bytes were sealed as %d", len(plain), len(sealed))
 		}
 		before := bytes.Clone(sealed)
 		got, err := a.Open(bytes.Clone(prefix), sealed, aad)
@@ -42,7 +42,7 @@ func TestSealedBytesOpenOnlyWithTheSameKeyAndPlace(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, append(bytes.Clone(prefix), plain...)) {
-			t.Fatal("opened to something else")
+			t.Fatal("Open returned different bytes")
 		}
 		if !bytes.Equal(before, sealed) {
 			t.Fatal("Open changed the sealed bytes")
@@ -84,7 +84,7 @@ func TestSealNeverRepeatsANonce(t *testing.T) {
 func TestKeyMaterialMustBe32Bytes(t *testing.T) {
 	for _, n := range []int{0, 16, 31, 33} {
 		if _, err := NewSealer(make([]byte, n)); err == nil {
-			t.Errorf("%d bytes were taken", n)
+			t.Errorf("%d bytes were accepted", n)
 		}
 	}
 }
@@ -112,7 +112,7 @@ func TestOperatorKeyForms(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 		if text != "" && err != nil && strings.Contains(err.Error(), text) {
-			t.Errorf("the error repeats the secret: %v", err)
+			t.Errorf("the error contains the secret: %v", err)
 		}
 	}
 }
@@ -146,7 +146,7 @@ func TestLoadOperatorKey(t *testing.T) {
 		{"absent file", KeyRef{File: filepath.Join(dir, "none")}, ErrNoOperatorKey},
 		{"unset variable", KeyRef{Env: "DSNODE_TEST_UNSET"}, ErrNoOperatorKey},
 		{"empty variable", KeyRef{Env: "DSNODE_TEST_EMPTY"}, ErrNoOperatorKey},
-		{"nothing", KeyRef{}, ErrNoOperatorKey},
+		{"neither", KeyRef{}, ErrNoOperatorKey},
 		{"both", KeyRef{Env: "DSNODE_TEST_KEY", File: filepath.Join(dir, "a")}, ErrNoOperatorKey},
 		{"garbage", KeyRef{File: file("f", 0o600, "hello")}, ErrBadOperatorKey},
 		{"huge", KeyRef{File: file("g", 0o600, strings.Repeat("A", 1<<16))}, ErrBadOperatorKey},
@@ -162,27 +162,9 @@ func TestLoadOperatorKey(t *testing.T) {
 				t.Fatal("loaded another key")
 			}
 			if err != nil && strings.Contains(err.Error(), k.Encode()) {
-				t.Fatalf("the error holds the key: %v", err)
+				t.Fatalf("the error contains the key: %v", err)
 			}
 		})
-	}
-}
-
-func TestWriteOperatorKeyIsPrivateAndReplacesNothing(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "operator.key")
-	k := GenerateOperatorKey()
-	if err := WriteOperatorKey(path, k); err != nil {
-		t.Fatal(err)
-	}
-	got, err := LoadOperatorKey(KeyRef{File: path})
-	if err != nil || got != k {
-		t.Fatalf("read back: %v", err)
-	}
-	if err := WriteOperatorKey(path, GenerateOperatorKey()); !errors.Is(err, os.ErrExist) {
-		t.Fatalf("replaced an existing key: %v", err)
-	}
-	if err := WriteOperatorKey(path+"2", OperatorKey{}); !errors.Is(err, ErrNoOperatorKey) {
-		t.Fatalf("wrote the zero key: %v", err)
 	}
 }
 
@@ -212,11 +194,11 @@ func mustNodeKey(t *testing.T, dir string, op OperatorKey) Sealer {
 func wantOpens(t *testing.T, s Sealer, sealed []byte) {
 	t.Helper()
 	if _, err := s.Open(nil, sealed, nil); err != nil {
-		t.Fatalf("what the node sealed earlier does not open: %v", err)
+		t.Fatalf("opening what the node sealed earlier: %v", err)
 	}
 }
 
-func TestNodeKeyLives(t *testing.T) {
+func TestNodeKeyIsMadeReadAndRewrapped(t *testing.T) {
 	dir := t.TempDir()
 	op, other := GenerateOperatorKey(), GenerateOperatorKey()
 	sealed := mustNodeKey(t, dir, op).Seal(nil, []byte("x"), nil)
@@ -246,11 +228,11 @@ func TestNodeKeyLives(t *testing.T) {
 		t.Fatalf("the old operator key still opens it: %v", err)
 	}
 	if err := RewrapNodeKey(t.TempDir(), op, other); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("rewrap of nothing: %v", err)
+		t.Fatalf("rewrap without a node key: %v", err)
 	}
 }
 
-func TestNodeKeyFileLeftByACrashIsReplaced(t *testing.T) {
+func TestTemporaryNodeKeyFileIsReplaced(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, NodeKeyFile+".new"), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
@@ -262,7 +244,7 @@ func TestNodeKeyFileLeftByACrashIsReplaced(t *testing.T) {
 	}
 }
 
-func TestNoKeyInClearOnDisk(t *testing.T) {
+func TestNodeKeyFileHasNoPlaintextKey(t *testing.T) {
 	dir := t.TempDir()
 	op := GenerateOperatorKey()
 	mustNodeKey(t, dir, op)
@@ -276,12 +258,12 @@ func TestNoKeyInClearOnDisk(t *testing.T) {
 	}
 	for _, secret := range [][]byte{material, op.material[:], []byte(op.Encode())} {
 		if bytes.Contains(b, secret) {
-			t.Fatal("a key stands in clear in node.key")
+			t.Fatal("node.key contains a key as plaintext")
 		}
 	}
 }
 
-func TestDamagedNodeKeyIsNeverTakenForAWrongOperatorKey(t *testing.T) {
+func TestDamagedNodeKeyIsNotAWrongOperatorKey(t *testing.T) {
 	dir := t.TempDir()
 	op := GenerateOperatorKey()
 	mustNodeKey(t, dir, op)
@@ -319,7 +301,7 @@ func FuzzOpenSealed(f *testing.F) {
 		plain, err := s.Open(nil, sealed, aad)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrWrongKey) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("unnamed error %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}
@@ -343,7 +325,7 @@ func FuzzParseNodeKey(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		wrapped, err := parseNodeKey(b)
 		if err == nil && len(wrapped) != keySize+Overhead {
-			t.Fatalf("took a key of %d bytes", len(wrapped))
+			t.Fatalf("a key of %d bytes was accepted", len(wrapped))
 		}
 	})
 }

@@ -8,9 +8,10 @@ import (
 	"sync"
 )
 
-// MAC computes HMAC-SHA-256 under a subkey of the cluster's MAC key. It gives
-// the same sums on every node for ever, whatever is rotated: ids, digests, cache
-// keys. It is safe for many goroutines; make one per purpose and keep it.
+// MAC computes HMAC-SHA-256 under a subkey of the cluster's MAC key, for ids,
+// digests and cache keys. The sums are the same on every node and never change,
+// because the MAC key is not rotated. It is safe for concurrent use; make one per
+// purpose and keep it.
 type MAC struct {
 	states sync.Pool // of *macState
 }
@@ -18,11 +19,11 @@ type MAC struct {
 type macState struct {
 	h    hash.Hash
 	size [8]byte
-	sum  [sha256.Size]byte // here, because what an interface is given escapes
+	sum  [sha256.Size]byte // a field, because arguments of interface methods escape
 }
 
-// MAC gives the function for one purpose; a purpose ends in a version. The error
-// is ErrNoDataKey while the cluster has no MAC key in use.
+// MAC returns the MAC for one purpose; a purpose ends in a version. The error is
+// ErrNoDataKey while the cluster has no MAC key in use.
 func (r *Ring) MAC(purpose string) (*MAC, error) {
 	key := r.held.Load().mac
 	if key == nil {
@@ -37,8 +38,8 @@ func (r *Ring) MAC(purpose string) (*MAC, error) {
 	return m, nil
 }
 
-// Sum is over the parts and their lengths: no two lists of parts have the same
-// input.
+// Sum covers the parts and their lengths: two different lists of parts never have
+// the same input.
 func (m *MAC) Sum(parts ...[]byte) [sha256.Size]byte {
 	s := m.states.Get().(*macState) //nolint:forcetypeassert // New above is the only source
 	defer m.states.Put(s)

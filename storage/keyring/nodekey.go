@@ -13,15 +13,15 @@ import (
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
-// NodeKeyFile is the file's name inside the data directory.
+// NodeKeyFile is the name of the file in the data directory.
 const NodeKeyFile = "node.key"
 
 // The file is
 //
 //	"DSNODKEY" (8) | format (1) | crc32c of what follows (4) | sealed key (69)
 //
-// The checksum tells a damaged file apart from a wrong operator key: the two
-// ask different things of a person.
+// The checksum distinguishes a damaged file from a wrong operator key; an operator
+// has to act differently on the two.
 const (
 	nodeKeyMagic   = "DSNODKEY"
 	nodeKeyFormat  = 1
@@ -31,13 +31,12 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// OpenNodeKey gives the Sealer of this node's own key. On the first start it
-// makes a random key and keeps it in dir/node.key, wrapped with the operator's
-// key and durable before it returns. The directory must exist, and its lock
-// must be held by the caller.
+// OpenNodeKey returns the Sealer of this node's own key. On the first start it
+// makes a random key and stores it durably in dir/node.key, wrapped with the
+// operator's key. The directory must exist, and the caller must hold its lock.
 //
-// Errors are ErrWrongOperatorKey, ErrDamaged, ErrNewerFormat, ErrNoOperatorKey
-// or what the file system said.
+// The error wraps ErrWrongOperatorKey, ErrDamaged, ErrNewerFormat or
+// ErrNoOperatorKey, or is one of the file system.
 func OpenNodeKey(dir string, op OperatorKey) (Sealer, error) {
 	material, err := readNodeKey(dir, op)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -51,9 +50,9 @@ func OpenNodeKey(dir string, op OperatorKey) (Sealer, error) {
 	return NewSealer(material)
 }
 
-// RewrapNodeKey wraps the node's key with another operator key. Either the old
-// or the new file is there afterwards, whatever happens; the node's key itself
-// and all that it sealed stay the same.
+// RewrapNodeKey wraps the node's key with another operator key. After a failure or
+// a crash either the old or the new file exists. The node's key itself and
+// everything that it sealed stay the same.
 func RewrapNodeKey(dir string, from, to OperatorKey) error {
 	material, err := readNodeKey(dir, from)
 	if err != nil {
@@ -78,8 +77,8 @@ func readNodeKey(dir string, op OperatorKey) ([]byte, error) {
 	}
 	material, err := s.Open(nil, wrapped, []byte(nodeKeyMagic))
 	if errors.Is(err, ErrWrongKey) {
-		return nil, fmt.Errorf("%w: %s was made with another one; give this node the operator key it was first started with, "+
-			"or, if that is lost for good, remove the node's data directory and let it join anew", ErrWrongOperatorKey, path)
+		return nil, fmt.Errorf("%w: %s was made with a different operator key; give this node the key it was first started with, "+
+			"or, if it is lost, remove the node's data directory and let the node join again", ErrWrongOperatorKey, path)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
@@ -87,7 +86,7 @@ func readNodeKey(dir string, op OperatorKey) ([]byte, error) {
 	return material, nil
 }
 
-// parseNodeKey checks the file's frame and gives the sealed key in it.
+// parseNodeKey checks the file's format and returns the sealed key.
 func parseNodeKey(b []byte) ([]byte, error) {
 	const at = len(nodeKeyMagic)
 	if len(b) < at+1 || string(b[:at]) != nodeKeyMagic {
@@ -120,17 +119,4 @@ func writeNodeKey(dir string, material []byte, op OperatorKey) error {
 		return fmt.Errorf("write node key: %w", err)
 	}
 	return nil
-}
-
-// writeNew makes a file of mode 0600 that must not exist yet, and syncs it.
-func writeNew(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	return errors.Join(err, f.Close())
 }

@@ -13,15 +13,15 @@ import (
 	"strings"
 )
 
-// OperatorKey is the one secret that a person looks after. It prints as
-// "[operator key]" wherever it is printed; Encode is the only way out.
-// The zero value is no key.
+// OperatorKey is the one secret that an operator keeps. It prints as
+// "[operator key]" in every format; only Encode reveals it. The zero value is no
+// key.
 type OperatorKey struct {
 	material [keySize]byte
 	set      bool
 }
 
-// KeyRef says where an operator key stands: exactly one of the two is set.
+// KeyRef says where to read an operator key; exactly one field is set.
 type KeyRef struct {
 	Env  string // name of an environment variable
 	File string // path
@@ -34,7 +34,7 @@ func (r KeyRef) String() string {
 	return "environment variable " + r.Env
 }
 
-// A key in hex with some white space; more is some other file.
+// A key in hex with some white space fits; a larger file is something else.
 const maxKeyFile = 1024
 
 // GenerateOperatorKey makes a new random key.
@@ -45,10 +45,9 @@ func GenerateOperatorKey() OperatorKey {
 	return k
 }
 
-// LoadOperatorKey reads the key that ref names. The file must belong to its
-// reader alone (mode 0600 or 0400). Errors are ErrNoOperatorKey,
-// ErrBadOperatorKey, ErrKeyFileMode or what the file system said; none of them
-// holds a part of the key.
+// LoadOperatorKey reads the key that ref names. Only its owner may have access to
+// the file (mode 0600 or 0400). Errors are ErrNoOperatorKey, ErrBadOperatorKey,
+// ErrKeyFileMode or of the file system; none contains a part of the key.
 func LoadOperatorKey(ref KeyRef) (OperatorKey, error) {
 	switch {
 	case ref.Env == "" && ref.File == "":
@@ -125,25 +124,16 @@ func ParseOperatorKey(text string) (OperatorKey, error) {
 	return k, nil
 }
 
-// Encode gives the key in the form that LoadOperatorKey reads.
+// Encode returns the key in the form that LoadOperatorKey reads.
 func (k OperatorKey) Encode() string {
 	return base64.StdEncoding.EncodeToString(k.material[:])
-}
-
-// WriteOperatorKey writes the key to a new file that only its owner can read.
-// An existing file is never replaced.
-func WriteOperatorKey(path string, k OperatorKey) error {
-	if !k.set {
-		return ErrNoOperatorKey
-	}
-	return writeNew(path, []byte(k.Encode()+"\n"))
 }
 
 func (k OperatorKey) String() string       { return "[operator key]" }
 func (k OperatorKey) GoString() string     { return "[operator key]" }
 func (k OperatorKey) LogValue() slog.Value { return slog.StringValue("[operator key]") }
 
-// sealer is the operator key's Sealer for one purpose.
+// sealer returns the operator key's Sealer for one purpose.
 func (k OperatorKey) sealer(purpose string) (Sealer, error) {
 	if !k.set {
 		return nil, ErrNoOperatorKey

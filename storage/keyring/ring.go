@@ -12,21 +12,20 @@ import (
 const maxRing = 64
 
 // Ring holds the data keys that the cluster has agreed on and this node has
-// opened. It is safe for many goroutines; sealing and opening take no lock.
+// opened. It is safe for concurrent use; sealing and opening take no lock.
 //
-// It changes while the process runs: Set is called by the node's wiring, and by
-// nobody else. Those who have to wait for a key, or to re-seal after a rotation,
-// watch Changed.
+// The keys change while the process runs: the node's wiring, and only it, calls
+// Set. Code that waits for a key, or re-seals after a rotation, watches Changed.
 type Ring struct {
 	held atomic.Pointer[heldKeys]
 
-	mu      sync.Mutex // guards changed, and orders Set
+	mu      sync.Mutex // guards changed; serialises Set
 	changed chan struct{}
 }
 
 // heldKeys is immutable once published.
 type heldKeys struct {
-	current *DataKey // nil: none may seal
+	current *DataKey // nil: nothing can be sealed
 	seal    []DataKey
 	mac     *DataKey
 }
@@ -40,16 +39,16 @@ func (h *heldKeys) find(id KeyID) *DataKey {
 	return nil
 }
 
-// NewRing makes an empty ring: until the first Set nothing can be sealed.
+// NewRing makes an empty ring. Nothing can be sealed before the first Set.
 func NewRing() *Ring {
 	r := &Ring{changed: make(chan struct{})}
 	r.held.Store(&heldKeys{})
 	return r
 }
 
-// Set replaces the keys. current is the sealing key for new records, zero while
-// none may be used; the others only open. At most one key is of KindMAC. What is
-// absent can't be opened any more.
+// Set replaces the keys. current is the key that seals new records, zero if none
+// may be used yet; the others only open. At most one key is of KindMAC. Records
+// sealed with a key that is not in the list can no longer be opened.
 func (r *Ring) Set(current KeyID, keys ...DataKey) error {
 	if len(keys) > maxRing {
 		return fmt.Errorf("a ring holds at most %d keys, not %d", maxRing, len(keys))
@@ -88,21 +87,21 @@ func sameKeys(a, b *heldKeys) bool {
 	return same(a.current, b.current) && same(a.mac, b.mac) && slices.Equal(a.seal, b.seal)
 }
 
-// Ready reports whether there are a key to seal with and a MAC key.
+// Ready reports whether the ring has a current sealing key and a MAC key.
 func (r *Ring) Ready() bool {
 	h := r.held.Load()
 	return h.current != nil && h.mac != nil
 }
 
-// Changed is closed at the next change of the keys. Take it before looking at
-// the ring, else a change in between goes unnoticed.
+// Changed is closed at the next change of the keys. Call it before reading the
+// ring, or a change in between goes unnoticed.
 func (r *Ring) Changed() <-chan struct{} {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.changed
 }
 
-// Current names the key that new records are sealed with; false while there is
+// Current returns the id of the key that seals new records; false while there is
 // none.
 func (r *Ring) Current() (KeyID, bool) {
 	if k := r.held.Load().current; k != nil {
@@ -111,7 +110,7 @@ func (r *Ring) Current() (KeyID, bool) {
 	return KeyID{}, false
 }
 
-// Has reports whether records sealed with this key can be opened here.
+// Has reports whether this node can open records sealed with the key.
 func (r *Ring) Has(id KeyID) bool {
 	return r.held.Load().find(id) != nil
 }

@@ -38,10 +38,10 @@ func TestEmptyRingSealsNothing(t *testing.T) {
 		t.Fatalf("mac: %v", err)
 	}
 	if _, ok := r.Current(); ok || r.Ready() {
-		t.Fatal("an empty ring is ready")
+		t.Fatal("Ready is true for an empty ring")
 	}
 	k, mac := NewDataKey(KindSeal), NewDataKey(KindMAC)
-	// Held but not in use: it opens, it does not seal.
+	// A key that is held but not current opens and does not seal.
 	if err := r.Set(KeyID{}, k, mac); err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestEmptyRingSealsNothing(t *testing.T) {
 	}
 }
 
-func TestSetRefusesWhatMakesNoRing(t *testing.T) {
+func TestSetRefusesInvalidKeys(t *testing.T) {
 	k, mac := NewDataKey(KindSeal), NewDataKey(KindMAC)
 	for name, set := range map[string]func(*Ring) error{
 		"absent current": func(r *Ring) error { return r.Set(NewDataKey(KindSeal).ID(), k, mac) },
@@ -68,17 +68,17 @@ func TestSetRefusesWhatMakesNoRing(t *testing.T) {
 		r := NewRing()
 		changed := r.Changed()
 		if set(r) == nil {
-			t.Errorf("%s was taken", name)
+			t.Errorf("%s: accepted", name)
 		}
 		select {
 		case <-changed:
-			t.Errorf("%s: a refused set counts as a change", name)
+			t.Errorf("%s: Changed was closed by a refused Set", name)
 		default:
 		}
 	}
 }
 
-func TestChangedTellsOfEachChangeOnce(t *testing.T) {
+func TestChangedIsClosedOncePerChange(t *testing.T) {
 	r, keys := newTestRing(t, 1)
 	changed := r.Changed()
 	if err := r.Set(keys[1].ID(), keys...); err != nil {
@@ -86,7 +86,7 @@ func TestChangedTellsOfEachChangeOnce(t *testing.T) {
 	}
 	select {
 	case <-changed:
-		t.Fatal("the same keys again are no change")
+		t.Fatal("Changed was closed by a Set of the same keys")
 	default:
 	}
 	k := NewDataKey(KindSeal)
@@ -96,7 +96,7 @@ func TestChangedTellsOfEachChangeOnce(t *testing.T) {
 	<-changed
 }
 
-func TestRotationOpensOldSealsNew(t *testing.T) {
+func TestRotation(t *testing.T) {
 	r, keys := newTestRing(t, 1)
 	s := r.Scope("test v1", []byte("node"))
 	first, err := s.Seal(nil, []byte("old"), []byte("place"))
@@ -115,7 +115,7 @@ func TestRotationOpensOldSealsNew(t *testing.T) {
 		t.Fatal(err)
 	}
 	if id, _ := SealedWith(second); id != next.ID() {
-		t.Fatalf("after the rotation still sealed with %s", id)
+		t.Fatalf("after the rotation records are sealed with %s", id)
 	}
 	for sealed, want := range map[string]string{string(first): "old", string(second): "new"} {
 		got, err := s.Open(nil, []byte(sealed), []byte("place"))
@@ -135,8 +135,8 @@ func TestRotationOpensOldSealsNew(t *testing.T) {
 	}
 }
 
-// A Scoped that lives through many rotations holds no cipher of a dropped key
-// beyond the next derivation.
+// After many rotations a Scoped caches no cipher of a dropped key beyond the next
+// derivation.
 func TestScopedForgetsDroppedKeys(t *testing.T) {
 	r, keys := newTestRing(t, 1)
 	s := r.Scope("test v1")
@@ -149,12 +149,12 @@ func TestScopedForgetsDroppedKeys(t *testing.T) {
 			t.Fatal(err)
 		}
 		if n := len(*s.ciphers.Load()); n != 1 {
-			t.Fatalf("%d ciphers are remembered", n)
+			t.Fatalf("%d ciphers are cached", n)
 		}
 	}
 }
 
-func TestScopedSealsForOnePlaceOnly(t *testing.T) {
+func TestScopedOpenNeedsTheSameScopeAndPlace(t *testing.T) {
 	r, _ := newTestRing(t, 3)
 	s := r.Scope("test v1", []byte("ab"), []byte("c"))
 	others := map[string]Scoped{
@@ -174,7 +174,7 @@ func TestScopedSealsForOnePlaceOnly(t *testing.T) {
 		}
 		sealed = sealed[len(prefix):]
 		if len(sealed) != len(plain)+Overhead {
-			t.Fatalf("sealed has %d bytes for %d", len(sealed), len(plain))
+			t.Fatalf("%d bytes were sealed as %d", len(plain), len(sealed))
 		}
 		before := bytes.Clone(sealed)
 		got, err := s.Open(bytes.Clone(prefix), sealed, aad)
@@ -210,7 +210,7 @@ func TestScopedSealsForOnePlaceOnly(t *testing.T) {
 	})
 }
 
-func TestRingUnderManyGoroutines(t *testing.T) {
+func TestRingConcurrently(t *testing.T) {
 	r, keys := newTestRing(t, 1)
 	s := r.Scope("test v1")
 	stop := make(chan struct{})
@@ -273,21 +273,21 @@ func TestMAC(t *testing.T) {
 	}
 	sum := a.Sum([]byte("tenant"), []byte("key"))
 	if sum != a.Sum([]byte("tenant"), []byte("key")) {
-		t.Fatal("not the same twice")
+		t.Fatal("two sums of the same parts differ")
 	}
 	for name, other := range map[string][32]byte{
 		"joined": a.Sum([]byte("tenantkey")), "split": a.Sum([]byte("tenan"), []byte("tkey")),
 		"more": a.Sum([]byte("tenant"), []byte("key"), nil), "none": a.Sum(),
 	} {
 		if other == sum {
-			t.Errorf("%s parts have the same sum", name)
+			t.Errorf("%s: different parts have the same sum", name)
 		}
 	}
 	b, err := r.MAC("cache v1")
 	if err != nil || b.Sum([]byte("tenant"), []byte("key")) == sum {
 		t.Fatalf("another purpose has the same sum; %v", err)
 	}
-	// Another node, after a rotation.
+	// On another node, after a rotation.
 	other := NewRing()
 	k := NewDataKey(KindSeal)
 	if err := other.Set(k.ID(), k, keys[0]); err != nil {
@@ -295,14 +295,14 @@ func TestMAC(t *testing.T) {
 	}
 	c, err := other.MAC("job id v1")
 	if err != nil || c.Sum([]byte("tenant"), []byte("key")) != sum {
-		t.Fatalf("another node has another sum; %v", err)
+		t.Fatalf("the sum differs on another node; %v", err)
 	}
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
 			for range 200 {
 				if a.Sum([]byte("tenant"), []byte("key")) != sum {
-					t.Error("sums of goroutines mix")
+					t.Error("concurrent sums interfere with each other")
 					return
 				}
 			}
@@ -311,7 +311,7 @@ func TestMAC(t *testing.T) {
 	wg.Wait()
 }
 
-// These values stand in journals and ids for ever.
+// Journals and ids contain these values, so they must never change.
 const (
 	goldenSealed = "02240502f97388482697af17a4e89ac2c98d18eb2b3bcd798d896268465f2f69adde88edeb6f612a72bf"
 	golden       = `240502f973884826 6cb852e7e51f58f5 a8d3265582c5da3235b6460c518cbddbba448051dbe94543e0dff786670597bf "hello" <nil>`
@@ -346,16 +346,16 @@ func TestDerivationsNeverChange(t *testing.T) {
 	}
 }
 
-func TestDataKeysTravelWrapped(t *testing.T) {
+func TestWrapAndUnwrapDataKey(t *testing.T) {
 	op, other := GenerateOperatorKey(), GenerateOperatorKey()
 	for _, kind := range []Kind{KindSeal, KindMAC} {
 		k := NewDataKey(kind)
 		wrapped, err := k.Wrap(op, "cluster")
-		if err != nil || len(wrapped) != WrappedSize {
+		if err != nil || len(wrapped) != keySize+Overhead {
 			t.Fatalf("%d bytes, %v", len(wrapped), err)
 		}
 		if bytes.Contains(wrapped, k.material[:]) {
-			t.Fatal("wrapped in clear")
+			t.Fatal("the wrapped key contains the plaintext key")
 		}
 		got, err := UnwrapDataKey(op, "cluster", k.ID(), kind, wrapped)
 		if err != nil || got != k {
@@ -401,7 +401,7 @@ func TestFingerprintNamesTheOperatorKey(t *testing.T) {
 		t.Fatalf("%q %q", a.Fingerprint(), b.Fingerprint())
 	}
 	if strings.Contains(hex.EncodeToString(a.material[:]), a.Fingerprint()) {
-		t.Fatal("the fingerprint is a piece of the key")
+		t.Fatal("the fingerprint is a part of the key")
 	}
 }
 
@@ -417,7 +417,7 @@ func TestKeyIDText(t *testing.T) {
 	}
 	for _, text := range []string{"", "00", strings.Repeat("0", 17), strings.Repeat("x", 16), strings.Repeat("0", 18)} {
 		if _, err := ParseKeyID(text); err == nil {
-			t.Errorf("%q was taken", text)
+			t.Errorf("%q was accepted", text)
 		}
 	}
 }
@@ -435,7 +435,7 @@ func FuzzScopedOpen(f *testing.F) {
 		plain, err := s.Open(nil, sealed, aad)
 		if err != nil {
 			if !errors.Is(err, ErrDamaged) && !errors.Is(err, ErrUnknownKey) && !errors.Is(err, ErrNewerFormat) {
-				t.Fatalf("unnamed error %v", err)
+				t.Fatalf("unexpected kind of error: %v", err)
 			}
 			return
 		}

@@ -1,10 +1,7 @@
 package keyring
 
 import (
-	"crypto/aes"
 	"crypto/cipher"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"fmt"
 	"slices"
 	"sync/atomic"
@@ -14,18 +11,18 @@ import (
 //
 //	format (1) | id of the data key (8) | nonce (12) | ciphertext | tag (16)
 //
-// that is Overhead more than the plaintext. The cipher's key is a subkey for the
-// purpose and scope; the id is the data key's own, so that progress of
-// re-sealing can be told without deriving anything. Format 1 is a Sealer's.
+// that is, Overhead longer than the plaintext. The cipher's key is a subkey for the
+// purpose and scope. The id is that of the data key itself, so re-sealing can tell
+// old keys without deriving anything. Format 1 is that of a Sealer.
 const scopedFormat = 2
 
-// Scoped seals and opens under one purpose and scope of a Ring, with whatever
-// keys the ring holds at that moment. Copies are the same Scoped; it is safe for
-// many goroutines. Keep it as long as it is needed: it remembers the ciphers it
-// derived, one for each key of the ring.
+// Scoped seals and opens under one purpose and scope of a Ring, with the keys that
+// the ring holds at that moment. Copies share their state; it is safe for
+// concurrent use. Keep and reuse it: it caches the derived ciphers, one for each
+// key of the ring.
 //
-// Nonces are random 96-bit numbers: choose scopes so that one of them seals
-// fewer than 2^32 pieces under one data key.
+// Nonces are random 96-bit numbers: choose scopes so that each seals fewer than
+// 2^32 pieces under one data key.
 type Scoped struct{ *scoped }
 
 type scoped struct {
@@ -39,9 +36,9 @@ type scopedCipher struct {
 	aead cipher.AEAD
 }
 
-// Scope gives the sealer for one purpose, such as "job journal v1" (a purpose
-// ends in a version), and scope, such as a node's name and an incarnation. It is
-// cheap; the ring may still be empty.
+// Scope returns the sealer for one purpose, such as "job journal v1" (a purpose
+// ends in a version), and one scope, such as a node's name and an incarnation. It is
+// cheap. The ring may still be empty.
 func (r *Ring) Scope(purpose string, scope ...[]byte) Scoped {
 	parts := append([][]byte{[]byte(purpose)}, scope...)
 	s := &scoped{ring: r, info: "dsnode data key scope v1 " + string(appendParts(nil, parts...))}
@@ -50,10 +47,9 @@ func (r *Ring) Scope(purpose string, scope ...[]byte) Scoped {
 }
 
 // Seal appends plaintext, sealed with the ring's current key, to dst. aad is the
-// place of the record: opening under another aad fails, so records can't be
-// swapped. plaintext must not overlap dst's free capacity. Nothing is allocated
-// when dst has room for len(plaintext)+Overhead more bytes. The error is
-// ErrNoDataKey.
+// place of the record; opening it under another aad fails, so records can't be
+// swapped. plaintext must not overlap dst's free capacity. Nothing is allocated if
+// dst has room for len(plaintext)+Overhead more bytes. The error is ErrNoDataKey.
 func (s Scoped) Seal(dst, plaintext, aad []byte) ([]byte, error) {
 	key := s.ring.held.Load().current
 	if key == nil {
@@ -69,7 +65,7 @@ func (s Scoped) Seal(dst, plaintext, aad []byte) ([]byte, error) {
 	return aead.Seal(dst, nil, plaintext, aad), nil
 }
 
-// Open appends the plaintext to dst and leaves sealed as it is. The error is
+// Open appends the plaintext to dst and does not change sealed. The error wraps
 // ErrUnknownKey (an UnknownKeyError), ErrDamaged or ErrNewerFormat.
 func (s Scoped) Open(dst, sealed, aad []byte) ([]byte, error) {
 	id, err := SealedWith(sealed)
@@ -86,14 +82,14 @@ func (s Scoped) Open(dst, sealed, aad []byte) ([]byte, error) {
 	}
 	plaintext, err := aead.Open(dst, nil, sealed[headerSize:], aad)
 	if err != nil {
-		// The cipher's own words say nothing more than "authentication failed".
+		// The cipher's error says no more than "authentication failed".
 		return dst, ErrDamaged
 	}
 	return plaintext, nil
 }
 
-// SealedWith names the data key that bytes were sealed with, without opening
-// them. The error is ErrDamaged or ErrNewerFormat.
+// SealedWith returns the id of the data key that sealed the bytes, without opening
+// them. The error wraps ErrDamaged or ErrNewerFormat.
 func SealedWith(sealed []byte) (KeyID, error) {
 	if len(sealed) < Overhead {
 		return KeyID{}, fmt.Errorf("%w: %d bytes are too few", ErrDamaged, len(sealed))
@@ -107,7 +103,7 @@ func SealedWith(sealed []byte) (KeyID, error) {
 	return KeyID(sealed[1:headerSize]), nil
 }
 
-// cipher gives the AEAD of this scope under a key, derived once.
+// cipher returns the AEAD of this scope under a key; it is derived once.
 func (s *scoped) cipher(key *DataKey) (cipher.AEAD, error) {
 	for _, c := range *s.ciphers.Load() {
 		if c.id == key.id {
@@ -118,22 +114,18 @@ func (s *scoped) cipher(key *DataKey) (cipher.AEAD, error) {
 }
 
 func (s *scoped) derive(key *DataKey) (cipher.AEAD, error) {
-	material, err := hkdf.Key(sha256.New, key.material[:], nil, s.info, keySize)
+	material, err := subkey(key.material[:], s.info, keySize)
 	if err != nil {
-		return nil, fmt.Errorf("derive scope: %w", err)
+		return nil, err
 	}
-	block, err := aes.NewCipher(material)
+	aead, err := newAEAD(material)
 	if err != nil {
-		return nil, fmt.Errorf("make cipher: %w", err)
-	}
-	aead, err := cipher.NewGCMWithRandomNonce(block)
-	if err != nil {
-		return nil, fmt.Errorf("make cipher: %w", err)
+		return nil, err
 	}
 	for {
 		old := s.ciphers.Load()
-		// Only keys that the ring still holds: this is the bound. The newest is
-		// first, because it is asked for most.
+		// Keep only the ciphers of keys that the ring still holds, so that their number
+		// is bounded. The newest is first because it is used most.
 		held := s.ring.held.Load()
 		next := []scopedCipher{{key.id, aead}}
 		for _, c := range *old {

@@ -13,30 +13,30 @@ import (
 //
 //	format (1) | key id (8) | nonce (12) | ciphertext | tag (16)
 //
-// The key id tells a wrong key apart from damage. It is derived from the key
-// and says nothing about it.
+// The key id distinguishes a wrong key from damage. It is derived from the key but
+// does not reveal it.
 const (
 	sealedFormat = 1
 	keyIDSize    = 8
 	headerSize   = 1 + keyIDSize
 	keySize      = 32
 
-	// Overhead is how many bytes longer sealed bytes are than the plaintext.
+	// Overhead is the length of sealed bytes minus that of the plaintext.
 	Overhead = headerSize + 12 + 16
 )
 
-// Sealer encrypts and authenticates small pieces of data. It is safe for use
-// by many goroutines.
+// Sealer encrypts and authenticates small pieces of data. It is safe for
+// concurrent use.
 //
-// Nonces are random 96-bit numbers: one key must seal fewer than 2^32 pieces.
-// A node's key seals a few pieces a second and stays far below that for years.
+// Nonces are random 96-bit numbers: one key must seal fewer than 2^32 pieces. A
+// node's key seals a few pieces a second and stays far below that for years.
 type Sealer interface {
-	// Seal appends plaintext, sealed, to dst. aad is the place of the record:
-	// opening under another aad fails, so records can't be swapped.
-	// plaintext must not overlap dst's free capacity.
+	// Seal appends plaintext, sealed, to dst. aad is the place of the record; opening
+	// it under another aad fails, so records can't be swapped. plaintext must not
+	// overlap dst's free capacity.
 	Seal(dst, plaintext, aad []byte) []byte
-	// Open appends the plaintext to dst. The error is ErrWrongKey, ErrDamaged
-	// or ErrNewerFormat. sealed is left as it is.
+	// Open appends the plaintext to dst and does not change sealed. The error wraps
+	// ErrWrongKey, ErrDamaged or ErrNewerFormat.
 	Open(dst, sealed, aad []byte) ([]byte, error)
 }
 
@@ -45,8 +45,8 @@ type sealer struct {
 	aead   cipher.AEAD
 }
 
-// NewSealer makes a Sealer from 32 bytes of key material. The material itself
-// is not used as a key; two subkeys are derived from it.
+// NewSealer makes a Sealer from 32 bytes of key material. It derives two subkeys;
+// the material itself does not encrypt anything.
 func NewSealer(material []byte) (Sealer, error) {
 	if len(material) != keySize {
 		return nil, fmt.Errorf("key material has %d bytes, want %d", len(material), keySize)
@@ -59,13 +59,9 @@ func NewSealer(material []byte) (Sealer, error) {
 	if err != nil {
 		return nil, err
 	}
-	block, err := aes.NewCipher(key)
+	aead, err := newAEAD(key)
 	if err != nil {
-		return nil, fmt.Errorf("make cipher: %w", err)
-	}
-	aead, err := cipher.NewGCMWithRandomNonce(block)
-	if err != nil {
-		return nil, fmt.Errorf("make cipher: %w", err)
+		return nil, err
 	}
 	s := &sealer{aead: aead}
 	s.header[0] = sealedFormat
@@ -90,14 +86,26 @@ func (s *sealer) Open(dst, sealed, aad []byte) ([]byte, error) {
 	}
 	plaintext, err := s.aead.Open(dst, nil, sealed[headerSize:], aad)
 	if err != nil {
-		// The cipher's own words say nothing more than "authentication failed".
+		// The cipher's error says no more than "authentication failed".
 		return nil, ErrDamaged
 	}
 	return plaintext, nil
 }
 
-// subkey derives size bytes for one purpose. Purposes end in a version, so a
-// later scheme never shares a key with this one.
+func newAEAD(key []byte) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("make cipher: %w", err)
+	}
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	if err != nil {
+		return nil, fmt.Errorf("make cipher: %w", err)
+	}
+	return aead, nil
+}
+
+// subkey derives size bytes for one purpose. Purposes end in a version, so that a
+// later scheme never shares a key with an earlier one.
 func subkey(material []byte, purpose string, size int) ([]byte, error) {
 	key, err := hkdf.Key(sha256.New, material, nil, purpose, size)
 	if err != nil {

@@ -1,4 +1,4 @@
-// Package keyringtest makes rings for the tests of those who seal with one.
+// Package keyringtest makes keyrings for tests.
 package keyringtest
 
 import (
@@ -7,8 +7,8 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// New gives a ring with a MAC key and n random sealing keys, of which the last is
-// current, and the keys in this order. With n = 0 nothing can be sealed.
+// New returns a ring with a MAC key and n random sealing keys, of which the last
+// is current, and the keys in this order. With n = 0 nothing can be sealed.
 func New(t testing.TB, n int) (*keyring.Ring, []keyring.DataKey) {
 	t.Helper()
 	keys := []keyring.DataKey{keyring.NewDataKey(keyring.KindMAC)}
@@ -24,8 +24,8 @@ func New(t testing.TB, n int) (*keyring.Ring, []keyring.DataKey) {
 	return r, keys
 }
 
-// Rotate adds a random sealing key to keys, makes it current, and gives all that
-// the ring holds now. Leave a key out of keys to drop it.
+// Rotate adds a random sealing key to keys, makes it current, and returns all keys
+// that the ring now holds. Leave a key out of keys to drop it.
 func Rotate(t testing.TB, r *keyring.Ring, keys []keyring.DataKey) []keyring.DataKey {
 	t.Helper()
 	k := keyring.NewDataKey(keyring.KindSeal)

@@ -6,18 +6,18 @@ import (
 	"sync"
 )
 
-// maxActive bounds the segments that are open for writing. Beyond it the one
-// that was opened first is closed; its stream opens it again when it needs it.
+// maxActive bounds the segments that are open for writing. Beyond it, the one that
+// was opened first is closed; its stream reopens it when needed.
 const maxActive = 64
 
-type actives struct {
+type openSegments struct {
 	mu    sync.Mutex // guards order
-	order []*stream  // with an open segment, the longest open first
+	order []*stream  // streams with an open segment, the first opened first
 }
 
-// add counts a stream that has just opened its segment; the caller holds its
+// add registers a stream that has just opened its segment. The caller holds its
 // write lock.
-func (a *actives) add(s *stream) error {
+func (a *openSegments) add(s *stream) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.order = append(a.order, s)
@@ -38,18 +38,18 @@ func (a *actives) add(s *stream) error {
 	return nil
 }
 
-// closeActive closes a stream's open segment; the caller holds its write lock.
+// closeActive closes a stream's open segment. The caller holds its write lock.
 func (l *Log) closeActive(s *stream) error {
 	if s.active == nil {
 		return nil
 	}
-	a := &l.actives
+	a := &l.openSegs
 	a.mu.Lock()
 	a.order = slices.DeleteFunc(a.order, func(o *stream) bool { return o == s })
 	a.mu.Unlock()
 	var err error
 	if g := s.last(); s.allocated > g.size && l.Err() == nil {
-		err = s.active.Truncate(g.size) // the zeros in front of nothing
+		err = s.active.Truncate(g.size) // remove the zeros written ahead
 	}
 	err = errors.Join(err, s.active.Close())
 	s.active = nil

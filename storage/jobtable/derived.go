@@ -9,40 +9,41 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// How long what is left of a job is kept.
+// How long the rest of a job is kept.
 const (
-	// maxExpiry is the longest expires_in of a job, for rows whose own can't be read.
+	// maxExpiry is the longest expires_in of a job, for a submission that can't be
+	// opened.
 	maxExpiry = 7 * 24 * time.Hour
-	// idGrace is how long an id outlives the job's expiry: a late copy that
-	// comes after it is expired anyway.
+	// idGrace is how long an id is kept after the job's expiry. A copy of the job
+	// that arrives later has expired anyway.
 	idGrace = 24 * time.Hour
 	// orphanFor is how long a row waits for its submission.
 	orphanFor = 24 * time.Hour
 )
 
-// Classes of the due index: what the sweeper has to do when.
+// Classes of entries in the due index: what the sweeper does, and what the time is.
 const (
-	dueHead   = 'h' // read the submission again: it could not be opened
-	dueFinal  = 'f' // ended at
-	dueOrphan = 'o' // first seen at
-	dueGone   = 't' // forget the id at
+	dueHead   = 'h' // try again to open the submission
+	dueFinal  = 'f' // remove the content; time the job ended
+	dueOrphan = 'o' // remove a row without submission; time first seen
+	dueID     = 't' // forget the id; time to do it
 )
 
-// everybody is in the list index where a tenant's hash stands, for lists over
+// allTenants takes the place of a tenant's hash in the list index, for lists over
 // all tenants.
-var everybody [16]byte
+var allTenants [16]byte
 
-// statuses in the order of their numbers in the file. Never reorder.
+// statuses are numbered in the file by their order here. Never reorder.
 var statuses = [...]journal.Status{
 	journal.Queued, journal.Running, journal.Succeeded, journal.Failed, journal.Cancelled, journal.Expired,
 }
 
 func statusNumber(s journal.Status) int { return slices.Index(statuses[:], s) }
 
-// counted gives the number of the status that the job counts under; false for
-// one that is not shown or gone.
+// counted returns the number of the status under which the job is counted; false
+// for a job that is not shown or is deleted.
 func (s *state) counted() (int, bool) {
-	if s.until > 0 || len(s.submissions()) == 0 {
+	if s.idUntil > 0 || len(s.submissions()) == 0 {
 		return 0, false
 	}
 	return statusNumber(Row{s.records}.Status()), true
@@ -53,8 +54,8 @@ func (s *state) live() bool {
 	return ok && !statuses[n].Final()
 }
 
-// goneAt is when the id of a job may be forgotten that is, or was, submitted.
-func (s *state) goneAt() int64 {
+// idExpiry returns when the id of a submitted job may be forgotten.
+func (s *state) idExpiry() int64 {
 	end := s.at.Time().Add(maxExpiry)
 	if s.head.known {
 		end = time.UnixMilli(s.head.expires)
@@ -62,18 +63,18 @@ func (s *state) goneAt() int64 {
 	return end.Add(idGrace).UnixMilli()
 }
 
-// due is what the sweeper has to do with the row and since or until when; false
-// when nothing.
+// due returns the row's class and time in the due index; false when the sweeper has
+// nothing to do with it.
 func (s *state) due() (class byte, at int64, ok bool) {
-	if s.until > 0 {
-		return dueGone, s.until, true
+	if s.idUntil > 0 {
+		return dueID, s.idUntil, true
 	}
 	r := Row{s.records}
 	if rec, ok := r.first(deleted); ok {
-		return dueGone, rec.Clock.Time().Add(maxExpiry + idGrace).UnixMilli(), true
+		return dueID, rec.Clock.Time().Add(maxExpiry + idGrace).UnixMilli(), true
 	}
 	if len(s.submissions()) == 0 {
-		return dueOrphan, s.noted, len(s.records) > 0
+		return dueOrphan, s.firstSeen, len(s.records) > 0
 	}
 	if rec, ok := r.first(finished); ok {
 		return dueFinal, rec.Clock.Time().UnixMilli(), true
@@ -81,21 +82,23 @@ func (s *state) due() (class byte, at int64, ok bool) {
 	return 0, 0, false
 }
 
-// Slot is a span of time by which digests are kept apart, so that tables can be
-// compared while each forgets jobs at its own moment.
-type Slot uint64
+// timeSlot is a span of time. Digests are kept per slot, so that tables can be compared
+// although each node forgets jobs at a slightly different moment.
+type timeSlot uint64
 
 const (
 	slotLength = time.Hour
-	liveSlot   = Slot(0) // jobs that are not final
+	liveSlot   = timeSlot(0) // jobs that are not final
 )
 
-func slotOf(t time.Time) Slot { return Slot(max(0, t.UnixMilli())/slotLength.Milliseconds()) + 1 }
+func slotOf(t time.Time) timeSlot {
+	return timeSlot(max(0, t.UnixMilli())/slotLength.Milliseconds()) + 1
+}
 
-// slot says where the row counts; false when nowhere: it has no submission, or
-// is forgotten.
-func (s *state) slot() (Slot, bool) {
-	if s.until > 0 || len(s.records) == 0 {
+// slot returns the slot whose digests include the row; false for none: the row has
+// no submission, or is forgotten.
+func (s *state) slot() (timeSlot, bool) {
+	if s.idUntil > 0 || len(s.records) == 0 {
 		return 0, false
 	}
 	r := Row{s.records}
@@ -108,14 +111,14 @@ func (s *state) slot() (Slot, bool) {
 	return liveSlot, r.visible()
 }
 
-// contribution is the row's part of its bucket's digest. It leaves the payloads
-// out: Digest stands for what they say.
+// contribution returns the row's part of its bucket's digest. It leaves out the
+// payloads; a record's Digest covers their content.
 func (s *state) contribution(scratch []byte) (sum [16]byte, buffer []byte) {
 	b := scratch[:0]
 	for i := range s.records {
 		r := s.records[i]
 		r.Payload = nil
-		// It can't be too large without its payload: it was a frame before.
+		// AppendFrame can't fail: the record, with its payload, was a frame before.
 		b, _ = journal.AppendFrame(b, &r)
 	}
 	full := sha256.Sum256(b)
@@ -123,16 +126,16 @@ func (s *state) contribution(scratch []byte) (sum [16]byte, buffer []byte) {
 	return sum, b
 }
 
-// bucketOf is a job's bucket. The last byte of every id is random or of an HMAC.
+// bucketOf returns a job's bucket. The last byte of an id is random or from an HMAC.
 func bucketOf(id journal.JobID) byte { return id[len(id)-1] }
 
-// indexKey is an entry of an index: a bucket of the file and a key.
+// indexKey is one entry of an index.
 type indexKey struct {
 	index int
 	key   []byte
 }
 
-// appendIndexKeys appends all entries that the row has in the indexes.
+// appendIndexKeys appends all index entries of the row.
 func (s *state) appendIndexKeys(keys []indexKey, id journal.JobID) []indexKey {
 	if s.empty() {
 		return keys
@@ -144,7 +147,7 @@ func (s *state) appendIndexKeys(keys []indexKey, id journal.JobID) []indexKey {
 	if !ok {
 		return keys
 	}
-	keys = append(keys, indexKey{indexList, listKey(everybody, number, s.at, id)})
+	keys = append(keys, indexKey{indexList, listKey(allTenants, number, s.at, id)})
 	if s.head.known {
 		keys = append(keys, indexKey{indexList, listKey(s.head.tenant, number, s.at, id)})
 		if s.head.key != [16]byte{} {
@@ -154,7 +157,7 @@ func (s *state) appendIndexKeys(keys []indexKey, id journal.JobID) []indexKey {
 		keys = append(keys, indexKey{indexDue, dueKey(dueHead, 0, id)})
 	}
 	if !statuses[number].Final() {
-		for _, home := range (Row{s.records}).Homes() {
+		for _, home := range (Row{s.records}).AcceptedBy() {
 			keys = append(keys, indexKey{indexLive, append(streamKey(home), id[:]...)})
 		}
 	}
