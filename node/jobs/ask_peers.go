@@ -26,11 +26,6 @@ const (
 	maxRelayed = MaxResult + 1<<20
 )
 
-// elsewhere asks other nodes for jobs that have not arrived here yet.
-type elsewhere struct {
-	peers func() []serving.Peer
-}
-
 // Relayed is another node's answer.
 type Relayed struct {
 	Node   string
@@ -42,8 +37,20 @@ type Relayed struct {
 // Elsewhere asks the other nodes for a job, all at once and for 300 ms; who has
 // it gives the answer, and for a change (another method than GET) is asked once
 // more. path is that of the client API, as in "/v1/jobs/{id}/cancel". The error
-// is ErrNotFound when nobody has the job or none of them answers in time.
-func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+// is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
+// this node may lack rows that is ErrPartial.
+func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+	if !j.ready.Load() {
+		return nil, ErrNotReady
+	}
+	there, err := j.askPeers(ctx, who, method, path, id)
+	if errors.Is(err, ErrNotFound) && j.o.Table.Partial() {
+		err = ErrPartial
+	}
+	return there, err
+}
+
+func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
 	if who.Operator {
 		return nil, ErrNotFound // operators have every node's own port
 	}
@@ -51,7 +58,7 @@ func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path stri
 	if err != nil {
 		return nil, fmt.Errorf("encode the principal: %w", err)
 	}
-	found, peer := e.ask(ctx, string(principal), "/v1/jobs/"+id.String())
+	found, peer := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String())
 	if found == nil {
 		return nil, ErrNotFound
 	}
@@ -63,14 +70,14 @@ func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path stri
 	return relay(ctx, peer, string(principal), method, path)
 }
 
-func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
+func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
 	ctx, done := context.WithTimeout(ctx, findWait)
 	defer done()
 	type reply struct {
 		answer *Relayed
 		peer   *serving.Peer
 	}
-	peers := e.peers()
+	peers := j.o.Peers()
 	if len(peers) > maxAsked {
 		peers = peers[:maxAsked]
 	}

@@ -28,6 +28,9 @@ type Table interface {
 	LiveCounts() map[journal.Stream]int64
 	Counts() map[journal.Status]int64
 	Watch(f func(jobtable.Row))
+	// Partial reports whether rows may be missing, because the table was damaged
+	// and is being rebuilt.
+	Partial() bool
 }
 
 // Replication tells where a record is on disk; *replication.Replication is one.

@@ -136,7 +136,7 @@ func TestOrder(t *testing.T) {
 			time.Sleep(5 * time.Millisecond)
 		}
 		w.spare.Store(1000)
-		w.until("all have run", func() bool { return w.Counts().Succeeded == 7 })
+		w.until("all have run", func() bool { return w.counts().Succeeded == 7 })
 		if got, want := strings.Join(order, " "), "high a1 b1 a2 b2 a3 low"; got != want {
 			t.Errorf("order is %s, want %s", got, want)
 		}
@@ -284,7 +284,7 @@ func TestCrash(t *testing.T) {
 			t.Errorf("a job that dies with its node is %+v", v)
 		}
 		w.await(running, journal.Failed)
-		if c := w.Counts(); c.Succeeded != 1 || c.Failed != 2 || c.Queued+c.Running != 0 {
+		if c := w.counts(); c.Succeeded != 1 || c.Failed != 2 || c.Queued+c.Running != 0 {
 			t.Errorf("counts are %+v", c)
 		}
 	})

@@ -47,9 +47,9 @@ type Options struct {
 	Spare func() int
 	// Heard reports whether a node can be heard now.
 	Heard func(node string) bool
-	// Elsewhere lists the other living nodes, of this site too, for jobs that
-	// have not arrived here yet.
-	Elsewhere func() []serving.Peer
+	// Peers lists the other living nodes, of this site too. They are asked for
+	// jobs that this node doesn't know. nil: none.
+	Peers func() []serving.Peer
 
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger  // nil: discards
@@ -68,12 +68,13 @@ type Jobs struct {
 	// lastPossible is what the last submission was told of the agreed nodes.
 	lastPossible atomic.Pointer[possibility]
 	waits        *waits
-	elsewhere
-	closed atomic.Bool
+	ready        atomic.Bool // Run has begun
+	closed       atomic.Bool // Run has ended
 }
 
-// New makes the jobs of a node, before anything is applied to the table. It
-// starts nothing.
+// New makes the jobs of a node and starts nothing. Until Run is called, all methods
+// answer ErrNotReady. While the table may lack rows, they answer ErrPartial wherever
+// a missing row would make the answer wrong.
 func New(o Options) (*Jobs, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -81,23 +82,25 @@ func New(o Options) (*Jobs, error) {
 	if o.Grace <= 0 {
 		o.Grace = 20 * time.Second
 	}
-	if o.Elsewhere == nil {
-		o.Elsewhere = func() []serving.Peer { return nil }
+	if o.Peers == nil {
+		o.Peers = func() []serving.Peer { return nil }
 	}
-	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends()), elsewhere: elsewhere{peers: o.Elsewhere}}
-	j.metrics = newMetrics(o.Registerer, o.Table)
+	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends())}
+	j.metrics = newMetrics(o.Registerer, j)
 	var err error
 	if j.streams, err = newStreams(&j.o); err != nil {
 		return nil, err
 	}
 	j.exec = newExecutor(&j.o, j.metrics, j.streams)
-	o.Table.Watch(j.exec.observe)
 	return j, nil
 }
 
-// Run takes and executes jobs until ctx ends; what runs then gets Options.Grace,
-// and the rest waits for the next start. The journal must outlive it.
+// Run accepts and executes jobs until ctx ends. Jobs that run then get Options.Grace
+// to finish; the others wait for the next start. It is called once, after the table
+// has all that the journal holds. The journal must outlive it.
 func (j *Jobs) Run(ctx context.Context) error {
+	j.o.Table.Watch(j.exec.observe)
+	j.ready.Store(true)
 	defer j.closed.Store(true)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.streams.run(ctx, j.exec) })
@@ -109,16 +112,30 @@ func (j *Jobs) Run(ctx context.Context) error {
 	return err
 }
 
-// Counts are the jobs that this node knows of, of all nodes.
+// Counts are the jobs of all nodes that this node knows of.
 type Counts struct{ Queued, Running, Succeeded, Failed, Cancelled, Expired int64 }
 
-// Counts reads them off the table.
-func (j *Jobs) Counts() Counts {
+// Counts counts the rows of the table. The error is ErrNotReady or ErrPartial.
+func (j *Jobs) Counts() (Counts, error) {
+	if err := j.complete(); err != nil {
+		return Counts{}, err
+	}
 	c := j.o.Table.Counts()
 	return Counts{
 		Queued: c[journal.Queued], Running: c[journal.Running], Succeeded: c[journal.Succeeded],
 		Failed: c[journal.Failed], Cancelled: c[journal.Cancelled], Expired: c[journal.Expired],
+	}, nil
+}
+
+// complete is nil when the table has all rows that this node can have.
+func (j *Jobs) complete() error {
+	switch {
+	case !j.ready.Load():
+		return ErrNotReady
+	case j.o.Table.Partial():
+		return ErrPartial
 	}
+	return nil
 }
 
 // config is never nil.

@@ -21,10 +21,10 @@ var statuses = [...]journal.Status{
 	journal.Queued, journal.Running, journal.Succeeded, journal.Failed, journal.Cancelled, journal.Expired,
 }
 
-func newMetrics(reg prometheus.Registerer, t Table) *metrics {
+func newMetrics(reg prometheus.Registerer, j *Jobs) *metrics {
 	f := promauto.With(reg)
 	if reg != nil {
-		reg.MustRegister(&counted{t, prometheus.NewDesc("dsnode_jobs", "Jobs of all nodes, as this one knows them.", []string{"status"}, nil)})
+		reg.MustRegister(&counted{j, prometheus.NewDesc("dsnode_jobs", "Jobs of all nodes, as this one knows them.", []string{"status"}, nil)})
 	}
 	return &metrics{
 		submit: f.NewHistogram(prometheus.HistogramOpts{
@@ -54,10 +54,10 @@ func newMetrics(reg prometheus.Registerer, t Table) *metrics {
 	}
 }
 
-// counted reads dsnode_jobs off the table.
+// counted gives dsnode_jobs, the table's counts. The metric is absent until they are known.
 type counted struct {
-	table Table
-	desc  *prometheus.Desc
+	jobs *Jobs
+	desc *prometheus.Desc
 }
 
 // Describe implements prometheus.Collector.
@@ -65,7 +65,10 @@ func (c *counted) Describe(ch chan<- *prometheus.Desc) { ch <- c.desc }
 
 // Collect implements prometheus.Collector.
 func (c *counted) Collect(ch chan<- prometheus.Metric) {
-	n := c.table.Counts()
+	if !c.jobs.ready.Load() {
+		return
+	}
+	n := c.jobs.o.Table.Counts()
 	for _, s := range statuses {
 		ch <- prometheus.MustNewConstMetric(c.desc, prometheus.GaugeValue, float64(n[s]), string(s))
 	}

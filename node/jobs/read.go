@@ -17,14 +17,28 @@ type Caller struct {
 	Operator bool
 }
 
-// Get gives a job of the caller's tenant, with its result. The error is
-// ErrNotFound, also for another tenant's, or what the table said.
+// Get gives a job of the caller's tenant, with its result. The error is ErrNotReady,
+// ErrNotFound (also for a job of another tenant), ErrPartial, or the table's.
 func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, error) {
 	_, v, _, err := j.find(who, id)
 	return v, err
 }
 
+// find reads a job that the caller may see. While rows may be missing, ErrNotFound
+// becomes ErrPartial for operators; a client's request goes to other nodes first
+// (Elsewhere).
 func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
+	if !j.ready.Load() {
+		return row, nil, nil, ErrNotReady
+	}
+	row, v, sub, err = j.lookUp(who, id)
+	if errors.Is(err, ErrNotFound) && who.Operator && j.o.Table.Partial() {
+		err = ErrPartial
+	}
+	return row, v, sub, err
+}
+
+func (j *Jobs) lookUp(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
 	row, known, err := j.o.Table.Get(id)
 	switch {
 	case err != nil:
@@ -62,9 +76,12 @@ type Page struct {
 	More bool
 }
 
-// List gives a page of the caller's jobs. The error is ErrBadCursor or what the
-// table said.
+// List gives a page of the caller's jobs. The error is ErrNotReady, ErrPartial,
+// ErrBadCursor, or the table's.
 func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
+	if err := j.complete(); err != nil {
+		return Page{}, err
+	}
 	for _, cursor := range []journal.JobID{q.After, q.Before} {
 		if cursor == (journal.JobID{}) {
 			continue

@@ -39,7 +39,7 @@ var Endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddi
 
 // Submit takes a job. When it returns nil the job is as durable as the View
 // says, and that is what was asked for. The errors are ErrImpossible, ErrKeyReused,
-// ErrNotReady, ErrBusy, ErrUnavailable, or a *DurabilityError: the job is here,
+// ErrNotReady, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job is here,
 // but not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 	began := time.Now()
@@ -87,6 +87,9 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 	}
 	id := newID(now)
 	if r.IdempotencyKey != "" {
+		if j.o.Table.Partial() { // the job of the key may be among the missing rows
+			return nil, ErrPartial
+		}
 		if id, sub.KeyHash, err = j.ids.keyed(r.Who.Tenant, r.IdempotencyKey, r.Endpoint, r.Body); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNotReady, err)
 		}

@@ -84,7 +84,7 @@ func TestResultWaitsForItsDurability(t *testing.T) {
 		strict := w.submit(func(r *Request) { r.Durability = journal.DurableTwoSites }).ID
 		lax := w.submit(func(r *Request) { r.Durability = "" }).ID
 		w.copies.say(all, all, journal.DurableNode) // of what comes now
-		w.until("both are done", func() bool { return w.Counts().Succeeded == 2 })
+		w.until("both are done", func() bool { return w.counts().Succeeded == 2 })
 		if a, b := w.get(strict), w.get(lax); a.Status != journal.Running || a.Result != nil || b.Status != journal.Running {
 			t.Errorf("shown too early: %+v, %+v", a, b)
 		}
@@ -156,7 +156,7 @@ func TestIdempotencyKey(t *testing.T) {
 	if again, err = w.Submit(t.Context(), keyed("k", "ann", "1")); err != nil || again.ID != first.ID {
 		t.Errorf("after a restart a repeat gives %+v, %v", again, err)
 	}
-	if c := w.Counts(); c.Succeeded+c.Queued+c.Running != 4 {
+	if c := w.counts(); c.Succeeded+c.Queued+c.Running != 4 {
 		t.Errorf("counts are %+v", c)
 	}
 }

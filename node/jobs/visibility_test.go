@@ -29,7 +29,7 @@ func TestShownStaysShown(t *testing.T) {
 		}
 		// What ends from now on waits as before.
 		later := w.submit(func(r *Request) { r.Durability = "" }).ID
-		w.until("it has ended", func() bool { return w.Counts().Succeeded == 2 })
+		w.until("it has ended", func() bool { return w.counts().Succeeded == 2 })
 		if got := w.get(later).Status; got != journal.Running {
 			t.Errorf("the job after it is %s", got)
 		}

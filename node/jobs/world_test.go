@@ -404,6 +404,15 @@ func request(change ...func(*Request)) *Request {
 	return r
 }
 
+func (w *world) counts() Counts {
+	w.t.Helper()
+	c, err := w.Counts()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
 func (w *world) submit(change ...func(*Request)) *View {
 	w.t.Helper()
 	v, err := w.Submit(w.t.Context(), request(change...))

@@ -47,10 +47,9 @@ type work struct {
 	replication *replication.Replication
 	ownership   *failover.Ownership
 
-	// jobs is nil until this node is a member, has the data keys and has brought
-	// its table up to date.
-	jobs atomic.Pointer[jobs.Jobs]
-	// stop ends the starting of jobs, before the node's doors close.
+	// jobs answers ErrNotReady until run has brought the table up to date.
+	jobs *jobs.Jobs
+	// stop ends the starting of jobs, before the listeners close.
 	stop atomic.Pointer[context.CancelFunc]
 }
 
@@ -174,14 +173,9 @@ func (w *work) run(ctx context.Context) error {
 		if err := w.replay(ctx); err != nil {
 			return err
 		}
-		j, err := jobs.New(w.options())
-		if err != nil {
-			return err
-		}
 		starting, stop := context.WithCancel(ctx)
 		defer stop()
 		w.stop.Store(&stop)
-		w.jobs.Store(j)
 		g.Go(func() error { return w.replication.Run(ctx) })
 		g.Go(func() error { return w.n.passOn(ctx) })
 		adopter := failover.NewAdopter(failover.Options{
@@ -192,7 +186,7 @@ func (w *work) run(ctx context.Context) error {
 			Logger:      w.n.log, Registerer: w.n.reg,
 		})
 		g.Go(func() error { return w.n.cluster.WhileLeader(ctx, adopter.Lead) })
-		return j.Run(starting)
+		return w.jobs.Run(starting)
 	})
 	return g.Wait()
 }
@@ -265,15 +259,17 @@ func (w *work) replay(ctx context.Context) error {
 	return nil
 }
 
-func (w *work) options() jobs.Options {
+// openJobs makes the jobs; it needs the serving pipeline.
+func (w *work) openJobs() (err error) {
 	n := w.n
-	return jobs.Options{
+	w.jobs, err = jobs.New(jobs.Options{
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
 		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
-		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
+		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Peers: w.peers,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
-	}
+	})
+	return err
 }
 
 // spare is how many more jobs may run now: a part of the room at the site's
@@ -292,8 +288,8 @@ func (w *work) heard(node string) bool {
 	return known && p.Heard && p.Ago < w.n.cluster.Timing().Patience
 }
 
-// elsewhere are the other living nodes, of this site too.
-func (w *work) elsewhere() []serving.Peer {
+// peers are the other living nodes, of this site too.
+func (w *work) peers() []serving.Peer {
 	n := w.n
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
 	var peers []serving.Peer
@@ -308,28 +304,24 @@ func (w *work) elsewhere() []serving.Peer {
 // status is what this node knows of jobs, and of how far the copies of each site
 // are behind; nothing before it carries any.
 func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Copy) {
-	j := w.jobs.Load()
-	if j == nil || s.Parsed == nil {
+	c, err := w.jobs.Counts()
+	if errors.Is(err, jobs.ErrNotReady) || s.Parsed == nil {
 		return nil, nil
 	}
-	c := j.Counts()
 	copies := make(map[string]replication.Copy, len(s.Parsed.Sites))
 	for site := range s.Parsed.Sites {
 		copies[site] = w.replication.Copy(site)
 	}
-	if w.table.Partial() {
-		return &admin.Jobs{}, copies // what is there is not what there is
+	if err != nil { // rows are missing: the counts are unknown
+		return &admin.Jobs{}, copies
 	}
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
 // check compares the journals with the table, for an operator and for tests.
 func (w *work) check(ctx context.Context) error {
-	if w.jobs.Load() == nil {
-		return jobs.ErrNotReady
-	}
-	if w.table.Partial() {
-		return jobs.ErrPartial
+	if _, err := w.jobs.Counts(); err != nil {
+		return err
 	}
 	ends := w.log.Ends()
 	if err := w.table.Check(ctx); err != nil {
