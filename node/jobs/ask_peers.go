@@ -16,17 +16,16 @@ import (
 )
 
 const (
-	// findWait bounds the question to all others, and relayWait a change that is
-	// made at one of them.
+	// findWait bounds the search at all peers, relayWait a change at one of them.
 	findWait  = 300 * time.Millisecond
 	relayWait = 5 * time.Second
-	// maxAsked bounds how many are asked at one time.
+	// maxAsked bounds the peers that are asked for one job.
 	maxAsked = 16
-	// maxRelayed is a result with what is around it.
+	// maxRelayed bounds a peer's answer: the largest result and the job's other fields.
 	maxRelayed = MaxResult + 1<<20
 )
 
-// Relayed is another node's answer.
+// Relayed is the answer of another node.
 type Relayed struct {
 	Node   string
 	Status int
@@ -34,9 +33,9 @@ type Relayed struct {
 	Body   []byte
 }
 
-// Elsewhere asks the other nodes for a job, all at once and for 300 ms; who has
-// it gives the answer, and for a change (another method than GET) is asked once
-// more. path is that of the client API, as in "/v1/jobs/{id}/cancel". The error
+// Elsewhere asks the other nodes for a job, all at once, for at most 300 ms. It returns the
+// answer of a node that has the job; for a change (another method than GET) that node gets
+// a second request. path is the path of the client API, such as "/v1/jobs/{id}/cancel". The error
 // is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
 // this node may lack rows that is ErrPartial.
 func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
@@ -52,7 +51,7 @@ func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, i
 
 func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
 	if who.Operator {
-		return nil, ErrNotFound // operators have every node's own port
+		return nil, ErrNotFound // operators can ask each node themselves
 	}
 	principal, err := json.Marshal(who.Principal)
 	if err != nil {
@@ -92,7 +91,7 @@ func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed,
 		}()
 	}
 	var first reply
-	for range peers { // all are waited for: done ends those that are too late
+	for range peers { // done ends the requests that are still running
 		if r := <-replies; r.answer != nil && first.answer == nil {
 			first = r
 			done()
@@ -113,7 +112,7 @@ func relay(ctx context.Context, p *serving.Peer, principal, method, path string)
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", p.Node, err)
 	}
-	defer func() { _ = resp.Body.Close() }() // nothing to learn from it
+	defer func() { _ = resp.Body.Close() }() // only read from
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxRelayed+1))
 	if err == nil && len(body) > maxRelayed {
 		err = errors.New("the answer is too long")

@@ -1,10 +1,10 @@
-// Package jobs takes asynchronous jobs, keeps them, and runs them: once, on the
-// node that owns the stream they were accepted in.
+// Package jobs accepts asynchronous jobs, stores them, and runs each of them on the node
+// that owns the stream in which it was accepted.
 //
-// A job is its records (storage/journal) joined to a row (storage/jobtable).
-// Whoever changes a job writes a record; what a client sees is read from the row
-// (view.go). Start reading at Jobs.Submit (submit.go) for the way in and at
-// executor.run (executor.go) for the rest.
+// A job is a set of records (storage/journal), which the job table merges to one row
+// (storage/jobtable). Every change of a job is a record; clients see what view.go reads
+// from the row. Start reading at Jobs.Submit (submit.go) for submissions and at
+// executor.run (executor.go) for execution.
 package jobs
 
 import (
@@ -23,11 +23,11 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Options are what New needs. All but the last group are required.
+// Options are what New needs. All but Peers and the last group are required.
 type Options struct {
 	Node, Site string
-	// Dir is where the node notes which of its streams others may know of. It
-	// exists, and is this package's alone.
+	// Dir is where the node stores which of its streams are islands. It exists, and only
+	// this package writes there.
 	Dir string
 
 	Journal     Journal
@@ -38,12 +38,12 @@ type Options struct {
 	Ownership   Ownership
 	State       func() *cluster.State
 
-	// Server answers the jobs' requests, the same one that the gateway has.
+	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
 	// Parse reads a request's body as the gateway does (gateway.Parse).
 	Parse func(endpoint string, body []byte) (*serving.Request, error)
-	// Spare tells how many more jobs may run now, so that interactive requests
-	// come first. It is asked before each start, and must not block.
+	// Spare returns how many more jobs may start now, so that interactive requests come
+	// first. It is called before jobs are started, and must not block.
 	Spare func() int
 	// Heard reports whether a node can be heard now.
 	Heard func(node string) bool
@@ -56,7 +56,7 @@ type Options struct {
 	Grace      time.Duration // for running jobs when Run ends; 0: 20 s
 }
 
-// Jobs is the jobs of one node.
+// Jobs are the jobs of one node.
 type Jobs struct {
 	o       Options
 	log     *slog.Logger
@@ -65,7 +65,7 @@ type Jobs struct {
 	streams *streams
 	exec    *executor
 	keys    keyLocks
-	// lastPossible is what the last submission was told of the agreed nodes.
+	// lastPossible is the last result of possible.
 	lastPossible atomic.Pointer[possibility]
 	waits        *waits
 	ready        atomic.Bool // Run has begun
@@ -138,7 +138,7 @@ func (j *Jobs) complete() error {
 	return nil
 }
 
-// config is never nil.
+// config is the agreed configuration of jobs, or the default one.
 func (o *Options) config() cluster.Jobs {
 	if s := o.State(); s != nil && s.Parsed != nil {
 		return s.Parsed.Jobs

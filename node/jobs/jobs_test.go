@@ -16,7 +16,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// TestJobRuns: from the submission to the result.
+// TestJobRuns: a job from its submission to its result.
 func TestJobRuns(t *testing.T) {
 	w := newWorld(t)
 	var asked serving.Request
@@ -25,7 +25,7 @@ func TestJobRuns(t *testing.T) {
 		return answering(`{"choices":[1]}`)(ctx, r, s)
 	}
 	w.start()
-	// A start in the moment in which the stream is proposed is called off.
+	// A start while the stream is being proposed may be cancelled.
 	w.until("the stream is agreed on", func() bool {
 		now, _, _ := w.streams.current()
 		return w.streams.agreed(now)
@@ -41,7 +41,7 @@ func TestJobRuns(t *testing.T) {
 	if asked.Principal.Tenant != "ann" || asked.Endpoint != Endpoints[0] || string(asked.Body) != string(request().Body) {
 		t.Errorf("the pipeline was asked %+v", asked)
 	}
-	w.until("the executor forgets the job", func() bool {
+	w.until("the executor has dropped the job", func() bool {
 		w.exec.mu.Lock()
 		defer w.exec.mu.Unlock()
 		return len(w.exec.q.byID) == 0 && w.exec.running == 0 && w.exec.q.bytes == 0 && w.exec.pendingBytes == 0
@@ -51,8 +51,7 @@ func TestJobRuns(t *testing.T) {
 	}
 }
 
-// answers calls everything that a client or an operator can, for a job that
-// doesn't exist.
+// answers makes every call of clients and operators, for a job that doesn't exist.
 func (w *world) answers() map[string]error {
 	ctx, operator, id := w.t.Context(), Caller{Operator: true}, newID(time.Now())
 	_, get := w.Get(ctx, ann, id)
