@@ -11,7 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -75,7 +75,7 @@ func newConfigDiffCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return undecided(err)
 		}
-		diff := cluster.DiffConfig([]byte(config.Text), text)
+		diff := config.Diff([]byte(config.Text), text)
 		if diff == "" {
 			return nil
 		}

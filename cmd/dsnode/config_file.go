@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -54,7 +54,7 @@ func validateCluster(env *environment, file, site string) error {
 	if err != nil {
 		return err
 	}
-	config, err := cluster.ParseConfig(shownName(file), text)
+	config, err := config.Parse(shownName(file), text)
 	if err != nil || site == "" {
 		return err
 	}
@@ -76,7 +76,7 @@ func readClusterConfig(env *environment, file string) ([]byte, error) {
 	if err != nil {
 		return nil, badFile(file, err)
 	}
-	if _, err := cluster.ParseConfig(shownName(file), text); err != nil {
+	if _, err := config.Parse(shownName(file), text); err != nil {
 		return nil, badFile(file, err)
 	}
 	return text, nil
@@ -94,7 +94,7 @@ func readFile(env *environment, file string) ([]byte, error) {
 		from = f
 	}
 	// One byte more than the bound, so that the parser refuses a file that is too large.
-	text, err := io.ReadAll(io.LimitReader(from, cluster.MaxConfigBytes+1))
+	text, err := io.ReadAll(io.LimitReader(from, config.MaxBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", shownName(file), err)
 	}
@@ -110,7 +110,7 @@ func shownName(file string) string {
 
 // badFile is the error of a configuration file. report lists its problems.
 func badFile(file string, err error) error {
-	var problems cluster.Problems
+	var problems config.Problems
 	var exit *exitError
 	switch {
 	case errors.As(err, &exit):

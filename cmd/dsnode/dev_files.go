@@ -11,7 +11,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -44,7 +45,7 @@ func (p *devPlan) writeFiles() error {
 		}
 	}
 	err := once(func() (map[string][]byte, error) {
-		cert, key, err := cluster.NewCA(devName, devCAValid)
+		cert, key, err := mesh.NewCA(devName, devCAValid)
 		return map[string][]byte{p.path("ca.pem"): cert, p.path("ca-key.pem"): key}, err
 	}, p.path("ca.pem"), p.path("ca-key.pem"))
 	if err != nil {
@@ -86,8 +87,8 @@ func (p *devPlan) writeNode(n devNode) error {
 		if err != nil {
 			return nil, err
 		}
-		id := cluster.Identity{Cluster: devName, Site: n.site, Node: n.name}
-		cert, key, err := cluster.Issue(caCert, caKey, id, []string{"127.0.0.1", "localhost"}, devCertValid)
+		id := mesh.Identity{Cluster: devName, Site: n.site, Node: n.name}
+		cert, key, err := mesh.Issue(caCert, caKey, id, []string{"127.0.0.1", "localhost"}, devCertValid)
 		return map[string][]byte{p.path(n.name, "cert.pem"): cert, p.path(n.name, "key.pem"): key}, err
 	}, p.path(n.name, "cert.pem"), p.path(n.name, "key.pem"))
 	if err != nil {
@@ -121,7 +122,7 @@ func (p *devPlan) nodeConfig(n devNode) *node.Config {
 		}
 	}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(devGrace)}
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(devGrace)}
 	return c
 }
 

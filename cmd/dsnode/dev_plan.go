@@ -17,7 +17,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // devName is the cluster's name in certificates and in the status.
@@ -147,7 +147,7 @@ func (p *devPlan) openDir(f devFlags) error {
 }
 
 // decideConfig chooses the cluster.yaml to start with, and parses it.
-func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*cluster.Config, error) {
+func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*config.Config, error) {
 	name := "the generated cluster.yaml"
 	switch {
 	case p.founded():
@@ -169,11 +169,11 @@ func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags
 	default:
 		p.text = devClusterYAML(simulatedUpstreams(f.basePort))
 	}
-	return cluster.ParseConfig(name, []byte(p.text))
+	return config.Parse(name, []byte(p.text))
 }
 
 // assignPorts gives every node its ports: node n of site s at P+100·s+10·(n−1).
-func (p *devPlan) assignPorts(config *cluster.Config) {
+func (p *devPlan) assignPorts(config *config.Config) {
 	for _, name := range slices.SortedFunc(maps.Keys(config.Sites), func(a, b string) int {
 		return cmp.Or(cmp.Compare(config.Sites[a].Priority, config.Sites[b].Priority), cmp.Compare(a, b))
 	}) {
@@ -190,7 +190,7 @@ func (p *devPlan) assignPorts(config *cluster.Config) {
 			})
 		}
 		// A site has a simulated model server if the configuration names it.
-		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(config.Upstreams)), func(u cluster.Upstream) bool {
+		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(config.Upstreams)), func(u config.Upstream) bool {
 			at, err := url.Parse(u.URL)
 			return err == nil && at.Host == loopback(sim)
 		}) {

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -157,15 +157,15 @@ func TestDevDiscoversModels(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := devClusterYAML(found)
-	c, err := cluster.ParseConfig("cluster.yaml", []byte(text))
+	c, err := config.Parse("cluster.yaml", []byte(text))
 	if err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	if len(c.Upstreams) != 4 || c.Upstreams["beijing-vllm-1"].Kind != cluster.KindVLLM || c.Upstreams["shanghai-b-ollama-2"].URL != small {
+	if len(c.Upstreams) != 4 || c.Upstreams["beijing-vllm-1"].Kind != config.KindVLLM || c.Upstreams["shanghai-b-ollama-2"].URL != small {
 		t.Errorf("upstreams: %+v", c.Upstreams)
 	}
 	chat := c.Models["deepseek-chat"].Serve
-	if len(chat) != 1 || chat[0] != (cluster.Serve{Upstream: "beijing-vllm-1", Model: `org/Big: "1"`}) {
+	if len(chat) != 1 || chat[0] != (config.Serve{Upstream: "beijing-vllm-1", Model: `org/Big: "1"`}) {
 		t.Errorf("deepseek-chat is served by %+v, want the first model found", chat)
 	}
 	if n := len(c.Models["small"].Serve); n != 4 {

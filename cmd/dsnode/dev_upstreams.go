@@ -10,13 +10,13 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // devUpstream is a model server of a dev cluster, with its models.
 type devUpstream struct {
 	name, site, url string
-	kind            cluster.UpstreamKind
+	kind            config.UpstreamKind
 	keyEnv          string   // variable that holds its API key, empty for none
 	models          []string // as the server names them
 }
@@ -38,7 +38,7 @@ func simulatedUpstreams(basePort int) []devUpstream {
 	var all []devUpstream
 	for s, site := range devSites {
 		all = append(all, devUpstream{
-			name: site.name + "-sim", site: site.name, kind: cluster.KindOpenAI,
+			name: site.name + "-sim", site: site.name, kind: config.KindOpenAI,
 			url: "http://" + loopback(devSimPort(basePort, s)) + "/v1", models: simulatedModels,
 		})
 	}
@@ -77,7 +77,7 @@ func discoverUpstreams(ctx context.Context, env *environment, values []string) (
 func parseUpstream(value string) (devUpstream, error) {
 	const hint = "write [SITE=]URL[,kind=vllm|sglang|llamacpp|ollama|deepseek|openai][,key-env=NAME]"
 	parts := strings.Split(value, ",")
-	u := devUpstream{kind: cluster.KindOpenAI, url: parts[0]}
+	u := devUpstream{kind: config.KindOpenAI, url: parts[0]}
 	if site, rest, found := strings.Cut(parts[0], "="); found && !strings.Contains(site, "://") {
 		u.site, u.url = site, rest
 		if !slices.ContainsFunc(devSites, func(s devSite) bool { return s.name == site }) {
@@ -88,14 +88,14 @@ func parseUpstream(value string) (devUpstream, error) {
 		return u, usage(hint, "--upstream %s: the URL must begin with http:// or https://", value)
 	}
 	u.url = strings.TrimRight(u.url, "/")
-	kinds := []cluster.UpstreamKind{
-		cluster.KindVLLM, cluster.KindSGLang, cluster.KindLlamaCPP, cluster.KindOllama, cluster.KindDeepSeek, cluster.KindOpenAI,
+	kinds := []config.UpstreamKind{
+		config.KindVLLM, config.KindSGLang, config.KindLlamaCPP, config.KindOllama, config.KindDeepSeek, config.KindOpenAI,
 	}
 	for _, option := range parts[1:] {
 		name, text, _ := strings.Cut(option, "=")
 		switch {
-		case name == "kind" && slices.Contains(kinds, cluster.UpstreamKind(text)):
-			u.kind = cluster.UpstreamKind(text)
+		case name == "kind" && slices.Contains(kinds, config.UpstreamKind(text)):
+			u.kind = config.UpstreamKind(text)
 		case name == "kind":
 			return u, usage(hint, "--upstream %s: there is no kind %q", value, text)
 		case name == "key-env" && text != "":

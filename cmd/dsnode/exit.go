@@ -6,7 +6,7 @@ import (
 	"io"
 	"strings"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -58,7 +58,7 @@ func report(w io.Writer, err error) int {
 		return exit.code
 	}
 	message := err.Error() // of the outermost error, which has the most context
-	var problems cluster.Problems
+	var problems config.Problems
 	if errors.As(err, &problems) && len(problems) > 0 {
 		// One line each in the format of compilers, which editors can jump to.
 		for _, p := range problems {
@@ -74,7 +74,7 @@ func report(w io.Writer, err error) int {
 	return exit.code
 }
 
-func counted(problems cluster.Problems) string {
+func counted(problems config.Problems) string {
 	file := problems[0].File
 	if file == "" {
 		file = "the configuration"

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -81,7 +82,7 @@ func (f *fakeCluster) RewrapKeyring(context.Context, string) (admin.Keyring, err
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.state == "degraded" {
-		return admin.Keyring{}, fmt.Errorf("%w: 2222222222222222, which node shanghai-a-1 has, is not that of beijing-1", cluster.ErrOperatorKeyMissing)
+		return admin.Keyring{}, fmt.Errorf("%w: 2222222222222222, which node shanghai-a-1 has, is not that of beijing-1", agreed.ErrOperatorKeyMissing)
 	}
 	f.keyring.wrapped = "2222222222222222"
 	return f.describeKeyring(), nil

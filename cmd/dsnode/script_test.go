@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/gateway"
 )
@@ -55,8 +55,8 @@ func newFakePort(e *testscript.Env, token string) fakePort {
 	s := httptest.NewServer(admin.New(admin.Options{
 		Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler(), Token: token,
 		Jobs: gateway.New(gateway.Options{
-			Config: func() *cluster.Config {
-				return &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"deepseek-chat": {}}}
+			Config: func() *config.Config {
+				return &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"deepseek-chat": {}}}
 			},
 			Jobs: &fakeJobs{}, Registerer: prometheus.NewRegistry(),
 		}).OperatorHandler(),

@@ -12,7 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -36,7 +36,7 @@ func newTLSCACommand(env *environment) *cobra.Command {
 			if name == "" {
 				return usage("for example --cluster prod", "tls ca needs --cluster NAME")
 			}
-			cert, key, err := cluster.NewCA(name, time.Duration(validFor))
+			cert, key, err := mesh.NewCA(name, time.Duration(validFor))
 			if err != nil {
 				return usage("see dsnode tls ca --help", "%w", err)
 			}
@@ -51,7 +51,7 @@ func newTLSCACommand(env *environment) *cobra.Command {
 }
 
 func newTLSIssueCommand(env *environment) *cobra.Command {
-	var id cluster.Identity
+	var id mesh.Identity
 	var caFile, caKeyFile, out string
 	var hosts []string
 	validFor := span(365 * day)
@@ -78,7 +78,7 @@ func newTLSIssueCommand(env *environment) *cobra.Command {
 			if err != nil {
 				return failure("name its file with --ca-key", "read the CA's key: %w", err)
 			}
-			cert, key, err := cluster.Issue(caCert, caKey, id, hosts, time.Duration(validFor))
+			cert, key, err := mesh.Issue(caCert, caKey, id, hosts, time.Duration(validFor))
 			if err != nil {
 				return failure("check --ca, --ca-key, --host and --valid-for", "%w", err)
 			}

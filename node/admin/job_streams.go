@@ -4,7 +4,7 @@ import (
 	"context"
 	"net/http"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // JobsChecker shows a node's internal state of jobs.
@@ -20,8 +20,8 @@ type JobsChecker interface {
 // incarnation. Ownership is the Raft index of the newest change of an owner that the
 // node has applied; it only rises.
 type JobStreams struct {
-	Ownership uint64              `json:"ownership"`
-	Data      []cluster.JobStream `json:"data"`
+	Ownership uint64             `json:"ownership"`
+	Data      []agreed.JobStream `json:"data"`
 }
 
 func (s *Server) getJobStreams(ctx context.Context, _ call) (any, error) {

@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // send sends a request over a real connection and returns the status and the body.
@@ -172,10 +173,10 @@ func TestErrorsPassServerAndClient(t *testing.T) {
 
 func TestProblemsPassServerAndClient(t *testing.T) {
 	f := newFake("me-1")
-	want := cluster.Problems{{File: "cluster.yaml", Line: 3, Path: "sites.a", Message: "has no city", Hint: "write city: NAME"}}
+	want := config.Problems{{File: "cluster.yaml", Line: 3, Path: "sites.a", Message: "has no city", Hint: "write city: NAME"}}
 	f.refuse(fmt.Errorf("apply: %w", want))
 	_, err := dial(t, ClientOptions{}, serve(t, f, "").URL).ApplyConfig(t.Context(), []byte("x"), nil, "")
-	var got cluster.Problems
+	var got config.Problems
 	if !errors.As(err, &got) || got.Error() != want.Error() {
 		t.Fatalf("problems %v, want %v", got, want)
 	}

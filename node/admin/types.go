@@ -4,11 +4,11 @@ import (
 	"encoding/json"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // ConfigVersion is the text of a cluster.yaml with its version, hash, author and time.
-type ConfigVersion = cluster.ConfigVersion
+type ConfigVersion = agreed.ConfigVersion
 
 // UpstreamInfo is a model server as the answering node sees it.
 type UpstreamInfo struct {

@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -54,13 +54,13 @@ type Replication interface {
 }
 
 // Ownership knows which streams this node owns, whose jobs it may start;
-// *failover.Ownership implements it. cluster.StreamKey names a stream.
+// *failover.Ownership implements it. agreed.StreamKey names a stream.
 type Ownership interface {
 	Check(stream string) (failover.Permit, error)
-	Mine() []cluster.JobStream
+	Mine() []agreed.JobStream
 	Changed() <-chan struct{}
 	Leased() bool
-	Open(ctx context.Context, incarnation string) (cluster.FenceToken, error)
+	Open(ctx context.Context, incarnation string) (agreed.FenceToken, error)
 	Inherit(ctx context.Context, origin, incarnation string) error
 	Drop(ctx context.Context, streams ...string) error
 }
@@ -81,7 +81,7 @@ func levelOf(d journal.Durability) int {
 	return -1
 }
 
-func tokenOf(t cluster.FenceToken) journal.Token {
+func tokenOf(t agreed.FenceToken) journal.Token {
 	return journal.Token{Generation: t.Generation, Index: t.Index}
 }
 

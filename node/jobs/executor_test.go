@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -115,7 +116,7 @@ func TestExpiry(t *testing.T) {
 // TestOrder: by priority, then tenants in turn, then the oldest first.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 1 })
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 1 })
 		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
@@ -258,7 +259,7 @@ func TestIslandSurvivesACrash(t *testing.T) {
 // attempt counts. A job that has ended does not change.
 func TestCrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.MaxAttempts = 2 })
+		w.agreed.configure(func(j *config.Jobs) { j.MaxAttempts = 2 })
 		hang := true
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
 			if hang && string(r.Body) == "hangs" {
@@ -293,7 +294,7 @@ func TestCrash(t *testing.T) {
 // TestStop: running jobs get the grace period, the others wait for the next start.
 func TestStop(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 2 })
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 2 })
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
 			if string(r.Body) == "long" {

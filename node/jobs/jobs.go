@@ -17,7 +17,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -36,7 +37,7 @@ type Options struct {
 	Ring        *keyring.Ring
 	Replication Replication
 	Ownership   Ownership
-	State       func() *cluster.State
+	State       func() *agreed.State
 
 	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
@@ -139,9 +140,9 @@ func (j *Jobs) complete() error {
 }
 
 // config is the agreed configuration of jobs, or the default one.
-func (o *Options) config() cluster.Jobs {
+func (o *Options) config() config.Jobs {
 	if s := o.State(); s != nil && s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
-	return cluster.DefaultJobs()
+	return config.DefaultJobs()
 }

@@ -12,7 +12,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -184,7 +185,7 @@ func (s *streams) island(st journal.Stream) bool {
 }
 
 func keyOf(st journal.Stream) string {
-	return cluster.StreamKey(st.Origin, st.Incarnation.String())
+	return agreed.StreamKey(st.Origin, st.Incarnation.String())
 }
 
 // upkeep is the state of run.
@@ -215,7 +216,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	for {
-		tick.Reset(cluster.UntilBeat(cluster.Boottime(), updateEvery))
+		tick.Reset(clock.UntilTick(clock.Boottime(), updateEvery))
 		changed := s.o.Ownership.Changed()
 		if err := s.update(ctx, c, x); err != nil {
 			return err
@@ -538,7 +539,7 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 
 // movedOn reports whether the origin of a stream writes to a later one, or was removed: then
 // this stream gets no more records.
-func (s *streams) movedOn(j cluster.JobStream) bool {
+func (s *streams) movedOn(j agreed.JobStream) bool {
 	if !s.member(j.Origin) {
 		return true
 	}

@@ -8,7 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -58,10 +58,10 @@ func TestDisowned(t *testing.T) {
 		for _, done := range []bool{false, true} {
 			stream, _, _ := w.streams.current()
 			w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
-			give := proposal{cluster.CmdStreamOwn, cluster.StreamOwn{
+			give := proposal{agreed.CmdStreamOwn, agreed.StreamOwn{
 				Stream: keyOf(stream), Owner: "here-2", Expect: w.agreed.State().Streams[keyOf(stream)].Token, Term: 1,
 			}}
-			drop := proposal{cluster.CmdStreamDrop, cluster.StreamDrop{Owner: "here-2", Streams: []string{keyOf(stream)}}}
+			drop := proposal{agreed.CmdStreamDrop, agreed.StreamDrop{Owner: "here-2", Streams: []string{keyOf(stream)}}}
 			if done {
 				w.agreed.at(t, give, drop)
 			} else {
@@ -91,11 +91,11 @@ func TestOwnedAgain(t *testing.T) {
 		w.copies.mu.Unlock()
 		j := w.agreed.State().Streams[keyOf(stream)]
 		w.agreed.mu.Lock()
-		between := cluster.FenceToken{Generation: 1, Index: w.agreed.index + 1}
+		between := agreed.FenceToken{Generation: 1, Index: w.agreed.index + 1}
 		w.agreed.mu.Unlock()
 		w.agreed.at(t,
-			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: "here-2", Expect: j.Token, Term: 1}},
-			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: w.node, Expect: between, Term: 1}})
+			proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: j.Key(), Owner: "here-2", Expect: j.Token, Term: 1}},
+			proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: j.Key(), Owner: w.node, Expect: between, Term: 1}})
 		w.spare.Store(10)
 		time.Sleep(10 * time.Second)
 		if got := w.get(id).Status; got != journal.Queued {
@@ -142,11 +142,11 @@ func TestAdoptedStreamStays(t *testing.T) {
 		w.start()
 		open := func(digit string) string {
 			i := strings.Repeat(digit, 32)
-			w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: "there-1", Incarnation: i}})
-			return cluster.StreamKey("there-1", i)
+			w.agreed.at(t, proposal{agreed.CmdStreamOpen, agreed.StreamOpen{Origin: "there-1", Incarnation: i}})
+			return agreed.StreamKey("there-1", i)
 		}
 		key := open("a")
-		w.agreed.at(t, proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: key, Owner: w.node, Expect: w.agreed.State().Streams[key].Token, Term: 1}})
+		w.agreed.at(t, proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: key, Owner: w.node, Expect: w.agreed.State().Streams[key].Token, Term: 1}})
 		time.Sleep(time.Minute)
 		if _, agreed := w.agreed.State().Streams[key]; !agreed {
 			t.Error("the stream is done with while its origin writes to it")
@@ -165,10 +165,10 @@ func TestLostDiskIsNotDone(t *testing.T) {
 		w.copies.caughtUp = gate
 		w.copies.mu.Unlock()
 		earlier := strings.Repeat("c", 32)
-		w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: w.node, Incarnation: earlier}})
+		w.agreed.at(t, proposal{agreed.CmdStreamOpen, agreed.StreamOpen{Origin: w.node, Incarnation: earlier}})
 		w.start()
 		agreed := func() bool {
-			_, agreed := w.agreed.State().Streams[cluster.StreamKey(w.node, earlier)]
+			_, agreed := w.agreed.State().Streams[agreed.StreamKey(w.node, earlier)]
 			return agreed
 		}
 		time.Sleep(time.Minute)
@@ -201,14 +201,14 @@ func TestInheritance(t *testing.T) {
 		if v := b.get(id); v.Status != journal.Queued || b.streams.agreed(stream) {
 			t.Errorf("while the node may come back the job is %s", v.Status)
 		}
-		b.agreed.at(t, proposal{cluster.CmdNodeRemove, cluster.NodeRemove{Name: a.node}})
+		b.agreed.at(t, proposal{agreed.CmdNodeRemove, agreed.NodeRemove{Name: a.node}})
 		b.await(id, journal.Succeeded)
 		b.until("the stream is dropped", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
 	})
 }
 
 type proposal struct {
-	kind cluster.CommandType
+	kind agreed.CommandType
 	data any
 }
 
@@ -223,7 +223,7 @@ func (a *agreement) at(t *testing.T, changes ...proposal) {
 			t.Fatal(err)
 		}
 		a.index++
-		next, err := cluster.Apply(a.state, cluster.Command{Format: 1, Type: p.kind, At: time.Now(), Data: text, Term: 1, Index: a.index})
+		next, err := agreed.Apply(a.state, agreed.Command{Format: 1, Type: p.kind, At: time.Now(), Data: text, Term: 1, Index: a.index})
 		if err != nil {
 			t.Fatal(err)
 		}

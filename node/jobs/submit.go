@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -137,7 +137,7 @@ func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least
 
 // possibility is a result of Replication.Possible.
 type possibility struct {
-	state *cluster.State // for which it was computed
+	state *agreed.State // for which it was computed
 	level journal.Durability
 	err   error
 }
