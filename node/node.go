@@ -185,9 +185,12 @@ func (n *Node) open() error {
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
 	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
+	if err := n.work.openJobs(); err != nil {
+		return err
+	}
 	n.gateway = gateway.New(gateway.Options{
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
-		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+		Auth: keyCheck{n.cluster}, Health: n, Jobs: n.work.jobs, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
 		Cluster: n, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.doors.adminToken, Logger: n.log,

@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// fakeKeyring is the scripts' keyring: a rotation comes into use when it is
-// looked at for the second time, unless a site is away.
+// fakeKeyring is the scripts' keyring. A rotated key becomes active at the second request
+// for it, unless a site is away.
 type fakeKeyring struct {
 	rotated bool
 	looks   int
@@ -21,7 +21,7 @@ type fakeKeyring struct {
 func (f *fakeCluster) Keyring(context.Context) (admin.Keyring, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood == "outside" {
+	if f.state == "outside" {
 		return admin.Keyring{}, cluster.ErrNotMember
 	}
 	return f.describeKeyring(), nil
@@ -47,7 +47,7 @@ func (f *fakeCluster) describeKeyring() admin.Keyring {
 		}
 		k.Nodes = append(k.Nodes, n)
 	}
-	if f.mood == "degraded" {
+	if f.state == "degraded" {
 		k.Keys[1].Records = nil
 	}
 	if !f.keyring.rotated {
@@ -56,7 +56,7 @@ func (f *fakeCluster) describeKeyring() admin.Keyring {
 	next := k.Keys[1]
 	next.ID, next.CreatedBy, next.Records = "00000000000000bb", "ann@desk", ptr(int64(0))
 	f.keyring.looks++
-	if f.mood == "degraded" || f.keyring.looks < 2 {
+	if f.state == "degraded" || f.keyring.looks < 2 {
 		next.State, next.ActiveAt = "pending", nil
 		next.Confirmed, next.Missing = all[1:], all[:1]
 	} else {
@@ -81,7 +81,7 @@ func (f *fakeCluster) RotateKeyring(context.Context, string) (admin.DataKey, err
 func (f *fakeCluster) RewrapKeyring(context.Context, string) (admin.Keyring, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood == "degraded" {
+	if f.state == "degraded" {
 		return admin.Keyring{}, fmt.Errorf("%w: 2222222222222222, which node shanghai-a-1 has, is not that of beijing-1", agreed.ErrOperatorKeyMissing)
 	}
 	f.keyring.wrapped = "2222222222222222"

@@ -18,8 +18,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// fakeCluster keeps in memory what a node agrees on. fail makes every call
-// fail, as a node without quorum would.
+// fakeCluster is a Cluster in memory. fail makes every call fail, as on a node without
+// quorum.
 type fakeCluster struct {
 	mu        sync.Mutex // guards all below
 	name      string
@@ -33,9 +33,8 @@ type fakeCluster struct {
 	fail      error
 	keyring   Keyring
 	drills    []Drill
-	notes     []string // what was changed, in words
-	// hold, when not nil, keeps Status waiting until it is closed or the
-	// caller gives up.
+	notes     []string // the changes
+	// hold, if not nil, blocks Status until it is closed or the context ends.
 	hold chan struct{}
 }
 
@@ -313,7 +312,7 @@ func (f *fakeCluster) AbortDrill(ctx context.Context, id, by string) error {
 
 func ptr[T any](v T) *T { return &v }
 
-// newFake is a node of a healthy little cluster that was bootstrapped.
+// newFake is a node of a healthy bootstrapped cluster.
 func newFake(name string) *fakeCluster {
 	f := &fakeCluster{name: name, nodes: []string{name, "gone-1"}, status: healthyStatus()}
 	f.status.Observer.Node = name
@@ -349,7 +348,7 @@ func serve(t *testing.T, f Cluster, token string) *httptest.Server {
 	return s
 }
 
-// dial makes a client of the servers, in order.
+// dial makes a client for the servers, in order.
 func dial(t *testing.T, o ClientOptions, urls ...string) *Client {
 	t.Helper()
 	c, err := NewClient(urls, o)

@@ -39,7 +39,7 @@ func (f *fakeCluster) RewrapKeyring(context.Context, string) (Keyring, error) {
 	return f.keyring, f.fail
 }
 
-func TestKeyringTravels(t *testing.T) {
+func TestKeyringPassesServerAndClient(t *testing.T) {
 	f := newFake("me-1")
 	c := dial(t, ClientOptions{Author: "ann@desk"}, serve(t, f, "").URL)
 	if _, err := c.RewrapKeyring(t.Context(), ""); !errors.Is(err, agreed.ErrOperatorKeyMissing) {

@@ -12,9 +12,9 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// TestReturnedStreamIsNoIsland: what a node that lost its disk gets back of its
-// own from peers may have another owner by now; it starts none of it, also not
-// after its next start.
+// TestReturnedStreamIsNoIsland: a node that lost its disk gets its own streams back from
+// peers. They may have another owner, so it starts none of their jobs, also not after a
+// restart.
 func TestReturnedStreamIsNoIsland(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		before := newWorld(t)
@@ -50,8 +50,8 @@ func TestReturnedStreamIsNoIsland(t *testing.T) {
 	})
 }
 
-// TestDisowned: a node whose stream has another owner by now, or is done with,
-// takes what comes then in a new one, with or without having missed a lease.
+// TestDisowned: a node whose stream has another owner, or was dropped, accepts new jobs in a
+// new stream, whether it lost its lease meanwhile or not.
 func TestDisowned(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
@@ -76,8 +76,8 @@ func TestDisowned(t *testing.T) {
 	})
 }
 
-// TestOwnedAgain: when a stream went to another owner and came back at once, as
-// this node sees it, that owner may have executed some of it.
+// TestOwnedAgain: if a stream went to another owner and came back, that owner may have
+// executed jobs, even if this node saw both changes at once.
 func TestOwnedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
@@ -99,16 +99,16 @@ func TestOwnedAgain(t *testing.T) {
 		w.spare.Store(10)
 		time.Sleep(10 * time.Second)
 		if got := w.get(id).Status; got != journal.Queued {
-			t.Errorf("before it is known what the other owner did the job is %s", got)
+			t.Errorf("before the other owner's records are here the job is %s", got)
 		}
 		close(gate)
 		w.await(id, journal.Succeeded)
 	})
 }
 
-// TestListensFirst: a node that has just started hears nobody yet, so it can't
-// know what the others hold of a stream that others may have executed.
-func TestListensFirst(t *testing.T) {
+// TestWaitsForASteadyLease: a node that has just started hears no peer yet, so it can't know
+// which records other nodes hold of a stream that others may have executed.
+func TestWaitsForASteadyLease(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
 		w.start()
@@ -135,8 +135,8 @@ func TestListensFirst(t *testing.T) {
 	})
 }
 
-// TestAdoptedStreamStays: an adopter is done with a stream only when its origin
-// writes to another one.
+// TestAdoptedStreamStays: an adopter drops a stream only when its origin writes to a later
+// one.
 func TestAdoptedStreamStays(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
@@ -152,12 +152,12 @@ func TestAdoptedStreamStays(t *testing.T) {
 			t.Error("the stream is done with while its origin writes to it")
 		}
 		open("b")
-		w.until("it is done with", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
+		w.until("the stream is dropped", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
 	})
 }
 
-// TestLostDiskIsNotDone: of a stream of an earlier life, whose records the disk has
-// lost, there is nothing here; it is done with when what others hold is done.
+// TestLostDiskIsNotDone: a stream whose records this node's disk has lost has no jobs here. It
+// is dropped only when the jobs that other nodes hold have ended.
 func TestLostDiskIsNotDone(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		gate := make(chan struct{})
@@ -176,13 +176,13 @@ func TestLostDiskIsNotDone(t *testing.T) {
 			t.Error("it is done with before anybody was asked")
 		}
 		close(gate)
-		w.until("it is done with", func() bool { return !agreed() })
+		w.until("the stream is dropped", func() bool { return !agreed() })
 	})
 }
 
-// TestInheritance: what a node took alone and left behind is nobody's while the node
-// may come back; when an operator has removed it, who has a copy executes it, and
-// lets go of it in the end.
+// TestInheritance: the island jobs of a node are executed by no other node while it may come
+// back. When an operator has removed it, a node that has a copy executes them, and drops the
+// stream in the end.
 func TestInheritance(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := newWorld(t), newWorld(t)
@@ -195,15 +195,15 @@ func TestInheritance(t *testing.T) {
 		id := a.submit().ID
 		b.start()
 		deliver(t, a, b)
-		a.stop() // and then it is gone for good
+		a.stop() // and it does not come back
 		a.agreed.lease(true)
 		time.Sleep(time.Minute)
 		if v := b.get(id); v.Status != journal.Queued || b.streams.agreed(stream) {
-			t.Errorf("while its node may come back the job is %s", v.Status)
+			t.Errorf("while the node may come back the job is %s", v.Status)
 		}
 		b.agreed.at(t, proposal{agreed.CmdNodeRemove, agreed.NodeRemove{Name: a.node}})
 		b.await(id, journal.Succeeded)
-		b.until("it is done with", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
+		b.until("the stream is dropped", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
 	})
 }
 
@@ -212,7 +212,7 @@ type proposal struct {
 	data any
 }
 
-// at makes several changes that are seen as one.
+// at makes several changes that are seen at once.
 func (a *agreement) at(t *testing.T, changes ...proposal) {
 	t.Helper()
 	a.mu.Lock()

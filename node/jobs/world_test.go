@@ -28,8 +28,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// agreement is the cluster as Ownership sees it: a state that commands change,
-// and a lease that the test gives and takes.
+// agreement is the cluster as Ownership sees it: a state that commands change, and a lease
+// that the test controls.
 type agreement struct {
 	boot func() time.Duration
 
@@ -129,7 +129,7 @@ func (a *agreement) give(t *testing.T, s journal.Stream, to string) {
 	}
 }
 
-// copies is replication: the test says how durable everything is.
+// copies is a fake Replication. The test sets how durable records are.
 type copies struct {
 	mu        sync.Mutex // guards all below
 	possible  map[journal.Durability]bool
@@ -137,7 +137,7 @@ type copies struct {
 	reached   journal.Durability
 	of        map[string]journal.Durability // by origin, instead of reached
 	changed   chan struct{}
-	caughtUp  chan struct{} // closed: every stream is
+	caughtUp  chan struct{} // closed: all streams are caught up
 	asked     int           // calls of AwaitCaughtUp
 }
 
@@ -208,8 +208,8 @@ func (c *copies) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
-// say sets what is true: what the configuration gives, what can be heard, and
-// what has come about.
+// say sets the levels that the configuration allows, that the living nodes allow, and that
+// records have reached.
 func (c *copies) say(possible, reachable, reached journal.Durability) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -232,7 +232,7 @@ func (c *copies) sayOf(origin string, reached journal.Durability) {
 	c.of[origin] = reached
 }
 
-// world is a node with real files, and what it takes to restart it.
+// world is a node with real files that can be restarted.
 type world struct {
 	t      testing.TB
 	dir    string
@@ -310,7 +310,7 @@ func (w *world) open() {
 	var err error
 	tables := jobtable.Options{Dir: filepath.Join(w.dir, "table"), Sealer: sealer, Ring: w.ring, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry()}
 	w.table, err = jobtable.Open(tables)
-	if errors.Is(err, jobtable.ErrDamaged) { // a copy of files that change is none of one moment; it is derived
+	if errors.Is(err, jobtable.ErrDamaged) { // crash copies files while they change; the table can be rebuilt
 		must(jobtable.Discard(tables.Dir))
 		tables.Registerer = prometheus.NewRegistry()
 		w.table, err = jobtable.Open(tables)
@@ -373,14 +373,14 @@ func (w *world) launch() {
 	}
 }
 
-// restart ends the node in good order and starts it again.
+// restart stops the node and starts it again.
 func (w *world) restart() {
 	w.t.Helper()
 	w.stop()
 	w.start()
 }
 
-// crash goes on from the files as they are at this moment, as after a kill.
+// crash continues with a copy of the files at this moment, as after a kill.
 func (w *world) crash() {
 	w.t.Helper()
 	copied := w.t.TempDir()
@@ -403,6 +403,15 @@ func request(change ...func(*Request)) *Request {
 		c(r)
 	}
 	return r
+}
+
+func (w *world) counts() Counts {
+	w.t.Helper()
+	c, err := w.Counts()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
 }
 
 func (w *world) submit(change ...func(*Request)) *View {

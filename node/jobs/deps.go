@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Journal is what jobs needs of the node's journal; *journal.Log is one. The
-// table must show a record when Append returns.
+// Journal is what jobs needs of the node's journal; *journal.Log implements it. When Append
+// returns, the table has the records.
 type Journal interface {
 	Create(ctx context.Context, s journal.Stream) error
 	Append(ctx context.Context, s journal.Stream, records []journal.Record) (last uint64, err error)
@@ -19,7 +19,7 @@ type Journal interface {
 	Ends() map[journal.Stream]journal.End
 }
 
-// Table is what jobs needs of the rows; *jobtable.Table is one.
+// Table is what jobs needs of the job table; *jobtable.Table implements it.
 type Table interface {
 	Get(id journal.JobID) (jobtable.Row, bool, error)
 	List(f jobtable.Filter) (rows []jobtable.Row, more bool, err error)
@@ -28,28 +28,33 @@ type Table interface {
 	LiveCounts() map[journal.Stream]int64
 	Counts() map[journal.Status]int64
 	Watch(f func(jobtable.Row))
+	// Partial reports whether rows may be missing, because the table was damaged
+	// and is being rebuilt.
+	Partial() bool
 }
 
-// Replication tells where a record is on disk; *replication.Replication is one.
+// Replication knows which nodes have a record on disk; *replication.Replication implements
+// it.
 type Replication interface {
-	// Possible gives nil when the configured nodes can make a record of this node
-	// that durable, else an error that says what is missing.
+	// Possible returns nil if the configured nodes can make a record of this node that
+	// durable, else an error that says what is missing.
 	Possible(level journal.Durability) error
-	// Reachable reports whether the nodes that can be heard now can do it.
+	// Reachable reports whether the nodes that are heard now can make it that durable.
 	Reachable(level journal.Durability) bool
 	// Await blocks until the record is that durable, or ctx ends.
 	Await(ctx context.Context, s journal.Stream, seq uint64, level journal.Durability) error
-	// Reached is the best level that is known to be true now.
+	// Reached is the highest level that the record is known to have.
 	Reached(s journal.Stream, seq uint64) journal.Durability
-	// AwaitCaughtUp blocks until this node's table shows what every living node
-	// holds, of all streams.
+	// AwaitCaughtUp blocks until this node's table has every record that a living node
+	// holds.
 	AwaitCaughtUp(ctx context.Context) error
-	// Spread reports whether all members have all of a stream, or need it no more.
+	// Spread reports whether every member has all records of a stream, or no longer needs
+	// them.
 	Spread(s journal.Stream) bool
 }
 
-// Ownership says which streams' jobs may be started here; *failover.Ownership
-// is one. Streams are named by cluster.StreamKey.
+// Ownership knows which streams this node owns, whose jobs it may start;
+// *failover.Ownership implements it. agreed.StreamKey names a stream.
 type Ownership interface {
 	Check(stream string) (failover.Permit, error)
 	Mine() []agreed.JobStream
@@ -60,8 +65,8 @@ type Ownership interface {
 	Drop(ctx context.Context, streams ...string) error
 }
 
-// level orders the durabilities: each is lost in fewer cases than the one
-// before. -1 for what is none.
+// levelOf orders the durabilities: each one survives more than the one before. It is -1
+// for an unknown one.
 func levelOf(d journal.Durability) int {
 	switch d {
 	case journal.DurableNode:
@@ -80,7 +85,7 @@ func tokenOf(t agreed.FenceToken) journal.Token {
 	return journal.Token{Generation: t.Generation, Index: t.Index}
 }
 
-// sleep waits, or gives the reason why ctx ended.
+// sleep waits. The error is the cause of ctx's end.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -9,9 +9,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// TestShownStaysShown: a result that was shown because its durability could not be
-// had doesn't go back when the peer is there again at once, and this process or
-// the next could wait for it.
+// TestShownStaysShown: a result that was shown because its durability could not be reached
+// stays shown when the peer is back, in this process and in the next.
 func TestShownStaysShown(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		all := journal.DurableTwoCities
@@ -27,9 +26,9 @@ func TestShownStaysShown(t *testing.T) {
 		if got := w.get(id).Status; got != journal.Succeeded {
 			t.Errorf("after a restart the job went back to %s", got)
 		}
-		// What ends from now on waits as before.
+		// A job that ends from now on waits for its durability.
 		later := w.submit(func(r *Request) { r.Durability = "" }).ID
-		w.until("it has ended", func() bool { return w.Counts().Succeeded == 2 })
+		w.until("it has ended", func() bool { return w.counts().Succeeded == 2 })
 		if got := w.get(later).Status; got != journal.Running {
 			t.Errorf("the job after it is %s", got)
 		}
@@ -37,10 +36,10 @@ func TestShownStaysShown(t *testing.T) {
 	})
 }
 
-// TestLaterOwnersWordHidesNothing: the adopter of a stream writes a result of the
-// owner before once more, under its own token. Until that is as durable as the job
-// asked, the first, which is, stays shown.
-func TestLaterOwnersWordHidesNothing(t *testing.T) {
+// TestEarlierResultStaysShown: the adopter of a stream writes the result of the earlier owner
+// again, with its own token. Until that record is as durable as the job asked, the first one,
+// which is durable enough, stays shown.
+func TestEarlierResultStaysShown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := twoNodes(t)
 		defer func() { a.stop(); b.stop() }()
@@ -66,7 +65,7 @@ func TestLaterOwnersWordHidesNothing(t *testing.T) {
 		close(finish)
 		a.await(id, journal.Succeeded)
 		deliver(t, a, b)
-		b.until("the adopter has written its own word", func() bool {
+		b.until("the adopter has written its result", func() bool {
 			row, _, err := b.table.Get(id)
 			current, ok := row.Current()
 			return err == nil && ok && current.Kind == journal.Finished && current.Stream.Origin == b.node

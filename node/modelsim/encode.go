@@ -5,8 +5,8 @@ import (
 	"strconv"
 )
 
-// voice writes the JSON of one answer: chat or completion.
-type voice struct {
+// encoder writes the JSON of one answer of chat or completions.
+type encoder struct {
 	chat     bool
 	id       string
 	created  int64
@@ -14,8 +14,8 @@ type voice struct {
 	question []byte
 }
 
-// open begins an event up to the choices' bracket.
-func (v *voice) open(b []byte) []byte {
+// open begins an event, up to the opening bracket of its choices.
+func (v *encoder) open(b []byte) []byte {
 	b = append(b, `data: {"id":"`...)
 	b = append(b, v.id...)
 	b = append(b, `","object":"`...)
@@ -35,8 +35,8 @@ func index(b []byte, i int) []byte {
 	return strconv.AppendInt(append(b, `{"index":`...), int64(i), 10)
 }
 
-// role is the first chunk of a chat choice: no content. A completion has none.
-func (v *voice) role(b []byte, i int) []byte {
+// role is the first chunk of a chat choice, without content. A completion has none.
+func (v *encoder) role(b []byte, i int) []byte {
 	if !v.chat {
 		return b
 	}
@@ -44,8 +44,9 @@ func (v *voice) role(b []byte, i int) []byte {
 	return append(b, `,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}`+"\n\n"...)
 }
 
-// token k of choice i. The vocabulary needs no escaping, arguments do.
-func (v *voice) token(b []byte, i int, a *answer, k int) []byte {
+// token writes token k of choice i. Words of the vocabulary need no escaping, arguments
+// do.
+func (v *encoder) token(b []byte, i int, a *answer, k int) []byte {
 	t := a.tokens[k]
 	b = index(v.open(b), i)
 	switch {
@@ -73,7 +74,7 @@ func (v *voice) token(b []byte, i int, a *answer, k int) []byte {
 	return append(b, `,"logprobs":null,"finish_reason":null}]}`+"\n\n"...)
 }
 
-func (v *voice) finish(b []byte, i int, reason string) []byte {
+func (v *encoder) finish(b []byte, i int, reason string) []byte {
 	b = index(v.open(b), i)
 	if v.chat {
 		b = append(b, `,"delta":{}`...)
@@ -84,7 +85,7 @@ func (v *voice) finish(b []byte, i int, reason string) []byte {
 	return append(b, `"}]}`+"\n\n"...)
 }
 
-func (v *voice) usage(b []byte, u usage) []byte {
+func (v *encoder) usage(b []byte, u usage) []byte {
 	b = append(append(v.open(b), `],"usage":`...), mustJSON(u)...)
 	return append(b, "}\n\n"...)
 }
@@ -109,13 +110,13 @@ type choice struct {
 	Index   int      `json:"index"`
 	Message *message `json:"message,omitempty"`
 	Text    *string  `json:"text,omitempty"`
-	// Logprobs is always null, as from a server that was not asked for them.
+	// Logprobs is always null, as when a request does not ask for them.
 	Logprobs *struct{} `json:"logprobs"`
 	Finish   *string   `json:"finish_reason"`
 }
 
-// whole is the plain body; a fault may change how it ends.
-func (v *voice) whole(answers []*answer, f Fault) []byte {
+// whole is the body of a plain answer. A fault may change its finish_reason.
+func (v *encoder) whole(answers []*answer, f Fault) []byte {
 	body := struct {
 		ID      string          `json:"id"`
 		Object  string          `json:"object"`

@@ -16,22 +16,16 @@ import (
 )
 
 const (
-	// findWait bounds the question to all others, and relayWait a change that is
-	// made at one of them.
+	// findWait bounds the search at all peers, relayWait a change at one of them.
 	findWait  = 300 * time.Millisecond
 	relayWait = 5 * time.Second
-	// maxAsked bounds how many are asked at one time.
+	// maxAsked bounds the peers that are asked for one job.
 	maxAsked = 16
-	// maxRelayed is a result with what is around it.
+	// maxRelayed bounds a peer's answer: the largest result and the job's other fields.
 	maxRelayed = MaxResult + 1<<20
 )
 
-// elsewhere asks other nodes for jobs that have not arrived here yet.
-type elsewhere struct {
-	peers func() []serving.Peer
-}
-
-// Relayed is another node's answer.
+// Relayed is the answer of another node.
 type Relayed struct {
 	Node   string
 	Status int
@@ -39,19 +33,31 @@ type Relayed struct {
 	Body   []byte
 }
 
-// Elsewhere asks the other nodes for a job, all at once and for 300 ms; who has
-// it gives the answer, and for a change (another method than GET) is asked once
-// more. path is that of the client API, as in "/v1/jobs/{id}/cancel". The error
-// is ErrNotFound when nobody has the job or none of them answers in time.
-func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+// Elsewhere asks the other nodes for a job, all at once, for at most 300 ms. It returns the
+// answer of a node that has the job; for a change (another method than GET) that node gets
+// a second request. path is the path of the client API, such as "/v1/jobs/{id}/cancel". The error
+// is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
+// this node may lack rows that is ErrPartial.
+func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+	if !j.ready.Load() {
+		return nil, ErrNotReady
+	}
+	there, err := j.askPeers(ctx, who, method, path, id)
+	if errors.Is(err, ErrNotFound) && j.o.Table.Partial() {
+		err = ErrPartial
+	}
+	return there, err
+}
+
+func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
 	if who.Operator {
-		return nil, ErrNotFound // operators have every node's own port
+		return nil, ErrNotFound // operators can ask each node themselves
 	}
 	principal, err := json.Marshal(who.Principal)
 	if err != nil {
 		return nil, fmt.Errorf("encode the principal: %w", err)
 	}
-	found, peer := e.ask(ctx, string(principal), "/v1/jobs/"+id.String())
+	found, peer := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String())
 	if found == nil {
 		return nil, ErrNotFound
 	}
@@ -63,14 +69,14 @@ func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path stri
 	return relay(ctx, peer, string(principal), method, path)
 }
 
-func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
+func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
 	ctx, done := context.WithTimeout(ctx, findWait)
 	defer done()
 	type reply struct {
 		answer *Relayed
 		peer   *serving.Peer
 	}
-	peers := e.peers()
+	peers := j.o.Peers()
 	if len(peers) > maxAsked {
 		peers = peers[:maxAsked]
 	}
@@ -85,7 +91,7 @@ func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, 
 		}()
 	}
 	var first reply
-	for range peers { // all are waited for: done ends those that are too late
+	for range peers { // done ends the requests that are still running
 		if r := <-replies; r.answer != nil && first.answer == nil {
 			first = r
 			done()
@@ -106,7 +112,7 @@ func relay(ctx context.Context, p *serving.Peer, principal, method, path string)
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", p.Node, err)
 	}
-	defer func() { _ = resp.Body.Close() }() // nothing to learn from it
+	defer func() { _ = resp.Body.Close() }() // only read from
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxRelayed+1))
 	if err == nil && len(body) > maxRelayed {
 		err = errors.New("the answer is too long")

@@ -30,17 +30,18 @@ import (
 )
 
 const (
-	jobsDir    = "jobs" // of the table, and of what node/jobs notes
+	jobsDir    = "jobs" // has the table and the files of node/jobs
 	journalDir = "journal"
-	// clockAhead is how far a peer's clock may be ahead of this node's before it is
-	// no longer followed.
+	// clockAhead is how far the clock of a record may be ahead of this node's clock and
+	// still advance the hybrid clock.
 	clockAhead = 10 * time.Minute
-	// spareShare of the room at the model servers is left to clients that wait.
-	spareShare = 4 // a quarter
+	// One spareShare-th of the model servers' concurrency is kept free for clients that
+	// wait for an answer.
+	spareShare = 4
 )
 
-// work is this node's part in asynchronous jobs: the journals, the table that is
-// derived from them, what carries them to other nodes, and who executes them.
+// work has everything of asynchronous jobs: the journals, the job table derived from them,
+// their replication, the ownership of streams, and the jobs themselves.
 type work struct {
 	n           *Node
 	clock       *journal.HLC
@@ -50,14 +51,13 @@ type work struct {
 	replication *replication.Replication
 	ownership   *failover.Ownership
 
-	// jobs is nil until this node is a member, has the data keys and has brought
-	// its table up to date.
-	jobs atomic.Pointer[jobs.Jobs]
-	// stop ends the starting of jobs, before the node's doors close.
+	// jobs answers ErrNotReady until run has brought the table up to date.
+	jobs *jobs.Jobs
+	// stop ends jobs.Run, before the listeners close.
 	stop atomic.Pointer[context.CancelFunc]
 }
 
-// openWork opens the files. The cluster's services are registered by serve.
+// openWork opens the files.
 func (n *Node) openWork() error {
 	w := &work{n: n, clock: journal.NewHLC(time.Now, clockAhead), sealer: journal.NewSealer(n.keys.Ring)}
 	var err error
@@ -82,7 +82,7 @@ func (n *Node) openWork() error {
 	return nil
 }
 
-// openTable makes a damaged table anew: it is derived.
+// openTable opens the job table. A damaged table is discarded and rebuilt.
 func (w *work) openTable(dir string) (*jobtable.Table, error) {
 	o := jobtable.Options{
 		Dir: dir, Sealer: w.sealer, Ring: w.n.keys.Ring, Clock: w.clock, Logger: w.n.log, Registerer: w.n.reg,
@@ -90,7 +90,7 @@ func (w *work) openTable(dir string) (*jobtable.Table, error) {
 	}
 	t, err := jobtable.Open(o)
 	if errors.Is(err, jobtable.ErrDamaged) {
-		w.n.log.Error("the job table is damaged; it is made anew from the journals and from other nodes", "err", err)
+		w.n.log.Error("the job table is damaged, rebuilding it from the journals and from other nodes", "err", err)
 		if err := jobtable.Discard(dir); err != nil {
 			return nil, err
 		}
@@ -108,7 +108,7 @@ func (w *work) retention() time.Duration {
 	return config.DefaultJobs().Retention.D()
 }
 
-// connect makes what needs the cluster.
+// connect makes the parts that need the cluster.
 func (w *work) connect() error {
 	n := w.n
 	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime)
@@ -121,7 +121,7 @@ func (w *work) connect() error {
 	return err
 }
 
-// members are the nodes that carry journals, this one among them.
+// members are the nodes that hold journals, with this one.
 func (w *work) members() []replication.Member {
 	s := w.n.cluster.State()
 	if s.Parsed == nil {
@@ -143,15 +143,15 @@ func (w *work) members() []replication.Member {
 	return members
 }
 
-// current reports whether members are what is agreed on now.
+// current reports whether members is up to date: this node follows a leader with a quorum.
 func (w *work) current() bool {
 	raft := w.n.cluster.Raft()
 	return raft.Quorum && raft.Ticked && raft.TickAgo < w.n.cluster.Timing().Patience
 }
 
-// retired reports whether nobody needs a stream's records any more: its owner was
-// done with it, or it was never agreed on, its origin is no member, and nothing in
-// it is left to do. What is left somebody asks for.
+// retired reports whether no node needs the records of a stream any more: its owner has
+// dropped it, or it was never agreed on, its origin is no member, and all its jobs have
+// ended. (A stream with other jobs is inherited, see node/jobs.)
 func (w *work) retired(s journal.Stream) bool {
 	state, key := w.n.cluster.State(), agreed.StreamKey(s.Origin, s.Incarnation.String())
 	if _, agreed := state.Streams[key]; agreed {
@@ -164,8 +164,8 @@ func (w *work) retired(s journal.Stream) bool {
 	return slices.Contains(state.DoneStreams, key) || !member && !w.table.Partial() && w.table.LiveCounts()[s] == 0
 }
 
-// run brings the table up to date and then takes, carries and executes jobs
-// until ctx ends. An error means that this node must not go on.
+// run brings the table up to date, and then accepts, replicates and executes jobs until ctx
+// ends. An error means that the node must stop.
 func (w *work) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return w.table.Run(ctx) })
@@ -177,14 +177,9 @@ func (w *work) run(ctx context.Context) error {
 		if err := w.replay(ctx); err != nil {
 			return err
 		}
-		j, err := jobs.New(w.options())
-		if err != nil {
-			return err
-		}
 		starting, stop := context.WithCancel(ctx)
 		defer stop()
 		w.stop.Store(&stop)
-		w.jobs.Store(j)
 		g.Go(func() error { return w.replication.Run(ctx) })
 		g.Go(func() error { return w.n.passOn(ctx) })
 		adopter := failover.NewAdopter(failover.Options{
@@ -195,21 +190,21 @@ func (w *work) run(ctx context.Context) error {
 			Logger:      w.n.log, Registerer: w.n.reg,
 		})
 		g.Go(func() error { return w.n.cluster.WhileLeader(ctx, adopter.Lead) })
-		return j.Run(starting)
+		return w.jobs.Run(starting)
 	})
 	return g.Wait()
 }
 
-// stopStarting ends the executor: what runs gets its grace, the rest waits for
-// the next start, or for another owner.
+// stopStarting ends jobs.Run: running jobs get their grace period, the others wait for the
+// next start or for another owner.
 func (w *work) stopStarting() {
 	if stop := w.stop.Load(); stop != nil {
 		(*stop)()
 	}
 }
 
-// watchJournals ends the node when its journals fail: after a failed write
-// nobody knows what is on the disk.
+// watchJournals returns an error when the journals fail: after a failed write it is not known
+// what is on the disk.
 func (w *work) watchJournals(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -219,7 +214,7 @@ func (w *work) watchJournals(ctx context.Context) error {
 	}
 }
 
-// awaitReady waits until this node is a member and can open its records.
+// awaitReady waits until this node is a member and has the data keys.
 func (w *work) awaitReady(ctx context.Context) bool {
 	if err := w.n.cluster.AwaitMember(ctx); err != nil {
 		return false
@@ -237,15 +232,15 @@ func (w *work) awaitReady(ctx context.Context) bool {
 	}
 }
 
-// replay applies what the table had not committed when the node last stopped.
+// replay applies the records that the table had not committed when the node last stopped.
 func (w *work) replay(ctx context.Context) error {
 	began, streams := time.Now(), 0
 	for s, end := range w.log.Ends() {
 		from := w.table.Applied(s) + 1
 		if from < end.First {
-			// Only a table that was made anew lacks what its journals have dropped. It is
-			// partial until replication has the rows from other nodes.
-			w.n.log.Warn("the job table lacks records that this node's journals no longer hold; the rows come from other nodes",
+			// Only a discarded table lacks records that the journals have trimmed. It is
+			// partial until replication has the rows of other nodes.
+			w.n.log.Warn("the job table lacks records that this node's journals no longer have, waiting for the rows of other nodes",
 				"stream", s.String(), "from", from, "to", end.First-1)
 			if err := w.table.SetApplied(ctx, s, end.First-1); err != nil {
 				return err
@@ -268,25 +263,27 @@ func (w *work) replay(ctx context.Context) error {
 	return nil
 }
 
-func (w *work) options() jobs.Options {
+// openJobs makes the jobs; it needs the serving pipeline.
+func (w *work) openJobs() (err error) {
 	n := w.n
-	return jobs.Options{
+	w.jobs, err = jobs.New(jobs.Options{
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
 		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.Ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
-		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
+		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Peers: w.peers,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
-	}
+	})
+	return err
 }
 
-// spare is how many more jobs may run now: a part of the room at the site's
-// model servers is for those who wait.
+// spare is how many more jobs may start now. A part of the concurrency of the site's model
+// servers is kept free for clients that wait for an answer.
 func (w *work) spare() int {
 	free, most := w.n.pipeline.Room()
 	return free - (most+spareShare-1)/spareShare
 }
 
-// heard reports whether a node can be heard now.
+// heard reports whether a node is heard now.
 func (w *work) heard(node string) bool {
 	if node == w.n.cfg.Name {
 		return true
@@ -295,8 +292,8 @@ func (w *work) heard(node string) bool {
 	return known && p.Heard && p.Ago < w.n.cluster.Timing().Patience
 }
 
-// elsewhere are the other living nodes, of this site too.
-func (w *work) elsewhere() []serving.Peer {
+// peers are the other living nodes, of this site too.
+func (w *work) peers() []serving.Peer {
 	n := w.n
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
 	var peers []serving.Peer
@@ -308,31 +305,27 @@ func (w *work) elsewhere() []serving.Peer {
 	return peers
 }
 
-// status is what this node knows of jobs, and of how far the copies of each site
-// are behind; nothing before it carries any.
+// status returns the counts of jobs, and how far the copies of each site are behind. Both
+// are nil before run is ready.
 func (w *work) status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
-	j := w.jobs.Load()
-	if j == nil || s.Parsed == nil {
+	c, err := w.jobs.Counts()
+	if errors.Is(err, jobs.ErrNotReady) || s.Parsed == nil {
 		return nil, nil
 	}
-	c := j.Counts()
 	copies := make(map[string]replication.Copy, len(s.Parsed.Sites))
 	for site := range s.Parsed.Sites {
 		copies[site] = w.replication.Copy(site)
 	}
-	if w.table.Partial() {
-		return &admin.Jobs{}, copies // what is there is not what there is
+	if err != nil { // rows are missing: the counts are unknown
+		return &admin.Jobs{}, copies
 	}
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
-// check compares the journals with the table, for an operator and for tests.
+// check compares the table with the journals, for operators and tests.
 func (w *work) check(ctx context.Context) error {
-	if w.jobs.Load() == nil {
-		return jobs.ErrNotReady
-	}
-	if w.table.Partial() {
-		return jobs.ErrPartial
+	if _, err := w.jobs.Counts(); err != nil {
+		return err
 	}
 	ends := w.log.Ends()
 	if err := w.table.Check(ctx); err != nil {
@@ -346,14 +339,14 @@ func (w *work) check(ctx context.Context) error {
 	return nil
 }
 
-// jobReplication adds what the journals know.
+// jobReplication is a jobs.Replication that also looks at the journals.
 type jobReplication struct {
 	*replication.Replication
 	w *work
 }
 
-// AwaitCaughtUp waits for what other nodes hold, and then for what this node's
-// own journals have lost to damage: without it nobody knows which jobs were done.
+// AwaitCaughtUp waits for the records of other nodes, and then for records that this node's
+// own journals lost to damage: without them it is not known which jobs have ended.
 func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 	said := ""
 	for {
@@ -366,7 +359,7 @@ func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 		}
 		if damaged != said {
 			said = damaged
-			r.w.n.log.Error("jobs that were accepted before are not executed here", "because", damaged)
+			r.w.n.log.Error("not executing jobs that were accepted before", "because", damaged)
 		}
 		select {
 		case <-r.w.log.Changed():
@@ -376,37 +369,36 @@ func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
-// damaged says what this node's own journals have lost, in words; empty: nothing.
+// damaged says which records this node's own journals have lost; empty: none.
 func (w *work) damaged() string {
 	for s, end := range w.log.Ends() {
 		if s.Origin == w.n.cfg.Name && end.Damaged != 0 {
 			return fmt.Sprintf("its journal %s lost records %d to %d to damage, and no node that is heard has them: "+
-				"bring back a node that has, or remove this one (dsnode node remove) so that others take its jobs over",
+				"start a node that has them, or remove this one (dsnode node remove) so that other nodes take over its jobs",
 				s, end.Durable+1, end.Damaged)
 		}
 	}
 	return ""
 }
 
-// partial says in words that the table was made anew and isn't whole yet; empty:
-// it is.
+// partial says that the table is being rebuilt and may lack rows; empty: it is whole.
 func (w *work) partial() string {
 	if !w.table.Partial() {
 		return ""
 	}
-	return "its job table was damaged and is made anew with the rows of other nodes: until a node that has them all is heard, " +
-		"ask another node for jobs; those that were accepted here before are not executed"
+	return "its job table was damaged and is being rebuilt with the rows of other nodes: until a node that has all rows is heard, " +
+		"ask another node for jobs; jobs that were accepted here before are not executed"
 }
 
-// manyStreams is from how many agreed streams of a node on they are done with
-// although some member lacks records of theirs: it gets rows instead, since
-// nothing bounds how long a member is away.
+// manyStreams bounds the agreed streams of a node. With more, a stream counts as spread
+// although a member lacks records of it, because a member may be away for any time. That
+// member gets rows of the table instead.
 const manyStreams = 32
 
 // Spread reports whether every member holds all of a stream.
 func (r jobReplication) Spread(s journal.Stream) bool {
 	if r.w.table.Partial() {
-		return false // it may be that jobs look done which are not known yet
+		return false // jobs that have not ended may be missing
 	}
 	end, held := r.w.log.End(s)
 	if !held || r.HeldByAll(s) >= end.Durable {
@@ -421,7 +413,8 @@ func (r jobReplication) Spread(s journal.Stream) bool {
 	return count > manyStreams
 }
 
-// journalCarrier and tableCarrier are the stores as the keyring sees them.
+// journalCarrier and tableCarrier are the stores for the data keys: they count and re-encrypt
+// records.
 type journalCarrier struct {
 	log    *journal.Log
 	sealer *journal.Sealer

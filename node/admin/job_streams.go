@@ -7,17 +7,18 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// JobsChecker shows what a node keeps of jobs besides the jobs themselves.
+// JobsChecker shows a node's internal state of jobs.
 type JobsChecker interface {
-	// CheckJobs is nil when the node's journals and its table of jobs agree.
+	// CheckJobs returns nil if the node's job table agrees with its journals.
 	CheckJobs(ctx context.Context) error
-	// JobStreams says who executes what, by the node's copy of the agreed state.
+	// JobStreams says which node executes which stream, by the node's copy of the agreed
+	// state.
 	JobStreams(ctx context.Context) (JobStreams, error)
 }
 
-// JobStreams are the streams in which jobs were taken and that somebody has to
-// execute, by origin and incarnation. Ownership is the raft index of the newest
-// change of them that the node has heard of; it only rises.
+// JobStreams are the agreed job streams that have an owner, ordered by origin and
+// incarnation. Ownership is the Raft index of the newest change of an owner that the
+// node has applied; it only rises.
 type JobStreams struct {
 	Ownership uint64             `json:"ownership"`
 	Data      []agreed.JobStream `json:"data"`
@@ -32,7 +33,7 @@ func (c *Client) JobStreams(ctx context.Context) (JobStreams, error) {
 	return ask[JobStreams](ctx, c, http.MethodGet, "/admin/v1/jobs/streams", nil, nil)
 }
 
-// JobsCheck is the answer when they do.
+// JobsCheck is the answer of a successful check.
 type JobsCheck struct {
 	Agree bool `json:"agree"`
 }

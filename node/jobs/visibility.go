@@ -9,25 +9,24 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// settleWait is how long a result waits to become as durable as was asked for,
-// where less is enough for who asked.
+// settleWait is how long a result stays hidden while it is less durable than the client
+// asked, if min_durability allows less.
 const settleWait = 2 * time.Second
 
-// maxWaited bounds the streams whose waits are remembered: more than a journal
+// maxWaited bounds the streams whose waits are remembered. It is more than a journal
 // holds.
 const maxWaited = 2048
 
-// waits remembers up to where in each stream results have waited long enough for
-// more than the least durability that was asked for. What was shown because of
-// that stays shown: peers that come back in that moment, a clock that is set and
-// a restart change nothing.
+// waits remembers, for each stream, up to which record the wait (settleWait) of results is
+// over. A result that was shown because of that stays shown, also when peers come back,
+// the clock is set, or the node restarts.
 type waits struct {
 	mu   sync.Mutex // guards over
 	over map[journal.Stream]uint64
 }
 
-// newWaits knows no more than that an earlier process may have shown all that is
-// in the journal at its start.
+// newWaits assumes that an earlier process has shown every result that is in the journal
+// at the start.
 func newWaits(ends map[journal.Stream]journal.End) *waits {
 	w := &waits{over: make(map[journal.Stream]uint64, len(ends))}
 	for s, e := range ends {
@@ -42,9 +41,8 @@ func (w *waits) isOver(s journal.Stream, seq uint64) bool {
 	return w.over[s] >= seq
 }
 
-// end notes that a result has waited, and with it all that is before it in its
-// stream. held are the streams that a journal holds; what has gone from there is
-// shown without a wait.
+// end notes that the wait of a result is over, and of all records before it in its stream.
+// held returns the streams of the journal: results of other streams need no wait.
 func (w *waits) end(s journal.Stream, seq uint64, held func() map[journal.Stream]journal.End) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -58,9 +56,8 @@ func (w *waits) end(s journal.Stream, seq uint64, held func() map[journal.Stream
 	}
 }
 
-// shownEnd is the end that a client is shown: the best of those that may be. A
-// later owner's word that isn't settled yet hides none that is, since that one may
-// have been shown.
+// shownEnd is the end of a job that clients see. Until a later owner's result is durable
+// enough, it is the earlier durable one: a client may have seen it.
 func (j *Jobs) shownEnd(row jobtable.Row, sub *journal.Submission) (journal.Record, bool) {
 	current, ok := row.Current()
 	if !ok || current.Kind != journal.Finished {
@@ -77,8 +74,8 @@ func (j *Jobs) shownEnd(row jobtable.Row, sub *journal.Submission) (journal.Reco
 	return journal.Record{}, false
 }
 
-// settled reports whether a result may be shown: once shown it must not be lost
-// with what the client asked to survive.
+// settled reports whether a result may be shown. A result that was shown must survive what
+// the client asked the job to survive.
 func (j *Jobs) settled(fin *journal.Record, sub *journal.Submission) bool {
 	got, want := levelOf(j.reached(fin.Stream, fin.Seq)), levelOf(sub.Durability)
 	if got >= want {
