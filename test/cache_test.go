@@ -52,7 +52,7 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 	here, away := l.Sites[0].Nodes[0], l.Sites[2].Nodes[0]
 	for _, n := range []*lab.Node{here, away} {
 		// Until the cluster has agreed on its keys nothing is kept.
-		deadline := time.Now().Add(30 * time.Second)
+		deadline := time.Now().Add(within(30 * time.Second))
 		question, first, before := "", "", int64(0)
 		for i := 0; ; i++ {
 			question = fmt.Sprintf("Tell me of %s, %d", cacheCanary, i)
@@ -76,16 +76,16 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 			t.Fatalf("%s: %s, %v, %q then %q", n.Name, label, header, first, text)
 		}
 		// It is written behind; then the process may go.
-		l.WaitFor(10*time.Second, "the answer is in the file", func(ctx context.Context) error {
+		l.WaitFor(within(10*time.Second), "the answer is in the file", func(ctx context.Context) error {
 			entries, err := n.CacheEntries(ctx)
 			if err == nil && entries <= before {
 				err = fmt.Errorf("%d entries, there were %d", entries, before)
 			}
 			return err
 		})
-		l.WaitFor(20*time.Second, "a killed node finds it again", func(context.Context) error {
+		l.WaitFor(within(20*time.Second), "a killed node finds it again", func(context.Context) error {
 			n.Restart()
-			l.WaitHealthy(20 * time.Second)
+			l.WaitHealthy(within(20 * time.Second))
 			_, label, text, _ := askCached(t, n, question, "only")
 			if label != "hit-shared" || text != first {
 				return fmt.Errorf("%s: %s", n.Name, label)
@@ -117,7 +117,7 @@ func purgeWhileAway(t *testing.T, l *lab.Lab, here, away *lab.Node, question str
 		t.Fatalf("purge: %d, %v", resp.StatusCode, err)
 	}
 	away.Start()
-	l.WaitHealthy(20 * time.Second)
+	l.WaitHealthy(within(20 * time.Second))
 	if status, label, _, _ := askCached(t, away, question, "only"); status != http.StatusGatewayTimeout || label != "miss" {
 		t.Errorf("after the purge: %d %s", status, label)
 	}

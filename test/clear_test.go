@@ -82,7 +82,7 @@ func TestNothingInClear(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, other := range l.Nodes() {
-			l.WaitFor(30*time.Second, "the job to be done everywhere", func(ctx context.Context) error {
+			l.WaitFor(within(30*time.Second), "the job to be done everywhere", func(ctx context.Context) error {
 				got, err := other.Job(ctx, v.ID)
 				if err == nil && got.Status != "succeeded" {
 					err = fmt.Errorf("%s shows it as %s", other.Name, got.Status)

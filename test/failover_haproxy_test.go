@@ -144,7 +144,7 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 			t.Logf("--- end of haproxy's log\n%s", strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
 	})
-	l.WaitFor(10*time.Second, "haproxy to serve on both ports", func(ctx context.Context) error {
+	l.WaitFor(within(10*time.Second), "haproxy to serve on both ports", func(ctx context.Context) error {
 		return errors.Join(b.ask(ctx, clients).err, b.ask(ctx, primary).err)
 	})
 	for _, number := range []int{clients, primary} {
@@ -262,7 +262,7 @@ func (b *balancer) wantRightSites(role *lab.RoleWatch) {
 	b.t.Helper()
 	checked := within(time.Second)
 	// The balancer may ask a node a moment before the watch does.
-	const noticed = 250 * time.Millisecond
+	noticed := within(250 * time.Millisecond)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	runs := role.Runs()

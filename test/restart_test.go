@@ -23,9 +23,9 @@ func TestAnyNodeComesBack(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	for _, n := range l.Nodes() {
 		n.Restart()
-		t.Logf("%s killed and restarted: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+		t.Logf("%s killed and restarted: healthy after %v", n.Name, l.WaitHealthy(within(returns)))
 		n.RestartWithNewPorts()
-		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(within(returns)))
 	}
 	wantVoters(t, l, 3)
 	for range 3 {
@@ -40,7 +40,7 @@ func TestAnyNodeComesBack(t *testing.T) {
 			n.Start()
 			order = append(order, n.Name)
 		}
-		t.Logf("all killed, started as %v: healthy after %v", order, l.WaitHealthy(20*time.Second))
+		t.Logf("all killed, started as %v: healthy after %v", order, l.WaitHealthy(within(20*time.Second)))
 	}
 }
 
@@ -61,7 +61,7 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 		n.Terminate(25 * time.Second)
 		drained := time.Since(begun)
 		n.Start()
-		t.Logf("%s drained in %v, healthy again %v later", n.Name, drained, l.WaitHealthy(15*time.Second))
+		t.Logf("%s drained in %v, healthy again %v later", n.Name, drained, l.WaitHealthy(within(returns)))
 		await(t, running, 300)
 	}
 	wantNoFailure(t, running.Stop(), false)
@@ -79,11 +79,11 @@ func TestGrowthUnderLoad(t *testing.T) {
 	for _, s := range l.Sites[1:] {
 		s.Nodes[0].Start()
 	}
-	t.Logf("three sites: healthy after %v", l.WaitHealthy(20*time.Second))
+	t.Logf("three sites: healthy after %v", l.WaitHealthy(within(20*time.Second)))
 	wantVoters(t, l, 3)
 	l.Sites[0].Nodes[1].Start()
 	l.Sites[1].Nodes[1].Start()
-	t.Logf("2+2+1: healthy after %v", l.WaitHealthy(20*time.Second))
+	t.Logf("2+2+1: healthy after %v", l.WaitHealthy(within(20*time.Second)))
 	wantVoters(t, l, 5)
 	await(t, running, 200)
 	wantNoFailure(t, running.Stop(), false)
@@ -100,7 +100,7 @@ func TestGrowthUnderLoad(t *testing.T) {
 func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 	t.Helper()
 	var want uint64
-	l.WaitFor(30*time.Second, fmt.Sprintf("%d more entries", more), func(ctx context.Context) error {
+	l.WaitFor(within(30*time.Second), fmt.Sprintf("%d more entries", more), func(ctx context.Context) error {
 		for _, n := range l.Running() {
 			status, err := n.Status(ctx)
 			if err != nil {
@@ -124,7 +124,7 @@ func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 // wantVoters waits until that many nodes vote, as every node sees it.
 func wantVoters(t *testing.T, l *lab.Lab, want int) {
 	t.Helper()
-	took := l.WaitFor(60*time.Second, fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
+	took := l.WaitFor(within(60*time.Second), fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
 		for _, n := range l.Running() {
 			status, err := n.Status(ctx)
 			if err != nil {

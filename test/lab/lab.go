@@ -75,7 +75,7 @@ type Site struct {
 }
 
 const (
-	startWithin   = 20 * time.Second
+	startWithin   = time.Minute // a machine that builds and tests at once is slow
 	pollEvery     = 50 * time.Millisecond
 	clientTimeout = 60 * time.Second
 )

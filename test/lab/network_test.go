@@ -71,6 +71,18 @@ func roundTrip(t *testing.T, c net.Conn) time.Duration {
 	return time.Since(begun)
 }
 
+// quickest repeats a round trip until one is quick enough: a busy machine adds to
+// the time that the link takes.
+func quickest(t *testing.T, c net.Conn, enough time.Duration) time.Duration {
+	t.Helper()
+	least := time.Hour
+	within(30*time.Second, func() bool {
+		least = min(least, roundTrip(t, c))
+		return least <= enough
+	})
+	return least
+}
+
 func TestRoundTripTakesTheDelayOfBothWays(t *testing.T) {
 	w := network(t, 3)
 	addr := echo(t, w, 1)
@@ -78,11 +90,11 @@ func TestRoundTripTakesTheDelayOfBothWays(t *testing.T) {
 	far := dial(t, w, 0, addr)
 	w.Set(0, 1, Link{Delay: 40 * time.Millisecond})
 	w.Set(1, 0, Link{Delay: 20 * time.Millisecond})
-	if took := roundTrip(t, far); took < 60*time.Millisecond || took > 160*time.Millisecond {
-		t.Errorf("round trip between sites took %v, want about 60 ms", took)
+	if took := quickest(t, far, 80*time.Millisecond); took < 60*time.Millisecond || took > 80*time.Millisecond {
+		t.Errorf("the quickest round trip between sites took %v, want about 60 ms", took)
 	}
-	if took := roundTrip(t, near); took > 50*time.Millisecond {
-		t.Errorf("round trip within the site took %v", took)
+	if took := quickest(t, near, 20*time.Millisecond); took > 20*time.Millisecond {
+		t.Errorf("the quickest round trip within the site took %v", took)
 	}
 }
 
@@ -166,9 +178,17 @@ func TestThroughput(t *testing.T) {
 		}
 		return float64(size) / time.Since(begun).Seconds() / 1e6
 	}
-	free := transfer(32 << 20)
+	// A busy machine slows transfers down, so the fastest of several counts.
+	fastest := func(size int, enough float64) (most float64) {
+		within(30*time.Second, func() bool {
+			most = max(most, transfer(size))
+			return most >= enough
+		})
+		return most
+	}
+	free := fastest(32<<20, 5)
 	w.Set(0, 1, Link{Bandwidth: 1e6})
-	limited := transfer(1 << 20)
+	limited := fastest(1<<20, 0.5)
 	t.Logf("echoed %.0f MB/s without a limit, %.2f MB/s with 1 MB/s", free, limited)
 	if free < 5 {
 		t.Errorf("links without a limit carry %.1f MB/s: they would be the bottleneck", free)
