@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dsnode/dsnode/test/skip"
 )
 
 // Disk is a file system of its own that can hang: what is written then waits,
@@ -39,12 +41,8 @@ func NewDisk(t testing.TB) *Disk {
 	t.Helper()
 	Require(t)
 	d := &Disk{t: t, dir: filepath.Join(t.TempDir(), "disk")}
-	if err := d.mount(d.dir + ".img"); err != nil {
-		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-			t.Fatalf("no disk of a test's own here: %v", err)
-		}
-		t.Skipf("no disk of a test's own here: %v", err)
-	}
+	err := d.mount(d.dir + ".img")
+	skip.Unless(t, err == nil, fmt.Sprintf("the test needs a file system of its own: %v", err))
 	t.Cleanup(func() {
 		d.Resume()
 		if err := unix.Unmount(d.dir, 0); err != nil {
