@@ -16,8 +16,6 @@ import (
 // knows: who can't hear whom, and since when.
 type Audit struct {
 	lab      *Lab
-	stop     context.CancelFunc
-	wg       sync.WaitGroup
 	patience time.Duration
 
 	mu     sync.Mutex // guards all below
@@ -48,14 +46,10 @@ const (
 // fails it.
 func (l *Lab) StartAudit() *Audit {
 	l.t.Helper()
-	ctx, stop := context.WithCancel(context.Background())
-	a := &Audit{lab: l, stop: stop, patience: cluster.TimingFrom(0).Patience}
-	for _, n := range l.Nodes() {
-		a.wg.Go(func() { a.watch(ctx, n) })
-	}
+	a := &Audit{lab: l, patience: cluster.TimingFrom(0).Patience}
+	stop := l.watchNodes(auditEvery, a.look)
 	l.t.Cleanup(func() {
-		a.stop()
-		a.wg.Wait()
+		stop()
 		for _, broken := range a.Broken() {
 			l.t.Errorf("a status lied: %s", broken)
 		}
@@ -113,25 +107,15 @@ func (a *Audit) Broken() []string {
 	return append([]string(nil), a.broken...)
 }
 
-func (a *Audit) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(auditEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			continue
-		}
-		ask, cancel := context.WithTimeout(ctx, time.Second)
-		asked := time.Now()
-		status, err := n.Status(ask)
-		cancel()
-		if err == nil {
-			a.compare(status, asked, time.Now())
-		}
+func (a *Audit) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	asked := time.Now()
+	if status, err := n.Status(ctx); err == nil {
+		a.compare(status, asked, time.Now())
 	}
 }
 

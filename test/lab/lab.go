@@ -109,8 +109,7 @@ func Start(t testing.TB, top Topology) *Lab {
 	for _, s := range l.Sites {
 		s.Model.Start()
 	}
-	l.Observer = newObserver(l)
-	l.Observer.start()
+	l.Observer = l.observe()
 	if top.Alone {
 		l.Sites[0].Nodes[0].Start()
 	} else {

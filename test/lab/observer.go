@@ -22,9 +22,8 @@ const maxObservations = 1 << 20
 // that cuts don't blind it. Its record is what tests compare with the truth
 // that they made.
 type Observer struct {
-	lab    *Lab
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	lab  *Lab
+	stop func()
 
 	mu      sync.Mutex // guards all below
 	seen    []Observation
@@ -49,44 +48,25 @@ type Observation struct {
 	Reasons    []string
 }
 
-func newObserver(l *Lab) *Observer { return &Observer{lab: l, laws: newLawBook()} }
-
-func (o *Observer) start() {
-	ctx, cancel := context.WithCancel(context.Background())
-	o.cancel = cancel
-	for _, n := range o.lab.Nodes() {
-		o.wg.Go(func() { o.watch(ctx, n) })
-	}
+// observe begins at once.
+func (l *Lab) observe() *Observer {
+	o := &Observer{lab: l, laws: newLawBook()}
+	o.stop = l.watchNodes(observeEvery, o.look)
+	return o
 }
 
-func (o *Observer) stop() {
-	if o.cancel != nil {
-		o.cancel()
-		o.wg.Wait()
+func (o *Observer) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		return
 	}
-}
-
-func (o *Observer) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(observeEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			continue
-		}
-		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-		asked, pid := time.Now(), n.PID()
-		status, err := n.Status(ask)
-		cancel()
-		if ctx.Err() == nil {
-			seen := observation(n.Name, asked, status, err)
-			seen.PID = pid
-			o.note(seen)
-		}
+	ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	asked, pid := time.Now(), n.PID()
+	status, err := n.Status(ask)
+	if ctx.Err() == nil {
+		seen := observation(n.Name, asked, status, err)
+		seen.PID = pid
+		o.note(seen)
 	}
 }
 

@@ -17,11 +17,6 @@ import (
 // balancer sees the role, so it tells how long the role was idle and whether two
 // sites had it.
 type RoleWatch struct {
-	lab   *Lab
-	every time.Duration
-	stop  context.CancelFunc
-	wg    sync.WaitGroup
-
 	mu      sync.Mutex // guards all below
 	acting  []Acting
 	current map[string]int // a node's run that goes on, as index of acting
@@ -52,14 +47,10 @@ const roleTimeout = 250 * time.Millisecond
 // WatchRole begins at once, and ends with the test: then the law is checked.
 func (l *Lab) WatchRole(every time.Duration) *RoleWatch {
 	l.t.Helper()
-	ctx, stop := context.WithCancel(context.Background())
-	w := &RoleWatch{lab: l, every: every, stop: stop, current: map[string]int{}}
-	for _, n := range l.Nodes() {
-		w.wg.Go(func() { w.watch(ctx, n) })
-	}
+	w := &RoleWatch{current: map[string]int{}}
+	stop := l.watchNodes(every, w.look)
 	l.t.Cleanup(func() {
-		w.stop()
-		w.wg.Wait()
+		stop()
 		for _, broken := range w.Laws() {
 			l.t.Errorf("a law was broken: %s", broken)
 		}
@@ -67,25 +58,16 @@ func (l *Lab) WatchRole(every time.Duration) *RoleWatch {
 	return w
 }
 
-func (w *RoleWatch) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(w.every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			w.end(n)
-			continue
-		}
-		look, pid := Look{Asked: time.Now()}, n.PID()
-		epoch, acts := askRole(ctx, n)
-		look.Answered = time.Now()
-		if ctx.Err() == nil {
-			w.note(n, pid, epoch, acts, look)
-		}
+func (w *RoleWatch) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		w.end(n)
+		return
+	}
+	look, pid := Look{Asked: time.Now()}, n.PID()
+	epoch, acts := askRole(ctx, n)
+	look.Answered = time.Now()
+	if ctx.Err() == nil {
+		w.note(n, pid, epoch, acts, look)
 	}
 }
 
