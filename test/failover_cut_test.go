@@ -29,9 +29,9 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 				t.Fatalf("the log of %s does not say that it acts as primary, and it does", old.Name)
 			}
 			fault := time.Now()
-			old.StopStill()
+			old.StopAndWait()
 			stopped := time.Now()
-			s.audit.Lost(old, false)
+			s.audit.Unreachable(old, false)
 			c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 			t.Logf("%s stopped, %s led: %s", old.Name, leader, c)
 			if c.known > within(replaces) {
@@ -43,7 +43,7 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 				}
 				return nil
 			})
-			s.audit.Found()
+			s.audit.Heal()
 			old.Continue()
 			continued := time.Now()
 			down := s.lab.WaitFor(within(returns), "the old primary to say that it is not", func(ctx context.Context) error {
@@ -116,7 +116,7 @@ func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
 	}
 	fault := time.Now()
 	cut(s.lab.Net)
-	s.audit.Lost(old, true)
+	s.audit.Unreachable(old, true)
 	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	idle, _ := s.role.Idle(epoch + 1)
 	t.Logf("%s cut off, %s led: %s; nobody acted for %v", old.Name, leader, c, idle)
@@ -127,7 +127,7 @@ func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
 		t.Errorf("%s took over, want the site in the same city", c.site)
 	}
 	s.goOn()
-	s.audit.Found()
+	s.audit.Heal()
 	s.lab.Net.MendAll()
 	t.Logf("all well %v after the cut was mended", s.returned(old, epoch+1))
 	s.end()

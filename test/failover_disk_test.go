@@ -38,7 +38,7 @@ func diskHangs(t *testing.T, nodes []int) {
 	}
 	fault := time.Now()
 	disk.Hang()
-	s.audit.Hurt()
+	s.audit.Unhealthy()
 	led := s.lab.WaitFor(within(stuck), "another leader", func(ctx context.Context) error {
 		for _, n := range s.others(old) {
 			status, err := n.Status(ctx)
@@ -80,7 +80,7 @@ func diskHangs(t *testing.T, nodes []int) {
 		// Where a second node of the site is well the site needs no successor.
 		t.Errorf("%s is the primary in epoch %d, want epoch %d", site.Name, now, after)
 	}
-	s.audit.Found()
+	s.audit.Heal()
 	disk.Resume()
 	s.lab.WaitFor(within(returns), "the process with the stuck disk to end", func(context.Context) error {
 		if hurt.Running() {

@@ -60,7 +60,7 @@ func (s *story) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duratio
 	s.t.Helper()
 	fault := time.Now()
 	old.Kill()
-	s.audit.Lost(old, false)
+	s.audit.Unreachable(old, false)
 	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	if to := s.lab.Site(c.site); to.City != old.City {
 		s.t.Errorf("%s took over, want the site in the same city", c.site)
@@ -69,7 +69,7 @@ func (s *story) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duratio
 		s.t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 	}
 	s.goOn()
-	s.audit.Found()
+	s.audit.Heal()
 	old.Start()
 	return c, s.returned(old, epoch+1)
 }

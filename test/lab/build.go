@@ -12,16 +12,16 @@ import (
 	"testing"
 )
 
-// built is the binary of this test process.
+// built is the binary that this test process has built.
 var built struct {
 	once sync.Once
 	dir  string
 	err  error
 }
 
-// Build builds dsnode once in a test process and gives the binary's path. With
-// LAB_RACE=1 it has the race detector; with LAB_BINARY it is that file instead.
-// A package whose tests call it ends its TestMain with Main.
+// Build builds dsnode once in a test process and returns the binary's path. With
+// LAB_RACE=1 the binary has the race detector. With LAB_BINARY set Build returns
+// that path and builds nothing. A package whose tests call it needs Main.
 func Build(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv("LAB_BINARY"); path != "" {
@@ -47,7 +47,7 @@ func Build(t testing.TB) string {
 	return filepath.Join(built.dir, "dsnode")
 }
 
-// BuildTagged builds dsnode with build tags, for one test.
+// BuildTagged builds dsnode with build tags. The binary lasts as long as the test.
 func BuildTagged(t testing.TB, tags string) string {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "dsnode-"+tags)
@@ -59,7 +59,7 @@ func BuildTagged(t testing.TB, tags string) string {
 	return binary
 }
 
-// Main runs a package's tests and removes what Build made.
+// Main is the TestMain of a package: it runs the tests and removes Build's binary.
 func Main(m *testing.M) {
 	code := m.Run()
 	if built.dir != "" {
@@ -70,8 +70,8 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-// plainFlags drops -race: times are measured on the program as users run it,
-// whatever the tests themselves are built with.
+// plainFlags drops -race: tests promise times of the program as users run it, also
+// when the tests themselves are built with the race detector.
 func plainFlags(flags string) string {
 	var kept []string
 	for f := range strings.FieldsSeq(flags) {

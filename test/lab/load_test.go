@@ -11,9 +11,9 @@ import (
 	"github.com/dsnode/dsnode/node/modelsim"
 )
 
-// bare is a lab whose nodes are the model servers themselves, so what clients of
-// the load must see is known. An answer takes a fifth of a second, plain or
-// streamed: as soon as it takes none, clients that stream spin.
+// bare returns a lab whose nodes are the model servers themselves, so the test
+// knows what clients must see. An answer takes 0.2 s, plain or streamed: streams that
+// take no time would follow each other as fast as the machine allows.
 func bare(t *testing.T, sites int) *Lab {
 	t.Helper()
 	l := &Lab{t: t, Net: network(t, sites), Random: rand.New(rand.NewPCG(1, 1))}
@@ -29,8 +29,8 @@ func bare(t *testing.T, sites int) *Lab {
 	return l
 }
 
-// awaitResults lets the load run until its results are as they must become.
-// How many results there are at some moment depends on the machine.
+// awaitResults lets the load run until the results are enough. A test must not
+// assume how many results there are at some time: that depends on the machine.
 func awaitResults(t *testing.T, r *Running, what string, enough func([]Result) bool) {
 	t.Helper()
 	if !within(60*time.Second, func() bool { return enough(r.snapshot()) }) {
@@ -48,7 +48,7 @@ func count(results []Result, counts func(Result) bool) float64 {
 	return n
 }
 
-// plainBySite are the times at which plain requests were sent, in order.
+// plainBySite returns the times at which plain requests were sent, in order.
 func plainBySite(results []Result) map[string][]time.Time {
 	sent := map[string][]time.Time{}
 	for _, r := range results {
@@ -90,9 +90,9 @@ func TestLoadKeepsItsRateAndNoticesFailures(t *testing.T) {
 	hurt.Model.Start()
 	restarted := time.Now()
 	awaitResults(t, r, "answers in both sites after the restart", both(func(r Result) bool { return r.Err == nil && r.At.After(restarted) }))
-	// A machine that is busy starts requests late. The load makes up for that, so
-	// at some time it is where the clock says.
-	awaitResults(t, r, "nearly as many requests as the rate gives", func(results []Result) bool {
+	// A busy machine starts requests late, and the load catches up: sooner or later it
+	// has sent as many as its rate asks for.
+	awaitResults(t, r, "nearly as many requests as the rate asks for", func(results []Result) bool {
 		due := time.Since(begun).Seconds() * rate
 		for _, sent := range plainBySite(results) {
 			if float64(len(sent)) < 0.8*due {
@@ -120,8 +120,7 @@ func TestLoadKeepsItsRateAndNoticesFailures(t *testing.T) {
 	}
 }
 
-// Requests start by the clock also while none is answered: a closed loop would
-// stop at some number of them.
+// Requests start by the clock also while none is answered.
 func TestLoadIsOpenLoop(t *testing.T) {
 	l := bare(t, 1)
 	r := l.StartLoad(Load{Rate: 200})
