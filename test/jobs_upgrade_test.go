@@ -25,7 +25,7 @@ func TestUpgradeAndBackLosesNothing(t *testing.T) {
 			n.Start()
 			t.Logf("%s runs %s: healthy after %v", n.Name, to.what, l.WaitHealthy(within(15*time.Second)))
 			before := ledger.Count()
-			s := &lossStory{t: t, lab: l, ledger: ledger}
+			s := &lossTrial{t: t, lab: l, ledger: ledger}
 			s.awaitCount(before + 50)
 		}
 	}
@@ -38,6 +38,6 @@ func TestUpgradeAndBackLosesNothing(t *testing.T) {
 		}
 	}
 	t.Logf("submissions that were not accepted, by status: %v", refused)
-	s := &lossStory{t: t, lab: l, ledger: ledger, wiped: map[string]bool{}, lostAt: time.Now()}
+	s := &lossTrial{t: t, lab: l, ledger: ledger, wiped: map[string]bool{}, lostAt: time.Now()}
 	s.verify(lossRow{keeps: all}, jobs)
 }

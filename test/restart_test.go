@@ -15,10 +15,11 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-var errStillQuorum = errors.New("it still says healthy, quorum or leader")
+var errStillQuorum = errors.New("the status still shows a healthy cluster, a quorum or a leader")
 
-// Every node in turn, killed and brought back, at the same or other addresses,
-// then all of them in a random order: the cluster is healthy again by itself.
+// Each node in turn is killed and restarted, on the same and on other ports; then all
+// nodes are killed and started in a random order. Each time the cluster becomes
+// healthy without help.
 func TestAnyNodeComesBack(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	for _, n := range l.Nodes() {
@@ -44,7 +45,7 @@ func TestAnyNodeComesBack(t *testing.T) {
 	}
 }
 
-// draining gives load balancers time to notice.
+// draining gives load balancers time to notice that a node stops.
 func draining(c *node.Config) {
 	c.Shutdown.Delay = cluster.Duration(time.Second)
 	c.Shutdown.Grace = cluster.Duration(15 * time.Second)
@@ -67,7 +68,8 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 	wantNoFailure(t, running.Stop(), false)
 }
 
-// One node becomes three sites and then 2+2+1, and no client notices.
+// A cluster grows from one node to three sites and then to 2+2+1 nodes. No client
+// fails.
 func TestGrowthUnderLoad(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Nodes: []int{2, 2, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Alone: true})
 	first := l.Sites[0].Nodes[0]
@@ -94,9 +96,8 @@ func TestGrowthUnderLoad(t *testing.T) {
 	}
 }
 
-// awaitCommits lets the cluster agree on so many more entries, so that what went
-// before is old news on every disk: raft restores old and new entries in
-// different ways.
+// awaitCommits waits for that many more Raft entries, so that earlier entries are old
+// on every disk: Raft restores old and new entries in different ways.
 func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 	t.Helper()
 	var want uint64
@@ -108,7 +109,7 @@ func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 			}
 			at := status.Raft.CommitIndex
 			if at == nil {
-				return fmt.Errorf("%s knows of no entries", n.Name)
+				return fmt.Errorf("%s shows no commit index", n.Name)
 			}
 			if want == 0 {
 				want = *at + more
@@ -121,7 +122,7 @@ func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 	})
 }
 
-// wantVoters waits until that many nodes vote, as every node sees it.
+// wantVoters waits until every node shows that many voters.
 func wantVoters(t *testing.T, l *lab.Lab, want int) {
 	t.Helper()
 	took := l.WaitFor(within(60*time.Second), fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
@@ -131,7 +132,7 @@ func wantVoters(t *testing.T, l *lab.Lab, want int) {
 				return err
 			}
 			if v := status.Raft.Voters; v == nil || *v != want {
-				return fmt.Errorf("%s sees %v voters", n.Name, status.Raft.Voters)
+				return fmt.Errorf("%s shows %v voters", n.Name, status.Raft.Voters)
 			}
 		}
 		return nil
