@@ -35,6 +35,8 @@ type Topology struct {
 	Cluster func(text string) string
 	// Node edits each node.yaml before it is written.
 	Node func(*node.Config)
+	// Binary that all nodes begin with; Build's when empty.
+	Binary string
 	// Alone starts only the first node of the first site, with a configuration
 	// without other sites, for tests that let a cluster grow.
 	Alone bool
@@ -56,11 +58,10 @@ type Lab struct {
 	Random   *rand.Rand
 	Observer *Observer
 
-	t      testing.TB
-	dir    string
-	binary string
-	text   string // cluster.yaml
-	top    Topology
+	t    testing.TB
+	dir  string
+	text string // cluster.yaml
+	top  Topology
 }
 
 // Site is a data centre with nodes and a simulated model server.
@@ -93,7 +94,10 @@ func Start(t testing.TB, top Topology) *Lab {
 	if len(top.Nodes) == 0 {
 		top.Nodes = []int{1, 1, 1}
 	}
-	l := &Lab{t: t, top: top, binary: Build(t), dir: t.TempDir()}
+	if top.Binary == "" {
+		top.Binary = Build(t)
+	}
+	l := &Lab{t: t, top: top, dir: t.TempDir()}
 	seed := seedFor(t)
 	l.Random = rand.New(rand.NewPCG(seed, 1))
 	network, err := NewNetwork(len(top.Nodes), seed)

@@ -4,6 +4,7 @@ package lab
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,7 +31,7 @@ type Node struct {
 
 	lab   *Lab
 	ports ports
-	// binary overrides the lab's binary; see Use.
+	// binary overrides Topology.Binary if set; see Use.
 	binary string
 
 	mu   sync.Mutex // guards cmd, done
@@ -65,7 +66,7 @@ func (n *Node) Start() {
 		t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }() // the process has its own descriptor
-	cmd := exec.Command(n.program(), "run", "--config", filepath.Join(n.dir(), "node.yaml"))
+	cmd := exec.Command(cmp.Or(n.binary, n.lab.top.Binary), "run", "--config", filepath.Join(n.dir(), "node.yaml"))
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := n.lab.Net.Start(n.Site.Index, cmd); err != nil {
 		t.Fatalf("start %s: %v", n.Name, err)
@@ -78,16 +79,8 @@ func (n *Node) Start() {
 	}()
 }
 
-// Use makes the node run another binary from its next start on; "" is the binary
-// that all nodes begin with.
+// Use makes the node run another binary from its next start on.
 func (n *Node) Use(binary string) { n.binary = binary }
-
-func (n *Node) program() string {
-	if n.binary != "" {
-		return n.binary
-	}
-	return n.lab.binary
-}
 
 // Kill sends SIGKILL and waits until the process has ended.
 func (n *Node) Kill() { n.signal(syscall.SIGKILL, 10*time.Second) }
