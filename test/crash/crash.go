@@ -29,7 +29,7 @@ func Main(m *testing.M, child func(dir string) int) {
 }
 
 // Say prints a line of a child in one write, so that the lines of a killed child
-// are whole. An error means that the parent is gone, and nobody is left to tell.
+// are whole. A write fails only when the parent is gone.
 func Say(format string, args ...any) {
 	_, _ = fmt.Fprintf(os.Stdout, format+"\n", args...)
 }
