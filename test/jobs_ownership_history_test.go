@@ -22,7 +22,7 @@ import (
 	"github.com/anishathalye/porcupine"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/test/lab"
 )
@@ -41,17 +41,17 @@ type ownerHistory struct {
 
 // streamHistory is the owners of a stream that any client has read.
 type streamHistory struct {
-	owners map[cluster.FenceToken]ownerSeen
+	owners map[agreed.FenceToken]ownerSeen
 }
 
 type ownerSeen struct {
-	cluster.JobStream
+	agreed.JobStream
 	seen time.Time // the end of the first read that returned it
 }
 
 // first returns the earliest owner that a client has read.
 func (s *streamHistory) first() ownerSeen {
-	tokens := slices.SortedFunc(maps.Keys(s.owners), cluster.FenceToken.Compare)
+	tokens := slices.SortedFunc(maps.Keys(s.owners), agreed.FenceToken.Compare)
 	return s.owners[tokens[0]]
 }
 
@@ -112,10 +112,10 @@ func (b *ownerHistory) read(ctx context.Context, id int, n *lab.Node, round int,
 }
 
 // note records an owner. A token must have one owner of one stream.
-func (b *ownerHistory) note(j cluster.JobStream, end time.Time) {
+func (b *ownerHistory) note(j agreed.JobStream, end time.Time) {
 	s := b.streams[j.Key()]
 	if s == nil {
-		s = &streamHistory{owners: map[cluster.FenceToken]ownerSeen{}}
+		s = &streamHistory{owners: map[agreed.FenceToken]ownerSeen{}}
 		b.streams[j.Key()] = s
 	}
 	o, known := s.owners[j.Token]
@@ -181,7 +181,7 @@ func (b *ownerHistory) operations() []porcupine.Operation {
 		opened := time.Now()
 		if first := s.first(); first.Before != "" { // adopted before a client read its first owner
 			ops = append(ops, porcupine.Operation{
-				ClientId: 100, Input: ownerOp{stream: key, to: ownerState{owner: first.Before, token: cluster.FenceToken{Index: 1}}}, Output: ownerState{},
+				ClientId: 100, Input: ownerOp{stream: key, to: ownerState{owner: first.Before, token: agreed.FenceToken{Index: 1}}}, Output: ownerState{},
 				Call: first.OpenedAt.UnixNano(), Return: first.seen.UnixNano(),
 			})
 		}
@@ -295,7 +295,7 @@ func (b *startRecords) siteOf(node string) string {
 // start is a Started record.
 type start struct {
 	by    string // node that wrote it
-	token cluster.FenceToken
+	token agreed.FenceToken
 	home  string // stream that the job was submitted in
 }
 
@@ -319,7 +319,7 @@ func (b *startRecords) records(t *testing.T) map[string][]start {
 						home[r.Job] = s.String()
 					case journal.Started:
 						id := fmt.Sprintf("%s-%d", r.Job, r.Attempt)
-						starts[id] = append(starts[id], start{by: s.Origin, token: cluster.FenceToken{Generation: r.Token.Generation, Index: r.Token.Index}})
+						starts[id] = append(starts[id], start{by: s.Origin, token: agreed.FenceToken{Generation: r.Token.Generation, Index: r.Token.Index}})
 					case journal.Retrying, journal.Finished, journal.CancelAsked, journal.Deleted:
 					}
 				}
@@ -405,7 +405,7 @@ func (b *startRecords) verify(t *testing.T, owners *ownerHistory, requests *requ
 	}
 	excused := 0
 	for home, all := range of {
-		first := map[cluster.FenceToken]executed{}
+		first := map[agreed.FenceToken]executed{}
 		for _, e := range all {
 			f, known := first[e.token]
 			if known && f.by != e.by {

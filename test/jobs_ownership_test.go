@@ -15,7 +15,7 @@ import (
 
 	"github.com/anishathalye/porcupine"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
@@ -24,7 +24,7 @@ import (
 // ends with the stream.
 type ownerState struct {
 	owner string
-	token cluster.FenceToken
+	token agreed.FenceToken
 	done  bool
 }
 
@@ -78,7 +78,7 @@ func TestOwnershipModelRefuses(t *testing.T) {
 		return porcupine.Operation{ClientId: int(call), Input: op, Output: got, Call: call, Return: ret}
 	}
 	is := func(owner string, index uint64) ownerState {
-		return ownerState{owner: owner, token: cluster.FenceToken{Generation: 1, Index: index}}
+		return ownerState{owner: owner, token: agreed.FenceToken{Generation: 1, Index: index}}
 	}
 	read := ownerOp{read: true}
 	opened := at(1, 2, ownerOp{to: is("a", 5)}, ownerState{})

@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/test/lab"
 )
@@ -47,8 +47,8 @@ func TestAnyNodeComesBack(t *testing.T) {
 
 // draining gives load balancers time to notice that a node stops.
 func draining(c *node.Config) {
-	c.Shutdown.Delay = cluster.Duration(time.Second)
-	c.Shutdown.Grace = cluster.Duration(15 * time.Second)
+	c.Shutdown.Delay = config.Duration(time.Second)
+	c.Shutdown.Grace = config.Duration(15 * time.Second)
 }
 
 func TestRollingRestartLosesNoRequest(t *testing.T) {

@@ -15,7 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -181,7 +181,7 @@ type commonFiles struct {
 }
 
 func newCommonFiles() (*commonFiles, error) {
-	caCert, caKey, err := cluster.NewCA(clusterName, keysValid+time.Hour)
+	caCert, caKey, err := mesh.NewCA(clusterName, keysValid+time.Hour)
 	if err != nil {
 		return nil, err
 	}
@@ -198,8 +198,8 @@ func (f *commonFiles) nodeFiles(dir, name string, seeds []string) (*node.Config,
 	if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
 		return nil, err
 	}
-	id := cluster.Identity{Cluster: clusterName, Site: siteName, Node: name}
-	cert, key, err := cluster.Issue(f.caCert, f.caKey, id, []string{"127.0.0.1"}, keysValid)
+	id := mesh.Identity{Cluster: clusterName, Site: siteName, Node: name}
+	cert, key, err := mesh.Issue(f.caCert, f.caKey, id, []string{"127.0.0.1"}, keysValid)
 	if err != nil {
 		return nil, err
 	}

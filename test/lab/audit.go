@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -45,7 +45,7 @@ const (
 // was false.
 func (l *Lab) StartAudit() *Audit {
 	l.t.Helper()
-	a := &Audit{lab: l, patience: cluster.TimingFrom(0).Patience}
+	a := &Audit{lab: l, patience: config.TimingFrom(0).Patience}
 	stop := l.watchNodes(auditEvery, a.look)
 	l.t.Cleanup(func() {
 		stop()

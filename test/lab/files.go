@@ -11,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -38,7 +39,7 @@ func (l *Lab) writeFiles() {
 	if l.top.Cluster != nil {
 		l.text = l.top.Cluster(l.text)
 	}
-	caCert, caKey, err := cluster.NewCA(clusterName, validFor+time.Hour)
+	caCert, caKey, err := mesh.NewCA(clusterName, validFor+time.Hour)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -50,8 +51,8 @@ func (l *Lab) writeFiles() {
 	l.write("operator.key", []byte(keyring.GenerateOperatorKey().Encode()))
 	l.write("cluster.yaml", []byte(l.text))
 	for _, n := range l.Nodes() {
-		id := cluster.Identity{Cluster: clusterName, Site: n.Site.Name, Node: n.Name}
-		cert, key, err := cluster.Issue(caCert, caKey, id, []string{l.Net.Addr(n.Site.Index)}, validFor)
+		id := mesh.Identity{Cluster: clusterName, Site: n.Site.Name, Node: n.Name}
+		cert, key, err := mesh.Issue(caCert, caKey, id, []string{l.Net.Addr(n.Site.Index)}, validFor)
 		if err != nil {
 			l.t.Fatal(err)
 		}
@@ -110,7 +111,7 @@ func (n *Node) writeConfig() {
 	c.Gossip = node.GossipConfig{Bind: at(n.ports.gossip), KeyFile: "../gossip.key"}
 	c.RPC = node.RPCConfig{Bind: at(n.ports.rpc), TLS: node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "../ca.pem"}}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(10 * time.Second)}
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(10 * time.Second)}
 	for _, s := range l.Sites { // the first node of each site
 		if first := s.Nodes[0]; first != n {
 			c.Seeds = append(c.Seeds, fmt.Sprintf("%s:%d", l.Net.Addr(s.Index), first.ports.rpc))
