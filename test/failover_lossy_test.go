@@ -12,8 +12,8 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// Two per cent of all packets are lost, there are 200 ms of jitter, and a node
-// stands still for 300 ms of every second: nothing is down, so nothing changes.
+// With 2 % packet loss, 200 ms of jitter and a node that is stopped for 300 ms of each
+// second no site is down, so there is no failover.
 func TestFailoverNotForBadWeather(t *testing.T) {
 	lasts := 10 * time.Second
 	if full() {
@@ -30,14 +30,14 @@ func TestFailoverNotForBadWeather(t *testing.T) {
 	s.lab.Net.SetAll(lab.Link{Delay: betweenCities / 2, Jitter: 200 * time.Millisecond, Loss: 0.02})
 	begun := time.Now()
 	s.starve(begun.Add(lasts))
-	// Who was said to lead, and how often that changed, is told but not promised.
+	// The Raft leaders, and how often they changed, are logged; nothing is promised.
 	leaders, changes := map[string]int{}, 0
 	for _, seen := range s.lab.Observer.Between(begun, time.Now()) {
 		if seen.Err != nil {
 			continue
 		}
 		if seen.Epoch != epoch || seen.Primary != site.Name {
-			t.Errorf("%s held %s for the primary in epoch %d at %s, %v into the bad weather", seen.Node, seen.Primary, seen.Epoch, seen.Answered.Format(time.TimeOnly), seen.Answered.Sub(begun))
+			t.Errorf("%s showed %s as the primary in epoch %d at %s, %v after the faults began", seen.Node, seen.Primary, seen.Epoch, seen.Answered.Format(time.TimeOnly), seen.Answered.Sub(begun))
 			break
 		}
 		leaders[seen.Leader]++
@@ -45,7 +45,7 @@ func TestFailoverNotForBadWeather(t *testing.T) {
 			leader, changes = seen.Leader, changes+1
 		}
 	}
-	t.Logf("%v of bad weather: statuses named the leaders %v, who changed %d times", lasts, leaders, changes)
+	t.Logf("%v of loss, jitter and stops: statuses named the leaders %v; the leader changed %d times", lasts, leaders, changes)
 	s.ordinaryLinks()
 	s.lab.WaitHealthy(within(returns))
 	if now, after, _ := s.primary(); now != site || after != epoch {
@@ -54,9 +54,9 @@ func TestFailoverNotForBadWeather(t *testing.T) {
 	s.end()
 }
 
-// starve stops a node for 300 ms of every second, until then: the primary's
-// first, which leads, and each minute the next.
-func (s *story) starve(until time.Time) {
+// starve stops a node for 300 ms of each second: in the first minute the primary's
+// first node, which leads, and in each further minute the next node.
+func (s *scenario) starve(until time.Time) {
 	s.t.Helper()
 	begun := time.Now()
 	for second := 0; time.Now().Before(until); second++ {
@@ -69,7 +69,7 @@ func (s *story) starve(until time.Time) {
 	}
 }
 
-func (s *story) waitUntil(at time.Time) {
+func (s *scenario) waitUntil(at time.Time) {
 	s.t.Helper()
 	s.lab.WaitFor(time.Until(at)+5*time.Second, "the time", func(ctx context.Context) error {
 		timer := time.NewTimer(time.Until(at))

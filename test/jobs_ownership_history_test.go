@@ -27,50 +27,50 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// holdingBook is what clients saw of who executes which stream.
-type holdingBook struct {
-	config string // what a read through the log proposes, with a remark
+// ownerHistory records what clients read of the owners of streams.
+type ownerHistory struct {
+	config string // proposed by a read through the log, with a comment that differs each time
 
 	mu      sync.Mutex // guards all below
-	streams map[string]*streamSeen
-	reads   []holdingRead // through the log
-	local   int           // reads past it
+	streams map[string]*streamHistory
+	reads   []ownerRead // through the log
+	local   int         // other reads, of the node's copy
 	latest  map[string]view
 	wrong   []string
 }
 
-// streamSeen is all that was ever seen of a stream.
-type streamSeen struct {
+// streamHistory is the owners of a stream that any client has read.
+type streamHistory struct {
 	owners map[agreed.FenceToken]ownerSeen
 }
 
 type ownerSeen struct {
 	agreed.JobStream
-	seen time.Time // the end of the first read that saw it
+	seen time.Time // the end of the first read that returned it
 }
 
-// first is the earliest owner that was seen.
-func (s *streamSeen) first() ownerSeen {
+// first returns the earliest owner that a client has read.
+func (s *streamHistory) first() ownerSeen {
 	tokens := slices.SortedFunc(maps.Keys(s.owners), agreed.FenceToken.Compare)
 	return s.owners[tokens[0]]
 }
 
-// holdingRead is one answer.
-type holdingRead struct {
+// ownerRead is one read through the log.
+type ownerRead struct {
 	client    int
 	call, end time.Time
-	streams   map[string]holding
+	streams   map[string]ownerState
 }
 
-// view is the newest that one process has shown.
+// view is the newest state that a process has shown.
 type view struct {
 	ownership uint64
-	streams   map[string]holding
+	streams   map[string]ownerState
 	gone      map[string]bool
 }
 
-// client asks at one node until ctx ends, one time in three through the log.
-func (b *holdingBook) client(ctx context.Context, id int, n *lab.Node, seed uint64) {
+// client reads from one node until ctx ends, one time in three through the log.
+func (b *ownerHistory) client(ctx context.Context, id int, n *lab.Node, seed uint64) {
 	random := rand.New(rand.NewPCG(seed, uint64(id)))
 	for round := 0; ctx.Err() == nil; round++ {
 		rest(ctx, time.Duration(100+random.IntN(400))*time.Millisecond)
@@ -79,14 +79,15 @@ func (b *holdingBook) client(ctx context.Context, id int, n *lab.Node, seed uint
 	}
 }
 
-// read reads through the log, when it should: a change returns once this node has
-// applied it, so what it shows after it is as new as the change at least.
-func (b *holdingBook) read(ctx context.Context, id int, n *lab.Node, round int, through bool) {
+// read reads the owners from a node. Through the log, it first changes the
+// configuration: that returns once the node has applied the change, so what the node
+// shows after that is at least as new.
+func (b *ownerHistory) read(ctx context.Context, id int, n *lab.Node, round int, through bool) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	pid, call := n.PID(), time.Now()
 	if through {
-		if err := n.ApplyConfig(ctx, fmt.Sprintf("%s# %s asks for the %dth time\n", b.config, n.Name, round)); err != nil {
+		if err := n.ApplyConfig(ctx, fmt.Sprintf("%s# read at %s, round %d\n", b.config, n.Name, round)); err != nil {
 			return
 		}
 	}
@@ -97,9 +98,9 @@ func (b *holdingBook) read(ctx context.Context, id int, n *lab.Node, round int, 
 	end := time.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	now := make(map[string]holding, len(got.Data))
+	now := make(map[string]ownerState, len(got.Data))
 	for _, j := range got.Data {
-		now[j.Key()] = holding{owner: j.Owner, token: j.Token}
+		now[j.Key()] = ownerState{owner: j.Owner, token: j.Token}
 		b.note(j, end)
 	}
 	b.rises(fmt.Sprintf("%s (process %d)", n.Name, pid), got.Ownership, now)
@@ -107,14 +108,14 @@ func (b *holdingBook) read(ctx context.Context, id int, n *lab.Node, round int, 
 		b.local++
 		return
 	}
-	b.reads = append(b.reads, holdingRead{client: id, call: call, end: end, streams: now})
+	b.reads = append(b.reads, ownerRead{client: id, call: call, end: end, streams: now})
 }
 
-// note: a token makes one node the owner of one stream.
-func (b *holdingBook) note(j agreed.JobStream, end time.Time) {
+// note records an owner. A token must have one owner of one stream.
+func (b *ownerHistory) note(j agreed.JobStream, end time.Time) {
 	s := b.streams[j.Key()]
 	if s == nil {
-		s = &streamSeen{owners: map[agreed.FenceToken]ownerSeen{}}
+		s = &streamHistory{owners: map[agreed.FenceToken]ownerSeen{}}
 		b.streams[j.Key()] = s
 	}
 	o, known := s.owners[j.Token]
@@ -126,9 +127,9 @@ func (b *holdingBook) note(j agreed.JobStream, end time.Time) {
 	}
 }
 
-// rises: what one process shows may be old, and never older than what it showed.
-// Answers to one client come one after the other.
-func (b *holdingBook) rises(who string, ownership uint64, now map[string]holding) {
+// rises checks that a process never shows an older state than before. A node has one
+// client, so its answers are in order.
+func (b *ownerHistory) rises(who string, ownership uint64, now map[string]ownerState) {
 	if b.latest == nil {
 		b.latest = map[string]view{}
 	}
@@ -149,55 +150,55 @@ func (b *holdingBook) rises(who string, ownership uint64, now map[string]holding
 	}
 	for key := range now {
 		if next.gone[key] {
-			b.complain("%s shows %s again, which it had shown as done with", who, key)
+			b.complain("%s shows %s again, which it had shown as ended", who, key)
 		}
 	}
 	b.latest[who] = next
 }
 
-func (b *holdingBook) complain(format string, args ...any) {
+func (b *ownerHistory) complain(format string, args ...any) {
 	if len(b.wrong) < 50 {
 		b.wrong = append(b.wrong, fmt.Sprintf(format, args...))
 	}
 }
 
 // readAll reads once more at every node, through the log.
-func (b *holdingBook) readAll(t *testing.T, l *lab.Lab) {
+func (b *ownerHistory) readAll(t *testing.T, l *lab.Lab) {
 	t.Helper()
 	for i, n := range l.Nodes() {
 		b.read(t.Context(), i, n, -1, true)
 	}
 }
 
-// operations are the history: the reads through the log, each change between the
-// time that its proposer gave it and the first sight of it, and for streams that
-// are gone an end at an unknown time.
-func (b *holdingBook) operations() []porcupine.Operation {
+// operations returns the history for the model: the reads through the log; each change,
+// from the time that its proposer set to the end of the first read that returned it;
+// and for each stream an end at an unknown time, possibly never.
+func (b *ownerHistory) operations() []porcupine.Operation {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var ops []porcupine.Operation
 	for key, s := range b.streams {
 		opened := time.Now()
-		if first := s.first(); first.Before != "" { // adopted before anybody saw its first owner
+		if first := s.first(); first.Before != "" { // adopted before a client read its first owner
 			ops = append(ops, porcupine.Operation{
-				ClientId: 100, Input: holdingOp{stream: key, to: holding{owner: first.Before, token: agreed.FenceToken{Index: 1}}}, Output: holding{},
+				ClientId: 100, Input: ownerOp{stream: key, to: ownerState{owner: first.Before, token: agreed.FenceToken{Index: 1}}}, Output: ownerState{},
 				Call: first.OpenedAt.UnixNano(), Return: first.seen.UnixNano(),
 			})
 		}
 		for _, o := range s.owners {
-			op, call := holdingOp{stream: key, from: o.Before, to: holding{owner: o.Owner, token: o.Token}}, o.OwnedAt
+			op, call := ownerOp{stream: key, from: o.Before, to: ownerState{owner: o.Owner, token: o.Token}}, o.OwnedAt
 			if o.Before == "" {
 				call = o.OpenedAt
 			}
 			if o.OpenedAt.Before(opened) {
 				opened = o.OpenedAt
 			}
-			ops = append(ops, porcupine.Operation{ClientId: 100, Input: op, Output: holding{}, Call: call.UnixNano(), Return: o.seen.UnixNano()})
+			ops = append(ops, porcupine.Operation{ClientId: 100, Input: op, Output: ownerState{}, Call: call.UnixNano(), Return: o.seen.UnixNano()})
 		}
-		ops = append(ops, porcupine.Operation{ClientId: 101, Input: holdingOp{stream: key, ends: true}, Output: holding{}, Call: opened.UnixNano(), Return: never})
+		ops = append(ops, porcupine.Operation{ClientId: 101, Input: ownerOp{stream: key, ends: true}, Output: ownerState{}, Call: opened.UnixNano(), Return: never})
 		for _, r := range b.reads {
 			ops = append(ops, porcupine.Operation{
-				ClientId: r.client, Input: holdingOp{stream: key, read: true}, Output: r.streams[key],
+				ClientId: r.client, Input: ownerOp{stream: key, read: true}, Output: r.streams[key],
 				Call: r.call.UnixNano(), Return: r.end.UnixNano(),
 			})
 		}
@@ -205,7 +206,7 @@ func (b *holdingBook) operations() []porcupine.Operation {
 	return ops
 }
 
-func (b *holdingBook) adoptions() int {
+func (b *ownerHistory) adoptions() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n := 0
@@ -219,43 +220,43 @@ func (b *holdingBook) adoptions() int {
 	return n
 }
 
-func (b *holdingBook) summary() string {
+func (b *ownerHistory) summary() string {
 	most := 0
 	for _, s := range b.streams {
 		most = max(most, len(s.owners))
 	}
-	return fmt.Sprintf("%d reads through the log, %d past it, of %d streams; %d changes of owner, at most %d owners of one stream", len(b.reads), b.local, len(b.streams), b.adoptions(), most)
+	return fmt.Sprintf("%d reads through the log and %d others, of %d streams; %d changes of owner, at most %d owners of one stream", len(b.reads), b.local, len(b.streams), b.adoptions(), most)
 }
 
-// startBook keeps copies of what each node wrote itself, so that what is done with
-// and dropped can be looked at afterwards.
-type startBook struct {
+// startRecords copies the journals that each node has written itself, since nodes drop
+// streams that have ended.
+type startRecords struct {
 	lab    *lab.Lab
 	dir    string
-	copied map[string]time.Time // by file, as of when
+	copied map[string]time.Time // modification time by file
 	failed error
 }
 
-func newStartBook(t *testing.T, l *lab.Lab) *startBook {
-	return &startBook{lab: l, dir: t.TempDir(), copied: map[string]time.Time{}}
+func newStartRecords(t *testing.T, l *lab.Lab) *startRecords {
+	return &startRecords{lab: l, dir: t.TempDir(), copied: map[string]time.Time{}}
 }
 
-func (b *startBook) follow(ctx context.Context) {
+func (b *startRecords) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		b.copyAll()
 		rest(ctx, 2*time.Second)
 	}
 }
 
-func (b *startBook) copyAll() {
+func (b *startRecords) copyAll() {
 	for _, n := range b.lab.Nodes() {
-		if err := b.copy(n); err != nil && !errors.Is(err, fs.ErrNotExist) { // a stream that goes this moment
+		if err := b.copy(n); err != nil && !errors.Is(err, fs.ErrNotExist) { // a stream may be dropped meanwhile
 			b.failed = err
 		}
 	}
 }
 
-func (b *startBook) copy(n *lab.Node) error {
+func (b *startRecords) copy(n *lab.Node) error {
 	from := filepath.Join(n.DataDir(), "journal", n.Name)
 	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".seg") {
@@ -282,7 +283,7 @@ func (b *startBook) copy(n *lab.Node) error {
 	})
 }
 
-func (b *startBook) siteOf(node string) string {
+func (b *startRecords) siteOf(node string) string {
 	for _, n := range b.lab.Nodes() {
 		if n.Name == node {
 			return n.Site.Name
@@ -291,16 +292,15 @@ func (b *startBook) siteOf(node string) string {
 	return ""
 }
 
-// start is a record of a start: who wrote it, under which token.
+// start is a Started record.
 type start struct {
-	by    string
+	by    string // node that wrote it
 	token agreed.FenceToken
-	home  string
+	home  string // stream that the job was submitted in
 }
 
-// records reads the copies: the starts by attempt of a job, and where each job was
-// taken.
-func (b *startBook) records(t *testing.T) map[string][]start {
+// records reads the copies and returns the starts by job and attempt.
+func (b *startRecords) records(t *testing.T) map[string][]start {
 	t.Helper()
 	starts, home := map[string][]start{}, map[journal.JobID]string{}
 	for _, n := range b.lab.Nodes() {
@@ -344,15 +344,15 @@ func (b *startBook) records(t *testing.T) map[string][]start {
 	return starts
 }
 
-// leaseEnds is how long after a change of owner the one before may still start
-// something: its last lease, and what may be between the check and the start.
+// leaseEnds is how long after a change the previous owner may still start jobs: its
+// last lease, and 50 ms between the check of the lease and the start.
 const leaseEnds = 1200*time.Millisecond + 50*time.Millisecond
 
-// onItsWay is how long a request may take within a site of a busy machine.
-const onItsWay = 100 * time.Millisecond
+// inFlight bounds the time that a request takes within a site on a busy machine.
+const inFlight = 100 * time.Millisecond
 
-// verify holds what the model servers were asked against who owned what.
-func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook) {
+// verify compares the requests to model servers with starts and owners.
+func (b *startRecords) verify(t *testing.T, owners *ownerHistory, requests *requestLog) {
 	t.Helper()
 	if b.failed != nil {
 		t.Fatal(b.failed)
@@ -371,11 +371,11 @@ func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook
 				if o, known := seen.owners[s.token]; known {
 					owner = o.Owner
 				} else {
-					owner = s.by // nobody saw that token; two that used it are found below
+					owner = s.by // no client has read that token; two users of it are found below
 				}
 			}
 			if s.by != owner {
-				wrong = append(wrong, fmt.Sprintf("%s of %s was started by %s under %v, which is %s's", id, s.home, s.by, s.token, owner))
+				wrong = append(wrong, fmt.Sprintf("%s of %s was started by %s under %v, the token of %s", id, s.home, s.by, s.token, owner))
 			}
 		}
 	}
@@ -385,14 +385,14 @@ func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook
 	}
 	of := map[string][]executed{}
 	unsure := 0
-	for _, r := range asked.seen {
+	for _, r := range requests.seen {
 		all := starts[r.id]
 		if len(all) == 0 {
-			wrong = append(wrong, fmt.Sprintf("%s was asked for and stands in no journal as begun", r.id))
+			wrong = append(wrong, fmt.Sprintf("%s was requested, and no journal has a start of it", r.id))
 			continue
 		}
-		// Two owners may begin the same attempt. Each asks its own site first, and
-		// what came of it is final for the attempt.
+		// Two owners may start the same attempt. Each asks the model server of its own
+		// site first, and the result ends the attempt.
 		by := slices.Compact(slices.DeleteFunc(slices.Clone(all), func(s start) bool { return b.siteOf(s.by) != r.site }))
 		if len(by) != 1 {
 			unsure++
@@ -400,8 +400,8 @@ func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook
 		}
 		of[by[0].home] = append(of[by[0].home], executed{r, by[0]})
 	}
-	if unsure > len(asked.seen)/20 {
-		wrong = append(wrong, fmt.Sprintf("whose %d of %d requests were can't be told", unsure, len(asked.seen)))
+	if unsure > len(requests.seen)/20 {
+		wrong = append(wrong, fmt.Sprintf("of %d of %d requests the sender can't be determined", unsure, len(requests.seen)))
 	}
 	excused := 0
 	for home, all := range of {
@@ -424,28 +424,28 @@ func (b *startBook) verify(t *testing.T, owners *holdingBook, asked *requestBook
 			}
 			for token, f := range first {
 				if token.Compare(e.token) > 0 && f.by != e.by {
-					lower(f.at, fmt.Sprintf("%s began under %v", f.by, token))
+					lower(f.at, fmt.Sprintf("the first start of %s under %v", f.by, token))
 				}
 			}
 			if seen := owners.streams[home]; seen != nil {
 				for token, o := range seen.owners {
 					if token.Compare(e.token) > 0 && o.Owner != e.by {
-						lower(o.seen.Add(leaseEnds), "the last lease ended before "+o.Owner)
+						lower(o.seen.Add(leaseEnds), "the end of the last lease before "+o.Owner)
 					}
 				}
 			}
 			switch {
-			case limit.IsZero() || e.at.Before(limit.Add(onItsWay)):
-			case asked.justResumed(e.by, e.at):
+			case limit.IsZero() || e.at.Before(limit.Add(inFlight)):
+			case requests.justResumed(e.by, e.at):
 				excused++
 			default:
 				wrong = append(wrong, fmt.Sprintf("%s of %s came from %s under %v %s after %s", e.id, home, e.by, e.token, strconv.Quote(e.at.Sub(limit).String()), why))
 			}
 		}
 	}
-	t.Logf("%d starts in the journals (%d of them alone), %d requests came; %d that two nodes of one site may have made, %d from a process that had just been stopped", written, alone, len(asked.seen), unsure, excused)
-	if len(asked.seen) < 200 {
-		t.Errorf("only %d requests came, that proves little", len(asked.seen))
+	t.Logf("%d starts in the journals (%d of them by isolated nodes), %d requests; %d of two possible senders, %d from a process that had just been stopped", written, alone, len(requests.seen), unsure, excused)
+	if len(requests.seen) < 200 {
+		t.Errorf("only %d requests, too few for the test to prove anything", len(requests.seen))
 	}
 	report(t, "starts break law 4", wrong)
 }

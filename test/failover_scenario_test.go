@@ -15,21 +15,22 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// The promises of failover, at default settings and on links as between cities.
-// By themselves these tests are short: few trials, a light load, two at a time,
-// and three times the promised time for everything but the laws, since a machine
-// that is busy with other tests is slow. The promised numbers, times and load,
-// one test after another on a machine of their own, which takes two hours:
+// The tests named TestFailover check the promises of failover, with default settings
+// and on links like those between cities. The short form has few trials and a tenth of
+// the load, runs two tests at a time, and allows three times the promised time for
+// everything but the laws, because it shares the machine with other tests. The full
+// form checks the promised times with the promised load, one test after another. It
+// needs an idle machine and takes two hours:
 //
 //	DSNODE_TEST_FULL=1 go test ./test -run Failover -timeout 3h -v
 //
-// DSNODE_TEST_WEATHER=10m shortens the hour of bad weather.
+// DSNODE_TEST_WEATHER=10m shortens the hour with lossy links.
 func full() bool { return os.Getenv("DSNODE_TEST_FULL") != "" }
 
-// story is a cluster under load with everybody watching: at its end the laws
-// are checked, the statuses compared with the truth, and no client may have
-// failed but those that the test names.
-type story struct {
+// scenario is a cluster under load with an observer, a watch of the role and an audit.
+// At its end the laws are checked, no status may have been false, and no client may
+// have failed except those of the sites that the test names.
+type scenario struct {
 	t       *testing.T
 	lab     *lab.Lab
 	role    *lab.RoleWatch
@@ -40,16 +41,16 @@ type story struct {
 const (
 	betweenCities = 30 * time.Millisecond
 	inOneCity     = 2 * time.Millisecond
-	// returns is how long a site may take to be well again, replaces how long the
-	// worst change of primary, planned how long the role may be idle in a switchover,
-	// and stuck how long a leader whose disk hangs may stay.
+	// The promised times: until a site that returns is healthy again, until another
+	// site is the primary, without an acting primary in a switchover, and until a
+	// leader whose disk hangs is replaced.
 	returns  = 15 * time.Second
 	replaces = 7 * time.Second
 	planned  = 500 * time.Millisecond
 	stuck    = 15 * time.Second
 )
 
-// within is a promised time as this form of the tests holds it.
+// within returns a promised time as the short or full form checks it.
 func within(promised time.Duration) time.Duration {
 	if full() {
 		return promised
@@ -57,7 +58,7 @@ func within(promised time.Duration) time.Duration {
 	return 3 * promised
 }
 
-// fullOnly skips a test that takes too long for every day.
+// fullOnly skips a test in the short form.
 func fullOnly(t *testing.T, why string) {
 	t.Helper()
 	if !full() {
@@ -65,21 +66,21 @@ func fullOnly(t *testing.T, why string) {
 	}
 }
 
-// sharing makes a short test one of those that run at once.
-func sharing(t *testing.T) {
+// parallelIfShort runs the test beside others in the short form.
+func parallelIfShort(t *testing.T) {
 	t.Helper()
 	if !full() {
 		t.Parallel()
 	}
 }
 
-// begin starts sites with so many nodes each.
-func begin(t *testing.T, top lab.Topology) *story {
+// begin starts a cluster, the load and all that watches it.
+func begin(t *testing.T, top lab.Topology) *scenario {
 	t.Helper()
-	sharing(t)
+	parallelIfShort(t)
 	top.Link = lab.RoundTrip(betweenCities)
 	l := lab.Start(t, top)
-	s := &story{t: t, lab: l}
+	s := &scenario{t: t, lab: l}
 	s.ordinaryLinks()
 	s.role = l.WatchRole(10 * time.Millisecond)
 	s.audit = l.StartAudit()
@@ -88,14 +89,14 @@ func begin(t *testing.T, top lab.Topology) *story {
 	return s
 }
 
-func (s *story) ordinaryLinks() {
+func (s *scenario) ordinaryLinks() {
 	s.lab.Net.SetAll(lab.RoundTrip(betweenCities))
 	s.lab.Net.Set(0, 1, lab.RoundTrip(inOneCity))
 	s.lab.Net.Set(1, 0, lab.RoundTrip(inOneCity))
 }
 
-// promisedLoad is 300 requests/s and 100 streams in all; a tenth in a short test.
-func (s *story) promisedLoad() lab.Load {
+// promisedLoad is the load of the promised times, a tenth of it in the short form.
+func (s *scenario) promisedLoad() lab.Load {
 	promised := load(s.lab)
 	if !full() {
 		promised.Rate, promised.Streams = promised.Rate/10, promised.Streams/10
@@ -103,8 +104,8 @@ func (s *story) promisedLoad() lab.Load {
 	return promised
 }
 
-// goOn lets some time pass: what clients see after a change counts too.
-func (s *story) goOn() {
+// continueLoad waits for more results, since requests after a change count too.
+func (s *scenario) continueLoad() {
 	s.t.Helper()
 	more := 60
 	if full() {
@@ -113,28 +114,29 @@ func (s *story) goOn() {
 	await(s.t, s.running, more)
 }
 
-// end stops the load; clients of the sites named alone may have failed.
-func (s *story) end(hurt ...*lab.Site) {
+// end stops the load and fails the test if a request failed of a client in another
+// than the affected sites.
+func (s *scenario) end(affected ...*lab.Site) {
 	s.t.Helper()
 	results := s.running.Stop()
 	s.t.Log(lab.Summary(results))
 	for _, r := range lab.Failed(results) {
-		if slices.ContainsFunc(hurt, func(site *lab.Site) bool { return site.Name == r.Site }) {
+		if slices.ContainsFunc(affected, func(site *lab.Site) bool { return site.Name == r.Site }) {
 			continue
 		}
-		s.t.Errorf("a client of %s, which was well, failed at %s: %v", r.Site, r.At.Format("15:04:05.000"), r.Err)
+		s.t.Errorf("a client of %s, which had no fault, failed at %s: %v", r.Site, r.At.Format("15:04:05.000"), r.Err)
 		return // the summary has the others
 	}
 }
 
-// primary is what the first running node holds for it.
-func (s *story) primary() (site *lab.Site, epoch uint64, leader string) {
+// primary returns the primary that the first running node shows.
+func (s *scenario) primary() (site *lab.Site, epoch uint64, leader string) {
 	s.t.Helper()
 	return s.primaryBy(s.lab.Running()[0])
 }
 
-// primaryBy is what that node holds for it.
-func (s *story) primaryBy(n *lab.Node) (site *lab.Site, epoch uint64, leader string) {
+// primaryBy returns the primary that a node shows.
+func (s *scenario) primaryBy(n *lab.Node) (site *lab.Site, epoch uint64, leader string) {
 	s.t.Helper()
 	s.lab.WaitFor(within(5*time.Second), "a status", func(ctx context.Context) error {
 		status, err := n.Status(ctx)
@@ -150,22 +152,22 @@ func (s *story) primaryBy(n *lab.Node) (site *lab.Site, epoch uint64, leader str
 	return site, epoch, leader
 }
 
-// change is how a new primary came, in times since the fault.
+// change describes how another site became the primary, in times since the fault.
 type change struct {
 	site   string
 	reason string
-	known  time.Duration // the first surviving node's status shows it
-	all    time.Duration // the statuses of all do
+	known  time.Duration // a surviving node's status shows it
+	all    time.Duration // the statuses of all surviving nodes show it
 	acts   time.Duration // /healthz/primary of its site answers 200
 }
 
 func (c change) String() string {
-	return fmt.Sprintf("%s (%s): known after %.2f s, by all after %.2f s, acts after %.2f s", c.site, c.reason, c.known.Seconds(), c.all.Seconds(), c.acts.Seconds())
+	return fmt.Sprintf("%s (%s): shown by a node after %.2f s, by all after %.2f s, acts after %.2f s", c.site, c.reason, c.known.Seconds(), c.all.Seconds(), c.acts.Seconds())
 }
 
-// awaitChange waits until the statuses of all these nodes show that epoch, and
-// its primary acts.
-func (s *story) awaitChange(fault time.Time, epoch uint64, limit time.Duration, nodes []*lab.Node) change {
+// awaitChange waits until all these nodes show the epoch or a later one, and its
+// primary acts.
+func (s *scenario) awaitChange(fault time.Time, epoch uint64, limit time.Duration, nodes []*lab.Node) change {
 	s.t.Helper()
 	ctx, cancel := context.WithDeadline(s.t.Context(), fault.Add(limit+5*time.Second))
 	defer cancel()
@@ -202,12 +204,12 @@ func (s *story) awaitChange(fault time.Time, epoch uint64, limit time.Duration, 
 	}
 	wg.Wait()
 	if len(missing) > 0 {
-		s.t.Fatalf("epoch %d is not known to %s %v after the fault; %s", epoch, strings.Join(missing, ", "), time.Since(fault).Round(time.Millisecond), c)
+		s.t.Fatalf("epoch %d is not shown by %s %v after the fault; %s", epoch, strings.Join(missing, ", "), time.Since(fault).Round(time.Millisecond), c)
 	}
 	s.lab.WaitFor(limit, "the new primary to act", func(context.Context) error {
 		look, ok := s.role.Begun(epoch)
 		if !ok {
-			return fmt.Errorf("nobody acts in epoch %d", epoch)
+			return fmt.Errorf("no primary acts in epoch %d", epoch)
 		}
 		c.acts = look.Answered.Sub(fault)
 		return nil
@@ -215,30 +217,30 @@ func (s *story) awaitChange(fault time.Time, epoch uint64, limit time.Duration, 
 	return c
 }
 
-// others are the nodes of all other sites.
-func (s *story) others(of *lab.Site) []*lab.Node {
+// others returns the nodes of all other sites.
+func (s *scenario) others(of *lab.Site) []*lab.Node {
 	return slices.DeleteFunc(s.lab.Nodes(), func(n *lab.Node) bool { return n.Site == of })
 }
 
-// returned waits until the cluster is well again, and checks that who came back
-// did not take the role.
-func (s *story) returned(site *lab.Site, epoch uint64) time.Duration {
+// returned waits until the cluster is healthy after a site's return, and checks that
+// the site did not take the role back.
+func (s *scenario) returned(site *lab.Site, epoch uint64) time.Duration {
 	s.t.Helper()
 	begun := time.Now()
 	took := s.lab.WaitHealthy(within(returns))
 	primary, now, _ := s.primary()
 	if primary == site || now != epoch {
-		s.t.Errorf("%s returned, and %s is the primary in epoch %d, want still epoch %d", site.Name, primary.Name, now, epoch)
+		s.t.Errorf("after the return of %s, %s is the primary in epoch %d, want another site in epoch %d", site.Name, primary.Name, now, epoch)
 	}
 	for _, a := range s.role.Runs() {
 		if a.Site == site.Name && a.First.Answered.After(begun) {
-			s.t.Errorf("%s acts as primary in epoch %d since its return", a.Node, a.Epoch)
+			s.t.Errorf("%s acted as primary in epoch %d after its return", a.Node, a.Epoch)
 		}
 	}
 	return took
 }
 
-// percentile of durations, which it sorts.
+// percentile returns a percentile of durations, which it sorts.
 func percentile(all []time.Duration, share float64) time.Duration {
 	slices.Sort(all)
 	return all[int(share*float64(len(all)-1)+0.5)]

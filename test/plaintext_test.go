@@ -19,7 +19,7 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// canaries are texts that must be found nowhere in clear.
+// canaries are texts that must not occur in plaintext anywhere.
 type canaries struct {
 	texts [][]byte
 	names []string
@@ -27,12 +27,12 @@ type canaries struct {
 
 func (c *canaries) add(name, text string) {
 	if len(text) < 12 {
-		panic("a canary that could come about by chance: " + text)
+		panic("the canary is so short that it could occur by chance: " + text)
 	}
 	c.names, c.texts = append(c.names, name), append(c.texts, []byte(text))
 }
 
-// find names the canaries in some bytes.
+// find returns the names of the canaries in b.
 func (c *canaries) find(b []byte) []string {
 	var found []string
 	for i, text := range c.texts {
@@ -43,8 +43,8 @@ func (c *canaries) find(b []byte) []string {
 	return found
 }
 
-// Prompts, answers and keys of requests, jobs and kept answers: in no file of any
-// data directory, and in no packet between sites.
+// Prompts, answers and keys of requests, jobs and cached answers are in no file of a
+// data directory and in no packet between sites.
 func TestNothingInClear(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Cluster: withJobs})
 	var c canaries
@@ -82,31 +82,31 @@ func TestNothingInClear(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, other := range l.Nodes() {
-			l.WaitFor(30*time.Second, "the job to be done everywhere", func(ctx context.Context) error {
+			l.WaitFor(within(30*time.Second), "all nodes to show the job as succeeded", func(ctx context.Context) error {
 				got, err := other.Job(ctx, v.ID)
 				if err == nil && got.Status != "succeeded" {
 					err = fmt.Errorf("%s shows it as %s", other.Name, got.Status)
 				}
 				if err == nil && len(c.find(got.Result)) == 0 {
-					err = fmt.Errorf("not the answer that is looked for: %s", got.Result)
+					err = fmt.Errorf("the answer does not contain the canary: %s", got.Result)
 				}
 				return err
 			})
 		}
 	}
-	// A site without its model server is served from the next one, over a link.
+	// A site without its model server is served by another site, over a link.
 	l.Sites[0].Model.Kill()
 	post(t, l.Nodes()[0], "/v1/chat/completions", map[string]any{"model": lab.FastModel, "messages": body["messages"]}, nil, http.StatusOK)
 	for _, n := range l.Nodes() {
-		n.Terminate(25 * time.Second) // all that was in memory is on the disk
+		n.Terminate(25 * time.Second) // writes what is in memory to the disk
 	}
 	l.Net.Tap(nil)
 	mu.Lock()
 	for name := range wire {
-		t.Errorf("%s was seen in clear between sites", name)
+		t.Errorf("%s was sent between sites in plaintext", name)
 	}
 	if packets < 500 {
-		t.Errorf("only %d packets were looked at", packets)
+		t.Errorf("only %d packets were searched", packets)
 	}
 	mu.Unlock()
 	files, size := 0, 0
@@ -118,7 +118,7 @@ func TestNothingInClear(t *testing.T) {
 			b, err := os.ReadFile(path)
 			files, size = files+1, size+len(b)
 			for _, name := range c.find(b) {
-				t.Errorf("%s stands in clear in %s", name, path)
+				t.Errorf("%s is in plaintext in %s", name, path)
 			}
 			return err
 		})
@@ -126,13 +126,13 @@ func TestNothingInClear(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("%d packets, %d files with %d bytes looked at", packets, files, size)
+	t.Logf("searched %d packets and %d files with %d bytes", packets, files, size)
 	if size < 100_000 {
-		t.Error("too little was on the disks to prove anything")
+		t.Error("the disks hold too little for the test to prove anything")
 	}
 }
 
-// post sends a body as JSON and wants a status.
+// post sends a body as JSON; the test fails unless the answer has that status.
 func post(t *testing.T, n *lab.Node, path string, body any, header map[string]string, want int) []byte {
 	t.Helper()
 	b, err := json.Marshal(body)

@@ -9,24 +9,24 @@ import (
 	"time"
 )
 
-// StopStill freezes all nodes of the site, and returns once they stand still: a
-// signal takes a moment to reach every thread of a process.
-func (s *Site) StopStill() {
+// StopAndWait sends SIGSTOP to all nodes of the site and waits until every thread
+// of their processes is stopped, which takes a moment after the signal.
+func (s *Site) StopAndWait() {
 	s.lab.t.Helper()
 	s.Stop()
 	deadline := time.Now().Add(10 * time.Second)
 	for _, n := range s.Nodes {
-		for err := n.moves(); err != nil; err = n.moves() {
+		for err := n.stopped(); err != nil; err = n.stopped() {
 			if time.Now().After(deadline) {
-				s.lab.t.Fatalf("%s was stopped: %v", n.Name, err)
+				s.lab.t.Fatalf("%s is not stopped: %v", n.Name, err)
 			}
 			pause(time.Millisecond)
 		}
 	}
 }
 
-// moves is an error while some thread of the process is not stopped.
-func (n *Node) moves() error {
+// stopped returns an error while a thread of the process is not stopped.
+func (n *Node) stopped() error {
 	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", n.PID()))
 	if err != nil {
 		return err
@@ -34,7 +34,7 @@ func (n *Node) moves() error {
 	for _, file := range files {
 		text, err := os.ReadFile(file)
 		if os.IsNotExist(err) {
-			continue // a thread that has ended
+			continue // the thread has ended
 		}
 		if err != nil {
 			return err
