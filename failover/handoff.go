@@ -267,7 +267,7 @@ func (h *handoff) release(ctx context.Context) (all bool, err error) {
 
 // promote asks once more, which is quick now, and then changes the primary, all
 // within a lease's length: so a node that restarted after its first answer, and
-// has forgotten it, can't act in between (see Role.note).
+// has forgotten it, can't act in between (see Fence.notePrimary).
 func (h *handoff) promote(ctx context.Context) error {
 	all, err := h.release(ctx)
 	if err != nil {

@@ -50,6 +50,7 @@ type Node struct {
 	cache    *cache.Cache
 	work     *work
 	doors    doors
+	fence    *failover.Fence
 
 	isolation *isolation
 
@@ -163,6 +164,8 @@ func (n *Node) open() error {
 	if err != nil {
 		return err
 	}
+	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
+		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
 	if err := n.work.connect(); err != nil {
 		return err
@@ -330,7 +333,6 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 // command is what decides about roles; it exists once the node is a member,
 // because only then its timing is known.
 type command struct {
-	role        *failover.Role
 	coordinator *failover.Coordinator
 	drills      *drill.Runner
 }
@@ -340,9 +342,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 		return nil // ctx ended first
 	}
 	boottime := cluster.Boottime
-	c := &command{
-		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
-	}
+	c := &command{}
 	c.coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
 		Health:   func() cluster.Health { return n.surround.Load().health },
@@ -352,7 +352,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	c.drills = n.newDrills(c)
 	n.command.Store(c)
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return c.role.Run(ctx) })
+	g.Go(func() error { return n.fence.Run(ctx) })
 	g.Go(func() error { return c.coordinator.Run(ctx) })
 	g.Go(func() error { return c.drills.Run(ctx) })
 	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
@@ -363,9 +363,8 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 // release ends what runs here as primary, for a switchover; the cluster calls
 // it when the leader asks.
 func (n *Node) release(ctx context.Context, switchoverID string) error {
-	c := n.command.Load()
-	if c == nil {
+	if n.command.Load() == nil {
 		return cluster.ErrNotMember
 	}
-	return c.role.Release(ctx, switchoverID)
+	return n.fence.Release(ctx, switchoverID)
 }

@@ -92,9 +92,7 @@ func (n *Node) Health() gateway.Report {
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}
-	if c := n.command.Load(); c != nil {
-		_, r.Lease = c.role.Holding()
-	}
+	r.Lease = n.fence.Acting()
 	return r
 }
 

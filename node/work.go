@@ -108,7 +108,7 @@ func (w *work) retention() time.Duration {
 // connect makes what needs the cluster.
 func (w *work) connect() error {
 	n := w.n
-	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
+	w.ownership = failover.NewOwnership(n.fence, n.cluster)
 	var err error
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members, Current: w.current,

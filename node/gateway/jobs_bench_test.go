@@ -29,7 +29,9 @@ type alone struct{ state cluster.State }
 
 func (a *alone) State() *cluster.State                           { return &a.state }
 func (a *alone) Changed() <-chan struct{}                        { return nil }
+func (a *alone) Lease() (left time.Duration, epoch uint64)       { return 0, 0 }
 func (a *alone) OwnershipLease() (left time.Duration, at uint64) { return 0, 0 }
+func (a *alone) LeaseChanged() <-chan struct{}                   { return nil }
 func (a *alone) Propose(context.Context, cluster.CommandType, any) (uint64, error) {
 	return 0, cluster.ErrNoQuorum
 }
@@ -68,7 +70,7 @@ func BenchmarkSubmit(b *testing.B) {
 	world := &alone{cluster.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
-		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, cluster.Boottime), State: world.State,
+		Ownership: failover.NewOwnership(failover.NewFence("n", "here", world, func() time.Duration { return time.Second }, cluster.Boottime, log), world), State: world.State,
 		Spare: func() int { return 0 }, Heard: func(string) bool { return false }, Registerer: reg,
 	})
 	if err != nil {

@@ -76,10 +76,6 @@ func levelOf(d journal.Durability) int {
 	return -1
 }
 
-func tokenOf(t cluster.FenceToken) journal.Token {
-	return journal.Token{Generation: t.Generation, Index: t.Index}
-}
-
 // sleep waits, or gives the reason why ctx ended.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
