@@ -119,6 +119,17 @@ func (n *Node) ResumeFailover(ctx context.Context, by string) error {
 	return err
 }
 
+// ReleaseQuarantine ends the quarantine: an operator knows that the cluster was not
+// recovered elsewhere. Only the node that leads Raft can do it.
+func (n *Node) ReleaseQuarantine(context.Context) error {
+	if n.cluster.Quarantined() == "" {
+		return n.notHere()
+	}
+	n.coldStart.Release()
+	n.log.Warn("quarantine released by an operator")
+	return nil
+}
+
 // failbackAvailable is what the coordinator's newest look says of it.
 func (n *Node) failbackAvailable() *string {
 	c := n.command.Load()

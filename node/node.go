@@ -52,10 +52,10 @@ type Node struct {
 	doors    doors
 	fence    *failover.Fence
 
-	isolation *isolation
+	isolation *drill.Isolator
+	coldStart *failover.ColdStart
 
 	draining atomic.Bool
-	released atomic.Bool // an operator ended the quarantine
 	surround atomic.Pointer[surroundings]
 	command  atomic.Pointer[command] // nil until this node is a member
 
@@ -145,10 +145,7 @@ func (n *Node) open() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = &isolation{
-		site: n.cfg.Site, boottime: cluster.Boottime, now: time.Now, log: n.log,
-		sever: func() { n.cluster.Sever() },
-	}
+	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, cluster.Boottime, time.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
@@ -158,12 +155,14 @@ func (n *Node) open() error {
 		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
-		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
-		Services: func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
+		Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
+		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
+		Services:    func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
 	})
 	if err != nil {
 		return err
 	}
+	n.coldStart = failover.NewColdStart(n.cfg.Name, n.cfg.Site, n.cluster)
 	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
 		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
@@ -356,7 +355,8 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	g.Go(func() error { return c.coordinator.Run(ctx) })
 	g.Go(func() error { return c.drills.Run(ctx) })
 	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
-	g.Go(func() error { return n.cluster.WhileLeader(ctx, n.placeVoters) })
+	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.surround.Load().heardSince }, boottime, n.log)
+	g.Go(func() error { return n.cluster.WhileLeader(ctx, voters.Lead) })
 	return g.Wait()
 }
 
