@@ -1,8 +1,10 @@
 package admin
 
 import (
+	"context"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -17,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
 )
 
 // closedURL is an address where nothing listens.
@@ -154,6 +157,21 @@ func TestClientAsksForFailoversAndDrills(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, f.noted()); diff != "" {
 		t.Errorf("the node heard (-want +got):\n%s", diff)
+	}
+}
+
+// The code of a failed switchover becomes the same error at the client. The cause
+// inside is not the answer, and the words are the node's.
+func TestClientTellsHowASwitchoverFailed(t *testing.T) {
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{}, serve(t, f, "").URL)
+	for _, want := range []error{failover.ErrPrecheck, failover.ErrRolledBack, failover.ErrOvertaken, failover.ErrUnknownOutcome} {
+		fail := fmt.Errorf("%w: %w and %w", want, cluster.ErrNoQuorum, context.DeadlineExceeded)
+		f.refuse(fail)
+		_, err := c.Failover(t.Context(), FailoverRequest{To: "shanghai-b"}, "")
+		if !errors.Is(err, want) || errors.Is(err, cluster.ErrNoQuorum) || err.Error() != fail.Error() {
+			t.Errorf("got %v, want %v", err, fail)
+		}
 	}
 }
 

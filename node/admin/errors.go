@@ -7,10 +7,11 @@ import (
 	"net/http"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
 )
 
-// What an operator's request can die of, besides the sentinels of package
-// cluster. A Cluster wraps them; a Client gives the same ones back.
+// How an operator's request fails, besides the sentinels of packages cluster and
+// failover. A Cluster wraps them; a Client gives the same ones back.
 var (
 	// ErrUnknownVersion: no such version in the configuration's history.
 	ErrUnknownVersion = errors.New("no such configuration version")
@@ -18,14 +19,6 @@ var (
 	ErrWrongNode = errors.New("only the node itself can do this")
 	// ErrNodeAlive: a living node is not removed.
 	ErrNodeAlive = errors.New("the node is alive")
-	// ErrPrecheck: a switchover or a drill can't begin, and nothing was changed.
-	ErrPrecheck = errors.New("a precheck does not hold")
-	// ErrRolledBack: a switchover failed and nothing has changed.
-	ErrRolledBack = errors.New("the switchover was rolled back")
-	// ErrOvertaken: the primary changed otherwise meanwhile.
-	ErrOvertaken = errors.New("the switchover was overtaken")
-	// ErrUnknownOutcome: a switchover's end is not known yet.
-	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet")
 	// ErrNothingToAck: there was no failover, or it was acknowledged.
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
 	// ErrNotQuarantined: there is no quarantine to end.
@@ -71,6 +64,12 @@ const (
 
 // refusals are tried in order; the first that errors.Is finds wins.
 var refusals = []refusal{
+	// How a switchover failed comes first: what it failed of inside, such as
+	// cluster.ErrNoQuorum, is not the answer.
+	{failover.ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
+	{failover.ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
+	{failover.ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
+	{failover.ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; bring a majority of the voters back"},
 	{cluster.ErrNotMember, http.StatusServiceUnavailable, "not_member", hintBootstrap},
 	{cluster.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
@@ -100,10 +99,6 @@ var refusals = []refusal{
 	{cluster.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
 	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
-	{ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
-	{ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
-	{ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
-	{ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
 	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status says what is not well"},
 	{cluster.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/failover"
 )
 
 // ConfigVersion is a cluster.yaml as it was written, with its version, hash,
@@ -89,13 +90,7 @@ type APIKeyCreated struct {
 }
 
 // Check is one named condition of a switchover or a drill.
-type Check struct {
-	Name   string `json:"name"`
-	OK     bool   `json:"ok"`
-	Detail string `json:"detail"`
-	// Waivable: the caller may go on without it.
-	Waivable bool `json:"waivable"`
-}
+type Check = failover.Check
 
 // FailoverRequest asks for a planned switchover.
 type FailoverRequest struct {
