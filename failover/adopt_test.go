@@ -6,11 +6,13 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // A node is silent only when nobody hears it, and its lease counts as of now.
 func TestAdopterJudgesByWhatAnybodyHeard(t *testing.T) {
-	a := &Adopter{timing: cluster.TimingFrom(0)}
+	a := &Adopter{timing: config.TimingFrom(0)}
 	const s = time.Second
 	good := cluster.PeerView{Heard: true, Ago: s / 10, LeaseLeft: s}
 	tests := []struct {
@@ -38,8 +40,8 @@ func TestAdopterJudgesByWhatAnybodyHeard(t *testing.T) {
 }
 
 func TestAdopt(t *testing.T) {
-	stream := func(origin, owner string) cluster.JobStream {
-		return cluster.JobStream{Origin: origin, Incarnation: "1", Site: origin[:1], Owner: owner, Token: cluster.FenceToken{Generation: 1, Index: 5}}
+	stream := func(origin, owner string) agreed.JobStream {
+		return agreed.JobStream{Origin: origin, Incarnation: "1", Site: origin[:1], Owner: owner, Token: agreed.FenceToken{Generation: 1, Index: 5}}
 	}
 	here := func(name string) AdoptionNode { return AdoptionNode{Name: name, Site: name[:1], Able: true} }
 	gone := func(name string) AdoptionNode {
@@ -52,17 +54,17 @@ func TestAdopt(t *testing.T) {
 		to   string
 		why  AdoptionReason
 	}{
-		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"gone: a neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
-		{"gone, and the neighbour drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
-		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
-		{"the primary is gone too, not replaced yet", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"an adopter that is gone: its own neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
-		{"removed for good", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
-		{"the idlest neighbour", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []cluster.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
-		{"a leader that may not yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
-		{"quarantined", AdoptionView{MayReassign: true, Quarantined: true, Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []cluster.JobStream{stream("a1", "a1")}}, "", ""},
+		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"gone: a neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
+		{"gone, and the neighbour drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
+		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
+		{"the primary is gone too, not replaced yet", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"an adopter that is gone: its own neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
+		{"removed for good", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
+		{"the idlest neighbour", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []agreed.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
+		{"a leader that may not yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"quarantined", AdoptionView{MayReassign: true, Quarantined: true, Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -86,7 +88,7 @@ func TestAdoptSpreads(t *testing.T) {
 		{Name: "a1", Site: "a", Silence: adoptAfter}, {Name: "b1", Site: "b", Able: true}, {Name: "b2", Site: "b", Able: true},
 	}}
 	for n := range 10 {
-		v.Streams = append(v.Streams, cluster.JobStream{Origin: "a1", Incarnation: fmt.Sprint(n), Site: "a", Owner: "a1"})
+		v.Streams = append(v.Streams, agreed.JobStream{Origin: "a1", Incarnation: fmt.Sprint(n), Site: "a", Owner: "a1"})
 	}
 	load := map[string]int{}
 	for _, a := range Adopt(v) {

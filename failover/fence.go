@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 var (
@@ -23,7 +25,7 @@ const StartWithin = 50 * time.Millisecond
 
 // Standing is what a Fence needs of the cluster; *cluster.Cluster is one.
 type Standing interface {
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	// Lease and OwnershipLease tell how long this node's lease is good, and the
 	// highest epoch or the newest change of State.Ownership that was heard of with
@@ -42,14 +44,14 @@ type Claim string
 // slash, so it is none of them.
 const Primary Claim = "primary"
 
-// Stream is the claim of the node that owns a job stream, by its cluster.StreamKey.
+// Stream is the claim of the node that owns a job stream, by its agreed.StreamKey.
 func Stream(key string) Claim { return Claim(key) }
 
 // Permit permits one start.
 type Permit struct {
 	// Token fences what the start leads to: the token of a stream's owner, or the
 	// generation and the epoch of the primary.
-	Token    cluster.FenceToken
+	Token    agreed.FenceToken
 	deadline time.Duration
 	boottime func() time.Duration
 }
@@ -94,12 +96,12 @@ type Fence struct {
 }
 
 type ownedStream struct {
-	token cluster.FenceToken
+	token agreed.FenceToken
 	from  time.Duration // no start before it
 }
 
 // NewFence makes the Fence of a node; Run keeps it up to date. newLeaderWait is
-// 1.1 L of cluster.Timing, which is known once the node is a member. boottime is
+// 1.1 L of config.Timing, which is known once the node is a member. boottime is
 // the clock that leases are counted on.
 func NewFence(node, site string, s Standing, newLeaderWait, boottime func() time.Duration, log *slog.Logger) *Fence {
 	return &Fence{
@@ -135,7 +137,7 @@ func (f *Fence) Acting() bool {
 
 // prove is the one proof of all claims; it assumes the lock. now is from before the
 // call, so what is read here is at least as new. left is the rest of the lease.
-func (f *Fence) prove(c Claim, now time.Duration) (token cluster.FenceToken, left time.Duration, err error) {
+func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left time.Duration, err error) {
 	s := f.standing.State()
 	// This clock is read after the state: a wait must not begin before the entry
 	// that it waits for was seen.
@@ -164,38 +166,38 @@ func (f *Fence) prove(c Claim, now time.Duration) (token cluster.FenceToken, lef
 	default:
 		return token, left, nil
 	}
-	return cluster.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", refused, c, err)
+	return agreed.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", refused, c, err)
 }
 
 // primary tells whether the agreed state lets this node's site act as primary. An
 // announced switchover forbids it to the site that it leaves. Its deadline is not
 // looked at: clocks differ, and a promotion by the coordinator's clock may still
 // come. The raft leader clears what is overdue.
-func (f *Fence) primary(s *cluster.State) (cluster.FenceToken, error) {
+func (f *Fence) primary(s *agreed.State) (agreed.FenceToken, error) {
 	switch {
 	case s.ClusterID == "" || s.Primary.Site != f.site:
-		return cluster.FenceToken{}, fmt.Errorf("the primary is %q in epoch %d", s.Primary.Site, s.Primary.Epoch)
+		return agreed.FenceToken{}, fmt.Errorf("the primary is %q in epoch %d", s.Primary.Site, s.Primary.Epoch)
 	case s.Switchover != nil && s.Switchover.From == f.site:
-		return cluster.FenceToken{}, fmt.Errorf("it is being handed over to %s", s.Switchover.To)
+		return agreed.FenceToken{}, fmt.Errorf("it is being handed over to %s", s.Switchover.To)
 	}
-	return cluster.FenceToken{Generation: s.Generation.Number, Index: s.Primary.Epoch}, nil
+	return agreed.FenceToken{Generation: s.Generation.Number, Index: s.Primary.Epoch}, nil
 }
 
 // stream tells whether the agreed state names this node the owner of a stream.
-func (f *Fence) stream(s *cluster.State, c Claim) (cluster.FenceToken, error) {
+func (f *Fence) stream(s *agreed.State, c Claim) (agreed.FenceToken, error) {
 	j, agreed := s.Streams[string(c)]
 	switch {
 	case !agreed:
-		return cluster.FenceToken{}, errors.New("the stream is not agreed on")
+		return agreed.FenceToken{}, errors.New("the stream is not agreed on")
 	case j.Owner != f.node:
-		return cluster.FenceToken{}, fmt.Errorf("%s owns it", j.Owner)
+		return agreed.FenceToken{}, fmt.Errorf("%s owns it", j.Owner)
 	}
 	return j.Token, nil
 }
 
 // note starts the wait for each claim that an entry gave to this node, when this
 // process sees the entry for the first time: leases from before it run for up to L.
-func (f *Fence) note(s *cluster.State, now time.Duration) {
+func (f *Fence) note(s *agreed.State, now time.Duration) {
 	f.notePrimary(s.Primary, now)
 	for c := range f.streams {
 		if s.Streams[string(c)].Owner != f.node {
@@ -222,7 +224,7 @@ func (f *Fence) note(s *cluster.State, now time.Duration) {
 // A process that has just started waits twice as long: it doesn't know what it has
 // confirmed before, and its copy of the state may be from before a switchover whose
 // promotion follows within L.
-func (f *Fence) notePrimary(p cluster.Primary, now time.Duration) {
+func (f *Fence) notePrimary(p agreed.Primary, now time.Duration) {
 	switch {
 	case p.Epoch <= f.epoch:
 		return

@@ -9,14 +9,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // fakeStanding is a Standing that a test changes by hand.
 type fakeStanding struct {
 	mu    sync.Mutex // guards what follows
 	start time.Time
-	state cluster.State
+	state agreed.State
 	until time.Duration
 	epoch uint64
 	news  chan struct{}
@@ -25,13 +25,13 @@ type fakeStanding struct {
 func newFakeStanding(site string) *fakeStanding {
 	return &fakeStanding{
 		start: time.Now(), news: make(chan struct{}), until: time.Hour,
-		state: cluster.State{ClusterID: "c", Primary: cluster.Primary{Site: site, Epoch: 1}},
+		state: agreed.State{ClusterID: "c", Primary: agreed.Primary{Site: site, Epoch: 1}},
 	}
 }
 
 func (st *fakeStanding) now() time.Duration { return time.Since(st.start) }
 
-func (st *fakeStanding) State() *cluster.State {
+func (st *fakeStanding) State() *agreed.State {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	s := st.state
@@ -67,7 +67,7 @@ func (st *fakeStanding) change(f func()) {
 
 func (st *fakeStanding) promote(site string, epoch uint64, released bool) {
 	st.change(func() {
-		st.state.Primary = cluster.Primary{Site: site, Epoch: epoch, Released: released}
+		st.state.Primary = agreed.Primary{Site: site, Epoch: epoch, Released: released}
 		st.state.Switchover = nil
 	})
 }
@@ -181,7 +181,7 @@ func TestPrimaryContextEnds(t *testing.T) {
 		"the lease ends":       func(st *fakeStanding) { st.change(func() { st.until = st.now() }) },
 		"a higher epoch heard": func(st *fakeStanding) { st.change(func() { st.epoch = 2 }) },
 		"a switchover away": func(st *fakeStanding) {
-			st.change(func() { st.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b"} })
+			st.change(func() { st.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b"} })
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -193,7 +193,7 @@ func TestPrimaryContextEnds(t *testing.T) {
 					t.Fatalf("ended at once: %v", context.Cause(ctx))
 				}
 				permit, err := f.Check(Primary)
-				if err != nil || !permit.InTime() || permit.Token != (cluster.FenceToken{Index: 1}) {
+				if err != nil || !permit.InTime() || permit.Token != (agreed.FenceToken{Index: 1}) {
 					t.Fatalf("%+v, %v", permit, err)
 				}
 				began := time.Now()
@@ -330,7 +330,7 @@ func TestReleaseWaitsForWork(t *testing.T) {
 		go func() { released <- f.Release(t.Context(), "x") }()
 		after(t, 5*time.Millisecond)
 		st.change(func() {
-			st.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b", Deadline: time.Now().Add(time.Second)}
+			st.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b", Deadline: time.Now().Add(time.Second)}
 		})
 		<-ctx.Done()
 		after(t, 10*time.Millisecond)
@@ -364,7 +364,7 @@ func TestReleaseGivesUp(t *testing.T) {
 		defer done()
 		for _, open := range []bool{false, true} {
 			if open {
-				st.change(func() { st.state.Switchover = &cluster.Switchover{ID: "x", From: "a", To: "b"} })
+				st.change(func() { st.state.Switchover = &agreed.Switchover{ID: "x", From: "a", To: "b"} })
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			if err := f.Release(ctx, "x"); !errors.Is(err, context.DeadlineExceeded) {
@@ -392,7 +392,7 @@ func TestWaitForAStreamBeginsWithItsEntry(t *testing.T) {
 	withFence(t, "b", func(t *testing.T, st *fakeStanding, f *Fence) {
 		after(t, time.Minute)
 		st.change(func() {
-			st.state.Streams = map[string]cluster.JobStream{"b1/1": {Owner: "a1", Before: "b1", Token: cluster.FenceToken{Index: 9}}}
+			st.state.Streams = map[string]agreed.JobStream{"b1/1": {Owner: "a1", Before: "b1", Token: agreed.FenceToken{Index: 9}}}
 		})
 		after(t, newLeaderWait-time.Millisecond)
 		if _, err := f.Check(Stream("b1/1")); !errors.Is(err, ErrNotOwner) {

@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // How a planned switchover fails. A drill fails with ErrPrecheck too.
@@ -53,8 +53,8 @@ func (c Check) Passes(waive []string) bool {
 // SwitchoverRequest asks for another primary.
 type SwitchoverRequest struct {
 	To   string
-	By   string               // who asks
-	Kind cluster.FailoverKind // planned, or drill
+	By   string              // who asks
+	Kind agreed.FailoverKind // planned, or drill
 	// AcceptLoss goes on although records may be lost; the result names them.
 	AcceptLoss bool
 	// Waive names checks that need not hold.
@@ -112,7 +112,7 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("target_upstreams", target.UpstreamsHealthy > 0, true, "%d healthy upstreams in %s", target.UpstreamsHealthy, r.To)
 	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
 	add("no_switchover", !open, false, "a switchover is in progress: %v", open)
-	drill := r.Kind != cluster.FailoverDrill && slices.ContainsFunc(s.Drills, func(d cluster.DrillRecord) bool {
+	drill := r.Kind != agreed.FailoverDrill && slices.ContainsFunc(s.Drills, func(d agreed.DrillRecord) bool {
 		return d.Running(c.o.Now())
 	})
 	add("no_drill", !drill, false, "a drill is running: %v", drill)
@@ -192,8 +192,8 @@ type handoff struct {
 	c     *Coordinator
 	r     SwitchoverRequest
 	res   *SwitchoverResult
-	state *cluster.State // as it was when the switchover was asked for
-	began time.Duration  // Boottime of the announcement
+	state *agreed.State // as it was when the switchover was asked for
+	began time.Duration // Boottime of the announcement
 	// announced: the announcement is known to be agreed, and seen here.
 	announced bool
 }
@@ -240,8 +240,8 @@ func (h *handoff) step(ctx context.Context, name string, limit time.Duration, do
 
 func (h *handoff) announce(ctx context.Context) error {
 	now := h.c.o.Now()
-	_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
-		Next: &cluster.Switchover{
+	_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
+		Next: &agreed.Switchover{
 			ID: h.res.ID, From: h.res.From, To: h.res.To, Kind: h.r.Kind, By: h.r.By, At: now,
 			Deadline: now.Add(announceTimeout + releaseTimeout + h.c.timing.Lease),
 		},
@@ -279,7 +279,7 @@ func (h *handoff) promote(ctx context.Context) error {
 		return err
 	}
 	idle := (h.c.o.Boottime() - h.began).Seconds()
-	_, err = h.c.o.Agreement.Propose(ctx, cluster.CmdPromote, cluster.Promote{
+	_, err = h.c.o.Agreement.Propose(ctx, agreed.CmdPromote, agreed.Promote{
 		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
 		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID, RTOSeconds: &idle,
 		// If one of them could not be asked, the new primary waits until every
@@ -295,10 +295,10 @@ func (h *handoff) promote(ctx context.Context) error {
 func (h *handoff) rollback(ctx context.Context, cause error) error {
 	made := false
 	err := h.step(context.WithoutCancel(ctx), "rollback", rollbackTimeout, func(ctx context.Context) error {
-		_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
+		_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
 			Expect: h.res.ID, Reason: cause.Error(),
 		})
-		if !errors.Is(err, cluster.ErrNoSwitchover) {
+		if !errors.Is(err, agreed.ErrNoSwitchover) {
 			return err
 		}
 		if !h.announced {

@@ -5,11 +5,12 @@ import (
 	"fmt"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Proposer has a command agreed on; *cluster.Cluster is one.
 type Proposer interface {
-	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
+	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
 }
 
 // Ownership is a node's part in who owns which job stream: it checks each start
@@ -22,13 +23,13 @@ type Ownership struct {
 // NewOwnership makes an Ownership of the fence's node.
 func NewOwnership(f *Fence, p Proposer) *Ownership { return &Ownership{fence: f, proposer: p} }
 
-// Check permits one start of a job of a stream (its cluster.StreamKey); see
+// Check permits one start of a job of a stream (its agreed.StreamKey); see
 // Fence.Check.
 func (o *Ownership) Check(stream string) (Permit, error) { return o.fence.Check(Stream(stream)) }
 
 // Mine are the streams that this node owns by its copy of the agreed state,
 // whether it may start their jobs now or not.
-func (o *Ownership) Mine() []cluster.JobStream {
+func (o *Ownership) Mine() []agreed.JobStream {
 	return o.fence.standing.State().StreamsOf(o.fence.node)
 }
 
@@ -44,29 +45,29 @@ func (o *Ownership) Leased() bool {
 // Open makes a stream of this node known to the cluster. Others may adopt it from
 // the moment of the proposal, so from then on each start of its jobs needs a
 // Permit. Repeating it is safe.
-func (o *Ownership) Open(ctx context.Context, incarnation string) (cluster.FenceToken, error) {
-	d := cluster.StreamOpen{Origin: o.fence.node, Incarnation: incarnation}
-	if _, err := o.proposer.Propose(ctx, cluster.CmdStreamOpen, d); err != nil {
-		return cluster.FenceToken{}, fmt.Errorf("open job stream: %w", err)
+func (o *Ownership) Open(ctx context.Context, incarnation string) (agreed.FenceToken, error) {
+	d := agreed.StreamOpen{Origin: o.fence.node, Incarnation: incarnation}
+	if _, err := o.proposer.Propose(ctx, agreed.CmdStreamOpen, d); err != nil {
+		return agreed.FenceToken{}, fmt.Errorf("open job stream: %w", err)
 	}
-	return o.agreed(ctx, cluster.StreamKey(o.fence.node, incarnation))
+	return o.agreed(ctx, agreed.StreamKey(o.fence.node, incarnation))
 }
 
 // Inherit makes a stream known that a removed node wrote and never proposed, and
 // asks for it: the first node that has jobs of it and asks becomes its owner.
-// Repeating it is safe. The error wraps cluster.ErrStillMember when the origin is a
+// Repeating it is safe. The error wraps agreed.ErrStillMember when the origin is a
 // member.
 func (o *Ownership) Inherit(ctx context.Context, origin, incarnation string) error {
-	d := cluster.StreamInherit{Origin: origin, Incarnation: incarnation, Owner: o.fence.node}
-	if _, err := o.proposer.Propose(ctx, cluster.CmdStreamInherit, d); err != nil {
+	d := agreed.StreamInherit{Origin: origin, Incarnation: incarnation, Owner: o.fence.node}
+	if _, err := o.proposer.Propose(ctx, agreed.CmdStreamInherit, d); err != nil {
 		return fmt.Errorf("inherit job stream: %w", err)
 	}
-	_, err := o.agreed(ctx, cluster.StreamKey(origin, incarnation))
+	_, err := o.agreed(ctx, agreed.StreamKey(origin, incarnation))
 	return err
 }
 
 // agreed waits until this node's copy of the state has a stream.
-func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken, error) {
+func (o *Ownership) agreed(ctx context.Context, key string) (agreed.FenceToken, error) {
 	for {
 		changed := o.Changed()
 		if j, agreed := o.fence.standing.State().Streams[key]; agreed {
@@ -75,7 +76,7 @@ func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken,
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return cluster.FenceToken{}, fmt.Errorf("wait for job stream %s: %w", key, ctx.Err())
+			return agreed.FenceToken{}, fmt.Errorf("wait for job stream %s: %w", key, ctx.Err())
 		}
 	}
 }
@@ -83,8 +84,8 @@ func (o *Ownership) agreed(ctx context.Context, key string) (cluster.FenceToken,
 // Drop removes streams of this node's from the agreed state, when no job of theirs
 // is left to do.
 func (o *Ownership) Drop(ctx context.Context, streams ...string) error {
-	d := cluster.StreamDrop{Owner: o.fence.node, Streams: streams}
-	if _, err := o.proposer.Propose(ctx, cluster.CmdStreamDrop, d); err != nil {
+	d := agreed.StreamDrop{Owner: o.fence.node, Streams: streams}
+	if _, err := o.proposer.Propose(ctx, agreed.CmdStreamDrop, d); err != nil {
 		return fmt.Errorf("drop job streams: %w", err)
 	}
 	return nil

@@ -11,7 +11,7 @@ import (
 
 	"pgregory.net/rapid"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 const (
@@ -23,7 +23,7 @@ const (
 // leases that are handed from node to node.
 type claimWorld struct {
 	now   time.Duration
-	log   []*cluster.State
+	log   []*agreed.State
 	nodes []*claimNode
 	// releasedAt is when all nodes of the primary site confirmed the switchover that
 	// is announced; zero: they have not.
@@ -42,14 +42,14 @@ type claimNode struct {
 }
 
 func newClaimWorld(names ...string) *claimWorld {
-	s := &cluster.State{
-		ClusterID: "c", Generation: cluster.Generation{Number: 1}, Nodes: map[string]cluster.Node{},
-		Primary: cluster.Primary{Site: "a", Epoch: 1},
+	s := &agreed.State{
+		ClusterID: "c", Generation: agreed.Generation{Number: 1}, Nodes: map[string]agreed.Node{},
+		Primary: agreed.Primary{Site: "a", Epoch: 1},
 	}
 	for _, name := range names {
-		s.Nodes[name] = cluster.Node{Name: name, Site: name[:1]}
+		s.Nodes[name] = agreed.Node{Name: name, Site: name[:1]}
 	}
-	w := &claimWorld{now: time.Hour, log: []*cluster.State{s}}
+	w := &claimWorld{now: time.Hour, log: []*agreed.State{s}}
 	for _, name := range names {
 		n := &claimNode{world: w, name: name}
 		n.restart(0)
@@ -67,7 +67,7 @@ func (n *claimNode) restart(applied int) {
 }
 
 func (n *claimNode) site() string                   { return n.name[:1] }
-func (n *claimNode) State() *cluster.State          { return n.world.log[n.applied] }
+func (n *claimNode) State() *agreed.State           { return n.world.log[n.applied] }
 func (n *claimNode) Changed() <-chan struct{}       { return nil }
 func (n *claimNode) LeaseChanged() <-chan struct{}  { return nil }
 func (n *claimNode) Lease() (time.Duration, uint64) { return n.until - n.world.now, n.epoch }
@@ -76,28 +76,28 @@ func (n *claimNode) OwnershipLease() (time.Duration, uint64) {
 }
 
 // Propose commits at once, and the proposer has applied what it proposed.
-func (n *claimNode) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (n *claimNode) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	err := n.world.commit(t, data)
 	n.applied = len(n.world.log) - 1
 	return uint64(n.applied), err
 }
 
-func (w *claimWorld) newest() *cluster.State { return w.log[len(w.log)-1] }
+func (w *claimWorld) newest() *agreed.State { return w.log[len(w.log)-1] }
 
-func (w *claimWorld) commit(t cluster.CommandType, data any) error {
-	c, err := cluster.NewCommand(t, time.Unix(0, 0), data)
+func (w *claimWorld) commit(t agreed.CommandType, data any) error {
+	c, err := agreed.NewCommand(t, time.Unix(0, 0), data)
 	if err != nil {
 		return err
 	}
 	c.Index, c.Term = uint64(100+len(w.log)), 1
-	next, err := cluster.Apply(w.newest(), c)
+	next, err := agreed.Apply(w.newest(), c)
 	w.log = append(w.log, next)
 	return err
 }
 
 // lease is what a node gets from a tick that was proposed a while ago and committed
 // after the entry that made a state.
-func (n *claimNode) lease(proposed time.Duration, s *cluster.State) {
+func (n *claimNode) lease(proposed time.Duration, s *agreed.State) {
 	n.until = max(n.until, proposed+testLease)
 	n.epoch, n.changed = max(n.epoch, s.Primary.Epoch), max(n.changed, s.Ownership)
 }
@@ -110,7 +110,7 @@ func (n *claimNode) relay(from *claimNode) {
 }
 
 func TestOwnershipChecks(t *testing.T) {
-	key := cluster.StreamKey("a1", fmt.Sprintf("%032x", 1))
+	key := agreed.StreamKey("a1", fmt.Sprintf("%032x", 1))
 	w := newClaimWorld("a1", "a2")
 	a1, a2 := w.nodes[0], w.nodes[1]
 	refused := func(n *claimNode, why string) {
@@ -142,7 +142,7 @@ func TestOwnershipChecks(t *testing.T) {
 	a2.applied = a1.applied
 	a2.lease(w.now, w.newest())
 	refused(a2, "another's stream")
-	if err := w.commit(cluster.CmdStreamOwn, cluster.StreamOwn{Stream: key, Owner: "a2", Expect: token, Term: 1}); err != nil {
+	if err := w.commit(agreed.CmdStreamOwn, agreed.StreamOwn{Stream: key, Owner: "a2", Expect: token, Term: 1}); err != nil {
 		t.Fatal(err)
 	}
 	a2.applied = len(w.log) - 1
@@ -165,7 +165,7 @@ func (w *claimWorld) switchover(to string) error {
 	s := w.newest()
 	if s.Switchover == nil {
 		w.releasedAt = 0
-		return w.commit(cluster.CmdSwitchover, cluster.SwitchoverSet{Next: &cluster.Switchover{
+		return w.commit(agreed.CmdSwitchover, agreed.SwitchoverSet{Next: &agreed.Switchover{
 			ID: fmt.Sprint(len(w.log)), From: s.Primary.Site, To: to, Deadline: time.Unix(1, 0),
 		}})
 	}
@@ -181,10 +181,10 @@ func (w *claimWorld) switchover(to string) error {
 		w.releasedAt = w.now
 		return nil
 	case w.now-w.releasedAt > testLease:
-		return w.commit(cluster.CmdSwitchover, cluster.SwitchoverSet{Expect: s.Switchover.ID})
+		return w.commit(agreed.CmdSwitchover, agreed.SwitchoverSet{Expect: s.Switchover.ID})
 	}
-	return w.commit(cluster.CmdPromote, cluster.Promote{
-		Site: s.Switchover.To, ExpectEpoch: s.Primary.Epoch, Generation: 1, Kind: cluster.FailoverPlanned, SwitchoverID: s.Switchover.ID, Released: true,
+	return w.commit(agreed.CmdPromote, agreed.Promote{
+		Site: s.Switchover.To, ExpectEpoch: s.Primary.Epoch, Generation: 1, Kind: agreed.FailoverPlanned, SwitchoverID: s.Switchover.ID, Released: true,
 	})
 }
 
@@ -240,7 +240,7 @@ func TestNoClaimHasTwoHolders(t *testing.T) {
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		w := newClaimWorld("a1", "a2", "b1")
-		key := cluster.StreamKey("a1", fmt.Sprintf("%032x", 1))
+		key := agreed.StreamKey("a1", fmt.Sprintf("%032x", 1))
 		if _, err := w.nodes[0].ownership.Open(t.Context(), fmt.Sprintf("%032x", 1)); err != nil {
 			t.Fatal(err)
 		}
@@ -277,12 +277,12 @@ func TestNoClaimHasTwoHolders(t *testing.T) {
 			case "in time":
 				late = nil
 			case "adopt":
-				err = w.commit(cluster.CmdStreamOwn, cluster.StreamOwn{
+				err = w.commit(agreed.CmdStreamOwn, agreed.StreamOwn{
 					Stream: key, Owner: n.name, Expect: w.newest().Streams[key].Token, Term: 1,
 				})
 			case "promote":
 				p := w.newest().Primary
-				err = w.commit(cluster.CmdPromote, cluster.Promote{Site: n.site(), ExpectEpoch: p.Epoch, Generation: 1, Kind: cluster.FailoverUnplanned})
+				err = w.commit(agreed.CmdPromote, agreed.Promote{Site: n.site(), ExpectEpoch: p.Epoch, Generation: 1, Kind: agreed.FailoverUnplanned})
 			case "switchover":
 				err = w.switchover(n.site())
 			case "restart":

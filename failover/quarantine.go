@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // QuarantineView is what a node that would lead knows after a restart.
@@ -94,7 +95,7 @@ func Quarantine(v QuarantineView) (quarantined bool, why QuarantineReason, missi
 
 // Restarted is what ColdStart needs of the cluster; *cluster.Cluster is one.
 type Restarted interface {
-	State() *cluster.State
+	State() *agreed.State
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
 	Founded() bool

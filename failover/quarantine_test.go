@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 func TestQuarantine(t *testing.T) {
@@ -53,8 +54,8 @@ type restartedNode struct {
 	founded, cold bool
 }
 
-func (r restartedNode) State() *cluster.State {
-	return &cluster.State{Nodes: map[string]cluster.Node{"a1": {Site: "a"}, "b1": {Site: "b"}, "c1": {Site: "c"}, "d1": {Site: "d"}}}
+func (r restartedNode) State() *agreed.State {
+	return &agreed.State{Nodes: map[string]agreed.Node{"a1": {Site: "a"}, "b1": {Site: "b"}, "c1": {Site: "c"}, "d1": {Site: "d"}}}
 }
 
 func (r restartedNode) Raft() cluster.RaftView {

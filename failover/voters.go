@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -17,10 +19,10 @@ const (
 
 // Servers is what Voters needs of the cluster; *cluster.Cluster is one.
 type Servers interface {
-	State() *cluster.State
+	State() *agreed.State
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
-	Timing() cluster.Timing
+	Timing() config.Timing
 	ChangeServer(name string, change cluster.ServerChange) error
 	TransferLeadership(ctx context.Context, to string) error
 }
@@ -84,7 +86,7 @@ func (v *Voters) take(ctx context.Context, p Plan) error {
 }
 
 // view gathers what PlaceVoters looks at.
-func (v *Voters) view(s *cluster.State, l cluster.Leadership) PlacementView {
+func (v *Voters) view(s *agreed.State, l cluster.Leadership) PlacementView {
 	now, heardSince := v.boottime(), v.heardSince()
 	// A node that is to vote must answer now, not within the patience: a vote given
 	// to a node that has just gone silent can cost a young cluster its quorum.

@@ -10,11 +10,13 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // fakeServers is a Raft configuration that changes as asked.
 type fakeServers struct {
-	state *cluster.State
+	state *agreed.State
 	peers map[string]cluster.PeerView
 
 	mu     sync.Mutex // guards what follows
@@ -22,9 +24,9 @@ type fakeServers struct {
 	leader string // asked for by TransferLeadership
 }
 
-func (f *fakeServers) State() *cluster.State              { return f.state }
+func (f *fakeServers) State() *agreed.State               { return f.state }
 func (f *fakeServers) Peers() map[string]cluster.PeerView { return f.peers }
-func (f *fakeServers) Timing() cluster.Timing             { return cluster.TimingFrom(0) }
+func (f *fakeServers) Timing() config.Timing              { return config.TimingFrom(0) }
 
 func (f *fakeServers) Raft() cluster.RaftView {
 	f.mu.Lock()
@@ -66,9 +68,9 @@ func (f *fakeServers) voters() []string {
 // has led for an hour.
 func newFakeServers() *fakeServers {
 	f := &fakeServers{
-		state: &cluster.State{
-			Nodes: map[string]cluster.Node{"a1": {Site: "a"}, "b1": {Site: "b"}, "c1": {Site: "c"}},
-			Parsed: &cluster.Config{Sites: map[string]cluster.Site{
+		state: &agreed.State{
+			Nodes: map[string]agreed.Node{"a1": {Site: "a"}, "b1": {Site: "b"}, "c1": {Site: "c"}},
+			Parsed: &config.Config{Sites: map[string]config.Site{
 				"a": {City: "x", Priority: 1}, "b": {City: "x", Priority: 2}, "c": {City: "y", Priority: 3},
 			}},
 		},
@@ -129,7 +131,7 @@ func TestLeaderOfARemovedSiteHandsOver(t *testing.T) {
 
 func TestVotersView(t *testing.T) {
 	const now = 2 * time.Hour
-	tick := cluster.TimingFrom(0).Tick
+	tick := config.TimingFrom(0).Tick
 	for name, c := range map[string]struct {
 		peer       cluster.PeerView
 		heardSince map[string]time.Duration

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -21,7 +21,7 @@ func (n *Node) commanding() (*command, error) {
 }
 
 func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
-	return failover.SwitchoverRequest{To: r.To, By: by, Kind: cluster.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
+	return failover.SwitchoverRequest{To: r.To, By: by, Kind: agreed.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
 }
 
 // PlanFailover gives the checks of a switchover and changes nothing.
@@ -72,19 +72,19 @@ func (n *Node) AckFailover(ctx context.Context, by string) error {
 	if s.LastFailover == nil || s.LastFailover.Acknowledged {
 		return admin.ErrNothingToAck
 	}
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverAck, cluster.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
 	return err
 }
 
 // HoldFailover pauses automatic promotions.
 func (n *Node) HoldFailover(ctx context.Context, reason, by string) error {
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{Held: true, Reason: reason, By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
 	return err
 }
 
 // ResumeFailover ends the pause.
 func (n *Node) ResumeFailover(ctx context.Context, by string) error {
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
 }
 

@@ -20,6 +20,10 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
@@ -134,7 +138,7 @@ func (n *Node) open() error {
 	if err := storage.CheckTogether(store, snapshots); err != nil {
 		return err
 	}
-	credentials, err := cluster.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
+	credentials, err := mesh.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
 	if err != nil {
 		return err
 	}
@@ -145,7 +149,7 @@ func (n *Node) open() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, cluster.Boottime, time.Now, n.log)
+	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, clock.Boottime, time.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
@@ -164,7 +168,7 @@ func (n *Node) open() error {
 	}
 	n.coldStart = failover.NewColdStart(n.cfg.Name, n.cfg.Site, n.cluster)
 	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
-		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime, n.log)
+		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
 	if err := n.work.connect(); err != nil {
 		return err
@@ -182,7 +186,7 @@ func (n *Node) open() error {
 	})
 	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
 	n.gateway = gateway.New(gateway.Options{
-		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
+		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
@@ -304,8 +308,8 @@ func (n *Node) Reload() error {
 // keepConfigured gives the agreed configuration, and what is drained of it, to
 // the pipeline whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
-	var current *cluster.Config
-	var drained map[string]cluster.DrainedUpstream
+	var current *config.Config
+	var drained map[string]agreed.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()
 		s := n.cluster.State()
@@ -340,7 +344,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	if err := n.cluster.AwaitMember(ctx); err != nil {
 		return nil // ctx ended first
 	}
-	boottime := cluster.Boottime
+	boottime := clock.Boottime
 	c := &command{}
 	c.coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,

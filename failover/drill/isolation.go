@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Isolator cuts this node off from the other sites while an agreed drill says so.
@@ -59,7 +60,7 @@ func (i *Isolator) Admit(site string) error {
 }
 
 // look begins and ends cuts as the agreed drills and the clock say.
-func (i *Isolator) look(drills []cluster.DrillRecord) {
+func (i *Isolator) look(drills []agreed.DrillRecord) {
 	now := i.boottime()
 	c := i.cut.Load()
 	if c != nil {
@@ -92,7 +93,7 @@ func (i *Isolator) look(drills []cluster.DrillRecord) {
 	}
 }
 
-func ended(drills []cluster.DrillRecord, id string) bool {
+func ended(drills []agreed.DrillRecord, id string) bool {
 	for _, d := range drills {
 		if d.ID == id {
 			return d.Verdict != ""
@@ -128,7 +129,7 @@ func (i *Isolator) Heal(id string) bool {
 }
 
 // Run follows the agreed drills until ctx ends.
-func (i *Isolator) Run(ctx context.Context, state func() *cluster.State, changed func() <-chan struct{}) error {
+func (i *Isolator) Run(ctx context.Context, state func() *agreed.State, changed func() <-chan struct{}) error {
 	severed := "" // the drill for which connections were ended
 	for {
 		next := changed()

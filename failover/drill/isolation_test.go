@@ -8,13 +8,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // cutWorld is a node's Isolator with a state that a test changes.
 type cutWorld struct {
 	*Isolator
-	state   atomic.Pointer[cluster.State]
+	state   atomic.Pointer[agreed.State]
 	news    atomic.Pointer[chan struct{}]
 	severed atomic.Int32
 	start   time.Time
@@ -29,7 +29,7 @@ func newCutWorld() *cutWorld {
 }
 
 func (w *cutWorld) agree(drills ...cluster.DrillRecord) {
-	w.state.Store(&cluster.State{Drills: drills})
+	w.state.Store(&agreed.State{Drills: drills})
 	next := make(chan struct{})
 	if old := w.news.Swap(&next); old != nil {
 		close(*old)
@@ -52,8 +52,8 @@ func (w *cutWorld) run(t *testing.T) {
 func (w *cutWorld) isCut() bool { return w.Admit("b") != nil }
 
 // begun is a drill that was agreed on now.
-func begun(site string, length time.Duration) cluster.DrillRecord {
-	return cluster.DrillRecord{ID: "drill-1", Kind: "isolation", Site: site, StartedAt: time.Now(), Deadline: time.Now().Add(500*time.Millisecond + length)}
+func begun(site string, length time.Duration) agreed.DrillRecord {
+	return agreed.DrillRecord{ID: "drill-1", Kind: "isolation", Site: site, StartedAt: time.Now(), Deadline: time.Now().Add(500*time.Millisecond + length)}
 }
 
 func TestIsolationBeginsAndHealsByItself(t *testing.T) {
@@ -91,7 +91,7 @@ func TestIsolationBeginsAndHealsByItself(t *testing.T) {
 func TestIsolationHealsThoughNobodyLooks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newCutWorld()
-		w.look([]cluster.DrillRecord{begun("a", 10*time.Second)})
+		w.look([]agreed.DrillRecord{begun("a", 10*time.Second)})
 		time.Sleep(time.Second)
 		if !w.isCut() {
 			t.Fatal("not cut off")

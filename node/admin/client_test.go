@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -73,7 +74,7 @@ func TestClientIsACluster(t *testing.T) {
 	if err != nil || v.Version != 2 || v.Author != "ann@desk" || v.Text != goodConfig+"# é\n" {
 		t.Errorf("apply: %+v, %v", v, err)
 	}
-	if _, err := c.ApplyConfig(ctx, []byte(goodConfig), ptr(uint64(1)), ""); !errors.Is(err, cluster.ErrVersionConflict) {
+	if _, err := c.ApplyConfig(ctx, []byte(goodConfig), ptr(uint64(1)), ""); !errors.Is(err, agreed.ErrVersionConflict) {
 		t.Errorf("apply on an old version: %v", err)
 	}
 	if v, err := c.RollbackConfig(ctx, 1, ptr(uint64(2)), "bob"); err != nil || v.Version != 3 || v.Author != "bob" || v.Text != goodConfig {
@@ -93,7 +94,7 @@ func TestClientIsACluster(t *testing.T) {
 	if keys, err := c.APIKeys(ctx); err != nil || len(keys) != 1 || keys[0].State(expires) != "revoked" {
 		t.Errorf("keys: %+v, %v", keys, err)
 	}
-	if err := c.RevokeAPIKey(ctx, "../nodes/gone-1"); !errors.Is(err, cluster.ErrUnknownKey) {
+	if err := c.RevokeAPIKey(ctx, "../nodes/gone-1"); !errors.Is(err, agreed.ErrUnknownKey) {
 		t.Errorf("an id with slashes must stay an id: %v", err)
 	}
 	if err := c.DrainNode(ctx, "me-1"); err != nil || !f.draining {
@@ -105,7 +106,7 @@ func TestClientIsACluster(t *testing.T) {
 	if err := c.ResumeUpstream(ctx, "a-vllm", ""); err != nil || f.drained {
 		t.Errorf("resume upstream: %v, drained %t", err, f.drained)
 	}
-	if err := c.DrainUpstream(ctx, "nobody", ""); !errors.Is(err, cluster.ErrUnknownUpstream) {
+	if err := c.DrainUpstream(ctx, "nobody", ""); !errors.Is(err, agreed.ErrUnknownUpstream) {
 		t.Errorf("drain nobody: %v", err)
 	}
 	if err := c.ResumeNode(ctx, "me-1"); err != nil || f.draining {

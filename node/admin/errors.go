@@ -7,6 +7,8 @@ import (
 	"net/http"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -28,7 +30,7 @@ var (
 	// ErrInvalidRequest: what was asked makes no sense, in the words around it.
 	ErrInvalidRequest = errors.New("invalid request")
 	// ErrInvalidConfig: the configuration has problems; errors.As finds them
-	// as cluster.Problems.
+	// as config.Problems.
 	ErrInvalidConfig = errors.New("the configuration is not valid")
 	// ErrUnauthorized: the operator's token is missing or wrong.
 	ErrUnauthorized = errors.New("the operator's token is missing or wrong")
@@ -72,41 +74,41 @@ var refusals = []refusal{
 	{failover.ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; bring a majority of the voters back"},
 	{cluster.ErrNotMember, http.StatusServiceUnavailable, "not_member", hintBootstrap},
-	{cluster.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
+	{agreed.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
 	{cluster.ErrQuarantined, http.StatusServiceUnavailable, "quarantined", "dsnode status shows which sites were not heard of yet"},
 	{cluster.ErrDiskStalled, http.StatusServiceUnavailable, "disk_stalled", "look at the disk under the data directory"},
 	{cluster.ErrNotLeader, http.StatusServiceUnavailable, "not_leader", hintAgain},
 	{cluster.ErrStopped, http.StatusServiceUnavailable, "stopping", "ask another node with --admin"},
 	{cluster.ErrLeadershipMoved, http.StatusServiceUnavailable, "leadership_moved", hintLook},
 	{cluster.ErrSeedKnows, http.StatusConflict, "cluster_known", "this node joins by itself; take the seeds out of node.yaml if a new cluster is what you want"},
-	{cluster.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "dsnode config diff FILE shows what differs, dsnode config apply FILE changes it"},
-	{cluster.ErrVersionConflict, http.StatusConflict, "version_conflict", "look at what has changed with dsnode config diff FILE, then apply again"},
+	{agreed.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "dsnode config diff FILE shows what differs, dsnode config apply FILE changes it"},
+	{agreed.ErrVersionConflict, http.StatusConflict, "version_conflict", "look at what has changed with dsnode config diff FILE, then apply again"},
 	{cluster.ErrUnknownSite, http.StatusConflict, "unknown_site", "add the node's site to cluster.yaml, or correct site in its node.yaml"},
 	{cluster.ErrWrongCluster, http.StatusConflict, "wrong_cluster", "correct cluster in node.yaml and issue a certificate for that name"},
 	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "stop the node, empty its data directory, and start it again"},
 	{cluster.ErrNameTaken, http.StatusConflict, "name_taken", "give the node another name, with a certificate for it"},
 	{cluster.ErrFeatureLevel, http.StatusConflict, "feature_level", "dsnode node list shows the version of each node"},
-	{cluster.ErrBadPurge, http.StatusBadRequest, "bad_purge", ""},
-	{cluster.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
-	{cluster.ErrOperatorKeyMissing, http.StatusConflict, "operator_key_missing", "give these nodes the new key as operator_key and the present one as operator_key_previous, restart them, and ask one of them"},
-	{cluster.ErrOperatorKey, http.StatusConflict, "operator_key", "dsnode keyring list shows which operator key each node has"},
-	{cluster.ErrDataKeysChanged, http.StatusConflict, "data_keys_changed", hintAgain},
-	{cluster.ErrDataKeyPending, http.StatusConflict, "data_key_pending", "dsnode keyring list shows which nodes have not confirmed it"},
-	{cluster.ErrUnknownDataKey, http.StatusNotFound, "unknown_data_key", "dsnode keyring list shows the keys"},
+	{agreed.ErrBadPurge, http.StatusBadRequest, "bad_purge", ""},
+	{agreed.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
+	{agreed.ErrOperatorKeyMissing, http.StatusConflict, "operator_key_missing", "give these nodes the new key as operator_key and the present one as operator_key_previous, restart them, and ask one of them"},
+	{agreed.ErrOperatorKey, http.StatusConflict, "operator_key", "dsnode keyring list shows which operator key each node has"},
+	{agreed.ErrDataKeysChanged, http.StatusConflict, "data_keys_changed", hintAgain},
+	{agreed.ErrDataKeyPending, http.StatusConflict, "data_key_pending", "dsnode keyring list shows which nodes have not confirmed it"},
+	{agreed.ErrUnknownDataKey, http.StatusNotFound, "unknown_data_key", "dsnode keyring list shows the keys"},
 	{ErrNodeAlive, http.StatusConflict, "node_alive", "stop the node first"},
-	{cluster.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
-	{cluster.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
-	{cluster.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
+	{agreed.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
+	{agreed.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
+	{agreed.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
 	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
 	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status says what is not well"},
-	{cluster.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
-	{cluster.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows how"},
-	{cluster.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
-	{cluster.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
+	{agreed.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
+	{agreed.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows how"},
+	{agreed.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
+	{agreed.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
 	{ErrWrongNode, http.StatusMisdirectedRequest, "wrong_node", "ask the node's own admin port with --admin"},
-	{cluster.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
+	{agreed.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
 	{ErrUnauthorized, http.StatusUnauthorized, "unauthorized", "give the token with --admin-token-file FILE or in DSNODE_ADMIN_TOKEN"},
 	{ErrForbidden, http.StatusForbidden, "forbidden", ""},
 	{ErrTooLarge, http.StatusRequestEntityTooLarge, "too_large", ""},
@@ -125,10 +127,10 @@ var refusals = []refusal{
 // choose message and hint itself; a Client returns one for whatever a node has
 // refused. It wraps the sentinels that its code stands for, and its problems.
 type Error struct {
-	Code     string           `json:"code"`
-	Message  string           `json:"message"`
-	Hint     string           `json:"hint,omitempty"`
-	Problems cluster.Problems `json:"problems,omitempty"`
+	Code     string          `json:"code"`
+	Message  string          `json:"message"`
+	Hint     string          `json:"hint,omitempty"`
+	Problems config.Problems `json:"problems,omitempty"`
 }
 
 func (e *Error) Error() string { return e.Message }
@@ -154,7 +156,7 @@ type errorBody struct {
 
 // describe finds the status, code and words for an error.
 func describe(err error) (status int, body errorBody) {
-	var problems cluster.Problems
+	var problems config.Problems
 	if errors.As(err, &problems) {
 		err = errors.Join(ErrInvalidConfig, err)
 	}

@@ -4,13 +4,13 @@ import (
 	"encoding/json"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
 // ConfigVersion is a cluster.yaml as it was written, with its version, hash,
 // author and time.
-type ConfigVersion = cluster.ConfigVersion
+type ConfigVersion = agreed.ConfigVersion
 
 // UpstreamInfo is one model server as the answering node sees it.
 type UpstreamInfo struct {

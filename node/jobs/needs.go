@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -49,13 +49,13 @@ type Replication interface {
 }
 
 // Ownership says which streams' jobs may be started here; *failover.Ownership
-// is one. Streams are named by cluster.StreamKey.
+// is one. Streams are named by agreed.StreamKey.
 type Ownership interface {
 	Check(stream string) (failover.Permit, error)
-	Mine() []cluster.JobStream
+	Mine() []agreed.JobStream
 	Changed() <-chan struct{}
 	Leased() bool
-	Open(ctx context.Context, incarnation string) (cluster.FenceToken, error)
+	Open(ctx context.Context, incarnation string) (agreed.FenceToken, error)
 	Inherit(ctx context.Context, origin, incarnation string) error
 	Drop(ctx context.Context, streams ...string) error
 }

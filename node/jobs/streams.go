@@ -12,7 +12,8 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -185,7 +186,7 @@ func (s *streams) island(st journal.Stream) bool {
 }
 
 func keyOf(st journal.Stream) string {
-	return cluster.StreamKey(st.Origin, st.Incarnation.String())
+	return agreed.StreamKey(st.Origin, st.Incarnation.String())
 }
 
 // caring is what run keeps between its looks.
@@ -216,7 +217,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	beat := time.NewTimer(0)
 	defer beat.Stop()
 	for {
-		beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookAtStreams))
+		beat.Reset(clock.UntilTick(clock.Boottime(), lookAtStreams))
 		changed := s.o.Ownership.Changed()
 		if err := s.look(ctx, c, x); err != nil {
 			return err
@@ -536,7 +537,7 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 
 // movedOn reports whether the origin of a stream has a later one of its own, or was
 // removed: then it writes to this one no more.
-func (s *streams) movedOn(j cluster.JobStream) bool {
+func (s *streams) movedOn(j agreed.JobStream) bool {
 	if !s.member(j.Origin) {
 		return true
 	}
