@@ -42,7 +42,7 @@ var _ Agreement = (*cluster.Cluster)(nil)
 type Releaser interface {
 	// Release returns once the node has ended everything that it ran as
 	// primary because of this switchover, and will not begin again before the
-	// switchover is off the agreed state; see Role.Release.
+	// switchover is off the agreed state; see Fence.Release.
 	Release(ctx context.Context, node, switchoverID string) error
 }
 

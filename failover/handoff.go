@@ -14,10 +14,10 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// What a planned switchover can die of.
+// How a planned switchover fails. A drill fails with ErrPrecheck too.
 var (
-	// ErrPrecheck: nothing was begun; the result's Checks say why.
-	ErrPrecheck = errors.New("the switchover can't begin")
+	// ErrPrecheck: a check does not hold, and nothing was begun.
+	ErrPrecheck = errors.New("can't begin")
 	// ErrRolledBack: it failed before the promotion and nothing has changed.
 	ErrRolledBack = errors.New("the switchover failed and was rolled back, nothing has changed")
 	// ErrOvertaken: the primary was lost meanwhile, and replaced.
@@ -36,13 +36,18 @@ const (
 	rollbackTimeout = 5 * time.Second
 )
 
-// Check is one named condition of a switchover.
+// Check is one named condition of a switchover or a drill.
 type Check struct {
 	Name   string `json:"name"`
 	OK     bool   `json:"ok"`
 	Detail string `json:"detail"`
 	// Waivable: the caller may go on without it.
 	Waivable bool `json:"waivable"`
+}
+
+// Passes reports whether the check holds, or is waived by its name.
+func (c Check) Passes(waive []string) bool {
+	return c.OK || c.Waivable && slices.Contains(waive, c.Name)
 }
 
 // SwitchoverRequest asks for another primary.
@@ -163,8 +168,8 @@ func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (Swit
 	res := SwitchoverResult{ID: "sw-" + strings.ToLower(rand.Text()[:12]), From: s.Primary.Site, To: r.To}
 	res.Checks = c.Precheck(r)
 	for _, check := range res.Checks {
-		if !check.OK && (!check.Waivable || !slices.Contains(r.Waive, check.Name)) {
-			return res, fmt.Errorf("%w: %s: %s", ErrPrecheck, check.Name, check.Detail)
+		if !check.Passes(r.Waive) {
+			return res, fmt.Errorf("the switchover %w: %s: %s", ErrPrecheck, check.Name, check.Detail)
 		}
 	}
 	if c.o.AtRisk != nil {
@@ -267,7 +272,7 @@ func (h *handoff) release(ctx context.Context) (all bool, err error) {
 
 // promote asks once more, which is quick now, and then changes the primary, all
 // within a lease's length: so a node that restarted after its first answer, and
-// has forgotten it, can't act in between (see Role.note).
+// has forgotten it, can't act in between (see Fence.notePrimary).
 func (h *handoff) promote(ctx context.Context) error {
 	all, err := h.release(ctx)
 	if err != nil {

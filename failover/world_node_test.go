@@ -9,15 +9,20 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// standing is what Role sees; the world asks Role with w.mu held.
+// standing is what the Fence sees; the world asks the Fence with w.mu held.
 type standing struct{ n *node }
 
 func (s standing) State() *agreed.State { return s.n.w.states[s.n.applied] }
 func (s standing) Lease() (time.Duration, uint64) {
 	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
 }
+
+func (s standing) OwnershipLease() (time.Duration, uint64) {
+	left, _ := s.Lease()
+	return left, 0
+}
 func (s standing) Changed() <-chan struct{}      { return s.n.w.news }
-func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Role runs in the world
+func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Fence runs in the world
 
 // awake blocks while the node is stopped, as a stopped process would.
 func (n *node) awake() {

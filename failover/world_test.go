@@ -72,7 +72,7 @@ type node struct {
 	firstCommit time.Duration
 	lastCommit  time.Duration
 
-	role  *Role
+	fence *Fence
 	coord *Coordinator
 	stop  context.CancelFunc
 	done  sync.WaitGroup
@@ -391,7 +391,7 @@ func (w *world) laws() {
 	acting := map[string]bool{}
 	for _, n := range w.nodes {
 		if n.runs() {
-			if _, ok := n.role.Holding(); ok {
+			if n.fence.Acting() {
 				acting[n.site] = true
 			}
 		}
@@ -414,7 +414,7 @@ func (w *world) boot(n *node) {
 	n.up, n.bootedAt = true, w.now()
 	n.heard, n.pinging = map[string]heardPeer{}, map[string]bool{}
 	n.leaseUntil, n.leaseEpoch, n.leads = 0, 0, false
-	n.role = NewRole(n.site, standing{n}, w.timing.NewLeaderWait, w.now, slog.New(slog.DiscardHandler))
+	n.fence = NewFence(n.name, n.site, standing{n}, func() time.Duration { return w.timing.NewLeaderWait }, w.now, slog.New(slog.DiscardHandler))
 	n.coord = NewCoordinator(Options{
 		Name: n.name, Site: n.site, Agreement: n, Releaser: w, Health: func() cluster.Health {
 			return cluster.Health{UpstreamsHealthy: n.upstreams}
@@ -513,7 +513,7 @@ func (w *world) acting() []string {
 	var sites []string
 	for _, name := range w.names {
 		n := w.nodes[name]
-		if _, ok := n.role.Holding(); ok && n.runs() && !slices.Contains(sites, n.site) {
+		if n.fence.Acting() && n.runs() && !slices.Contains(sites, n.site) {
 			sites = append(sites, n.site)
 		}
 	}

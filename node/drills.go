@@ -47,7 +47,7 @@ func (n *Node) PlanDrill(_ context.Context, r admin.DrillRequest, by string) (ad
 		return admin.DrillPlan{}, refusedDrill(err)
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
-	p.Checks, p.OK = checksOf(checks, r.Waive)
+	p.Checks, p.OK = checks, allPass(checks, r.Waive)
 	return p, nil
 }
 
@@ -70,7 +70,6 @@ func refusedDrill(err error) error {
 		is   error
 		code string
 	}{
-		{drill.ErrRefused, "precheck_failed"},
 		{drill.ErrWrongPlace, "wrong_node"},
 		{drill.ErrInvalid, "invalid_request"},
 		{drill.ErrUnknown, "unknown_drill"},

@@ -111,7 +111,7 @@ func (w *work) retention() time.Duration {
 // connect makes the parts that need the cluster.
 func (w *work) connect() error {
 	n := w.n
-	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime)
+	w.ownership = failover.NewOwnership(n.fence, n.cluster)
 	var err error
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.Ring, Members: w.members, Current: w.current,

@@ -56,11 +56,12 @@ type Node struct {
 	cache    *cache.Cache
 	work     *work
 	doors    doors
+	fence    *failover.Fence
 
-	isolation *isolation
+	isolation *drill.Isolator
+	coldStart *failover.ColdStart
 
 	draining atomic.Bool
-	released atomic.Bool // an operator ended the quarantine
 	surround atomic.Pointer[surroundings]
 	command  atomic.Pointer[command] // nil until this node is a member
 
@@ -150,10 +151,7 @@ func (n *Node) open() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = &isolation{
-		site: n.cfg.Site, boottime: clock.Boottime, now: time.Now, log: n.log,
-		sever: func() { n.cluster.Sever() },
-	}
+	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, clock.Boottime, time.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
@@ -163,12 +161,16 @@ func (n *Node) open() error {
 		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
-		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
-		Services: func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
+		Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
+		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
+		Services:    func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
 	})
 	if err != nil {
 		return err
 	}
+	n.coldStart = failover.NewColdStart(n.cfg.Name, n.cfg.Site, n.cluster)
+	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
+		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
 	if err := n.work.connect(); err != nil {
 		return err
@@ -340,7 +342,6 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 // command is what decides about roles; it exists once the node is a member,
 // because only then its timing is known.
 type command struct {
-	role        *failover.Role
 	coordinator *failover.Coordinator
 	drills      *drill.Runner
 }
@@ -350,9 +351,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 		return nil // ctx ended first
 	}
 	boottime := clock.Boottime
-	c := &command{
-		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
-	}
+	c := &command{}
 	c.coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
 		Health:   func() cluster.Health { return n.surround.Load().health },
@@ -362,20 +361,20 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	c.drills = n.newDrills(c)
 	n.command.Store(c)
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return c.role.Run(ctx) })
+	g.Go(func() error { return n.fence.Run(ctx) })
 	g.Go(func() error { return c.coordinator.Run(ctx) })
 	g.Go(func() error { return c.drills.Run(ctx) })
 	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
-	g.Go(func() error { return n.cluster.WhileLeader(ctx, n.placeVoters) })
+	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.surround.Load().heardSince }, boottime, n.log)
+	g.Go(func() error { return n.cluster.WhileLeader(ctx, voters.Lead) })
 	return g.Wait()
 }
 
 // release ends what runs here as primary, for a switchover; the cluster calls
 // it when the leader asks.
 func (n *Node) release(ctx context.Context, switchoverID string) error {
-	c := n.command.Load()
-	if c == nil {
+	if n.command.Load() == nil {
 		return cluster.ErrNotMember
 	}
-	return c.role.Release(ctx, switchoverID)
+	return n.fence.Release(ctx, switchoverID)
 }

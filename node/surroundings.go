@@ -20,7 +20,7 @@ type surroundings struct {
 	peers  []serving.Peer // of other sites, nearest knowledge of who lives
 	ready  bool           // some upstream in some site is reachable
 	// heardSince is when the present unbroken time of hearing each peer began,
-	// on cluster.Boottime. It is kept whether this node leads or not: a new
+	// on clock.Boottime. It is kept whether this node leads or not: a new
 	// leader must not take nodes that it has heard all along for newcomers.
 	heardSince map[string]time.Duration
 }
@@ -93,9 +93,7 @@ func (n *Node) Health() gateway.Report {
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}
-	if c := n.command.Load(); c != nil {
-		_, r.Lease = c.role.Holding()
-	}
+	r.Lease = n.fence.Acting()
 	return r
 }
 

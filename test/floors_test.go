@@ -79,8 +79,8 @@ var arrows = []arrow{
 	{"node", "storage/jobtable", "wiring: opens the table and fills it from the journals"},
 	{"node", "storage/journal", "wiring: opens the journals"},
 	{"node", "node/cache", "wiring: opens and runs the cache"},
-	{"node", "failover", "wiring: placement of voters"},
-	{"node", "failover/drill", "wiring: runs drills, and cuts its site off for one"},
+	{"node", "failover", "wiring: runs the fence, the coordinator, the placement of voters and the adoption of streams"},
+	{"node", "failover/drill", "wiring: runs drills, and cuts the site off during one"},
 	{"node", "cluster", "wiring: membership, Raft, identity"},
 	{"node", "cluster/config", "wiring: timing, and what a new configuration changes"},
 	{"node", "cluster/mesh", "wiring: identity, certificates and connections"},
@@ -102,6 +102,7 @@ var arrows = []arrow{
 	{"node/datakeys", "cluster/agreed", "the agreed keys"},
 	{"node/datakeys", "cluster/clock", "how long nobody has carried a key"},
 	{"node/datakeys", "storage/keyring", "the ring"},
+	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},

@@ -137,7 +137,7 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 			words[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
 		}
 		t.close()
-		return nil, fmt.Errorf("%w: %s", ErrRefused, strings.Join(words, "; "))
+		return nil, fmt.Errorf("the drill %w: %s", failover.ErrPrecheck, strings.Join(words, "; "))
 	}
 	if err := t.agree(ctx); err != nil {
 		t.close()

@@ -343,7 +343,7 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 			want error
 		}{
 			{Request{Kind: "fire", Site: "a"}, ErrInvalid},
-			{Request{Kind: Isolation, Site: "x"}, ErrRefused},
+			{Request{Kind: Isolation, Site: "x"}, failover.ErrPrecheck},
 			{Request{Kind: Isolation, Site: "b"}, ErrWrongPlace},
 		} {
 			if _, err := r.Start(t.Context(), tc.q); !errors.Is(err, tc.want) {
@@ -358,7 +358,7 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 		if _, err := w.Propose(t.Context(), agreed.CmdDrillPut, other); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Start(t.Context(), Request{Kind: Isolation, Site: "a"}); !errors.Is(err, ErrRefused) || !strings.Contains(fmt.Sprint(err), "drill-other") {
+		if _, err := r.Start(t.Context(), Request{Kind: Isolation, Site: "a"}); !errors.Is(err, failover.ErrPrecheck) || !strings.Contains(fmt.Sprint(err), "drill-other") {
 			t.Errorf("beside another: %v", err)
 		}
 		time.Sleep(time.Minute)

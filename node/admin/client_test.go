@@ -1,8 +1,10 @@
 package admin
 
 import (
+	"context"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -18,6 +20,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/failover"
 )
 
 // closedURL is an address without a listener.
@@ -155,6 +158,21 @@ func TestClientAsksForFailoversAndDrills(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, f.noted()); diff != "" {
 		t.Errorf("the node got other requests (-want +got):\n%s", diff)
+	}
+}
+
+// The code of a failed switchover becomes the same sentinel at the client, with the
+// node's message. The cause inside is not the answer.
+func TestClientTellsHowASwitchoverFailed(t *testing.T) {
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{}, serve(t, f, "").URL)
+	for _, want := range []error{failover.ErrPrecheck, failover.ErrRolledBack, failover.ErrOvertaken, failover.ErrUnknownOutcome} {
+		fail := fmt.Errorf("%w: %w and %w", want, cluster.ErrNoQuorum, context.DeadlineExceeded)
+		f.refuse(fail)
+		_, err := c.Failover(t.Context(), FailoverRequest{To: "shanghai-b"}, "")
+		if !errors.Is(err, want) || errors.Is(err, cluster.ErrNoQuorum) || err.Error() != fail.Error() {
+			t.Errorf("got %v, want %v", err, fail)
+		}
 	}
 }
 

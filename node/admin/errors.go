@@ -9,6 +9,7 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/failover"
 )
 
 // Errors of an operator's request, besides those of package cluster. A Cluster wraps
@@ -20,14 +21,6 @@ var (
 	ErrWrongNode = errors.New("only the node itself can do this")
 	// ErrNodeAlive: a node that is alive can't be removed.
 	ErrNodeAlive = errors.New("the node is alive")
-	// ErrPrecheck: a switchover or a drill can't begin, and nothing was changed.
-	ErrPrecheck = errors.New("a precheck does not hold")
-	// ErrRolledBack: a switchover failed and nothing has changed.
-	ErrRolledBack = errors.New("the switchover was rolled back")
-	// ErrOvertaken: the primary changed otherwise meanwhile.
-	ErrOvertaken = errors.New("the switchover was overtaken")
-	// ErrUnknownOutcome: a switchover's end is not known yet.
-	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet")
 	// ErrNothingToAck: there was no failover, or it is acknowledged already.
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
 	// ErrNotQuarantined: there is no quarantine to end.
@@ -73,6 +66,12 @@ const (
 
 // refusals are tried in order. The first one that errors.Is finds is used.
 var refusals = []refusal{
+	// How a switchover failed is tried first: its cause, such as cluster.ErrNoQuorum, is
+	// wrapped too, and is not the answer.
+	{failover.ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
+	{failover.ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
+	{failover.ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
+	{failover.ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; start a majority of the voters"},
 	{cluster.ErrNotMember, http.StatusServiceUnavailable, "not_member", hintBootstrap},
 	{agreed.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
@@ -102,10 +101,6 @@ var refusals = []refusal{
 	{agreed.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
 	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
-	{ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
-	{ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
-	{ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
-	{ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
 	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status shows the state of the cluster"},
 	{agreed.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},

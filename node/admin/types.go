@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/failover"
 )
 
 // ConfigVersion is the text of a cluster.yaml with its version, hash, author and time.
@@ -87,13 +88,7 @@ type APIKeyCreated struct {
 }
 
 // Check is one named condition of a switchover or a drill.
-type Check struct {
-	Name   string `json:"name"`
-	OK     bool   `json:"ok"`
-	Detail string `json:"detail"`
-	// Waivable: a request may waive it.
-	Waivable bool `json:"waivable"`
-}
+type Check = failover.Check
 
 // FailoverRequest asks for a planned switchover.
 type FailoverRequest struct {

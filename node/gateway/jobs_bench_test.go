@@ -32,7 +32,9 @@ type alone struct{ state agreed.State }
 
 func (a *alone) State() *agreed.State                            { return &a.state }
 func (a *alone) Changed() <-chan struct{}                        { return nil }
+func (a *alone) Lease() (left time.Duration, epoch uint64)       { return 0, 0 }
 func (a *alone) OwnershipLease() (left time.Duration, at uint64) { return 0, 0 }
+func (a *alone) LeaseChanged() <-chan struct{}                   { return nil }
 func (a *alone) Propose(context.Context, agreed.CommandType, any) (uint64, error) {
 	return 0, cluster.ErrNoQuorum
 }
@@ -71,7 +73,7 @@ func BenchmarkSubmit(b *testing.B) {
 	world := &alone{agreed.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
-		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, clock.Boottime), State: world.State,
+		Ownership: failover.NewOwnership(failover.NewFence("n", "here", world, func() time.Duration { return time.Second }, clock.Boottime, log), world), State: world.State,
 		Spare: func() int { return 0 }, Heard: func(string) bool { return false }, Registerer: reg,
 	})
 	if err != nil {

@@ -81,10 +81,6 @@ func levelOf(d journal.Durability) int {
 	return -1
 }
 
-func tokenOf(t agreed.FenceToken) journal.Token {
-	return journal.Token{Generation: t.Generation, Index: t.Index}
-}
-
 // sleep waits. The error is the cause of ctx's end.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)

@@ -135,7 +135,7 @@ func (s *streams) check(st journal.Stream) (permit, error) {
 	if err != nil {
 		return permit{}, err
 	}
-	return permit{token: tokenOf(p.Token), inTime: p.InTime}, nil
+	return permit{token: journal.Token(p.Token), inTime: p.InTime}, nil
 }
 
 // still reports whether a permit that was given before is valid now. A stream that was an
@@ -331,7 +331,7 @@ func (s *streams) mine() map[journal.Stream]journal.Token {
 	mine := map[journal.Stream]journal.Token{}
 	for _, j := range s.o.Ownership.Mine() {
 		if i, err := journal.ParseIncarnation(j.Incarnation); err == nil {
-			mine[journal.Stream{Origin: j.Origin, Incarnation: i}] = tokenOf(j.Token)
+			mine[journal.Stream{Origin: j.Origin, Incarnation: i}] = journal.Token(j.Token)
 		}
 	}
 	s.mu.Lock()
@@ -446,7 +446,7 @@ func (s *streams) propose(ctx context.Context) error {
 		}
 		s.mu.Lock()
 		if st == s.now {
-			s.token = tokenOf(token)
+			s.token = journal.Token(token)
 		}
 		s.mu.Unlock()
 		s.log.Info("the cluster agreed on a job stream", "stream", st, "index", token.Index)

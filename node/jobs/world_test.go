@@ -73,6 +73,13 @@ func (a *agreement) OwnershipLease() (left time.Duration, ownership uint64) {
 	return time.Second, a.state.Ownership
 }
 
+func (a *agreement) Lease() (left time.Duration, epoch uint64) {
+	left, _ = a.OwnershipLease()
+	return left, a.State().Primary.Epoch
+}
+
+func (a *agreement) LeaseChanged() <-chan struct{} { return nil } // no Fence runs here
+
 func (a *agreement) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -324,7 +331,7 @@ func (w *world) open() {
 	must(err)
 	w.Jobs, err = New(Options{
 		Node: w.node, Site: "here", Dir: filepath.Join(w.dir, "jobs"), Journal: w.log, Table: w.table, Sealer: sealer, Ring: w.ring,
-		Replication: w.copies, Ownership: failover.NewOwnership(w.node, w.agreed, func() time.Duration { return 1300 * time.Millisecond }, w.agreed.boot), State: w.agreed.State,
+		Replication: w.copies, Ownership: w.ownership(logger), State: w.agreed.State,
 		Server: serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
 		Parse: func(endpoint string, body []byte) (*serving.Request, error) {
 			return &serving.Request{Endpoint: endpoint, Body: body, Model: "m"}, nil
@@ -339,6 +346,11 @@ func (w *world) open() {
 			return nil
 		}))
 	}
+}
+
+func (w *world) ownership(logger *slog.Logger) *failover.Ownership {
+	wait := func() time.Duration { return 1300 * time.Millisecond }
+	return failover.NewOwnership(failover.NewFence(w.node, "here", w.agreed, wait, w.agreed.boot, logger), w.agreed)
 }
 
 func (w *world) launch() {

@@ -1,4 +1,4 @@
-package node
+package drill
 
 import (
 	"context"
@@ -9,19 +9,18 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/failover/drill"
 )
 
-// isolation cuts this node off from the other sites while a drill says so. Its
-// own site stays connected, and clients go on being served.
+// Isolator cuts this node off from the other sites while an agreed drill says so.
+// Nodes of its own site stay connected, and clients go on being served.
 //
-// It ends by a dead-man timer: Admit itself reads the clock, so that the cut
-// ends in time even when everything else in this process hangs.
-type isolation struct {
+// A dead-man timer ends the cut: Admit itself reads the clock, so the cut ends in
+// time even when everything else in this process hangs.
+type Isolator struct {
 	site     string
+	sever    func()
 	boottime func() time.Duration
 	now      func() time.Time
-	sever    func() // ends the connections that Admit refuses
 	log      *slog.Logger
 
 	cut atomic.Pointer[cut] // nil: there is none
@@ -29,6 +28,12 @@ type isolation struct {
 	mu sync.Mutex // guards over
 	// over is the drill whose cut has ended here; it does not begin again.
 	over string
+}
+
+// NewIsolator makes the Isolator of a node of a site; Run starts it. sever ends the
+// connections that Admit refuses.
+func NewIsolator(site string, sever func(), boottime func() time.Duration, now func() time.Time, log *slog.Logger) *Isolator {
+	return &Isolator{site: site, sever: sever, boottime: boottime, now: now, log: log}
 }
 
 // cut is one isolation, from begin to until on CLOCK_BOOTTIME.
@@ -42,7 +47,7 @@ type cut struct {
 const isolateEvery = 100 * time.Millisecond
 
 // Admit is cluster.Options.Admit.
-func (i *isolation) Admit(site string) error {
+func (i *Isolator) Admit(site string) error {
 	c := i.cut.Load()
 	if c == nil || site == i.site {
 		return nil
@@ -54,7 +59,7 @@ func (i *isolation) Admit(site string) error {
 }
 
 // look begins and ends cuts as the agreed drills and the clock say.
-func (i *isolation) look(drills []agreed.DrillRecord) {
+func (i *Isolator) look(drills []agreed.DrillRecord) {
 	now := i.boottime()
 	c := i.cut.Load()
 	if c != nil {
@@ -67,17 +72,17 @@ func (i *isolation) look(drills []agreed.DrillRecord) {
 		return
 	}
 	for _, d := range drills {
-		if d.Kind != string(drill.Isolation) || d.Site != i.site || d.Verdict != "" || i.isOver(d.ID) {
+		if d.Kind != string(Isolation) || d.Site != i.site || d.Verdict != "" || i.isOver(d.ID) {
 			continue
 		}
 		// A node that restarts in the middle has the wall clock alone; it only
 		// shortens.
-		length := min(d.Deadline.Sub(d.StartedAt), d.Deadline.Sub(i.now()), drill.MaxFor+drill.Lead)
-		if length <= drill.Lead {
+		length := min(d.Deadline.Sub(d.StartedAt), d.Deadline.Sub(i.now()), MaxFor+Lead)
+		if length <= Lead {
 			continue
 		}
-		lead := drill.Lead
-		if i.now().Sub(d.StartedAt) > 2*drill.Lead {
+		lead := Lead
+		if i.now().Sub(d.StartedAt) > 2*Lead {
 			lead = 0 // everybody has heard of it long ago; this node restarted
 		}
 		c := &cut{drill: d.ID, begin: now + lead, until: now + length}
@@ -96,13 +101,13 @@ func ended(drills []agreed.DrillRecord, id string) bool {
 	return true // a restore took it away
 }
 
-func (i *isolation) isOver(id string) bool {
+func (i *Isolator) isOver(id string) bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	return i.over == id
 }
 
-func (i *isolation) heal(c *cut, why string) {
+func (i *Isolator) heal(c *cut, why string) {
 	if !i.cut.CompareAndSwap(c, nil) {
 		return
 	}
@@ -113,7 +118,7 @@ func (i *isolation) heal(c *cut, why string) {
 }
 
 // Heal ends a drill's cut here and now, false when it has none.
-func (i *isolation) Heal(id string) bool {
+func (i *Isolator) Heal(id string) bool {
 	c := i.cut.Load()
 	if c == nil || c.drill != id {
 		return false
@@ -123,7 +128,7 @@ func (i *isolation) Heal(id string) bool {
 }
 
 // Run follows the agreed drills until ctx ends.
-func (i *isolation) Run(ctx context.Context, state func() *agreed.State, changed func() <-chan struct{}) error {
+func (i *Isolator) Run(ctx context.Context, state func() *agreed.State, changed func() <-chan struct{}) error {
 	severed := "" // the drill for which connections were ended
 	for {
 		next := changed()

@@ -1,4 +1,4 @@
-package node
+package drill
 
 import (
 	"context"
@@ -9,12 +9,11 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/failover/drill"
 )
 
-// cutWorld is a node's isolation with a state that a test changes.
+// cutWorld is a node's Isolator with a state that a test changes.
 type cutWorld struct {
-	*isolation
+	*Isolator
 	state   atomic.Pointer[agreed.State]
 	news    atomic.Pointer[chan struct{}]
 	severed atomic.Int32
@@ -24,10 +23,7 @@ type cutWorld struct {
 // newCutWorld must be called in a synctest bubble; the clocks are its own.
 func newCutWorld() *cutWorld {
 	w := &cutWorld{start: time.Now()}
-	w.isolation = &isolation{
-		site: "a", now: time.Now, boottime: func() time.Duration { return time.Since(w.start) },
-		sever: func() { w.severed.Add(1) }, log: slog.New(slog.DiscardHandler),
-	}
+	w.Isolator = NewIsolator("a", func() { w.severed.Add(1) }, func() time.Duration { return time.Since(w.start) }, time.Now, slog.New(slog.DiscardHandler))
 	w.agree()
 	return w
 }
@@ -165,7 +161,7 @@ func TestIsolationAfterARestart(t *testing.T) {
 				w.agree(d)
 				w.run(t)
 				if tc.after == 0 {
-					time.Sleep(drill.Lead)
+					time.Sleep(Lead)
 				}
 				time.Sleep(150 * time.Millisecond) // no more than a look or two
 				if w.isCut() != tc.cut {
