@@ -17,7 +17,6 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
-	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/replication"
@@ -271,7 +270,7 @@ func (w *work) options() jobs.Options {
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
 		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
-		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
+		Server: n.pipeline, Spare: w.spare, Heard: w.heard, Elsewhere: w.elsewhere,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
 	}
 }

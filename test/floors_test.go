@@ -29,6 +29,7 @@ var floor = map[string]int{
 
 	"node/jobs":      35,
 	"node/serving":   30,
+	"node/openai":    5,  // a leaf: the wire format alone
 	"node/cache":     25, // knows answers and keys, no requests
 	"failover/drill": 30,
 
@@ -77,12 +78,14 @@ var arrows = []arrow{
 	{"node", "storage/keyring", "wiring: the operator's key"},
 
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
+	{"node/gateway", "node/openai", "reads requests, writes errors"},
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "storage/journal", "job ids, statuses and durabilities are its words"},
 	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
+	{"node/jobs", "node/openai", "reads a job's request, writes errors"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
 	{"node/jobs", "storage/jobtable", "reads a job off its row"},
@@ -91,6 +94,7 @@ var arrows = []arrow{
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
 	{"node/serving", "cluster", "reads the agreed configuration"},
+	{"node/serving", "node/openai", "reads what servers answer"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster", "reads the agreed configuration and purges"},
 	{"node/cache", "storage/keyring", "seals what leaves the memory, makes keys"},

@@ -18,6 +18,9 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
+var benchBody = []byte(`{"model":"deepseek-chat","messages":[{"role":"system","content":"You are a helpful assistant, brief and kind."},` +
+	`{"role":"user","content":"` + strings.Repeat("tell me more ", 14) + `"}],"temperature":0.7,"stream":false}`)
+
 // BenchmarkProxied compares a plain completion direct, through a tuned Go
 // reverse proxy, and through gateway and pipeline. All run in this process:
 // subtract direct's cpu-µs/op to see what each hop costs.

@@ -160,7 +160,7 @@ func (g *Gateway) opens(rt *route, d door) bool {
 	case rt.job:
 		return g.o.Jobs != nil
 	case d == peers:
-		return rt.endpoint != ""
+		return rt.endpoint != nil
 	}
 	return d == clients
 }
@@ -185,7 +185,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 		w.Header()["Allow"] = []string{strings.Join(rt.methods, ", ")}
 		x.refuse(wrongMethod(r, rt))
 		g.metrics.unrouted(http.StatusMethodNotAllowed)
-	case rt.endpoint != "":
+	case rt.endpoint != nil:
 		x.infer(rt, index)
 	default:
 		rt.answer(&x, id)

@@ -215,7 +215,7 @@ func TestPlain(t *testing.T) {
 		if err := json.Unmarshal([]byte(g.body), &r); err != nil || g.status != 200 {
 			t.Fatal(err, g)
 		}
-		if r.Endpoint != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
+		if r.Endpoint.Path != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
 			r.Principal.KeyID != "k1" || r.Header.Get("User-Agent") != "tester" || r.Header["X-Secret"] != nil || r.Header["Authorization"] != nil ||
 			chat[r.ModelAt.From:r.ModelAt.To] != `"m"` || r.Choices != 1 || r.Hops != 0 || r.Stream {
 			t.Errorf("%s: asked %+v", path, r)

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -147,11 +148,11 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 	if f != nil {
 		return nil, f
 	}
-	req, err := Parse(rt.endpoint, body)
+	parsed, err := openai.Parse(rt.endpoint, body)
 	if err != nil {
 		return nil, explain(err, "")
 	}
-	req.ID, req.Header, req.Principal, req.Hops = x.id, forwarded(x.r.Header), who, hops
+	req := &serving.Request{Request: parsed, ID: x.id, Header: forwarded(x.r.Header), Principal: who, Hops: hops}
 	if req.Cache, f = cacheMode(x.r.Header); f != nil {
 		return nil, f
 	}
@@ -161,19 +162,6 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 		}
 	}
 	return req, nil
-}
-
-// Parse reads a request's body. The error says what is wrong with it, for people.
-func Parse(endpoint string, body []byte) (*serving.Request, error) {
-	read, err := scan(body, endpoint == "/v1/chat/completions" || endpoint == "/v1/completions")
-	if err != nil {
-		return nil, err
-	}
-	return &serving.Request{
-		Endpoint: endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
-		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
-		Deterministic: read.deterministic,
-	}, nil
 }
 
 // cacheMode reads what the client wants of the cache. A word that is not known
@@ -253,11 +241,11 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 // must not become a flood of lines.
 func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
 	level := slog.LevelWarn
-	if f.status < http.StatusInternalServerError || f.kind == kindOverload {
+	if f.status < http.StatusInternalServerError || f.kind == openai.Overloaded {
 		level = slog.LevelDebug
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
-		slog.String("request", x.id), slog.String("endpoint", req.Endpoint), slog.String("model", printable(req.Model)),
+		slog.String("request", x.id), slog.String("endpoint", req.Endpoint.Path), slog.String("model", printable(req.Model)),
 		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("error", err))
 }
 

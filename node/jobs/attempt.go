@@ -2,7 +2,6 @@ package jobs
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -90,6 +90,15 @@ func (x *executor) read(e *entry) (row jobtable.Row, sub *journal.Submission, ne
 	return row, &opened, step{}, true
 }
 
+// parse reads the request of a job as the gateway does.
+func parse(sub *journal.Submission) (openai.Request, error) {
+	endpoint := openai.EndpointAt(sub.Endpoint)
+	if endpoint == nil {
+		return openai.Request{}, fmt.Errorf("unknown endpoint %s", sub.Endpoint)
+	}
+	return openai.Parse(endpoint, sub.Body)
+}
+
 // record is one of this job's, in the stream that this node writes now.
 func (x *executor) record(e *entry, token journal.Token, attempt uint32) journal.Record {
 	s, _, _ := x.streams.current() // there is one before anything runs
@@ -99,13 +108,14 @@ func (x *executor) record(e *entry, token journal.Token, attempt uint32) journal
 // ask runs the request and judges what came. out is nil for an attempt that is
 // to be repeated after delay, or that says nothing.
 func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p permit) (out *journal.Outcome, delay *journal.Delay, label string) {
-	req, err := x.o.Parse(sub.Endpoint, sub.Body)
+	parsed, err := parse(sub)
 	if err != nil { // it was parsed when it was accepted, by an older or newer version perhaps
-		return x.failed(0, wordsOf("invalid_request_error", "invalid_body", err.Error())), nil, "invalid"
+		return x.failed(0, errorObject(openai.InvalidRequest, "invalid_body", err.Error())), nil, "invalid"
 	}
-	req.ID = fmt.Sprintf("%s-%d", e.id, e.attempts)
-	req.Header = http.Header{"Accept": {"application/json"}}
-	req.Principal = serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models}
+	req := &serving.Request{
+		Request: parsed, ID: fmt.Sprintf("%s-%d", e.id, e.attempts), Header: http.Header{"Accept": {"application/json"}},
+		Principal: serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models},
+	}
 
 	asking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -146,7 +156,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	return nil, &journal.Delay{Error: v.words, NotBefore: time.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
 }
 
-var lostPermit = wordsOf("server_error", "late_start", "The node lost its permit to run the job.")
+var lostPermit = errorObject(openai.ServerError, "late_start", "The node lost its permit to run the job.")
 
 func (x *executor) failed(code int, words string) *journal.Outcome {
 	return &journal.Outcome{Status: journal.Failed, Code: code, Error: words}
@@ -199,7 +209,7 @@ func (x *executor) finish(work context.Context, e *entry, token journal.Token, a
 	rec := x.record(e, token, attempt)
 	err := x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	if errors.Is(err, journal.ErrTooLarge) {
-		out = x.failed(out.Code, wordsOf("server_error", "result_too_large", "The result is too large to be kept."))
+		out = x.failed(out.Code, errorObject(openai.ServerError, "result_too_large", "The result is too large to be kept."))
 		err = x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	}
 	if err != nil {
@@ -241,7 +251,7 @@ func (x *executor) exhausted(work context.Context, e *entry, row jobtable.Row) s
 	}
 	words := x.lastError(row)
 	if words == "" {
-		words = wordsOf("server_error", "attempts_exhausted", "The job was begun as often as is allowed, and never came to an end.")
+		words = errorObject(openai.ServerError, "attempts_exhausted", "The job was begun as often as is allowed, and never came to an end.")
 	}
 	x.mu.Lock()
 	e.running.token, e.running.writing = p.token, true
@@ -313,22 +323,22 @@ func judge(err error) verdict {
 	)
 	switch {
 	case errors.Is(err, errTooLarge):
-		return verdict{code: http.StatusOK, words: wordsOf("server_error", "result_too_large", "The result is larger than the 16 MiB that are kept.")}
+		return verdict{code: http.StatusOK, words: errorObject(openai.ServerError, "result_too_large", "The result is larger than the 16 MiB that are kept.")}
 	case errors.As(err, &status):
-		v := verdict{code: status.Status, words: upstreamWords(status)}
+		v := verdict{code: status.Status, words: upstreamError(status)}
 		switch s := status.Status; {
 		case s == http.StatusTooManyRequests, s == http.StatusRequestTimeout, s == http.StatusConflict, s == http.StatusTooEarly, s >= http.StatusInternalServerError:
 			v.again, v.after = true, retryAfter(status.Header)
 		}
 		return v
 	case errors.As(err, &busy):
-		return verdict{again: true, after: busy.RetryAfter, words: wordsOf("overloaded_error", "no_upstream", "No model server could answer.")}
+		return verdict{again: true, after: busy.RetryAfter, words: errorObject(openai.Overloaded, "no_upstream", "No model server could answer.")}
 	case errors.Is(err, serving.ErrUnknownModel):
-		return verdict{code: http.StatusNotFound, words: wordsOf("invalid_request_error", "model_not_found", "The model does not exist any more, or the key may not use it.")}
+		return verdict{code: http.StatusNotFound, words: errorObject(openai.InvalidRequest, "model_not_found", "The model does not exist any more, or the key may not use it.")}
 	case errors.Is(err, serving.ErrTimeout):
-		return verdict{again: true, words: wordsOf("timeout_error", "upstream_timeout", "The model server did not answer in time.")}
+		return verdict{again: true, words: errorObject(openai.TimeoutError, "upstream_timeout", "The model server did not answer in time.")}
 	}
-	return verdict{again: true, words: wordsOf("server_error", "upstream_failed", "The model server failed to answer: "+err.Error())}
+	return verdict{again: true, words: errorObject(openai.ServerError, "upstream_failed", "The model server failed to answer: "+err.Error())}
 }
 
 func retryAfter(h map[string][]string) time.Duration {
@@ -339,37 +349,26 @@ func retryAfter(h map[string][]string) time.Duration {
 	return min(time.Duration(n)*time.Second, time.Hour)
 }
 
-// upstreamWords is the error object of an upstream's refusal, or one made of its
+// upstreamError is the error object of an upstream's refusal, or one made of its
 // text.
-func upstreamWords(e *serving.StatusError) string {
-	var shaped struct {
-		Error json.RawMessage `json:"error"`
-	}
-	if err := json.Unmarshal(e.Body, &shaped); err == nil && len(shaped.Error) > 0 && shaped.Error[0] == '{' && len(shaped.Error) <= maxError {
-		return string(shaped.Error)
+func upstreamError(e *serving.StatusError) string {
+	if object, ok := openai.ErrorObject(e.Body); ok && len(object) <= maxError {
+		return string(object)
 	}
 	text := string(e.Body)
 	if text == "" {
 		text = e.Error()
 	}
-	return wordsOf("server_error", "upstream_refused", text)
+	return errorObject(openai.ServerError, "upstream_refused", text)
 }
 
-// wordsOf is an error object in OpenAI's shape.
-func wordsOf(kind, code, message string) string {
+// errorObject is an error in OpenAI's shape.
+func errorObject(kind, code, message string) string {
 	if len(message) > maxError/8 { // escaped it may be six times as long
 		message = message[:maxError/8]
 	}
-	b, err := json.Marshal(struct {
-		Message string  `json:"message"`
-		Type    string  `json:"type"`
-		Param   *string `json:"param"`
-		Code    string  `json:"code"`
-	}{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code})
-	if err != nil { // strings always marshal
-		panic(err)
-	}
-	return string(b)
+	e := openai.Error{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code}
+	return string(e.Object())
 }
 
 var errTooLarge = errors.New("the result is too large")

@@ -112,6 +112,22 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
+// TestUnreadableRequest: what this version can't read fails, with the reason.
+func TestUnreadableRequest(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	for want, change := range map[string]func(*Request){
+		"unknown endpoint /v1/gone":      func(r *Request) { r.Endpoint = "/v1/gone" },
+		"the body must be a JSON object": func(r *Request) { r.Body = []byte("7") },
+	} {
+		id := w.submit(change).ID
+		w.await(id, journal.Failed)
+		if got := string(w.get(id).Error); !strings.Contains(got, want) || !strings.Contains(got, "invalid_body") {
+			t.Errorf("error %s, want %q", got, want)
+		}
+	}
+}
+
 // TestOrder: the highest priority first, then tenants in turn, then age.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
@@ -121,7 +137,7 @@ func TestOrder(t *testing.T) {
 		var order []string
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
 			mu.Lock()
-			order = append(order, string(r.Body))
+			order = append(order, strings.TrimSuffix(strings.TrimPrefix(string(r.Body), `{"model":"m","user":"`), `"}`))
 			mu.Unlock()
 			return answering("{}")(ctx, r, s)
 		}
@@ -132,7 +148,7 @@ func TestOrder(t *testing.T) {
 		}{
 			{"a1", "a", 5}, {"a2", "a", 5}, {"a3", "a", 5}, {"b1", "b", 5}, {"low", "b", 0}, {"b2", "b", 5}, {"high", "a", 9},
 		} {
-			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = []byte(j.body), j.tenant, j.priority })
+			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = marked(j.body), j.tenant, j.priority })
 			time.Sleep(5 * time.Millisecond)
 		}
 		w.spare.Store(1000)
@@ -261,7 +277,7 @@ func TestCrash(t *testing.T) {
 		w.agreed.configure(func(j *cluster.Jobs) { j.MaxAttempts = 2 })
 		hang := true
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-			if hang && string(r.Body) == "hangs" {
+			if hang && string(r.Body) == string(marked("hangs")) {
 				<-ctx.Done()
 				return ctx.Err()
 			}
@@ -270,8 +286,8 @@ func TestCrash(t *testing.T) {
 		w.start()
 		done := w.submit().ID
 		w.await(done, journal.Succeeded)
-		running := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
-		killer := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
+		running := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
+		killer := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
 		w.await(running, journal.Running)
 		w.await(killer, journal.Running)
 		w.crash()
@@ -296,7 +312,7 @@ func TestStop(t *testing.T) {
 		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 2 })
 		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
-			if string(r.Body) == "long" {
+			if string(r.Body) == string(marked("long")) {
 				long = time.Minute
 			}
 			if err := sleep(ctx, long); err != nil {
@@ -306,7 +322,7 @@ func TestStop(t *testing.T) {
 		}
 		w.start()
 		short := w.submit().ID
-		long := w.submit(func(r *Request) { r.Body = []byte("long") }).ID
+		long := w.submit(func(r *Request) { r.Body = marked("long") }).ID
 		waits := w.submit().ID
 		w.await(short, journal.Running)
 		w.await(long, journal.Running)

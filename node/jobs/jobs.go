@@ -40,8 +40,6 @@ type Options struct {
 
 	// Server answers the jobs' requests, the same one that the gateway has.
 	Server serving.Server
-	// Parse reads a request's body as the gateway does (gateway.Parse).
-	Parse func(endpoint string, body []byte) (*serving.Request, error)
 	// Spare tells how many more jobs may run now, so that interactive requests
 	// come first. It is asked before each start, and must not block.
 	Spare func() int

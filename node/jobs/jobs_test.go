@@ -30,7 +30,7 @@ func TestJobRuns(t *testing.T) {
 	if string(got.Result) != `{"choices":[1]}` || got.Attempts != 1 || got.ExecutedBy != "here" || got.Epoch != 7 || got.FinishedAt.IsZero() || got.StartedAt.IsZero() {
 		t.Errorf("the job is %+v", got)
 	}
-	if asked.Principal.Tenant != "ann" || asked.Endpoint != Endpoints[0] || string(asked.Body) != string(request().Body) {
+	if asked.Principal.Tenant != "ann" || asked.Endpoint.Path != Endpoints[0] || string(asked.Body) != string(request().Body) {
 		t.Errorf("the pipeline was asked %+v", asked)
 	}
 	w.until("the executor forgets the job", func() bool {

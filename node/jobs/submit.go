@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -34,8 +35,15 @@ type Request struct {
 	RetryOf                   string        // of Retry
 }
 
-// Endpoints are those that jobs may have.
-var Endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+// Endpoints are the paths of those that jobs may have.
+var Endpoints = func() (paths []string) {
+	for _, e := range openai.Endpoints {
+		if e.Job {
+			paths = append(paths, e.Path)
+		}
+	}
+	return paths
+}()
 
 // Submit takes a job. When it returns nil the job is as durable as the View
 // says, and that is what was asked for. The errors are ErrImpossible, ErrKeyReused,

@@ -325,10 +325,7 @@ func (w *world) open() {
 		Node: w.node, Site: "here", Dir: filepath.Join(w.dir, "jobs"), Journal: w.log, Table: w.table, Sealer: sealer, Ring: w.ring,
 		Replication: w.copies, Ownership: failover.NewOwnership(w.node, w.agreed, func() time.Duration { return 1300 * time.Millisecond }, w.agreed.boot), State: w.agreed.State,
 		Server: serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
-		Parse: func(endpoint string, body []byte) (*serving.Request, error) {
-			return &serving.Request{Endpoint: endpoint, Body: body, Model: "m"}, nil
-		},
-		Spare: func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
+		Spare:  func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
 		Registerer: w.reg, Logger: logger, Grace: 5 * time.Second,
 	})
 	must(err)
@@ -392,6 +389,9 @@ func (w *world) crash() {
 }
 
 var ann = Caller{Principal: serving.Principal{Tenant: "ann", KeyID: "k1"}}
+
+// marked is a request's body that a word tells from others.
+func marked(word string) []byte { return []byte(`{"model":"m","user":"` + word + `"}`) }
 
 func request(change ...func(*Request)) *Request {
 	r := &Request{

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 const (
@@ -166,14 +168,14 @@ func (a *attempt) request() (*http.Request, error) {
 		if body, err = a.forward(h); err != nil {
 			return nil, err
 		}
-		to = &url.URL{Scheme: "http", Host: a.peer.node, Path: a.r.Endpoint}
+		to = &url.URL{Scheme: "http", Host: a.peer.node, Path: a.r.Endpoint.Path}
 	} else {
 		if key := a.target.key.Load(); key != nil {
 			h["Authorization"] = []string{*key}
 		}
-		a.stripUsage = a.r.Stream && !a.r.WantUsage && completes(a.r.Endpoint)
-		body = upstreamBody(a.r, a.wireModel(), a.stripUsage && !a.target.noUsage.Load())
-		to = a.target.url(a.r.Endpoint)
+		a.stripUsage = a.r.Stream && !a.r.WantUsage && a.r.Endpoint.Completes
+		body = a.r.BodyFor(a.wireModel(), a.stripUsage && !a.target.noUsage.Load())
+		to = a.target.url(a.r.Endpoint.Path)
 	}
 	if h["X-Idempotency-Key"] == nil && h["Idempotency-Key"] == nil {
 		// A name without a value is not sent. It lets the transport ask again when
@@ -211,7 +213,7 @@ func (a *attempt) wireModel() []byte {
 func (a *attempt) forward(h http.Header) ([]byte, error) {
 	who, body := a.r.Principal, a.r.Body
 	if a.model.name != a.r.Model {
-		body = splice(body, edit{a.r.ModelAt, a.model.quoted})
+		body = a.r.BodyFor(a.model.quoted, false)
 		if len(who.Models) > 0 {
 			who.Models = append([]string{a.model.name}, who.Models...)
 		}
@@ -229,22 +231,12 @@ func (a *attempt) forward(h http.Header) ([]byte, error) {
 // timer; nil: no longer.
 func (a *attempt) patience() func() bool {
 	switch {
-	case a.r.Stream || !generates(a.r.Endpoint):
+	case a.r.Stream || !a.r.Endpoint.Generates:
 		return nil
 	case a.peer != nil: // whose end ends the attempt, and whose node judges the upstream
 		return func() bool { return true }
 	}
 	return a.target.answersProbes
-}
-
-// generates reports whether a plain answer takes as long as all of its tokens.
-func generates(endpoint string) bool {
-	return completes(endpoint) || endpoint == "/v1/responses" || endpoint == "/v1/messages"
-}
-
-// completes reports whether the endpoint speaks in choices.
-func completes(endpoint string) bool {
-	return endpoint == "/v1/chat/completions" || endpoint == "/v1/completions"
 }
 
 // setHead prepares what the sink is told before the first data.
@@ -341,6 +333,6 @@ func (a *attempt) reached() {
 // count takes an upstream's own token count. A peer has counted its own.
 func (a *attempt) count(usage []byte) {
 	if a.peer == nil {
-		a.in, a.out = scanUsage(usage)
+		a.in, a.out = openai.Usage(usage)
 	}
 }

@@ -70,14 +70,3 @@ func BenchmarkServeStream50(b *testing.B) {
 	text := roleChunk + strings.Repeat(delta("word "), 50) + finishChunk + usageChunk + doneChunk
 	benchmark(b, 1, &canned{"text/event-stream", []byte(text)}, chat(true))
 }
-
-func BenchmarkScanChunk(b *testing.B) {
-	data := []byte(strings.TrimPrefix(strings.TrimSpace(delta("word ")), "data: "))
-	b.ReportAllocs()
-	b.SetBytes(int64(len(data)))
-	for b.Loop() {
-		if a, ok := scanAnswer(data); !ok || !a.content {
-			b.Fatal("not content")
-		}
-	}
-}

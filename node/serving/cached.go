@@ -10,6 +10,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // CacheMode is what a client wants of the cache: X-Dsnode-Cache in a request.
@@ -57,19 +58,18 @@ func (c cachePlan) none() bool { return !c.lookup && !c.keep }
 // answer kept. A request that a peer passed on is its own node's to keep.
 func planCache(r *Request, m *cluster.ModelCache) cachePlan {
 	only := r.Cache == CacheOnly
-	embeds := r.Endpoint == "/v1/embeddings"
 	switch {
 	case r.Hops > 0:
 		return cachePlan{}
 	case !m.Enabled, m.Store == cluster.StoreNone, r.Cache == CacheNoStore:
 		return cachePlan{only: only}
-	case !embeds && !completes(r.Endpoint), embeds && r.Stream:
+	case !r.Endpoint.Cacheable, r.Endpoint.Embeds && r.Stream:
 		return cachePlan{only: only}
 	case only:
 		return cachePlan{lookup: true, only: true}
 	case r.Cache == CacheRefresh:
 		return cachePlan{keep: true}
-	case r.Cache == CacheStore, m.Store == cluster.StoreAll, r.Deterministic, embeds:
+	case r.Cache == CacheStore, m.Store == cluster.StoreAll, r.Deterministic, r.Endpoint.Embeds:
 		return cachePlan{lookup: true, keep: true}
 	}
 	return cachePlan{}
@@ -83,7 +83,7 @@ func question(r *Request, m *model) cache.Question {
 		owner = "key " + r.Principal.KeyID
 	}
 	q := cache.Question{
-		Owner: owner, Endpoint: r.Endpoint, Model: r.Model, Revision: m.revision, Shape: cache.Plain, Body: r.Body,
+		Owner: owner, Endpoint: r.Endpoint.Path, Model: r.Model, Revision: m.revision, Shape: cache.Plain, Body: r.Body,
 	}
 	if r.Stream {
 		q.Shape = cache.Stream
@@ -272,11 +272,11 @@ func (f *flight) answer(r *Request) *cache.Answer {
 
 // completePlain looks once more whether a plain answer says that it is whole.
 // Of a stream the relay has made sure.
-func completePlain(endpoint string, body []byte) bool {
-	if !completes(endpoint) {
-		_, ok := memberSpan(body, "data")
+func completePlain(e *openai.Endpoint, body []byte) bool {
+	if !e.Completes {
+		_, ok := openai.Member(body, "data")
 		return ok
 	}
-	found, ok := scanAnswer(body)
-	return ok && found.finished != 0 && found.seen&^found.finished == 0 && !found.exhausted
+	found, ok := openai.ScanAnswer(body)
+	return ok && found.Complete() && !found.Exhausted
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
@@ -65,7 +66,12 @@ func TestPlanCache(t *testing.T) {
 	all, none := on, on
 	all.Store, none.Store = cluster.StoreAll, cluster.StoreNone
 	var off cluster.ModelCache
-	const chat, completion, embed, other = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
+	endpoint := openai.EndpointAt
+	chat := openai.Request{Endpoint: endpoint("/v1/chat/completions")}
+	cold, completion := chat, openai.Request{Endpoint: endpoint("/v1/completions"), Deterministic: true}
+	cold.Deterministic = true
+	embed, embeds := openai.Request{Endpoint: endpoint("/v1/embeddings")}, openai.Request{Endpoint: endpoint("/v1/embeddings"), Stream: true}
+	other := openai.Request{Endpoint: endpoint("/v1/responses"), Deterministic: true}
 	both, look, keep, no := cachePlan{lookup: true, keep: true}, cachePlan{lookup: true, only: true}, cachePlan{keep: true}, cachePlan{}
 	for _, c := range []struct {
 		name string
@@ -73,22 +79,22 @@ func TestPlanCache(t *testing.T) {
 		m    cluster.ModelCache
 		want cachePlan
 	}{
-		{"temperature 0", Request{Endpoint: chat, Deterministic: true}, on, both},
-		{"temperature 0, completion", Request{Endpoint: completion, Deterministic: true}, on, both},
-		{"any temperature", Request{Endpoint: chat}, on, no},
-		{"any temperature, all are kept", Request{Endpoint: chat}, all, both},
-		{"embeddings", Request{Endpoint: embed}, on, both},
-		{"streamed embeddings", Request{Endpoint: embed, Stream: true}, on, no},
-		{"another endpoint", Request{Endpoint: other, Deterministic: true}, all, no},
-		{"store", Request{Endpoint: chat, Cache: CacheStore}, on, both},
-		{"store, but none are kept", Request{Endpoint: chat, Cache: CacheStore}, none, no},
-		{"no-store", Request{Endpoint: chat, Deterministic: true, Cache: CacheNoStore}, all, no},
-		{"only", Request{Endpoint: chat, Cache: CacheOnly}, on, look},
-		{"only, switched off", Request{Endpoint: chat, Cache: CacheOnly}, off, cachePlan{only: true}},
-		{"only, another endpoint", Request{Endpoint: other, Cache: CacheOnly}, on, cachePlan{only: true}},
-		{"refresh", Request{Endpoint: chat, Cache: CacheRefresh}, on, keep},
-		{"switched off", Request{Endpoint: chat, Deterministic: true}, off, no},
-		{"from a peer", Request{Endpoint: chat, Deterministic: true, Hops: 1}, on, no},
+		{"temperature 0", Request{Request: cold}, on, both},
+		{"temperature 0, completion", Request{Request: completion}, on, both},
+		{"any temperature", Request{Request: chat}, on, no},
+		{"any temperature, all are kept", Request{Request: chat}, all, both},
+		{"embeddings", Request{Request: embed}, on, both},
+		{"streamed embeddings", Request{Request: embeds}, on, no},
+		{"another endpoint", Request{Request: other}, all, no},
+		{"store", Request{Request: chat, Cache: CacheStore}, on, both},
+		{"store, but none are kept", Request{Request: chat, Cache: CacheStore}, none, no},
+		{"no-store", Request{Request: cold, Cache: CacheNoStore}, all, no},
+		{"only", Request{Request: chat, Cache: CacheOnly}, on, look},
+		{"only, switched off", Request{Request: chat, Cache: CacheOnly}, off, cachePlan{only: true}},
+		{"only, another endpoint", Request{Request: other, Cache: CacheOnly}, on, cachePlan{only: true}},
+		{"refresh", Request{Request: chat, Cache: CacheRefresh}, on, keep},
+		{"switched off", Request{Request: cold}, off, no},
+		{"from a peer", Request{Request: cold, Hops: 1}, on, no},
 	} {
 		if got := planCache(&c.r, &c.m); got != c.want {
 			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)

@@ -104,30 +104,14 @@ func (s *search) affinity() (uint64, bool) {
 }
 
 func affinityKey(r *Request) (uint64, bool) {
-	var cacheKey, prompt Span
-	scan := scanner{b: r.Body}
-	scan.space()
-	ok := scan.object(0, func(name []byte) bool {
-		switch string(name) {
-		case "prompt_cache_key":
-			return scan.takePresent(&cacheKey)
-		case "messages", "prompt":
-			return scan.takePresent(&prompt)
-		}
-		return scan.value(1)
-	})
-	at := cacheKey
-	if at == (Span{}) {
-		at = prompt
-		at.To = min(at.To, at.From+maxPrefix)
-	}
-	if !ok || at.To <= at.From {
+	prompt := r.PromptAt.In(r.Body)
+	if len(prompt) == 0 {
 		return 0, false
 	}
 	h := sha256.New()
 	h.Write([]byte(r.Principal.Tenant))
 	h.Write([]byte{0})
-	h.Write(r.Body[at.From:at.To])
+	h.Write(prompt[:min(len(prompt), maxPrefix)])
 	var sum [sha256.Size]byte
 	return binary.BigEndian.Uint64(h.Sum(sum[:0])), true
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // server is a small model server whose answer is a function.
@@ -337,24 +338,14 @@ func chat(stream bool) *Request {
 }
 
 func request(endpoint, body string, stream bool) *Request {
-	at, ok := memberSpan([]byte(body), "model")
-	if !ok {
-		panic("body without model")
-	}
-	var model string
-	if err := json.Unmarshal([]byte(body)[at.From:at.To], &model); err != nil {
+	parsed, err := openai.Parse(openai.EndpointAt(endpoint), []byte(body))
+	if err != nil {
 		panic(err)
 	}
-	r := &Request{
-		ID: "req-1", Endpoint: endpoint, Model: model, Body: []byte(body), ModelAt: at,
-		Stream: stream, Choices: 1, Header: http.Header{},
-	}
+	parsed.Stream = stream // also of bodies that are too short to say it
+	r := &Request{Request: parsed, ID: "req-1", Header: http.Header{}}
 	if stream {
 		r.Header.Set("Accept", "text/event-stream")
-		if options, ok := memberSpan([]byte(body), "stream_options"); ok {
-			r.UsageAt = options
-			r.WantUsage = strings.Contains(body, `"include_usage":true`)
-		}
 	}
 	return r
 }

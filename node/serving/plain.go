@@ -2,13 +2,14 @@ package serving
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"strings"
 	"sync"
+
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 var plainBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 16<<10); return &b }}
@@ -88,32 +89,32 @@ func (a *attempt) readBody(resp *http.Response, body []byte) ([]byte, error) {
 
 // judgePlain looks into a 2xx body and gives what the client is shown.
 func (a *attempt) judgePlain(resp *http.Response, body []byte) ([]byte, outcome) {
-	known := completes(a.r.Endpoint) || a.r.Endpoint == "/v1/embeddings"
+	known := a.r.Endpoint.Completes || a.r.Endpoint.Embeds
 	isJSON := isType(resp.Header, "application/json")
 	if !known && (!isJSON || len(body) == 0) {
 		return body, outcome{}
 	}
-	found, ok := scanAnswer(body)
+	found, ok := openai.ScanAnswer(body)
 	switch {
-	case !ok && !known && validJSON(body):
+	case !ok && !known && openai.Valid(body):
 		return body, outcome{} // a bare list, say
 	case !ok:
 		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: the answer is no JSON object: %s", ErrUpstreamFailed, excerpt(body))}
-	case found.errAt != Span{}:
-		return nil, a.errorInside(body, body[found.errAt.From:found.errAt.To])
-	case !completes(a.r.Endpoint):
+	case found.Error != openai.Span{}:
+		return nil, a.errorInside(body, found.Error.In(body))
+	case !a.r.Endpoint.Completes:
 	case a.r.Stream:
 		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: a plain answer where a stream was asked for", ErrUpstreamFailed)}
-	case !found.hasChoices || found.choices == 0:
+	case !found.HasChoices || found.Choices == 0:
 		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an answer without choices", ErrUpstreamFailed)}
-	case found.exhausted:
+	case found.Exhausted:
 		return nil, outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
 	}
-	if found.usage != (Span{}) {
-		a.count(body[found.usage.From:found.usage.To])
+	if found.Usage != (openai.Span{}) {
+		a.count(found.Usage.In(body))
 	}
-	if name := a.shownModel(); name != nil && found.model != (Span{}) {
-		body = splice(body, edit{found.model, name})
+	if name := a.shownModel(); name != nil && found.Model != (openai.Span{}) {
+		body = openai.Splice(body, openai.Edit{At: found.Model, With: name})
 	}
 	return body, outcome{}
 }
@@ -131,21 +132,16 @@ func (a *attempt) shownModel() []byte {
 // errorInside judges an error that came under a 200: about the request itself
 // (the client's to see) or about the server.
 func (a *attempt) errorInside(document, member []byte) outcome {
-	var e struct {
-		Type string          `json:"type"`
-		Code json.RawMessage `json:"code"`
-	}
-	// A bare string is an error too; it decodes to nothing.
-	_ = json.Unmarshal(member, &e)
+	kind, code := openai.ErrorKind(member)
 	err := fmt.Errorf("%w: error under a 200: %s", ErrUpstreamFailed, excerpt(member))
 	status := 0
-	switch code := strings.Trim(string(e.Code), `"`); {
+	switch {
 	case code == "400" || code == "413" || code == "422":
 		status = http.StatusBadRequest
 	case code == "429":
 		return outcome{result: resultRateLimited, err: err}
 	case code == "" || code == "null" || strings.TrimLeft(code, "0123456789") != "":
-		if strings.HasPrefix(e.Type, "invalid_request") || e.Type == "BadRequestError" {
+		if strings.HasPrefix(kind, "invalid_request") || kind == "BadRequestError" {
 			status = http.StatusBadRequest
 		}
 	}

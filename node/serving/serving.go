@@ -7,38 +7,28 @@ package serving
 import (
 	"context"
 	"net/http"
+
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // Request is one client call, parsed once. The pipeline never changes Body;
 // what must differ upstream (the model's name, stream options) is spliced into
 // a copy, so unknown members pass byte for byte.
 type Request struct {
-	ID        string // X-Request-Id
-	Endpoint  string // canonical path with /v1: "/v1/chat/completions"
-	Model     string // as the client wrote it
-	Body      []byte
-	ModelAt   Span // where the model's JSON string stands in Body, quotes included
-	Stream    bool
-	UsageAt   Span // stream_options member's value, zero when absent
-	WantUsage bool // the client asked for stream_options.include_usage
-	Choices   int  // n, 1 when absent
+	openai.Request
+	ID string // X-Request-Id
 	// Header holds what goes on upstream (User-Agent, Accept …), nothing of
 	// hop-by-hop or of authorisation.
 	Header    http.Header
 	Principal Principal
 	// Cache is what the client wants of the cache, "" when it did not say.
 	Cache CacheMode
-	// Deterministic: the body has temperature 0.
-	Deterministic bool
 	// Hops counts the peers that this request has passed; a request with one
 	// hop is answered by the site's own upstreams or not at all.
 	Hops int
 	// RetryCount is the client's x-stainless-retry-count, for the retry budget.
 	RetryCount int
 }
-
-// Span is a half-open range of bytes.
-type Span struct{ From, To int }
 
 // Principal is who asks.
 type Principal struct {

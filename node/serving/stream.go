@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 const (
@@ -16,13 +18,6 @@ const (
 	// afterDone is how long the end of a finished stream is waited for, so that
 	// its connection can be used again.
 	afterDone = 50 * time.Millisecond
-)
-
-var (
-	doneData  = []byte("[DONE]")
-	doneEvent = []byte("data: [DONE]\n\n")
-	dataField = []byte("data: ")
-	eventEnd  = []byte("\n\n")
 )
 
 // held are events that wait for the first content.
@@ -41,15 +36,13 @@ type relay struct {
 	scratch []byte // a rewritten event
 	// What every chunk of one stream must agree on, quoted as it came.
 	id, created, model []byte
-	seen, finished     uint64
-	done               bool // [DONE] came and was passed on
+	all                openai.Answer // the choices of all events
 }
 
 func (a *attempt) stream(resp *http.Response) outcome {
-	events := newEventReader(resp.Body)
-	defer events.release()
-	events.before = a.flush
-	if !completes(a.r.Endpoint) {
+	events := openai.NewEventReader(resp.Body, a.flush)
+	defer events.Release()
+	if !a.r.Endpoint.Completes {
 		return a.streamAnything(events)
 	}
 	s := relay{attempt: a, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
@@ -68,23 +61,24 @@ func (s *relay) letGo() {
 }
 
 // run reads events until the answer is complete or has failed.
-func (s *relay) run(events *eventReader) outcome {
+func (s *relay) run(events *openai.EventReader) outcome {
 	for {
-		ev, err := events.next()
+		ev, err := events.Next()
 		if err != nil {
 			return s.ended(err)
 		}
-		if !ev.has || len(ev.data) == 0 {
+		if len(ev.Data) == 0 {
 			continue // comments and empty events move no timer and say nothing
 		}
-		if bytes.Equal(ev.data, doneData) {
-			if !s.complete() {
+		if bytes.Equal(ev.Data, openai.DoneData) {
+			if !s.all.Complete() {
 				return s.truncated(errors.New("[DONE] came before a finish_reason"))
 			}
-			if err := s.finish(ev.raw); err != nil {
+			if err := s.finish(ev.Raw); err != nil {
 				return outcome{result: resultCancelled, err: err}
 			}
-			s.drain(events)
+			s.w.atMost(afterDone)
+			events.Drain()
 			return outcome{result: resultOK}
 		}
 		if o := s.chunk(ev); o.result != resultOK {
@@ -94,29 +88,28 @@ func (s *relay) run(events *eventReader) outcome {
 }
 
 // chunk judges one event and passes it on or holds it.
-func (s *relay) chunk(ev event) outcome {
-	found, ok := scanAnswer(ev.data)
+func (s *relay) chunk(ev openai.Event) outcome {
+	found, ok := openai.ScanAnswer(ev.Data)
 	switch {
 	case !ok:
-		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an event is no JSON object: %s", ErrUpstreamFailed, excerpt(ev.data))}
-	case found.errAt != Span{}:
-		return s.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
-	case string(ev.kind) == "error":
-		return s.errorInside(ev.data, ev.data)
-	case found.exhausted:
+		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an event is no JSON object: %s", ErrUpstreamFailed, excerpt(ev.Data))}
+	case found.Error != openai.Span{}:
+		return s.errorInside(ev.Data, found.Error.In(ev.Data))
+	case string(ev.Kind) == "error":
+		return s.errorInside(ev.Data, ev.Data)
+	case found.Exhausted:
 		return outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
 	}
-	if found.usage != (Span{}) {
-		s.count(ev.data[found.usage.From:found.usage.To])
-		if found.choices == 0 && found.hasChoices && s.stripUsage {
+	if found.Usage != (openai.Span{}) {
+		s.count(found.Usage.In(ev.Data))
+		if found.Choices == 0 && found.HasChoices && s.stripUsage {
 			return outcome{}
 		}
 	}
-	s.seen |= found.seen
-	s.finished |= found.finished
-	begins := found.content || found.finished != 0
+	s.all.Join(&found)
+	begins := found.Content || found.Finished()
 	if begins {
-		s.w.content(found.tokens())
+		s.w.content(found.Tokens())
 	}
 	raw := s.uniform(ev, &found)
 	if s.wait == nil {
@@ -195,80 +188,54 @@ func (a *attempt) flush() error {
 // uniform gives the event as the client sees it: one id, created and model in
 // the whole stream, and the model under its public name. Mostly that is the
 // event as it came.
-func (s *relay) uniform(ev event, found *answer) []byte {
-	var edits [3]edit
+func (s *relay) uniform(ev openai.Event, found *openai.Answer) []byte {
+	var edits [3]openai.Edit
 	n := 0
-	add := func(at Span, want *[]byte) {
-		if at == (Span{}) {
+	add := func(at openai.Span, want *[]byte) {
+		if at == (openai.Span{}) {
 			return
 		}
-		have := ev.data[at.From:at.To]
+		have := at.In(ev.Data)
 		switch {
 		case *want == nil:
 			*want = bytes.Clone(have)
 		case !bytes.Equal(have, *want):
-			edits[n] = edit{at, *want}
+			edits[n] = openai.Edit{At: at, With: *want}
 			n++
 		}
 	}
-	add(found.id, &s.id)
-	add(found.created, &s.created)
-	add(found.model, &s.model)
+	add(found.ID, &s.id)
+	add(found.Created, &s.created)
+	add(found.Model, &s.model)
 	if n == 0 {
-		return ev.raw
+		return ev.Raw
 	}
-	sortEdits(edits[:n])
-	out := append(s.scratch[:0], dataField...)
-	if len(ev.kind) > 0 {
-		out = append(append(append(out[:0], "event: "...), ev.kind...), '\n')
-		out = append(out, dataField...)
-	}
-	from := len(out)
-	out = spliceInto(out, ev.data, edits[:n]...)
-	// Data of several lines was joined by \n, which JSON takes as white space.
-	for i := from; i < len(out); i++ {
-		if out[i] == '\n' {
-			out[i] = ' '
-		}
-	}
-	s.scratch = append(out, eventEnd...)
+	s.scratch = ev.Append(s.scratch[:0], edits[:n]...)
 	return s.scratch
 }
-
-func sortEdits(e []edit) {
-	for i := 1; i < len(e); i++ {
-		for j := i; j > 0 && e[j].at.From < e[j-1].at.From; j-- {
-			e[j], e[j-1] = e[j-1], e[j]
-		}
-	}
-}
-
-// complete reports whether every choice that was met has a finish_reason.
-func (s *relay) complete() bool { return s.finished != 0 && s.seen&^s.finished == 0 }
 
 // finish ends the answer towards the client.
 func (s *relay) finish(done []byte) error {
 	if err := s.sink.Data(done); err != nil {
 		return &sinkError{err}
 	}
-	s.done = true
 	return nil
 }
 
 // ended judges a stream that stopped without [DONE].
 func (s *relay) ended(err error) outcome {
 	switch {
-	case errors.Is(err, errEventTooLarge):
+	case errors.Is(err, openai.ErrEventTooLarge):
 		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
 	case !errors.Is(err, io.EOF):
 		if s.wait != nil {
 			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
 		}
 		return s.truncated(err)
-	case !s.complete():
+	case !s.all.Complete():
 		return s.truncated(errNoFinish)
 	}
-	if err := s.finish(doneEvent); err != nil { // some servers leave it out
+	if err := s.finish(openai.DoneEvent); err != nil { // some servers leave it out
 		return outcome{result: resultCancelled, err: err}
 	}
 	return outcome{result: resultOK}
@@ -280,26 +247,12 @@ func (s *relay) truncated(why error) outcome {
 	return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, why)}
 }
 
-// drain reads the rest of a stream that is over, briefly.
-func (a *attempt) drain(events *eventReader) {
-	if events.err != nil {
-		return
-	}
-	a.w.atMost(afterDone)
-	var rest [512]byte
-	for range 8 {
-		if _, err := events.r.Read(rest[:]); err != nil {
-			return
-		}
-	}
-}
-
 // streamAnything passes a stream on whose grammar is not ours to know: its
 // first event is its first content, its end is the end of the body.
-func (a *attempt) streamAnything(events *eventReader) outcome {
+func (a *attempt) streamAnything(events *openai.EventReader) outcome {
 	sent := false
 	for {
-		ev, err := events.next()
+		ev, err := events.Next()
 		switch {
 		case err != nil && !sent && errors.Is(err, io.EOF):
 			return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, errNoContent)}
@@ -312,17 +265,17 @@ func (a *attempt) streamAnything(events *eventReader) outcome {
 			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
 		case err != nil:
 			return outcome{result: resultTruncated, sent: true, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
-		case !ev.has:
+		case !ev.HasData:
 			continue
 		}
 		a.w.progress()
 		if !sent {
-			found, ok := scanAnswer(ev.data)
+			found, ok := openai.ScanAnswer(ev.Data)
 			switch {
-			case ok && found.errAt != Span{}:
-				return a.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
-			case string(ev.kind) == "error":
-				return a.errorInside(ev.data, ev.data)
+			case ok && found.Error != openai.Span{}:
+				return a.errorInside(ev.Data, found.Error.In(ev.Data))
+			case string(ev.Kind) == "error":
+				return a.errorInside(ev.Data, ev.Data)
 			}
 			sent = true
 			a.reached()
@@ -331,7 +284,7 @@ func (a *attempt) streamAnything(events *eventReader) outcome {
 				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
 			}
 		}
-		if err := a.send(ev.raw); err != nil {
+		if err := a.send(ev.Raw); err != nil {
 			return outcome{result: resultCancelled, sent: true, err: err}
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // table is a configuration as requests see it from this site. It is immutable;
@@ -72,7 +73,7 @@ func newTable(c *cluster.Config, site string, services map[string]*service, drai
 	order := c.SiteOrder(site)
 	for _, name := range t.order {
 		def := c.Models[name]
-		m := &model{name: name, quoted: quoted(name), fallbacks: def.Fallbacks, timers: timersOf(c.TimeoutsFor(name, ""))}
+		m := &model{name: name, quoted: openai.Quote(name), fallbacks: def.Fallbacks, timers: timersOf(c.TimeoutsFor(name, ""))}
 		m.timers.pace = 0 // a peer's own node sees to it
 		m.revision, m.cache = def.Revision, def.Cache
 		for _, s := range def.Serve {
@@ -92,7 +93,7 @@ func newTable(c *cluster.Config, site string, services map[string]*service, drai
 			}
 			as := target{timers: timersOf(c.TimeoutsFor(name, s.Upstream))}
 			if s.Model != "" && s.Model != name {
-				as.serves = quoted(s.Model)
+				as.serves = openai.Quote(s.Model)
 			}
 			for _, as.upstream = range services[s.Upstream].instances {
 				m.local = append(m.local, as)

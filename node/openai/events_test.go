@@ -1,4 +1,4 @@
-package serving
+package openai
 
 import (
 	"bytes"
@@ -13,10 +13,10 @@ import (
 
 // cut reads all events of a stream: raw, data and kind of each.
 func cut(r io.Reader) (list [][3]string, err error) {
-	e := newEventReader(r)
-	defer e.release()
+	e := NewEventReader(r, nil)
+	defer e.Release()
 	for {
-		ev, err := e.next()
+		ev, err := e.Next()
 		if err != nil {
 			if errors.Is(err, io.EOF) {
 				err = nil
@@ -24,10 +24,10 @@ func cut(r io.Reader) (list [][3]string, err error) {
 			return list, err
 		}
 		data := "-"
-		if ev.has {
-			data = string(ev.data)
+		if ev.HasData {
+			data = string(ev.Data)
 		}
-		list = append(list, [3]string{string(ev.raw), data, string(ev.kind)})
+		list = append(list, [3]string{string(ev.Raw), data, string(ev.Kind)})
 	}
 }
 
@@ -79,23 +79,23 @@ func TestEventAtOnce(t *testing.T) {
 		go func() {
 			_, _ = io.WriteString(w, "data: a"+end)
 		}()
-		e := newEventReader(r)
-		ev, err := e.next()
-		if err != nil || string(ev.data) != "a" {
+		e := NewEventReader(r, nil)
+		ev, err := e.Next()
+		if err != nil || string(ev.Data) != "a" {
 			t.Errorf("%q: %v", end, err)
 		}
-		e.release()
+		e.Release()
 		_ = r.Close()
 	}
 }
 
 func TestEventSize(t *testing.T) {
-	big := "data: " + strings.Repeat("x", maxEvent-100) + "\n\n"
+	big := "data: " + strings.Repeat("x", MaxEvent-100) + "\n\n"
 	got, err := cut(strings.NewReader("data: a\n\n" + big + "data: b\n\n"))
 	if err != nil || len(got) != 3 || got[1][0] != big {
 		t.Errorf("1 MiB: %d events, %v", len(got), err)
 	}
-	if _, err = cut(strings.NewReader("data: " + strings.Repeat("x", maxEvent+100))); !errors.Is(err, errEventTooLarge) {
+	if _, err = cut(strings.NewReader("data: " + strings.Repeat("x", MaxEvent+100))); !errors.Is(err, ErrEventTooLarge) {
 		t.Errorf("more: %v", err)
 	}
 	broken := io.MultiReader(strings.NewReader("data: a\n\ndata: b\n"), iotest.ErrReader(io.ErrUnexpectedEOF))
@@ -145,7 +145,7 @@ func TestAnyChunking(t *testing.T) {
 // FuzzEvents: no panic, any chunking alike, nothing invented, and what is
 // handed out reads the same again.
 func FuzzEvents(f *testing.F) {
-	for _, s := range []string{wellStream, "data: a\r\n\r\n", "\r\r\n\n", ": c\n\ndata\n\n", "\xef\xbb", "event: x\ndata: y"} {
+	for _, s := range []string{chunk + "data: [DONE]\n\n", "data: a\r\n\r\n", "\r\r\n\n", ": c\n\ndata\n\n", "\xef\xbb", "event: x\ndata: y"} {
 		f.Add([]byte(s), byte(3))
 	}
 	f.Fuzz(func(t *testing.T, b []byte, size byte) {
@@ -175,4 +175,17 @@ func slicesOf(n, total int) []int {
 		s[i] = n
 	}
 	return s
+}
+
+// TestAppend: an edited event is one event again, on one line of data.
+func TestAppend(t *testing.T) {
+	for _, c := range []struct{ kind, data, want string }{
+		{"", `{"a":1}`, "data: {\"a\":2}\n\n"},
+		{"error", "{\"a\":1,\n\r\"b\":0}", "event: error\ndata: {\"a\":2,  \"b\":0}\n\n"},
+	} {
+		ev := Event{Kind: []byte(c.kind), Data: []byte(c.data)}
+		if got := string(ev.Append(nil, Edit{Span{5, 6}, []byte("2")})); got != c.want {
+			t.Errorf("%q", got)
+		}
+	}
 }

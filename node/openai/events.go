@@ -1,4 +1,4 @@
-package serving
+package openai
 
 import (
 	"bytes"
@@ -8,26 +8,52 @@ import (
 	"sync"
 )
 
-// maxEvent bounds one server-sent event.
-const maxEvent = 1 << 20
+// MaxEvent bounds one server-sent event.
+const MaxEvent = 1 << 20
 
-var errEventTooLarge = fmt.Errorf("event larger than %d bytes", maxEvent)
+// ErrEventTooLarge ends a stream with an event beyond MaxEvent.
+var ErrEventTooLarge = fmt.Errorf("event larger than %d bytes", MaxEvent)
 
-// event is one server-sent event. Its bytes are valid until the next call of
-// next.
-type event struct {
-	raw  []byte // as it came, with its final blank line; always ends a line
-	data []byte // data lines joined by \n; nil when there was none
-	kind []byte // the event: field
-	has  bool   // a data line was there, even an empty one
+// DoneData is the data of the event that ends a stream of choices, DoneEvent the
+// whole event.
+var (
+	DoneData  = []byte("[DONE]")
+	DoneEvent = []byte("data: [DONE]\n\n")
+)
+
+// Event is one server-sent event. Its bytes are valid until the next call of
+// Next.
+type Event struct {
+	Raw     []byte // as it came, with its final blank line; always ends a line
+	Data    []byte // data lines joined by \n
+	HasData bool   // a data line was there, even an empty one
+	Kind    []byte // the event: field
 }
 
-// eventReader cuts a stream into events. Lines end with \n, \r\n or \r. Where
+// Append appends the event with its data edited. The data must be JSON: line ends
+// within it, which would end a data line, become spaces.
+func (ev *Event) Append(dst []byte, edits ...Edit) []byte {
+	if len(ev.Kind) > 0 {
+		dst = append(append(append(dst, "event: "...), ev.Kind...), '\n')
+	}
+	dst = append(dst, "data: "...)
+	from := len(dst)
+	dst = spliceInto(dst, ev.Data, edits...)
+	for i := from; i < len(dst); i++ {
+		if dst[i] == '\n' || dst[i] == '\r' {
+			dst[i] = ' '
+		}
+	}
+	return append(dst, "\n\n"...)
+}
+
+// EventReader cuts a stream into events. Lines end with \n, \r\n or \r. Where
 // an event ends depends on the bytes alone, never on how they were chunked:
-// a blank line is ended by \r at once, and a \n after it is dropped, unless
-// the line before ended with \r\n, where the \n is waited for.
-type eventReader struct {
+// \r ends a blank line at once, and a \n after it is dropped. Only when the line
+// before ended with \r\n does the reader wait for the \n.
+type EventReader struct {
 	r       io.Reader
+	wait    func() error
 	buf     []byte
 	start   int  // of the event not yet returned
 	line    int  // start of the current line
@@ -38,34 +64,33 @@ type eventReader struct {
 	began   bool // past a byte order mark
 	err     error
 	scratch []byte // joined data of events with several data lines
-	// before, unless nil, is called when more bytes have to be waited for. Its
-	// error ends the stream.
-	before func() error
 }
 
 var eventBuffers = sync.Pool{New: func() any { b := make([]byte, 16<<10); return &b }}
 
-// newEventReader borrows a buffer; release gives it back.
-func newEventReader(r io.Reader) *eventReader {
+// NewEventReader borrows a buffer; Release gives it back. wait, unless nil, is
+// called before each read from r; its error ends the stream.
+func NewEventReader(r io.Reader, wait func() error) *EventReader {
 	b := eventBuffers.Get().(*[]byte) //nolint:errcheck // the pool holds nothing else
-	return &eventReader{r: r, buf: *b}
+	return &EventReader{r: r, wait: wait, buf: *b}
 }
 
-func (e *eventReader) release() {
-	if cap(e.buf) <= 64<<10 { // a big one was rare: let it go
+// Release gives the buffer back. Events are no longer valid then.
+func (e *EventReader) Release() {
+	if cap(e.buf) <= 64<<10 { // a big one is rare and not kept
 		b := e.buf[:cap(e.buf)]
 		eventBuffers.Put(&b)
 	}
 	e.buf = nil
 }
 
-// next returns the next event, comment-only ones included (has is false).
-// io.EOF is a clean end; a last event that lacks its blank line is completed.
-func (e *eventReader) next() (event, error) {
+// Next returns the next event, comments without data included. io.EOF is a clean
+// end; a last event that lacks its blank line is completed.
+func (e *EventReader) Next() (Event, error) {
 	for {
 		if from, to, ok := e.cut(); ok {
 			ev := e.parse(from, to)
-			if len(ev.raw) == 0 {
+			if len(ev.Raw) == 0 {
 				continue // blank lines only
 			}
 			return ev, nil
@@ -77,8 +102,22 @@ func (e *eventReader) next() (event, error) {
 	}
 }
 
+// Drain reads and drops what little may be left of a stream that is over, so that
+// its connection can be used again.
+func (e *EventReader) Drain() {
+	if e.err != nil {
+		return
+	}
+	var rest [512]byte
+	for range 8 {
+		if _, err := e.r.Read(rest[:]); err != nil {
+			return
+		}
+	}
+}
+
 // cut finds the end of the current event among the bytes at hand.
-func (e *eventReader) cut() (from, to int, ok bool) {
+func (e *EventReader) cut() (from, to int, ok bool) {
 	if !e.began && !e.pastMark() {
 		return 0, 0, false
 	}
@@ -118,8 +157,8 @@ func (e *eventReader) cut() (from, to int, ok bool) {
 	return 0, 0, false
 }
 
-// pastMark skips a byte order mark; false while too little is known.
-func (e *eventReader) pastMark() bool {
+// pastMark skips a byte order mark; false while too few bytes have come.
+func (e *EventReader) pastMark() bool {
 	mark := []byte("\xef\xbb\xbf")
 	have := e.buf[:e.end]
 	if len(have) < len(mark) && bytes.HasPrefix(mark, have) && e.err == nil {
@@ -143,10 +182,10 @@ func lineEnd(b []byte) int {
 	return n
 }
 
-// fill reads more, making room first.
-func (e *eventReader) fill() {
-	if e.before != nil {
-		if e.err = e.before(); e.err != nil {
+// fill reads more, after it has made room.
+func (e *EventReader) fill() {
+	if e.wait != nil {
+		if e.err = e.wait(); e.err != nil {
 			return
 		}
 	}
@@ -157,13 +196,13 @@ func (e *eventReader) fill() {
 		e.end, e.start = n, 0
 	}
 	if e.end == len(e.buf) {
-		if len(e.buf) >= maxEvent+64 {
-			e.err = errEventTooLarge
+		if len(e.buf) >= MaxEvent+64 {
+			e.err = ErrEventTooLarge
 			e.end = 0
 			e.line, e.pos = 0, 0
 			return
 		}
-		grown := make([]byte, min(2*len(e.buf), maxEvent+64))
+		grown := make([]byte, min(2*len(e.buf), MaxEvent+64))
 		copy(grown, e.buf[:e.end])
 		e.buf = grown
 	}
@@ -181,13 +220,13 @@ func (e *eventReader) fill() {
 	e.err = io.ErrNoProgress
 }
 
-// last hands out what stands after the last blank line of a stream that ended
-// cleanly, some servers leave out the final one.
-func (e *eventReader) last() (event, error) {
+// last returns what stands after the last blank line of a stream that ended
+// cleanly: some servers leave out the final blank line.
+func (e *EventReader) last() (Event, error) {
 	rest := e.buf[e.start:e.end]
 	if !errors.Is(e.err, io.EOF) || len(bytes.TrimRight(rest, "\r\n")) == 0 {
 		e.start, e.end = 0, 0
-		return event{}, e.err
+		return Event{}, e.err
 	}
 	whole := append(bytes.TrimRight(rest, "\r\n"), '\n', '\n')
 	e.buf, e.start, e.end = whole, len(whole), len(whole)
@@ -196,9 +235,9 @@ func (e *eventReader) last() (event, error) {
 }
 
 // parse reads the fields of the event in buf[from:to].
-func (e *eventReader) parse(from, to int) event {
+func (e *EventReader) parse(from, to int) Event {
 	raw := e.buf[from:to]
-	var ev event
+	var ev Event
 	lines := 0
 	for rest := raw; len(rest) > 0; {
 		i := lineEnd(rest)
@@ -217,23 +256,23 @@ func (e *eventReader) parse(from, to int) event {
 		switch string(name) {
 		case "data":
 			lines++
-			ev.has = true
+			ev.HasData = true
 			switch lines {
 			case 1:
-				ev.data = value
+				ev.Data = value
 			case 2:
-				e.scratch = append(append(append(e.scratch[:0], ev.data...), '\n'), value...)
-				ev.data = e.scratch
+				e.scratch = append(append(append(e.scratch[:0], ev.Data...), '\n'), value...)
+				ev.Data = e.scratch
 			default:
 				e.scratch = append(append(e.scratch, '\n'), value...)
-				ev.data = e.scratch
+				ev.Data = e.scratch
 			}
 		case "event":
-			ev.kind = value
+			ev.Kind = value
 		}
 	}
 	if len(bytes.TrimRight(raw, "\r\n")) > 0 {
-		ev.raw = raw
+		ev.Raw = raw
 	}
 	return ev
 }

@@ -1,41 +1,58 @@
-package gateway
+package openai
 
 import (
 	"encoding/json"
 	"strings"
 	"testing"
-
-	"github.com/dsnode/dsnode/node/serving"
 )
 
-func TestScanReads(t *testing.T) {
-	const body = ` {"x":[1,{"a":"}"},-0.5e+3,true,null,""],"model" : "deepseek-\u0063hat","n":2,` +
-		`"stream":true,"stream_options":{"chunk":1,"include_usage":true},"user":"u","safety_identifier":"s","prompt_cache_key":"k"} `
-	got, err := scan([]byte(body), true)
+var (
+	chat  = EndpointAt("/v1/chat/completions")
+	other = EndpointAt("/v1/rerank")
+)
+
+func TestParse(t *testing.T) {
+	const body = ` {"x":[1,{"a":"}"},-0.5e+3,true,null,""],"model" : "deepseek-\u0063hat","n":2,"temperature":-0.0e9,` +
+		`"stream":true,"stream_options":{"chunk":1,"include_usage":true},"user":"u","safety_identifier":"s"} `
+	got, err := Parse(chat, []byte(body))
 	if err != nil {
 		t.Fatal(err)
 	}
-	at := func(s serving.Span) string { return body[s.From:s.To] }
-	if string(got.model) != "deepseek-chat" || at(got.modelAt) != `"deepseek-\u0063hat"` {
-		t.Errorf("model %q at %q", got.model, at(got.modelAt))
+	at := func(s Span) string { return body[s.From:s.To] }
+	if got.Endpoint != chat || string(got.Body) != body || got.Model != "deepseek-chat" || at(got.ModelAt) != `"deepseek-\u0063hat"` {
+		t.Errorf("%+v, model at %q", got, at(got.ModelAt))
 	}
-	if !got.stream || got.choices != 2 || !got.wantUsage || at(got.usageAt) != `{"chunk":1,"include_usage":true}` {
-		t.Errorf("%+v, options at %q", got, at(got.usageAt))
+	if !got.Stream || got.Choices != 2 || !got.WantUsage || !got.Deterministic || at(got.UsageAt) != `{"chunk":1,"include_usage":true}` {
+		t.Errorf("%+v, options at %q", got, at(got.UsageAt))
 	}
-	if string(got.user)+string(got.safetyID)+string(got.cacheKey) != "usk" {
-		t.Errorf("user %q, safety %q, cache key %q", got.user, got.safetyID, got.cacheKey)
+	few, err := Parse(other, []byte(`{"model":"m","n":"many","stream_options":7,"user":{},"Temperature":0}`))
+	if err != nil || few.Model != "m" || few.Choices != 1 {
+		t.Errorf("an endpoint that passes through: %+v, %v", few, err)
 	}
-	few, err := scan([]byte(`{"model":"m","n":"many","stream_options":7,"user":{}}`), false)
-	if err != nil || string(few.model) != "m" || few.choices != 1 {
-		t.Errorf("pass-through: %+v, %v", few, err)
-	}
-	null, err := scan([]byte(`{"model":"m","n":null,"stream":null,"stream_options":null,"user":null}`), true)
-	if err != nil || null.stream || null.choices != 1 || null.usageAt == (serving.Span{}) {
+	null, err := Parse(chat, []byte(`{"model":"m","n":null,"stream":null,"stream_options":null,"user":null,"temperature":null}`))
+	if err != nil || null.Stream || null.Choices != 1 || null.UsageAt == (Span{}) || null.Deterministic {
 		t.Errorf("nulls: %+v, %v", null, err)
 	}
 }
 
-func TestScanRefuses(t *testing.T) {
+func TestPrompt(t *testing.T) {
+	for body, want := range map[string]string{
+		`{"model":"m","messages":[1]}`:                              `[1]`,
+		`{"prompt":"x","model":"m"}`:                                `"x"`,
+		`{"model":"m","messages":[1],"prompt_cache_key":"k"}`:       `"k"`,
+		`{"model":"m","prompt_cache_key":"k","messages":[1]}`:       `"k"`,
+		`{"model":"m","messages":[1],"prompt_cache_key":null}`:      `[1]`,
+		`{"model":"m","messages":null}`:                             ``,
+		`{"model":"m","input":"x","Messages":[1],"x":{"prompt":1}}`: ``,
+	} {
+		r, err := Parse(chat, []byte(body))
+		if got := string(r.PromptAt.In(r.Body)); err != nil || got != want {
+			t.Errorf("%s: %s, %v", body, got, err)
+		}
+	}
+}
+
+func TestParseRefuses(t *testing.T) {
 	for body, want := range map[string]string{
 		``:                                 "the body is empty",
 		"  \n":                             "the body is empty",
@@ -81,14 +98,14 @@ func TestScanRefuses(t *testing.T) {
 		`{"model":"a","x":` + strings.Repeat(`{"a":`, 200):                            "nested deeper than 128",
 		`{"model":"a"` + manyMembers(300) + `}`:                                       "more than 256 members",
 	} {
-		_, err := scan([]byte(body), true)
+		_, err := Parse(chat, []byte(body))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.60q: %v, want %q", body, err, want)
 		}
 	}
-	deepest := `{"model":"a","x":` + strings.Repeat("[", maxDepth-1) + strings.Repeat("]", maxDepth-1) + `}`
-	if _, err := scan([]byte(deepest), true); err != nil {
-		t.Errorf("%d levels: %v", maxDepth, err)
+	deepest := `{"model":"a","x":` + strings.Repeat("[", maxRequestDepth-1) + strings.Repeat("]", maxRequestDepth-1) + `}`
+	if _, err := Parse(chat, []byte(deepest)); err != nil {
+		t.Errorf("%d levels: %v", maxRequestDepth, err)
 	}
 }
 
@@ -100,9 +117,8 @@ func manyMembers(n int) string {
 	return b.String()
 }
 
-// FuzzScan holds scan against encoding/json: what scan takes, it takes, with
-// the same meaning.
-func FuzzScan(f *testing.F) {
+// FuzzParse: what Parse takes, encoding/json takes too, and reads the same in it.
+func FuzzParse(f *testing.F) {
 	for _, s := range []string{
 		`{"model":"m","messages":[{"role":"user","content":"hi \u00e9 é \\ \" /"}],"stream":true,"n":2}`,
 		`{"model":"m","stream_options":{"include_usage":true,"x":[{}]},"user":"u"}`,
@@ -114,7 +130,11 @@ func FuzzScan(f *testing.F) {
 		f.Add([]byte(s), false)
 	}
 	f.Fuzz(func(t *testing.T, body []byte, full bool) {
-		got, err := scan(body, full)
+		e := other
+		if full {
+			e = chat
+		}
+		got, err := Parse(e, body)
 		if err != nil {
 			return
 		}
@@ -129,21 +149,18 @@ func FuzzScan(f *testing.F) {
 			t.Fatalf("encoding/json refuses %q: %v", body, err)
 		}
 		var named string
-		if err := json.Unmarshal(body[got.modelAt.From:got.modelAt.To], &named); err != nil || named != few.Model {
+		if err := json.Unmarshal(body[got.ModelAt.From:got.ModelAt.To], &named); err != nil || named != few.Model {
 			t.Fatalf("model's span in %q holds %q (%v)", body, named, err)
 		}
-		if few.Model != string(got.model) || few.Stream != got.stream {
-			t.Fatalf("%q: encoding/json reads %+v, scan %q %v", body, few, got.model, got.stream)
+		if few.Model != got.Model || few.Stream != got.Stream {
+			t.Fatalf("%q: encoding/json reads %+v, Parse %q %v", body, few, got.Model, got.Stream)
 		}
 		if !full {
 			return
 		}
 		n := 1
 		rest := struct {
-			N       *int   `json:"n"`
-			User    string `json:"user"`
-			Safety  string `json:"safety_identifier"`
-			Key     string `json:"prompt_cache_key"`
+			N       *int `json:"n"`
 			Options struct {
 				Usage bool `json:"include_usage"`
 			} `json:"stream_options"`
@@ -154,9 +171,8 @@ func FuzzScan(f *testing.F) {
 		if rest.N != nil {
 			n = *rest.N
 		}
-		if n != got.choices || rest.Options.Usage != got.wantUsage || rest.User != string(got.user) ||
-			rest.Safety != string(got.safetyID) || rest.Key != string(got.cacheKey) {
-			t.Fatalf("%q: encoding/json reads %+v, scan %+v", body, rest, got)
+		if n != got.Choices || rest.Options.Usage != got.WantUsage {
+			t.Fatalf("%q: encoding/json reads %+v, Parse %+v", body, rest, got)
 		}
 	})
 }
@@ -164,7 +180,7 @@ func FuzzScan(f *testing.F) {
 var benchBody = []byte(`{"model":"deepseek-chat","messages":[{"role":"system","content":"You are a helpful assistant, brief and kind."},` +
 	`{"role":"user","content":"` + strings.Repeat("tell me more ", 14) + `"}],"temperature":0.7,"stream":false}`)
 
-func BenchmarkScan(b *testing.B) {
+func BenchmarkParse(b *testing.B) {
 	for _, size := range []int{1, 1000} {
 		body := benchBody
 		if size > 1 {
@@ -174,10 +190,56 @@ func BenchmarkScan(b *testing.B) {
 			b.SetBytes(int64(len(body)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := scan(body, true); err != nil {
+				if _, err := Parse(chat, body); err != nil {
 					b.Fatal(err)
 				}
 			}
 		})
+	}
+}
+
+// TestDocument: a document of our own is read as strictly, and a request in it as
+// Parse reads it, with errors that name the member.
+func TestDocument(t *testing.T) {
+	type document struct {
+		request Request
+		word    string
+		number  int
+	}
+	read := func(text string) (d document, err error) {
+		s := NewScanner([]byte(text))
+		err = s.Document(func(key []byte, at int) (err error) {
+			switch string(key) {
+			case "request":
+				d.request, err = s.Request("request")
+			case "word":
+				d.word, err = s.OneOf("word", []string{"a", "b"})
+			case "number":
+				d.number, err = s.Whole("number", 0, 9)
+			default:
+				err = &BodyError{At: at, Param: string(key), Text: "unknown"}
+			}
+			return err
+		})
+		return d, err
+	}
+	d, err := read(` {"number":9,"request": {"messages":[1],"model":"m","stream_options":{}},"word":"b"} `)
+	r := d.request
+	if err != nil || d.number != 9 || d.word != "b" || r.Model != "m" || string(r.Body) != `{"messages":[1],"model":"m","stream_options":{}}` {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	if at := func(s Span) string { return string(s.In(r.Body)) }; at(r.ModelAt) != `"m"` || at(r.PromptAt) != "[1]" || at(r.UsageAt) != "{}" {
+		t.Errorf("spans of %+v", r)
+	}
+	for text, param := range map[string]string{
+		`{"word":"c"}`: "word", `{"word":1}`: "word", `{"number":10}`: "number", `{"odd":1}`: "odd", `{"word":"a","word":"a"}`: "word",
+		`{"request":1}`: "request", `{"request":{}}`: "request.model", `{"request":{"model":"m","model":"n"}}`: "request.model",
+		`{"request":{"model":"m","x":tru}}`: "request", `{}x`: "", ``: "", "{\"\xff\"": "",
+	} {
+		_, err := read(text)
+		bad, ok := err.(*BodyError) //nolint:errorlint // nothing wraps it
+		if !ok || bad.Param != param {
+			t.Errorf("%s: %v, want one about %q", text, err, param)
+		}
 	}
 }

@@ -1,4 +1,4 @@
-package serving
+package openai
 
 import (
 	"encoding/json"
@@ -34,37 +34,55 @@ func TestScanAnswer(t *testing.T) {
 		{`{"choices":null}`, ""},
 		{`{"content":"\"finish_reason\":\"stop\""}`, ""},
 	} {
-		a, ok := scanAnswer([]byte(c.doc))
+		a, ok := ScanAnswer([]byte(c.doc))
 		if !ok {
 			t.Errorf("%s: not taken", c.doc)
 		}
 		var found []string
-		if a.content {
+		if a.Content {
 			found = append(found, "content")
 		}
-		if a.finished != 0 {
+		if a.Finished() {
 			found = append(found, "finish")
 		}
-		if a.exhausted {
+		if a.Exhausted {
 			found = append(found, "exhausted")
 		}
-		if a.errAt != (Span{}) {
+		if a.Error != (Span{}) {
 			found = append(found, "error")
 		}
-		if a.usage != (Span{}) {
+		if a.Usage != (Span{}) {
 			found = append(found, "usage")
 		}
 		if got := strings.Join(found, " "); got != c.want {
 			t.Errorf("%s: %q, want %q", c.doc, got, c.want)
 		}
 	}
-	a, _ := scanAnswer([]byte(`{"choices":[{"finish_reason":"stop","index":2,"delta":{}},{"index":1}]}`))
-	if a.seen != 6 || a.finished != 4 || a.choices != 2 {
-		t.Errorf("choices: %+v", a)
+}
+
+// TestComplete: an answer is complete when all choices that came are.
+func TestComplete(t *testing.T) {
+	var all Answer
+	for i, event := range []string{
+		`{"choices":[{"index":0},{"index":2,"finish_reason":"stop"}]}`,
+		`{"choices":[{"index":1,"finish_reason":null}]}`,
+		`{"choices":[{"index":0,"finish_reason":"stop"},{"index":1,"finish_reason":"length"}]}`,
+	} {
+		if all.Complete() {
+			t.Errorf("complete after %d events", i)
+		}
+		a, ok := ScanAnswer([]byte(event))
+		if !ok {
+			t.Fatal(event)
+		}
+		all.Join(&a)
+	}
+	if !all.Complete() {
+		t.Error("not complete after all")
 	}
 }
 
-func TestScanUsage(t *testing.T) {
+func TestUsage(t *testing.T) {
 	for doc, want := range map[string][2]int64{
 		`{"prompt_tokens":12,"completion_tokens":34,"prompt_cache_hit_tokens":5}`: {12, 34},
 		`{"input_tokens":1,"output_tokens":2}`:                                    {1, 2},
@@ -72,41 +90,56 @@ func TestScanUsage(t *testing.T) {
 		`{"prompt_tokens":1e3,"completion_tokens":99999999999999999999999}`:       {0, 0},
 		`7`: {0, 0},
 	} {
-		if in, out := scanUsage([]byte(doc)); in != want[0] || out != want[1] {
+		if in, out := Usage([]byte(doc)); in != want[0] || out != want[1] {
 			t.Errorf("%s: %d, %d", doc, in, out)
 		}
 	}
 }
 
-func TestScanRefuses(t *testing.T) {
+func TestScanAnswerRefuses(t *testing.T) {
 	for _, doc := range []string{
 		``, ` `, `[]`, `1`, `"x"`, `{`, `{"a"`, `{"a":`, `{"a":1`, `{"a":1,}`, `{"a":01}`, `{"a":1.}`, `{"a":.5}`, `{"a":+1}`,
 		`{"a":"\x"}`, `{"a":"` + "\n" + `"}`, `{"a":"\u12g4"}`, `{"a":tru}`, `{"a":1}{}`, `{"a":1}x`, `{a:1}`, `{"a":[1,]}`,
 		strings.Repeat(`{"a":`, 1000) + `1` + strings.Repeat(`}`, 1000),
 	} {
-		if _, ok := scanAnswer([]byte(doc)); ok {
+		if _, ok := ScanAnswer([]byte(doc)); ok {
 			t.Errorf("taken: %.40s", doc)
 		}
 	}
 }
 
-// FuzzScan: the scanner takes exactly the objects that encoding/json takes,
+const whole = `{"id":"c-1","object":"chat.completion","created":7,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"hello"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"completion_tokens":5}}`
+
+const chunk = `data: {"id":"c-1","created":7,"model":"m","choices":[{"index":0,"delta":{"content":"word "},"finish_reason":null}]}` + "\n\n"
+
+func BenchmarkScanChunk(b *testing.B) {
+	data := []byte(strings.TrimPrefix(strings.TrimSpace(chunk), "data: "))
+	b.ReportAllocs()
+	b.SetBytes(int64(len(data)))
+	for b.Loop() {
+		if a, ok := ScanAnswer(data); !ok || !a.Content {
+			b.Fatal("not content")
+		}
+	}
+}
+
+// FuzzScanAnswer: the scanner takes exactly the objects that encoding/json takes,
 // and its spans are members' values.
-func FuzzScan(f *testing.F) {
+func FuzzScanAnswer(f *testing.F) {
 	for _, s := range []string{
-		`{}`, plainBody, strings.TrimPrefix(strings.TrimSpace(delta("x\"\\")), "data: "), `{"a":[1,-2.5e+7,true,null,{"b":"\u00e9"}]}`,
+		`{}`, whole, `{"choices":[{"delta":{"content":"x\"\\"}}]}`, `{"a":[1,-2.5e+7,true,null,{"b":"\u00e9"}]}`,
 		`{"id":1,"id":2,"error":{},"usage":{"prompt_tokens":1}}`, `{"choices":[{"index":-1},{"index":70,"finish_reason":"x"}]}`, "{\"a\":\"\xff\"}",
 	} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		a, ok := scanAnswer(b)
+		a, ok := ScanAnswer(b)
 		valid := json.Valid(b)
 		if ok && !valid {
 			t.Fatalf("taken, but no JSON: %q", b)
 		}
-		if valid != validJSON(b) && strings.Count(string(b), "{")+strings.Count(string(b), "[") <= maxDepth {
-			t.Fatalf("validJSON says %v: %q", !valid, b)
+		if valid != Valid(b) && strings.Count(string(b), "{")+strings.Count(string(b), "[") <= maxAnswerDepth {
+			t.Fatalf("Valid says %v: %q", !valid, b)
 		}
 		if !ok {
 			return
@@ -115,7 +148,7 @@ func FuzzScan(f *testing.F) {
 		if err := json.Unmarshal(b, &doc); err != nil {
 			t.Fatalf("%q: %v", b, err)
 		}
-		for _, at := range []Span{a.id, a.created, a.model, a.usage, a.errAt} {
+		for _, at := range []Span{a.ID, a.Created, a.Model, a.Usage, a.Error} {
 			if at != (Span{}) && !json.Valid(b[at.From:at.To]) {
 				t.Fatalf("span %v of %q is no value", at, b)
 			}
