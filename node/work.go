@@ -18,7 +18,7 @@ import (
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/jobs"
-	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/replication"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -278,7 +278,7 @@ func (w *work) options() jobs.Options {
 // spare is how many more jobs may run now: a part of the room at the site's
 // model servers is for those who wait.
 func (w *work) spare() int {
-	free, most := w.n.pipeline.Room()
+	free, most := w.n.fleet.Capacity()
 	return free - (most+spareShare-1)/spareShare
 }
 
@@ -292,13 +292,13 @@ func (w *work) heard(node string) bool {
 }
 
 // elsewhere are the other living nodes, of this site too.
-func (w *work) elsewhere() []serving.Peer {
+func (w *work) elsewhere() []upstream.Peer {
 	n := w.n
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
-	var peers []serving.Peer
+	var peers []upstream.Peer
 	for name, p := range n.cluster.Peers() {
 		if p.Heard && p.Ago < patience {
-			peers = append(peers, serving.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
+			peers = append(peers, upstream.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
 		}
 	}
 	return peers

@@ -29,6 +29,7 @@ var floor = map[string]int{
 
 	"node/jobs":      35,
 	"node/serving":   30,
+	"node/upstream":  28, // knows servers, of a request only what it asks for
 	"node/openai":    5,  // a leaf: the wire format alone
 	"node/cache":     25, // knows answers and keys, no requests
 	"failover/drill": 30,
@@ -66,6 +67,7 @@ var arrows = []arrow{
 	{"node", "node/gateway", "wiring: opens the api port"},
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/serving", "wiring: puts the pipeline together"},
+	{"node", "node/upstream", "wiring: configures and runs the fleet of model servers"},
 	{"node", "node/jobs", "wiring: opens, runs and shows the jobs"},
 	{"node", "replication", "wiring: carries the journals between nodes"},
 	{"node", "storage/jobtable", "wiring: opens the table and fills it from the journals"},
@@ -85,6 +87,7 @@ var arrows = []arrow{
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
+	{"node/jobs", "node/upstream", "the peers that it asks for jobs are listed as for requests"},
 	{"node/jobs", "node/openai", "reads a job's request, writes errors"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster", "reads the agreed configuration and the streams' owners"},
@@ -93,7 +96,10 @@ var arrows = []arrow{
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
+	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
 	{"node/serving", "cluster", "reads the agreed configuration"},
+	{"node/upstream", "cluster", "reads the agreed configuration"},
+	{"node/upstream", "node/openai", "knows the endpoints of model servers"},
 	{"node/serving", "node/openai", "reads what servers answer"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster", "reads the agreed configuration and purges"},

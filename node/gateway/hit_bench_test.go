@@ -16,6 +16,7 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
@@ -37,14 +38,14 @@ func BenchmarkHit(b *testing.B) {
 		h["Content-Type"], h["Content-Length"] = jsonType, []string{fmt.Sprint(len(answer))}
 		_, _ = w.Write(answer)
 	}
-	upstream := httptest.NewServer(http.HandlerFunc(reply))
-	defer upstream.Close()
+	server := httptest.NewServer(http.HandlerFunc(reply))
+	defer server.Close()
 	bare := httptest.NewServer(http.HandlerFunc(reply))
 	defer bare.Close()
 
 	cfg := &cluster.Config{
 		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: upstream.URL + "/v1"}},
+		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: server.URL + "/v1"}},
 		Models: map[string]cluster.Model{"deepseek-chat": {
 			Serve: []cluster.Serve{{Upstream: "up"}},
 			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: cluster.Duration(time.Hour), SharedTTL: cluster.Duration(time.Hour)},
@@ -58,13 +59,13 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := serving.New(serving.Options{Site: "here", Cache: kept})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		b.Fatal(err)
 	}
-	defer p.Close()
+	defer fleet.Close()
 	g := New(Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
+		Server: serving.New(serving.Options{Fleet: fleet, Cache: kept}), Config: func() *cluster.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

@@ -71,12 +71,12 @@ func (x *exchange) infer(rt *route, index int) {
 	if known, ok := table.byName[req.Model]; ok {
 		asked = known
 	}
-	if !mayUse(&req.Principal, req.Model) {
+	if !req.Principal.Allows(req.Model) {
 		x.refuse(unknownModel(req.Model))
 		g.metrics.done(asked, index, http.StatusNotFound, x.start)
 		return
 	}
-	status, abort := x.answer(req)
+	status, abort := x.answer(&req)
 	g.metrics.done(asked, index, status, x.start)
 	if abort {
 		panic(http.ErrAbortHandler)
@@ -139,22 +139,21 @@ func saneID(id string) bool {
 }
 
 // request reads and checks what the client sent.
-func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) {
-	who, hops, f := x.admit()
-	if f != nil {
-		return nil, f
+func (x *exchange) request(rt *route, limit int64) (req serving.Request, f *failure) {
+	req.ID, req.Header = x.id, forwarded(x.r.Header)
+	if req.Principal, req.Hops, f = x.admit(); f != nil {
+		return req, f
 	}
 	body, f := x.readBody(limit)
 	if f != nil {
-		return nil, f
+		return req, f
 	}
-	parsed, err := openai.Parse(rt.endpoint, body)
-	if err != nil {
-		return nil, explain(err, "")
+	var err error
+	if req.Request, err = openai.Parse(rt.endpoint, body); err != nil {
+		return req, explain(err, "")
 	}
-	req := &serving.Request{Request: parsed, ID: x.id, Header: forwarded(x.r.Header), Principal: who, Hops: hops}
 	if req.Cache, f = cacheMode(x.r.Header); f != nil {
-		return nil, f
+		return req, f
 	}
 	if count := first(x.r.Header, "X-Stainless-Retry-Count"); count != "" {
 		if n, err := strconv.Atoi(count); err == nil && n > 0 {
@@ -204,7 +203,7 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 	if req.Stream && x.door == clients {
 		x.holdHeaders()
 	}
-	err := x.g.o.Server.Serve(x.r.Context(), req, x)
+	err := x.g.o.Server.Serve(x.r.Context(), *req, x)
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.ended = true

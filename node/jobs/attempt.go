@@ -112,7 +112,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	if err != nil { // it was parsed when it was accepted, by an older or newer version perhaps
 		return x.failed(0, errorObject(openai.InvalidRequest, "invalid_body", err.Error())), nil, "invalid"
 	}
-	req := &serving.Request{
+	req := serving.Request{
 		Request: parsed, ID: fmt.Sprintf("%s-%d", e.id, e.attempts), Header: http.Header{"Accept": {"application/json"}},
 		Principal: serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models},
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -28,7 +29,7 @@ const (
 
 // elsewhere asks other nodes for jobs that have not arrived here yet.
 type elsewhere struct {
-	peers func() []serving.Peer
+	peers func() []upstream.Peer
 }
 
 // Relayed is another node's answer.
@@ -63,12 +64,12 @@ func (e *elsewhere) Elsewhere(ctx context.Context, who Caller, method, path stri
 	return relay(ctx, peer, string(principal), method, path)
 }
 
-func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
+func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, *upstream.Peer) {
 	ctx, done := context.WithTimeout(ctx, findWait)
 	defer done()
 	type reply struct {
 		answer *Relayed
-		peer   *serving.Peer
+		peer   *upstream.Peer
 	}
 	peers := e.peers()
 	if len(peers) > maxAsked {
@@ -94,7 +95,7 @@ func (e *elsewhere) ask(ctx context.Context, principal, path string) (*Relayed, 
 	return first.answer, first.peer
 }
 
-func relay(ctx context.Context, p *serving.Peer, principal, method, path string) (*Relayed, error) {
+func relay(ctx context.Context, p *upstream.Peer, principal, method, path string) (*Relayed, error) {
 	u := url.URL{Scheme: "http", Host: p.Node, Path: path}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(nil))
 	if err != nil {

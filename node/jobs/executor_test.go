@@ -58,7 +58,7 @@ func TestRetries(t *testing.T) {
 			inBubble(t, func(t *testing.T, w *world) {
 				n := 0
 				var first time.Time
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if n++; n == 1 {
 						first = time.Now()
 					}
@@ -135,7 +135,7 @@ func TestOrder(t *testing.T) {
 		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			mu.Lock()
 			order = append(order, strings.TrimSuffix(strings.TrimPrefix(string(r.Body), `{"model":"m","user":"`), `"}`))
 			mu.Unlock()
@@ -163,7 +163,7 @@ func TestCancel(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
 		called := make(chan error, 1)
-		w.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		w.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			called <- context.Cause(ctx)
 			return ctx.Err()
@@ -276,7 +276,7 @@ func TestCrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.configure(func(j *cluster.Jobs) { j.MaxAttempts = 2 })
 		hang := true
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			if hang && string(r.Body) == string(marked("hangs")) {
 				<-ctx.Done()
 				return ctx.Err()
@@ -310,7 +310,7 @@ func TestCrash(t *testing.T) {
 func TestStop(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 2 })
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
 			if string(r.Body) == string(marked("long")) {
 				long = time.Minute
@@ -346,7 +346,7 @@ func TestLateStart(t *testing.T) {
 		first, _, _ := w.streams.current()
 		w.until("the stream is agreed on", func() bool { return w.streams.agreed(first) })
 		calls := 0
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			if calls++; calls == 1 {
 				w.agreed.lease(false) // while the connection was made
 			}
@@ -380,7 +380,7 @@ func TestStartWhileItsStreamIsProposed(t *testing.T) {
 				w.agreed.lease(false)
 				w.start()
 				first, _, _ := w.streams.current()
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if !w.streams.agreed(first) { // while the connection is made
 						if fails {
 							w.agreed.refuseAll(cluster.ErrNoQuorum)
@@ -438,7 +438,7 @@ func deliver(t *testing.T, from, to *world) {
 func twoNodes(t *testing.T) (a, b *world) {
 	a, b = newWorld(t), newWorld(t)
 	b.node, b.ring, b.agreed = "here-2", a.ring, a.agreed
-	a.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+	a.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 		<-ctx.Done()
 		return ctx.Err()
 	}
@@ -495,12 +495,12 @@ func TestLateResult(t *testing.T) {
 		a, b := twoNodes(t)
 		defer func() { a.stop(); b.stop() }()
 		finish := make(chan struct{})
-		a.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		a.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			<-finish
 			return answering(`{"by":"a"}`)(ctx, r, s)
 		}
 		stopped := make(chan error, 1)
-		b.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		b.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			stopped <- context.Cause(ctx)
 			return ctx.Err()

@@ -19,6 +19,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -47,7 +48,7 @@ type Options struct {
 	Heard func(node string) bool
 	// Elsewhere lists the other living nodes, of this site too, for jobs that
 	// have not arrived here yet.
-	Elsewhere func() []serving.Peer
+	Elsewhere func() []upstream.Peer
 
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger  // nil: discards
@@ -80,7 +81,7 @@ func New(o Options) (*Jobs, error) {
 		o.Grace = 20 * time.Second
 	}
 	if o.Elsewhere == nil {
-		o.Elsewhere = func() []serving.Peer { return nil }
+		o.Elsewhere = func() []upstream.Peer { return nil }
 	}
 	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends()), elsewhere: elsewhere{peers: o.Elsewhere}}
 	j.metrics = newMetrics(o.Registerer, o.Table)

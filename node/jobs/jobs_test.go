@@ -12,8 +12,8 @@ import (
 func TestJobRuns(t *testing.T) {
 	w := newWorld(t)
 	var asked serving.Request
-	w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-		asked = *r
+	w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		asked = r
 		return answering(`{"choices":[1]}`)(ctx, r, s)
 	}
 	w.start()

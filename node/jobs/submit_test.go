@@ -301,7 +301,7 @@ func second[T any](_ T, err error) error { return err }
 
 func TestDeleteAndRetry(t *testing.T) {
 	w := newWorld(t)
-	w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+	w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 		if string(r.Body) == string(marked("bad")) {
 			return refusing(400, nil, "no")
 		}

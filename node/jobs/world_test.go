@@ -238,7 +238,7 @@ type world struct {
 	ring   *keyring.Ring
 	agreed *agreement
 	copies *copies
-	server func(ctx context.Context, r *serving.Request, s serving.Sink) error
+	server func(ctx context.Context, r serving.Request, s serving.Sink) error
 	spare  atomic.Int64
 	node   string
 	limit  time.Duration // of until
@@ -266,8 +266,8 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-func answering(body string) func(context.Context, *serving.Request, serving.Sink) error {
-	return func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+func answering(body string) func(context.Context, serving.Request, serving.Sink) error {
+	return func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		if err := s.Head(serving.Head{Status: 200, Length: int64(len(body)), Attempts: 1}); err != nil {
 			return err
 		}
@@ -275,9 +275,9 @@ func answering(body string) func(context.Context, *serving.Request, serving.Sink
 	}
 }
 
-type serverFunc func(ctx context.Context, r *serving.Request, s serving.Sink) error
+type serverFunc func(ctx context.Context, r serving.Request, s serving.Sink) error
 
-func (f serverFunc) Serve(ctx context.Context, r *serving.Request, s serving.Sink) error {
+func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink) error {
 	return f(ctx, r, s)
 }
 
@@ -324,7 +324,7 @@ func (w *world) open() {
 	w.Jobs, err = New(Options{
 		Node: w.node, Site: "here", Dir: filepath.Join(w.dir, "jobs"), Journal: w.log, Table: w.table, Sealer: sealer, Ring: w.ring,
 		Replication: w.copies, Ownership: failover.NewOwnership(w.node, w.agreed, func() time.Duration { return 1300 * time.Millisecond }, w.agreed.boot), State: w.agreed.State,
-		Server: serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
+		Server: serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
 		Spare:  func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
 		Registerer: w.reg, Logger: logger, Grace: 5 * time.Second,
 	})

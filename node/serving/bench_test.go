@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // canned answers in process, so that only the pipeline is measured.
@@ -31,7 +33,15 @@ func (n *nowhere) Data(b []byte) error {
 	return nil
 }
 
-func benchmark(b *testing.B, upstreams int, c *canned, req *Request) {
+func cannedPipeline(b *testing.B, conf *cluster.Config, c *canned, kept *cache.Cache) *Pipeline {
+	fleet := upstream.New(upstream.Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
+	if err := fleet.Configure(conf); err != nil {
+		b.Fatal(err)
+	}
+	return New(Options{Fleet: fleet, Cache: kept})
+}
+
+func benchmark(b *testing.B, upstreams int, c *canned, req Request) {
 	conf := &cluster.Config{Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{}}
 	m := cluster.Model{}
 	for i := range upstreams {
@@ -40,10 +50,7 @@ func benchmark(b *testing.B, upstreams int, c *canned, req *Request) {
 		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
 	}
 	conf.Models = map[string]cluster.Model{"m": m}
-	p := New(Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
-	if err := p.Configure(conf); err != nil {
-		b.Fatal(err)
-	}
+	p := cannedPipeline(b, conf, c, nil)
 	b.ReportAllocs()
 	sink := &nowhere{}
 	for b.Loop() {

@@ -16,12 +16,13 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
 // keeping gives a rig a cache in memory, with a clock that can be put forward.
 func keeping(ahead *atomic.Int64) rigOption {
-	return func(r *rig, o *Options) {
+	return func(r *rig, _ *upstream.Options) {
 		ring, _ := keyringtest.New(r.t(), 1)
 		c, err := cache.New(cache.Options{Site: "east", Ring: ring, Registerer: r.reg, Now: func() time.Time {
 			if ahead == nil {
@@ -32,7 +33,7 @@ func keeping(ahead *atomic.Int64) rigOption {
 		if err != nil {
 			panic(err)
 		}
-		o.Cache = c
+		r.cache = c
 		for name, m := range r.conf.Models {
 			m.Cache = cluster.ModelCache{
 				Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
@@ -46,11 +47,9 @@ func keeping(ahead *atomic.Int64) rigOption {
 func (*rig) t() testing.TB { return &testing.T{} }
 
 // cold is a deterministic request.
-func cold(stream bool, extra ...string) *Request {
+func cold(stream bool, extra ...string) Request {
 	body := fmt.Sprintf(`{"model":"m","stream":%t,"temperature":0,"messages":[{"role":"user","content":"hi"}]%s}`, stream, strings.Join(extra, ""))
-	r := request("/v1/chat/completions", body, stream)
-	r.Deterministic = true
-	return r
+	return request("/v1/chat/completions", body, stream)
 }
 
 func cacheStatus(saw *recorder) CacheStatus {
@@ -409,7 +408,7 @@ func TestTheFirstMayLeave(t *testing.T) {
 
 		// All go.
 		up.set(gate(stream, make(chan struct{})))
-		req := func() *Request { return cold(stream, `,"seed":7`) }
+		req := func() Request { return cold(stream, `,"seed":7`) }
 		ctx, cancel := context.WithCancel(t.Context())
 		var group sync.WaitGroup
 		for range 5 {
@@ -501,8 +500,8 @@ func TestASlowReader(t *testing.T) {
 	if _, err := r.serve(t, only); !errors.Is(err, ErrNotCached) {
 		t.Errorf("kept: %v", err)
 	}
-	if r.flights.bytes != 0 || r.flights.aloft != 0 {
-		t.Errorf("%d bytes, %d flights left", r.flights.bytes, r.flights.aloft)
+	if r.flights.bytes != 0 || r.flights.count != 0 {
+		t.Errorf("%d bytes, %d flights left", r.flights.bytes, r.flights.count)
 	}
 	saw, err := r.serve(t, cold(true, `,"seed":1`))
 	if err != nil || saw.text() != long {
@@ -538,10 +537,7 @@ func BenchmarkHit(b *testing.B) {
 		}},
 	}
 	up := &canned{"application/json", []byte(strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1))}
-	p := New(Options{Site: "east", Cache: c, Transport: func(string) http.RoundTripper { return up }})
-	if err := p.Configure(conf); err != nil {
-		b.Fatal(err)
-	}
+	p := cannedPipeline(b, conf, up, c)
 	req := cold(false)
 	sink := &nowhere{}
 	if err := p.Serve(b.Context(), req, sink); err != nil {

@@ -10,14 +10,21 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 const (
 	// maxHeld bounds what is kept of a stream before its first content.
 	maxHeld = 256 << 10
-	// afterDone is how long the end of a finished stream is waited for, so that
-	// its connection can be used again.
+	// afterDone is how long the end of a finished stream is waited for, so that its
+	// connection can be used again.
 	afterDone = 50 * time.Millisecond
+)
+
+var (
+	errNoContent = errors.New("the stream ended without content")
+	errNoFinish  = errors.New("the stream ended without a finish_reason")
+	errEarlyDone = errors.New("[DONE] came before a finish_reason")
 )
 
 // held are events that wait for the first content.
@@ -28,7 +35,7 @@ type held struct {
 
 var heldBuffers = sync.Pool{New: func() any { return &held{bytes: make([]byte, 0, 1024), ends: make([]int, 0, 4)} }}
 
-// relay passes one stream on.
+// relay passes on one stream of choices.
 type relay struct {
 	*attempt
 	wait    *held // nil once Head was called
@@ -43,16 +50,16 @@ func (a *attempt) stream(resp *http.Response) outcome {
 	events := openai.NewEventReader(resp.Body, a.flush)
 	defer events.Release()
 	if !a.r.Endpoint.Completes {
-		return a.streamAnything(events)
+		return a.streamUnknown(events)
 	}
 	s := relay{attempt: a, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
-	defer s.letGo()
+	defer s.releaseHeld()
 	o := s.run(events)
 	o.sent = s.sent
 	return o
 }
 
-func (s *relay) letGo() {
+func (s *relay) releaseHeld() {
 	if s.wait != nil && cap(s.wait.bytes) <= 64<<10 {
 		s.wait.bytes, s.wait.ends = s.wait.bytes[:0], s.wait.ends[:0]
 		heldBuffers.Put(s.wait)
@@ -68,37 +75,37 @@ func (s *relay) run(events *openai.EventReader) outcome {
 			return s.ended(err)
 		}
 		if len(ev.Data) == 0 {
-			continue // comments and empty events move no timer and say nothing
+			continue // comments and empty events move no timer and are not passed on
 		}
 		if bytes.Equal(ev.Data, openai.DoneData) {
 			if !s.all.Complete() {
-				return s.truncated(errors.New("[DONE] came before a finish_reason"))
+				return failed(upstream.Truncated, errEarlyDone)
 			}
-			if err := s.finish(ev.Raw); err != nil {
-				return outcome{result: resultCancelled, err: err}
+			o := s.finish(ev.Raw)
+			if o.Result == upstream.OK {
+				s.w.atMost(afterDone)
+				events.Drain()
 			}
-			s.w.atMost(afterDone)
-			events.Drain()
-			return outcome{result: resultOK}
+			return o
 		}
-		if o := s.chunk(ev); o.result != resultOK {
+		if o := s.chunk(&ev); o.Result != upstream.OK {
 			return o
 		}
 	}
 }
 
 // chunk judges one event and passes it on or holds it.
-func (s *relay) chunk(ev openai.Event) outcome {
+func (s *relay) chunk(ev *openai.Event) outcome {
 	found, ok := openai.ScanAnswer(ev.Data)
 	switch {
 	case !ok:
-		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an event is no JSON object: %s", ErrUpstreamFailed, excerpt(ev.Data))}
+		return failed(upstream.BadAnswer, fmt.Errorf("an event is no JSON object: %s", excerpt(ev.Data)))
 	case found.Error != openai.Span{}:
 		return s.errorInside(ev.Data, found.Error.In(ev.Data))
 	case string(ev.Kind) == "error":
 		return s.errorInside(ev.Data, ev.Data)
 	case found.Exhausted:
-		return outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
+		return failed(upstream.Exhausted, errExhausted)
 	}
 	if found.Usage != (openai.Span{}) {
 		s.count(found.Usage.In(ev.Data))
@@ -113,47 +120,49 @@ func (s *relay) chunk(ev openai.Event) outcome {
 	}
 	raw := s.uniform(ev, &found)
 	if s.wait == nil {
-		return s.pass(raw)
+		return sunk(s.send(raw))
 	}
 	if !begins {
 		if len(s.wait.bytes)+len(raw) > maxHeld {
-			return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %d bytes without content", ErrUpstreamFailed, maxHeld)}
+			return failed(upstream.BadAnswer, fmt.Errorf("%d bytes without content", maxHeld))
 		}
 		s.wait.bytes = append(s.wait.bytes, raw...)
 		s.wait.ends = append(s.wait.ends, len(s.wait.bytes))
 		return outcome{}
 	}
-	return s.begin(raw)
+	return sunk(s.begin(raw))
 }
 
-// begin is the point of no return: the head, what was held, the first content.
-func (s *relay) begin(raw []byte) outcome {
-	s.reached()
+// begin sends the head, what was held, and the first content. From here on no other
+// server can answer.
+func (s *relay) begin(raw []byte) error {
+	s.content()
 	s.w.committed()
 	s.sent = true
 	if err := s.sink.Head(s.head); err != nil {
-		return outcome{result: resultCancelled, err: &sinkError{err}}
+		return err
 	}
 	from := 0
 	for _, to := range s.wait.ends {
-		if o := s.pass(s.wait.bytes[from:to]); o.result != resultOK {
-			return o
+		if err := s.send(s.wait.bytes[from:to]); err != nil {
+			return err
 		}
 		from = to
 	}
-	s.letGo()
-	return s.pass(raw)
+	s.releaseHeld()
+	return s.send(raw)
 }
 
-func (s *relay) pass(raw []byte) outcome {
-	if err := s.send(raw); err != nil {
-		return outcome{result: resultCancelled, err: err}
+// sunk is the outcome of a call of the sink: its error means that the client has gone.
+func sunk(err error) outcome {
+	if err != nil {
+		return failed(upstream.Cancelled, &sinkError{err})
 	}
 	return outcome{}
 }
 
-// send gives an event to the client. Until flush, a sink may keep it for the
-// company of those that came with it.
+// send gives an event to the client. A Batcher may keep it until flush, to send it
+// together with others that came with it.
 func (a *attempt) send(event []byte) (err error) {
 	from := a.w.beginWrite()
 	if b, ok := a.sink.(Batcher); ok {
@@ -163,13 +172,10 @@ func (a *attempt) send(event []byte) (err error) {
 		err = a.sink.Data(event)
 	}
 	a.w.endWrite(from)
-	if err != nil {
-		return &sinkError{err}
-	}
-	return nil
+	return err
 }
 
-// flush lets the client have what was sent, before more is waited for.
+// flush sends what the sink holds, before more is waited for.
 func (a *attempt) flush() error {
 	b, ok := a.sink.(Batcher)
 	if !ok || !a.held {
@@ -185,10 +191,10 @@ func (a *attempt) flush() error {
 	return nil
 }
 
-// uniform gives the event as the client sees it: one id, created and model in
-// the whole stream, and the model under its public name. Mostly that is the
-// event as it came.
-func (s *relay) uniform(ev openai.Event, found *openai.Answer) []byte {
+// uniform gives the event as the client sees it: one id, created and model in the
+// whole stream, and the model under its public name. Mostly that is the event as it
+// came.
+func (s *relay) uniform(ev *openai.Event, found *openai.Answer) []byte {
 	var edits [3]openai.Edit
 	n := 0
 	add := func(at openai.Span, want *[]byte) {
@@ -215,56 +221,42 @@ func (s *relay) uniform(ev openai.Event, found *openai.Answer) []byte {
 }
 
 // finish ends the answer towards the client.
-func (s *relay) finish(done []byte) error {
-	if err := s.sink.Data(done); err != nil {
-		return &sinkError{err}
-	}
-	return nil
-}
+func (s *relay) finish(done []byte) outcome { return sunk(s.sink.Data(done)) }
 
 // ended judges a stream that stopped without [DONE].
 func (s *relay) ended(err error) outcome {
 	switch {
 	case errors.Is(err, openai.ErrEventTooLarge):
-		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+		return failed(upstream.BadAnswer, err)
+	case !errors.Is(err, io.EOF) && s.wait != nil:
+		return failed(upstream.Reset, err)
 	case !errors.Is(err, io.EOF):
-		if s.wait != nil {
-			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
-		}
-		return s.truncated(err)
+		return failed(upstream.Truncated, err)
 	case !s.all.Complete():
-		return s.truncated(errNoFinish)
+		return failed(upstream.Truncated, errNoFinish)
 	}
-	if err := s.finish(openai.DoneEvent); err != nil { // some servers leave it out
-		return outcome{result: resultCancelled, err: err}
-	}
-	return outcome{result: resultOK}
+	return s.finish(openai.DoneEvent) // some servers leave it out
 }
 
-var errNoFinish = errors.New("the stream ended without a finish_reason")
-
-func (s *relay) truncated(why error) outcome {
-	return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, why)}
-}
-
-// streamAnything passes a stream on whose grammar is not ours to know: its
-// first event is its first content, its end is the end of the body.
-func (a *attempt) streamAnything(events *openai.EventReader) outcome {
+// streamUnknown passes on a stream whose format is not known: its first event is its
+// first content, its end is the end of the body.
+func (a *attempt) streamUnknown(events *openai.EventReader) (o outcome) {
 	sent := false
+	defer func() { o.sent = sent }()
 	for {
 		ev, err := events.Next()
 		switch {
-		case err != nil && !sent && errors.Is(err, io.EOF):
-			return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, errNoContent)}
+		case errors.Is(err, io.EOF) && !sent:
+			return failed(upstream.Truncated, errNoContent)
 		case errors.Is(err, io.EOF):
 			if err := a.flush(); err != nil {
-				return outcome{result: resultCancelled, sent: true, err: err}
+				return failed(upstream.Cancelled, err)
 			}
-			return outcome{result: resultOK, sent: true}
+			return outcome{}
 		case err != nil && !sent:
-			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+			return failed(upstream.Reset, err)
 		case err != nil:
-			return outcome{result: resultTruncated, sent: true, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
+			return failed(upstream.Truncated, err)
 		case !ev.HasData:
 			continue
 		}
@@ -278,14 +270,14 @@ func (a *attempt) streamAnything(events *openai.EventReader) outcome {
 				return a.errorInside(ev.Data, ev.Data)
 			}
 			sent = true
-			a.reached()
+			a.content()
 			a.w.committed()
 			if err := a.sink.Head(a.head); err != nil {
-				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+				return sunk(err)
 			}
 		}
 		if err := a.send(ev.Raw); err != nil {
-			return outcome{result: resultCancelled, sent: true, err: err}
+			return sunk(err)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"fmt"
@@ -6,7 +6,7 @@ import (
 	"strings"
 )
 
-// baseURL is an upstream's base taken apart.
+// baseURL is the parsed URL of an upstream.
 type baseURL struct {
 	scheme, host string
 	path         string // without a final slash
@@ -32,8 +32,7 @@ func parseBase(raw string) (baseURL, error) {
 //	https://api.deepseek.com/beta  + /v1/chat/completions → https://api.deepseek.com/beta/chat/completions
 //	http://x/v1                    + /tokenize            → http://x/tokenize
 //
-// A base with a path stands where the client writes its base_url, so /v1 is
-// what it replaces.
+// A base with a path takes the place of /v1, as a client's base_url does.
 func (b baseURL) join(endpoint string) *url.URL {
 	path := b.path
 	if rest, ok := strings.CutPrefix(endpoint, "/v1/"); ok {
@@ -47,10 +46,10 @@ func (b baseURL) join(endpoint string) *url.URL {
 	return &url.URL{Scheme: b.scheme, Host: b.host, Path: path}
 }
 
-// root is the base without its API version: where servers keep /health.
+// root is the base path without the API version. Servers have /health there.
 func (b baseURL) root() string { return strings.TrimSuffix(b.path, "/v1") }
 
-// metrics is where vLLM and SGLang tell how busy they are.
+// metrics is where vLLM and SGLang report how busy they are.
 func (b baseURL) metrics() *url.URL {
 	return &url.URL{Scheme: b.scheme, Host: b.host, Path: b.root() + "/metrics"}
 }

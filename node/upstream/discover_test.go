@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"context"
@@ -66,7 +66,7 @@ func (b *book) LookupSRV(_ context.Context, service, proto, name string) (string
 }
 
 // onOnePort starts servers at 127.0.0.1, 127.0.0.2 … on one port.
-func onOnePort(t *testing.T, n int, answer answering) (servers []*server, port string) {
+func onOnePort(t *testing.T, n int, answer http.HandlerFunc) (servers []*server, port string) {
 	t.Helper()
 	for range 20 {
 		var listeners []net.Listener
@@ -114,33 +114,33 @@ func hits(servers []*server) (all []int64) {
 	return all
 }
 
-// TestDiscoveredInstances: each address has its own health and room, all have
-// one name; another instance takes over, none is asked twice.
+// TestDiscoveredInstances: each address has its own health and capacity, all have one
+// name; another instance takes over, none is asked twice.
 func TestDiscoveredInstances(t *testing.T) {
 	servers, port := onOnePort(t, 3, well)
 	b := &book{}
 	b.set("models.test", "127.0.0.3", "127.0.0.1", "::ffff:127.0.0.2", "127.0.0.1")
 	r := newRig(t, nil, discovering(b, "http://models.test:"+port+"/v1", cluster.DiscoverDNS))
+	ask := func() asked { return r.ask(t.Context(), r.query()) }
 
-	saw, err := r.serve(t, chat(true))
-	if err != nil || saw.heads[0].Upstream != "up" || saw.heads[0].Site != "east" {
-		t.Fatalf("%v %+v", err, saw.heads)
+	if a := ask(); a.err != nil || !slices.Equal(a.upstreams, []string{"up"}) {
+		t.Fatalf("%+v", a)
 	}
 	if got := hits(servers); !slices.Equal(got, []int64{1, 0, 0}) {
 		t.Fatalf("hits %v", got)
 	}
 	var host string
 	servers[0].set(func(w http.ResponseWriter, r *http.Request) { host = r.Host; status(500)(w, r) })
-	if saw, err = r.serve(t, chat(false)); err != nil || saw.heads[0].Upstream != "up" || saw.heads[0].Attempts != 2 {
-		t.Fatalf("another instance doesn't take over: %v %+v", err, saw.heads)
+	if a := ask(); a.err != nil || !slices.Equal(a.upstreams, []string{"up", "up"}) {
+		t.Fatalf("another instance doesn't take over: %+v", a)
 	}
 	if host != "models.test:"+port {
 		t.Errorf("Host header %q", host)
 	}
 	servers[1].set(status(500))
 	servers[2].set(status(500))
-	if _, err = r.serve(t, chat(false)); !errors.Is(err, ErrUpstreamFailed) {
-		t.Errorf("all fail: %v", err)
+	if a := ask(); a.err == nil {
+		t.Errorf("all fail: %+v", a)
 	}
 	if got := hits(servers); !slices.Equal(got, []int64{3, 2, 1}) {
 		t.Errorf("hits %v: an instance was asked twice in one request, or not at all", got)
@@ -150,7 +150,7 @@ func TestDiscoveredInstances(t *testing.T) {
 	servers[1].set(well)
 	servers[2].set(well)
 	for range breakerInRow {
-		_, _ = r.serve(t, chat(false))
+		ask()
 	}
 	st := r.status(t, "up")
 	if len(st.Instances) != 3 || st.Instances[0].Address != "127.0.0.1:"+port || st.Instances[0].Breaker != "open" ||
@@ -174,7 +174,7 @@ func TestDiscoveredInstances(t *testing.T) {
 	servers[2].set(hold)
 	done := make(chan error, 2)
 	for range 2 {
-		go func() { done <- r.Serve(context.WithoutCancel(t.Context()), chat(false), &recorder{}) }()
+		go func() { done <- r.ask(context.WithoutCancel(t.Context()), r.query()).err }()
 	}
 	eventually(t, "both work", func() bool { return servers[1].active.Load() == 1 && servers[2].active.Load() == 1 })
 	if n := r.metric("dsnode_upstream_in_flight", "upstream", "up"); n != 2 || r.status(t, "up").InFlight != 2 {
@@ -195,16 +195,16 @@ func TestAddressesChange(t *testing.T) {
 	b := &book{}
 	b.set("models.test", "127.0.0.1", "127.0.0.2")
 	r := newRig(t, nil, discovering(b, "http://models.test:"+port, cluster.DiscoverDNS))
-	kept := r.table.Load().services["up"].instances[1]
+	kept := r.Table().upstreams["up"].instances[1]
 
 	b.set("models.test", "127.0.0.2", "127.0.0.3")
 	r.discover(t.Context())
-	got := r.table.Load().services["up"].instances
+	got := r.Table().upstreams["up"].instances
 	if len(got) != 2 || got[0] != kept || got[1].address != "127.0.0.3:"+port {
 		t.Fatalf("%v", got)
 	}
-	if _, err := r.serve(t, chat(false)); err != nil || servers[0].hits.Load() != 0 {
-		t.Errorf("%v, hits %v", err, hits(servers))
+	if a := r.ask(t.Context(), r.query()); a.err != nil || servers[0].hits.Load() != 0 {
+		t.Errorf("%v, hits %v", a.err, hits(servers))
 	}
 
 	same := func(why string) {
@@ -213,7 +213,7 @@ func TestAddressesChange(t *testing.T) {
 		r.discover(t.Context())
 		first := r.logs.Len()
 		r.discover(t.Context())
-		if !slices.Equal(r.table.Load().services["up"].instances, got) {
+		if !slices.Equal(r.Table().upstreams["up"].instances, got) {
 			t.Errorf("%s: the instances have changed", why)
 		}
 		if first == before || r.logs.Len() != first {
@@ -238,7 +238,7 @@ func TestAddressesChange(t *testing.T) {
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)
 	}
-	if now := r.table.Load().services["up"].instances; len(now) != 2 || now[0] == kept || now[0].max != 7 {
+	if now := r.Table().upstreams["up"].instances; len(now) != 2 || now[0] == kept || now[0].max != 7 {
 		t.Errorf("%v", now)
 	}
 	if r.metric("dsnode_breaker_state") != 1 {
@@ -253,8 +253,8 @@ func TestNoAddressYet(t *testing.T) {
 	r := newRig(t, nil, discovering(b, "http://models.test:"+port, cluster.DiscoverDNS), func(_ *rig, o *Options) {
 		o.LookUpEvery = 1e6 // a millisecond
 	})
-	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) {
-		t.Errorf("%v", err)
+	if a := r.ask(t.Context(), r.query()); !errors.Is(a.err, errNobody) {
+		t.Errorf("%v", a.err)
 	}
 	if st := r.status(t, "up"); st.Healthy || !st.Known || !strings.Contains(st.LastErr, "no such host") {
 		t.Errorf("%+v", st)
@@ -265,8 +265,8 @@ func TestNoAddressYet(t *testing.T) {
 	b.breakDown(nil)
 	b.set("models.test", "127.0.0.1")
 	eventually(t, "the address is found and probed", func() bool { return r.status(t, "up").Healthy })
-	if _, err := r.serve(t, chat(false)); err != nil || servers[0].hits.Load() != 1 {
-		t.Errorf("%v", err)
+	if a := r.ask(t.Context(), r.query()); a.err != nil || servers[0].hits.Load() != 1 {
+		t.Errorf("%v", a.err)
 	}
 	cancel()
 	if err := <-ended; err != nil {
@@ -301,11 +301,11 @@ func TestDiscoverSRV(t *testing.T) {
 		var host string
 		b.set(func(w http.ResponseWriter, r *http.Request) { host = r.Host; well(w, r) })
 		for range 3 {
-			if _, err := r.serve(t, chat(false)); err != nil {
-				t.Fatalf("%s: %v", c.url, err)
+			if a := r.ask(t.Context(), r.query()); a.err != nil {
+				t.Fatalf("%s: %v", c.url, a.err)
 			}
 		}
-		if host != "models.test" || len(r.table.Load().services["up"].instances) != 2 {
+		if host != "models.test" || len(r.Table().upstreams["up"].instances) != 2 {
 			t.Errorf("%s: Host %q, %+v", c.url, host, r.status(t, "up"))
 		}
 	}
@@ -335,8 +335,8 @@ func TestDiscoveredTLS(t *testing.T) {
 				return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: up.Certificate().Raw}), nil
 			}
 		})
-		if _, err := r.serve(t, chat(false)); (err == nil) != c.ok {
-			t.Errorf("%s: %v", c.host, err)
+		if a := r.ask(t.Context(), r.query()); (a.err == nil) != c.ok {
+			t.Errorf("%s: %v", c.host, a.err)
 		}
 		if c.ok && name != c.host {
 			t.Errorf("server name %q", name)
@@ -356,7 +356,7 @@ func TestInstancesAreBounded(t *testing.T) {
 	slices.Reverse(many)
 	b.set("models.test", many...)
 	second := newRig(t, nil, discovering(b, "http://models.test", cluster.DiscoverDNS))
-	one, two := first.table.Load().services["up"].instances, second.table.Load().services["up"].instances
+	one, two := first.Table().upstreams["up"].instances, second.Table().upstreams["up"].instances
 	if len(one) != maxInstances || !strings.HasSuffix(one[0].address, ":80") {
 		t.Errorf("%d instances, %s", len(one), one[0].address)
 	}
@@ -375,7 +375,7 @@ func TestTLSWithoutHTTPS(t *testing.T) {
 		def.TLS.CAFile = "/nowhere/ca.pem"
 		r.conf.Upstreams["up"] = def
 	})
-	if _, err := r.serve(t, chat(false)); err != nil {
-		t.Error(err)
+	if a := r.ask(t.Context(), r.query()); a.err != nil {
+		t.Error(a.err)
 	}
 }

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"testing"
@@ -24,10 +24,10 @@ func TestDecideBreaker(t *testing.T) {
 		{"less than half", breakerClosed, bad, record{21, 10, 1}, breakerClosed, reasonNone},
 		{"neutral says nothing", breakerClosed, neutral, record{20, 20, 20}, breakerClosed, reasonNone},
 		{"neutral trial", breakerHalfOpen, neutral, record{}, breakerHalfOpen, reasonNone},
-		{"good trial", breakerHalfOpen, good, record{}, breakerClosed, reasonTrialWell},
+		{"good trial", breakerHalfOpen, good, record{}, breakerClosed, reasonTrialSucceeded},
 		{"bad trial", breakerHalfOpen, bad, record{}, breakerOpen, reasonTrialFailed},
 		{"late failure", breakerOpen, bad, record{9, 9, 9}, breakerOpen, reasonNone},
-		{"late success", breakerOpen, good, record{9, 9, 0}, breakerClosed, reasonTrialWell},
+		{"late success", breakerOpen, good, record{9, 9, 0}, breakerClosed, reasonTrialSucceeded},
 	} {
 		if got, why := decideBreaker(c.state, c.e, c.r); got != c.want || why != c.why {
 			t.Errorf("%s: %v, %q", c.name, got, why)
@@ -144,34 +144,4 @@ func TestBreakerNeverSticks(t *testing.T) {
 			t.Fatalf("nobody is let in: %+v", b)
 		}
 	})
-}
-
-func TestBudget(t *testing.T) {
-	var b budget
-	now := time.Unix(4_000_000, 0)
-	take := func() (n int) {
-		for b.withdraw(now) {
-			n++
-		}
-		return n
-	}
-	if got := take(); got != budgetFloor {
-		t.Errorf("without traffic %d retries", got)
-	}
-	now = now.Add(2 * budgetWindow)
-	for range 1000 {
-		b.deposit(now, false)
-		b.deposit(now, true) // a client's own retry
-	}
-	if got := take(); got != 100 {
-		t.Errorf("%d retries for 1000 requests", got)
-	}
-	now = now.Add(budgetWindow / 2)
-	if got := take(); got != 0 {
-		t.Errorf("%d more within the window", got)
-	}
-	now = now.Add(budgetWindow / 2)
-	if got := take(); got != budgetFloor {
-		t.Errorf("%d after the window", got)
-	}
 }

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"bufio"
@@ -18,13 +18,13 @@ import (
 	"time"
 )
 
-// http1 asks one upstream over plain HTTP/1.1. A request is written and its
-// answer read by the goroutine that asks, where http.Transport has two more for
-// each connection and hands everything over twice: measured side by side, a
-// proxied completion takes a quarter less CPU.
+// http1 is a client of one server over plain HTTP/1.1. The goroutine of the request
+// writes it and reads its answer. http.Transport has two more goroutines for each
+// connection and passes everything on twice: measured side by side, a proxied
+// completion takes a quarter less CPU here.
 //
-// It does what is asked here all day: small bodies, no TLS. All else goes
-// through the http.Transport, whose settings and dialer it shares.
+// It is for small bodies without TLS. All else goes through the http.Transport,
+// whose settings and dialer it shares.
 type http1 struct {
 	*http.Transport
 	addr string // host:port; empty: everything goes through the Transport
@@ -36,15 +36,15 @@ type http1 struct {
 
 const (
 	// http1Inline bounds the bodies that are written before any of the answer is
-	// read: a server that refuses a larger one in the middle can be heard only
-	// by somebody who reads meanwhile, as http.Transport does.
+	// read. The answer of a server that refuses a larger body in its middle is seen
+	// only by a client that reads meanwhile, as http.Transport does.
 	http1Inline = 64 << 10
 	// http1Interim bounds the 1xx answers before the one that counts.
 	http1Interim = 5
 )
 
-// newHTTP1 takes the host of a URL. Names that are written in other ways than in
-// ASCII, and zones of IPv6, are the Transport's to know.
+// newHTTP1 takes the host of a URL. Names that are not in ASCII, and zones of IPv6,
+// are left to the Transport.
 func newHTTP1(t *http.Transport, host string) *http1 {
 	at := url.URL{Host: host}
 	for i := range len(host) {
@@ -55,12 +55,12 @@ func newHTTP1(t *http.Transport, host string) *http1 {
 	return &http1{Transport: t, addr: net.JoinHostPort(at.Hostname(), cmp.Or(at.Port(), "80"))}
 }
 
-// http1Conn is a connection and what is read ahead of it.
+// http1Conn is a connection with its read buffer.
 type http1Conn struct {
 	net.Conn
 	raw    syscall.RawConn
 	in     *bufio.Reader
-	header int64     // bytes that an answer's header may still have; negative: no bound
+	header int64     // bytes that the answer's header may still have; negative: no bound
 	since  time.Time // it is idle
 	reused bool
 }
@@ -71,7 +71,7 @@ var (
 	errInterim       = errors.New("too many 1xx answers")
 )
 
-// Read is what the buffer reads from.
+// Read feeds the buffer.
 func (c *http1Conn) Read(b []byte) (int, error) {
 	if c.header < 0 {
 		return c.Conn.Read(b)
@@ -108,8 +108,8 @@ func (h *http1) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The last word before the request is written, as with http.Transport: who
-		// needs a permit to ask looks at it here.
+		// The last call before the request is written, as with http.Transport: a
+		// caller that has to check something just before it starts does it here.
 		if t := httptrace.ContextClientTrace(req.Context()); t != nil && t.GotConn != nil {
 			t.GotConn(httptrace.GotConnInfo{Conn: c, Reused: c.reused})
 			if req.Context().Err() != nil {
@@ -126,16 +126,16 @@ func (h *http1) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var http1Buffers = sync.Pool{New: func() any { b := make([]byte, 0, 4<<10); return &b }}
 
-// exchange sends a request on a connection and reads the answer's header.
-// again: the connection was kept from an earlier request and the server has
-// closed it meanwhile, without a byte of an answer; only a new one can tell.
-// Like http.Transport, it believes so only of requests that say they may be sent
+// exchange sends a request on a connection and reads the answer's header. again: the
+// connection was kept from an earlier request, and the server has closed it
+// meanwhile without a byte of an answer, so the request is to be sent on another
+// one. As with http.Transport, that is for requests only that say they may be sent
 // twice.
 func (h *http1) exchange(c *http1Conn, req *http.Request, text []byte) (resp *http.Response, again bool, err error) {
 	ctx := req.Context()
-	// Closed at once when the request is called off, whatever its goroutine does
-	// then: the upstream shall not work for nobody while a client's full buffer
-	// is waited for.
+	// The connection is closed as soon as the request is cancelled, even while its
+	// goroutine waits for a client with a full buffer: the upstream must stop
+	// working then.
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
 	c.header = maxAnswerHeader
 	_, failed := c.Write(text)
@@ -153,11 +153,11 @@ func (h *http1) exchange(c *http1Conn, req *http.Request, text []byte) (resp *ht
 		}
 		return nil, false, err
 	}
-	resp.Body = &http1Answer{ReadCloser: resp.Body, home: h, conn: c, stop: stop, keep: !resp.Close && !req.Close}
+	resp.Body = &http1Answer{ReadCloser: resp.Body, pool: h, conn: c, stop: stop, keep: !resp.Close && !req.Close}
 	return resp, false, nil
 }
 
-// replayable is http.Transport's own rule.
+// replayable is the rule of http.Transport.
 func replayable(req *http.Request) bool {
 	if req.Method == http.MethodGet || req.Method == http.MethodHead {
 		return true
@@ -184,8 +184,8 @@ func (c *http1Conn) readHeader(req *http.Request) (*http.Response, error) {
 	return nil, errInterim
 }
 
-// appendRequest writes a request as HTTP/1.1 has it. What it can't write it
-// refuses: a line break in a value would begin another header.
+// appendRequest writes a request in HTTP/1.1. It refuses what it can't write: a line
+// break in a value would begin another header.
 func appendRequest(b []byte, req *http.Request) ([]byte, error) {
 	host := req.Host
 	if host == "" {
@@ -232,7 +232,7 @@ func appendRequest(b []byte, req *http.Request) ([]byte, error) {
 	return b[:n], nil
 }
 
-// writable: it ends no line.
+// writable reports that s has no control characters, which could end a line.
 func writable(s string) bool {
 	for i := range len(s) {
 		if c := s[i]; c < ' ' && c != '\t' || c == 0x7f {
@@ -242,8 +242,8 @@ func writable(s string) bool {
 	return true
 }
 
-// connection takes the one that was used last, which is the least likely to be
-// closed soon, or dials.
+// connection takes the idle connection that was used last, which is the least likely
+// to be closed soon, or dials.
 func (h *http1) connection(ctx context.Context) (*http1Conn, error) {
 	for {
 		c := h.take()
@@ -254,7 +254,7 @@ func (h *http1) connection(ctx context.Context) (*http1Conn, error) {
 			c.reused = true
 			return c, nil
 		}
-		_ = c.Close() // nothing waits for it
+		_ = c.Close() // it is idle
 	}
 	conn, err := h.DialContext(ctx, "tcp", h.addr)
 	if err != nil {
@@ -291,7 +291,7 @@ func (h *http1) put(c *http1Conn) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if len(h.idle) >= h.MaxIdleConnsPerHost {
-		_ = c.Close() // nothing waits for it
+		_ = c.Close() // it is idle
 		return
 	}
 	h.idle = append(h.idle, c)
@@ -300,14 +300,14 @@ func (h *http1) put(c *http1Conn) {
 	}
 }
 
-// closeOld closes what was idle for too long; the oldest come first.
+// closeOld closes what was idle for too long. The oldest are first in idle.
 func (h *http1) closeOld() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
 	old := 0
 	for old < len(h.idle) && now.Sub(h.idle[old].since) >= h.IdleConnTimeout {
-		_ = h.idle[old].Close() // nothing waits for it
+		_ = h.idle[old].Close() // it is idle
 		old++
 	}
 	rest := copy(h.idle, h.idle[old:])
@@ -320,13 +320,13 @@ func (h *http1) closeOld() {
 	h.sweep = time.AfterFunc(h.IdleConnTimeout-now.Sub(h.idle[0].since), h.closeOld)
 }
 
-// CloseIdleConnections closes what nobody uses now.
+// CloseIdleConnections closes all idle connections.
 func (h *http1) CloseIdleConnections() {
 	h.Transport.CloseIdleConnections()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, c := range h.idle {
-		_ = c.Close() // nothing waits for it
+		_ = c.Close() // it is idle
 	}
 	h.idle = nil
 	if h.sweep != nil {
@@ -335,15 +335,14 @@ func (h *http1) CloseIdleConnections() {
 	}
 }
 
-// http1Answer is the body of an answer. Read to its end it gives the connection
-// back; closed before, it closes the connection too, and with it ends the
-// upstream's work.
+// http1Answer is the body of an answer. Read to its end it gives the connection back.
+// Closed before its end it closes the connection, and so ends the upstream's work.
 type http1Answer struct {
 	io.ReadCloser
-	home *http1
+	pool *http1
 	conn *http1Conn
-	stop func() bool // lets the context's end no longer close the connection
-	keep bool        // the server lets the connection be used again
+	stop func() bool // after it the context's end no longer closes the connection
+	keep bool        // the connection may be used again
 	over bool
 }
 
@@ -353,16 +352,16 @@ func (a *http1Answer) Read(b []byte) (int, error) {
 		return n, err
 	}
 	a.over = true
-	// What came after the answer's end belongs to no request.
+	// Bytes after the answer's end belong to no request.
 	if a.stop() && a.keep && errors.Is(err, io.EOF) && a.conn.in.Buffered() == 0 {
-		a.home.put(a.conn)
+		a.pool.put(a.conn)
 	} else {
 		_ = a.conn.Close() // the answer is what counts
 	}
 	return n, err
 }
 
-// Close does not read what is left.
+// Close doesn't read the rest.
 func (a *http1Answer) Close() error {
 	if a.over {
 		return nil

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"bufio"
@@ -13,9 +13,8 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 )
 
-// What vLLM and SGLang say of themselves: how many requests they run and queue,
-// whoever sent them. Other nodes and other clients of the same server are seen
-// in nothing else.
+// vLLM and SGLang report how many requests they run and queue, whoever sent them.
+// Requests of other nodes and of other clients of the same server show nowhere else.
 
 const (
 	// maxReport bounds a metrics page, maxReportLine one line of it.
@@ -41,43 +40,43 @@ var reportNames = map[cluster.UpstreamKind][]string{
 }
 
 // reports says whether it is worth asking for figures now.
-func (u *upstream) reports(now time.Time) bool {
-	if reportNames[u.def.Kind] == nil {
+func (i *instance) reports(now time.Time) bool {
+	if reportNames[i.def.Kind] == nil {
 		return false
 	}
-	r := u.reported.Load()
+	r := i.reported.Load()
 	return r == nil || !r.silent || now.Sub(r.at) >= reportPause
 }
 
-// askLoad reads the figures. They only help to choose, so a failure says
-// nothing against the server.
-func (p *Pipeline) askLoad(ctx context.Context, u *upstream) {
+// readLoad reads the figures. They only help to choose, so a failure says nothing
+// against the server.
+func (f *Fleet) readLoad(ctx context.Context, i *instance) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	// What this node has there is counted already. Taken before: a request that
-	// starts meanwhile is rather counted twice than never.
-	own := u.inFlight.Load()
-	total, err := u.readLoad(ctx)
+	// This node's requests there are counted already. They are taken before: one that
+	// starts meanwhile is counted twice rather than not at all.
+	own := i.inFlight.Load()
+	total, err := i.askLoad(ctx)
 	if ctx.Err() != nil {
-		return // the old figure grows old
+		return // the old figure expires
 	}
-	before := u.reported.Swap(&report{at: p.now(), foreign: max(0, total-own), silent: err != nil})
+	before := i.reported.Swap(&report{at: f.o.Now(), foreign: max(0, total-own), silent: err != nil})
 	if err != nil && (before == nil || !before.silent) {
-		p.log.Debug("upstream tells nothing of its load", append(u.words(), "error", err)...)
+		f.log.Debug("upstream reports no load", append(i.logAttrs(), "err", err)...)
 	}
 }
 
-func (u *upstream) readLoad(ctx context.Context) (int64, error) {
-	resp, err := u.get(ctx, u.base.metrics())
+func (i *instance) askLoad(ctx context.Context) (int64, error) {
+	resp, err := i.get(ctx, i.base.metrics())
 	if err != nil {
 		return 0, err
 	}
-	defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
-		_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxRefusal)) // so that the connection stays
-		return 0, fmt.Errorf("%s answered %d", u.base.metrics().Path, resp.StatusCode)
+		discard(resp.Body)
+		return 0, fmt.Errorf("%s answered %d", i.base.metrics().Path, resp.StatusCode)
 	}
-	return sumSeries(io.LimitReader(resp.Body, maxReport), reportNames[u.def.Kind])
+	return sumSeries(io.LimitReader(resp.Body, maxReport), reportNames[i.def.Kind])
 }
 
 // sumSeries adds up all series of the names in a page of Prometheus' text
@@ -107,7 +106,7 @@ func sumSeries(page io.Reader, names []string) (int64, error) {
 }
 
 // seriesValue reads `name value` or `name{labels} value`, with or without a
-// timestamp after it. Values that count nothing (negative, NaN) are none.
+// timestamp after it. Negative values and NaN are no values.
 func seriesValue(line []byte, name string) (float64, bool) {
 	rest, ok := bytes.CutPrefix(line, []byte(name))
 	if !ok || len(rest) == 0 {
@@ -132,8 +131,7 @@ func seriesValue(line []byte, name string) (float64, bool) {
 	return v, err == nil && v >= 0
 }
 
-// labelsEnd is where labels end that begin at 0: a label's value may hold any
-// brace.
+// labelsEnd is where labels end that begin at 0. A label's value may hold braces.
 func labelsEnd(b []byte) int {
 	inside := false
 	for i := 1; i < len(b); i++ {
@@ -149,10 +147,10 @@ func labelsEnd(b []byte) int {
 	return -1
 }
 
-// load adds what others have sent there, as far as it is known.
-func (u *upstream) load(now time.Time) load {
-	l := u.backend.load(now)
-	if r := u.reported.Load(); r != nil && !r.silent && now.Sub(r.at) < reportAge {
+// load adds the requests that others have sent there, as far as they are known.
+func (i *instance) load(now time.Time) load {
+	l := i.backend.load(now)
+	if r := i.reported.Load(); r != nil && !r.silent && now.Sub(r.at) < reportAge {
 		l.inFlight += r.foreign
 	}
 	return l

@@ -1,14 +1,14 @@
-package serving
+package upstream
 
 import "time"
 
-// breakerState is where a backend's breaker stands.
+// breakerState is the state of a backend's breaker.
 type breakerState int
 
 const (
 	breakerClosed   breakerState = iota
-	breakerOpen                  // only a last resort asks it
-	breakerHalfOpen              // one request at a time may try it
+	breakerOpen                  // asked as a last resort only
+	breakerHalfOpen              // one request at a time is let through
 	breakerStates
 )
 
@@ -19,13 +19,13 @@ func (s breakerState) String() string {
 const (
 	breakerWindow  = 30 * time.Second
 	breakerBuckets = 6
-	breakerVolume  = 20 // outcomes in the window before its share counts
-	breakerInRow   = 5  // long calls rarely fill the window
+	breakerVolume  = 20 // outcomes in the window before the share of failures counts
+	breakerInRow   = 5  // failures in a row that open it: long calls rarely fill the window
 	breakerWait    = 2 * time.Second
 	breakerMaxWait = 30 * time.Second
 )
 
-// record is what a breaker decides on.
+// record is the input of a breaker's decision.
 type record struct {
 	total, failed int // in the window
 	inRow         int
@@ -34,27 +34,27 @@ type record struct {
 type breakerReason string
 
 const (
-	reasonNone        breakerReason = ""
-	reasonInRow       breakerReason = "failures in a row"
-	reasonShare       breakerReason = "half of the window failed"
-	reasonTrialFailed breakerReason = "the trial failed"
-	reasonTrialWell   breakerReason = "the trial went well"
-	reasonWaited      breakerReason = "waited long enough"
-	reasonProbeWell   breakerReason = "the probe answers again"
+	reasonNone           breakerReason = ""
+	reasonInRow          breakerReason = "failures in a row"
+	reasonShare          breakerReason = "half of the window failed"
+	reasonTrialFailed    breakerReason = "the trial failed"
+	reasonTrialSucceeded breakerReason = "the trial succeeded"
+	reasonWaited         breakerReason = "waited long enough"
+	reasonProbeAnswers   breakerReason = "the probe answers again"
 )
 
-// decideBreaker is the whole rule: where a breaker goes after an outcome.
+// decideBreaker is the whole rule: the state after an outcome.
 func decideBreaker(s breakerState, e evidence, r record) (breakerState, breakerReason) {
 	switch {
 	case e == neutral:
 		return s, reasonNone
 	case s == breakerHalfOpen && e == good:
-		return breakerClosed, reasonTrialWell
+		return breakerClosed, reasonTrialSucceeded
 	case s == breakerHalfOpen:
 		return breakerOpen, reasonTrialFailed
 	case s == breakerOpen && e == good:
-		// A request that was under way, or a last resort, went well.
-		return breakerClosed, reasonTrialWell
+		// A request that was under way, or a last resort, succeeded.
+		return breakerClosed, reasonTrialSucceeded
 	case s == breakerClosed && r.inRow >= breakerInRow:
 		return breakerOpen, reasonInRow
 	case s == breakerClosed && r.total >= breakerVolume && 2*r.failed >= r.total:
@@ -63,13 +63,13 @@ func decideBreaker(s breakerState, e evidence, r record) (breakerState, breakerR
 	return s, reasonNone
 }
 
-// breaker keeps one backend's record. Its owner's lock guards it; time is
-// passed in.
+// breaker keeps one backend's record. The backend's lock guards it; time is passed
+// in.
 type breaker struct {
 	state   breakerState
 	since   time.Time
 	wait    time.Duration // of the current open state
-	trial   bool          // the one trial of half-open is out
+	trial   bool          // the one trial of half-open is taken
 	inRow   int
 	buckets [breakerBuckets]struct {
 		slot          int64
@@ -77,7 +77,7 @@ type breaker struct {
 	}
 }
 
-// current moves open to half-open when it has waited.
+// current makes an open breaker half-open that has waited, and returns the state.
 func (b *breaker) current(now time.Time) breakerState {
 	if b.state == breakerOpen && now.Sub(b.since) >= b.wait {
 		b.move(breakerHalfOpen, now)
@@ -85,7 +85,7 @@ func (b *breaker) current(now time.Time) breakerState {
 	return b.state
 }
 
-// enter asks for permission. trial must be handed back with leave, whatever
+// enter asks for permission. A trial must be given back with leave, whatever
 // happens.
 func (b *breaker) enter(now time.Time) (trial, ok bool) {
 	switch b.current(now) {
@@ -108,7 +108,7 @@ func (b *breaker) leave(trial bool) {
 	}
 }
 
-// note takes an outcome in and says why the state changed, if it did.
+// note counts an outcome and says why the state changed, if it did.
 func (b *breaker) note(e evidence, now time.Time) breakerReason {
 	if e == neutral {
 		return reasonNone
@@ -153,14 +153,14 @@ func (b *breaker) move(to breakerState, now time.Time) {
 			b.wait = min(2*b.wait, breakerMaxWait)
 		}
 	case breakerClosed:
-		// What led to the opening is over; it must not open it again.
+		// The failures that opened it must not open it again.
 		b.wait, b.inRow = 0, 0
 		clear(b.buckets[:])
 	}
 	b.state, b.since = to, now
 }
 
-// hasten ends the wait: something else shows that the backend lives.
+// hasten ends the wait of an open breaker.
 func (b *breaker) hasten(now time.Time) bool {
 	if b.state != breakerOpen {
 		return false

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"crypto/sha256"
@@ -7,40 +7,44 @@ import (
 )
 
 const (
-	// maxPrefix is how much of the messages tells prompts apart: system prompt
-	// and tools stand first, and that is what servers keep in their KV cache.
+	// maxPrefix is how much of a prompt tells it from others: system prompt and
+	// tools come first, and that is what servers keep in their KV cache.
 	maxPrefix = 4 << 10
-	// loadBound keeps a popular prefix from burying its server.
+	// loadBound bounds the requests in flight at a prefix's preferred server, as a
+	// multiple of the mean.
 	loadBound = 1.25
-	// A server that is this much worse than the best gains nothing from a warm
-	// cache; the slack keeps small differences from counting.
+	// A warm cache is not worth a server whose pace is worse than the best one's by
+	// this factor and slack (seconds; small differences don't count).
 	worseFactor = 2
-	worseSlack  = 0.05 // seconds
+	worseSlack  = 0.05
 )
 
-// choose picks one of the usable upstreams: the one that has seen the prompt's
-// beginning before, unless it is overloaded or doing badly; otherwise power of
-// two choices by cost.
-func (p *Pipeline) choose(s *search, usable []target) int {
+// pick chooses one of the usable instances: the one that has seen the prompt's
+// beginning before, unless it is overloaded or doing badly; otherwise the better of
+// two drawn at random.
+func (s *Search) pick(usable []offer) int {
+	if pick := s.fleet.o.Pick; pick != nil {
+		return pick(len(usable))
+	}
 	if len(usable) == 1 {
 		return 0
 	}
-	load := make([]load, 0, 16)
-	for _, t := range usable {
-		load = append(load, t.load(s.now))
+	loads := make([]load, 0, 16)
+	for _, o := range usable {
+		loads = append(loads, o.load(s.now))
 	}
 	if key, ok := s.affinity(); ok {
-		if at := preferred(key, load); at >= 0 {
+		if at := preferred(key, loads); at >= 0 {
 			return at
 		}
 	}
-	return betterOfTwo(load, p.random)
+	return betterOfTwo(loads, s.fleet.o.Random)
 }
 
-// load is a backend as a choice sees it.
+// load is what a choice compares of a backend.
 type load struct {
 	name     uint64  // hashed
-	pace     float64 // expected seconds to the first content, failures weighed in
+	pace     float64 // expected seconds to the first content, made worse by failures
 	inFlight int64
 }
 
@@ -58,9 +62,9 @@ func betterOfTwo(l []load, random func(int) int) int {
 
 func (l load) cost() float64 { return (l.pace + 0.001) * float64(l.inFlight+1) }
 
-// preferred is rendezvous hashing with bounded load: each backend has its own
-// order of preference for a key, so that one that leaves moves only its own
-// keys. It gives -1 when the best place for the key is doing badly.
+// preferred is rendezvous hashing with bounded load: each key ranks the backends in
+// an order of its own, so that a backend that leaves moves only its own keys. It
+// gives -1 when the best place for the key is doing badly.
 func preferred(key uint64, l []load) int {
 	var total int64
 	best := math.Inf(1)
@@ -84,7 +88,7 @@ func preferred(key uint64, l []load) int {
 	return at
 }
 
-// mix spreads bits (the finaliser of splitmix64).
+// mix is the finaliser of splitmix64.
 func mix(x uint64) uint64 {
 	x ^= x >> 30
 	x *= 0xbf58476d1ce4e5b9
@@ -93,23 +97,22 @@ func mix(x uint64) uint64 {
 	return x ^ x>>31
 }
 
-// affinity is what the request's prompt begins with, for its tenant: one key
-// on all nodes of the site. Requests without a prompt have none.
-func (s *search) affinity() (uint64, bool) {
+// affinity is a hash of what the prompt begins with, for its tenant: the same on all
+// nodes of the site.
+func (s *Search) affinity() (uint64, bool) {
 	if !s.keyed {
 		s.keyed = true
-		s.key, s.hasKey = affinityKey(s.r)
+		s.key, s.hasKey = affinityKey(s.Tenant, s.Prompt)
 	}
 	return s.key, s.hasKey
 }
 
-func affinityKey(r *Request) (uint64, bool) {
-	prompt := r.PromptAt.In(r.Body)
+func affinityKey(tenant string, prompt []byte) (uint64, bool) {
 	if len(prompt) == 0 {
 		return 0, false
 	}
 	h := sha256.New()
-	h.Write([]byte(r.Principal.Tenant))
+	h.Write([]byte(tenant))
 	h.Write([]byte{0})
 	h.Write(prompt[:min(len(prompt), maxPrefix)])
 	var sum [sha256.Size]byte

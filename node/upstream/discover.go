@@ -1,9 +1,10 @@
-package serving
+package upstream
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -17,7 +18,7 @@ import (
 )
 
 const (
-	// maxInstances bounds what one upstream's name may stand for.
+	// maxInstances bounds the addresses that one upstream may have.
 	maxInstances  = 64
 	lookUpEvery   = 5 * time.Second
 	lookUpTimeout = 2 * time.Second
@@ -42,9 +43,9 @@ func (o origin) discovers() bool {
 	return o.mode == cluster.DiscoverDNS || o.mode == cluster.DiscoverSRV
 }
 
-// found is what an origin was last known to stand for. A lookup that fails or
-// finds nothing leaves the addresses as they were: a name server that is down
-// must not take servers away that are well. It is immutable.
+// found is the result of the last lookups of an origin. A lookup that fails or
+// finds nothing leaves the addresses as they were: a name server that is down must
+// not take healthy servers away. It is immutable.
 type found struct {
 	of        origin
 	addresses []string // host:port, sorted
@@ -54,12 +55,12 @@ type found struct {
 
 var errNoAddress = errors.New("no address was found")
 
-// lookUp asks for an origin's addresses now, and keeps the old ones if it must.
-func (p *Pipeline) lookUp(ctx context.Context, of origin, before *found) *found {
+// lookUp asks for an origin's addresses now. When that fails it keeps the old ones.
+func (f *Fleet) lookUp(ctx context.Context, of origin, before *found) *found {
 	ctx, cancel := context.WithTimeout(ctx, lookUpTimeout)
 	defer cancel()
 	next := &found{of: of}
-	next.addresses, next.err = resolve(ctx, p.opts.Resolver, of)
+	next.addresses, next.err = resolve(ctx, f.o.Resolver, of)
 	if next.err != nil {
 		if before != nil && before.of == of {
 			next.addresses, next.dropped = before.addresses, before.dropped
@@ -106,8 +107,8 @@ func addressesOf(ctx context.Context, r Resolver, host, port string) ([]string, 
 	return list, nil
 }
 
-// resolveSRV takes every target that has an address; one that has none doesn't
-// stand for the others.
+// resolveSRV takes every target that has an address. A target without one is no
+// error while others have some.
 func resolveSRV(ctx context.Context, r Resolver, u *url.URL) ([]string, error) {
 	host, service, proto := u.Hostname(), u.Scheme, "tcp"
 	if strings.HasPrefix(host, "_") {
@@ -122,7 +123,7 @@ func resolveSRV(ctx context.Context, r Resolver, u *url.URL) ([]string, error) {
 	for _, s := range records[:min(len(records), maxInstances)] {
 		target := strings.TrimSuffix(s.Target, ".")
 		if target == "" || s.Port == 0 {
-			continue // RFC 2782: the service is decidedly not there
+			continue // RFC 2782: the service is not available
 		}
 		more, err := addressesOf(ctx, r, target, strconv.Itoa(int(s.Port)))
 		if err != nil {
@@ -136,8 +137,8 @@ func resolveSRV(ctx context.Context, r Resolver, u *url.URL) ([]string, error) {
 	return list, nil
 }
 
-// identity is the host that a discovered server must prove to be: the domain
-// of the SRV records, whatever unproven DNS says the target is called.
+// identity is the host that a discovered server must have a certificate for: the
+// domain of the SRV records. The target's name comes from DNS, which proves nothing.
 func identity(host string) string {
 	for strings.HasPrefix(host, "_") {
 		_, rest, ok := strings.Cut(host, ".")
@@ -149,95 +150,92 @@ func identity(host string) string {
 	return host
 }
 
-// lookUpAll asks for each origin once, several at a time.
-func (p *Pipeline) lookUpAll(ctx context.Context, wanted map[string]*found) map[string]*found {
+// lookUpAll looks each origin up once, several at a time.
+func (f *Fleet) lookUpAll(ctx context.Context, wanted map[string]*found) map[string]*found {
 	next := make(map[string]*found, len(wanted))
 	var mu sync.Mutex // guards next
-	room := make(chan struct{}, lookUpsAtOnce)
+	slots := make(chan struct{}, lookUpsAtOnce)
 	var all sync.WaitGroup
 	for name, before := range wanted {
-		room <- struct{}{}
+		slots <- struct{}{}
 		all.Go(func() {
-			defer func() { <-room }()
-			f := p.lookUp(ctx, before.of, before)
+			defer func() { <-slots }()
+			now := f.lookUp(ctx, before.of, before)
 			mu.Lock()
 			defer mu.Unlock()
-			next[name] = f
+			next[name] = now
 		})
 	}
 	all.Wait()
 	return next
 }
 
-// meet looks up what a configuration names for the first time, so that it is
-// served from the moment on that it is in force.
-func (p *Pipeline) meet(c *cluster.Config) {
+// discoverNew looks up what a configuration names for the first time, so that it can
+// be asked as soon as the configuration is in force.
+func (f *Fleet) discoverNew(c *cluster.Config) {
 	wanted := make(map[string]*found)
-	p.mu.Lock()
+	f.mu.Lock()
 	for name, def := range c.Upstreams {
 		of := originOf(def)
-		if f := p.found[name]; def.Site == p.site && of.discovers() && (f == nil || f.of != of) {
+		if known := f.found[name]; def.Site == f.o.Site && of.discovers() && (known == nil || known.of != of) {
 			wanted[name] = &found{of: of}
 		}
 	}
-	p.mu.Unlock()
+	f.mu.Unlock()
 	if len(wanted) == 0 {
 		return
 	}
-	next := p.lookUpAll(context.Background(), wanted) // each lookup has its own deadline
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for name, f := range next {
-		p.learned(name, wanted[name], f)
-		p.found[name] = f
+	next := f.lookUpAll(context.Background(), wanted) // each lookup has its own deadline
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for name, now := range next {
+		f.logFound(name, wanted[name], now)
+		f.found[name] = now
 	}
 }
 
-// discover looks everything up again, and publishes what has changed.
-func (p *Pipeline) discover(ctx context.Context) {
-	wanted := make(map[string]*found)
-	p.mu.Lock()
-	for name, f := range p.found {
-		wanted[name] = f
-	}
-	p.mu.Unlock()
+// discover looks everything up again, and makes the table anew if something changed.
+func (f *Fleet) discover(ctx context.Context) {
+	f.mu.Lock()
+	wanted := maps.Clone(f.found)
+	f.mu.Unlock()
 	if len(wanted) == 0 {
 		return
 	}
-	next := p.lookUpAll(ctx, wanted)
+	next := f.lookUpAll(ctx, wanted)
 	if ctx.Err() != nil {
 		return
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	changed := false
-	for name, f := range next {
+	for name, now := range next {
 		before := wanted[name]
-		if p.found[name] != before {
+		if f.found[name] != before {
 			continue // the configuration has changed meanwhile
 		}
-		p.learned(name, before, f)
-		p.found[name] = f
-		changed = changed || !slices.Equal(before.addresses, f.addresses) || (before.err == nil) != (f.err == nil)
+		f.logFound(name, before, now)
+		f.found[name] = now
+		changed = changed || !slices.Equal(before.addresses, now.addresses) || (before.err == nil) != (now.err == nil)
 	}
 	if changed {
-		_ = p.configure(p.conf) // what can't be used was told when it was applied, and is shown in the status
-		p.probeSoon()
+		_ = f.configure(f.conf) // the error was returned by Configure, and is in the status
+		f.probeSoon()
 	}
 }
 
-// learned logs what is new, once.
-func (p *Pipeline) learned(name string, before, now *found) {
+// logFound logs what is new.
+func (f *Fleet) logFound(name string, before, now *found) {
 	switch {
 	case now.err != nil && before.err == nil:
-		p.log.Warn("upstream can't be looked up, the addresses known so far stay", "upstream", name, "known", len(now.addresses), "error", now.err)
+		f.log.Warn("could not look up upstream; its known addresses stay", "upstream", name, "known", len(now.addresses), "err", now.err)
 	case now.err == nil && before.err != nil:
-		p.log.Info("upstream can be looked up again", "upstream", name)
+		f.log.Info("upstream can be looked up again", "upstream", name)
 	}
 	if !slices.Equal(before.addresses, now.addresses) {
-		p.log.Info("upstream's addresses", "upstream", name, "before", len(before.addresses), "addresses", now.addresses)
+		f.log.Info("upstream's addresses", "upstream", name, "before", len(before.addresses), "addresses", now.addresses)
 	}
 	if now.dropped > 0 && before.dropped == 0 {
-		p.log.Warn("upstream has more addresses than are used", "upstream", name, "used", maxInstances, "unused", now.dropped)
+		f.log.Warn("upstream has more addresses than are used", "upstream", name, "used", maxInstances, "unused", now.dropped)
 	}
 }

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"fmt"
@@ -86,67 +86,32 @@ func TestPreferredSpreads(t *testing.T) {
 
 func TestAffinityKey(t *testing.T) {
 	long := strings.Repeat("x", maxPrefix)
-	key := func(tenant, body string) uint64 {
-		r := request("/v1/chat/completions", body, false)
-		r.Principal.Tenant = tenant
-		k, ok := affinityKey(r)
+	key := func(tenant, prompt string) uint64 {
+		k, ok := affinityKey(tenant, []byte(prompt))
 		if !ok {
-			t.Fatalf("no key: %.60s", body)
+			t.Fatalf("no key: %.60s", prompt)
 		}
 		return k
 	}
-	base := key("t", `{"model":"m","messages":["`+long+`a"]}`)
+	base := key("t", long+"a")
 	for name, c := range map[string]struct {
 		same bool
 		key  uint64
 	}{
-		"another end":      {true, key("t", `{"temperature":1,"messages":["`+long+`b"],"model":"m"}`)},
-		"another tenant":   {false, key("u", `{"model":"m","messages":["`+long+`a"]}`)},
-		"another start":    {false, key("t", `{"model":"m","messages":["y`+long+`a"]}`)},
-		"a cache key":      {false, key("t", `{"model":"m","messages":["`+long+`a"],"prompt_cache_key":"k"}`)},
-		"a null cache key": {true, key("t", `{"model":"m","messages":["`+long+`a"],"prompt_cache_key":null}`)},
+		"another end":    {true, key("t", long+"b")},
+		"another tenant": {false, key("u", long+"a")},
+		"another start":  {false, key("t", "y"+long+"a")},
+		"shorter":        {false, key("t", "x")},
 	} {
 		if (c.key == base) != c.same {
 			t.Errorf("%s: same %v", name, c.key == base)
 		}
 	}
-	if key("t", `{"model":"m","messages":[1],"prompt_cache_key":"k"}`) != key("t", `{"model":"m","messages":[2],"prompt_cache_key":"k"}`) {
-		t.Error("one cache key, two places")
+	if key("a", "bc") == key("ab", "c") {
+		t.Error("tenant and prompt run together")
 	}
-	if _, ok := affinityKey(request("/v1/embeddings", `{"model":"m","input":"x"}`, false)); ok {
-		t.Error("embeddings have no cache to keep")
-	}
-}
-
-// TestSamePromptSameServer, and another when that one fails.
-func TestSamePromptSameServer(t *testing.T) {
-	var all []*server
-	for _, name := range []string{"a", "b", "c"} {
-		all = append(all, newServer(t, name, well))
-	}
-	r := newRig(t, all, func(r *rig, _ *Options) { r.choosing = true })
-	first := ""
-	for i := range 20 {
-		saw, err := r.serve(t, chat(i%2 == 0))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if first == "" {
-			first = saw.heads[0].Upstream
-		}
-		if saw.heads[0].Upstream != first {
-			t.Fatalf("went to %s, then to %s", first, saw.heads[0].Upstream)
-		}
-	}
-	for _, s := range all {
-		if s.name == first {
-			s.set(status(500))
-		}
-	}
-	for range 20 {
-		if _, err := r.serve(t, chat(false)); err != nil {
-			t.Fatal(err)
-		}
+	if _, ok := affinityKey("t", nil); ok {
+		t.Error("without a prompt no cache helps")
 	}
 }
 
@@ -164,15 +129,15 @@ func TestQuickFailer(t *testing.T) {
 	for range 2000 {
 		now = now.Add(5 * time.Millisecond)
 		at := betterOfTwo([]load{pair[0].load(now), pair[1].load(now)}, rng.IntN)
-		permit, why := pair[at].enter(now, true)
+		trial, why := pair[at].enter(now, true)
 		if why != granted {
 			t.Fatal(why)
 		}
 		asked[at]++
 		if at == 0 && rng.IntN(10) < 4 {
-			permit.leave(now, outcome{result: resultServerError}, 0)
+			pair[at].leave(now, trial, Outcome{Result: ServerFailed}, 0)
 		} else {
-			permit.leave(now, outcome{result: resultOK}, []time.Duration{5 * time.Millisecond, 80 * time.Millisecond}[at])
+			pair[at].leave(now, trial, Outcome{Result: OK}, []time.Duration{5 * time.Millisecond, 80 * time.Millisecond}[at])
 		}
 	}
 	if asked[0] > asked[1]/2 {

@@ -1,4 +1,4 @@
-package serving
+package upstream
 
 import (
 	"errors"
@@ -7,9 +7,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// boundUnacknowledged gives up on a connection whose peer has acknowledged
-// nothing for ten seconds. Keep-alive does not cover that: it is silent while
-// data is on its way, and the kernel would try again for a quarter of an hour.
+// boundUnacknowledged ends a connection whose peer has acknowledged nothing for ten
+// seconds. Keep-alive doesn't cover that: it sends no probes while data is
+// unacknowledged, and the kernel would send the data again for a quarter of an hour.
 func boundUnacknowledged(_, _ string, c syscall.RawConn) error {
 	var failed error
 	err := c.Control(func(fd uintptr) {
@@ -21,9 +21,8 @@ func boundUnacknowledged(_, _ string, c syscall.RawConn) error {
 	return failed
 }
 
-// quiet reports that a connection which nothing is asked on is open and that
-// nothing came: what a server sends unasked must not be the next request's
-// answer.
+// quiet reports that an idle connection is open and that nothing has come on it:
+// what a server sends unasked must not become the next request's answer.
 func quiet(c syscall.RawConn) bool {
 	if c == nil {
 		return true
