@@ -20,6 +20,10 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
@@ -135,7 +139,7 @@ func (n *Node) open() error {
 	if err := storage.CheckTogether(store, snapshots); err != nil {
 		return err
 	}
-	credentials, err := cluster.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
+	credentials, err := mesh.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
 	if err != nil {
 		return err
 	}
@@ -147,7 +151,7 @@ func (n *Node) open() error {
 		return err
 	}
 	n.isolation = &isolation{
-		site: n.cfg.Site, boottime: cluster.Boottime, now: time.Now, log: n.log,
+		site: n.cfg.Site, boottime: clock.Boottime, now: time.Now, log: n.log,
 		sever: func() { n.cluster.Sever() },
 	}
 	n.cluster, err = cluster.New(cluster.Options{
@@ -184,7 +188,7 @@ func (n *Node) open() error {
 	n.pipeline = serving.New(serving.Options{Fleet: n.fleet, Cache: n.cache, Logger: n.log, Registerer: n.reg})
 	n.onStop("shared requests", func() error { n.pipeline.Close(); return nil })
 	n.gateway = gateway.New(gateway.Options{
-		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
+		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
@@ -306,8 +310,8 @@ func (n *Node) Reload() error {
 // keepConfigured gives the agreed configuration, and what is drained of it, to
 // the fleet and the cache whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
-	var current *cluster.Config
-	var drained map[string]cluster.DrainedUpstream
+	var current *config.Config
+	var drained map[string]agreed.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()
 		s := n.cluster.State()
@@ -343,7 +347,7 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	if err := n.cluster.AwaitMember(ctx); err != nil {
 		return nil // ctx ended first
 	}
-	boottime := cluster.Boottime
+	boottime := clock.Boottime
 	c := &command{
 		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -20,7 +21,7 @@ type surroundings struct {
 	peers  []upstream.Peer // of other sites, nearest knowledge of who lives
 	ready  bool            // some upstream in some site is reachable
 	// heardSince is when the present unbroken time of hearing each peer began,
-	// on cluster.Boottime. It is kept whether this node leads or not: a new
+	// on clock.Boottime. It is kept whether this node leads or not: a new
 	// leader must not take nodes that it has heard all along for newcomers.
 	heardSince map[string]time.Duration
 }
@@ -35,7 +36,7 @@ func (n *Node) keepLooking(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-beat.C:
-			beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookEvery))
+			beat.Reset(clock.UntilTick(clock.Boottime(), lookEvery))
 			n.look()
 		}
 	}
@@ -46,7 +47,7 @@ func (n *Node) look() {
 		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
 		heardSince: map[string]time.Duration{},
 	}
-	before, now := n.surround.Load().heardSince, cluster.Boottime()
+	before, now := n.surround.Load().heardSince, clock.Boottime()
 	for _, u := range n.fleet.Status() {
 		if u.Drained {
 			continue // it is nobody's to count on

@@ -15,6 +15,9 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/jobs"
@@ -101,18 +104,18 @@ func (w *work) retention() time.Duration {
 			return s.Parsed.Jobs.Retention.D()
 		}
 	}
-	return cluster.DefaultJobs().Retention.D()
+	return config.DefaultJobs().Retention.D()
 }
 
 // connect makes what needs the cluster.
 func (w *work) connect() error {
 	n := w.n
-	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, cluster.Boottime)
+	w.ownership = failover.NewOwnership(n.cfg.Name, n.cluster, func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime)
 	var err error
 	w.replication, err = replication.New(replication.Options{
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: w.log, Table: w.table, Ring: n.keys.ring, Members: w.members, Current: w.current,
 		Dial:    func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
-		Retired: w.retired, Deliver: n.absorb, Boottime: cluster.Boottime, Logger: n.log, Registerer: n.reg,
+		Retired: w.retired, Deliver: n.absorb, Boottime: clock.Boottime, Logger: n.log, Registerer: n.reg,
 	})
 	return err
 }
@@ -149,7 +152,7 @@ func (w *work) current() bool {
 // done with it, or it was never agreed on, its origin is no member, and nothing in
 // it is left to do. What is left somebody asks for.
 func (w *work) retired(s journal.Stream) bool {
-	state, key := w.n.cluster.State(), cluster.StreamKey(s.Origin, s.Incarnation.String())
+	state, key := w.n.cluster.State(), agreed.StreamKey(s.Origin, s.Incarnation.String())
 	if _, agreed := state.Streams[key]; agreed {
 		return false
 	}
@@ -186,7 +189,7 @@ func (w *work) run(ctx context.Context) error {
 		adopter := failover.NewAdopter(failover.Options{
 			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,
 			Health:      func() cluster.Health { return w.n.surround.Load().health },
-			Boottime:    cluster.Boottime,
+			Boottime:    clock.Boottime,
 			Quarantined: func() bool { return w.n.cluster.Quarantined() != "" },
 			Logger:      w.n.log, Registerer: w.n.reg,
 		})
@@ -306,7 +309,7 @@ func (w *work) elsewhere() []upstream.Peer {
 
 // status is what this node knows of jobs, and of how far the copies of each site
 // are behind; nothing before it carries any.
-func (w *work) status(s *cluster.State) (*admin.Jobs, map[string]replication.Copy) {
+func (w *work) status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
 	j := w.jobs.Load()
 	if j == nil || s.Parsed == nil {
 		return nil, nil
@@ -451,7 +454,7 @@ func (n *Node) CheckJobs(ctx context.Context) error { return n.work.check(ctx) }
 // JobStreams implements admin.JobsChecker.
 func (n *Node) JobStreams(context.Context) (admin.JobStreams, error) {
 	s := n.cluster.State()
-	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]cluster.JobStream, 0, len(s.Streams))}
+	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]agreed.JobStream, 0, len(s.Streams))}
 	for _, key := range slices.Sorted(maps.Keys(s.Streams)) {
 		streams.Data = append(streams.Data, s.Streams[key])
 	}

@@ -14,7 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -46,10 +46,10 @@ func BenchmarkProxied(b *testing.B) {
 	})
 	defer proxy.Close()
 
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: server.URL + "/v1"}},
-		Models:    map[string]cluster.Model{"deepseek-chat": {Serve: []cluster.Serve{{Upstream: "up"}}}},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: server.URL + "/v1"}},
+		Models:    map[string]config.Model{"deepseek-chat": {Serve: []config.Serve{{Upstream: "up"}}}},
 	}
 	fleet := upstream.New(upstream.Options{Site: "here"})
 	if err := fleet.Configure(cfg); err != nil {
@@ -57,7 +57,7 @@ func BenchmarkProxied(b *testing.B) {
 	}
 	defer fleet.Close()
 	g := New(Options{
-		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	door := httptest.NewServer(g)

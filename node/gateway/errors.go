@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 )
@@ -119,11 +119,11 @@ func explain(err error, model string) *failure {
 			f.message = fmt.Sprintf("No model server can answer for `%s` now. Please try again later.", printable(model))
 		}
 		return f
-	case errors.Is(err, cluster.ErrKeyMissing):
+	case errors.Is(err, agreed.ErrKeyMissing):
 		return badKey("You didn't provide an API key. Send it in an Authorization header: Authorization: Bearer YOUR_KEY.")
-	case errors.Is(err, cluster.ErrKeyUnknown):
+	case errors.Is(err, agreed.ErrKeyUnknown):
 		return badKey("Incorrect API key provided.")
-	case errors.Is(err, cluster.ErrKeyExpired), errors.Is(err, cluster.ErrKeyRevoked):
+	case errors.Is(err, agreed.ErrKeyExpired), errors.Is(err, agreed.ErrKeyRevoked):
 		return badKey("This key can't be used: " + err.Error() + ".")
 	case errors.Is(err, ErrKeyUnknowable):
 		return &failure{status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "auth_unavailable", retryAfter: time.Second, message: "API keys can't be checked now. Please try again later."}

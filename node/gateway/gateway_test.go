@@ -18,7 +18,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -40,21 +41,21 @@ func (k keys) Authenticate(token string, local bool) (serving.Principal, error) 
 		if local && !k.strict {
 			return serving.Principal{}, nil
 		}
-		return serving.Principal{}, cluster.ErrKeyMissing
+		return serving.Principal{}, agreed.ErrKeyMissing
 	case "all":
 		return serving.Principal{KeyID: "k1", Tenant: "t"}, nil
 	case "one":
 		return serving.Principal{KeyID: "k2", Tenant: "t", Models: []string{"other"}}, nil
 	case "expired":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyExpired)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyExpired)
 	case "revoked":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyRevoked)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyRevoked)
 	case "unknowable":
 		return serving.Principal{}, fmt.Errorf("look up: %w", ErrKeyUnknowable)
 	case "odd":
 		return serving.Principal{}, errors.New("disk on fire")
 	}
-	return serving.Principal{}, cluster.ErrKeyUnknown
+	return serving.Principal{}, agreed.ErrKeyUnknown
 }
 
 type healthFunc func() Report
@@ -68,10 +69,10 @@ type bench struct {
 	reg *prometheus.Registry
 }
 
-func testConfig() *cluster.Config {
-	return &cluster.Config{
-		Models: map[string]cluster.Model{"m": {}, "other": {}, "org/deep": {}},
-		Limits: cluster.DefaultLimits(),
+func testConfig() *config.Config {
+	return &config.Config{
+		Models: map[string]config.Model{"m": {}, "other": {}, "org/deep": {}},
+		Limits: config.DefaultLimits(),
 	}
 }
 
@@ -81,7 +82,7 @@ func open(t *testing.T, server serving.Server, change func(*Options)) *bench {
 	cfg := testConfig()
 	b := &bench{reg: prometheus.NewRegistry()}
 	o := Options{
-		Server: server, Config: func() *cluster.Config { return cfg }, Auth: keys{},
+		Server: server, Config: func() *config.Config { return cfg }, Auth: keys{},
 		Health: healthFunc(func() Report { return Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true} }),
 		Site:   "here", Node: "here-1", Registerer: b.reg,
 	}
@@ -478,7 +479,7 @@ func TestInFlightLimit(t *testing.T) {
 	}), func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.InFlight = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -510,7 +511,7 @@ func TestConnectionLimit(t *testing.T) {
 	b := open(t, echo, func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.Connections = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	first, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
 	if err != nil {

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -41,11 +41,11 @@ func jobMember(s *openai.Scanner, r *jobs.Request, inner *openai.Request, key st
 		*inner, err = s.Request(key)
 	case "durability":
 		var text string
-		text, err = s.OneOf(key, cluster.JobDurabilities())
+		text, err = s.OneOf(key, config.JobDurabilities())
 		r.Durability = journal.Durability(text)
 	case "min_durability":
 		var text string
-		text, err = s.OneOf(key, cluster.JobDurabilities())
+		text, err = s.OneOf(key, config.JobDurabilities())
 		r.MinDurability = journal.Durability(text)
 	case "priority":
 		r.Priority, err = s.Whole(key, 0, maxPriority)
@@ -66,7 +66,7 @@ func expiry(s *openai.Scanner, param string) (time.Duration, error) {
 		return 0, err
 	}
 	d, ok := jobs.ParseExpiry(text)
-	if !ok || d < time.Second || d > cluster.MaxJobExpiry {
+	if !ok || d < time.Second || d > config.MaxJobExpiry {
 		return 0, &openai.BodyError{At: at, Param: param, Text: param + ` must be a time from "1s" to "7d", such as "90s", "1h" or "2d"`}
 	}
 	return d, nil

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/modelsim"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -54,26 +54,26 @@ type site struct {
 	door  string // of peers
 }
 
-func inSeconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
+func inSeconds(s float64) config.Duration { return config.Duration(s * float64(time.Second)) }
 
 // startSites makes sites that know each other. patience in seconds is the first
 // token's timer and that between tokens.
 func startSites(t *testing.T, o modelsim.Options, patience float64, names ...string) map[string]*site {
 	t.Helper()
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{}, Upstreams: map[string]cluster.Upstream{}, Limits: cluster.DefaultLimits(),
-		Timeouts: cluster.Timeouts{Connect: inSeconds(patience), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{}, Upstreams: map[string]config.Upstream{}, Limits: config.DefaultLimits(),
+		Timeouts: config.Timeouts{Connect: inSeconds(patience), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
 	}
 	sites := map[string]*site{}
-	m := cluster.Model{}
+	m := config.Model{}
 	for i, name := range names {
 		s := &site{sim: startSim(t, o)}
 		sites[name] = s
-		cfg.Sites[name] = cluster.Site{City: name, Priority: i + 1}
-		cfg.Upstreams["at-"+name] = cluster.Upstream{Site: name, Kind: cluster.KindVLLM, URL: s.sim.url + "/v1", MaxConcurrency: 1024}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: "at-" + name})
+		cfg.Sites[name] = config.Site{City: name, Priority: i + 1}
+		cfg.Upstreams["at-"+name] = config.Upstream{Site: name, Kind: config.KindVLLM, URL: s.sim.url + "/v1", MaxConcurrency: 1024}
+		m.Serve = append(m.Serve, config.Serve{Upstream: "at-" + name})
 	}
-	cfg.Models = map[string]cluster.Model{"m": m, "m@tokens=50,rate=50": m}
+	cfg.Models = map[string]config.Model{"m": m, "m@tokens=50,rate=50": m}
 	for _, name := range names {
 		s := sites[name]
 		s.fleet = upstream.New(upstream.Options{
@@ -92,7 +92,7 @@ func startSites(t *testing.T, o modelsim.Options, patience float64, names ...str
 		}
 		t.Cleanup(s.fleet.Close)
 		s.bench = open(t, serving.New(serving.Options{Fleet: s.fleet}), func(o *Options) {
-			o.Config = func() *cluster.Config { return cfg }
+			o.Config = func() *config.Config { return cfg }
 			o.Site, o.Node = name, name+"-1"
 		})
 		s.door = listen(t, s.Gateway, s.PeerHandler())

@@ -10,7 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 type shedReason int
@@ -59,7 +59,7 @@ func newMetrics(reg prometheus.Registerer, inFlight func() float64) *metrics {
 // modelTable holds the metric handles of the configured models, so that a
 // request looks its labels up once and makes none.
 type modelTable struct {
-	of      *cluster.Config
+	of      *config.Config
 	byName  map[string]*modelMetrics
 	unknown *modelMetrics
 }
@@ -82,7 +82,7 @@ func newModelMetrics(name string) *modelMetrics {
 
 // table gives the handles for a configuration, making them anew when another
 // was published.
-func (m *metrics) table(cfg *cluster.Config) *modelTable {
+func (m *metrics) table(cfg *config.Config) *modelTable {
 	if t := m.current.Load(); t != nil && t.of == cfg {
 		return t
 	}

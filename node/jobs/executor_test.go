@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -131,7 +132,7 @@ func TestUnreadableRequest(t *testing.T) {
 // TestOrder: the highest priority first, then tenants in turn, then age.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 1 })
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 1 })
 		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
@@ -274,7 +275,7 @@ func TestIslandSurvivesACrash(t *testing.T) {
 // one that ended stays as it is.
 func TestCrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.MaxAttempts = 2 })
+		w.agreed.configure(func(j *config.Jobs) { j.MaxAttempts = 2 })
 		hang := true
 		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			if hang && string(r.Body) == string(marked("hangs")) {
@@ -309,7 +310,7 @@ func TestCrash(t *testing.T) {
 // TestStop: what runs gets its time, and the rest waits for the next start.
 func TestStop(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 2 })
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 2 })
 		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
 			if string(r.Body) == string(marked("long")) {

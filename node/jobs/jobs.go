@@ -17,7 +17,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -37,7 +38,7 @@ type Options struct {
 	Ring        *keyring.Ring
 	Replication Replication
 	Ownership   Ownership
-	State       func() *cluster.State
+	State       func() *agreed.State
 
 	// Server answers the jobs' requests, the same one that the gateway has.
 	Server serving.Server
@@ -121,9 +122,9 @@ func (j *Jobs) Counts() Counts {
 }
 
 // config is never nil.
-func (o *Options) config() cluster.Jobs {
+func (o *Options) config() config.Jobs {
 	if s := o.State(); s != nil && s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
-	return cluster.DefaultJobs()
+	return config.DefaultJobs()
 }

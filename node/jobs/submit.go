@@ -7,7 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -142,7 +142,7 @@ func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least
 
 // possibility is what the agreed nodes can give.
 type possibility struct {
-	state *cluster.State // that they are agreed on in
+	state *agreed.State // that they are agreed on in
 	level journal.Durability
 	err   error
 }

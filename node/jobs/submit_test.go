@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -203,7 +203,7 @@ func TestKeyInTwoSites(t *testing.T) {
 func TestBounds(t *testing.T) {
 	w := newWorld(t)
 	w.spare.Store(0)
-	w.agreed.configure(func(j *cluster.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
+	w.agreed.configure(func(j *config.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
 	w.start()
 	if now, _, _ := w.streams.current(); !w.exec.has(now) {
 		t.Error("jobs are taken before they are counted")

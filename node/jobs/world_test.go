@@ -16,7 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -33,7 +34,7 @@ type agreement struct {
 	boot func() time.Duration
 
 	mu      sync.Mutex // guards all below
-	state   *cluster.State
+	state   *agreed.State
 	index   uint64
 	changed chan struct{}
 	leased  bool
@@ -41,17 +42,17 @@ type agreement struct {
 }
 
 func newAgreement(boot func() time.Duration) *agreement {
-	cfg := cluster.Config{Jobs: cluster.DefaultJobs()}
+	cfg := config.Config{Jobs: config.DefaultJobs()}
 	return &agreement{
 		boot: boot, index: 10, changed: make(chan struct{}),
-		state: &cluster.State{
-			ClusterID: "c", Generation: cluster.Generation{Number: 1}, Parsed: &cfg, Primary: cluster.Primary{Site: "here", Epoch: 7},
-			Nodes: map[string]cluster.Node{"here-1": {Name: "here-1", Site: "here"}, "here-2": {Name: "here-2", Site: "here"}, "there-1": {Name: "there-1", Site: "there"}},
+		state: &agreed.State{
+			ClusterID: "c", Generation: agreed.Generation{Number: 1}, Parsed: &cfg, Primary: agreed.Primary{Site: "here", Epoch: 7},
+			Nodes: map[string]agreed.Node{"here-1": {Name: "here-1", Site: "here"}, "here-2": {Name: "here-2", Site: "here"}, "there-1": {Name: "there-1", Site: "there"}},
 		},
 	}
 }
 
-func (a *agreement) State() *cluster.State {
+func (a *agreement) State() *agreed.State {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.state
@@ -72,7 +73,7 @@ func (a *agreement) OwnershipLease() (left time.Duration, ownership uint64) {
 	return time.Second, a.state.Ownership
 }
 
-func (a *agreement) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (a *agreement) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.refuse != nil {
@@ -83,7 +84,7 @@ func (a *agreement) Propose(_ context.Context, t cluster.CommandType, data any) 
 		return 0, err
 	}
 	a.index++
-	next, err := cluster.Apply(a.state, cluster.Command{Format: 1, Type: t, At: time.Now(), Data: text, Term: 1, Index: a.index})
+	next, err := agreed.Apply(a.state, agreed.Command{Format: 1, Type: t, At: time.Now(), Data: text, Term: 1, Index: a.index})
 	if err != nil {
 		return 0, err
 	}
@@ -109,7 +110,7 @@ func (a *agreement) refuseAll(err error) {
 	a.refuse = err
 }
 
-func (a *agreement) configure(change func(*cluster.Jobs)) {
+func (a *agreement) configure(change func(*config.Jobs)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	next, cfg := *a.state, *a.state.Parsed
@@ -122,7 +123,7 @@ func (a *agreement) configure(change func(*cluster.Jobs)) {
 func (a *agreement) give(t *testing.T, s journal.Stream, to string) {
 	t.Helper()
 	j := a.State().Streams[keyOf(s)]
-	_, err := a.Propose(t.Context(), cluster.CmdStreamOwn, cluster.StreamOwn{Stream: keyOf(s), Owner: to, Expect: j.Token, Reason: "test", Term: 1})
+	_, err := a.Propose(t.Context(), agreed.CmdStreamOwn, agreed.StreamOwn{Stream: keyOf(s), Owner: to, Expect: j.Token, Reason: "test", Term: 1})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -33,7 +33,7 @@ func (n *nowhere) Data(b []byte) error {
 	return nil
 }
 
-func cannedPipeline(b *testing.B, conf *cluster.Config, c *canned, kept *cache.Cache) *Pipeline {
+func cannedPipeline(b *testing.B, conf *config.Config, c *canned, kept *cache.Cache) *Pipeline {
 	fleet := upstream.New(upstream.Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
 	if err := fleet.Configure(conf); err != nil {
 		b.Fatal(err)
@@ -42,14 +42,14 @@ func cannedPipeline(b *testing.B, conf *cluster.Config, c *canned, kept *cache.C
 }
 
 func benchmark(b *testing.B, upstreams int, c *canned, req Request) {
-	conf := &cluster.Config{Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{}}
-	m := cluster.Model{}
+	conf := &config.Config{Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{}}
+	m := config.Model{}
 	for i := range upstreams {
 		name := string(rune('a' + i))
-		conf.Upstreams[name] = cluster.Upstream{Site: "east", URL: "http://x/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
+		conf.Upstreams[name] = config.Upstream{Site: "east", URL: "http://x/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: name})
 	}
-	conf.Models = map[string]cluster.Model{"m": m}
+	conf.Models = map[string]config.Model{"m": m}
 	p := cannedPipeline(b, conf, c, nil)
 	b.ReportAllocs()
 	sink := &nowhere{}

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/openai"
 )
@@ -122,13 +122,13 @@ func (s *cached) plan(r *Request) cachePlan {
 
 // planCache decides whether a request may be answered from the cache, and its answer
 // kept. The answer to a peer's request is kept by the node that the client asked.
-func planCache(r *Request, m *cluster.ModelCache) cachePlan {
+func planCache(r *Request, m *config.ModelCache) cachePlan {
 	only := r.Cache == CacheOnly
 	embeds := r.Endpoint.Embeds
 	switch {
 	case r.Hops > 0:
 		return cachePlan{}
-	case !m.Enabled, m.Store == cluster.StoreNone, r.Cache == CacheNoStore:
+	case !m.Enabled, m.Store == config.StoreNone, r.Cache == CacheNoStore:
 		return cachePlan{only: only}
 	case !r.Endpoint.Cacheable, embeds && r.Stream:
 		return cachePlan{only: only}
@@ -136,7 +136,7 @@ func planCache(r *Request, m *cluster.ModelCache) cachePlan {
 		return cachePlan{lookup: true, only: true}
 	case r.Cache == CacheRefresh:
 		return cachePlan{keep: true}
-	case r.Cache == CacheStore, m.Store == cluster.StoreAll, r.Deterministic, embeds:
+	case r.Cache == CacheStore, m.Store == config.StoreAll, r.Deterministic, embeds:
 		return cachePlan{lookup: true, keep: true}
 	}
 	return cachePlan{}

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -35,8 +35,8 @@ func keeping(ahead *atomic.Int64) rigOption {
 		}
 		r.cache = c
 		for name, m := range r.conf.Models {
-			m.Cache = cluster.ModelCache{
-				Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
+			m.Cache = config.ModelCache{
+				Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
 			}
 			r.conf.Models[name] = m
 		}
@@ -61,10 +61,10 @@ func cacheStatus(saw *recorder) CacheStatus {
 
 // TestPlanCache is the table of who may be answered from the cache.
 func TestPlanCache(t *testing.T) {
-	on := cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic}
+	on := config.ModelCache{Enabled: true, Store: config.StoreDeterministic}
 	all, none := on, on
-	all.Store, none.Store = cluster.StoreAll, cluster.StoreNone
-	var off cluster.ModelCache
+	all.Store, none.Store = config.StoreAll, config.StoreNone
+	var off config.ModelCache
 	endpoint := openai.EndpointAt
 	chat := openai.Request{Endpoint: endpoint("/v1/chat/completions")}
 	cold, completion := chat, openai.Request{Endpoint: endpoint("/v1/completions"), Deterministic: true}
@@ -75,7 +75,7 @@ func TestPlanCache(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		r    Request
-		m    cluster.ModelCache
+		m    config.ModelCache
 		want cachePlan
 	}{
 		{"temperature 0", Request{Request: cold}, on, both},
@@ -529,11 +529,11 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	conf := &cluster.Config{
-		Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
-		Models: map[string]cluster.Model{"m": {
-			Serve: []cluster.Serve{{Upstream: "a"}},
-			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
+	conf := &config.Config{
+		Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
+		Models: map[string]config.Model{"m": {
+			Serve: []config.Serve{{Upstream: "a"}},
+			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
 		}},
 	}
 	up := &canned{"application/json", []byte(strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1))}

@@ -18,7 +18,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -225,7 +225,7 @@ type rig struct {
 	now   func() time.Time
 	reg   *prometheus.Registry
 	logs  *bytes.Buffer
-	conf  *cluster.Config
+	conf  *config.Config
 }
 
 type rigOption func(*rig, *upstream.Options)
@@ -234,34 +234,34 @@ type rigOption func(*rig, *upstream.Options)
 // a busy machine doesn't run into.
 func hasty(r *rig, _ *upstream.Options) {
 	bad := r.conf.Upstreams["bad"]
-	bad.Timeouts = cluster.Timeouts{FirstToken: seconds(0.25), BetweenTokens: seconds(0.25)}
+	bad.Timeouts = config.Timeouts{FirstToken: seconds(0.25), BetweenTokens: seconds(0.25)}
 	r.conf.Upstreams["bad"] = bad
 }
 
 // choosing leaves the choice between upstreams to the fleet.
 func choosing(_ *rig, o *upstream.Options) { o.Pick = nil }
 
-func seconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
+func seconds(s float64) config.Duration { return config.Duration(s * float64(time.Second)) }
 
 // newRig makes a pipeline of site "east" whose model "m" is served by the
 // servers, which are asked in this order.
 func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	t.Helper()
-	conf := &cluster.Config{
+	conf := &config.Config{
 		Version: 1,
-		Sites: map[string]cluster.Site{
+		Sites: map[string]config.Site{
 			"east": {City: "x", Priority: 1}, "east2": {City: "x", Priority: 3}, "west": {City: "y", Priority: 2},
 		},
-		Upstreams: map[string]cluster.Upstream{},
-		Models:    map[string]cluster.Model{},
-		Timeouts: cluster.Timeouts{
+		Upstreams: map[string]config.Upstream{},
+		Models:    map[string]config.Model{},
+		Timeouts: config.Timeouts{
 			Connect: seconds(30), FirstToken: seconds(30), BetweenTokens: seconds(30), Total: seconds(60),
 		},
 	}
-	m := cluster.Model{}
+	m := config.Model{}
 	for _, s := range servers {
-		conf.Upstreams[s.name] = cluster.Upstream{Site: "east", Kind: cluster.KindVLLM, URL: s.URL + "/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: s.name})
+		conf.Upstreams[s.name] = config.Upstream{Site: "east", Kind: config.KindVLLM, URL: s.URL + "/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: s.name})
 	}
 	conf.Models["m"] = m
 	r := &rig{reg: prometheus.NewRegistry(), logs: &bytes.Buffer{}, conf: conf, now: time.Now}
@@ -289,7 +289,7 @@ func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	return r
 }
 
-func (r *rig) configure(t *testing.T, conf *cluster.Config) {
+func (r *rig) configure(t *testing.T, conf *config.Config) {
 	t.Helper()
 	if err := r.fleet.Configure(conf); err != nil {
 		t.Fatalf("configure: %v", err)

@@ -17,7 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
@@ -92,7 +92,7 @@ func TestPace(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				limits := cluster.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: c.floor}
+				limits := config.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: c.floor}
 				w := newWatch(t.Context(), limits, time.Now().Add(limits.Total.D()), nil, nil)
 				defer w.stop()
 				time.Sleep(c.steps[0].after)
@@ -129,7 +129,7 @@ func TestPace(t *testing.T) {
 // counts neither as silence nor as a slow pace.
 func TestSlowClientsAreNoFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		limits := cluster.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: 5}
+		limits := config.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: 5}
 		w := newWatch(t.Context(), limits, time.Now().Add(limits.Total.D()), nil, nil)
 		defer w.stop()
 		slow := &recorder{onData: func(int) error { time.Sleep(40 * time.Second); return nil }}

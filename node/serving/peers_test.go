@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
@@ -48,7 +48,7 @@ type peerSite struct {
 	head atomic.Pointer[http.Header]
 }
 
-func newPeerSite(t *testing.T, site string, conf *cluster.Config) *peerSite {
+func newPeerSite(t *testing.T, site string, conf *config.Config) *peerSite {
 	t.Helper()
 	fleet := upstream.New(upstream.Options{Site: site, Pick: func(int) int { return 0 }})
 	if err := fleet.Configure(conf); err != nil {
@@ -115,16 +115,16 @@ func threeSites(t *testing.T, own, near, far answering, options ...rigOption) (r
 	site := map[string]string{"own": "east", "near": "east2", "far": "west"}
 	r = newRig(t, []*server{up["own"]}, options...)
 	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{}
-	m := cluster.Model{}
+	conf.Upstreams = map[string]config.Upstream{}
+	m := config.Model{}
 	for _, name := range []string{"far", "near", "own"} {
-		conf.Upstreams[name] = cluster.Upstream{Site: site[name], Kind: cluster.KindVLLM, URL: up[name].URL}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
+		conf.Upstreams[name] = config.Upstream{Site: site[name], Kind: config.KindVLLM, URL: up[name].URL}
+		m.Serve = append(m.Serve, config.Serve{Upstream: name})
 	}
-	conf.Models = map[string]cluster.Model{
+	conf.Models = map[string]config.Model{
 		"m":     m,
-		"other": {Serve: []cluster.Serve{{Upstream: "far", Model: "private/other"}}},
-		"first": {Serve: []cluster.Serve{{Upstream: "own"}}, Fallbacks: []string{"other"}},
+		"other": {Serve: []config.Serve{{Upstream: "far", Model: "private/other"}}},
+		"first": {Serve: []config.Serve{{Upstream: "own"}}, Fallbacks: []string{"other"}},
 	}
 	sites = map[string]*peerSite{"east2": newPeerSite(t, "east2", &conf), "west": newPeerSite(t, "west", &conf)}
 	r.peers = func() []upstream.Peer {
@@ -134,7 +134,7 @@ func threeSites(t *testing.T, own, near, far answering, options ...rigOption) (r
 		}
 	}
 	for name, m := range conf.Models { // of use to those with a cache
-		m.Cache = cluster.ModelCache{Enabled: true, Store: cluster.StoreAll, LocalTTL: seconds(600), SharedTTL: seconds(600)}
+		m.Cache = config.ModelCache{Enabled: true, Store: config.StoreAll, LocalTTL: seconds(600), SharedTTL: seconds(600)}
 		conf.Models[name] = m
 	}
 	r.configure(t, &conf)

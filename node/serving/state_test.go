@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
@@ -122,7 +122,7 @@ func TestBulkhead(t *testing.T) {
 	a, b := newServer(t, "a", stall), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
 	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{}
+	conf.Upstreams = map[string]config.Upstream{}
 	for name, u := range r.conf.Upstreams {
 		u.MaxConcurrency = 1
 		conf.Upstreams[name] = u

@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
@@ -43,7 +43,7 @@ var errPeerGone = errors.New("the peer was lost while it was asked")
 type watch struct {
 	context.Context
 	cancel context.CancelCauseFunc
-	limits cluster.Timeouts
+	limits config.Timeouts
 	end    time.Time   // when the total timer runs out
 	detach func() bool // from the peer's loss, nil for the own site's servers
 	// alive says whether a late answer is worth waiting for; nil: it is not.
@@ -62,7 +62,7 @@ type watch struct {
 
 // newWatch starts with the first token's timer. lost ends when a peer is lost, and is
 // nil for the own site's servers.
-func newWatch(parent context.Context, limits cluster.Timeouts, end time.Time, lost context.Context, alive func() bool) *watch {
+func newWatch(parent context.Context, limits config.Timeouts, end time.Time, lost context.Context, alive func() bool) *watch {
 	w := &watch{limits: limits, end: end, alive: alive, pace: pace{floor: float64(limits.MinTokensPerSecond)}}
 	w.Context, w.cancel = context.WithCancelCause(parent)
 	if lost != nil {

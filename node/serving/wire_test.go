@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
@@ -19,7 +19,7 @@ func named(model string) rigOption {
 		}
 		o.LookupEnv = func(string) (string, bool) { return "sesame", true }
 		for name, u := range r.conf.Upstreams {
-			u.APIKey = cluster.Secret{Env: "KEY"}
+			u.APIKey = config.Secret{Env: "KEY"}
 			r.conf.Upstreams[name] = u
 		}
 	}

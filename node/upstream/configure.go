@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Configure puts a configuration in force. Upstreams whose definition is unchanged
@@ -15,7 +15,7 @@ import (
 // that they began with. Upstreams with discover that are new are looked up first,
 // which may take two seconds. The error tells of upstreams that can't be used (TLS
 // files, keys); all others serve.
-func (f *Fleet) Configure(c *cluster.Config) error {
+func (f *Fleet) Configure(c *config.Config) error {
 	f.discoverNew(c)
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -45,7 +45,7 @@ func (f *Fleet) repair() {
 }
 
 // configure makes the table anew; the caller holds the lock.
-func (f *Fleet) configure(c *cluster.Config) error {
+func (f *Fleet) configure(c *config.Config) error {
 	f.conf = c
 	old := f.Table()
 	next := make(map[string]*upstream)
@@ -90,7 +90,7 @@ func (f *Fleet) retire(old, next *upstream) {
 }
 
 // upstream keeps the instances of old that have not changed, and makes new ones.
-func (f *Fleet) upstream(old *upstream, name string, def cluster.Upstream, connect time.Duration) (*upstream, error) {
+func (f *Fleet) upstream(old *upstream, name string, def config.Upstream, connect time.Duration) (*upstream, error) {
 	u := &upstream{name: name, def: def, drained: f.drained[name]}
 	var files material
 	var unreadable error
@@ -121,7 +121,7 @@ func (f *Fleet) upstream(old *upstream, name string, def cluster.Upstream, conne
 }
 
 // unchanged finds the instance at an address if it can serve on.
-func (u *upstream) unchanged(address string, def cluster.Upstream, connect time.Duration, files [sha256.Size]byte, unreadable error) *instance {
+func (u *upstream) unchanged(address string, def config.Upstream, connect time.Duration, files [sha256.Size]byte, unreadable error) *instance {
 	if u == nil || unreadable != nil {
 		return nil
 	}
@@ -133,7 +133,7 @@ func (u *upstream) unchanged(address string, def cluster.Upstream, connect time.
 	return nil
 }
 
-func (f *Fleet) instance(name, address string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *instance {
+func (f *Fleet) instance(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *instance {
 	i := newInstance(name, address, def, connect, files, unreadable)
 	i.counts = f.metrics.backend(name)
 	i.counts.setState(&i.backend, breakerClosed)

@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -34,13 +34,13 @@ type Resolver interface {
 // origin is what is looked up.
 type origin struct {
 	url  string
-	mode cluster.DiscoverMode
+	mode config.DiscoverMode
 }
 
-func originOf(u cluster.Upstream) origin { return origin{u.URL, u.Discover} }
+func originOf(u config.Upstream) origin { return origin{u.URL, u.Discover} }
 
 func (o origin) discovers() bool {
-	return o.mode == cluster.DiscoverDNS || o.mode == cluster.DiscoverSRV
+	return o.mode == config.DiscoverDNS || o.mode == config.DiscoverSRV
 }
 
 // found is the result of the last lookups of an origin. A lookup that fails or
@@ -81,7 +81,7 @@ func resolve(ctx context.Context, r Resolver, of origin) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("upstream url: %w", err)
 	}
-	if of.mode == cluster.DiscoverSRV {
+	if of.mode == config.DiscoverSRV {
 		return resolveSRV(ctx, r, u)
 	}
 	port := u.Port()
@@ -172,7 +172,7 @@ func (f *Fleet) lookUpAll(ctx context.Context, wanted map[string]*found) map[str
 
 // discoverNew looks up what a configuration names for the first time, so that it can
 // be asked as soon as the configuration is in force.
-func (f *Fleet) discoverNew(c *cluster.Config) {
+func (f *Fleet) discoverNew(c *config.Config) {
 	wanted := make(map[string]*found)
 	f.mu.Lock()
 	for name, def := range c.Upstreams {

@@ -15,7 +15,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // book is a name server.
@@ -99,11 +99,11 @@ func onOnePort(t *testing.T, n int, answer http.HandlerFunc) (servers []*server,
 }
 
 // discovering makes the model's only upstream "up" one with discovery.
-func discovering(b *book, url string, mode cluster.DiscoverMode) rigOption {
+func discovering(b *book, url string, mode config.DiscoverMode) rigOption {
 	return func(r *rig, o *Options) {
 		o.Resolver = b
-		r.conf.Upstreams["up"] = cluster.Upstream{Site: "east", Kind: cluster.KindVLLM, URL: url, Discover: mode, MaxConcurrency: 1}
-		r.conf.Models["m"] = cluster.Model{Serve: []cluster.Serve{{Upstream: "up"}}}
+		r.conf.Upstreams["up"] = config.Upstream{Site: "east", Kind: config.KindVLLM, URL: url, Discover: mode, MaxConcurrency: 1}
+		r.conf.Models["m"] = config.Model{Serve: []config.Serve{{Upstream: "up"}}}
 	}
 }
 
@@ -120,7 +120,7 @@ func TestDiscoveredInstances(t *testing.T) {
 	servers, port := onOnePort(t, 3, well)
 	b := &book{}
 	b.set("models.test", "127.0.0.3", "127.0.0.1", "::ffff:127.0.0.2", "127.0.0.1")
-	r := newRig(t, nil, discovering(b, "http://models.test:"+port+"/v1", cluster.DiscoverDNS))
+	r := newRig(t, nil, discovering(b, "http://models.test:"+port+"/v1", config.DiscoverDNS))
 	ask := func() asked { return r.ask(t.Context(), r.query()) }
 
 	if a := ask(); a.err != nil || !slices.Equal(a.upstreams, []string{"up"}) {
@@ -194,7 +194,7 @@ func TestAddressesChange(t *testing.T) {
 	servers, port := onOnePort(t, 3, well)
 	b := &book{}
 	b.set("models.test", "127.0.0.1", "127.0.0.2")
-	r := newRig(t, nil, discovering(b, "http://models.test:"+port, cluster.DiscoverDNS))
+	r := newRig(t, nil, discovering(b, "http://models.test:"+port, config.DiscoverDNS))
 	kept := r.Table().upstreams["up"].instances[1]
 
 	b.set("models.test", "127.0.0.2", "127.0.0.3")
@@ -234,7 +234,7 @@ func TestAddressesChange(t *testing.T) {
 	conf := *r.conf
 	def := r.conf.Upstreams["up"]
 	def.MaxConcurrency = 7
-	conf.Upstreams = map[string]cluster.Upstream{"up": def}
+	conf.Upstreams = map[string]config.Upstream{"up": def}
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)
 	}
@@ -250,7 +250,7 @@ func TestAddressesChange(t *testing.T) {
 func TestNoAddressYet(t *testing.T) {
 	servers, port := onOnePort(t, 1, well)
 	b := &book{fail: errors.New("no such host")}
-	r := newRig(t, nil, discovering(b, "http://models.test:"+port, cluster.DiscoverDNS), func(_ *rig, o *Options) {
+	r := newRig(t, nil, discovering(b, "http://models.test:"+port, config.DiscoverDNS), func(_ *rig, o *Options) {
 		o.LookUpEvery = 1e6 // a millisecond
 	})
 	if a := r.ask(t.Context(), r.query()); !errors.Is(a.err, errNobody) {
@@ -297,7 +297,7 @@ func TestDiscoverSRV(t *testing.T) {
 		names := &book{records: map[string][]*net.SRV{c.name: records}}
 		names.set("one.test", "127.0.0.1")
 		names.set("two.test", "127.0.0.1")
-		r := newRig(t, nil, discovering(names, c.url, cluster.DiscoverSRV))
+		r := newRig(t, nil, discovering(names, c.url, config.DiscoverSRV))
 		var host string
 		b.set(func(w http.ResponseWriter, r *http.Request) { host = r.Host; well(w, r) })
 		for range 3 {
@@ -327,7 +327,7 @@ func TestDiscoveredTLS(t *testing.T) {
 	}{{"example.com", true}, {"models.test", false}} {
 		b := &book{}
 		b.set(c.host, "127.0.0.1")
-		r := newRig(t, nil, discovering(b, "https://"+c.host+":"+port, cluster.DiscoverDNS), func(r *rig, o *Options) {
+		r := newRig(t, nil, discovering(b, "https://"+c.host+":"+port, config.DiscoverDNS), func(r *rig, o *Options) {
 			def := r.conf.Upstreams["up"]
 			def.TLS.CAFile = "/ca.pem"
 			r.conf.Upstreams["up"] = def
@@ -352,10 +352,10 @@ func TestInstancesAreBounded(t *testing.T) {
 		many = append(many, fmt.Sprintf("10.0.0.%d", i))
 	}
 	b.set("models.test", many...)
-	first := newRig(t, nil, discovering(b, "http://models.test", cluster.DiscoverDNS))
+	first := newRig(t, nil, discovering(b, "http://models.test", config.DiscoverDNS))
 	slices.Reverse(many)
 	b.set("models.test", many...)
-	second := newRig(t, nil, discovering(b, "http://models.test", cluster.DiscoverDNS))
+	second := newRig(t, nil, discovering(b, "http://models.test", config.DiscoverDNS))
 	one, two := first.Table().upstreams["up"].instances, second.Table().upstreams["up"].instances
 	if len(one) != maxInstances || !strings.HasSuffix(one[0].address, ":80") {
 		t.Errorf("%d instances, %s", len(one), one[0].address)

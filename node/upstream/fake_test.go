@@ -17,7 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -66,7 +66,7 @@ type rig struct {
 	*Fleet
 	reg  *prometheus.Registry
 	logs *bytes.Buffer
-	conf *cluster.Config
+	conf *config.Config
 	// tolerant goes on when Configure complains; configured is what it said.
 	tolerant   bool
 	configured error
@@ -78,14 +78,14 @@ type rigOption func(*rig, *Options)
 // asked in this order.
 func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	t.Helper()
-	conf := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"east": {City: "x", Priority: 1}, "west": {City: "y", Priority: 2}},
-		Upstreams: map[string]cluster.Upstream{}, Models: map[string]cluster.Model{}, Timeouts: cluster.DefaultTimeouts(),
+	conf := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"east": {City: "x", Priority: 1}, "west": {City: "y", Priority: 2}},
+		Upstreams: map[string]config.Upstream{}, Models: map[string]config.Model{}, Timeouts: config.DefaultTimeouts(),
 	}
-	m := cluster.Model{}
+	m := config.Model{}
 	for _, s := range servers {
-		conf.Upstreams[s.name] = cluster.Upstream{Site: "east", Kind: cluster.KindVLLM, URL: s.URL + "/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: s.name})
+		conf.Upstreams[s.name] = config.Upstream{Site: "east", Kind: config.KindVLLM, URL: s.URL + "/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: s.name})
 	}
 	conf.Models["m"] = m
 	r := &rig{reg: prometheus.NewRegistry(), logs: &bytes.Buffer{}, conf: conf}

@@ -22,7 +22,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Options are what a Fleet is made of. Zero values are replaced by defaults.
@@ -89,7 +90,7 @@ type Fleet struct {
 
 	mu      sync.Mutex // serialises configuration; guards all below
 	drained map[string]bool
-	conf    *cluster.Config
+	conf    *config.Config
 	found   map[string]*found // by upstream, of those with discover
 }
 
@@ -143,7 +144,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 		case <-lookUps.C:
 			lookUp()
 		case <-peers.C:
-			peers.Reset(cluster.UntilBeat(cluster.Boottime(), peersEvery))
+			peers.Reset(clock.UntilTick(clock.Boottime(), peersEvery))
 			f.peers.check(f.o.Peers())
 		}
 	}

@@ -15,7 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/openai"
 )
 
@@ -29,7 +29,7 @@ const (
 // names, or one of the servers that were discovered for it.
 type instance struct {
 	backend
-	def       cluster.Upstream
+	def       config.Upstream
 	connect   time.Duration
 	material  [sha256.Size]byte // of its TLS files
 	base      baseURL
@@ -52,7 +52,7 @@ type probe struct {
 }
 
 // newInstance makes an instance; unreadable is why its TLS files could not be read.
-func newInstance(name, address string, def cluster.Upstream, connect time.Duration, files material, unreadable error) *instance {
+func newInstance(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *instance {
 	i := &instance{def: def, connect: connect, material: files.digest()}
 	i.name, i.address, i.site = name, address, def.Site
 	i.hash, i.max = hashName(name+address), int64(def.MaxConcurrency)
@@ -111,7 +111,7 @@ func newTransport(conf *tls.Config, address string, connect time.Duration, idle 
 // material is the content of the files that the TLS settings name.
 type material struct{ ca, cert, key []byte }
 
-func readMaterial(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
+func readMaterial(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
 	for _, f := range []struct {
 		name, path string
 		to         *[]byte
@@ -130,7 +130,7 @@ func (m material) digest() [sha256.Size]byte {
 	return sha256.Sum256(bytes.Join([][]byte{m.ca, m.cert, m.key}, []byte{0}))
 }
 
-func (m material) tls(t cluster.UpstreamTLS) (*tls.Config, error) {
+func (m material) tls(t config.UpstreamTLS) (*tls.Config, error) {
 	conf := &tls.Config{
 		MinVersion:         tls.VersionTLS12,
 		ServerName:         t.ServerName,
@@ -167,7 +167,7 @@ func (i *instance) refreshKey(lookupEnv func(string) (string, bool), readFile fu
 	if i.def.APIKey.IsZero() {
 		return nil
 	}
-	key, err := cluster.ResolveSecret(i.def.APIKey, lookupEnv, readFile)
+	key, err := config.ResolveSecret(i.def.APIKey, lookupEnv, readFile)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNoKey, err)
 	}

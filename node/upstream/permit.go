@@ -6,7 +6,7 @@ import (
 	"net/url"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Permit is the right to send one request to one server, and what must be known of
@@ -20,7 +20,7 @@ type Permit struct {
 	// ServedAs is the quoted name that the server knows the model by, nil when that
 	// is the model's own. A peer knows the model's own.
 	ServedAs []byte
-	Timeouts cluster.Timeouts
+	Timeouts config.Timeouts
 
 	fleet    *Fleet
 	backend  *backend

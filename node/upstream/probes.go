@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -120,7 +120,7 @@ func (i *instance) get(ctx context.Context, at *url.URL) (*http.Response, error)
 
 func (i *instance) probeURL() *url.URL {
 	switch i.def.Kind {
-	case cluster.KindVLLM, cluster.KindSGLang, cluster.KindLlamaCPP:
+	case config.KindVLLM, config.KindSGLang, config.KindLlamaCPP:
 		return i.base.health()
 	}
 	return i.base.join("/v1/models")

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // vLLM and SGLang report how many requests they run and queue, whoever sent them.
@@ -34,9 +34,9 @@ type report struct {
 	silent  bool  // it had no figures
 }
 
-var reportNames = map[cluster.UpstreamKind][]string{
-	cluster.KindVLLM:   {"vllm:num_requests_running", "vllm:num_requests_waiting"},
-	cluster.KindSGLang: {"sglang:num_running_reqs", "sglang:num_queue_reqs"},
+var reportNames = map[config.UpstreamKind][]string{
+	config.KindVLLM:   {"vllm:num_requests_running", "vllm:num_requests_waiting"},
+	config.KindSGLang: {"sglang:num_running_reqs", "sglang:num_queue_reqs"},
 }
 
 // reports says whether it is worth asking for figures now.

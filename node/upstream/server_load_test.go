@@ -7,13 +7,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // TestReportedLoad: of two servers that look alike, the one is asked that says
 // it has less to do; what this node sent there is not counted twice.
 func TestReportedLoad(t *testing.T) {
-	metrics := func(s *server, kind cluster.UpstreamKind, running, waiting float64) {
+	metrics := func(s *server, kind config.UpstreamKind, running, waiting float64) {
 		names := reportNames[kind]
 		next := s.Config.Handler
 		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -25,13 +25,13 @@ func TestReportedLoad(t *testing.T) {
 		})
 	}
 	a, b := newServer(t, "a", well), newServer(t, "b", well)
-	metrics(a, cluster.KindVLLM, 30, 12)
-	metrics(b, cluster.KindSGLang, 1, 0)
+	metrics(a, config.KindVLLM, 30, 12)
+	metrics(b, config.KindSGLang, 1, 0)
 	now := time.Now()
 	r := newRig(t, []*server{a, b}, func(r *rig, o *Options) {
 		o.Pick = nil
 		def := r.conf.Upstreams["b"]
-		def.Kind = cluster.KindSGLang
+		def.Kind = config.KindSGLang
 		r.conf.Upstreams["b"] = def
 		o.Now = func() time.Time { return now }
 	})
@@ -80,7 +80,7 @@ func FuzzSumSeries(f *testing.F) {
 	f.Add("vllm:num_requests_running{a=\"b\"} 3.0\nvllm:num_requests_waiting 1e2 5\n")
 	f.Add("vllm:num_requests_running{a=\"}\\\"\"} NaN\nvllm:num_requests_waiting{ -1\n")
 	f.Fuzz(func(t *testing.T, page string) {
-		n, err := sumSeries(strings.NewReader(page), reportNames[cluster.KindVLLM])
+		n, err := sumSeries(strings.NewReader(page), reportNames[config.KindVLLM])
 		if n < 0 || err != nil && n != 0 {
 			t.Errorf("%d, %v", n, err)
 		}

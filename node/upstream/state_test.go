@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // TestConfigureKeepsState of what didn't change, and only of that.
@@ -20,8 +20,8 @@ func TestConfigureKeepsState(t *testing.T) {
 	r.breakUpstream(t, a)
 	before := r.instance(t, "a")
 	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{"a": r.conf.Upstreams["a"]}
-	conf.Models = map[string]cluster.Model{"m": {Serve: []cluster.Serve{{Upstream: "a"}}}}
+	conf.Upstreams = map[string]config.Upstream{"a": r.conf.Upstreams["a"]}
+	conf.Models = map[string]config.Model{"m": {Serve: []config.Serve{{Upstream: "a"}}}}
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +33,7 @@ func TestConfigureKeepsState(t *testing.T) {
 	}
 	changed := conf.Upstreams["a"]
 	changed.MaxConcurrency = 7
-	conf.Upstreams = map[string]cluster.Upstream{"a": changed}
+	conf.Upstreams = map[string]config.Upstream{"a": changed}
 	if err := r.Configure(&conf); err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestKeys(t *testing.T) {
 	key := ""
 	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
 		u := r.conf.Upstreams["up"]
-		u.APIKey = cluster.Secret{File: "/key"}
+		u.APIKey = config.Secret{File: "/key"}
 		r.conf.Upstreams["up"] = u
 		r.tolerant = true
 		o.Now = func() time.Time { return now }
@@ -98,7 +98,7 @@ func TestTLS(t *testing.T) {
 	var ca []byte
 	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
 		u := r.conf.Upstreams["up"]
-		u.TLS = cluster.UpstreamTLS{CAFile: "/ca.pem"}
+		u.TLS = config.UpstreamTLS{CAFile: "/ca.pem"}
 		r.conf.Upstreams["up"] = u
 		r.tolerant = true
 		o.ReadFile = func(string) ([]byte, error) {

@@ -5,7 +5,7 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/openai"
 )
 
@@ -22,13 +22,13 @@ type Model struct {
 	Name     string
 	Quoted   []byte // Name as a JSON string
 	Revision string // of the weights
-	Cache    cluster.ModelCache
+	Cache    config.ModelCache
 
 	local     []offer
 	upstreams []string     // of the own site, drained ones too
 	remote    []remoteSite // nearest first
 	fallbacks []string
-	timeouts  cluster.Timeouts // of a peer that is asked
+	timeouts  config.Timeouts // of a peer that is asked
 }
 
 // Model finds a model by its name, nil for none.
@@ -38,7 +38,7 @@ func (t *Table) Model(name string) *Model { return t.models[name] }
 // instances as were discovered. It is as immutable as its table.
 type upstream struct {
 	name      string
-	def       cluster.Upstream
+	def       config.Upstream
 	drained   bool
 	instances []*instance
 	found     *found // nil without discovery
@@ -61,7 +61,7 @@ func (t *Table) instances() iter.Seq[*instance] {
 type offer struct {
 	*instance
 	as       []byte // quoted; nil when it is the model's name
-	timeouts cluster.Timeouts
+	timeouts config.Timeouts
 }
 
 // remoteSite is another site that serves a model, and its upstreams for it that
@@ -71,7 +71,7 @@ type remoteSite struct {
 	upstreams []string
 }
 
-func newTable(c *cluster.Config, site string, upstreams map[string]*upstream, drained map[string]bool) *Table {
+func newTable(c *config.Config, site string, upstreams map[string]*upstream, drained map[string]bool) *Table {
 	t := &Table{models: make(map[string]*Model, len(c.Models)), upstreams: upstreams}
 	t.order = slices.Sorted(maps.Keys(c.Models))
 	order := c.SiteOrder(site)
@@ -99,7 +99,7 @@ func newTable(c *cluster.Config, site string, upstreams map[string]*upstream, dr
 }
 
 // serve adds one of the model's upstreams.
-func (m *Model) serve(c *cluster.Config, site string, s cluster.Serve, upstreams map[string]*upstream, drained bool) {
+func (m *Model) serve(c *config.Config, site string, s config.Serve, upstreams map[string]*upstream, drained bool) {
 	up, ok := c.Upstreams[s.Upstream]
 	if !ok {
 		return // a Config that was parsed names only upstreams that exist

@@ -18,7 +18,8 @@ import (
 	"github.com/openai/openai-go/v3/option"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/modelsim"
 	"github.com/dsnode/dsnode/node/serving"
@@ -35,7 +36,7 @@ func (oneKey) Authenticate(token string, _ bool) (serving.Principal, error) {
 	case "narrow":
 		return serving.Principal{KeyID: "n", Models: []string{"deepseek-reasoner"}}, nil
 	}
-	return serving.Principal{}, cluster.ErrKeyUnknown
+	return serving.Principal{}, agreed.ErrKeyUnknown
 }
 
 type well struct{}
@@ -67,13 +68,13 @@ func start(t *testing.T) *house {
 	}
 	h := &house{sim: modelsim.New(modelsim.Options{Tokens: 12})}
 	models := []string{"deepseek-chat", "deepseek-reasoner", "text-embedding"}
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"sim": {Site: "here", Kind: cluster.KindDeepSeek, URL: serve(h.sim.Run)}},
-		Models:    map[string]cluster.Model{},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"sim": {Site: "here", Kind: config.KindDeepSeek, URL: serve(h.sim.Run)}},
+		Models:    map[string]config.Model{},
 	}
 	for _, m := range models {
-		cfg.Models[m] = cluster.Model{Serve: []cluster.Serve{{Upstream: "sim"}}}
+		cfg.Models[m] = config.Model{Serve: []config.Serve{{Upstream: "sim"}}}
 	}
 	fleet := upstream.New(upstream.Options{Site: "here"})
 	if err := fleet.Configure(cfg); err != nil {
@@ -81,7 +82,7 @@ func start(t *testing.T) *house {
 	}
 	t.Cleanup(fleet.Close)
 	g := gateway.New(gateway.Options{
-		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *cluster.Config { return cfg }, Auth: oneKey{}, Health: well{},
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: well{},
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	h.url = serve(func(ctx context.Context, ln net.Listener) error {
