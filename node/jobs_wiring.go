@@ -20,9 +20,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
-	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/jobs"
-	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/replication"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -270,7 +269,7 @@ func (w *work) openJobs() (err error) {
 		Node: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir),
 		Journal: w.log, Table: w.table, Sealer: w.sealer, Ring: n.keys.Ring, Replication: jobReplication{w.replication, w},
 		Ownership: w.ownership, State: n.cluster.State,
-		Server: n.pipeline, Parse: gateway.Parse, Spare: w.spare, Heard: w.heard, Peers: w.peers,
+		Server: n.pipeline, Spare: w.spare, Heard: w.heard, Peers: w.peers,
 		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
 	})
 	return err
@@ -279,7 +278,7 @@ func (w *work) openJobs() (err error) {
 // spare is how many more jobs may start now. A part of the concurrency of the site's model
 // servers is kept free for clients that wait for an answer.
 func (w *work) spare() int {
-	free, most := w.n.pipeline.Room()
+	free, most := w.n.fleet.Capacity()
 	return free - (most+spareShare-1)/spareShare
 }
 
@@ -293,13 +292,13 @@ func (w *work) heard(node string) bool {
 }
 
 // peers are the other living nodes, of this site too.
-func (w *work) peers() []serving.Peer {
+func (w *work) peers() []upstream.Peer {
 	n := w.n
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
-	var peers []serving.Peer
+	var peers []upstream.Peer
 	for name, p := range n.cluster.Peers() {
 		if p.Heard && p.Ago < patience {
-			peers = append(peers, serving.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
+			peers = append(peers, upstream.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
 		}
 	}
 	return peers

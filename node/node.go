@@ -31,6 +31,7 @@ import (
 	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -49,6 +50,7 @@ type Node struct {
 	reg     *prometheus.Registry
 
 	cluster  *cluster.Cluster
+	fleet    *upstream.Fleet
 	pipeline *serving.Pipeline
 	gateway  *gateway.Gateway
 	admin    *admin.Server
@@ -181,12 +183,14 @@ func (n *Node) open() error {
 	if err := n.openCache(); err != nil {
 		return err
 	}
-	n.pipeline = serving.New(serving.Options{
-		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers }, Cache: n.cache,
+	n.fleet = upstream.New(upstream.Options{
+		Site: n.cfg.Site, Peers: func() []upstream.Peer { return n.surround.Load().peers },
 		Logger: n.log, Registerer: n.reg,
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
-	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
+	n.onStop("upstream connections", func() error { n.fleet.Close(); return nil })
+	n.pipeline = serving.New(serving.Options{Fleet: n.fleet, Cache: n.cache, Logger: n.log, Registerer: n.reg})
+	n.onStop("shared requests", func() error { n.pipeline.Close(); return nil })
 	if err := n.work.openJobs(); err != nil {
 		return err
 	}
@@ -237,7 +241,7 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopCluster()
 
 	n.look()
-	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.work.run} {
+	for _, loop := range []func(context.Context) error{n.fleet.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
 	g.Go(func() error { return n.keys.Run(living, n.cluster.WhileLeader) })
@@ -312,7 +316,7 @@ func (n *Node) Reload() error {
 }
 
 // keepConfigured gives the agreed configuration, and what is drained of it, to
-// the pipeline whenever they change.
+// the fleet and the cache whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
 	var current *config.Config
 	var drained map[string]agreed.DrainedUpstream
@@ -322,13 +326,13 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 		if !maps.Equal(drained, s.Drained) {
 			drained = s.Drained
 			names := sortedNames(drained)
-			n.pipeline.SetDrained(names)
+			n.fleet.SetDrained(names)
 			n.log.Info("upstreams that get no new request", "drained", names)
 		}
 		if s.Parsed != nil && s.Parsed != current {
 			current = s.Parsed
 			n.cache.Configure(current)
-			err := n.pipeline.Configure(current)
+			err := n.fleet.Configure(current)
 			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
 		}
 		select {

@@ -11,7 +11,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
-	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // This file is admin.Cluster: what operators ask of a node.
@@ -235,16 +235,16 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 		at[name] = len(list)
 		list = append(list, info)
 	}
-	for _, u := range n.pipeline.Upstreams() {
+	for _, u := range n.fleet.Status() {
 		i, known := at[u.Name]
 		if !known {
 			continue
 		}
 		info := &list[i]
 		info.InFlight = &u.InFlight
-		info.State, info.Reason = stateOf(u.Standing)
+		info.State, info.Reason = stateOf(u.Health)
 		for _, i := range u.Instances {
-			state, why := stateOf(i.Standing)
+			state, why := stateOf(i.Health)
 			info.Instances = append(info.Instances, admin.InstanceInfo{Address: i.Address, State: state, Reason: why, InFlight: i.InFlight})
 		}
 		if !u.Since.IsZero() {
@@ -254,7 +254,7 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	return list, nil
 }
 
-func stateOf(s serving.Standing) (admin.UpstreamState, string) {
+func stateOf(s upstream.Health) (admin.UpstreamState, string) {
 	switch {
 	case s.Healthy:
 		return admin.UpstreamHealthy, ""

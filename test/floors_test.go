@@ -30,6 +30,8 @@ var floor = map[string]int{
 
 	"node/jobs":      35,
 	"node/serving":   30,
+	"node/upstream":  28, // knows servers, of a request only what it asks for
+	"node/openai":    5,  // a leaf: the wire format alone
 	"node/cache":     25, // knows answers and keys, no requests
 	"failover/drill": 30,
 
@@ -73,6 +75,7 @@ var arrows = []arrow{
 	{"node", "node/gateway", "wiring: opens the api port"},
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/serving", "wiring: puts the pipeline together"},
+	{"node", "node/upstream", "wiring: configures and runs the fleet of model servers"},
 	{"node", "node/jobs", "wiring: opens, runs and shows the jobs"},
 	{"node", "node/datakeys", "wiring: opens the keys that everything at rest is sealed with"},
 	{"node", "replication", "wiring: carries the journals between nodes"},
@@ -91,6 +94,7 @@ var arrows = []arrow{
 	{"node", "storage/keyring", "wiring: the operator's key"},
 
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
+	{"node/gateway", "node/openai", "reads requests, writes errors"},
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "storage/journal", "job ids, statuses and durabilities are its words"},
 	{"node/gateway", "cluster/config", "limits of requests, and who has access"},
@@ -105,6 +109,8 @@ var arrows = []arrow{
 	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
+	{"node/jobs", "node/upstream", "the peers that it asks for jobs are listed as for requests"},
+	{"node/jobs", "node/openai", "reads a job's request, writes errors"},
 	{"node/jobs", "failover", "starts nothing without a permit"},
 	{"node/jobs", "cluster/config", "durabilities, limits and expiry of jobs"},
 	{"node/jobs", "cluster/clock", "a start follows its lease check by running time"},
@@ -114,8 +120,12 @@ var arrows = []arrow{
 	{"node/jobs", "storage/journal", "writes what happens to a job"},
 	{"node/jobs", "storage/keyring", "ids of keyed jobs are MACs; without a key no job is taken"},
 
-	{"node/serving", "cluster/config", "upstreams, models and timeouts"},
-	{"node/serving", "cluster/clock", "shared ticks"},
+	{"node/serving", "cluster/config", "which answers are kept, and how long"},
+	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
+	{"node/upstream", "cluster/config", "model servers, models and timeouts"},
+	{"node/upstream", "cluster/clock", "shared ticks"},
+	{"node/upstream", "node/openai", "knows the endpoints of model servers"},
+	{"node/serving", "node/openai", "reads what servers answer"},
 	{"node/serving", "node/cache", "looks for answers and keeps them"},
 	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
 	{"node/cache", "cluster/agreed", "purges"},

@@ -22,7 +22,7 @@ import (
 type Auth interface {
 	// Authenticate judges a bearer token, empty when none was sent. local is
 	// true for a direct connection over loopback. Errors wrap one of
-	// cluster.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
+	// agreed.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
 	// or ErrKeyUnknowable (503); any other counts as unknowable.
 	Authenticate(token string, local bool) (serving.Principal, error)
 }
@@ -160,7 +160,7 @@ func (g *Gateway) opens(rt *route, d door) bool {
 	case rt.job:
 		return g.o.Jobs != nil
 	case d == peers:
-		return rt.endpoint != ""
+		return rt.endpoint != nil
 	}
 	return d == clients
 }
@@ -185,7 +185,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 		w.Header()["Allow"] = []string{strings.Join(rt.methods, ", ")}
 		x.refuse(wrongMethod(r, rt))
 		g.metrics.unrouted(http.StatusMethodNotAllowed)
-	case rt.endpoint != "":
+	case rt.endpoint != nil:
 		x.infer(rt, index)
 	default:
 		rt.answer(&x, id)

@@ -26,9 +26,9 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // serverFunc is a pipeline for tests.
-type serverFunc func(ctx context.Context, r *serving.Request, s serving.Sink) error
+type serverFunc func(ctx context.Context, r serving.Request, s serving.Sink) error
 
-func (f serverFunc) Serve(ctx context.Context, r *serving.Request, s serving.Sink) error {
+func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink) error {
 	return f(ctx, r, s)
 }
 
@@ -191,7 +191,7 @@ func (g got) wantError(t *testing.T, status int, code, words string) {
 }
 
 // echo answers with what the pipeline was asked.
-var echo = serverFunc(func(_ context.Context, r *serving.Request, s serving.Sink) error {
+var echo = serverFunc(func(_ context.Context, r serving.Request, s serving.Sink) error {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -216,7 +216,7 @@ func TestPlain(t *testing.T) {
 		if err := json.Unmarshal([]byte(g.body), &r); err != nil || g.status != 200 {
 			t.Fatal(err, g)
 		}
-		if r.Endpoint != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
+		if r.Endpoint.Path != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
 			r.Principal.KeyID != "k1" || r.Header.Get("User-Agent") != "tester" || r.Header["X-Secret"] != nil || r.Header["Authorization"] != nil ||
 			chat[r.ModelAt.From:r.ModelAt.To] != `"m"` || r.Choices != 1 || r.Hops != 0 || r.Stream {
 			t.Errorf("%s: asked %+v", path, r)
@@ -305,7 +305,7 @@ func (endless) Read(p []byte) (int, error) { return copy(p, bytes.Repeat([]byte(
 
 func TestPipelineErrors(t *testing.T) {
 	var fail error
-	b := open(t, serverFunc(func(context.Context, *serving.Request, serving.Sink) error { return fail }), nil)
+	b := open(t, serverFunc(func(context.Context, serving.Request, serving.Sink) error { return fail }), nil)
 	for name, tc := range map[string]struct {
 		err         error
 		status      int
@@ -472,7 +472,7 @@ func TestSlowBodyEnds(t *testing.T) {
 
 func TestInFlightLimit(t *testing.T) {
 	enter, leave := make(chan struct{}), make(chan struct{})
-	b := open(t, serverFunc(func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		enter <- struct{}{}
 		<-leave
 		return errors.Join(s.Head(serving.Head{Status: 200, Length: -1}), s.Data([]byte("{}")))

@@ -17,6 +17,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
@@ -38,14 +39,14 @@ func BenchmarkHit(b *testing.B) {
 		h["Content-Type"], h["Content-Length"] = jsonType, []string{fmt.Sprint(len(answer))}
 		_, _ = w.Write(answer)
 	}
-	upstream := httptest.NewServer(http.HandlerFunc(reply))
-	defer upstream.Close()
+	server := httptest.NewServer(http.HandlerFunc(reply))
+	defer server.Close()
 	bare := httptest.NewServer(http.HandlerFunc(reply))
 	defer bare.Close()
 
 	cfg := &config.Config{
 		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
-		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: upstream.URL + "/v1"}},
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: server.URL + "/v1"}},
 		Models: map[string]config.Model{"deepseek-chat": {
 			Serve: []config.Serve{{Upstream: "up"}},
 			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: config.Duration(time.Hour), SharedTTL: config.Duration(time.Hour)},
@@ -59,13 +60,13 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := serving.New(serving.Options{Site: "here", Cache: kept})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		b.Fatal(err)
 	}
-	defer p.Close()
+	defer fleet.Close()
 	g := New(Options{
-		Server: p, Config: func() *config.Config { return cfg }, Auth: stateAuth{state}, Health: healthFunc(func() Report { return Report{} }),
+		Server: serving.New(serving.Options{Fleet: fleet, Cache: kept}), Config: func() *config.Config { return cfg }, Auth: stateAuth{state}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")

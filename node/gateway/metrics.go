@@ -104,15 +104,15 @@ func (m *metrics) done(model *modelMetrics, index, status int, start time.Time) 
 	s := model.byRoute[index].Load()
 	if s == nil {
 		s = &series{
-			ok:       m.requests.WithLabelValues(routes[index].endpoint, model.name, "", "200"),
-			duration: m.duration.WithLabelValues(routes[index].endpoint, model.name),
+			ok:       m.requests.WithLabelValues(routes[index].endpoint.Path, model.name, "", "200"),
+			duration: m.duration.WithLabelValues(routes[index].endpoint.Path, model.name),
 		}
 		model.byRoute[index].Store(s) // twice at worst, with the same handles
 	}
 	if status == http.StatusOK {
 		s.ok.Inc()
 	} else {
-		m.requests.WithLabelValues(routes[index].endpoint, model.name, "", strconv.Itoa(status)).Inc()
+		m.requests.WithLabelValues(routes[index].endpoint.Path, model.name, "", strconv.Itoa(status)).Inc()
 	}
 	s.duration.Observe(time.Since(start).Seconds())
 }

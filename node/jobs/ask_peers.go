@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -69,12 +70,12 @@ func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id
 	return relay(ctx, peer, string(principal), method, path)
 }
 
-func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *serving.Peer) {
+func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *upstream.Peer) {
 	ctx, done := context.WithTimeout(ctx, findWait)
 	defer done()
 	type reply struct {
 		answer *Relayed
-		peer   *serving.Peer
+		peer   *upstream.Peer
 	}
 	peers := j.o.Peers()
 	if len(peers) > maxAsked {
@@ -100,7 +101,7 @@ func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed,
 	return first.answer, first.peer
 }
 
-func relay(ctx context.Context, p *serving.Peer, principal, method, path string) (*Relayed, error) {
+func relay(ctx context.Context, p *upstream.Peer, principal, method, path string) (*Relayed, error) {
 	u := url.URL{Scheme: "http", Host: p.Node, Path: path}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(nil))
 	if err != nil {

@@ -2,7 +2,6 @@ package jobs
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -90,6 +90,15 @@ func (x *executor) read(e *entry) (row jobtable.Row, sub *journal.Submission, ne
 	return row, &opened, step{}, true
 }
 
+// parse reads the request of a job as the gateway does.
+func parse(sub *journal.Submission) (openai.Request, error) {
+	endpoint := openai.EndpointAt(sub.Endpoint)
+	if endpoint == nil {
+		return openai.Request{}, fmt.Errorf("unknown endpoint %s", sub.Endpoint)
+	}
+	return openai.Parse(endpoint, sub.Body)
+}
+
 // record makes a record of this job, in the stream that this node writes now.
 func (x *executor) record(e *entry, token journal.Token, attempt uint32) journal.Record {
 	s, _, _ := x.streams.current() // a stream exists before jobs run
@@ -99,13 +108,14 @@ func (x *executor) record(e *entry, token journal.Token, attempt uint32) journal
 // ask sends the request and classifies the answer. out is the job's end, delay says when to
 // try again. Both are nil if another owner or the next start of this node continues.
 func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p permit) (out *journal.Outcome, delay *journal.Delay, label string) {
-	req, err := x.o.Parse(sub.Endpoint, sub.Body)
+	parsed, err := parse(sub)
 	if err != nil { // another version of dsnode may have accepted it
-		return x.failed(0, errorObject("invalid_request_error", "invalid_body", err.Error())), nil, "invalid"
+		return x.failed(0, errorObject(openai.InvalidRequest, "invalid_body", err.Error())), nil, "invalid"
 	}
-	req.ID = fmt.Sprintf("%s-%d", e.id, e.attempts)
-	req.Header = http.Header{"Accept": {"application/json"}}
-	req.Principal = serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models}
+	req := serving.Request{
+		Request: parsed, ID: fmt.Sprintf("%s-%d", e.id, e.attempts), Header: http.Header{"Accept": {"application/json"}},
+		Principal: serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models},
+	}
 
 	asking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -145,7 +155,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	return nil, &journal.Delay{Error: v.object, NotBefore: time.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
 }
 
-var lostPermit = errorObject("server_error", "late_start", "The node lost its permit to run the job.")
+var lostPermit = errorObject(openai.ServerError, "late_start", "The node lost its permit to run the job.")
 
 func (x *executor) failed(code int, object string) *journal.Outcome {
 	return &journal.Outcome{Status: journal.Failed, Code: code, Error: object}
@@ -198,7 +208,7 @@ func (x *executor) finish(work context.Context, e *entry, token journal.Token, a
 	rec := x.record(e, token, attempt)
 	err := x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	if errors.Is(err, journal.ErrTooLarge) {
-		out = x.failed(out.Code, errorObject("server_error", "result_too_large", "The result is too large to be stored."))
+		out = x.failed(out.Code, errorObject(openai.ServerError, "result_too_large", "The result is too large to be stored."))
 		err = x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	}
 	if err != nil {
@@ -240,7 +250,7 @@ func (x *executor) exhausted(work context.Context, e *entry, row jobtable.Row) s
 	}
 	object := x.lastError(row)
 	if object == "" {
-		object = errorObject("server_error", "attempts_exhausted", "The job was started as often as max_attempts allows and never ended.")
+		object = errorObject(openai.ServerError, "attempts_exhausted", "The job was started as often as max_attempts allows and never ended.")
 	}
 	x.mu.Lock()
 	e.running.token, e.running.writing = p.token, true
@@ -312,7 +322,7 @@ func classify(err error) verdict {
 	)
 	switch {
 	case errors.Is(err, errTooLarge):
-		return verdict{code: http.StatusOK, object: errorObject("server_error", "result_too_large", "The result is larger than the limit of 16 MiB.")}
+		return verdict{code: http.StatusOK, object: errorObject(openai.ServerError, "result_too_large", "The result is larger than the limit of 16 MiB.")}
 	case errors.As(err, &status):
 		v := verdict{code: status.Status, object: upstreamError(status)}
 		switch s := status.Status; {
@@ -321,13 +331,13 @@ func classify(err error) verdict {
 		}
 		return v
 	case errors.As(err, &busy):
-		return verdict{again: true, after: busy.RetryAfter, object: errorObject("overloaded_error", "no_upstream", "No model server could answer.")}
+		return verdict{again: true, after: busy.RetryAfter, object: errorObject(openai.Overloaded, "no_upstream", "No model server could answer.")}
 	case errors.Is(err, serving.ErrUnknownModel):
-		return verdict{code: http.StatusNotFound, object: errorObject("invalid_request_error", "model_not_found", "The model does not exist any more, or the key may not use it.")}
+		return verdict{code: http.StatusNotFound, object: errorObject(openai.InvalidRequest, "model_not_found", "The model does not exist any more, or the key may not use it.")}
 	case errors.Is(err, serving.ErrTimeout):
-		return verdict{again: true, object: errorObject("timeout_error", "upstream_timeout", "The model server did not answer in time.")}
+		return verdict{again: true, object: errorObject(openai.TimeoutError, "upstream_timeout", "The model server did not answer in time.")}
 	}
-	return verdict{again: true, object: errorObject("server_error", "upstream_failed", "The model server failed to answer: "+err.Error())}
+	return verdict{again: true, object: errorObject(openai.ServerError, "upstream_failed", "The model server failed to answer: "+err.Error())}
 }
 
 func retryAfter(h map[string][]string) time.Duration {
@@ -340,17 +350,14 @@ func retryAfter(h map[string][]string) time.Duration {
 
 // upstreamError is the error object in an upstream's answer, or one made from its text.
 func upstreamError(e *serving.StatusError) string {
-	var shaped struct {
-		Error json.RawMessage `json:"error"`
-	}
-	if err := json.Unmarshal(e.Body, &shaped); err == nil && len(shaped.Error) > 0 && shaped.Error[0] == '{' && len(shaped.Error) <= maxError {
-		return string(shaped.Error)
+	if object, ok := openai.ErrorObject(e.Body); ok && len(object) <= maxError {
+		return string(object)
 	}
 	text := string(e.Body)
 	if text == "" {
 		text = e.Error()
 	}
-	return errorObject("server_error", "upstream_refused", text)
+	return errorObject(openai.ServerError, "upstream_refused", text)
 }
 
 // errorObject is an error object in OpenAI's format.
@@ -358,16 +365,8 @@ func errorObject(kind, code, message string) string {
 	if len(message) > maxError/8 { // JSON escapes can make it six times as long
 		message = message[:maxError/8]
 	}
-	b, err := json.Marshal(struct {
-		Message string  `json:"message"`
-		Type    string  `json:"type"`
-		Param   *string `json:"param"`
-		Code    string  `json:"code"`
-	}{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code})
-	if err != nil { // strings always marshal
-		panic(err)
-	}
-	return string(b)
+	e := openai.Error{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code}
+	return string(e.Object())
 }
 
 var errTooLarge = errors.New("the result is too large")

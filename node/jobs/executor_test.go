@@ -59,7 +59,7 @@ func TestRetries(t *testing.T) {
 			inBubble(t, func(t *testing.T, w *world) {
 				n := 0
 				var first time.Time
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if n++; n == 1 {
 						first = time.Now()
 					}
@@ -113,6 +113,22 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
+// TestUnreadableRequest: a request that this version can't read fails, with the reason.
+func TestUnreadableRequest(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	for want, change := range map[string]func(*Request){
+		"unknown endpoint /v1/gone":      func(r *Request) { r.Endpoint = "/v1/gone" },
+		"the body must be a JSON object": func(r *Request) { r.Body = []byte("7") },
+	} {
+		id := w.submit(change).ID
+		w.await(id, journal.Failed)
+		if got := string(w.get(id).Error); !strings.Contains(got, want) || !strings.Contains(got, "invalid_body") {
+			t.Errorf("error %s, want %q", got, want)
+		}
+	}
+}
+
 // TestOrder: by priority, then tenants in turn, then the oldest first.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
@@ -120,9 +136,9 @@ func TestOrder(t *testing.T) {
 		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			mu.Lock()
-			order = append(order, string(r.Body))
+			order = append(order, strings.TrimSuffix(strings.TrimPrefix(string(r.Body), `{"model":"m","user":"`), `"}`))
 			mu.Unlock()
 			return answering("{}")(ctx, r, s)
 		}
@@ -133,7 +149,7 @@ func TestOrder(t *testing.T) {
 		}{
 			{"a1", "a", 5}, {"a2", "a", 5}, {"a3", "a", 5}, {"b1", "b", 5}, {"low", "b", 0}, {"b2", "b", 5}, {"high", "a", 9},
 		} {
-			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = []byte(j.body), j.tenant, j.priority })
+			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = marked(j.body), j.tenant, j.priority })
 			time.Sleep(5 * time.Millisecond)
 		}
 		w.spare.Store(1000)
@@ -148,7 +164,7 @@ func TestCancel(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
 		called := make(chan error, 1)
-		w.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		w.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			called <- context.Cause(ctx)
 			return ctx.Err()
@@ -261,8 +277,8 @@ func TestCrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.configure(func(j *config.Jobs) { j.MaxAttempts = 2 })
 		hang := true
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-			if hang && string(r.Body) == "hangs" {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+			if hang && string(r.Body) == string(marked("hangs")) {
 				<-ctx.Done()
 				return ctx.Err()
 			}
@@ -271,8 +287,8 @@ func TestCrash(t *testing.T) {
 		w.start()
 		done := w.submit().ID
 		w.await(done, journal.Succeeded)
-		running := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
-		killer := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
+		running := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
+		killer := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
 		w.await(running, journal.Running)
 		w.await(killer, journal.Running)
 		w.crash()
@@ -295,9 +311,9 @@ func TestCrash(t *testing.T) {
 func TestStop(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 2 })
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
-			if string(r.Body) == "long" {
+			if string(r.Body) == string(marked("long")) {
 				long = time.Minute
 			}
 			if err := sleep(ctx, long); err != nil {
@@ -307,7 +323,7 @@ func TestStop(t *testing.T) {
 		}
 		w.start()
 		short := w.submit().ID
-		long := w.submit(func(r *Request) { r.Body = []byte("long") }).ID
+		long := w.submit(func(r *Request) { r.Body = marked("long") }).ID
 		waits := w.submit().ID
 		w.await(short, journal.Running)
 		w.await(long, journal.Running)
@@ -331,7 +347,7 @@ func TestLateStart(t *testing.T) {
 		first, _, _ := w.streams.current()
 		w.until("the stream is agreed on", func() bool { return w.streams.agreed(first) })
 		calls := 0
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			if calls++; calls == 1 {
 				w.agreed.lease(false) // while the connection is made
 			}
@@ -365,7 +381,7 @@ func TestStartWhileItsStreamIsProposed(t *testing.T) {
 				w.agreed.lease(false)
 				w.start()
 				first, _, _ := w.streams.current()
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if !w.streams.agreed(first) { // while the connection is made
 						if fails {
 							w.agreed.refuseAll(cluster.ErrNoQuorum)
@@ -423,7 +439,7 @@ func deliver(t *testing.T, from, to *world) {
 func twoNodes(t *testing.T) (a, b *world) {
 	a, b = newWorld(t), newWorld(t)
 	b.node, b.ring, b.agreed = "here-2", a.ring, a.agreed
-	a.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+	a.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 		<-ctx.Done()
 		return ctx.Err()
 	}
@@ -480,12 +496,12 @@ func TestLateResult(t *testing.T) {
 		a, b := twoNodes(t)
 		defer func() { a.stop(); b.stop() }()
 		finish := make(chan struct{})
-		a.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		a.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			<-finish
 			return answering(`{"by":"a"}`)(ctx, r, s)
 		}
 		stopped := make(chan error, 1)
-		b.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		b.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			stopped <- context.Cause(ctx)
 			return ctx.Err()

@@ -20,6 +20,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -41,8 +42,6 @@ type Options struct {
 
 	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
-	// Parse reads a request's body as the gateway does (gateway.Parse).
-	Parse func(endpoint string, body []byte) (*serving.Request, error)
 	// Spare returns how many more jobs may start now, so that interactive requests come
 	// first. It is called before jobs are started, and must not block.
 	Spare func() int
@@ -50,7 +49,7 @@ type Options struct {
 	Heard func(node string) bool
 	// Peers lists the other living nodes, of this site too. They are asked for
 	// jobs that this node doesn't know. nil: none.
-	Peers func() []serving.Peer
+	Peers func() []upstream.Peer
 
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger  // nil: discards
@@ -84,7 +83,7 @@ func New(o Options) (*Jobs, error) {
 		o.Grace = 20 * time.Second
 	}
 	if o.Peers == nil {
-		o.Peers = func() []serving.Peer { return nil }
+		o.Peers = func() []upstream.Peer { return nil }
 	}
 	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends())}
 	j.metrics = newMetrics(o.Registerer, j)

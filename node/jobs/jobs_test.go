@@ -20,8 +20,8 @@ import (
 func TestJobRuns(t *testing.T) {
 	w := newWorld(t)
 	var asked serving.Request
-	w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-		asked = *r
+	w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		asked = r
 		return answering(`{"choices":[1]}`)(ctx, r, s)
 	}
 	w.start()
@@ -38,7 +38,7 @@ func TestJobRuns(t *testing.T) {
 	if string(got.Result) != `{"choices":[1]}` || got.Attempts != 1 || got.ExecutedBy != "here" || got.Epoch != 7 || got.FinishedAt.IsZero() || got.StartedAt.IsZero() {
 		t.Errorf("the job is %+v", got)
 	}
-	if asked.Principal.Tenant != "ann" || asked.Endpoint != Endpoints[0] || string(asked.Body) != string(request().Body) {
+	if asked.Principal.Tenant != "ann" || asked.Endpoint.Path != Endpoints[0] || string(asked.Body) != string(request().Body) {
 		t.Errorf("the pipeline was asked %+v", asked)
 	}
 	w.until("the executor has dropped the job", func() bool {

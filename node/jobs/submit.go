@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -35,7 +36,14 @@ type Request struct {
 }
 
 // Endpoints are the endpoints that jobs may have.
-var Endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+var Endpoints = func() (paths []string) {
+	for _, e := range openai.Endpoints {
+		if e.Job {
+			paths = append(paths, e.Path)
+		}
+	}
+	return paths
+}()
 
 // Submit accepts a job. If the error is nil, the job is as durable as the View says, and
 // that is at least what the client asked. The errors are ErrImpossible, ErrKeyReused,

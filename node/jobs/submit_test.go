@@ -101,7 +101,7 @@ func TestIdempotencyKey(t *testing.T) {
 	w := newWorld(t)
 	w.start()
 	keyed := func(key, tenant, body string) *Request {
-		return request(func(r *Request) { r.IdempotencyKey, r.Who.Tenant, r.Body = key, tenant, []byte(body) })
+		return request(func(r *Request) { r.IdempotencyKey, r.Who.Tenant, r.Body = key, tenant, marked(body) })
 	}
 	first, err := w.Submit(t.Context(), keyed("k", "ann", "1"))
 	if err != nil {
@@ -169,7 +169,7 @@ func TestKeyInTwoSites(t *testing.T) {
 		defer func() { a.stop(); b.stop() }()
 		a.server = answering(`{"by":"a"}`)
 		keyed := func(body string) func(*Request) {
-			return func(r *Request) { r.IdempotencyKey, r.Body = "k", []byte(body) }
+			return func(r *Request) { r.IdempotencyKey, r.Body = "k", marked(body) }
 		}
 		one, two := a.submit(keyed("1")), b.submit(keyed("2"))
 		a.await(one.ID, journal.Succeeded)
@@ -183,7 +183,7 @@ func TestKeyInTwoSites(t *testing.T) {
 				}
 			}
 		}
-		same := func(r *Request) { r.IdempotencyKey, r.Body = "k2", []byte("1") }
+		same := func(r *Request) { r.IdempotencyKey, r.Body = "k2", marked("1") }
 		x, y := a.submit(same), b.submit(same)
 		if x.ID != y.ID {
 			t.Fatalf("one key and body make %s and %s", x.ID, y.ID)
@@ -300,8 +300,8 @@ func second[T any](_ T, err error) error { return err }
 
 func TestDeleteAndRetry(t *testing.T) {
 	w := newWorld(t)
-	w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-		if string(r.Body) == "bad" {
+	w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		if string(r.Body) == string(marked("bad")) {
 			return refusing(400, nil, "no")
 		}
 		return answering("{}")(ctx, r, s)
@@ -313,7 +313,7 @@ func TestDeleteAndRetry(t *testing.T) {
 	if _, err := w.Retry(ctx, ann, good); !errors.Is(err, ErrNotRetryable) {
 		t.Errorf("retry a job that succeeded: %v", err)
 	}
-	bad := w.submit(func(r *Request) { r.Body, r.Priority = []byte("bad"), 7 }).ID
+	bad := w.submit(func(r *Request) { r.Body, r.Priority = marked("bad"), 7 }).ID
 	w.await(bad, journal.Failed)
 	v, err := w.Retry(ctx, ann, bad)
 	if err != nil || v.ID == bad {

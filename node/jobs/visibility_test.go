@@ -47,11 +47,11 @@ func TestEarlierResultStaysShown(t *testing.T) {
 		a.copies.say(all, all, journal.DurableTwoSites)
 		b.copies.say(all, all, journal.DurableTwoSites)
 		finish := make(chan struct{})
-		a.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		a.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			<-finish
 			return answering(`{"by":"a"}`)(ctx, r, s)
 		}
-		b.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		b.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			return ctx.Err()
 		}

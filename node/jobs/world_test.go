@@ -246,7 +246,7 @@ type world struct {
 	ring   *keyring.Ring
 	agreed *agreement
 	copies *copies
-	server func(ctx context.Context, r *serving.Request, s serving.Sink) error
+	server func(ctx context.Context, r serving.Request, s serving.Sink) error
 	spare  atomic.Int64
 	node   string
 	limit  time.Duration // of until
@@ -274,8 +274,8 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-func answering(body string) func(context.Context, *serving.Request, serving.Sink) error {
-	return func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+func answering(body string) func(context.Context, serving.Request, serving.Sink) error {
+	return func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		if err := s.Head(serving.Head{Status: 200, Length: int64(len(body)), Attempts: 1}); err != nil {
 			return err
 		}
@@ -283,9 +283,9 @@ func answering(body string) func(context.Context, *serving.Request, serving.Sink
 	}
 }
 
-type serverFunc func(ctx context.Context, r *serving.Request, s serving.Sink) error
+type serverFunc func(ctx context.Context, r serving.Request, s serving.Sink) error
 
-func (f serverFunc) Serve(ctx context.Context, r *serving.Request, s serving.Sink) error {
+func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink) error {
 	return f(ctx, r, s)
 }
 
@@ -332,11 +332,8 @@ func (w *world) open() {
 	w.Jobs, err = New(Options{
 		Node: w.node, Site: "here", Dir: filepath.Join(w.dir, "jobs"), Journal: w.log, Table: w.table, Sealer: sealer, Ring: w.ring,
 		Replication: w.copies, Ownership: w.ownership(logger), State: w.agreed.State,
-		Server: serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
-		Parse: func(endpoint string, body []byte) (*serving.Request, error) {
-			return &serving.Request{Endpoint: endpoint, Body: body, Model: "m"}, nil
-		},
-		Spare: func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
+		Server: serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
+		Spare:  func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
 		Registerer: w.reg, Logger: logger, Grace: 5 * time.Second,
 	})
 	must(err)
@@ -405,6 +402,9 @@ func (w *world) crash() {
 }
 
 var ann = Caller{Principal: serving.Principal{Tenant: "ann", KeyID: "k1"}}
+
+// marked is a request's body that a word tells from others.
+func marked(word string) []byte { return []byte(`{"model":"m","user":"` + word + `"}`) }
 
 func request(change ...func(*Request)) *Request {
 	r := &Request{

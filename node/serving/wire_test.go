@@ -7,11 +7,12 @@ import (
 	"testing"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // named makes the upstream serve m under a name of its own, with a key.
 func named(model string) rigOption {
-	return func(r *rig, o *Options) {
+	return func(r *rig, o *upstream.Options) {
 		m := r.conf.Models["m"]
 		for i := range m.Serve {
 			m.Serve[i].Model = model

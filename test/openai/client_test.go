@@ -23,6 +23,7 @@ import (
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/modelsim"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // oneKey knows the key "secret", and "narrow" which may use one model only.
@@ -75,13 +76,13 @@ func start(t *testing.T) *rig {
 	for _, m := range models {
 		cfg.Models[m] = config.Model{Serve: []config.Serve{{Upstream: "sim"}}}
 	}
-	p := serving.New(serving.Options{Site: "here", Registerer: prometheus.NewRegistry()})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(p.Close)
+	t.Cleanup(fleet.Close)
 	g := gateway.New(gateway.Options{
-		Server: p, Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: healthy{},
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: well{},
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	h.url = serve(func(ctx context.Context, ln net.Listener) error {
