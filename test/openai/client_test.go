@@ -82,7 +82,7 @@ func start(t *testing.T) *rig {
 	}
 	t.Cleanup(fleet.Close)
 	g := gateway.New(gateway.Options{
-		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: well{},
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: healthy{},
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	h.url = serve(func(ctx context.Context, ln net.Listener) error {
