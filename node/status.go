@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/gossip"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/replication"
 )
@@ -19,7 +21,7 @@ type sight struct {
 	patience            time.Duration
 	started             time.Time
 
-	state   *cluster.State
+	state   *agreed.State
 	raft    cluster.RaftView
 	peers   map[string]cluster.PeerView
 	left    map[string]bool // said goodbye over gossip and have not come back
@@ -48,7 +50,7 @@ func (n *Node) status() admin.Status {
 	v.jobs, v.copies = n.work.status(v.state)
 	v.journals, v.table = n.work.damaged(), n.work.partial()
 	for _, m := range n.cluster.Members() {
-		v.left[m.Name] = m.State == cluster.MemberLeft
+		v.left[m.Name] = m.State == gossip.MemberLeft
 	}
 	s := describe(v)
 	s.Cluster = n.cfg.Cluster
@@ -166,7 +168,7 @@ func (v sight) stateOf(p cluster.PeerView) admin.NodeState {
 		silent = p.Ago
 	}
 	switch {
-	case p.Heard && silent < v.patience:
+	case p.HeardWithin(v.patience):
 		return admin.NodeAlive
 	case v.left[p.Name]:
 		return admin.NodeLeft
@@ -222,7 +224,7 @@ func (v sight) upstreamsHealthy(site string) int {
 	}
 	healthy := 0
 	for _, p := range v.peers {
-		if p.Site == site && p.Heard && p.Ago < v.patience {
+		if p.Site == site && p.HeardWithin(v.patience) {
 			healthy = max(healthy, p.UpstreamsHealthy)
 		}
 	}
@@ -251,11 +253,11 @@ func (v sight) siteState(s admin.SiteStatus) admin.SiteState {
 // that this node does not.
 func (v sight) heardByOthers(site string) bool {
 	for _, p := range v.peers {
-		if !p.Heard || p.Ago >= v.patience || p.Site == site {
+		if !p.HeardWithin(v.patience) || p.Site == site {
 			continue
 		}
-		for name, ago := range p.HeardBy {
-			if v.state.Nodes[name].Site == site && ago+p.Ago < v.patience {
+		for name := range p.HeardBy {
+			if v.state.Nodes[name].Site == site && p.HearsWithin(v.patience, name) {
 				return true
 			}
 		}
@@ -271,7 +273,7 @@ func (v sight) apart() bool {
 			continue
 		}
 		others = true
-		if p.Heard && p.Ago < v.patience {
+		if p.HeardWithin(v.patience) {
 			return false
 		}
 	}
@@ -379,7 +381,7 @@ func (v sight) behind() []string {
 	}
 	var out []string
 	for _, name := range sortedNames(v.peers) {
-		if p := v.peers[name]; p.Heard && p.Ago < v.patience && p.Stuck >= v.patience {
+		if p := v.peers[name]; p.HeardWithin(v.patience) && p.Stuck >= v.patience {
 			out = append(out, fmt.Sprintf("node %s answers, but has not followed the agreed state for %s: look at its disk and its log", name, p.Stuck.Round(100*time.Millisecond)))
 		}
 	}
