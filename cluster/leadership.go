@@ -363,8 +363,8 @@ func (c *Cluster) successor() string {
 	best, bestAgo, bestNear := "", c.Timing().Patience, false
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
-		p, known := peers[s.Name]
-		if !known || !s.Voter || !p.Heard || p.Draining || p.Ago >= c.Timing().Patience {
+		p := peers[s.Name]
+		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) {
 			continue
 		}
 		near := p.Site == c.opts.Site

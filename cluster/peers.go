@@ -49,6 +49,16 @@ type PeerView struct {
 	Stuck time.Duration
 }
 
+// HeardWithin reports whether the node answered a ping that was sent less than d ago.
+func (v PeerView) HeardWithin(d time.Duration) bool { return v.Heard && v.Ago < d }
+
+// HearsWithin reports whether, by its newest answer, the node itself heard another
+// one less than d ago.
+func (v PeerView) HearsWithin(d time.Duration, other string) bool {
+	ago, heard := v.HeardBy[other]
+	return v.Heard && heard && v.Ago+ago < d
+}
+
 // pingTimeout bounds one ping. Longer than a lost segment's retransmission,
 // shorter than the patience.
 const pingTimeout = time.Second

@@ -34,3 +34,26 @@ func TestPeerThatAppliesNothingIsStuck(t *testing.T) {
 		}
 	}
 }
+
+func TestHeardWithin(t *testing.T) {
+	const s = time.Second
+	for _, tt := range []struct {
+		name         string
+		p            PeerView
+		heard, hears bool // within two seconds; hears x
+	}{
+		{"no such peer", PeerView{}, false, false},
+		{"never heard", PeerView{HeardBy: map[string]time.Duration{"x": 0}}, false, false},
+		{"just heard, it hears x", PeerView{Heard: true, Ago: s, HeardBy: map[string]time.Duration{"x": s - 1}}, true, true},
+		{"just heard, the ages of both together are too long", PeerView{Heard: true, Ago: s, HeardBy: map[string]time.Duration{"x": s}}, true, false},
+		{"just heard, it never heard x", PeerView{Heard: true, Ago: 2*s - 1}, true, false},
+		{"silent", PeerView{Heard: true, Ago: 2 * s, HeardBy: map[string]time.Duration{"x": 0}}, false, false},
+	} {
+		if got := tt.p.HeardWithin(2 * s); got != tt.heard {
+			t.Errorf("%s: heard %v", tt.name, got)
+		}
+		if got := tt.p.HearsWithin(2*s, "x"); got != tt.hears {
+			t.Errorf("%s: hears x %v", tt.name, got)
+		}
+	}
+}

@@ -193,10 +193,9 @@ func (a *Adopter) view(l cluster.Leadership) AdoptionView {
 // judged by how long this leader has listened.
 func (a *Adopter) judge(name, site string, peers map[string]cluster.PeerView, leading time.Duration) AdoptionNode {
 	n := AdoptionNode{Name: name, Site: site, Silence: leading}
-	p, known := peers[name]
-	if known && p.Heard {
+	if p := peers[name]; p.Heard {
 		n.Silence = p.Ago
-		n.Able = p.LeaseLeft > 0 && p.Ago < a.timing.Patience && !p.Draining && !p.Cold && p.Stuck < a.timing.Patience
+		n.Able = p.LeaseLeft > 0 && p.HeardWithin(a.timing.Patience) && !p.Draining && !p.Cold && p.Stuck < a.timing.Patience
 	}
 	for other, q := range peers {
 		if ago, heard := q.HeardBy[name]; other != name && q.Heard && heard {

@@ -41,9 +41,9 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 			seen := Sighting{Ago: p.Ago, LeaseLeft: p.LeaseLeft + p.Ago, LeaseKnown: true}
 			in.Leader.Seen[name] = seen
 			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold
-			m.Ready = able && p.Ago < c.timing.Lease
-			m.Steady = able && p.Ago < c.timing.Patience
-			m.Calm = able && p.Ago < 3*c.timing.Tick && p.Paused <= c.timing.Tick
+			m.Ready = able && p.HeardWithin(c.timing.Lease)
+			m.Steady = able && p.HeardWithin(c.timing.Patience)
+			m.Calm = able && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
 			m.CaughtUp = p.AppliedIndex+onItsWay >= raft.CommitIndex
 			in.Others = append(in.Others, observationOf(p))
 		}

@@ -115,7 +115,7 @@ func (v *Voters) view(s *agreed.State, l cluster.Leadership) PlacementView {
 			p.AliveFor, p.CaughtUp = now-l.FirstCommit+time.Hour, true // the leader hears itself
 		case known && heard:
 			p.AliveFor = max(now-since, 1)
-			p.CaughtUp = peer.Ago < fresh && peer.AppliedIndex+caughtUp >= raft.CommitIndex
+			p.CaughtUp = peer.HeardWithin(fresh) && peer.AppliedIndex+caughtUp >= raft.CommitIndex
 		default:
 			// Silence counts from the first commit of this leadership at the earliest.
 			p.DeadFor = max(now-l.FirstCommit, 1)

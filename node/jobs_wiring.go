@@ -131,10 +131,10 @@ func (w *work) members() []replication.Member {
 	members := make([]replication.Member, 0, len(s.Nodes))
 	for name, node := range s.Nodes {
 		m := replication.Member{Node: name, Site: node.Site, City: s.Parsed.Sites[node.Site].City, Heard: name == w.n.cfg.Name}
-		if p, known := peers[name]; known && p.Heard && p.Ago < patience {
+		if p := peers[name]; p.HeardWithin(patience) {
 			m.Heard, m.Hears = true, make(map[string]bool, len(p.HeardBy))
-			for other, ago := range p.HeardBy {
-				m.Hears[other] = p.Ago+ago < patience
+			for other := range p.HeardBy {
+				m.Hears[other] = p.HearsWithin(patience, other)
 			}
 		}
 		members = append(members, m)
@@ -284,11 +284,7 @@ func (w *work) spare() int {
 
 // heard reports whether a node is heard now.
 func (w *work) heard(node string) bool {
-	if node == w.n.cfg.Name {
-		return true
-	}
-	p, known := w.n.cluster.Peers()[node]
-	return known && p.Heard && p.Ago < w.n.cluster.Timing().Patience
+	return node == w.n.cfg.Name || w.n.cluster.Peers()[node].HeardWithin(w.n.cluster.Timing().Patience)
 }
 
 // peers are the other living nodes, of this site too.
@@ -297,7 +293,7 @@ func (w *work) peers() []upstream.Peer {
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
 	var peers []upstream.Peer
 	for name, p := range n.cluster.Peers() {
-		if p.Heard && p.Ago < patience {
+		if p.HeardWithin(patience) {
 			peers = append(peers, upstream.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining})
 		}
 	}

@@ -181,7 +181,7 @@ func (n *Node) RemoveNode(ctx context.Context, name string) error {
 	if len(s.Nodes) == 1 {
 		return agreed.ErrLastVoter
 	}
-	if p := n.cluster.Peers()[name]; name == n.cfg.Name || (p.Heard && p.Ago < n.cluster.Timing().Patience) {
+	if name == n.cfg.Name || n.cluster.Peers()[name].HeardWithin(n.cluster.Timing().Patience) {
 		return fmt.Errorf("%w: %s", admin.ErrNodeAlive, name)
 	}
 	_, err := n.cluster.Propose(ctx, agreed.CmdNodeRemove, agreed.NodeRemove{Name: name})
@@ -291,7 +291,7 @@ func (n *Node) setUpstream(ctx context.Context, d agreed.UpstreamDrain) error {
 func (n *Node) hearsay(info *admin.UpstreamInfo) {
 	var newest time.Duration = -1
 	for _, p := range n.cluster.Peers() {
-		if p.Site != info.Site || !p.Heard || p.Ago >= n.cluster.Timing().Patience || (newest >= 0 && p.Ago > newest) {
+		if p.Site != info.Site || !p.HeardWithin(n.cluster.Timing().Patience) || (newest >= 0 && p.Ago > newest) {
 			continue
 		}
 		newest = p.Ago

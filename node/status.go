@@ -169,7 +169,7 @@ func (v sight) stateOf(p cluster.PeerView) admin.NodeState {
 		silent = p.Ago
 	}
 	switch {
-	case p.Heard && silent < v.patience:
+	case p.HeardWithin(v.patience):
 		return admin.NodeAlive
 	case v.left[p.Name]:
 		return admin.NodeLeft
@@ -225,7 +225,7 @@ func (v sight) upstreamsHealthy(site string) int {
 	}
 	healthy := 0
 	for _, p := range v.peers {
-		if p.Site == site && p.Heard && p.Ago < v.patience {
+		if p.Site == site && p.HeardWithin(v.patience) {
 			healthy = max(healthy, p.UpstreamsHealthy)
 		}
 	}
@@ -254,11 +254,11 @@ func (v sight) siteState(s admin.SiteStatus) admin.SiteState {
 // that this node does not.
 func (v sight) heardByOthers(site string) bool {
 	for _, p := range v.peers {
-		if !p.Heard || p.Ago >= v.patience || p.Site == site {
+		if !p.HeardWithin(v.patience) || p.Site == site {
 			continue
 		}
-		for name, ago := range p.HeardBy {
-			if v.state.Nodes[name].Site == site && ago+p.Ago < v.patience {
+		for name := range p.HeardBy {
+			if v.state.Nodes[name].Site == site && p.HearsWithin(v.patience, name) {
 				return true
 			}
 		}
@@ -274,7 +274,7 @@ func (v sight) apart() bool {
 			continue
 		}
 		others = true
-		if p.Heard && p.Ago < v.patience {
+		if p.HeardWithin(v.patience) {
 			return false
 		}
 	}
@@ -382,7 +382,7 @@ func (v sight) behind() []string {
 	}
 	var out []string
 	for _, name := range sortedNames(v.peers) {
-		if p := v.peers[name]; p.Heard && p.Ago < v.patience && p.Stuck >= v.patience {
+		if p := v.peers[name]; p.HeardWithin(v.patience) && p.Stuck >= v.patience {
 			out = append(out, fmt.Sprintf("node %s answers, but has not followed the agreed state for %s: look at its disk and its log", name, p.Stuck.Round(100*time.Millisecond)))
 		}
 	}

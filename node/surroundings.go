@@ -63,7 +63,7 @@ func (n *Node) look() {
 	s.ready = s.health.UpstreamsHealthy > 0
 	patience, client := n.cluster.Timing().Patience, n.cluster.Mesh().HTTPTransport()
 	for name, p := range n.cluster.Peers() {
-		if !p.Heard || p.Ago >= patience {
+		if !p.HeardWithin(patience) {
 			continue
 		}
 		s.heardSince[name] = now

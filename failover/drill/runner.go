@@ -239,7 +239,7 @@ func (r *Runner) able(name string, p cluster.PeerView) (ready bool, upstreams in
 		h := r.o.Health()
 		return left > 0 && !h.Draining, h.UpstreamsHealthy
 	}
-	if !p.Heard || p.Ago >= r.o.Agreement.Timing().Patience {
+	if !p.HeardWithin(r.o.Agreement.Timing().Patience) {
 		return false, 0
 	}
 	return p.LeaseLeft+p.Ago > 0 && !p.Draining && !p.Cold, p.UpstreamsHealthy
@@ -249,7 +249,7 @@ func (r *Runner) able(name string, p cluster.PeerView) (ready bool, upstreams in
 func (r *Runner) elsewhere() string {
 	best := ""
 	for name, p := range r.o.Agreement.Peers() {
-		if p.Site != r.o.Site && p.Heard && p.Ago < r.o.Agreement.Timing().Patience && (best == "" || name < best) {
+		if p.Site != r.o.Site && p.HeardWithin(r.o.Agreement.Timing().Patience) && (best == "" || name < best) {
 			best = name
 		}
 	}

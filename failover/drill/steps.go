@@ -164,7 +164,7 @@ func (t *trial) nodesOf(site string) []string {
 	peers := t.o.Agreement.Peers()
 	var names []string
 	for name, n := range t.state.Nodes {
-		if p := peers[name]; n.Site == site && p.Heard && p.Ago < t.o.Agreement.Timing().Patience {
+		if n.Site == site && peers[name].HeardWithin(t.o.Agreement.Timing().Patience) {
 			names = append(names, name)
 		}
 	}
@@ -186,7 +186,7 @@ func (t *trial) lastHeard(nodes []string) (last time.Duration, silent bool) {
 func (t *trial) allHeard(nodes []string) bool {
 	peers := t.o.Agreement.Peers()
 	for _, name := range nodes {
-		if p := peers[name]; !p.Heard || p.Ago >= t.o.Agreement.Timing().Lease {
+		if !peers[name].HeardWithin(t.o.Agreement.Timing().Lease) {
 			return false
 		}
 	}
@@ -198,7 +198,7 @@ func (t *trial) inPlace(nodes []string, index uint64) (ok bool, why string) {
 	for _, name := range nodes {
 		p := peers[name]
 		switch {
-		case !p.Heard || p.Ago >= t.o.Agreement.Timing().Patience:
+		case !p.HeardWithin(t.o.Agreement.Timing().Patience):
 			return false, name + " is not heard"
 		case p.LeaseLeft+p.Ago <= 0:
 			return false, name + " has no lease"
