@@ -5,14 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// This file is the answer cache of a node, and admin.Caches.
+// This file is the answer cache of a node.
 
 // cacheDir is where the embedded tier's file is, in the data directory.
 const cacheDir = "cache"
@@ -68,36 +66,4 @@ func (n *Node) openCache() error {
 		return fmt.Errorf("make the cache: %w", err)
 	}
 	return nil
-}
-
-// CacheStats is this node's part of the cache.
-func (n *Node) CacheStats(context.Context) (admin.CacheStats, error) {
-	s := n.cache.Stats()
-	tier := func(t cache.TierStats) admin.CacheTier {
-		return admin.CacheTier{Kind: t.Kind, State: t.State, Reason: t.Reason, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
-	}
-	return admin.CacheStats{
-		Node: n.cfg.Name, Site: n.cfg.Site, Local: tier(s.Local), Shared: tier(s.Shared),
-		Requests: s.Requests, Stored: s.Stored, Absorbed: s.Absorbed, Dropped: s.Dropped, Rebuilds: s.Rebuilds, Purges: s.Purges,
-	}, nil
-}
-
-// PurgeCache makes kept answers unusable everywhere, in sites that are away as
-// soon as they hear of it.
-func (n *Node) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
-	s := n.cluster.State()
-	if s.Parsed == nil {
-		return n.notMember()
-	}
-	if _, known := s.Parsed.Models[r.Model]; r.Model != "" && !known {
-		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
-	}
-	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
-		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
-	}
-	now := time.Now()
-	_, err := n.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
-		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
-	})
-	return err
 }

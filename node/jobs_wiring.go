@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -183,7 +182,7 @@ func (w *work) run(ctx context.Context) error {
 		g.Go(func() error { return w.n.passOn(ctx) })
 		adopter := failover.NewAdopter(failover.Options{
 			Name: w.n.cfg.Name, Site: w.n.cfg.Site, Agreement: w.n.cluster,
-			Health:      func() cluster.Health { return w.n.surround.Load().health },
+			Health:      func() cluster.Health { return w.n.view.Load().health },
 			Boottime:    clock.Boottime,
 			Quarantined: func() bool { return w.n.cluster.Quarantined() != "" },
 			Logger:      w.n.log, Registerer: w.n.reg,
@@ -300,9 +299,9 @@ func (w *work) peers() []upstream.Peer {
 	return peers
 }
 
-// status returns the counts of jobs, and how far the copies of each site are behind. Both
+// Status returns the counts of jobs, and how far the copies of each site are behind. Both
 // are nil before run is ready.
-func (w *work) status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
+func (w *work) Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
 	c, err := w.jobs.Counts()
 	if errors.Is(err, jobs.ErrNotReady) || s.Parsed == nil {
 		return nil, nil
@@ -317,8 +316,8 @@ func (w *work) status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
-// check compares the table with the journals, for operators and tests.
-func (w *work) check(ctx context.Context) error {
+// Check compares the table with the journals, for operators and tests.
+func (w *work) Check(ctx context.Context) error {
 	if _, err := w.jobs.Counts(); err != nil {
 		return err
 	}
@@ -348,7 +347,7 @@ func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 		if err := r.Replication.AwaitCaughtUp(ctx); err != nil {
 			return err
 		}
-		damaged := r.w.damaged()
+		damaged := r.w.Damaged()
 		if damaged == "" {
 			return nil
 		}
@@ -364,8 +363,8 @@ func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
-// damaged says which records this node's own journals have lost; empty: none.
-func (w *work) damaged() string {
+// Damaged says which records this node's own journals have lost; empty: none.
+func (w *work) Damaged() string {
 	for s, end := range w.log.Ends() {
 		if s.Origin == w.n.cfg.Name && end.Damaged != 0 {
 			return fmt.Sprintf("its journal %s lost records %d to %d to damage, and no node that is heard has them: "+
@@ -376,8 +375,8 @@ func (w *work) damaged() string {
 	return ""
 }
 
-// partial says that the table is being rebuilt and may lack rows; empty: it is whole.
-func (w *work) partial() string {
+// Partial says that the table is being rebuilt and may lack rows; empty: it is whole.
+func (w *work) Partial() string {
 	if !w.table.Partial() {
 		return ""
 	}
@@ -435,17 +434,4 @@ func (c tableCarrier) Reseal(ctx context.Context, from keyring.KeyID) (int64, er
 	}
 	counts, err := c.table.Carries(ctx)
 	return counts[from], err
-}
-
-// CheckJobs implements admin.JobsChecker.
-func (n *Node) CheckJobs(ctx context.Context) error { return n.work.check(ctx) }
-
-// JobStreams implements admin.JobsChecker.
-func (n *Node) JobStreams(context.Context) (admin.JobStreams, error) {
-	s := n.cluster.State()
-	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]agreed.JobStream, 0, len(s.Streams))}
-	for _, key := range slices.Sorted(maps.Keys(s.Streams)) {
-		streams.Data = append(streams.Data, s.Streams[key])
-	}
-	return streams, nil
 }

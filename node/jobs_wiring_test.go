@@ -2,7 +2,7 @@ package node
 
 import (
 	"log/slog"
-	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -32,16 +32,13 @@ func TestStatusNamesATableThatIsRebuilt(t *testing.T) {
 		}
 	})
 	w := &work{table: table}
-	v := well(t)
-	v.table = w.partial()
-	if s := describe(v); s.Healthy || !slices.Contains(s.Reasons, "node a-1: "+v.table) {
-		t.Errorf("healthy %v, reasons %q", s.Healthy, s.Reasons)
+	if why := w.Partial(); !strings.Contains(why, "is being rebuilt") {
+		t.Errorf("while it is rebuilt the status says %q", why)
 	}
 	if err := table.SetWhole(); err != nil {
 		t.Fatal(err)
 	}
-	v.table = w.partial()
-	if s := describe(v); !s.Healthy {
-		t.Errorf("reasons %q", s.Reasons)
+	if why := w.Partial(); why != "" {
+		t.Errorf("of a whole table the status says %q", why)
 	}
 }

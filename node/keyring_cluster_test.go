@@ -154,7 +154,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	a, _ := c.boot("a-1", old, none)
 	c.seed = a.Addresses().RPC
 	async.Await(t, "the first node founds the cluster", func() bool {
-		return a.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
+		return a.operator.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
 	})
 	async.Await(t, "it has a key", a.keys.Ring.Ready)
 	c.boot("b-1", old, none)
@@ -163,14 +163,14 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	first, _ := a.keys.Ring.Current()
 
 	// Rotation, asked of a follower; the first key goes since nothing carries it.
-	k, err := c.nodes["c-1"].RotateKeyring(t.Context(), "ann")
+	k, err := c.nodes["c-1"].operator.RotateKeyring(t.Context(), "ann")
 	if err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "the new key is in use everywhere", func() bool { return c.sealing(first.String()) })
 	var listed []string
 	async.Await(t, "the first key is dropped", func() bool {
-		r, err := c.nodes["b-1"].Keyring(t.Context())
+		r, err := c.nodes["b-1"].operator.Keyring(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -214,7 +214,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		return cmp.Equal(c.nodes["b-1"].cluster.State().LackOperatorKey(next.Fingerprint()), []string{"a-1"})
 	})
 	async.Await(t, "the refusal names the node that lacks it", func() bool {
-		_, err := c.nodes["b-1"].RewrapKeyring(t.Context(), "ann")
+		_, err := c.nodes["b-1"].operator.RewrapKeyring(t.Context(), "ann")
 		return errors.Is(err, agreed.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
 	})
 	c.stop("a-1")
@@ -224,7 +224,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		t.Fatal("a node that comes back has to wait for the others to open its records")
 	}
 	async.Await(t, "rewrapped", func() bool {
-		_, err := a.RewrapKeyring(t.Context(), "ann")
+		_, err := a.operator.RewrapKeyring(t.Context(), "ann")
 		return err == nil && a.cluster.State().OperatorKey() == next.Fingerprint()
 	})
 	async.Await(t, "all have opened what was wrapped anew", func() bool {

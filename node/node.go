@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -30,6 +31,7 @@ import (
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
+	"github.com/dsnode/dsnode/node/operate"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage"
@@ -53,6 +55,7 @@ type Node struct {
 	fleet    *upstream.Fleet
 	pipeline *serving.Pipeline
 	gateway  *gateway.Gateway
+	operator *operate.Operator
 	admin    *admin.Server
 	keys     *datakeys.Keys
 	cache    *cache.Cache
@@ -64,8 +67,8 @@ type Node struct {
 	coldStart *failover.ColdStart
 
 	draining atomic.Bool
-	surround atomic.Pointer[surroundings]
-	command  atomic.Pointer[command] // nil until this node is a member
+	view     atomic.Pointer[peerView]
+	command  atomic.Pointer[operate.Command] // nil until this node is a member
 
 	stops []stop
 }
@@ -98,7 +101,7 @@ func (n *Node) Close() error {
 // open.
 func New(cfg *Config, o Options) (*Node, error) {
 	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, reg: prometheus.NewRegistry()}
-	n.surround.Store(&surroundings{})
+	n.view.Store(&peerView{})
 	if err := n.open(); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -162,7 +165,7 @@ func (n *Node) open() error {
 		Credentials: credentials,
 		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
-		Health: func() cluster.Health { return n.surround.Load().health },
+		Health: func() cluster.Health { return n.view.Load().health },
 		Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
 		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
 		Services:    func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
@@ -184,7 +187,7 @@ func (n *Node) open() error {
 		return err
 	}
 	n.fleet = upstream.New(upstream.Options{
-		Site: n.cfg.Site, Peers: func() []upstream.Peer { return n.surround.Load().peers },
+		Site: n.cfg.Site, Peers: func() []upstream.Peer { return n.view.Load().peers },
 		Logger: n.log, Registerer: n.reg,
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
@@ -198,8 +201,14 @@ func (n *Node) open() error {
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: n.work.jobs, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
+	n.operator = operate.New(operate.Options{
+		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
+		Cluster: n.cluster, Jobs: n.work, Fleet: n.fleet, Cache: n.cache, Keys: n.keys, Command: n.command.Load,
+		Isolator: n.isolation, ColdStart: n.coldStart, Health: func() cluster.Health { return n.view.Load().health },
+		SetDraining: n.setDraining, Logger: n.log,
+	})
 	n.admin = admin.New(admin.Options{
-		Cluster: n, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.doors.adminToken, Logger: n.log,
+		Cluster: n.operator, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.doors.adminToken, Logger: n.log,
 	})
 	n.equip()
 	return nil
@@ -325,7 +334,7 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 		s := n.cluster.State()
 		if !maps.Equal(drained, s.Drained) {
 			drained = s.Drained
-			names := sortedNames(drained)
+			names := slices.Sorted(maps.Keys(drained))
 			n.fleet.SetDrained(names)
 			n.log.Info("upstreams that get no new request", "drained", names)
 		}
@@ -343,33 +352,26 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 	}
 }
 
-// command is what decides about roles; it exists once the node is a member,
-// because only then its timing is known.
-type command struct {
-	coordinator *failover.Coordinator
-	drills      *drill.Runner
-}
-
 func (n *Node) commandWhenMember(ctx context.Context) error {
 	if err := n.cluster.AwaitMember(ctx); err != nil {
 		return nil // ctx ended first
 	}
 	boottime := clock.Boottime
-	c := &command{}
-	c.coordinator = failover.NewCoordinator(failover.Options{
+	c := &operate.Command{}
+	c.Coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
-		Health:   func() cluster.Health { return n.surround.Load().health },
+		Health:   func() cluster.Health { return n.view.Load().health },
 		Boottime: boottime, Now: time.Now, Quarantined: func() bool { return n.cluster.Quarantined() != "" },
 		Logger: n.log, Registerer: n.reg,
 	})
-	c.drills = n.newDrills(c)
+	c.Drills = n.newDrills(c)
 	n.command.Store(c)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.fence.Run(ctx) })
-	g.Go(func() error { return c.coordinator.Run(ctx) })
-	g.Go(func() error { return c.drills.Run(ctx) })
+	g.Go(func() error { return c.Coordinator.Run(ctx) })
+	g.Go(func() error { return c.Drills.Run(ctx) })
 	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
-	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.surround.Load().heardSince }, boottime, n.log)
+	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.view.Load().heardSince }, boottime, n.log)
 	g.Go(func() error { return n.cluster.WhileLeader(ctx, voters.Lead) })
 	return g.Wait()
 }
@@ -381,4 +383,18 @@ func (n *Node) release(ctx context.Context, switchoverID string) error {
 		return cluster.ErrNotMember
 	}
 	return n.fence.Release(ctx, switchoverID)
+}
+
+func (n *Node) newDrills(c *operate.Command) *drill.Runner {
+	return drill.NewRunner(drill.Options{
+		Node: n.cfg.Name, Site: n.cfg.Site, API: n.doors.apiAddr, Agreement: n.cluster, Switcher: c.Coordinator,
+		Quarantined: func() bool { return n.cluster.Quarantined() != "" },
+		Health:      func() cluster.Health { return n.view.Load().health },
+		Unwell:      n.operator.Reasons,
+		NewAsker: func(model string) (drill.Asker, func()) {
+			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
+			return a, a.Close
+		},
+		Boottime: clock.Boottime, Now: time.Now, Logger: n.log,
+	})
 }

@@ -1,4 +1,4 @@
-package node
+package operate
 
 import (
 	"strings"
@@ -153,6 +153,18 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 		{
 			"a peer that answers, and applies nothing", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
 			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 answers, but has not followed the agreed state for 3s",
+		},
+		{
+			"a data key that can't be opened", func(v *sight) { v.keys = "wrong operator key" },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: wrong operator key",
+		},
+		{
+			"damaged journals", func(v *sight) { v.journals = "its journal lost records" },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its journal lost records",
+		},
+		{
+			"a job table that is being rebuilt", func(v *sight) { v.table = "its job table is being rebuilt" },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its job table is being rebuilt",
 		},
 		{"a site nobody joined from", func(v *sight) {
 			delete(v.state.Nodes, "c-1")

@@ -1,4 +1,4 @@
-package node
+package operate
 
 import (
 	"context"
@@ -13,37 +13,37 @@ import (
 const askedWithin = 2 * time.Second
 
 // Keyring lists the data keys, with what every node carries of them.
-func (n *Node) Keyring(ctx context.Context) (admin.Keyring, error) {
-	s := n.cluster.State()
+func (o *Operator) Keyring(ctx context.Context) (admin.Keyring, error) {
+	s := o.cluster.State()
 	if s.ClusterID == "" {
-		return admin.Keyring{}, n.notMember()
+		return admin.Keyring{}, o.notMember()
 	}
-	return describeKeyring(s, n.keys.Ask(ctx, s, askedWithin)), nil
+	return describeKeyring(s, o.keys.Ask(ctx, s, askedWithin)), nil
 }
 
 // RotateKeyring makes a new sealing key, or gives the one that waits to be
 // confirmed already.
-func (n *Node) RotateKeyring(ctx context.Context, by string) (admin.DataKey, error) {
-	if n.cluster.State().ClusterID == "" {
-		return admin.DataKey{}, n.notMember()
+func (o *Operator) RotateKeyring(ctx context.Context, by string) (admin.DataKey, error) {
+	if o.cluster.State().ClusterID == "" {
+		return admin.DataKey{}, o.notMember()
 	}
-	k, err := n.keys.Rotate(ctx, by)
+	k, err := o.keys.Rotate(ctx, by)
 	if err != nil {
 		return admin.DataKey{}, err
 	}
-	return describeKey(n.cluster.State(), k, nil), nil
+	return describeKey(o.cluster.State(), k, nil), nil
 }
 
 // RewrapKeyring wraps all data keys with the operator key that every node has by
 // now.
-func (n *Node) RewrapKeyring(ctx context.Context, by string) (admin.Keyring, error) {
-	if n.cluster.State().ClusterID == "" {
-		return admin.Keyring{}, n.notMember()
+func (o *Operator) RewrapKeyring(ctx context.Context, by string) (admin.Keyring, error) {
+	if o.cluster.State().ClusterID == "" {
+		return admin.Keyring{}, o.notMember()
 	}
-	if err := n.keys.Rewrap(ctx, by); err != nil {
+	if err := o.keys.Rewrap(ctx, by); err != nil {
 		return admin.Keyring{}, err
 	}
-	return n.Keyring(ctx)
+	return o.Keyring(ctx)
 }
 
 // describeKeyring puts the agreed keys into an operator's terms.

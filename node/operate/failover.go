@@ -1,4 +1,4 @@
-package node
+package operate
 
 import (
 	"context"
@@ -13,11 +13,11 @@ import (
 // This file is admin.Failovers: what operators ask about the primary.
 
 // commanding is what decides about roles, or why it is not there yet.
-func (n *Node) commanding() (*command, error) {
-	if c := n.command.Load(); c != nil {
+func (o *Operator) commanding() (*Command, error) {
+	if c := o.command(); c != nil {
 		return c, nil
 	}
-	return nil, n.notMember()
+	return nil, o.notMember()
 }
 
 func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
@@ -25,14 +25,14 @@ func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest
 }
 
 // PlanFailover gives the checks of a switchover and changes nothing.
-func (n *Node) PlanFailover(_ context.Context, r admin.FailoverRequest, by string) (admin.FailoverPlan, error) {
-	c, err := n.commanding()
+func (o *Operator) PlanFailover(_ context.Context, r admin.FailoverRequest, by string) (admin.FailoverPlan, error) {
+	c, err := o.commanding()
 	if err != nil {
 		return admin.FailoverPlan{}, err
 	}
-	p := admin.FailoverPlan{To: r.To, Checks: c.coordinator.Precheck(switchoverOf(r, by))}
+	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverOf(r, by))}
 	p.OK = allPass(p.Checks, r.Waive)
-	if s := n.cluster.State(); s.ClusterID != "" {
+	if s := o.cluster.State(); s.ClusterID != "" {
 		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
 	}
 	return p, nil
@@ -44,12 +44,12 @@ func allPass(checks []failover.Check, waive []string) bool {
 
 // Failover moves the primary by plan. It is not given up when the asker hangs
 // up: every step has its own deadline.
-func (n *Node) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
-	c, err := n.commanding()
+func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
+	c, err := o.commanding()
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
-	res, err := c.coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
+	res, err := c.Coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
@@ -64,48 +64,48 @@ func (n *Node) Failover(ctx context.Context, r admin.FailoverRequest, by string)
 }
 
 // AckFailover says that a person has seen the last failover.
-func (n *Node) AckFailover(ctx context.Context, by string) error {
-	s := n.cluster.State()
+func (o *Operator) AckFailover(ctx context.Context, by string) error {
+	s := o.cluster.State()
 	if s.ClusterID == "" {
-		return n.notMember()
+		return o.notMember()
 	}
 	if s.LastFailover == nil || s.LastFailover.Acknowledged {
 		return admin.ErrNothingToAck
 	}
-	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
+	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
 	return err
 }
 
 // HoldFailover pauses automatic promotions.
-func (n *Node) HoldFailover(ctx context.Context, reason, by string) error {
-	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
+func (o *Operator) HoldFailover(ctx context.Context, reason, by string) error {
+	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
 	return err
 }
 
 // ResumeFailover ends the pause.
-func (n *Node) ResumeFailover(ctx context.Context, by string) error {
-	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
+func (o *Operator) ResumeFailover(ctx context.Context, by string) error {
+	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
 }
 
 // ReleaseQuarantine ends the quarantine: an operator knows that the cluster was not
 // recovered elsewhere. Only the node that leads Raft can do it.
-func (n *Node) ReleaseQuarantine(context.Context) error {
-	if n.cluster.Quarantined() == "" {
-		return n.notHere()
+func (o *Operator) ReleaseQuarantine(context.Context) error {
+	if o.cluster.Quarantined() == "" {
+		return o.notHere()
 	}
-	n.coldStart.Release()
-	n.log.Warn("quarantine released by an operator")
+	o.coldStart.Release()
+	o.log.Warn("quarantine released by an operator")
 	return nil
 }
 
 // failbackAvailable is what the coordinator's newest look says of it.
-func (n *Node) failbackAvailable() *string {
-	c := n.command.Load()
+func (o *Operator) failbackAvailable() *string {
+	c := o.command()
 	if c == nil {
 		return nil
 	}
-	view, _, _, looked := c.coordinator.Look()
+	view, _, _, looked := c.Coordinator.Look()
 	if !looked {
 		return nil
 	}
@@ -117,12 +117,12 @@ func (n *Node) failbackAvailable() *string {
 }
 
 // notHere says why a quarantine can't be ended at this node.
-func (n *Node) notHere() error {
-	r := n.cluster.Raft()
+func (o *Operator) notHere() error {
+	r := o.cluster.Raft()
 	if r.Quorum || r.Leads {
 		return admin.ErrNotQuarantined
 	}
-	if m, known := n.cluster.State().Nodes[r.Leader]; known {
+	if m, known := o.cluster.State().Nodes[r.Leader]; known {
 		return fmt.Errorf("%w: the raft leader, %s, is asked at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
 	}
 	return fmt.Errorf("%w: it does not lead raft, and knows nobody who does", admin.ErrWrongNode)

@@ -10,13 +10,12 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/node/gateway"
-	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// surroundings is what requests and pings read of the node's own health and of
+// peerView is what requests and pings read of the node's own health and of
 // its peers: made anew a few times a second, so that reading costs one load.
-type surroundings struct {
+type peerView struct {
 	health cluster.Health
 	peers  []upstream.Peer // of other sites, nearest knowledge of who lives
 	ready  bool            // some upstream in some site is reachable
@@ -43,11 +42,11 @@ func (n *Node) keepLooking(ctx context.Context) error {
 }
 
 func (n *Node) look() {
-	s := &surroundings{
+	s := &peerView{
 		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
 		heardSince: map[string]time.Duration{},
 	}
-	before, now := n.surround.Load().heardSince, clock.Boottime()
+	before, now := n.view.Load().heardSince, clock.Boottime()
 	for _, u := range n.fleet.Status() {
 		if u.Drained {
 			continue // it is nobody's to count on
@@ -81,7 +80,7 @@ func (n *Node) look() {
 		s.peers = append(s.peers, upstream.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining, Dead: dead})
 	}
 	slices.SortFunc(s.peers, func(a, b upstream.Peer) int { return cmp.Compare(a.Node, b.Node) })
-	n.surround.Store(s)
+	n.view.Store(s)
 }
 
 // Health is what the health endpoints say.
@@ -89,34 +88,11 @@ func (n *Node) Health() gateway.Report {
 	s := n.cluster.State()
 	// A node that has just joined hears of others' upstreams before it has the
 	// configuration, and could only refuse.
-	ready := s.Parsed != nil && n.surround.Load().ready
+	ready := s.Parsed != nil && n.view.Load().ready
 	r := gateway.Report{Ready: ready, Quorum: n.cluster.Raft().Quorum, Epoch: s.Primary.Epoch}
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}
 	r.Lease = n.fence.Acting()
 	return r
-}
-
-// keyCheck judges clients' keys by the local copy of the agreed state: no
-// quorum is needed, and losing it turns no valid key into a 401.
-type keyCheck struct{ cluster *cluster.Cluster }
-
-// Authenticate implements gateway.Auth.
-func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, error) {
-	s := k.cluster.State()
-	if s.Parsed == nil {
-		return serving.Principal{}, gateway.ErrKeyUnknowable
-	}
-	// Clients of OpenAI's libraries must send some key; where none exists any
-	// will do.
-	free := s.Parsed.Access.Anonymous || (len(s.APIKeys) == 0 && local)
-	if free && (token == "" || len(s.APIKeys) == 0) {
-		return serving.Principal{}, nil
-	}
-	key, err := s.Authenticate(token, time.Now())
-	if err != nil {
-		return serving.Principal{}, err
-	}
-	return serving.Principal{KeyID: key.ID, Tenant: key.Tenant, Models: key.Models}, nil
 }

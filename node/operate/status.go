@@ -1,10 +1,9 @@
-package node
+package operate
 
 import (
+	"context"
 	"fmt"
-	"maps"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -39,22 +38,28 @@ type sight struct {
 	failback   *string
 }
 
-func (n *Node) status() admin.Status {
+// Status is the cluster as this node sees it now, with or without quorum.
+func (o *Operator) Status(context.Context) (admin.Status, error) { return o.status(), nil }
+
+// Reasons says why the cluster is not healthy; empty: it is.
+func (o *Operator) Reasons() []string { return o.status().Reasons }
+
+func (o *Operator) status() admin.Status {
 	v := sight{
-		name: n.cfg.Name, site: n.cfg.Site, version: n.version, now: time.Now(),
-		patience: n.cluster.Timing().Patience, started: n.cluster.StartedAt(),
-		state: n.cluster.State(), raft: n.cluster.Raft(), peers: n.cluster.Peers(),
-		health: n.surround.Load().health, waiting: n.cluster.Waiting(),
-		quarantine: n.cluster.Quarantined(), leftBehind: n.cluster.LeftBehind(),
-		left: map[string]bool{}, failback: n.failbackAvailable(), keys: n.keys.Problem(),
+		name: o.name, site: o.site, version: o.version, now: time.Now(),
+		patience: o.cluster.Timing().Patience, started: o.cluster.StartedAt(),
+		state: o.cluster.State(), raft: o.cluster.Raft(), peers: o.cluster.Peers(),
+		health: o.health(), waiting: o.cluster.Waiting(),
+		quarantine: o.cluster.Quarantined(), leftBehind: o.cluster.LeftBehind(),
+		left: map[string]bool{}, failback: o.failbackAvailable(), keys: o.keys.Problem(),
 	}
-	v.jobs, v.copies = n.work.status(v.state)
-	v.journals, v.table = n.work.damaged(), n.work.partial()
-	for _, m := range n.cluster.Members() {
+	v.jobs, v.copies = o.jobs.Status(v.state)
+	v.journals, v.table = o.jobs.Damaged(), o.jobs.Partial()
+	for _, m := range o.cluster.Members() {
 		v.left[m.Name] = m.State == gossip.MemberLeft
 	}
 	s := describe(v)
-	s.Cluster = n.cfg.Cluster
+	s.Cluster = o.clusterName
 	return s
 }
 
@@ -311,7 +316,7 @@ func (v sight) reasons(s admin.Status) []string {
 		out = append(out, "quarantined: "+v.quarantine)
 	}
 	if v.state.Parsed == nil {
-		out = append(out, errNoConfig.Error())
+		out = append(out, "no configuration is known here yet")
 	}
 	for _, site := range s.Sites {
 		switch site.State {
@@ -408,5 +413,3 @@ func lastHeard(seconds *float64) string {
 	}
 	return fmt.Sprintf("last heard %s ago", time.Duration(*seconds*float64(time.Second)).Round(100*time.Millisecond))
 }
-
-func sortedNames[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

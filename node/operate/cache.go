@@ -1,0 +1,43 @@
+package operate
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/cache"
+)
+
+// CacheStats is this node's part of the cache.
+func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
+	s := o.cache.Stats()
+	tier := func(t cache.TierStats) admin.CacheTier {
+		return admin.CacheTier{Kind: t.Kind, State: t.State, Reason: t.Reason, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
+	}
+	return admin.CacheStats{
+		Node: o.name, Site: o.site, Local: tier(s.Local), Shared: tier(s.Shared),
+		Requests: s.Requests, Stored: s.Stored, Absorbed: s.Absorbed, Dropped: s.Dropped, Rebuilds: s.Rebuilds, Purges: s.Purges,
+	}, nil
+}
+
+// PurgeCache makes kept answers unusable everywhere, in sites that are away as
+// soon as they hear of it.
+func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
+	s := o.cluster.State()
+	if s.Parsed == nil {
+		return o.notMember()
+	}
+	if _, known := s.Parsed.Models[r.Model]; r.Model != "" && !known {
+		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
+	}
+	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
+		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
+	}
+	now := time.Now()
+	_, err := o.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
+		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
+	})
+	return err
+}

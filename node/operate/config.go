@@ -1,0 +1,100 @@
+package operate
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/admin"
+)
+
+// Bootstrap founds the cluster with this node.
+func (o *Operator) Bootstrap(ctx context.Context, text []byte, author string) error {
+	return o.cluster.Bootstrap(ctx, text, author)
+}
+
+// Config is the agreed configuration.
+func (o *Operator) Config(context.Context) (admin.ConfigVersion, error) {
+	s := o.cluster.State()
+	if s.ClusterID == "" {
+		return admin.ConfigVersion{}, o.notMember()
+	}
+	return s.Config, nil
+}
+
+// ConfigHistory lists the versions before the current one.
+func (o *Operator) ConfigHistory(context.Context) ([]admin.ConfigVersion, error) {
+	s := o.cluster.State()
+	if s.ClusterID == "" {
+		return nil, o.notMember()
+	}
+	return s.History, nil
+}
+
+// ApplyConfig agrees on another configuration.
+func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64, author string) (admin.ConfigVersion, error) {
+	next, err := config.Parse("cluster.yaml", text)
+	if err != nil {
+		return admin.ConfigVersion{}, fmt.Errorf("%w: %w", admin.ErrInvalidConfig, err)
+	}
+	s := o.cluster.State()
+	if s.ClusterID == "" {
+		return admin.ConfigVersion{}, o.notMember()
+	}
+	if err := mayFollow(s, next); err != nil {
+		return admin.ConfigVersion{}, err
+	}
+	version := s.Config.Version
+	if expect != nil {
+		version = *expect
+	}
+	hash := cluster.HashConfig(text)
+	if version == s.Config.Version && hash == s.Config.Hash {
+		return s.Config, nil // nothing to agree on
+	}
+	_, err = o.cluster.Propose(ctx, agreed.CmdConfigSet, agreed.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
+	if err != nil {
+		return admin.ConfigVersion{}, err
+	}
+	return o.cluster.State().Config, nil
+}
+
+// mayFollow refuses what is valid in itself but can't follow the present
+// configuration.
+func mayFollow(s *agreed.State, next *config.Config) error {
+	if s.Parsed != nil && next.Timing != s.Parsed.Timing {
+		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes would differ about who is in charge",
+			admin.ErrInvalidConfig, s.Parsed.Timing.Heartbeat)
+	}
+	for name, node := range s.Nodes {
+		if _, known := next.Sites[node.Site]; !known {
+			return fmt.Errorf("%w: site %s still has node %s: remove its nodes first with dsnode node remove", admin.ErrInvalidConfig, node.Site, name)
+		}
+	}
+	if _, known := next.Sites[s.Primary.Site]; !known {
+		return fmt.Errorf("%w: site %s is the primary", admin.ErrInvalidConfig, s.Primary.Site)
+	}
+	return nil
+}
+
+// RollbackConfig agrees on the text of an earlier version, as a new one.
+func (o *Operator) RollbackConfig(ctx context.Context, to uint64, expect *uint64, author string) (admin.ConfigVersion, error) {
+	s := o.cluster.State()
+	if s.ClusterID == "" {
+		return admin.ConfigVersion{}, o.notMember()
+	}
+	if to == s.Config.Version {
+		return s.Config, nil
+	}
+	i := slices.IndexFunc(s.History, func(v agreed.ConfigVersion) bool { return v.Version == to })
+	if i < 0 {
+		return admin.ConfigVersion{}, fmt.Errorf("%w: %d", admin.ErrUnknownVersion, to)
+	}
+	if expect == nil {
+		expect = &s.Config.Version
+	}
+	return o.ApplyConfig(ctx, []byte(s.History[i].Text), expect, author)
+}

@@ -1,0 +1,125 @@
+// Package operate carries out what operators ask of a node: its status, changes of
+// the agreed configuration, API keys, nodes and upstreams, failovers, drills, data keys
+// and the cache. It has no connection of its own: node/admin serves it over HTTP. Start
+// at Operator; each subject has a file.
+package operate
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/gossip"
+	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/failover/drill"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/datakeys"
+	"github.com/dsnode/dsnode/node/upstream"
+	"github.com/dsnode/dsnode/replication"
+)
+
+// Cluster is what an Operator needs of the cluster; *cluster.Cluster implements it.
+type Cluster interface {
+	State() *agreed.State
+	Bootstrap(ctx context.Context, configText []byte, author string) error
+	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
+	Timing() config.Timing
+	StartedAt() time.Time
+	Raft() cluster.RaftView
+	Peers() map[string]cluster.PeerView
+	Members() []gossip.Member
+	// Waiting says what the node waits for before it is a member, Quarantined why its
+	// Raft leader changes nothing, LeftBehind that the cluster was recovered without
+	// it. Each is empty when that is not so.
+	Waiting() string
+	Quarantined() string
+	LeftBehind() string
+}
+
+var _ Cluster = (*cluster.Cluster)(nil)
+
+// Jobs is what a node knows of asynchronous jobs.
+type Jobs interface {
+	// Status returns the counts of jobs and, by site, how far its copies are behind.
+	// Unknown is nil and absent.
+	Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy)
+	// Damaged says what the node's own journals have lost, Partial why its table may
+	// lack rows. Each is empty when nothing is wrong.
+	Damaged() string
+	Partial() string
+	// Check returns nil if the job table agrees with the journals.
+	Check(ctx context.Context) error
+}
+
+// Command is what decides about the primary. It exists once the node is a member.
+type Command struct {
+	Coordinator *failover.Coordinator
+	Drills      *drill.Runner
+}
+
+// Options are what an Operator needs. All are required.
+type Options struct {
+	ClusterName, Name, Site, Version string
+
+	Cluster Cluster
+	Jobs    Jobs
+	Fleet   *upstream.Fleet
+	Cache   *cache.Cache
+	Keys    *datakeys.Keys
+	// Command is nil before the node is a member.
+	Command func() *Command
+	// Isolator cuts the node off during a drill, ColdStart holds a restarted majority.
+	Isolator  *drill.Isolator
+	ColdStart *failover.ColdStart
+	// Health is what the node tells its peers of itself.
+	Health func() cluster.Health
+	// SetDraining takes the node out of load balancers, or puts it back.
+	SetDraining func(draining bool)
+	Logger      *slog.Logger
+}
+
+// Operator does what operators ask of one node. It implements admin.Cluster.
+type Operator struct {
+	clusterName, name, site, version string
+
+	cluster     Cluster
+	jobs        Jobs
+	fleet       *upstream.Fleet
+	cache       *cache.Cache
+	keys        *datakeys.Keys
+	command     func() *Command
+	isolation   *drill.Isolator
+	coldStart   *failover.ColdStart
+	health      func() cluster.Health
+	setDraining func(bool)
+	log         *slog.Logger
+}
+
+var _ admin.Cluster = (*Operator)(nil)
+
+// New makes an Operator. It starts nothing.
+func New(o Options) *Operator {
+	return &Operator{
+		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
+		cluster: o.Cluster, jobs: o.Jobs, fleet: o.Fleet, cache: o.Cache, keys: o.Keys, command: o.Command,
+		isolation: o.Isolator, coldStart: o.ColdStart, health: o.Health, setDraining: o.SetDraining, log: o.Logger,
+	}
+}
+
+// notMember says why this node has no agreed state yet.
+func (o *Operator) notMember() error {
+	if why := o.cluster.Waiting(); why != "" {
+		return fmt.Errorf("%w; %s", cluster.ErrNotMember, why)
+	}
+	return fmt.Errorf("%w: it has not heard the agreed state since its start", cluster.ErrNoQuorum)
+}
+
+// sortedNames are the keys of m, sorted.
+func sortedNames[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
