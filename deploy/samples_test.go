@@ -1,4 +1,4 @@
-// Package deploy holds what operators start from; its tests prove that it works.
+// Package deploy has the samples for operators. Its tests check them.
 package deploy
 
 import (
@@ -30,7 +30,7 @@ func TestClusterSampleLoadsAndShowsEveryKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.Timeouts != config.DefaultTimeouts() || c.Limits != config.DefaultLimits() || c.Timing.Heartbeat.D() != config.DefaultHeartbeat || c.Access.Anonymous {
-		t.Errorf("the sample is not at its defaults: %+v, %+v, %+v, %+v", c.Timeouts, c.Limits, c.Timing, c.Access)
+		t.Errorf("the sample does not have the defaults: %+v, %+v, %+v, %+v", c.Timeouts, c.Limits, c.Timing, c.Access)
 	}
 	if c.Sites["shanghai-a"] != (config.Site{City: "shanghai", Priority: 1, RPOTarget: config.DefaultRPOTarget, RTOTarget: config.DefaultRTOTarget}) {
 		t.Errorf("site: %+v", c.Sites["shanghai-a"])
@@ -46,7 +46,7 @@ func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// This one is there only while the operator's key changes.
+	// This key is commented out, because it is used only while the operator's key changes.
 	wantEveryKey(t, bytes.Replace(text, []byte("\n# operator_key_previous:"), []byte("\noperator_key_previous:"), 1), reflect.TypeFor[node.Config]())
 
 	dir := t.TempDir()
@@ -78,7 +78,7 @@ func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// Where the comments promise a default, leaving the key out gives the same.
+	// A key that is left out has the default that the sample shows.
 	short, err := node.ParseConfig("short", []byte(`
 version: 1
 cluster: dev
@@ -100,8 +100,7 @@ operator_key: {file: operator.key}
 	}
 }
 
-// wantEveryKey checks that a sample mentions each key that its type has, at
-// the place where it belongs.
+// wantEveryKey checks that a sample has each key of its type, at the right place.
 func wantEveryKey(t *testing.T, text []byte, typ reflect.Type) {
 	t.Helper()
 	var tree any
@@ -113,9 +112,9 @@ func wantEveryKey(t *testing.T, text []byte, typ reflect.Type) {
 	wanted := map[string]bool{}
 	keys("", typ, wanted)
 	for key := range wanted {
-		// A secret shows one of its two forms, by nature.
+		// A secret has only one of its two forms.
 		if !shown[key] && !strings.HasSuffix(key, ".env") && !strings.HasSuffix(key, ".file") {
-			t.Errorf("the sample doesn't show %s", key)
+			t.Errorf("the sample lacks %s", key)
 		}
 	}
 	if len(wanted) < 20 {
@@ -123,14 +122,14 @@ func wantEveryKey(t *testing.T, text []byte, typ reflect.Type) {
 	}
 }
 
-// keys lists a type's keys; entries of maps and lists share the step "*".
+// keys lists the keys of a type; entries of maps and lists are "*".
 func keys(at string, typ reflect.Type, out map[string]bool) {
 	switch typ.Kind() {
 	case reflect.Map, reflect.Slice:
 		keys(at+".*", typ.Elem(), out)
 	case reflect.Struct:
 		if typ == reflect.TypeFor[config.Timeouts]() && at != ".timeouts" {
-			return // the same four everywhere; shown once
+			return // the same keys everywhere; the sample has all of them once
 		}
 		for i := range typ.NumField() {
 			f := typ.Field(i)
@@ -145,7 +144,7 @@ func keys(at string, typ reflect.Type, out map[string]bool) {
 	}
 }
 
-// collect lists the keys that a file shows, in the form of keys.
+// collect lists the keys of a file, in the format of keys.
 func collect(at string, value any, typ reflect.Type, out map[string]bool) {
 	switch value := value.(type) {
 	case map[string]any:

@@ -86,7 +86,7 @@ func keysGrid(keys []admin.APIKeyInfo, now time.Time) *grid {
 }
 
 func newAPIKeyRevokeCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "revoke ID", Short: "Revoke a key for good", Args: takes("the ID of a key")}
+	cmd := &cobra.Command{Use: "revoke ID", Short: "Revoke a key permanently", Args: takes("the ID of a key")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.RevokeAPIKey(ctx, args[0]); err != nil {
 			return err

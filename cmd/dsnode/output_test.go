@@ -147,14 +147,14 @@ func (c *countdown) Write(p []byte) (int, error) {
 
 func TestWatchGoesOnThroughAnOutage(t *testing.T) {
 	f := &fakeCluster{state: "healthy"}
-	door := admin.New(admin.Options{Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler()})
+	port := admin.New(admin.Options{Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler()})
 	asked := 0
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked++ // one request at a time
 		if asked == 2 {
 			panic(http.ErrAbortHandler) // the connection breaks
 		}
-		door.ServeHTTP(w, r)
+		port.ServeHTTP(w, r)
 	}))
 	defer server.Close()
 	server.Config.SetKeepAlivesEnabled(false) // else net/http repeats the request by itself

@@ -192,11 +192,11 @@ func (t statusTable) since(at *time.Time) string {
 	return fmt.Sprintf(" for %s (since %s)", age(t.now.Sub(*at)), at.UTC().Format(time.RFC3339))
 }
 
-func inBrackets(words string) string {
-	if words == "" {
+func inBrackets(text string) string {
+	if text == "" {
 		return ""
 	}
-	return " (" + words + ")"
+	return " (" + text + ")"
 }
 
 func secondsText(s *float64) string {

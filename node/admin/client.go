@@ -301,11 +301,11 @@ func unreachable(failures []error) error {
 	if errors.As(errors.Join(failures...), &refused) {
 		return refused
 	}
-	words := make([]string, len(failures))
+	texts := make([]string, len(failures))
 	for i, err := range failures {
-		words[i] = err.Error()
+		texts[i] = err.Error()
 	}
-	return fmt.Errorf("%w: %s", ErrUnreachable, strings.Join(words, "; "))
+	return fmt.Errorf("%w: %s", ErrUnreachable, strings.Join(texts, "; "))
 }
 
 // attempt sends a request to one URL. It may take an equal share of the remaining time.

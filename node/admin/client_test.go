@@ -223,7 +223,7 @@ func TestClientTriesTheNextURL(t *testing.T) {
 			t.Errorf("%v, draining %t", err, f.draining)
 		}
 	})
-	t.Run("drain of a node that nobody is", func(t *testing.T) {
+	t.Run("drain of an unknown node", func(t *testing.T) {
 		c := dial(t, ClientOptions{}, good, closedURL(t))
 		if err := c.DrainNode(t.Context(), "third-1"); !errors.Is(err, ErrWrongNode) {
 			t.Errorf("got %v, want ErrWrongNode", err)

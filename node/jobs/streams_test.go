@@ -39,7 +39,7 @@ func TestReturnedStreamIsNoIsland(t *testing.T) {
 		for range 2 {
 			time.Sleep(30 * time.Second)
 			if after.streams.island(stream) {
-				t.Error("the stream counts as known to nobody else")
+				t.Error("the stream counts as an island")
 			}
 			if got := after.get(id).Status; got != journal.Queued {
 				t.Errorf("a job of another owner is %s", got)

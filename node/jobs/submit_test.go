@@ -32,15 +32,15 @@ func TestDurability(t *testing.T) {
 		{"default, others can't be heard", "", "", cities, site, node, "", node, nil, 0},
 		{"default, another site has it", "", "", cities, cities, node, sites, sites, nil, 500 * time.Millisecond},
 		{"default, another site is slow", "", "", cities, cities, node, "", node, nil, 2 * time.Second},
-		{"default with a floor, others can't be heard", "", site, cities, site, node, site, site, nil, 500 * time.Millisecond},
-		{"default with a floor that fails", "", site, cities, site, node, "", "", &DurabilityError{}, 2 * time.Second},
+		{"default with a minimum, others can't be heard", "", site, cities, site, node, site, site, nil, 500 * time.Millisecond},
+		{"default with a minimum that fails", "", site, cities, site, node, "", "", &DurabilityError{}, 2 * time.Second},
 		{"explicit", sites, "", cities, cities, node, sites, sites, nil, 500 * time.Millisecond},
 		{"explicit, not in time", sites, "", cities, cities, site, "", "", &DurabilityError{}, 2 * time.Second},
-		{"explicit, nobody heard", sites, "", cities, node, node, "", "", &DurabilityError{}, 2 * time.Second},
-		{"explicit with a floor", cities, site, cities, cities, node, site, site, nil, 2 * time.Second},
-		{"explicit with a floor, nobody heard", cities, node, cities, site, node, "", node, nil, 0},
+		{"explicit, no peer heard", sites, "", cities, node, node, "", "", &DurabilityError{}, 2 * time.Second},
+		{"explicit with a minimum", cities, site, cities, cities, node, site, site, nil, 2 * time.Second},
+		{"explicit with a minimum, no peer heard", cities, node, cities, site, node, "", node, nil, 0},
 		{"impossible", cities, "", sites, sites, node, "", "", ErrImpossible, 0},
-		{"impossible with a floor", cities, node, sites, sites, node, "", "", ErrImpossible, 0},
+		{"impossible with a minimum", cities, node, sites, sites, node, "", "", ErrImpossible, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T, w *world) {
