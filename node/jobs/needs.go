@@ -39,8 +39,8 @@ type Replication interface {
 	Reachable(level journal.Durability) bool
 	// Await blocks until the record is that durable, or ctx ends.
 	Await(ctx context.Context, s journal.Stream, seq uint64, level journal.Durability) error
-	// Reached is the best level that is known to be true now.
-	Reached(s journal.Stream, seq uint64) journal.Durability
+	// DurabilityOf is the best level that is known to be true now.
+	DurabilityOf(s journal.Stream, seq uint64) journal.Durability
 	// AwaitCaughtUp blocks until this node's table shows what every living node
 	// holds, of all streams.
 	AwaitCaughtUp(ctx context.Context) error
