@@ -63,7 +63,7 @@ func child(dir string) int {
 	}
 	say("open")
 	if err := work(s, snaps, say); err != nil {
-		// From here on nothing may be acknowledged, and the node is told.
+		// From here on nothing may be acknowledged, and Failed must be closed.
 		select {
 		case <-s.Failed():
 		default:
@@ -83,7 +83,7 @@ func child(dir string) int {
 			}
 		}
 		say("failed: %v", err)
-		_ = s.Close() // must not hang; what it says is of no use any more
+		_ = s.Close() // must not hang; its error does not matter
 		return 3
 	}
 	return 0
@@ -107,7 +107,7 @@ func work(s *RaftStore, snaps *SnapshotStore, say func(string, ...any)) error {
 		case rand.IntN(100) == 0 && last > first+100:
 			to := last - 50
 			if err := snapshot(snaps, to, term); err != nil {
-				// Raft goes on without, and so do we until the log fails, too.
+				// Raft continues without a snapshot, and so does this until the log fails too.
 				say("no snapshot: %v", err)
 				continue
 			}
@@ -147,11 +147,11 @@ func snapshot(snaps *SnapshotStore, index, term uint64) error {
 	return sink.Close()
 }
 
-// promises is what a child has acknowledged, over all its lives.
+// promises is what the child processes have acknowledged, over all restarts.
 type promises struct {
 	first, last uint64            // entries that must be there
 	terms       map[uint64]uint64 // term of each entry from first to last
-	doubtful    uint64            // entries from here on may be gone; 0 for none
+	doubtful    uint64            // entries from here on may be missing; 0 for none
 	term        uint64
 	snapshot    uint64
 	acks        int
@@ -198,9 +198,9 @@ func (p *promises) hear(line string) error {
 	return nil
 }
 
-// check opens the stores that a dead child left, compares them with its
-// promises, and takes what is there as the new truth: what was not promised may
-// be there or not, and stays.
+// check opens the stores of a dead child, compares them with its promises, and takes
+// their content as the new promises: what was not acknowledged may exist or not, and
+// then stays so.
 func (p *promises) check(t *testing.T, dir string) {
 	t.Helper()
 	s, err := OpenRaftStore(storeOptions(t, dir))
@@ -214,7 +214,7 @@ func (p *promises) check(t *testing.T, dir string) {
 	}
 	got := *s.entries.Load()
 	if got.last < must || must > 0 && must >= p.first && got.first > p.first {
-		t.Fatalf("entries %d to %d are there, promised were %d to %d", got.first, got.last, p.first, must)
+		t.Fatalf("the store has entries %d to %d, %d to %d were acknowledged", got.first, got.last, p.first, must)
 	}
 	for i := got.first; i <= got.last && got.last > 0; i++ {
 		var l raft.Log
@@ -222,21 +222,21 @@ func (p *promises) check(t *testing.T, dir string) {
 			t.Fatalf("entry %d: %v", i, err)
 		}
 		if !sameEntry(&l, entry(i, l.Term)) {
-			t.Fatalf("entry %d has another content", i)
+			t.Fatalf("entry %d has different content", i)
 		}
 		if want, ok := p.terms[i]; ok && i <= must && l.Term != want {
-			t.Fatalf("entry %d is of term %d, promised was %d", i, l.Term, want)
+			t.Fatalf("entry %d is of term %d, %d was acknowledged", i, l.Term, want)
 		}
 		p.terms[i] = l.Term
 	}
 	term, err := s.GetUint64([]byte("CurrentTerm"))
 	if err != nil || term < p.term || term > p.term+1 {
-		t.Fatalf("term %d, promised was %d: %v", term, p.term, err)
+		t.Fatalf("term %d, %d was acknowledged: %v", term, p.term, err)
 	}
 	snaps := openSnapshots(t, dir)
 	if p.snapshot > 0 {
 		if l := listed(t, snaps); len(l) == 0 || l[0] < p.snapshot {
-			t.Fatalf("snapshots %v, promised was %d", l, p.snapshot)
+			t.Fatalf("snapshots %v, %d was acknowledged", l, p.snapshot)
 		}
 	}
 	if err := CheckTogether(s, snaps); err != nil {
