@@ -2,6 +2,8 @@ package cluster
 
 import (
 	"sync"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // addressBook knows where each node can be reached. Addresses come from the
@@ -15,7 +17,7 @@ type addressBook struct {
 }
 
 type bookEntry struct {
-	node   Node
+	node   agreed.Node
 	direct bool // the node itself said so, over mutual TLS
 }
 
@@ -24,24 +26,24 @@ func newAddressBook() *addressBook {
 }
 
 // heard records what a node said of itself over an authenticated connection.
-func (b *addressBook) heard(n Node) {
+func (b *addressBook) heard(n agreed.Node) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if _, known := b.entries[n.Name]; !known && len(b.entries) >= maxNodes {
+	if _, known := b.entries[n.Name]; !known && len(b.entries) >= agreed.MaxNodes {
 		return
 	}
 	b.entries[n.Name] = bookEntry{node: n, direct: true}
 }
 
 // learn records hearsay: kept unless something better is known.
-func (b *addressBook) learn(n Node) {
+func (b *addressBook) learn(n agreed.Node) {
 	if n.RPC == "" {
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	old, known := b.entries[n.Name]
-	if !known && len(b.entries) >= maxNodes {
+	if !known && len(b.entries) >= agreed.MaxNodes {
 		return
 	}
 	if known && !n.StartedAt.After(old.node.StartedAt) {
@@ -58,7 +60,7 @@ func (b *addressBook) forget(name string) {
 }
 
 // node gives what is known of a node.
-func (b *addressBook) node(name string) (Node, bool) {
+func (b *addressBook) node(name string) (agreed.Node, bool) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
 	e, ok := b.entries[name]
@@ -72,10 +74,10 @@ func (b *addressBook) rpc(name string) (string, bool) {
 }
 
 // all gives every known node.
-func (b *addressBook) all() []Node {
+func (b *addressBook) all() []agreed.Node {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	nodes := make([]Node, 0, len(b.entries))
+	nodes := make([]agreed.Node, 0, len(b.entries))
 	for _, e := range b.entries {
 		nodes = append(nodes, e.node)
 	}

@@ -20,7 +20,11 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/gossip"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // Options is what a Cluster is made of. All of it is needed unless it says
@@ -39,7 +43,7 @@ type Options struct {
 	Gossip      string // advertised; port 0 becomes the real one
 	GossipBind  string
 	GossipKey   []byte
-	Credentials *Credentials
+	Credentials *mesh.Credentials
 
 	Logs        raft.LogStore
 	Stable      raft.StableStore
@@ -75,16 +79,16 @@ type Cluster struct {
 	log      *slog.Logger
 	instance string
 	started  time.Time
-	timing   atomic.Pointer[Timing] // the default until this node is a member
+	timing   atomic.Pointer[config.Timing] // the default until this node is a member
 
-	mesh    *Mesh
+	mesh    *mesh.Mesh
 	book    *addressBook
 	fsm     *fsm
 	lease   *lease
 	peers   *peerTable
 	pauses  *pauseMeter
 	metrics *metrics
-	gossip  atomic.Pointer[Gossip]
+	gossip  atomic.Pointer[gossip.Gossip]
 
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 	carried func(context.Context) (map[string]int64, error)      // see OnCarried
@@ -94,7 +98,7 @@ type Cluster struct {
 	raft   atomic.Pointer[raft.Raft]
 	layer  *gatedLayer
 	// snapshotted is the configuration index that the newest snapshot holds;
-	// keepHouse's alone.
+	// upkeep's alone.
 	snapshotted uint64
 	waiting     atomic.Pointer[string] // why this node isn't a member yet, for the status
 
@@ -149,11 +153,11 @@ func New(o Options) (*Cluster, error) {
 			c.book.learn(n)
 		}
 	}
-	c.mesh = NewMesh(MeshOptions{
+	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
 		Relays: c.relays, Silent: c.silent,
-		OnNewerGeneration: func(peer Identity, theirs Generation) {
+		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&words); old == nil {
 				c.log.Error("left behind by a recovery", "peer", peer.Node, "generation", theirs.Number)
@@ -166,17 +170,17 @@ func New(o Options) (*Cluster, error) {
 }
 
 // Mesh carries connections to peers.
-func (c *Cluster) Mesh() *Mesh { return c.mesh }
+func (c *Cluster) Mesh() *mesh.Mesh { return c.mesh }
 
 // Timing is what failure detection uses: the default before this node is a
 // member, then what the cluster was founded with.
-func (c *Cluster) Timing() Timing { return *c.timing.Load() }
+func (c *Cluster) Timing() config.Timing { return *c.timing.Load() }
 
 // setTiming happens before raft and the loops start: a cluster's timing never
 // changes while it runs, because two nodes with different ideas of a lease's
 // length could both be right about who is in charge.
 func (c *Cluster) setTiming(heartbeat time.Duration) error {
-	t := TimingFrom(heartbeat)
+	t := config.TimingFrom(heartbeat)
 	if err := t.Check(); err != nil {
 		return err
 	}
@@ -193,17 +197,17 @@ func (c *Cluster) StartedAt() time.Time { return c.started }
 
 // State is the agreed state as this node has applied it: never nil, immutable.
 // Its ClusterID is empty while the node belongs to no cluster.
-func (c *Cluster) State() *State { return c.fsm.state.Load() }
+func (c *Cluster) State() *agreed.State { return c.fsm.state.Load() }
 
 // Changed gives a channel that closes at the next change of State.
 func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
 
 // Membership is what the preface of each connection says of this node.
-func (c *Cluster) Membership() Membership {
+func (c *Cluster) Membership() mesh.Membership {
 	if m := c.member.Load(); m != nil {
 		return m.membership()
 	}
-	return Membership{}
+	return mesh.Membership{}
 }
 
 // Waiting says why this node is not a member yet, in words; empty when it is.
@@ -282,12 +286,12 @@ func (c *Cluster) Paused() time.Duration { return c.pauses.longest() }
 func (c *Cluster) Sever() {
 	c.mesh.CloseRefused()
 	if g := c.gossip.Load(); g != nil {
-		g.sever()
+		g.CloseRefused()
 	}
 }
 
 // Members is what gossip knows; nil before this node is a member.
-func (c *Cluster) Members() []Member {
+func (c *Cluster) Members() []gossip.Member {
 	if g := c.gossip.Load(); g != nil {
 		return g.Members()
 	}
@@ -301,10 +305,10 @@ func (c *Cluster) Announce() {
 	}
 }
 
-func (c *Cluster) self() Node {
-	n := Node{
+func (c *Cluster) self() agreed.Node {
+	n := agreed.Node{
 		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
-		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: MaxFeatureLevel,
+		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: agreed.MaxFeatureLevel,
 		Instance: c.instance, StartedAt: c.started,
 		OperatorKey: c.opts.OperatorKey, OperatorKeyPrevious: c.opts.OperatorKeyPrevious,
 	}
@@ -373,7 +377,7 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	defer stopLoops()
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
-		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.keepHouse,
+		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.upkeep,
 		c.watchDisk, c.watchStore,
 	} {
 		g.Go(func() error { return loop(lctx) })
@@ -407,14 +411,14 @@ func quiet(ctx context.Context, err error) error {
 	return nil
 }
 
-func (c *Cluster) newGossip() *Gossip {
+func (c *Cluster) newGossip() *gossip.Gossip {
 	m := c.Membership()
-	return NewGossip(GossipOptions{
+	return gossip.New(gossip.Options{
 		Name: c.opts.Name, Bind: c.opts.GossipBind, Advertise: c.opts.Gossip, Key: c.opts.GossipKey,
 		Label: fmt.Sprintf("%s/%d/%s", m.ClusterID, m.Generation.Number, m.Generation.ID),
-		Self: func() Member {
+		Self: func() gossip.Member {
 			n := c.self()
-			return Member{
+			return gossip.Member{
 				Name: n.Name, Site: n.Site, RPC: n.RPC, API: n.API, Admin: n.Admin, Version: n.Version,
 				PID: c.opts.Health().PID, Feature: n.Feature, Instance: n.Instance, StartedAt: n.StartedAt,
 				Draining: c.opts.Health().Draining,
@@ -429,9 +433,9 @@ func (c *Cluster) newGossip() *Gossip {
 			}
 			return seeds
 		},
-		OnChange: func(m Member) {
+		OnChange: func(m gossip.Member) {
 			if m.Name != c.opts.Name {
-				c.book.learn(Node{
+				c.book.learn(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
 					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,
 				})
@@ -467,7 +471,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 func (c *Cluster) diskStalled(stalled bool) {
 	c.layer.shut(stalled)
 	if stalled {
-		c.mesh.CloseKind(KindRaft)
+		c.mesh.CloseKind(mesh.KindRaft)
 	}
 }
 

@@ -16,6 +16,9 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 func TestMain(m *testing.M) {
@@ -33,7 +36,7 @@ type testCA struct {
 
 func newTestCA(t testing.TB, clusterName string) *testCA {
 	t.Helper()
-	cert, key, err := NewCA(clusterName, 24*time.Hour)
+	cert, key, err := mesh.NewCA(clusterName, 24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,13 +54,13 @@ func (ca *testCA) write(t testing.TB, name string, b []byte) string {
 	return path
 }
 
-func (ca *testCA) issue(t testing.TB, id Identity) *Credentials {
+func (ca *testCA) issue(t testing.TB, id mesh.Identity) *mesh.Credentials {
 	t.Helper()
-	cert, key, err := Issue(ca.cert, ca.key, id, []string{"127.0.0.1"}, time.Hour)
+	cert, key, err := mesh.Issue(ca.cert, ca.key, id, []string{"127.0.0.1"}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := LoadCredentials(ca.write(t, id.Node+".pem", cert), ca.write(t, id.Node+".key", key),
+	c, err := mesh.LoadCredentials(ca.write(t, id.Node+".pem", cert), ca.write(t, id.Node+".key", key),
 		filepath.Join(ca.dir, "ca.pem"), slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
@@ -110,7 +113,7 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
-		Credentials: m.ca.issue(t, Identity{Cluster: "test", Site: m.site, Node: m.name}),
+		Credentials: m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		Logs:        m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
@@ -218,8 +221,8 @@ func settled(m *member) bool {
 
 func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
 	a, b, c := threeMembers(t)
-	k, _ := NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
-	if _, err := c.Propose(deadline(t, 15*time.Second), CmdAPIKeyPut, k); err != nil {
+	k, _ := agreed.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
+	if _, err := c.Propose(deadline(t, 15*time.Second), agreed.CmdAPIKeyPut, k); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := c.State().APIKeys[k.ID]; !ok {
@@ -230,17 +233,17 @@ func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
 		_, inB := b.State().APIKeys[k.ID]
 		return inA && inB
 	})
-	if _, err := b.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 9}); !errors.Is(err, ErrVersionConflict) {
+	if _, err := b.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 9}); !errors.Is(err, agreed.ErrVersionConflict) {
 		t.Errorf("a stale change through a follower: %v, want ErrVersionConflict", err)
 	}
 	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites), "again"); err != nil {
 		t.Errorf("bootstrap again with the same text: %v", err)
 	}
-	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites+"# changed\n"), "again"); !errors.Is(err, ErrAlreadyFounded) {
+	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites+"# changed\n"), "again"); !errors.Is(err, agreed.ErrAlreadyFounded) {
 		t.Errorf("bootstrap again with another text: %v, want ErrAlreadyFounded", err)
 	}
 	free := newMember(t, a.ca, "b", "b-9").start(t, c.opts.RPC)
-	if err := free.Bootstrap(deadline(t, 15*time.Second), []byte(testSites), "x"); !errors.Is(err, ErrSeedKnows) && !errors.Is(err, ErrAlreadyFounded) && err != nil {
+	if err := free.Bootstrap(deadline(t, 15*time.Second), []byte(testSites), "x"); !errors.Is(err, ErrSeedKnows) && !errors.Is(err, agreed.ErrAlreadyFounded) && err != nil {
 		t.Errorf("bootstrap where a seed knows a cluster: %v", err)
 	}
 	if free.State().ClusterID != "" && free.State().ClusterID != a.State().ClusterID {
@@ -273,7 +276,7 @@ func TestMemberReturnsWithNewAddresses(t *testing.T) {
 	a, b, c := threeMembers(t)
 	old := c.opts.RPC
 	c.halt(t)
-	if _, err := a.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
+	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
 	c.start(t) // no seeds: it remembers whom it knew
@@ -294,7 +297,7 @@ func TestAllStopAndStartInAnotherOrder(t *testing.T) {
 		m.halt(t)
 	}
 	c.start(t)
-	if _, err := c.Propose(deadline(t, time.Second), CmdTick, nil); !errors.Is(err, ErrNoQuorum) {
+	if _, err := c.Propose(deadline(t, time.Second), agreed.CmdTick, nil); !errors.Is(err, ErrNoQuorum) {
 		t.Errorf("alone: %v, want ErrNoQuorum", err)
 	}
 	if !c.Cold() {
@@ -312,7 +315,7 @@ func TestAllStopAndStartInAnotherOrder(t *testing.T) {
 
 func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
 	a, b, c := threeMembers(t)
-	if _, err := a.Propose(deadline(t, 15*time.Second), CmdConfigSet, ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
+	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "c-1 knows it", 5*time.Second, func() bool { return c.State().Config.Version == 2 })
@@ -340,7 +343,7 @@ func TestLosingQuorumEndsTheLeaseAndKeepsTheState(t *testing.T) {
 	eventually(t, "no lease", 20*time.Second, func() bool { left, _ := a.Lease(); return left <= 0 })
 	eventually(t, "no leadership", 20*time.Second, func() bool { _, leads := a.Leading(); return !leads })
 	eventually(t, "changes are refused", 20*time.Second, func() bool {
-		_, err := a.Propose(deadline(t, time.Second), CmdTick, nil)
+		_, err := a.Propose(deadline(t, time.Second), agreed.CmdTick, nil)
 		return errors.Is(err, ErrNoQuorum)
 	})
 	v := a.Raft()
@@ -405,13 +408,13 @@ func TestPromotionCountsInItsTermAlone(t *testing.T) {
 	}
 	term := c.Raft().Term
 	promote := func(by *member, term uint64) error {
-		_, err := by.Propose(deadline(t, 5*time.Second), CmdPromote, Promote{
-			Site: "b", ExpectEpoch: a.State().Primary.Epoch, Generation: 1, Kind: FailoverUnplanned, Term: term,
+		_, err := by.Propose(deadline(t, 5*time.Second), agreed.CmdPromote, agreed.Promote{
+			Site: "b", ExpectEpoch: a.State().Primary.Epoch, Generation: 1, Kind: agreed.FailoverUnplanned, Term: term,
 		})
 		return err
 	}
 	for _, by := range []*member{b, c} { // passed on to the leader, and the leader's own
-		if err := promote(by, term-1); !errors.Is(err, ErrStaleTerm) {
+		if err := promote(by, term-1); !errors.Is(err, agreed.ErrStaleTerm) {
 			t.Errorf("proposed by %s for the term before: %v", by.name, err)
 		}
 	}
@@ -438,7 +441,7 @@ func TestUnknownEntryEndsTheNodeInWords(t *testing.T) {
 	select {
 	case err := <-a.ended:
 		a.stop = nil
-		if !errors.Is(err, ErrUnknownCommand) || !strings.Contains(fmt.Sprint(err), "upgrade") {
+		if !errors.Is(err, agreed.ErrUnknownCommand) || !strings.Contains(fmt.Sprint(err), "upgrade") {
 			t.Errorf("ended with %v", err)
 		}
 	case <-time.After(10 * time.Second):

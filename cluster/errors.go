@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -47,29 +48,32 @@ var wire = []struct {
 	{"wrong_cluster", ErrWrongCluster},
 	{"foreign_node", ErrForeignNode},
 	{"newer_peer", ErrNewerPeer},
-	{"already_founded", ErrAlreadyFounded},
-	{"not_founded", ErrNotFounded},
-	{"version_conflict", ErrVersionConflict},
-	{"unknown_node", ErrUnknownNode},
-	{"unknown_key", ErrUnknownKey},
-	{"unknown_upstream", ErrUnknownUpstream},
-	{"state_full", ErrStateFull},
-	{"stale_epoch", ErrStaleEpoch},
-	{"stale_term", ErrStaleTerm},
-	{"switchover", ErrSwitchover},
-	{"no_switchover", ErrNoSwitchover},
-	{"drill_running", ErrDrillRunning},
-	{"drill_ended", ErrDrillEnded},
-	{"last_voter", ErrLastVoter},
-	{"unknown_data_key", ErrUnknownDataKey},
-	{"data_key_refused", ErrDataKeyRefused},
-	{"data_key_pending", ErrDataKeyPending},
-	{"data_key_unconfirmed", ErrDataKeyUnconfirmed},
-	{"data_key_in_use", ErrDataKeyInUse},
-	{"data_keys_changed", ErrDataKeysChanged},
-	{"operator_key", ErrOperatorKey},
-	{"operator_key_missing", ErrOperatorKeyMissing},
-	{"bad_purge", ErrBadPurge},
+	{"already_founded", agreed.ErrAlreadyFounded},
+	{"not_founded", agreed.ErrNotFounded},
+	{"version_conflict", agreed.ErrVersionConflict},
+	{"unknown_node", agreed.ErrUnknownNode},
+	{"unknown_key", agreed.ErrUnknownKey},
+	{"unknown_upstream", agreed.ErrUnknownUpstream},
+	{"state_full", agreed.ErrStateFull},
+	{"stale_epoch", agreed.ErrStaleEpoch},
+	{"stale_term", agreed.ErrStaleTerm},
+	{"switchover", agreed.ErrSwitchover},
+	{"no_switchover", agreed.ErrNoSwitchover},
+	{"drill_running", agreed.ErrDrillRunning},
+	{"drill_ended", agreed.ErrDrillEnded},
+	{"last_voter", agreed.ErrLastVoter},
+	{"unknown_data_key", agreed.ErrUnknownDataKey},
+	{"data_key_refused", agreed.ErrDataKeyRefused},
+	{"data_key_pending", agreed.ErrDataKeyPending},
+	{"data_key_unconfirmed", agreed.ErrDataKeyUnconfirmed},
+	{"data_key_in_use", agreed.ErrDataKeyInUse},
+	{"data_keys_changed", agreed.ErrDataKeysChanged},
+	{"operator_key", agreed.ErrOperatorKey},
+	{"operator_key_missing", agreed.ErrOperatorKeyMissing},
+	{"bad_purge", agreed.ErrBadPurge},
+	{"unknown_stream", agreed.ErrUnknownStream},
+	{"stale_token", agreed.ErrStaleToken},
+	{"still_member", agreed.ErrStillMember},
 }
 
 // refusal puts an expected error on the wire; nil for any other.

@@ -9,6 +9,10 @@ import (
 	"sync/atomic"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // fsm holds the agreed state and tells who waits that it changed. Readers take
@@ -17,7 +21,7 @@ type fsm struct {
 	log   *slog.Logger
 	fatal func(error) // an entry this version can't understand
 
-	state   atomic.Pointer[State]
+	state   atomic.Pointer[agreed.State]
 	applied atomic.Uint64 // raft index of the newest applied entry
 	ticked  atomic.Int64  // Boottime of the newest applied tick, 0: none since start
 	broken  atomic.Bool
@@ -32,7 +36,7 @@ type fsm struct {
 
 func newFSM(log *slog.Logger, fatal func(error)) *fsm {
 	f := &fsm{log: log, fatal: fatal, changed: make(chan struct{}), moved: make(chan struct{})}
-	f.state.Store(&State{Format: stateFormat})
+	f.state.Store(agreed.NewState())
 	return f
 }
 
@@ -41,21 +45,21 @@ func newFSM(log *slog.Logger, fatal func(error)) *fsm {
 func (f *fsm) Apply(l *raft.Log) any {
 	defer f.advance(l.Index)
 	if f.broken.Load() {
-		return ErrUnknownCommand
+		return agreed.ErrUnknownCommand
 	}
-	c, err := DecodeCommand(l.Data)
+	c, err := agreed.DecodeCommand(l.Data)
 	if err != nil {
 		f.stop(l.Index, err)
 		return err
 	}
-	if c.Type == CmdTick {
-		f.ticked.Store(int64(Boottime()))
+	if c.Type == agreed.CmdTick {
+		f.ticked.Store(int64(clock.Boottime()))
 		return nil
 	}
 	c.Term, c.Index = l.Term, l.Index
 	old := f.state.Load()
-	next, err := Apply(old, c)
-	if errors.Is(err, ErrUnknownCommand) {
+	next, err := agreed.Apply(old, c)
+	if errors.Is(err, agreed.ErrUnknownCommand) {
 		f.stop(l.Index, err)
 		return err
 	}
@@ -85,10 +89,10 @@ func (f *fsm) stop(index uint64, err error) {
 // publish makes next the state that readers see. The parsed configuration is
 // derived here, outside Apply: a parser may change between versions, the agreed
 // text may not.
-func (f *fsm) publish(old, next *State) {
+func (f *fsm) publish(old, next *agreed.State) {
 	next.Parsed = old.Parsed
 	if next.Config.Text != old.Config.Text {
-		cfg, err := ParseConfig("cluster.yaml", []byte(next.Config.Text))
+		cfg, err := config.Parse("cluster.yaml", []byte(next.Config.Text))
 		if err != nil {
 			f.log.Error("the agreed configuration can't be read by this version; the one before stays in force",
 				"version", next.Config.Version, "err", err)
@@ -142,20 +146,20 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 		return fmt.Errorf("read snapshot: %w", err)
 	}
 	if len(b) > maxStateBytes {
-		return fmt.Errorf("read snapshot: %w: over %d bytes", ErrStateFull, maxStateBytes)
+		return fmt.Errorf("read snapshot: %w: over %d bytes", agreed.ErrStateFull, maxStateBytes)
 	}
-	s, err := DecodeState(b)
+	s, err := agreed.DecodeState(b)
 	if err != nil {
-		if errors.Is(err, ErrUnknownCommand) {
+		if errors.Is(err, agreed.ErrUnknownCommand) {
 			f.stop(0, err)
 		}
 		return err
 	}
-	f.publish(&State{Parsed: f.state.Load().Parsed}, s)
+	f.publish(&agreed.State{Parsed: f.state.Load().Parsed}, s)
 	return nil
 }
 
-type stateSnapshot struct{ state *State }
+type stateSnapshot struct{ state *agreed.State }
 
 // Persist writes the state; the sink seals it.
 func (s stateSnapshot) Persist(sink raft.SnapshotSink) error {

@@ -10,7 +10,10 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 const (
@@ -21,7 +24,7 @@ const (
 	rememberEvery = 2 * time.Second
 )
 
-func infoOf(n Node) *clusterpb.NodeInfo {
+func infoOf(n agreed.Node) *clusterpb.NodeInfo {
 	return &clusterpb.NodeInfo{
 		Name: n.Name, Site: n.Site, Rpc: n.RPC, Gossip: n.Gossip, Api: n.API, Admin: n.Admin,
 		Version: n.Version, Feature: uint32(n.Feature), Instance: n.Instance, //nolint:gosec // a small constant
@@ -30,8 +33,8 @@ func infoOf(n Node) *clusterpb.NodeInfo {
 	}
 }
 
-func nodeOf(i *clusterpb.NodeInfo) Node {
-	return Node{
+func nodeOf(i *clusterpb.NodeInfo) agreed.Node {
+	return agreed.Node{
 		Name: i.GetName(), Site: i.GetSite(), RPC: i.GetRpc(), Gossip: i.GetGossip(), API: i.GetApi(),
 		Admin: i.GetAdmin(), Version: i.GetVersion(), Feature: int(i.GetFeature()), Instance: i.GetInstance(),
 		StartedAt:   time.UnixMilli(i.GetStartedUnixMs()).UTC(),
@@ -58,7 +61,7 @@ func (c *Cluster) awaitMembership(ctx context.Context) error {
 			if errors.Is(err, ErrNotMember) || ctx.Err() != nil {
 				continue // a seed that waits like us
 			}
-			if errors.Is(err, ErrOperatorKey) {
+			if errors.Is(err, agreed.ErrOperatorKey) {
 				return err // no wait helps; a person must look
 			}
 			words := fmt.Sprintf("seed %s: %v", seed, err)
@@ -108,7 +111,7 @@ func (c *Cluster) dialSeed(addr string) (clusterpb.PeerClient, func(), error) {
 // reachable dials once, so that a refusal at the preface keeps its words, which
 // grpc would bury in its own.
 func (c *Cluster) reachable(ctx context.Context, addr string) error {
-	conn, err := c.mesh.DialAddr(ctx, KindGRPC, addr)
+	conn, err := c.mesh.DialAddr(ctx, mesh.KindGRPC, addr)
 	if err != nil {
 		return err
 	}
@@ -138,7 +141,7 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	}
 	m := memberFile{
 		ClusterID: got.GetClusterId(), Name: got.GetName(), HeartbeatMS: got.GetHeartbeatMs(),
-		Generation: Generation{Number: got.GetGeneration(), ID: got.GetGenerationId()}, VoteFrom: got.GetIndex(),
+		Generation: agreed.Generation{Number: got.GetGeneration(), ID: got.GetGenerationId()}, VoteFrom: got.GetIndex(),
 	}
 	for _, n := range got.GetNodes() {
 		m.Nodes = append(m.Nodes, nodeOf(n))
@@ -154,7 +157,7 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 
 // join admits n: on the leader by agreement, elsewhere by asking the leader. A
 // fresh one has nothing on its disk.
-func (c *Cluster) join(ctx context.Context, n Node, fresh, forwarded bool) (*clusterpb.JoinResponse, error) {
+func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool) (*clusterpb.JoinResponse, error) {
 	if c.raft.Load() == nil {
 		return nil, ErrNotMember
 	}
@@ -180,7 +183,7 @@ func (c *Cluster) join(ctx context.Context, n Node, fresh, forwarded bool) (*clu
 			return nil, err
 		}
 	}
-	index, err := c.Propose(ctx, CmdNodePut, n)
+	index, err := c.Propose(ctx, agreed.CmdNodePut, n)
 	if err != nil {
 		return nil, err
 	}
@@ -198,7 +201,7 @@ func (c *Cluster) join(ctx context.Context, n Node, fresh, forwarded bool) (*clu
 }
 
 // mayJoin refuses what would break the cluster.
-func (c *Cluster) mayJoin(ctx context.Context, n Node) error {
+func (c *Cluster) mayJoin(ctx context.Context, n agreed.Node) error {
 	s := c.State()
 	if s.ClusterID == "" {
 		return ErrNotMember
@@ -211,7 +214,7 @@ func (c *Cluster) mayJoin(ctx context.Context, n Node) error {
 			return fmt.Errorf("%w: %q; add it under sites with dsnode config apply first (known: %v)", ErrUnknownSite, n.Site, sortedKeys(s.Parsed.Sites))
 		}
 	}
-	if err := s.mayOpen(n); err != nil {
+	if err := s.MayOpen(n); err != nil {
 		return err
 	}
 	old, known := s.Nodes[n.Name]
@@ -247,7 +250,7 @@ func (c *Cluster) aliveAt(ctx context.Context, addr string) (string, bool) {
 // same configuration is fine; it is refused when this node or a seed already
 // belongs to a cluster.
 func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) error {
-	cfg, err := ParseConfig("cluster.yaml", text)
+	cfg, err := config.Parse("cluster.yaml", text)
 	if err != nil {
 		return err
 	}
@@ -272,11 +275,11 @@ func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) err
 	if s := c.State(); s.ClusterID != "" {
 		return sameCluster(s, hash)
 	}
-	_, err = c.Propose(ctx, CmdInit, Init{
+	_, err = c.Propose(ctx, agreed.CmdInit, agreed.Init{
 		ClusterID: m.ClusterID, Name: m.Name, Generation: m.Generation, Node: c.self(),
-		Config: ConfigVersion{Hash: hash, Author: author, Text: string(text)},
+		Config: agreed.ConfigVersion{Hash: hash, Author: author, Text: string(text)},
 	})
-	if errors.Is(err, ErrAlreadyFounded) {
+	if errors.Is(err, agreed.ErrAlreadyFounded) {
 		return sameCluster(c.State(), hash)
 	}
 	return err
@@ -288,7 +291,7 @@ func HashConfig(text []byte) string {
 	return hex.EncodeToString(h[:])
 }
 
-func sameCluster(s *State, hash string) error {
+func sameCluster(s *agreed.State, hash string) error {
 	if s.Config.Hash == hash {
 		return nil
 	}
@@ -297,12 +300,12 @@ func sameCluster(s *State, hash string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w, with another configuration: change it with dsnode config apply", ErrAlreadyFounded)
+	return fmt.Errorf("%w, with another configuration: change it with dsnode config apply", agreed.ErrAlreadyFounded)
 }
 
 // found makes the membership of a new cluster and gives it to Run, which saves
 // it and bootstraps raft's stores.
-func (c *Cluster) found(ctx context.Context, cfg *Config) (*memberFile, error) {
+func (c *Cluster) found(ctx context.Context, cfg *config.Config) (*memberFile, error) {
 	for _, seed := range c.opts.Seeds {
 		sctx, cancel := context.WithTimeout(ctx, aliveTimeout)
 		err := c.seedIsFree(sctx, seed)
@@ -314,23 +317,23 @@ func (c *Cluster) found(ctx context.Context, cfg *Config) (*memberFile, error) {
 	c.founding.Lock()
 	defer c.founding.Unlock()
 	if m := c.member.Load(); m != nil {
-		return nil, fmt.Errorf("%w: this node joined %q a moment ago", ErrAlreadyFounded, m.Name)
+		return nil, fmt.Errorf("%w: this node joined %q a moment ago", agreed.ErrAlreadyFounded, m.Name)
 	}
 	var id, generation [16]byte
 	_, _ = rand.Read(id[:]) // never fails
 	_, _ = rand.Read(generation[:])
 	m := memberFile{
 		ClusterID: hex.EncodeToString(id[:]), Name: c.opts.ClusterName,
-		Generation:  Generation{Number: 1, ID: hex.EncodeToString(generation[:])},
+		Generation:  agreed.Generation{Number: 1, ID: hex.EncodeToString(generation[:])},
 		HeartbeatMS: cfg.Timing.Heartbeat.D().Milliseconds(),
-		Nodes:       []Node{c.self()}, Founder: true,
+		Nodes:       []agreed.Node{c.self()}, Founder: true,
 	}
 	select {
 	case c.founded <- m:
 		c.foundedNow.Store(true)
 		return &m, nil
 	default:
-		return nil, fmt.Errorf("%w: another bootstrap is under way", ErrAlreadyFounded)
+		return nil, fmt.Errorf("%w: another bootstrap is under way", agreed.ErrAlreadyFounded)
 	}
 }
 
@@ -445,7 +448,7 @@ func (c *Cluster) rememberNow() error {
 	if s.ClusterID == "" {
 		return nil
 	}
-	nodes := make([]Node, 0, len(s.Nodes))
+	nodes := make([]agreed.Node, 0, len(s.Nodes))
 	for name, n := range s.Nodes {
 		if known, ok := c.book.node(name); ok && known.StartedAt.After(n.StartedAt) {
 			known.JoinedAt = n.JoinedAt
@@ -453,7 +456,7 @@ func (c *Cluster) rememberNow() error {
 		}
 		nodes = append(nodes, n)
 	}
-	slices.SortFunc(nodes, func(a, b Node) int { return compareStrings(a.Name, b.Name) })
+	slices.SortFunc(nodes, func(a, b agreed.Node) int { return compareStrings(a.Name, b.Name) })
 	if !m.Founder && slices.Equal(nodes, m.Nodes) {
 		return nil
 	}

@@ -9,6 +9,9 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // Leadership is an unbroken time of leading raft, seen from inside: it begins
@@ -103,7 +106,7 @@ func (c *Cluster) leadLoop(ctx context.Context) error {
 				return err
 			}
 		}
-		beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
+		beat.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 		select {
 		case <-ctx.Done():
 			return nil
@@ -147,7 +150,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	beat := time.NewTimer(UntilBeat(Boottime(), c.Timing().Tick))
+	beat := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 	defer beat.Stop()
 	overdue := time.NewTimer(0) // fires a lease's length after the newest commit
 	defer overdue.Stop()
@@ -160,7 +163,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	}
 	propose()
 	for r.State() == raft.Leader && r.CurrentTerm() == term {
-		if leading && Boottime()-lastCommit > c.Timing().Lease {
+		if leading && clock.Boottime()-lastCommit > c.Timing().Lease {
 			// Still raft's leader by name, but without proof of a quorum.
 			leading = false
 			end()
@@ -172,7 +175,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 		case <-r.LeaderCh():
 		case <-overdue.C:
 		case <-beat.C:
-			beat.Reset(UntilBeat(Boottime(), c.Timing().Tick))
+			beat.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 			propose()
 		case <-c.committed:
 			propose()
@@ -183,18 +186,18 @@ func (c *Cluster) lead(ctx context.Context) error {
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
-				overdue.Reset(max(0, lastCommit+c.Timing().Lease-Boottime()) + time.Millisecond)
-				if !leading && Boottime()-lastCommit <= c.Timing().Lease {
+				overdue.Reset(max(0, lastCommit+c.Timing().Lease-clock.Boottime()) + time.Millisecond)
+				if !leading && clock.Boottime()-lastCommit <= c.Timing().Lease {
 					lctx, cancelLeading := context.WithCancel(ctx)
 					leading, end = true, cancelLeading
-					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: Boottime()})
+					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: clock.Boottime()})
 					c.log.Info("raft leadership begins", "term", term)
 				}
 			case errors.Is(res.err, raft.ErrLeadershipTransferInProgress):
 				if refused == 0 {
-					refused = Boottime()
+					refused = clock.Boottime()
 				}
-				if Boottime()-refused > refusedTooLong {
+				if clock.Boottime()-refused > refusedTooLong {
 					return fmt.Errorf("raft refuses all writes %s after a leadership transfer: stopping, a restart cures it", refusedTooLong)
 				}
 			}
@@ -229,8 +232,8 @@ func (c *Cluster) holdStill() bool {
 
 // tick commits one entry; the time counts from before it was proposed.
 func (c *Cluster) tick(r *raft.Raft) tickResult {
-	res := tickResult{proposed: Boottime()}
-	cmd, err := NewCommand(CmdTick, time.Now(), nil)
+	res := tickResult{proposed: clock.Boottime()}
+	cmd, err := agreed.NewCommand(agreed.CmdTick, time.Now(), nil)
 	if err == nil {
 		var b []byte
 		if b, err = cmd.Encode(); err == nil {
@@ -274,7 +277,7 @@ func (c *Cluster) TransferLeadership(ctx context.Context, to string) error {
 	if err := c.waitLeader(cctx, to); err != nil {
 		return err
 	}
-	if _, err := c.Propose(cctx, CmdTick, nil); err != nil {
+	if _, err := c.Propose(cctx, agreed.CmdTick, nil); err != nil {
 		return fmt.Errorf("leadership went to %s, but it takes no entries: %w", to, err)
 	}
 	return nil

@@ -3,6 +3,9 @@ package cluster
 import (
 	"sync"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // lease is this node's knowledge that a quorum was alive a moment ago. It is
@@ -42,7 +45,7 @@ func (f fences) merge(o fences) fences {
 	return fences{max(f.epoch, o.epoch), max(f.ownership, o.ownership)}
 }
 
-func fencesOf(s *State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
+func fencesOf(s *agreed.State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
 
 // setLength sets L, before the first use.
 func (l *lease) setLength(length time.Duration) {
@@ -72,7 +75,7 @@ func (l *lease) relayed(sent, left time.Duration, known fences) {
 }
 
 func (l *lease) extend(until time.Duration, known fences) {
-	now := Boottime()
+	now := clock.Boottime()
 	if heard := l.heard.merge(known); heard != l.heard {
 		l.heard = heard
 		l.tell()
@@ -113,7 +116,7 @@ func (l *lease) changed() <-chan struct{} {
 func (l *lease) left() (time.Duration, fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.until - Boottime(), l.heard
+	return l.until - clock.Boottime(), l.heard
 }
 
 // everHeld reports whether there was a lease since the process started; a node
@@ -126,7 +129,7 @@ func (l *lease) everHeld() bool {
 
 // quorum tells since when (Boottime) there is a lease, or there is none.
 func (l *lease) quorum() (ok bool, since time.Duration) {
-	now := Boottime()
+	now := clock.Boottime()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.until > now {

@@ -5,6 +5,9 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // A waiter is told when a lease begins and of a higher epoch, not of each
@@ -26,15 +29,15 @@ func TestLeaseTellsWhatIsNew(t *testing.T) {
 		f     func()
 		heard bool
 	}{
-		{"a lease begins", func() { l.committed(Boottime(), fences{epoch: 1}) }, true},
-		{"it goes on", func() { l.committed(Boottime(), fences{epoch: 1}) }, false},
-		{"it is handed on", func() { l.relayed(Boottime(), time.Minute, fences{epoch: 1}) }, false},
-		{"a higher epoch", func() { l.relayed(Boottime(), time.Second, fences{epoch: 2}) }, true},
-		{"a lower epoch", func() { l.relayed(Boottime(), time.Second, fences{epoch: 1}) }, false},
-		{"a change of ownership", func() { l.relayed(Boottime(), time.Second, fences{ownership: 7}) }, true},
+		{"a lease begins", func() { l.committed(clock.Boottime(), fences{epoch: 1}) }, true},
+		{"it goes on", func() { l.committed(clock.Boottime(), fences{epoch: 1}) }, false},
+		{"it is handed on", func() { l.relayed(clock.Boottime(), time.Minute, fences{epoch: 1}) }, false},
+		{"a higher epoch", func() { l.relayed(clock.Boottime(), time.Second, fences{epoch: 2}) }, true},
+		{"a lower epoch", func() { l.relayed(clock.Boottime(), time.Second, fences{epoch: 1}) }, false},
+		{"a change of ownership", func() { l.relayed(clock.Boottime(), time.Second, fences{ownership: 7}) }, true},
 		{"another after its end", func() {
-			l.until = Boottime() - time.Second
-			l.relayed(Boottime(), time.Second, fences{epoch: 2})
+			l.until = clock.Boottime() - time.Second
+			l.relayed(clock.Boottime(), time.Second, fences{epoch: 2})
 		}, true},
 	} {
 		if told(c.f) != c.heard {
@@ -45,7 +48,7 @@ func TestLeaseTellsWhatIsNew(t *testing.T) {
 
 func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
 	l := &lease{length: time.Minute}
-	now := Boottime()
+	now := clock.Boottime()
 	l.committed(now-50*time.Second, fences{epoch: 3})
 	left, heard := l.left()
 	if left > 10*time.Second || left < 9*time.Second {
@@ -62,7 +65,7 @@ func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
 
 func TestLeaseRefusesMoreThanALease(t *testing.T) {
 	l := &lease{length: time.Minute}
-	l.relayed(Boottime(), time.Hour, fences{epoch: 1})
+	l.relayed(clock.Boottime(), time.Hour, fences{epoch: 1})
 	if left, _ := l.left(); left > 0 {
 		t.Errorf("a peer that claims an hour gave %s", left)
 	}
@@ -73,7 +76,7 @@ func TestLeaseRefusesMoreThanALease(t *testing.T) {
 
 func TestLeaseTellsOfAPromotionEvenWithoutTime(t *testing.T) {
 	l := &lease{length: time.Minute}
-	l.relayed(Boottime(), 0, fences{epoch: 7, ownership: 9})
+	l.relayed(clock.Boottime(), 0, fences{epoch: 7, ownership: 9})
 	if left, heard := l.left(); left > 0 || heard.epoch != 7 || heard.ownership != 9 {
 		t.Errorf("left %s epoch %d, want none and 7", left, heard.epoch)
 	}
@@ -85,11 +88,11 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const length = time.Hour
 		leader := &lease{length: length}
-		leader.committed(Boottime()-time.Duration(rapid.Int64Range(0, int64(length)).Draw(t, "age")), fences{epoch: 1, ownership: 5})
+		leader.committed(clock.Boottime()-time.Duration(rapid.Int64Range(0, int64(length)).Draw(t, "age")), fences{epoch: 1, ownership: 5})
 		from := leader
 		for range rapid.IntRange(1, 5).Draw(t, "hops") {
 			next := &lease{length: length}
-			sent := Boottime() - time.Duration(rapid.Int64Range(0, int64(time.Minute)).Draw(t, "wire"))
+			sent := clock.Boottime() - time.Duration(rapid.Int64Range(0, int64(time.Minute)).Draw(t, "wire"))
 			left, heard := from.left()
 			next.relayed(sent, left, heard)
 			from = next
@@ -107,11 +110,11 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 
 func TestTimingFitsTogether(t *testing.T) {
 	for _, hb := range []time.Duration{0, 100 * time.Millisecond, 800 * time.Millisecond, 2 * time.Second, 10 * time.Second} {
-		if err := TimingFrom(hb).Check(); err != nil {
+		if err := config.TimingFrom(hb).Check(); err != nil {
 			t.Errorf("heartbeat %s: %v", hb, err)
 		}
 	}
-	bad := TimingFrom(0)
+	bad := config.TimingFrom(0)
 	bad.Lease = bad.Patience
 	if bad.Check() == nil {
 		t.Error("a lease as long as the patience is accepted")

@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
@@ -17,12 +19,12 @@ const membershipFormat = 1
 // memberFile is what a node must know before raft can run: which cluster it
 // belongs to, and where it last met the others. It holds no secret.
 type memberFile struct {
-	Format      int        `json:"format"`
-	ClusterID   string     `json:"cluster_id"`
-	Name        string     `json:"name"`
-	Generation  Generation `json:"generation"`
-	HeartbeatMS int64      `json:"heartbeat_ms"`
-	Nodes       []Node     `json:"nodes"`
+	Format      int               `json:"format"`
+	ClusterID   string            `json:"cluster_id"`
+	Name        string            `json:"name"`
+	Generation  agreed.Generation `json:"generation"`
+	HeartbeatMS int64             `json:"heartbeat_ms"`
+	Nodes       []agreed.Node     `json:"nodes"`
 	// Founder is true from the bootstrap until the cluster's first entry is
 	// known: only then may this node bootstrap empty raft stores. Later, empty
 	// stores mean a lost disk, and a second founding would be a second cluster.
@@ -31,8 +33,8 @@ type memberFile struct {
 	VoteFrom uint64 `json:"vote_from,omitempty"`
 }
 
-func (m memberFile) membership() Membership {
-	return Membership{ClusterID: m.ClusterID, Generation: m.Generation}
+func (m memberFile) membership() mesh.Membership {
+	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation}
 }
 
 func (m memberFile) heartbeat() time.Duration {
@@ -55,7 +57,7 @@ func readMemberFile(dir string) (memberFile, error) {
 		return memberFile{}, fmt.Errorf("%s is damaged (%w): restore it from a backup, or wipe the data directory to join again", memberPath(dir), err)
 	}
 	if m.Format > membershipFormat {
-		return memberFile{}, fmt.Errorf("%s has format %d, this version reads up to %d: %w", memberPath(dir), m.Format, membershipFormat, ErrUnknownCommand)
+		return memberFile{}, fmt.Errorf("%s has format %d, this version reads up to %d: %w", memberPath(dir), m.Format, membershipFormat, agreed.ErrUnknownCommand)
 	}
 	return m, nil
 }

@@ -5,6 +5,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -30,7 +32,7 @@ type PeerView struct {
 	// how long ago the newest answered ping was sent.
 	Heard bool
 	Ago   time.Duration
-	Info  Node
+	Info  agreed.Node
 	Health
 	// HeardBy is the peer's own table: node → how long ago it heard it, as of
 	// Ago. Nodes it never heard are absent. It is shared: don't change it.
@@ -109,7 +111,7 @@ func (t *peerTable) retain(keep func(string) bool) {
 
 // heard is this node's table for a ping's answer.
 func (t *peerTable) heard() []*clusterpb.Heard {
-	now := Boottime()
+	now := clock.Boottime()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	out := make([]*clusterpb.Heard, 0, len(t.answers))
@@ -163,12 +165,12 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 
 // members are the agreed nodes, or the remembered ones while this node has not
 // learnt the agreed state.
-func (c *Cluster) members() map[string]Node {
+func (c *Cluster) members() map[string]agreed.Node {
 	s := c.State()
 	if s.ClusterID != "" {
 		return s.Nodes
 	}
-	nodes := map[string]Node{}
+	nodes := map[string]agreed.Node{}
 	for _, n := range c.book.all() {
 		nodes[n.Name] = n
 	}
@@ -189,7 +191,7 @@ func (c *Cluster) answerPing() *clusterpb.PingResponse {
 
 // Peers gives what this node knows of every other member, by name.
 func (c *Cluster) Peers() map[string]PeerView {
-	now := Boottime()
+	now := clock.Boottime()
 	members := c.members()
 	views := make(map[string]PeerView, len(members))
 	for name, n := range members {
@@ -249,17 +251,17 @@ const pauseWindow = 500 * time.Millisecond
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
 	const interval = 125 * time.Millisecond
-	beat := time.NewTimer(UntilBeat(Boottime(), interval))
+	beat := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
 	defer beat.Stop()
-	last, slotEnds := Boottime(), Boottime()+pauseWindow
+	last, slotEnds := clock.Boottime(), clock.Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-beat.C:
 		}
-		now := Boottime()
-		beat.Reset(UntilBeat(now, interval))
+		now := clock.Boottime()
+		beat.Reset(clock.UntilTick(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)
 		if now > slotEnds {

@@ -10,7 +10,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // pinging asks one peer again and again what it knows. All pings go through one
@@ -19,7 +21,7 @@ type pinging struct {
 	c    *Cluster
 	name string
 
-	channel *meshClient // what call goes through
+	channel *mesh.Client // what call goes through
 	call    clusterpb.Peer_PingsClient
 	end     context.CancelFunc // of call
 }
@@ -30,7 +32,7 @@ func (p *pinging) run(ctx context.Context) {
 	beat := time.NewTimer(0)
 	defer beat.Stop()
 	for {
-		beat.Reset(UntilBeat(Boottime(), p.c.Timing().Tick))
+		beat.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
 		if err := p.ping(ctx); err != nil && ctx.Err() == nil {
 			p.c.metrics.pingFailures.Inc()
 			p.c.log.Debug("ping failed", "peer", p.name, "err", err)
@@ -46,7 +48,7 @@ func (p *pinging) run(ctx context.Context) {
 // ping asks once. When there is no answer in time the next one asks in a new
 // call.
 func (p *pinging) ping(ctx context.Context) (err error) {
-	channel, err := p.c.mesh.client(p.name)
+	channel, err := p.c.mesh.Client(p.name)
 	if err != nil {
 		return fmt.Errorf("connect to %s: %w", p.name, err)
 	}
@@ -56,7 +58,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		// A ping that waits on the old way would be heard too late on the new one.
-		stop := context.AfterFunc(channel.replaced, cancel)
+		stop := context.AfterFunc(channel.Replaced, cancel)
 		p.channel, p.end = channel, func() { cancel(); stop() }
 	}
 	late := time.AfterFunc(pingTimeout, p.end)
@@ -70,7 +72,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 			return fmt.Errorf("ping %s: %w", p.name, err)
 		}
 	}
-	sent := Boottime()
+	sent := clock.Boottime()
 	var got *clusterpb.PingResponse
 	// Sending fails with io.EOF when the call is over; receiving has the reason.
 	if err = p.call.Send(&clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(p.c.self()), Health: p.c.health()}); err == nil || errors.Is(err, io.EOF) {
@@ -82,7 +84,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 	if got.GetNode().GetName() != p.name {
 		return fmt.Errorf("ping %s: answered by %q: %w", p.name, got.GetNode().GetName(), ErrForeignNode)
 	}
-	p.c.metrics.pingSeconds.Observe((Boottime() - sent).Seconds())
+	p.c.metrics.pingSeconds.Observe((clock.Boottime() - sent).Seconds())
 	p.c.book.heard(nodeOf(got.GetNode()))
 	p.c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
 		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})
@@ -131,7 +133,7 @@ func (s *peerServer) Pings(call clusterpb.Peer_PingsServer) error {
 	}
 }
 
-func (s *peerServer) answer(id Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
+func (s *peerServer) answer(id mesh.Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
 	n := nodeOf(r.GetNode())
 	if n.Name != id.Node || n.Site != id.Site {
 		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -21,8 +22,8 @@ const (
 // of its entry once this node has applied it: who reads State afterwards sees
 // it. It fails at once with ErrNoQuorum when no leader is known; a refusal of
 // Apply comes back as the same sentinel on every node.
-func (c *Cluster) Propose(ctx context.Context, t CommandType, data any) (uint64, error) {
-	cmd, err := NewCommand(t, time.Now(), data)
+func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
+	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return 0, err
 	}
@@ -40,7 +41,7 @@ func (c *Cluster) Propose(ctx context.Context, t CommandType, data any) (uint64,
 }
 
 // route commits here when this node leads, else at the leader.
-func (c *Cluster) route(ctx context.Context, cmd Command, b []byte) (uint64, error) {
+func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
 	if c.member.Load() == nil {
 		return 0, ErrNotMember
 	}
@@ -80,10 +81,10 @@ func (c *Cluster) noQuorum() error {
 
 // harmless commands are taken in quarantine: they decide about nothing that an
 // other generation could have decided otherwise.
-var harmless = map[CommandType]bool{CmdInit: true, CmdNodePut: true, CmdTick: true}
+var harmless = map[agreed.CommandType]bool{agreed.CmdInit: true, agreed.CmdNodePut: true, agreed.CmdTick: true}
 
 // commit is the leader's part.
-func (c *Cluster) commit(ctx context.Context, cmd Command, b []byte) (uint64, error) {
+func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
 	r := c.raft.Load()
 	if r == nil {
 		return 0, ErrNotMember
@@ -92,8 +93,8 @@ func (c *Cluster) commit(ctx context.Context, cmd Command, b []byte) (uint64, er
 		return 0, fmt.Errorf("%w: %s", ErrQuarantined, why)
 	}
 	s := c.State()
-	if cmd.Type != CmdInit && cmd.Type != CmdTick && commandLevel[cmd.Type] > s.FeatureLevel {
-		return 0, fmt.Errorf("%s needs feature level %d, the cluster is at %d: %w", cmd.Type, commandLevel[cmd.Type], s.FeatureLevel, ErrFeatureLevel)
+	if cmd.Type != agreed.CmdInit && cmd.Type != agreed.CmdTick && cmd.Type.Level() > s.FeatureLevel {
+		return 0, fmt.Errorf("%s needs feature level %d, the cluster is at %d: %w", cmd.Type, cmd.Type.Level(), s.FeatureLevel, ErrFeatureLevel)
 	}
 	f := r.Apply(b, enqueueTimeout)
 	done := make(chan error, 1)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 const (
@@ -57,7 +59,7 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.foundRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
-	voter := newVoterTransport(transport, newHeartbeats(c.Timing()), c.member.Load().VoteFrom, c.raft.Load)
+	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load)
 	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
@@ -153,10 +155,10 @@ func (c *Cluster) Raft() RaftView {
 	v.Quorum = ok
 	_, v.Epoch = c.Lease()
 	if ticked := c.fsm.ticked.Load(); ticked != 0 {
-		v.Ticked, v.TickAgo = true, Boottime()-time.Duration(ticked)
+		v.Ticked, v.TickAgo = true, clock.Boottime()-time.Duration(ticked)
 	}
 	if c.lease.everHeld() {
-		v.Since = time.Now().Add(since - Boottime())
+		v.Since = time.Now().Add(since - clock.Boottime())
 	}
 	return v
 }
@@ -295,7 +297,7 @@ func (c *Cluster) holdDial(ctx context.Context, node string) {
 	for {
 		r := c.raft.Load()
 		a, heard := c.peers.get(node)
-		if r == nil || r.State() != raft.Leader || !c.knows(node) || !heard || Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
+		if r == nil || r.State() != raft.Leader || !c.knows(node) || !heard || clock.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
 			return
 		}
 		select {

@@ -10,7 +10,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // rpcFormat is the version of the messages in cluster.proto that this build
@@ -32,7 +34,7 @@ func (c *Cluster) serveRPC(ctx context.Context) error {
 	}
 	g := errgroup.Group{}
 	g.Go(func() error {
-		err := s.Serve(c.mesh.Listener(KindGRPC))
+		err := s.Serve(c.mesh.Listener(mesh.KindGRPC))
 		if ctx.Err() != nil || errors.Is(err, grpc.ErrServerStopped) {
 			return nil
 		}
@@ -50,17 +52,17 @@ type peerServer struct {
 }
 
 // caller gives who asks, as the certificate says.
-func caller(ctx context.Context) (Identity, error) {
-	id, ok := PeerFromContext(ctx)
+func caller(ctx context.Context) (mesh.Identity, error) {
+	id, ok := mesh.PeerFromContext(ctx)
 	if !ok {
-		return Identity{}, status.Error(codes.Unauthenticated, "no peer identity")
+		return mesh.Identity{}, status.Error(codes.Unauthenticated, "no peer identity")
 	}
 	return id, nil
 }
 
 // Propose commits for a member that is not the leader.
 func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
-	cmd, err := DecodeCommand(r.GetCommand())
+	cmd, err := agreed.DecodeCommand(r.GetCommand())
 	var index uint64
 	if err == nil {
 		index, err = s.c.commit(ctx, cmd, r.GetCommand())

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // diskWatchdog notices a disk that hangs. raft can't: a leader whose StoreLogs
@@ -111,7 +113,7 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 }
 
 func (w *diskWatchdog) try(path string) error {
-	w.move(int64(Boottime()))
+	w.move(int64(clock.Boottime()))
 	err := w.probe(path)
 	w.move(0)
 	switch {

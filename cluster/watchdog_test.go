@@ -11,6 +11,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // hangingDisk answers writes until it is told to hang.
@@ -180,14 +182,14 @@ func TestFeatureLevelRisesOnlyWithEveryMember(t *testing.T) {
 		want    int
 	}{
 		{"nobody", 1, nil, 1},
-		{"all new", 0, []int{MaxFeatureLevel, MaxFeatureLevel}, MaxFeatureLevel},
-		{"one old", 0, []int{MaxFeatureLevel, 0}, 0},
+		{"all new", 0, []int{agreed.MaxFeatureLevel, agreed.MaxFeatureLevel}, agreed.MaxFeatureLevel},
+		{"one old", 0, []int{agreed.MaxFeatureLevel, 0}, 0},
 		{"never lower", 1, []int{0}, 1},
-		{"never above this build", 0, []int{MaxFeatureLevel + 5}, MaxFeatureLevel},
+		{"never above this build", 0, []int{agreed.MaxFeatureLevel + 5}, agreed.MaxFeatureLevel},
 	} {
-		s := &State{FeatureLevel: tc.agreed, Nodes: map[string]Node{}}
+		s := &agreed.State{FeatureLevel: tc.agreed, Nodes: map[string]agreed.Node{}}
 		for i, f := range tc.members {
-			s.Nodes[string(rune('a'+i))] = Node{Feature: f}
+			s.Nodes[string(rune('a'+i))] = agreed.Node{Feature: f}
 		}
 		if got := featureLevel(s); got != tc.want {
 			t.Errorf("%s: level %d, want %d", tc.name, got, tc.want)

@@ -15,7 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.yaml.in/yaml/v4"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -24,20 +25,20 @@ func TestClusterSampleLoadsAndShowsEveryKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := cluster.ParseConfig("cluster.yaml", text)
+	c, err := config.Parse("cluster.yaml", text)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.Timeouts != cluster.DefaultTimeouts() || c.Limits != cluster.DefaultLimits() || c.Timing.Heartbeat.D() != cluster.DefaultHeartbeat || c.Access.Anonymous {
+	if c.Timeouts != config.DefaultTimeouts() || c.Limits != config.DefaultLimits() || c.Timing.Heartbeat.D() != config.DefaultHeartbeat || c.Access.Anonymous {
 		t.Errorf("the sample is not at its defaults: %+v, %+v, %+v, %+v", c.Timeouts, c.Limits, c.Timing, c.Access)
 	}
-	if c.Sites["shanghai-a"] != (cluster.Site{City: "shanghai", Priority: 1, RPOTarget: cluster.DefaultRPOTarget, RTOTarget: cluster.DefaultRTOTarget}) {
+	if c.Sites["shanghai-a"] != (config.Site{City: "shanghai", Priority: 1, RPOTarget: config.DefaultRPOTarget, RTOTarget: config.DefaultRTOTarget}) {
 		t.Errorf("site: %+v", c.Sites["shanghai-a"])
 	}
-	if u := c.Upstreams["a-vllm"]; u.MaxConcurrency != cluster.DefaultMaxConcurrency || u.Discover != cluster.DiscoverOff {
+	if u := c.Upstreams["a-vllm"]; u.MaxConcurrency != config.DefaultMaxConcurrency || u.Discover != config.DiscoverOff {
 		t.Errorf("upstream: %+v", u)
 	}
-	wantEveryKey(t, text, reflect.TypeFor[cluster.Config]())
+	wantEveryKey(t, text, reflect.TypeFor[config.Config]())
 }
 
 func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
@@ -54,13 +55,13 @@ func TestNodeSampleLoadsAndShowsEveryKey(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	caCert, caKey, err := cluster.NewCA("dev", 2*time.Hour)
+	caCert, caKey, err := mesh.NewCA("dev", 2*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
 	write("ca.pem", caCert)
 	for _, name := range []string{"node", "api", "admin"} {
-		cert, key, err := cluster.Issue(caCert, caKey, cluster.Identity{Cluster: "dev", Site: "shanghai-a", Node: "shanghai-a-1"}, []string{"10.0.0.5"}, time.Hour)
+		cert, key, err := mesh.Issue(caCert, caKey, mesh.Identity{Cluster: "dev", Site: "shanghai-a", Node: "shanghai-a-1"}, []string{"10.0.0.5"}, time.Hour)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -128,7 +129,7 @@ func keys(at string, typ reflect.Type, out map[string]bool) {
 	case reflect.Map, reflect.Slice:
 		keys(at+".*", typ.Elem(), out)
 	case reflect.Struct:
-		if typ == reflect.TypeFor[cluster.Timeouts]() && at != ".timeouts" {
+		if typ == reflect.TypeFor[config.Timeouts]() && at != ".timeouts" {
 			return // the same four everywhere; shown once
 		}
 		for i := range typ.NumField() {

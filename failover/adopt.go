@@ -13,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -50,12 +52,12 @@ type AdoptionView struct {
 	MayReassign bool
 	Quarantined bool
 	Nodes       []AdoptionNode
-	Streams     []cluster.JobStream
+	Streams     []agreed.JobStream
 }
 
 // Adoption is one change of owner.
 type Adoption struct {
-	Stream cluster.JobStream
+	Stream agreed.JobStream
 	To     string
 	Reason AdoptionReason
 }
@@ -76,7 +78,7 @@ func Adopt(v AdoptionView) []Adoption {
 		load[j.Owner]++
 	}
 	streams := slices.Clone(v.Streams)
-	slices.SortFunc(streams, func(a, b cluster.JobStream) int { return cmp.Compare(a.Key(), b.Key()) })
+	slices.SortFunc(streams, func(a, b agreed.JobStream) int { return cmp.Compare(a.Key(), b.Key()) })
 	var adoptions []Adoption
 	for _, j := range streams {
 		owner, member := nodes[j.Owner]
@@ -121,7 +123,7 @@ func idlest(nodes map[string]AdoptionNode, load map[string]int, site string) str
 // Adopter gives the streams of lost nodes to others, while this node leads.
 type Adopter struct {
 	o       Options
-	timing  cluster.Timing
+	timing  config.Timing
 	adopted *prometheus.CounterVec
 }
 
@@ -153,7 +155,7 @@ func (a *Adopter) Lead(ctx context.Context, l cluster.Leadership) error {
 }
 
 func (a *Adopter) adopt(ctx context.Context, d Adoption, l cluster.Leadership) {
-	_, err := a.o.Agreement.Propose(ctx, cluster.CmdStreamOwn, cluster.StreamOwn{
+	_, err := a.o.Agreement.Propose(ctx, agreed.CmdStreamOwn, agreed.StreamOwn{
 		Stream: d.Stream.Key(), Owner: d.To, Expect: d.Stream.Token, Reason: string(d.Reason), Term: l.Term,
 	})
 	log := a.o.Logger.With(slog.String("stream", d.Stream.Key()), slog.String("from", d.Stream.Owner), slog.String("to", d.To))
@@ -161,7 +163,7 @@ func (a *Adopter) adopt(ctx context.Context, d Adoption, l cluster.Leadership) {
 	case err == nil:
 		a.adopted.WithLabelValues(string(d.Reason)).Inc()
 		log.Warn("jobs adopted", "reason", d.Reason)
-	case ctx.Err() != nil, errors.Is(err, cluster.ErrStaleToken), errors.Is(err, cluster.ErrStaleTerm), errors.Is(err, cluster.ErrUnknownStream):
+	case ctx.Err() != nil, errors.Is(err, agreed.ErrStaleToken), errors.Is(err, agreed.ErrStaleTerm), errors.Is(err, agreed.ErrUnknownStream):
 		log.Info("adoption overtaken by another change", "err", err)
 	default:
 		log.Warn("adoption failed, the next look decides again", "err", err)

@@ -12,12 +12,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Agreement is what failover needs of the cluster; *cluster.Cluster is one.
 type Agreement interface {
 	// State is the agreed state, immutable; Changed closes at its next change.
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	// Lease is how long this node's lease is good and the highest epoch heard.
 	Lease() (left time.Duration, epoch uint64)
@@ -26,8 +29,8 @@ type Agreement interface {
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
 	Leading() (cluster.Leadership, bool)
-	Timing() cluster.Timing
-	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
+	Timing() config.Timing
+	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
 	// TransferLeadership moves raft's leadership and proves with a canary entry
 	// that it arrived.
 	TransferLeadership(ctx context.Context, to string) error
@@ -39,7 +42,7 @@ var _ Agreement = (*cluster.Cluster)(nil)
 type Releaser interface {
 	// Release returns once the node has ended everything that it ran as
 	// primary because of this switchover, and will not begin again before the
-	// switchover is off the agreed state; see Role.Release.
+	// switchover is off the agreed state; see Fence.Release.
 	Release(ctx context.Context, node, switchoverID string) error
 }
 
@@ -85,14 +88,14 @@ const (
 // patience (10 s), so a second loss right after the first leaves the cluster
 // without a primary for about as long as the first one did, while nothing can
 // change the primary more than six times a minute.
-func dwell(t cluster.Timing) time.Duration { return 4 * t.Patience }
+func dwell(t config.Timing) time.Duration { return 4 * t.Patience }
 
 // Coordinator replaces a lost primary, and carries out planned switchovers.
 // Every node has one: it looks all the time, and acts while its node leads.
 type Coordinator struct {
 	o       Options
 	log     *slog.Logger
-	timing  cluster.Timing
+	timing  config.Timing
 	metrics *metrics
 
 	mu     sync.Mutex // guards what follows
@@ -152,7 +155,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 			return nil
 		case <-beat.C:
 		}
-		beat.Reset(cluster.UntilBeat(c.o.Boottime(), lookEvery))
+		beat.Reset(clock.UntilTick(c.o.Boottime(), lookEvery))
 		act := c.look(&w)
 		if act == nil {
 			continue
@@ -223,16 +226,16 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 
 // promote proposes the one entry that changes the primary. Only if the epoch is
 // still the one that was looked at does it have any effect.
-func (c *Coordinator) promote(ctx context.Context, s *cluster.State, site string, reason Reason, v View, term uint64) {
+func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string, reason Reason, v View, term uint64) {
 	if l, leads := c.o.Agreement.Leading(); !leads || l.Term != term {
 		return // a new leader waits before it promotes; this decision is the old one's
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
 	down, known := outage(v, reason)
-	p := cluster.Promote{
+	p := agreed.Promote{
 		Site: site, ExpectEpoch: s.Primary.Epoch, Generation: s.Generation.Number,
-		Reason: string(reason), Kind: cluster.FailoverUnplanned,
+		Reason: string(reason), Kind: agreed.FailoverUnplanned,
 		// Another may be elected at this moment, and be handed the proposal.
 		Term: term,
 	}
@@ -241,14 +244,14 @@ func (c *Coordinator) promote(ctx context.Context, s *cluster.State, site string
 		p.RTOSeconds = &seconds
 	}
 	began := c.o.Boottime()
-	_, err := c.o.Agreement.Propose(ctx, cluster.CmdPromote, p)
+	_, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
 	switch {
 	case err == nil:
 		down += c.o.Boottime() - began
-		c.metrics.duration.WithLabelValues(string(cluster.FailoverUnplanned)).Observe(down.Seconds())
+		c.metrics.duration.WithLabelValues(string(agreed.FailoverUnplanned)).Observe(down.Seconds())
 		c.log.Warn("primary replaced", "from", s.Primary.Site, "to", site, "epoch", s.Primary.Epoch+1,
 			"reason", reason, "rto", down)
-	case errors.Is(err, cluster.ErrStaleEpoch), errors.Is(err, cluster.ErrStaleTerm):
+	case errors.Is(err, agreed.ErrStaleEpoch), errors.Is(err, agreed.ErrStaleTerm):
 		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch, "err", err)
 	default:
 		c.log.Warn("promotion failed, the next look decides again", "to", site, "err", err)
@@ -270,16 +273,16 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 
 // expire clears a switchover that is past its deadline: its coordinator died
 // or was cut off. Only then may the old primary go on.
-func (c *Coordinator) expire(ctx context.Context, s *cluster.State) {
+func (c *Coordinator) expire(ctx context.Context, s *agreed.State) {
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
-	_, err := c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
+	_, err := c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
 		Expect: s.Switchover.ID, Reason: string(SwitchoverOverdue),
 	})
 	switch {
 	case err == nil:
 		c.log.Warn("abandoned switchover cleared", "id", s.Switchover.ID, "to", s.Switchover.To, "by", s.Switchover.By)
-	case errors.Is(err, cluster.ErrNoSwitchover):
+	case errors.Is(err, agreed.ErrNoSwitchover):
 	default:
 		c.log.Warn("abandoned switchover not cleared yet", "id", s.Switchover.ID, "err", err)
 		c.pause(ctx)
@@ -298,14 +301,14 @@ func (c *Coordinator) pause(ctx context.Context) {
 
 // follow moves the raft leadership to the primary site for a while after a
 // promotion, nil when there is nothing to move.
-func (c *Coordinator) follow(w *watch, s *cluster.State, in Input, now time.Duration) func(context.Context) {
+func (c *Coordinator) follow(w *watch, s *agreed.State, in Input, now time.Duration) func(context.Context) {
 	since := now - w.epochAt
 	last := s.LastFailover
 	if s.Primary.Site == c.o.Site || last == nil || last.Epoch != s.Primary.Epoch ||
 		since > followFor || w.moves >= followTries || now < w.moveAt {
 		return nil
 	}
-	if last.Kind != cluster.FailoverUnplanned && since < moveTimeout {
+	if last.Kind != agreed.FailoverUnplanned && since < moveTimeout {
 		return nil // who switched over moves it himself
 	}
 	to, ok := voterOf(in.Members, s.Primary.Site)
@@ -326,7 +329,7 @@ func (c *Coordinator) follow(w *watch, s *cluster.State, in Input, now time.Dura
 
 // goHome moves the raft leadership back to the primary's site in calm weather,
 // nil when it stays.
-func (c *Coordinator) goHome(w *watch, s *cluster.State, in Input, l cluster.Leadership, reason Reason) func(context.Context) {
+func (c *Coordinator) goHome(w *watch, s *agreed.State, in Input, l cluster.Leadership, reason Reason) func(context.Context) {
 	v := w.homing.view(s, in, l, reason == PrimaryHealthy, c.o.Now())
 	to, why := GoHome(v)
 	if w.homingSaid != why {

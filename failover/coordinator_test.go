@@ -7,7 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // play runs a story in virtual time and checks the laws at its end.
@@ -94,7 +94,7 @@ func TestPrimaryKilled(t *testing.T) {
 					w.until("b acts", 3*time.Second, func() bool { return slices.Equal(w.acting(), []string{"b"}) })
 					w.until("leader in b", 5*time.Second, func() bool { return w.leaderSite() == "b" })
 					f := w.agreed().LastFailover
-					if f.From != "a" || f.Kind != cluster.FailoverUnplanned || f.Acknowledged || f.RTOSeconds == nil ||
+					if f.From != "a" || f.Kind != agreed.FailoverUnplanned || f.Acknowledged || f.RTOSeconds == nil ||
 						*f.RTOSeconds < 2.5 || *f.RTOSeconds > 7 || f.RPOSeconds != nil || f.RecordsAtRisk != nil {
 						t.Errorf("failover record %+v", f)
 					}
@@ -250,16 +250,16 @@ func TestSecondLossInsideTheDwell(t *testing.T) {
 func TestHoldStopsPromotions(t *testing.T) {
 	play(t, ones(8), func(t *testing.T, w *world) {
 		w.lead("c1")
-		w.propose("c1", cluster.CmdFailoverHold, cluster.FailoverHold{Held: true, By: "me"})
+		w.propose("c1", agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, By: "me"})
 		w.kill("a1")
 		w.pass(30 * time.Second)
 		w.wantPrimary("a", 1)
-		w.propose("c1", cluster.CmdFailoverHold, cluster.FailoverHold{By: "me"})
+		w.propose("c1", agreed.CmdFailoverHold, agreed.FailoverHold{By: "me"})
 		w.until("b is primary", 2*time.Second, w.primaryIs("b"))
 	})
 }
 
-func (w *world) propose(node string, t cluster.CommandType, data any) {
+func (w *world) propose(node string, t agreed.CommandType, data any) {
 	w.t.Helper()
 	if _, err := w.nodes[node].Propose(w.t.Context(), t, data); err != nil {
 		w.t.Fatal(err)

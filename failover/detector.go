@@ -5,7 +5,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // The detector turns what nodes observed into one view a site. It is a pure
@@ -64,7 +64,7 @@ type Member struct {
 // Input is all that the detector looks at.
 type Input struct {
 	Now     time.Duration // the leader's Boottime
-	Timing  cluster.Timing
+	Timing  config.Timing
 	Sites   []PlacementSite
 	Members []Member
 	Leader  Observation // of the leader itself
@@ -158,11 +158,11 @@ func Observe(m Memory, in Input) (Memory, []SiteView) {
 
 // pauseLimit is how long a node may have been stopped and still accuse others.
 // Above a node that runs 700 ms of each second, far below the patience.
-func pauseLimit(t cluster.Timing) time.Duration { return 2 * t.Tick }
+func pauseLimit(t config.Timing) time.Duration { return 2 * t.Tick }
 
 // freshLimit is how old a witness's table may be: a ping interval, a lost
 // segment and some jitter.
-func freshLimit(t cluster.Timing) time.Duration { return 4 * t.Tick }
+func freshLimit(t config.Timing) time.Duration { return 4 * t.Tick }
 
 func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 	v := SiteView{Name: s.Name, City: s.City, Priority: s.Priority}
@@ -234,7 +234,7 @@ func (o Observation) latest(nodes []string) (ago time.Duration, ever bool) {
 // leased reports whether any of the nodes may hold a lease as far as o knows:
 // it said so within the patience. Where o doesn't pass on what they said,
 // hearing them while holding a lease itself is taken for handing it on.
-func (o Observation) leased(nodes []string, t cluster.Timing) bool {
+func (o Observation) leased(nodes []string, t config.Timing) bool {
 	return slices.ContainsFunc(nodes, func(n string) bool {
 		s, ok := o.Seen[n]
 		if !ok || s.Ago+o.Age >= t.Patience {

@@ -4,7 +4,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -15,7 +15,7 @@ const (
 // quiet: the leader b1 and the witness c1 hear each other, and a1 not for d.
 func quiet(d time.Duration) Input {
 	return Input{
-		Now: time.Hour, Timing: cluster.TimingFrom(0), Primary: "a",
+		Now: time.Hour, Timing: config.TimingFrom(0), Primary: "a",
 		Sites: []PlacementSite{{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}},
 		Members: []Member{
 			{Name: "a1", Site: "a"},

@@ -11,13 +11,13 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// What a planned switchover can die of.
+// How a planned switchover fails. A drill fails with ErrPrecheck too.
 var (
-	// ErrPrecheck: nothing was begun; the result's Checks say why.
-	ErrPrecheck = errors.New("the switchover can't begin")
+	// ErrPrecheck: a check does not hold, and nothing was begun.
+	ErrPrecheck = errors.New("can't begin")
 	// ErrRolledBack: it failed before the promotion and nothing has changed.
 	ErrRolledBack = errors.New("the switchover failed and was rolled back, nothing has changed")
 	// ErrOvertaken: the primary was lost meanwhile, and replaced.
@@ -36,7 +36,7 @@ const (
 	rollbackTimeout = 5 * time.Second
 )
 
-// Check is one named condition of a switchover.
+// Check is one named condition of a switchover or a drill.
 type Check struct {
 	Name   string `json:"name"`
 	OK     bool   `json:"ok"`
@@ -45,11 +45,16 @@ type Check struct {
 	Waivable bool `json:"waivable"`
 }
 
+// Passes reports whether the check holds, or is waived by its name.
+func (c Check) Passes(waive []string) bool {
+	return c.OK || c.Waivable && slices.Contains(waive, c.Name)
+}
+
 // SwitchoverRequest asks for another primary.
 type SwitchoverRequest struct {
 	To   string
-	By   string               // who asks
-	Kind cluster.FailoverKind // planned, or drill
+	By   string              // who asks
+	Kind agreed.FailoverKind // planned, or drill
 	// AcceptLoss goes on although records may be lost; the result names them.
 	AcceptLoss bool
 	// Waive names checks that need not hold.
@@ -107,7 +112,7 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("target_upstreams", target.UpstreamsHealthy > 0, true, "%d healthy upstreams in %s", target.UpstreamsHealthy, r.To)
 	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
 	add("no_switchover", !open, false, "a switchover is in progress: %v", open)
-	drill := r.Kind != cluster.FailoverDrill && slices.ContainsFunc(s.Drills, func(d cluster.DrillRecord) bool {
+	drill := r.Kind != agreed.FailoverDrill && slices.ContainsFunc(s.Drills, func(d agreed.DrillRecord) bool {
 		return d.Running(c.o.Now())
 	})
 	add("no_drill", !drill, false, "a drill is running: %v", drill)
@@ -163,8 +168,8 @@ func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (Swit
 	res := SwitchoverResult{ID: "sw-" + strings.ToLower(rand.Text()[:12]), From: s.Primary.Site, To: r.To}
 	res.Checks = c.Precheck(r)
 	for _, check := range res.Checks {
-		if !check.OK && (!check.Waivable || !slices.Contains(r.Waive, check.Name)) {
-			return res, fmt.Errorf("%w: %s: %s", ErrPrecheck, check.Name, check.Detail)
+		if !check.Passes(r.Waive) {
+			return res, fmt.Errorf("the switchover %w: %s: %s", ErrPrecheck, check.Name, check.Detail)
 		}
 	}
 	if c.o.AtRisk != nil {
@@ -187,8 +192,8 @@ type handoff struct {
 	c     *Coordinator
 	r     SwitchoverRequest
 	res   *SwitchoverResult
-	state *cluster.State // as it was when the switchover was asked for
-	began time.Duration  // Boottime of the announcement
+	state *agreed.State // as it was when the switchover was asked for
+	began time.Duration // Boottime of the announcement
 	// announced: the announcement is known to be agreed, and seen here.
 	announced bool
 }
@@ -235,8 +240,8 @@ func (h *handoff) step(ctx context.Context, name string, limit time.Duration, do
 
 func (h *handoff) announce(ctx context.Context) error {
 	now := h.c.o.Now()
-	_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
-		Next: &cluster.Switchover{
+	_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
+		Next: &agreed.Switchover{
 			ID: h.res.ID, From: h.res.From, To: h.res.To, Kind: h.r.Kind, By: h.r.By, At: now,
 			Deadline: now.Add(announceTimeout + releaseTimeout + h.c.timing.Lease),
 		},
@@ -267,14 +272,14 @@ func (h *handoff) release(ctx context.Context) (all bool, err error) {
 
 // promote asks once more, which is quick now, and then changes the primary, all
 // within a lease's length: so a node that restarted after its first answer, and
-// has forgotten it, can't act in between (see Role.note).
+// has forgotten it, can't act in between (see Fence.notePrimary).
 func (h *handoff) promote(ctx context.Context) error {
 	all, err := h.release(ctx)
 	if err != nil {
 		return err
 	}
 	idle := (h.c.o.Boottime() - h.began).Seconds()
-	_, err = h.c.o.Agreement.Propose(ctx, cluster.CmdPromote, cluster.Promote{
+	_, err = h.c.o.Agreement.Propose(ctx, agreed.CmdPromote, agreed.Promote{
 		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
 		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID, RTOSeconds: &idle,
 		// If one of them could not be asked, the new primary waits until every
@@ -290,10 +295,10 @@ func (h *handoff) promote(ctx context.Context) error {
 func (h *handoff) rollback(ctx context.Context, cause error) error {
 	made := false
 	err := h.step(context.WithoutCancel(ctx), "rollback", rollbackTimeout, func(ctx context.Context) error {
-		_, err := h.c.o.Agreement.Propose(ctx, cluster.CmdSwitchover, cluster.SwitchoverSet{
+		_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
 			Expect: h.res.ID, Reason: cause.Error(),
 		})
-		if !errors.Is(err, cluster.ErrNoSwitchover) {
+		if !errors.Is(err, agreed.ErrNoSwitchover) {
 			return err
 		}
 		if !h.announced {

@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 func (w *world) switchover(node string, r SwitchoverRequest) (SwitchoverResult, error) {
@@ -15,7 +15,7 @@ func (w *world) switchover(node string, r SwitchoverRequest) (SwitchoverResult, 
 }
 
 func planned(to string) SwitchoverRequest {
-	return SwitchoverRequest{To: to, By: "test", Kind: cluster.FailoverPlanned}
+	return SwitchoverRequest{To: to, By: "test", Kind: agreed.FailoverPlanned}
 }
 
 // Twenty in a row, asked for on any node: each quick, and never two sites.
@@ -36,7 +36,7 @@ func TestSwitchoversInARow(t *testing.T) {
 				w.until("the leader ticks in "+to, time.Second, func() bool { return w.leaderSite() == to })
 				worst = max(worst, res.Idle)
 				w.until(to+" acts", time.Second, func() bool { return slices.Equal(w.acting(), []string{to}) })
-				if f := w.agreed().LastFailover; f.Kind != cluster.FailoverPlanned || !f.Acknowledged || f.RecordsAtRisk != nil {
+				if f := w.agreed().LastFailover; f.Kind != agreed.FailoverPlanned || !f.Acknowledged || f.RecordsAtRisk != nil {
 					t.Errorf("record %+v", f)
 				}
 				w.pass(2 * time.Second)
@@ -62,12 +62,12 @@ func TestSwitchoverPrechecks(t *testing.T) {
 		{"voters_reachable", func(w *world) { w.kill("c1") }, "b"},
 		{"quorum", func(w *world) { w.kill("b1", "c1") }, "b"},
 		{"no_switchover", func(w *world) {
-			w.propose("a1", cluster.CmdSwitchover, cluster.SwitchoverSet{Next: &cluster.Switchover{
+			w.propose("a1", agreed.CmdSwitchover, agreed.SwitchoverSet{Next: &agreed.Switchover{
 				ID: "other", From: "a", To: "c", Deadline: time.Now().Add(time.Minute),
 			}})
 		}, "b"},
 		{"no_drill", func(w *world) {
-			w.propose("a1", cluster.CmdDrillPut, cluster.DrillRecord{ID: "d", Deadline: time.Now().Add(time.Hour)})
+			w.propose("a1", agreed.CmdDrillPut, agreed.DrillRecord{ID: "d", Deadline: time.Now().Add(time.Hour)})
 		}, "b"},
 	} {
 		t.Run(c.check, func(t *testing.T) {
@@ -145,7 +145,7 @@ func (stubborn) Release(ctx context.Context, _, _ string) error {
 func TestAbandonedSwitchoverExpires(t *testing.T) {
 	play(t, ones(5), func(t *testing.T, w *world) {
 		w.lead("c1")
-		w.propose("b1", cluster.CmdSwitchover, cluster.SwitchoverSet{Next: &cluster.Switchover{
+		w.propose("b1", agreed.CmdSwitchover, agreed.SwitchoverSet{Next: &agreed.Switchover{
 			ID: "x", From: "a", To: "b", By: "dead", Deadline: time.Now().Add(5 * time.Second),
 		}})
 		w.until("a lets go", time.Second, func() bool { return len(w.acting()) == 0 })

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // Homing: an election may leave the raft leader in another site than the
@@ -117,7 +118,7 @@ type homing struct {
 }
 
 // observe takes one look, on every node.
-func (h *homing) observe(s *cluster.State, in Input, leader string) {
+func (h *homing) observe(s *agreed.State, in Input, leader string) {
 	if h.epoch != s.Primary.Epoch {
 		// Who led so far was where he belonged, or is moved by follow.
 		h.epoch, h.last, h.elected = s.Primary.Epoch, "", nil
@@ -144,11 +145,11 @@ func (h *homing) observe(s *cluster.State, in Input, leader string) {
 }
 
 // view is for the leader.
-func (h *homing) view(s *cluster.State, in Input, l cluster.Leadership, healthy bool, wall time.Time) HomingView {
+func (h *homing) view(s *agreed.State, in Input, l cluster.Leadership, healthy bool, wall time.Time) HomingView {
 	h.lead(l.Term)
 	v := HomingView{
 		Healthy: healthy,
-		Busy: s.Switchover != nil || slices.ContainsFunc(s.Drills, func(d cluster.DrillRecord) bool {
+		Busy: s.Switchover != nil || slices.ContainsFunc(s.Drills, func(d agreed.DrillRecord) bool {
 			return d.Running(wall)
 		}),
 		LeaderSite: in.Leader.Site, Primary: s.Primary.Site, LeadingFor: in.Now - l.FirstCommit,

@@ -10,7 +10,7 @@ import (
 
 	"github.com/anishathalye/porcupine"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // The agreed primary as one register: (site, epoch). A promotion expects an
@@ -118,7 +118,7 @@ func TestPrimaryIsLinearizableUnderFaults(t *testing.T) {
 			clients.Wait()
 			w.mu.Lock()
 			for i, s := range w.states[1:] {
-				if f := s.LastFailover; s.Primary != w.states[i].Primary && f.Kind == cluster.FailoverUnplanned {
+				if f := s.LastFailover; s.Primary != w.states[i].Primary && f.Kind == agreed.FailoverUnplanned {
 					book.ops = append(book.ops, porcupine.Operation{
 						ClientId: 50 + i, Input: primaryOp{site: f.To, expect: f.Epoch - 1}, Output: primaryAnswer{maybe: true},
 						Call: f.At.Add(-time.Second).UnixNano(), Return: time.Now().Add(24 * time.Hour).UnixNano(),
@@ -155,12 +155,12 @@ func (w *world) client(ctx context.Context, book *chronicle, id int, name string
 			book.add(id, primaryOp{read: true}, began, got)
 		} else {
 			op := primaryOp{site: []string{"a", "b", "c"}[w.pick(3)], expect: known}
-			_, err := n.Propose(pctx, cluster.CmdPromote, cluster.Promote{
-				Site: op.site, ExpectEpoch: op.expect, Generation: 1, Kind: cluster.FailoverPlanned,
+			_, err := n.Propose(pctx, agreed.CmdPromote, agreed.Promote{
+				Site: op.site, ExpectEpoch: op.expect, Generation: 1, Kind: agreed.FailoverPlanned,
 			})
 			book.add(id, op, began, primaryAnswer{
-				refused: errors.Is(err, cluster.ErrStaleEpoch),
-				maybe:   err != nil && !errors.Is(err, cluster.ErrStaleEpoch),
+				refused: errors.Is(err, agreed.ErrStaleEpoch),
+				maybe:   err != nil && !errors.Is(err, agreed.ErrStaleEpoch),
 			})
 		}
 		cancel()
@@ -170,7 +170,7 @@ func (w *world) client(ctx context.Context, book *chronicle, id int, name string
 // readThroughLog commits an entry that changes nothing and reads what this node
 // has applied by then.
 func (n *node) readThroughLog(ctx context.Context) primaryAnswer {
-	if _, err := n.Propose(ctx, cluster.CmdTick, nil); err != nil {
+	if _, err := n.Propose(ctx, agreed.CmdTick, nil); err != nil {
 		return primaryAnswer{maybe: true}
 	}
 	p := n.State().Primary

@@ -1,6 +1,14 @@
 package failover
 
-import "slices"
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+)
 
 // QuarantineView is what a node that would lead knows after a restart.
 type QuarantineView struct {
@@ -83,4 +91,75 @@ func Quarantine(v QuarantineView) (quarantined bool, why QuarantineReason, missi
 		return false, FreeCompared, nil
 	}
 	return true, QuarantineCold, missing
+}
+
+// Restarted is what ColdStart needs of the cluster; *cluster.Cluster is one.
+type Restarted interface {
+	State() *agreed.State
+	Peers() map[string]cluster.PeerView
+	Raft() cluster.RaftView
+	Founded() bool
+	Cold() bool
+}
+
+// ColdStart tells whether this node, leading Raft after a restart, is quarantined.
+type ColdStart struct {
+	name, site string
+	cluster    Restarted
+	released   atomic.Bool
+}
+
+// NewColdStart makes the ColdStart of a node.
+func NewColdStart(name, site string, c Restarted) *ColdStart {
+	return &ColdStart{name: name, site: site, cluster: c}
+}
+
+// Release ends the quarantine: an operator knows that the cluster was not recovered
+// elsewhere.
+func (c *ColdStart) Release() { c.released.Store(true) }
+
+// Quarantined is cluster.Options.Quarantined.
+func (c *ColdStart) Quarantined() (why string, quarantined bool) {
+	held, reason, missing := Quarantine(c.view())
+	why = string(reason)
+	switch {
+	case !held:
+		return why, false
+	case reason == QuarantineNoMajority:
+		why += ": too few voters answer"
+	default:
+		why += ": every voter that answers has restarted"
+	}
+	if len(missing) > 0 {
+		why += fmt.Sprintf("; no node of %s has told yet whether the cluster was recovered meanwhile", strings.Join(missing, ", "))
+	}
+	return why, true
+}
+
+// view gathers what Quarantine looks at.
+func (c *ColdStart) view() QuarantineView {
+	v := QuarantineView{Founded: c.cluster.Founded(), Released: c.released.Load()}
+	voter := map[string]bool{}
+	for _, server := range c.cluster.Raft().Servers {
+		voter[server.Name] = server.Voter
+	}
+	for _, m := range c.cluster.State().Nodes {
+		if !slices.Contains(v.MemberSites, m.Site) {
+			v.MemberSites = append(v.MemberSites, m.Site)
+		}
+	}
+	if voter[c.name] {
+		v.Voters = append(v.Voters, QuarantineVoter{Name: c.name, Site: c.site, Reached: true, Warm: !c.cluster.Cold()})
+	}
+	for name, p := range c.cluster.Peers() {
+		if voter[name] {
+			v.Voters = append(v.Voters, QuarantineVoter{Name: name, Site: p.Site, Reached: p.Heard, Warm: p.Heard && !p.Cold})
+		}
+		// An answered ping went over a connection whose preface compared the
+		// generations.
+		if p.Heard {
+			v.ComparedSites = append(v.ComparedSites, p.Site)
+		}
+	}
+	return v
 }

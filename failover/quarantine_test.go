@@ -1,8 +1,12 @@
 package failover
 
 import (
+	"maps"
 	"slices"
 	"testing"
+
+	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 func TestQuarantine(t *testing.T) {
@@ -38,6 +42,62 @@ func TestQuarantine(t *testing.T) {
 			got, why, missing := Quarantine(c.view)
 			if got != c.want || why != c.why || !slices.Equal(missing, c.missing) {
 				t.Errorf("got %v %s %v, want %v %s %v", got, why, missing, c.want, c.why, c.missing)
+			}
+		})
+	}
+}
+
+// restartedNode is node a1, which votes with b1 and c1. Peers that are not named have
+// not been heard.
+type restartedNode struct {
+	peers         map[string]cluster.PeerView
+	founded, cold bool
+}
+
+func (r restartedNode) State() *agreed.State {
+	return &agreed.State{Nodes: map[string]agreed.Node{"a1": {Site: "a"}, "b1": {Site: "b"}, "c1": {Site: "c"}, "d1": {Site: "d"}}}
+}
+
+func (r restartedNode) Raft() cluster.RaftView {
+	return cluster.RaftView{Servers: []cluster.Server{{Name: "a1", Voter: true}, {Name: "b1", Voter: true}, {Name: "c1", Voter: true}, {Name: "d1"}}}
+}
+
+func (r restartedNode) Peers() map[string]cluster.PeerView {
+	all := map[string]cluster.PeerView{"b1": {Site: "b"}, "c1": {Site: "c"}, "d1": {Site: "d"}}
+	maps.Copy(all, r.peers)
+	return all
+}
+func (r restartedNode) Founded() bool { return r.founded }
+func (r restartedNode) Cold() bool    { return r.cold }
+
+func TestColdStart(t *testing.T) {
+	heard := func(site string, cold bool) cluster.PeerView {
+		return cluster.PeerView{Site: site, Heard: true, Health: cluster.Health{Cold: cold}}
+	}
+	for name, c := range map[string]struct {
+		node restartedNode
+		want string
+		held bool
+	}{
+		"founded":        {restartedNode{founded: true, cold: true}, "founded_here", false},
+		"nobody answers": {restartedNode{cold: true}, "no_majority: too few voters answer; no node of b, c, d has told yet whether the cluster was recovered meanwhile", true},
+		"all have restarted": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
+			"b1": heard("b", true),
+		}}, "cold_majority: every voter that answers has restarted; no node of c, d has told yet whether the cluster was recovered meanwhile", true},
+		"a non-voter speaks for its site": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
+			"b1": heard("b", true), "c1": heard("c", true), "d1": heard("d", true),
+		}}, "all_sites_agree", false},
+		"a warm peer": {restartedNode{cold: true, peers: map[string]cluster.PeerView{"b1": heard("b", false)}}, "warm_voter", false},
+		"warm itself": {restartedNode{peers: map[string]cluster.PeerView{"b1": heard("b", true)}}, "warm_voter", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := NewColdStart("a1", "a", c.node)
+			if why, held := s.Quarantined(); why != c.want || held != c.held {
+				t.Errorf("%q %v, want %q %v", why, held, c.want, c.held)
+			}
+			s.Release()
+			if why, held := s.Quarantined(); held {
+				t.Errorf("quarantined after an operator ended it: %s", why)
 			}
 		})
 	}

@@ -6,10 +6,11 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // input gathers what this node has observed, for the detector.
-func (c *Coordinator) input(s *cluster.State, now time.Duration) Input {
+func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	peers := c.o.Agreement.Peers()
 	left, _ := c.o.Agreement.Lease()
 	in := Input{
@@ -68,7 +69,7 @@ func observationOf(p cluster.PeerView) Observation {
 	return o
 }
 
-func configured(s *cluster.State) []PlacementSite {
+func configured(s *agreed.State) []PlacementSite {
 	sites := make([]PlacementSite, 0, len(s.Parsed.Sites))
 	for name, site := range s.Parsed.Sites {
 		sites = append(sites, PlacementSite{Name: name, City: site.City, Priority: site.Priority})
@@ -76,7 +77,7 @@ func configured(s *cluster.State) []PlacementSite {
 	return sites
 }
 
-func (c *Coordinator) newView(s *cluster.State, sites []SiteView, now time.Duration, w *watch) View {
+func (c *Coordinator) newView(s *agreed.State, sites []SiteView, now time.Duration, w *watch) View {
 	left, _ := c.o.Agreement.Lease()
 	v := View{
 		Quorum: left > 0, Quarantined: c.o.Quarantined(), Held: s.Hold != nil,
@@ -93,7 +94,7 @@ func (c *Coordinator) newView(s *cluster.State, sites []SiteView, now time.Durat
 			v.Switchover = SwitchoverExpired
 		}
 	}
-	if f := s.LastFailover; f != nil && f.Kind == cluster.FailoverUnplanned && f.Epoch == s.Primary.Epoch {
+	if f := s.LastFailover; f != nil && f.Kind == agreed.FailoverUnplanned && f.Epoch == s.Primary.Epoch {
 		v.Last = LastPromotion{From: f.From, Ago: now - w.epochAt, Acknowledged: f.Acknowledged}
 	}
 	return v

@@ -5,17 +5,24 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// standing is what Role sees; the world asks Role with w.mu held.
+// standing is what the Fence sees; the world asks the Fence with w.mu held.
 type standing struct{ n *node }
 
-func (s standing) State() *cluster.State { return s.n.w.states[s.n.applied] }
+func (s standing) State() *agreed.State { return s.n.w.states[s.n.applied] }
 func (s standing) Lease() (time.Duration, uint64) {
 	return s.n.leaseUntil - s.n.w.now(), s.n.leaseEpoch
 }
+
+func (s standing) OwnershipLease() (time.Duration, uint64) {
+	left, _ := s.Lease()
+	return left, 0
+}
 func (s standing) Changed() <-chan struct{}      { return s.n.w.news }
-func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Role runs in the world
+func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Fence runs in the world
 
 // awake blocks while the node is stopped, as a stopped process would.
 func (n *node) awake() {
@@ -32,7 +39,7 @@ func (n *node) awake() {
 
 // What follows makes a node an Agreement.
 
-func (n *node) State() *cluster.State {
+func (n *node) State() *agreed.State {
 	n.awake()
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
@@ -57,7 +64,7 @@ func (n *node) Paused() time.Duration {
 	return n.paused()
 }
 
-func (n *node) Timing() cluster.Timing { return n.w.timing }
+func (n *node) Timing() config.Timing { return n.w.timing }
 
 func (n *node) Peers() map[string]cluster.PeerView {
 	n.w.mu.Lock()
@@ -111,9 +118,9 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (n *node) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
 	n.awake()
-	cmd, err := cluster.NewCommand(t, time.Now(), data)
+	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return 0, err
 	}
@@ -128,7 +135,7 @@ func (n *node) Propose(ctx context.Context, t cluster.CommandType, data any) (ui
 		return 0, cluster.ErrNoQuorum
 	}
 	cmd.Term = w.term
-	next, err := cluster.Apply(w.states[len(w.states)-1], cmd)
+	next, err := agreed.Apply(w.states[len(w.states)-1], cmd)
 	if err == nil {
 		w.states = append(w.states, next)
 		w.apply(l)

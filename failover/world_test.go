@@ -14,6 +14,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // world is a cluster in virtual time: pings, leases handed on by pings, ticks,
@@ -22,7 +24,7 @@ import (
 // term, elected by and committing with a majority that it can reach.
 type world struct {
 	t      *testing.T
-	timing cluster.Timing
+	timing config.Timing
 	start  time.Time
 	rng    *rand.Rand
 
@@ -30,8 +32,8 @@ type world struct {
 	events eventQueue
 	nodes  map[string]*node
 	names  []string
-	states []*cluster.State // by index: what was agreed
-	news   chan struct{}    // closes when any node applied something
+	states []*agreed.State // by index: what was agreed
+	news   chan struct{}   // closes when any node applied something
 	term   uint64
 	leader string // elected in term
 	// leaderSeen is when it last ran in reach of a majority.
@@ -70,7 +72,7 @@ type node struct {
 	firstCommit time.Duration
 	lastCommit  time.Duration
 
-	role  *Role
+	fence *Fence
 	coord *Coordinator
 	stop  context.CancelFunc
 	done  sync.WaitGroup
@@ -103,23 +105,23 @@ func (q *eventQueue) Pop() any {
 // nodes each; the first `votes` nodes of each site vote.
 func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	w := &world{
-		t: t, timing: cluster.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
+		t: t, timing: config.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
 		nodes: map[string]*node{}, cut: map[[2]string]bool{},
 		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
 	}
-	s := &cluster.State{
-		Format: 1, ClusterID: "c", Generation: cluster.Generation{Number: 1, ID: "g"},
-		Primary: cluster.Primary{Site: "a", Epoch: 1, Since: time.Now(), Reason: "bootstrap"},
-		Nodes:   map[string]cluster.Node{},
-		Parsed: &cluster.Config{Sites: map[string]cluster.Site{
+	s := &agreed.State{
+		Format: 1, ClusterID: "c", Generation: agreed.Generation{Number: 1, ID: "g"},
+		Primary: agreed.Primary{Site: "a", Epoch: 1, Since: time.Now(), Reason: "bootstrap"},
+		Nodes:   map[string]agreed.Node{},
+		Parsed: &config.Config{Sites: map[string]config.Site{
 			"a": {City: "shanghai", Priority: 1}, "b": {City: "shanghai", Priority: 2}, "c": {City: "beijing", Priority: 3},
 		}},
 	}
-	w.states = []*cluster.State{s}
+	w.states = []*agreed.State{s}
 	for i, site := range []string{"a", "b", "c"} {
 		for k := 1; k <= nodes[i]; k++ {
 			name := fmt.Sprintf("%s%d", site, k)
-			s.Nodes[name] = cluster.Node{Name: name, Site: site}
+			s.Nodes[name] = agreed.Node{Name: name, Site: site}
 			w.nodes[name] = &node{w: w, name: name, site: site, voter: k <= votes[i], upstreams: 1}
 			w.names = append(w.names, name)
 		}
@@ -389,7 +391,7 @@ func (w *world) laws() {
 	acting := map[string]bool{}
 	for _, n := range w.nodes {
 		if n.runs() {
-			if _, ok := n.role.Holding(); ok {
+			if n.fence.Acting() {
 				acting[n.site] = true
 			}
 		}
@@ -412,7 +414,7 @@ func (w *world) boot(n *node) {
 	n.up, n.bootedAt = true, w.now()
 	n.heard, n.pinging = map[string]heardPeer{}, map[string]bool{}
 	n.leaseUntil, n.leaseEpoch, n.leads = 0, 0, false
-	n.role = NewRole(n.site, standing{n}, w.timing.NewLeaderWait, w.now, slog.New(slog.DiscardHandler))
+	n.fence = NewFence(n.name, n.site, standing{n}, func() time.Duration { return w.timing.NewLeaderWait }, w.now, slog.New(slog.DiscardHandler))
 	n.coord = NewCoordinator(Options{
 		Name: n.name, Site: n.site, Agreement: n, Releaser: w, Health: func() cluster.Health {
 			return cluster.Health{UpstreamsHealthy: n.upstreams}
@@ -489,7 +491,7 @@ func (w *world) sever(cut bool, links ...string) {
 }
 
 // agreed is the newest state.
-func (w *world) agreed() *cluster.State {
+func (w *world) agreed() *agreed.State {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.states[len(w.states)-1]
@@ -511,7 +513,7 @@ func (w *world) acting() []string {
 	var sites []string
 	for _, name := range w.names {
 		n := w.nodes[name]
-		if _, ok := n.role.Holding(); ok && n.runs() && !slices.Contains(sites, n.site) {
+		if n.fence.Acting() && n.runs() && !slices.Contains(sites, n.site) {
 			sites = append(sites, n.site)
 		}
 	}

@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/cache"
 )
@@ -56,8 +56,8 @@ func (n *Node) openCache() error {
 	}
 	var err error
 	n.cache, err = cache.New(cache.Options{
-		Dir: dir, Site: n.cfg.Site, Ring: n.keys.ring,
-		Purges: func() *cluster.CachePurges { return &n.cluster.State().Purges },
+		Dir: dir, Site: n.cfg.Site, Ring: n.keys.Ring,
+		Purges: func() *agreed.CachePurges { return &n.cluster.State().Purges },
 		Files: cache.Files{
 			LookupEnv: os.LookupEnv,
 			ReadFile:  func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
@@ -96,7 +96,7 @@ func (n *Node) PurgeCache(ctx context.Context, r admin.CachePurge, by string) er
 		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
 	}
 	now := time.Now()
-	_, err := n.cluster.Propose(ctx, cluster.CmdCachePurge, cluster.CachePurge{
+	_, err := n.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
 		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
 	})
 	return err

@@ -10,7 +10,7 @@ import (
 
 	"go.yaml.in/yaml/v4"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // Config is node.yaml: what one node alone knows. What the whole cluster agrees
@@ -32,11 +32,11 @@ type Config struct {
 	RPC     RPCConfig     `yaml:"rpc"`
 
 	// Seeds are rpc addresses of other nodes: whom to ask when nobody is known.
-	Seeds       []string       `yaml:"seeds,omitempty"`
-	OperatorKey cluster.Secret `yaml:"operator_key"`
+	Seeds       []string      `yaml:"seeds,omitempty"`
+	OperatorKey config.Secret `yaml:"operator_key"`
 	// OperatorKeyPrevious still opens things while the cluster changes to
 	// another operator key.
-	OperatorKeyPrevious cluster.Secret `yaml:"operator_key_previous,omitempty"`
+	OperatorKeyPrevious config.Secret  `yaml:"operator_key_previous,omitempty"`
 	Shutdown            ShutdownConfig `yaml:"shutdown"`
 	Log                 LogConfig      `yaml:"log"`
 
@@ -101,9 +101,9 @@ type PeerTLS struct {
 type ShutdownConfig struct {
 	// Delay is how long the listeners stay after readiness has gone, so that
 	// load balancers notice first.
-	Delay cluster.Duration `yaml:"delay"`
+	Delay config.Duration `yaml:"delay"`
 	// Grace is how long running requests may take to finish after that.
-	Grace cluster.Duration `yaml:"grace"`
+	Grace config.Duration `yaml:"grace"`
 }
 
 // LogConfig says what is logged.
@@ -122,7 +122,7 @@ func DefaultConfig() *Config {
 		Gossip:  GossipConfig{Bind: "0.0.0.0:7956"},
 		RPC:     RPCConfig{Bind: "0.0.0.0:7957"},
 		Shutdown: ShutdownConfig{
-			Grace: cluster.Duration(30 * time.Second),
+			Grace: config.Duration(30 * time.Second),
 		},
 		Log: LogConfig{Level: "info"},
 	}
@@ -161,9 +161,9 @@ func ParseConfig(name string, text []byte, dir string) (*Config, error) {
 	return c, nil
 }
 
-func parseConfig(name string, text []byte, dir string) (*Config, *cluster.ConfigSource) {
+func parseConfig(name string, text []byte, dir string) (*Config, *config.Source) {
 	c := DefaultConfig()
-	src := cluster.DecodeSource(name, text, c)
+	src := config.Decode(name, text, c)
 	c.dir = dir
 	if !src.Broken(nil) {
 		check := &configCheck{Config: c, src: src}
@@ -204,7 +204,7 @@ func (c *Config) Encode() ([]byte, error) {
 }
 
 // errTooLarge is a file that can't be what it is named as.
-var errTooLarge = fmt.Errorf("has more than %d bytes", cluster.MaxConfigBytes)
+var errTooLarge = fmt.Errorf("has more than %d bytes", config.MaxBytes)
 
 // readBounded reads a file that a configuration names, of at most the size that
 // a configuration itself may have. Its errors are PathErrors.
@@ -216,7 +216,7 @@ func readBounded(path string) ([]byte, error) {
 	switch {
 	case info.IsDir():
 		return nil, &fs.PathError{Op: "read", Path: path, Err: syscall.EISDIR}
-	case info.Size() > cluster.MaxConfigBytes:
+	case info.Size() > config.MaxBytes:
 		return nil, &fs.PathError{Op: "read", Path: path, Err: errTooLarge}
 	}
 	return os.ReadFile(path)

@@ -12,7 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -21,20 +22,20 @@ const maxSeeds = 64
 // configCheck is the list of rules for node.yaml's text.
 type configCheck struct {
 	*Config
-	src *cluster.ConfigSource
+	src *config.Source
 }
 
 func (c *configCheck) all() {
 	switch {
-	case !c.src.Has(cluster.At("version")):
-		c.missing(cluster.At("version"), "write version: 1")
+	case !c.src.Has(config.At("version")):
+		c.missing(config.At("version"), "write version: 1")
 	case c.Version != 1:
-		c.reject(cluster.At("version"), "write version: 1", "version %d is not supported", c.Version)
+		c.reject(config.At("version"), "write version: 1", "version %d is not supported", c.Version)
 	}
 	c.name("cluster", c.Cluster, "write the name that the certificates were issued for")
 	c.name("name", c.Name, "write a name of its own for each node, such as shanghai-a-1")
 	c.name("site", c.Site, "write the site's name in cluster.yaml")
-	c.required(cluster.At("data_dir"), c.DataDir, "write the directory for what the node keeps")
+	c.required(config.At("data_dir"), c.DataDir, "write the directory for what the node keeps")
 
 	c.rpc()
 	c.gossip()
@@ -46,18 +47,18 @@ func (c *configCheck) all() {
 	c.portsApart()
 	c.seeds()
 	c.operatorKey()
-	c.within(cluster.At("shutdown", "delay"), c.Shutdown.Delay, 10*time.Minute)
-	c.within(cluster.At("shutdown", "grace"), c.Shutdown.Grace, time.Hour)
+	c.within(config.At("shutdown", "delay"), c.Shutdown.Delay, 10*time.Minute)
+	c.within(config.At("shutdown", "grace"), c.Shutdown.Grace, time.Hour)
 	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {
-		c.reject(cluster.At("log", "level"), "write one of "+strings.Join(levels, ", "), "%q is not a level", c.Log.Level)
+		c.reject(config.At("log", "level"), "write one of "+strings.Join(levels, ", "), "%q is not a level", c.Log.Level)
 	}
 }
 
-func (c *configCheck) reject(p cluster.ConfigPath, hint, format string, args ...any) {
+func (c *configCheck) reject(p config.Path, hint, format string, args ...any) {
 	c.src.Reject(p, fmt.Sprintf(format, args...), hint)
 }
 
-func (c *configCheck) missing(p cluster.ConfigPath, hint string) {
+func (c *configCheck) missing(p config.Path, hint string) {
 	what := "is missing"
 	if c.src.Has(p) {
 		what = "is empty"
@@ -65,29 +66,29 @@ func (c *configCheck) missing(p cluster.ConfigPath, hint string) {
 	c.src.Reject(p, what, hint)
 }
 
-func (c *configCheck) required(p cluster.ConfigPath, value, hint string) {
+func (c *configCheck) required(p config.Path, value, hint string) {
 	if value == "" {
 		c.missing(p, hint)
 	}
 }
 
 func (c *configCheck) name(key, value, hint string) {
-	switch p := cluster.At(key); {
+	switch p := config.At(key); {
 	case value == "":
 		c.missing(p, hint)
-	case !cluster.ValidName(value):
-		c.reject(p, cluster.NameHint, "%q cannot be a name", value)
+	case !config.ValidName(value):
+		c.reject(p, config.NameHint, "%q cannot be a name", value)
 	}
 }
 
-func (c *configCheck) within(p cluster.ConfigPath, d cluster.Duration, most time.Duration) {
+func (c *configCheck) within(p config.Path, d config.Duration, most time.Duration) {
 	if d < 0 || d.D() > most {
-		c.reject(p, "write a time from 0s to "+cluster.Duration(most).String(), "%s is out of range", d)
+		c.reject(p, "write a time from 0s to "+config.Duration(most).String(), "%s is out of range", d)
 	}
 }
 
 func (c *configCheck) rpc() {
-	at := cluster.At("rpc")
+	at := config.At("rpc")
 	c.RPC.Advertise = c.advertise("rpc", c.RPC.Bind, c.RPC.Advertise)
 	const hint = "write the files that dsnode tls issue has made for this node"
 	c.required(at.At("tls", "cert_file"), c.RPC.TLS.CertFile, hint)
@@ -97,17 +98,17 @@ func (c *configCheck) rpc() {
 
 func (c *configCheck) gossip() {
 	c.Gossip.Advertise = c.advertise("gossip", c.Gossip.Bind, c.Gossip.Advertise)
-	c.required(cluster.At("gossip", "key_file"), c.Gossip.KeyFile, gossipKeyHint)
+	c.required(config.At("gossip", "key_file"), c.Gossip.KeyFile, gossipKeyHint)
 }
 
 func (c *configCheck) api() {
 	c.API.Advertise = c.advertiseLike("api", c.API.Bind, c.API.Advertise)
-	c.serverTLS(cluster.At("api", "tls"), c.API.TLS)
+	c.serverTLS(config.At("api", "tls"), c.API.TLS)
 }
 
 func (c *configCheck) admin() {
 	c.Admin.Advertise = c.advertiseLike("admin", c.Admin.Bind, c.Admin.Advertise)
-	c.serverTLS(cluster.At("admin", "tls"), c.Admin.TLS)
+	c.serverTLS(config.At("admin", "tls"), c.Admin.TLS)
 	host, _, ok := splitAddress(c.Admin.Bind)
 	if !ok || isLoopback(host) || c.Admin.TokenFile != "" && c.Admin.TLS.On() {
 		return
@@ -119,11 +120,11 @@ func (c *configCheck) admin() {
 	case c.Admin.TLS.On():
 		lacks = "no token_file"
 	}
-	c.reject(cluster.At("admin", "bind"), "write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1",
+	c.reject(config.At("admin", "bind"), "write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1",
 		"others than this machine can reach %s, and there is %s", c.Admin.Bind, lacks)
 }
 
-func (c *configCheck) serverTLS(at cluster.ConfigPath, t ServerTLS) {
+func (c *configCheck) serverTLS(at config.Path, t ServerTLS) {
 	if (t.CertFile == "") != (t.KeyFile == "") {
 		c.reject(at, "write both, or none for plain HTTP", "cert_file and key_file go together")
 	}
@@ -131,7 +132,7 @@ func (c *configCheck) serverTLS(at cluster.ConfigPath, t ServerTLS) {
 
 // bind checks an address to listen on.
 func (c *configCheck) bind(section, bind string) (host string, port int, ok bool) {
-	p := cluster.At(section, "bind")
+	p := config.At(section, "bind")
 	if bind == "" {
 		c.missing(p, "write host:port, such as 127.0.0.1:8080, or remove the key for the default")
 		return "", 0, false
@@ -154,7 +155,7 @@ func (c *configCheck) advertise(section, bind, advertise string) string {
 		return c.writtenAdvertise(section, advertise, port)
 	}
 	if isWildcard(host) {
-		c.reject(cluster.At(section, "advertise"), fmt.Sprintf("write the address under which other nodes reach this one, such as advertise: %s",
+		c.reject(config.At(section, "advertise"), fmt.Sprintf("write the address under which other nodes reach this one, such as advertise: %s",
 			net.JoinHostPort("10.0.0.5", strconv.Itoa(port))), "is missing, and bind %s is no address that can be dialled", bind)
 		return ""
 	}
@@ -181,7 +182,7 @@ func (c *configCheck) advertiseLike(section, bind, advertise string) string {
 }
 
 func (c *configCheck) writtenAdvertise(section, advertise string, bound int) string {
-	p := cluster.At(section, "advertise")
+	p := config.At(section, "advertise")
 	host, port, ok := splitAddress(advertise)
 	switch {
 	case !ok:
@@ -211,7 +212,7 @@ func (c *configCheck) portsApart() {
 		}
 		for _, o := range doors {
 			if o.port == port && (o.host == host || isWildcard(o.host) || isWildcard(host)) {
-				c.reject(cluster.At(d.section, "bind"), "give each its own", "port %d is already that of %s.bind", port, o.section)
+				c.reject(config.At(d.section, "bind"), "give each its own", "port %d is already that of %s.bind", port, o.section)
 				break
 			}
 		}
@@ -221,11 +222,11 @@ func (c *configCheck) portsApart() {
 
 func (c *configCheck) seeds() {
 	if len(c.Seeds) > maxSeeds {
-		c.reject(cluster.At("seeds"), "name a few nodes of each site", "has %d entries, more than the limit of %d", len(c.Seeds), maxSeeds)
+		c.reject(config.At("seeds"), "name a few nodes of each site", "has %d entries, more than the limit of %d", len(c.Seeds), maxSeeds)
 		return
 	}
 	for i, s := range c.Seeds {
-		p := cluster.At("seeds", i)
+		p := config.At("seeds", i)
 		host, port, ok := splitAddress(s)
 		switch {
 		case !ok || isWildcard(host) || port == 0:
@@ -237,7 +238,7 @@ func (c *configCheck) seeds() {
 }
 
 func (c *configCheck) operatorKey() {
-	p := cluster.At("operator_key")
+	p := config.At("operator_key")
 	const hint = "write {file: PATH} or {env: NAME}"
 	switch k := c.OperatorKey; {
 	case k.IsZero():
@@ -245,7 +246,7 @@ func (c *configCheck) operatorKey() {
 	case k.Env != "" && k.File != "":
 		c.reject(p, hint+", not both", "has both env and file")
 	}
-	p = cluster.At("operator_key_previous")
+	p = config.At("operator_key_previous")
 	switch k := c.OperatorKeyPrevious; {
 	case k.IsZero() && c.src.Has(p):
 		c.missing(p, hint+", or remove it")
@@ -310,12 +311,12 @@ func ParseGossipKey(text []byte) ([]byte, error) {
 
 // checkFiles rejects what is wrong with the files and variables that the
 // configuration names.
-func (c *Config) checkFiles(src *cluster.ConfigSource) {
-	at := cluster.At("rpc", "tls")
+func (c *Config) checkFiles(src *config.Source) {
+	at := config.At("rpc", "tls")
 	if t := c.RPC.TLS; t.CertFile != "" && t.KeyFile != "" {
 		if pair, ok := src.CheckKeyPair(at, t.CertFile, t.KeyFile, readBounded); ok {
-			id, err := cluster.ParseIdentity(pair.Leaf)
-			want := cluster.Identity{Cluster: c.Cluster, Site: c.Site, Node: c.Name}
+			id, err := mesh.ParseIdentity(pair.Leaf)
+			want := mesh.Identity{Cluster: c.Cluster, Site: c.Site, Node: c.Name}
 			const hint = "issue one for this node with dsnode tls issue, or correct cluster, site and name"
 			switch {
 			case err != nil:
@@ -332,23 +333,23 @@ func (c *Config) checkFiles(src *cluster.ConfigSource) {
 	}
 	for section, t := range map[string]ServerTLS{"api": c.API.TLS, "admin": c.Admin.TLS} {
 		if t.CertFile != "" && t.KeyFile != "" {
-			src.CheckKeyPair(cluster.At(section, "tls"), t.CertFile, t.KeyFile, readBounded)
+			src.CheckKeyPair(config.At(section, "tls"), t.CertFile, t.KeyFile, readBounded)
 		}
 	}
 	if c.Admin.TokenFile != "" {
-		src.CheckSecret(cluster.At("admin", "token_file"), cluster.Secret{File: c.Admin.TokenFile}, os.LookupEnv, readBounded)
+		src.CheckSecret(config.At("admin", "token_file"), config.Secret{File: c.Admin.TokenFile}, os.LookupEnv, readBounded)
 	}
 	if c.Gossip.KeyFile != "" {
-		if text, ok := src.CheckFile(cluster.At("gossip", "key_file"), c.Gossip.KeyFile, readBounded); ok {
+		if text, ok := src.CheckFile(config.At("gossip", "key_file"), c.Gossip.KeyFile, readBounded); ok {
 			if _, err := ParseGossipKey(text); err != nil {
-				src.Reject(cluster.At("gossip", "key_file"), "the file "+c.Gossip.KeyFile+" holds no gossip key", gossipKeyHint)
+				src.Reject(config.At("gossip", "key_file"), "the file "+c.Gossip.KeyFile+" holds no gossip key", gossipKeyHint)
 			}
 		}
 	}
-	for name, k := range map[string]cluster.Secret{"operator_key": c.OperatorKey, "operator_key_previous": c.OperatorKeyPrevious} {
+	for name, k := range map[string]config.Secret{"operator_key": c.OperatorKey, "operator_key_previous": c.OperatorKeyPrevious} {
 		if ref := keyring.KeyRef(k); (ref.Env == "") != (ref.File == "") {
 			if _, err := keyring.LoadOperatorKey(ref); err != nil {
-				src.Reject(cluster.At(name), err.Error(), "")
+				src.Reject(config.At(name), err.Error(), "")
 			}
 		}
 	}

@@ -14,7 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"pgregory.net/rapid"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // good is a node.yaml that says no more than it must, on lines 1 to 8.
@@ -41,8 +42,8 @@ func TestParseConfigFillsInDefaults(t *testing.T) {
 		RPC: RPCConfig{Bind: "0.0.0.0:7957", Advertise: "10.0.0.5:7957", TLS: PeerTLS{
 			CertFile: "/etc/dsnode/node.pem", KeyFile: "/etc/dsnode/node.key", CAFile: "/etc/dsnode/ca.pem",
 		}},
-		OperatorKey: cluster.Secret{File: "/etc/dsnode/operator.key"},
-		Shutdown:    ShutdownConfig{Grace: cluster.Duration(30 * time.Second)},
+		OperatorKey: config.Secret{File: "/etc/dsnode/operator.key"},
+		Shutdown:    ShutdownConfig{Grace: config.Duration(30 * time.Second)},
 		Log:         LogConfig{Level: "info"},
 	}
 	if diff := cmp.Diff(want, *got, cmpopts.IgnoreUnexported(Config{})); diff != "" {
@@ -152,7 +153,7 @@ func TestParseConfigRefuses(t *testing.T) {
 			if got := err.Error(); got != tc.want {
 				t.Errorf("\n got %s\nwant %s", got, tc.want)
 			}
-			var ps cluster.Problems
+			var ps config.Problems
 			if !errors.As(err, &ps) || c != nil {
 				t.Errorf("the error is a %T, the config %v", err, c)
 			}
@@ -172,11 +173,11 @@ func TestAdminMayBeReachedFromOutsideWithTokenAndTLS(t *testing.T) {
 func writeNode(t testing.TB, text string) (dir, path string) {
 	t.Helper()
 	dir = t.TempDir()
-	caCert, caKey, err := cluster.NewCA("dev", 2*time.Hour)
+	caCert, caKey, err := mesh.NewCA("dev", 2*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, key, err := cluster.Issue(caCert, caKey, cluster.Identity{Cluster: "dev", Site: "a", Node: "a-1"}, []string{"localhost"}, time.Hour)
+	cert, key, err := mesh.Issue(caCert, caKey, mesh.Identity{Cluster: "dev", Site: "a", Node: "a-1"}, []string{"localhost"}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -271,7 +272,7 @@ func TestLoadConfigComparesNamesWithTheCertificate(t *testing.T) {
 		t.Errorf("another name: %v", err)
 	}
 	_, path = writeNode(t, strings.NewReplacer("node.pem", "ca.pem", "node.key", "ca.key").Replace(good))
-	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), ":7: rpc.tls.cert_file: "+cluster.ErrNoIdentity.Error()) {
+	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), ":7: rpc.tls.cert_file: "+mesh.ErrNoIdentity.Error()) {
 		t.Errorf("a certificate without an identity: %v", err)
 	}
 }
@@ -282,7 +283,7 @@ func TestLoadConfigOfNoFile(t *testing.T) {
 		t.Errorf("%v does not say that the file is missing", err)
 	}
 	big := filepath.Join(t.TempDir(), "big.yaml")
-	if err := os.WriteFile(big, make([]byte, cluster.MaxConfigBytes+1), 0o600); err != nil {
+	if err := os.WriteFile(big, make([]byte, config.MaxBytes+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := LoadConfig(big); !errors.Is(err, errTooLarge) {
@@ -308,9 +309,9 @@ func TestEncodedConfigIsReadBackIdentically(t *testing.T) {
 		if maybe("seeds") {
 			c.Seeds = []string{"h:1", "[::1]:2"}
 		}
-		c.OperatorKey = rapid.SampledFrom([]cluster.Secret{{Env: "KEY"}, {File: "key"}}).Draw(t, "key")
-		c.Shutdown.Delay = cluster.Duration(rapid.Int64Range(0, int64(10*time.Minute)).Draw(t, "delay"))
-		c.Shutdown.Grace = cluster.Duration(rapid.Int64Range(0, int64(time.Hour)).Draw(t, "grace"))
+		c.OperatorKey = rapid.SampledFrom([]config.Secret{{Env: "KEY"}, {File: "key"}}).Draw(t, "key")
+		c.Shutdown.Delay = config.Duration(rapid.Int64Range(0, int64(10*time.Minute)).Draw(t, "delay"))
+		c.Shutdown.Grace = config.Duration(rapid.Int64Range(0, int64(time.Hour)).Draw(t, "grace"))
 		c.Log.Level = rapid.SampledFrom([]string{"debug", "info", "warn", "error"}).Draw(t, "level")
 
 		first := encodeAndParse(t, c)
@@ -379,7 +380,7 @@ func FuzzParseConfig(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		c, err := ParseConfig("f", text, "/etc")
 		if err != nil {
-			var ps cluster.Problems
+			var ps config.Problems
 			if !errors.As(err, &ps) {
 				t.Fatalf("%T", err)
 			}

@@ -15,7 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node/gateway"
 )
 
@@ -96,15 +97,15 @@ func (n *Node) listen() error {
 // equip puts the handlers behind the open ports.
 func (n *Node) equip() {
 	server := func(d *door, h http.Handler) {
-		d.server = gateway.NewHTTPServer(h, cluster.DefaultLimits().HeaderBytes, n.log)
+		d.server = gateway.NewHTTPServer(h, config.DefaultLimits().HeaderBytes, n.log)
 		d.server.TLSConfig = d.tls
 	}
 	api := &n.doors.clients[0]
 	api.ln = n.gateway.Listen(api.ln, api.tls != nil)
 	server(api, n.gateway)
-	peers := door{name: "peers", ln: n.cluster.Mesh().Listener(cluster.KindHTTP)}
+	peers := door{name: "peers", ln: n.cluster.Mesh().Listener(mesh.KindHTTP)}
 	server(&peers, n.gateway.PeerHandler())
-	peers.server.ConnContext = cluster.HTTPConnContext
+	peers.server.ConnContext = mesh.HTTPConnContext
 	n.doors.clients = append(n.doors.clients, peers)
 
 	metrics := http.NewServeMux()

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -23,7 +25,7 @@ func (n *Node) newDrills(c *command) *drill.Runner {
 			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
 			return a, a.Close
 		},
-		Boottime: cluster.Boottime, Now: time.Now, Logger: n.log,
+		Boottime: clock.Boottime, Now: time.Now, Logger: n.log,
 	})
 }
 
@@ -45,7 +47,7 @@ func (n *Node) PlanDrill(_ context.Context, r admin.DrillRequest, by string) (ad
 		return admin.DrillPlan{}, refusedDrill(err)
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
-	p.Checks, p.OK = checksOf(checks, r.Waive)
+	p.Checks, p.OK = checks, allPass(checks, r.Waive)
 	return p, nil
 }
 
@@ -68,7 +70,6 @@ func refusedDrill(err error) error {
 		is   error
 		code string
 	}{
-		{drill.ErrRefused, "precheck_failed"},
 		{drill.ErrWrongPlace, "wrong_node"},
 		{drill.ErrInvalid, "invalid_request"},
 		{drill.ErrUnknown, "unknown_drill"},
@@ -81,7 +82,7 @@ func refusedDrill(err error) error {
 }
 
 // drillOf is a record without its report. One whose runner died is aborted.
-func (n *Node) drillOf(d cluster.DrillRecord) admin.Drill {
+func (n *Node) drillOf(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
 	if verdict == "" && !d.Running(time.Now()) {

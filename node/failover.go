@@ -2,10 +2,10 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"slices"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -21,7 +21,7 @@ func (n *Node) commanding() (*command, error) {
 }
 
 func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
-	return failover.SwitchoverRequest{To: r.To, By: by, Kind: cluster.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
+	return failover.SwitchoverRequest{To: r.To, By: by, Kind: agreed.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
 }
 
 // PlanFailover gives the checks of a switchover and changes nothing.
@@ -30,27 +30,16 @@ func (n *Node) PlanFailover(_ context.Context, r admin.FailoverRequest, by strin
 	if err != nil {
 		return admin.FailoverPlan{}, err
 	}
-	p := admin.FailoverPlan{To: r.To}
-	p.Checks, p.OK = checksOf(c.coordinator.Precheck(switchoverOf(r, by)), r.Waive)
+	p := admin.FailoverPlan{To: r.To, Checks: c.coordinator.Precheck(switchoverOf(r, by))}
+	p.OK = allPass(p.Checks, r.Waive)
 	if s := n.cluster.State(); s.ClusterID != "" {
 		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
 	}
 	return p, nil
 }
 
-// checksOf puts checks into an operator's terms; ok when all of them hold or are
-// waived.
-func checksOf(checks []failover.Check, waive []string) (list []admin.Check, ok bool) {
-	list, ok = []admin.Check{}, true
-	waived := map[string]bool{}
-	for _, name := range waive {
-		waived[name] = true
-	}
-	for _, c := range checks {
-		list = append(list, admin.Check{Name: c.Name, OK: c.OK, Detail: c.Detail, Waivable: c.Waivable})
-		ok = ok && (c.OK || c.Waivable && waived[c.Name])
-	}
-	return list, ok
+func allPass(checks []failover.Check, waive []string) bool {
+	return !slices.ContainsFunc(checks, func(c failover.Check) bool { return !c.Passes(waive) })
 }
 
 // Failover moves the primary by plan. It is not given up when the asker hangs
@@ -62,36 +51,16 @@ func (n *Node) Failover(ctx context.Context, r admin.FailoverRequest, by string)
 	}
 	res, err := c.coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
 	if err != nil {
-		return admin.FailoverResult{}, failed(err)
+		return admin.FailoverResult{}, err
 	}
 	out := admin.FailoverResult{
 		ID: res.ID, From: res.From, To: res.To, Epoch: res.Epoch, IdleSeconds: res.Idle.Seconds(),
-		RecordsAtRisk: res.RecordsAtRisk, LeaderMoved: res.LeaderMoved,
+		RecordsAtRisk: res.RecordsAtRisk, LeaderMoved: res.LeaderMoved, Checks: res.Checks,
 	}
-	out.Checks, _ = checksOf(res.Checks, r.Waive)
 	for _, step := range res.Steps {
 		out.Steps = append(out.Steps, admin.FailoverStep{Name: step.Name, At: step.At.UTC(), TookSeconds: step.Took.Seconds(), Error: step.Err})
 	}
 	return out, nil
-}
-
-// failed gives a switchover's end an operator's name. The words are its own, and
-// what it died of inside does not count as the answer.
-func failed(err error) error {
-	for _, end := range []struct {
-		is   error
-		code string
-	}{
-		{failover.ErrPrecheck, "precheck_failed"},
-		{failover.ErrOvertaken, "overtaken"},
-		{failover.ErrRolledBack, "rolled_back"},
-		{failover.ErrUnknownOutcome, "unknown_outcome"},
-	} {
-		if errors.Is(err, end.is) {
-			return &admin.Error{Code: end.code, Message: err.Error()}
-		}
-	}
-	return err
 }
 
 // AckFailover says that a person has seen the last failover.
@@ -103,20 +72,31 @@ func (n *Node) AckFailover(ctx context.Context, by string) error {
 	if s.LastFailover == nil || s.LastFailover.Acknowledged {
 		return admin.ErrNothingToAck
 	}
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverAck, cluster.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
 	return err
 }
 
 // HoldFailover pauses automatic promotions.
 func (n *Node) HoldFailover(ctx context.Context, reason, by string) error {
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{Held: true, Reason: reason, By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
 	return err
 }
 
 // ResumeFailover ends the pause.
 func (n *Node) ResumeFailover(ctx context.Context, by string) error {
-	_, err := n.cluster.Propose(ctx, cluster.CmdFailoverHold, cluster.FailoverHold{By: by})
+	_, err := n.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
+}
+
+// ReleaseQuarantine ends the quarantine: an operator knows that the cluster was not
+// recovered elsewhere. Only the node that leads Raft can do it.
+func (n *Node) ReleaseQuarantine(context.Context) error {
+	if n.cluster.Quarantined() == "" {
+		return n.notHere()
+	}
+	n.coldStart.Release()
+	n.log.Warn("quarantine released by an operator")
+	return nil
 }
 
 // failbackAvailable is what the coordinator's newest look says of it.

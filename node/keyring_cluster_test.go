@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -16,8 +15,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
+	"github.com/dsnode/dsnode/test/async"
 )
 
 // keyCluster is real nodes in this process, on loopback.
@@ -25,8 +27,7 @@ type keyCluster struct {
 	t         *testing.T
 	dir       string
 	cert, key []byte // of the authority
-	log       *bytes.Buffer
-	writer    *lockedWriter
+	log       *async.Buffer
 	nodes     map[string]*Node
 	stops     map[string]func() error
 	seed      string
@@ -45,13 +46,13 @@ models:
 
 func newKeyCluster(t *testing.T) *keyCluster {
 	t.Helper()
-	cert, key, err := cluster.NewCA("dev", 24*time.Hour)
+	cert, key, err := mesh.NewCA("dev", 24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
-	log := &bytes.Buffer{}
+	log := &async.Buffer{}
 	c := &keyCluster{
-		t: t, dir: t.TempDir(), cert: cert, key: key, log: log, writer: &lockedWriter{w: log},
+		t: t, dir: t.TempDir(), cert: cert, key: key, log: log,
 		nodes: map[string]*Node{}, stops: map[string]func() error{},
 	}
 	c.write("ca.pem", cert)
@@ -69,9 +70,9 @@ func (c *keyCluster) write(name string, b []byte) string {
 }
 
 // boot runs a node in its data directory and gives what its Run returns.
-func (c *keyCluster) boot(name string, o operatorKeys) (n *Node, ended <-chan error) {
+func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n *Node, ended <-chan error) {
 	c.t.Helper()
-	cert, key, err := cluster.Issue(c.cert, c.key, cluster.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
+	cert, key, err := mesh.Issue(c.cert, c.key, mesh.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -86,16 +87,16 @@ func (c *keyCluster) boot(name string, o operatorKeys) (n *Node, ended <-chan er
 	if c.seed != "" {
 		cfg.Seeds = []string{c.seed}
 	}
-	cfg.OperatorKey.File = c.write(name+"-operator.key", []byte(o.current.Encode()))
-	if o.previous != (keyring.OperatorKey{}) {
-		cfg.OperatorKeyPrevious.File = c.write(name+"-operator-previous.key", []byte(o.previous.Encode()))
+	cfg.OperatorKey.File = c.write(name+"-operator.key", []byte(current.Encode()))
+	if previous != (keyring.OperatorKey{}) {
+		cfg.OperatorKeyPrevious.File = c.write(name+"-operator-previous.key", []byte(previous.Encode()))
 	}
-	log := slog.New(slog.NewJSONHandler(c.writer, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	log := slog.New(slog.NewJSONHandler(c.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	n, err = New(cfg, Options{Logger: log, Version: "test"})
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	n.keys.every, n.keys.grace = 50*time.Millisecond, 200*time.Millisecond
+	n.keys.Every, n.keys.Grace = 50*time.Millisecond, 200*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	end := make(chan error, 1)
 	done := make(chan struct{})
@@ -123,8 +124,8 @@ func (c *keyCluster) stop(name string) {
 func (c *keyCluster) sealing(not string) bool {
 	var ids []string
 	for _, n := range c.nodes {
-		id, _ := n.keys.ring.Current()
-		if !n.keys.ring.Ready() || id.String() == not {
+		id, _ := n.keys.Ring.Current()
+		if !n.keys.Ring.Ready() || id.String() == not {
 			return false
 		}
 		ids = append(ids, id.String())
@@ -132,28 +133,43 @@ func (c *keyCluster) sealing(not string) bool {
 	return len(slices.Compact(ids)) == 1
 }
 
+// secretsIn are the keys that the node of a data directory keeps, and operator keys.
+func secretsIn(t *testing.T, dir string, operator ...keyring.OperatorKey) [][]byte {
+	t.Helper()
+	sealer, err := keyring.OpenNodeKey(dir, operator[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := keyring.ReadKept(dir, sealer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keyringtest.Secrets(t, kept, operator...)
+}
+
 func TestKeyringOfRealNodes(t *testing.T) {
 	c := newKeyCluster(t)
-	old, next := oneKey(), oneKey()
-	a, _ := c.boot("a-1", old)
+	none := keyring.OperatorKey{}
+	old, next := keyring.GenerateOperatorKey(), keyring.GenerateOperatorKey()
+	a, _ := c.boot("a-1", old, none)
 	c.seed = a.Addresses().RPC
-	until(t, "the first node founds the cluster", func() bool {
+	async.Await(t, "the first node founds the cluster", func() bool {
 		return a.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
 	})
-	until(t, "it has a key", a.keys.ring.Ready)
-	c.boot("b-1", old)
-	c.boot("c-1", old)
-	until(t, "three nodes share it", func() bool { return len(a.cluster.State().Nodes) == 3 && c.sealing("") })
-	first, _ := a.keys.ring.Current()
+	async.Await(t, "it has a key", a.keys.Ring.Ready)
+	c.boot("b-1", old, none)
+	c.boot("c-1", old, none)
+	async.Await(t, "three nodes share it", func() bool { return len(a.cluster.State().Nodes) == 3 && c.sealing("") })
+	first, _ := a.keys.Ring.Current()
 
 	// Rotation, asked of a follower; the first key goes since nothing carries it.
 	k, err := c.nodes["c-1"].RotateKeyring(t.Context(), "ann")
 	if err != nil {
 		t.Fatal(err)
 	}
-	until(t, "the new key is in use everywhere", func() bool { return c.sealing(first.String()) })
+	async.Await(t, "the new key is in use everywhere", func() bool { return c.sealing(first.String()) })
 	var listed []string
-	until(t, "the first key is dropped", func() bool {
+	async.Await(t, "the first key is dropped", func() bool {
 		r, err := c.nodes["b-1"].Keyring(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -165,20 +181,20 @@ func TestKeyringOfRealNodes(t *testing.T) {
 				return false
 			}
 		}
-		return len(r.Keys) == 2 && !c.nodes["b-1"].keys.ring.Has(first)
+		return len(r.Keys) == 2 && !c.nodes["b-1"].keys.Ring.Has(first)
 	})
 	if diff := cmp.Diff([]string{"mac active", "seal active"}, listed); diff != "" {
 		t.Fatal(diff)
 	}
-	if got, _ := c.nodes["b-1"].keys.ring.Current(); got.String() != k.ID {
+	if got, _ := c.nodes["b-1"].keys.Ring.Current(); got.String() != k.ID {
 		t.Fatalf("%s seals, not %s", got, k.ID)
 	}
 
 	// A node with another operator key is not let in, and ends with a reason.
-	_, ended := c.boot("b-9", oneKey())
+	_, ended := c.boot("b-9", keyring.GenerateOperatorKey(), none)
 	select {
 	case err := <-ended:
-		if !errors.Is(err, cluster.ErrOperatorKey) || !strings.Contains(err.Error(), old.current.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
+		if !errors.Is(err, agreed.ErrOperatorKey) || !strings.Contains(err.Error(), old.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
 			t.Fatalf("it ended with %v", err)
 		}
 	case <-time.After(time.Minute):
@@ -192,33 +208,33 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	// The operator key changes, one node after the other.
 	for _, name := range []string{"b-1", "c-1"} {
 		c.stop(name)
-		c.boot(name, operatorKeys{current: next.current, previous: old.current})
+		c.boot(name, next, old)
 	}
-	until(t, "two nodes said that they have it", func() bool {
-		return cmp.Equal(c.nodes["b-1"].cluster.State().LackOperatorKey(next.current.Fingerprint()), []string{"a-1"})
+	async.Await(t, "two nodes said that they have it", func() bool {
+		return cmp.Equal(c.nodes["b-1"].cluster.State().LackOperatorKey(next.Fingerprint()), []string{"a-1"})
 	})
-	until(t, "the refusal names the node that lacks it", func() bool {
+	async.Await(t, "the refusal names the node that lacks it", func() bool {
 		_, err := c.nodes["b-1"].RewrapKeyring(t.Context(), "ann")
-		return errors.Is(err, cluster.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
+		return errors.Is(err, agreed.ErrOperatorKeyMissing) && strings.HasSuffix(err.Error(), "is not that of a-1")
 	})
 	c.stop("a-1")
 	c.seed = c.nodes["b-1"].Addresses().RPC
-	a, _ = c.boot("a-1", operatorKeys{current: next.current, previous: old.current})
-	if !a.keys.ring.Ready() {
+	a, _ = c.boot("a-1", next, old)
+	if !a.keys.Ring.Ready() {
 		t.Fatal("a node that comes back has to wait for the others to open its records")
 	}
-	until(t, "rewrapped", func() bool {
+	async.Await(t, "rewrapped", func() bool {
 		_, err := a.RewrapKeyring(t.Context(), "ann")
-		return err == nil && a.cluster.State().OperatorKey() == next.current.Fingerprint()
+		return err == nil && a.cluster.State().OperatorKey() == next.Fingerprint()
 	})
-	until(t, "all have opened what was wrapped anew", func() bool {
+	async.Await(t, "all have opened what was wrapped anew", func() bool {
 		s := a.cluster.State()
-		return !slices.ContainsFunc(s.DataKeys, func(k cluster.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
+		return !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
 	})
-	c.boot("c-2", next)
-	until(t, "a newcomer with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })
+	c.boot("c-2", next, none)
+	async.Await(t, "a newcomer with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })
 
-	secrets := secretsOf(t, a.keys)
+	secrets := secretsIn(t, filepath.Join(c.dir, "data-a-1"), next, old)
 	state, err := a.cluster.State().Encode()
 	if err != nil {
 		t.Fatal(err)
@@ -226,8 +242,8 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	for name := range c.nodes {
 		c.stop(name)
 	}
-	noneOf(t, secrets, "the agreed state", state)
-	noneOf(t, secrets, "a log", c.log.Bytes())
+	keyringtest.NoneIn(t, secrets, "the agreed state", state)
+	keyringtest.NoneIn(t, secrets, "a log", c.log.Bytes())
 	files := 0
 	err = filepath.WalkDir(c.dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() || !strings.Contains(path, "/data-") {
@@ -235,7 +251,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		}
 		b, err := os.ReadFile(path)
 		files++
-		noneOf(t, secrets, path, b)
+		keyringtest.NoneIn(t, secrets, path, b)
 		return err
 	})
 	if err != nil || files < 12 {

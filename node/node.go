@@ -20,13 +20,20 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage"
+	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 // Options are what a Node needs besides its configuration.
@@ -43,18 +50,20 @@ type Node struct {
 	reg     *prometheus.Registry
 
 	cluster  *cluster.Cluster
+	fleet    *upstream.Fleet
 	pipeline *serving.Pipeline
 	gateway  *gateway.Gateway
 	admin    *admin.Server
-	keys     *dataKeys
+	keys     *datakeys.Keys
 	cache    *cache.Cache
 	work     *work
 	doors    doors
+	fence    *failover.Fence
 
-	isolation *isolation
+	isolation *drill.Isolator
+	coldStart *failover.ColdStart
 
 	draining atomic.Bool
-	released atomic.Bool // an operator ended the quarantine
 	surround atomic.Pointer[surroundings]
 	command  atomic.Pointer[command] // nil until this node is a member
 
@@ -106,15 +115,15 @@ func (n *Node) open() error {
 		return err
 	}
 	n.onStop("data directory lock", lock.Unlock)
-	operator, err := loadOperatorKeys(n.cfg)
+	operator, err := datakeys.LoadOperator(keyring.KeyRef(n.cfg.OperatorKey), keyring.KeyRef(n.cfg.OperatorKeyPrevious))
 	if err != nil {
 		return err
 	}
-	sealer, err := operator.openNodeKey(n.cfg.DataDir, n.log)
+	sealer, err := operator.OpenNodeKey(n.cfg.DataDir, n.log)
 	if err != nil {
 		return err
 	}
-	if n.keys, err = newDataKeys(n.cfg.Name, n.cfg.DataDir, sealer, operator, n.log); err != nil {
+	if n.keys, err = datakeys.New(n.cfg.Name, n.cfg.DataDir, sealer, operator, n.log); err != nil {
 		return err
 	}
 	if err := n.openWork(); err != nil {
@@ -133,7 +142,7 @@ func (n *Node) open() error {
 	if err := storage.CheckTogether(store, snapshots); err != nil {
 		return err
 	}
-	credentials, err := cluster.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
+	credentials, err := mesh.LoadCredentials(n.cfg.RPC.TLS.CertFile, n.cfg.RPC.TLS.KeyFile, n.cfg.RPC.TLS.CAFile, n.log, n.reg)
 	if err != nil {
 		return err
 	}
@@ -144,44 +153,50 @@ func (n *Node) open() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = &isolation{
-		site: n.cfg.Site, boottime: cluster.Boottime, now: time.Now, log: n.log,
-		sever: func() { n.cluster.Sever() },
-	}
+	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, clock.Boottime, time.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
 		Listener: n.doors.rpc, RPC: n.doors.rpcAddr, API: n.doors.apiAddr, Admin: n.doors.adminAddr,
 		Gossip: n.cfg.Gossip.Advertise, GossipBind: n.cfg.Gossip.Bind, GossipKey: gossipKey,
 		Credentials: credentials,
-		OperatorKey: operator.current.Fingerprint(), OperatorKeyPrevious: operator.previous.Fingerprint(),
+		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Health: func() cluster.Health { return n.surround.Load().health },
-		Logger: n.log, Registerer: n.reg, Quarantined: n.quarantined, Admit: n.isolation.Admit,
-		Services: func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
+		Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
+		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
+		Services:    func(r grpc.ServiceRegistrar) { n.work.replication.Register(r) },
 	})
 	if err != nil {
 		return err
 	}
+	n.coldStart = failover.NewColdStart(n.cfg.Name, n.cfg.Site, n.cluster)
+	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
+		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
 	if err := n.work.connect(); err != nil {
 		return err
 	}
-	n.keys.agreed = n.cluster
-	n.cluster.OnCarried(n.keys.carried)
+	n.keys.Connect(n.cluster)
+	n.cluster.OnCarried(n.keys.Carried)
 	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})
 	if err := n.openCache(); err != nil {
 		return err
 	}
-	n.pipeline = serving.New(serving.Options{
-		Site: n.cfg.Site, Node: n.cfg.Name, Peers: func() []serving.Peer { return n.surround.Load().peers }, Cache: n.cache,
+	n.fleet = upstream.New(upstream.Options{
+		Site: n.cfg.Site, Peers: func() []upstream.Peer { return n.surround.Load().peers },
 		Logger: n.log, Registerer: n.reg,
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
-	n.onStop("upstream connections", func() error { n.pipeline.Close(); return nil })
+	n.onStop("upstream connections", func() error { n.fleet.Close(); return nil })
+	n.pipeline = serving.New(serving.Options{Fleet: n.fleet, Cache: n.cache, Logger: n.log, Registerer: n.reg})
+	n.onStop("shared requests", func() error { n.pipeline.Close(); return nil })
+	if err := n.work.openJobs(); err != nil {
+		return err
+	}
 	n.gateway = gateway.New(gateway.Options{
-		Server: n.pipeline, Config: func() *cluster.Config { return n.cluster.State().Parsed },
-		Auth: keyCheck{n.cluster}, Health: n, Jobs: jobsDoor{n.work}, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
+		Auth: keyCheck{n.cluster}, Health: n, Jobs: n.work.jobs, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.admin = admin.New(admin.Options{
 		Cluster: n, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.doors.adminToken, Logger: n.log,
@@ -226,9 +241,10 @@ func (n *Node) Run(ctx context.Context) error {
 	defer stopCluster()
 
 	n.look()
-	for _, loop := range []func(context.Context) error{n.pipeline.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.keepKeys, n.work.run} {
+	for _, loop := range []func(context.Context) error{n.fleet.Run, n.cache.Run, n.keepLooking, n.keepConfigured, n.commandWhenMember, n.work.run} {
 		g.Go(func() error { return loop(living) })
 	}
+	g.Go(func() error { return n.keys.Run(living, n.cluster.WhileLeader) })
 	clusterDone := make(chan struct{})
 	g.Go(func() error {
 		defer close(clusterDone)
@@ -300,23 +316,23 @@ func (n *Node) Reload() error {
 }
 
 // keepConfigured gives the agreed configuration, and what is drained of it, to
-// the pipeline whenever they change.
+// the fleet and the cache whenever they change.
 func (n *Node) keepConfigured(ctx context.Context) error {
-	var current *cluster.Config
-	var drained map[string]cluster.DrainedUpstream
+	var current *config.Config
+	var drained map[string]agreed.DrainedUpstream
 	for {
 		changed := n.cluster.Changed()
 		s := n.cluster.State()
 		if !maps.Equal(drained, s.Drained) {
 			drained = s.Drained
 			names := sortedNames(drained)
-			n.pipeline.SetDrained(names)
+			n.fleet.SetDrained(names)
 			n.log.Info("upstreams that get no new request", "drained", names)
 		}
 		if s.Parsed != nil && s.Parsed != current {
 			current = s.Parsed
 			n.cache.Configure(current)
-			err := n.pipeline.Configure(current)
+			err := n.fleet.Configure(current)
 			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
 		}
 		select {
@@ -330,7 +346,6 @@ func (n *Node) keepConfigured(ctx context.Context) error {
 // command is what decides about roles; it exists once the node is a member,
 // because only then its timing is known.
 type command struct {
-	role        *failover.Role
 	coordinator *failover.Coordinator
 	drills      *drill.Runner
 }
@@ -339,10 +354,8 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	if err := n.cluster.AwaitMember(ctx); err != nil {
 		return nil // ctx ended first
 	}
-	boottime := cluster.Boottime
-	c := &command{
-		role: failover.NewRole(n.cfg.Site, n.cluster, n.cluster.Timing().NewLeaderWait, boottime, n.log),
-	}
+	boottime := clock.Boottime
+	c := &command{}
 	c.coordinator = failover.NewCoordinator(failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster,
 		Health:   func() cluster.Health { return n.surround.Load().health },
@@ -352,20 +365,20 @@ func (n *Node) commandWhenMember(ctx context.Context) error {
 	c.drills = n.newDrills(c)
 	n.command.Store(c)
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return c.role.Run(ctx) })
+	g.Go(func() error { return n.fence.Run(ctx) })
 	g.Go(func() error { return c.coordinator.Run(ctx) })
 	g.Go(func() error { return c.drills.Run(ctx) })
 	g.Go(func() error { return n.isolation.Run(ctx, n.cluster.State, n.cluster.Changed) })
-	g.Go(func() error { return n.cluster.WhileLeader(ctx, n.placeVoters) })
+	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.surround.Load().heardSince }, boottime, n.log)
+	g.Go(func() error { return n.cluster.WhileLeader(ctx, voters.Lead) })
 	return g.Wait()
 }
 
 // release ends what runs here as primary, for a switchover; the cluster calls
 // it when the leader asks.
 func (n *Node) release(ctx context.Context, switchoverID string) error {
-	c := n.command.Load()
-	if c == nil {
+	if n.command.Load() == nil {
 		return cluster.ErrNotMember
 	}
-	return c.role.Release(ctx, switchoverID)
+	return n.fence.Release(ctx, switchoverID)
 }

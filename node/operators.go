@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
-	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // This file is admin.Cluster: what operators ask of a node.
@@ -49,7 +51,7 @@ func (n *Node) ConfigHistory(context.Context) ([]admin.ConfigVersion, error) {
 
 // ApplyConfig agrees on another configuration.
 func (n *Node) ApplyConfig(ctx context.Context, text []byte, expect *uint64, author string) (admin.ConfigVersion, error) {
-	next, err := cluster.ParseConfig("cluster.yaml", text)
+	next, err := config.Parse("cluster.yaml", text)
 	if err != nil {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %w", admin.ErrInvalidConfig, err)
 	}
@@ -68,7 +70,7 @@ func (n *Node) ApplyConfig(ctx context.Context, text []byte, expect *uint64, aut
 	if version == s.Config.Version && hash == s.Config.Hash {
 		return s.Config, nil // nothing to agree on
 	}
-	_, err = n.cluster.Propose(ctx, cluster.CmdConfigSet, cluster.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
+	_, err = n.cluster.Propose(ctx, agreed.CmdConfigSet, agreed.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
 	if err != nil {
 		return admin.ConfigVersion{}, err
 	}
@@ -77,7 +79,7 @@ func (n *Node) ApplyConfig(ctx context.Context, text []byte, expect *uint64, aut
 
 // mayFollow refuses what is valid in itself but can't follow the present
 // configuration.
-func mayFollow(s *cluster.State, next *cluster.Config) error {
+func mayFollow(s *agreed.State, next *config.Config) error {
 	if s.Parsed != nil && next.Timing != s.Parsed.Timing {
 		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes would differ about who is in charge",
 			admin.ErrInvalidConfig, s.Parsed.Timing.Heartbeat)
@@ -102,7 +104,7 @@ func (n *Node) RollbackConfig(ctx context.Context, to uint64, expect *uint64, au
 	if to == s.Config.Version {
 		return s.Config, nil
 	}
-	i := slices.IndexFunc(s.History, func(v cluster.ConfigVersion) bool { return v.Version == to })
+	i := slices.IndexFunc(s.History, func(v agreed.ConfigVersion) bool { return v.Version == to })
 	if i < 0 {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %d", admin.ErrUnknownVersion, to)
 	}
@@ -128,14 +130,14 @@ func (n *Node) CreateAPIKey(ctx context.Context, r admin.APIKeyRequest) (admin.A
 	if r.ExpiresAt != nil {
 		expires = *r.ExpiresAt
 	}
-	key, secret := cluster.NewAPIKey(r.Tenant, r.Note, r.Models, expires, time.Now())
-	if _, err := n.cluster.Propose(ctx, cluster.CmdAPIKeyPut, key); err != nil {
+	key, secret := agreed.NewAPIKey(r.Tenant, r.Note, r.Models, expires, time.Now())
+	if _, err := n.cluster.Propose(ctx, agreed.CmdAPIKeyPut, key); err != nil {
 		return admin.APIKeyCreated{}, err
 	}
 	return admin.APIKeyCreated{APIKeyInfo: keyInfo(key), Secret: secret}, nil
 }
 
-func keyInfo(k cluster.APIKey) admin.APIKeyInfo {
+func keyInfo(k agreed.APIKey) admin.APIKeyInfo {
 	info := admin.APIKeyInfo{ID: k.ID, Tenant: k.Tenant, Note: k.Note, Models: k.Models, CreatedAt: k.CreatedAt}
 	if info.Models == nil {
 		info.Models = []string{}
@@ -165,7 +167,7 @@ func (n *Node) APIKeys(context.Context) ([]admin.APIKeyInfo, error) {
 
 // RevokeAPIKey ends a key at once, on every node that hears of it.
 func (n *Node) RevokeAPIKey(ctx context.Context, id string) error {
-	_, err := n.cluster.Propose(ctx, cluster.CmdAPIKeyRevoke, cluster.APIKeyRevoke{ID: id})
+	_, err := n.cluster.Propose(ctx, agreed.CmdAPIKeyRevoke, agreed.APIKeyRevoke{ID: id})
 	return err
 }
 
@@ -174,15 +176,15 @@ func (n *Node) RevokeAPIKey(ctx context.Context, id string) error {
 func (n *Node) RemoveNode(ctx context.Context, name string) error {
 	s := n.cluster.State()
 	if _, known := s.Nodes[name]; !known {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownNode, name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 	}
 	if len(s.Nodes) == 1 {
-		return cluster.ErrLastVoter
+		return agreed.ErrLastVoter
 	}
 	if p := n.cluster.Peers()[name]; name == n.cfg.Name || (p.Heard && p.Ago < n.cluster.Timing().Patience) {
 		return fmt.Errorf("%w: %s", admin.ErrNodeAlive, name)
 	}
-	_, err := n.cluster.Propose(ctx, cluster.CmdNodeRemove, cluster.NodeRemove{Name: name})
+	_, err := n.cluster.Propose(ctx, agreed.CmdNodeRemove, agreed.NodeRemove{Name: name})
 	return err
 }
 
@@ -199,7 +201,7 @@ func (n *Node) ownDraining(name string, draining bool) error {
 	}
 	m, known := n.cluster.State().Nodes[name]
 	if !known {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownNode, name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 	}
 	return fmt.Errorf("%w: ask %s at its admin address %s", admin.ErrWrongNode, name, m.Admin)
 }
@@ -233,16 +235,16 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 		at[name] = len(list)
 		list = append(list, info)
 	}
-	for _, u := range n.pipeline.Upstreams() {
+	for _, u := range n.fleet.Status() {
 		i, known := at[u.Name]
 		if !known {
 			continue
 		}
 		info := &list[i]
 		info.InFlight = &u.InFlight
-		info.State, info.Reason = stateOf(u.Standing)
+		info.State, info.Reason = stateOf(u.Health)
 		for _, i := range u.Instances {
-			state, why := stateOf(i.Standing)
+			state, why := stateOf(i.Health)
 			info.Instances = append(info.Instances, admin.InstanceInfo{Address: i.Address, State: state, Reason: why, InFlight: i.InFlight})
 		}
 		if !u.Since.IsZero() {
@@ -252,7 +254,7 @@ func (n *Node) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	return list, nil
 }
 
-func stateOf(s serving.Standing) (admin.UpstreamState, string) {
+func stateOf(s upstream.Health) (admin.UpstreamState, string) {
 	switch {
 	case s.Healthy:
 		return admin.UpstreamHealthy, ""
@@ -264,24 +266,24 @@ func stateOf(s serving.Standing) (admin.UpstreamState, string) {
 
 // DrainUpstream lets an upstream get no new request from any node.
 func (n *Node) DrainUpstream(ctx context.Context, name, by string) error {
-	return n.setUpstream(ctx, cluster.UpstreamDrain{Name: name, Drained: true, By: by})
+	return n.setUpstream(ctx, agreed.UpstreamDrain{Name: name, Drained: true, By: by})
 }
 
 // ResumeUpstream ends that.
 func (n *Node) ResumeUpstream(ctx context.Context, name, by string) error {
-	return n.setUpstream(ctx, cluster.UpstreamDrain{Name: name, By: by})
+	return n.setUpstream(ctx, agreed.UpstreamDrain{Name: name, By: by})
 }
 
-func (n *Node) setUpstream(ctx context.Context, d cluster.UpstreamDrain) error {
+func (n *Node) setUpstream(ctx context.Context, d agreed.UpstreamDrain) error {
 	s := n.cluster.State()
 	if s.Parsed == nil {
 		return n.notMember()
 	}
 	if _, known := s.Parsed.Upstreams[d.Name]; !known {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, d.Name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownUpstream, d.Name)
 	}
 	d.Configured, d.Expect = sortedNames(s.Parsed.Upstreams), s.Config.Version
-	_, err := n.cluster.Propose(ctx, cluster.CmdUpstreamDrain, d)
+	_, err := n.cluster.Propose(ctx, agreed.CmdUpstreamDrain, d)
 	return err
 }
 

@@ -8,7 +8,10 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/gossip"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/replication"
 )
 
@@ -19,7 +22,7 @@ type sight struct {
 	patience            time.Duration
 	started             time.Time
 
-	state   *cluster.State
+	state   *agreed.State
 	raft    cluster.RaftView
 	peers   map[string]cluster.PeerView
 	left    map[string]bool // said goodbye over gossip and have not come back
@@ -48,7 +51,7 @@ func (n *Node) status() admin.Status {
 	v.jobs, v.copies = n.work.status(v.state)
 	v.journals, v.table = n.work.damaged(), n.work.partial()
 	for _, m := range n.cluster.Members() {
-		v.left[m.Name] = m.State == cluster.MemberLeft
+		v.left[m.Name] = m.State == gossip.MemberLeft
 	}
 	s := describe(v)
 	s.Cluster = n.cfg.Cluster
@@ -297,7 +300,7 @@ func (v sight) reasons(s admin.Status) []string {
 	if v.keys != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.keys))
 	}
-	out = append(out, unsealed(v.state)...)
+	out = append(out, datakeys.NotInUse(v.state)...)
 	if v.journals != "" {
 		out = append(out, fmt.Sprintf("node %s: %s", v.name, v.journals))
 	}

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -24,15 +26,15 @@ models:
 // well is a cluster of three sites as a-1 sees it when all is as it should be.
 func well(t *testing.T) sight {
 	t.Helper()
-	cfg, err := cluster.ParseConfig("cluster.yaml", []byte(statusConfig))
+	cfg, err := config.Parse("cluster.yaml", []byte(statusConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	nodes := map[string]cluster.Node{}
+	nodes := map[string]agreed.Node{}
 	peers := map[string]cluster.PeerView{}
 	raft := cluster.RaftView{Leader: "a-1", Leads: true, Term: 2, CommitIndex: 40, Quorum: true, Since: now.Add(-time.Hour), Ticked: true, TickAgo: 200 * time.Millisecond, Epoch: 3}
-	for _, n := range []cluster.Node{{Name: "a-1", Site: "a"}, {Name: "b-1", Site: "b"}, {Name: "c-1", Site: "c"}} {
+	for _, n := range []agreed.Node{{Name: "a-1", Site: "a"}, {Name: "b-1", Site: "b"}, {Name: "c-1", Site: "c"}} {
 		n.RPC = n.Name + ":7957"
 		nodes[n.Name] = n
 		raft.Servers = append(raft.Servers, cluster.Server{Name: n.Name, Voter: true})
@@ -48,9 +50,9 @@ func well(t *testing.T) sight {
 	}
 	return sight{
 		name: "a-1", site: "a", version: "1", now: now, patience: 2500 * time.Millisecond, started: now.Add(-time.Hour),
-		state: &cluster.State{
-			ClusterID: "c", Name: "test", Generation: cluster.Generation{Number: 1}, Nodes: nodes,
-			Primary: cluster.Primary{Site: "a", Epoch: 3}, Parsed: cfg,
+		state: &agreed.State{
+			ClusterID: "c", Name: "test", Generation: agreed.Generation{Number: 1}, Nodes: nodes,
+			Primary: agreed.Primary{Site: "a", Epoch: 3}, Parsed: cfg,
 		},
 		raft: raft, peers: peers, left: map[string]bool{},
 		health: cluster.Health{UpstreamsHealthy: 1, UpstreamsTotal: 1},
@@ -129,7 +131,7 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 is draining",
 		},
 		{"a drained upstream", func(v *sight) {
-			v.state.Drained = map[string]cluster.DrainedUpstream{"ub": {By: "ann"}}
+			v.state.Drained = map[string]agreed.DrainedUpstream{"ub": {By: "ann"}}
 			change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy, p.UpstreamsTotal = 0, 0 })
 		}, "b", admin.SiteHealthy, "b-1", admin.NodeAlive, "upstream ub of site b is drained"},
 		{
@@ -186,8 +188,8 @@ func TestStatusNotes(t *testing.T) {
 	v := well(t)
 	home := "b"
 	v.failback = &home
-	v.state.Hold = &cluster.Hold{Reason: "new switches", By: "ann", At: v.now}
-	v.state.LastFailover = &cluster.FailoverRecord{From: "b", To: "a", Kind: cluster.FailoverUnplanned, Epoch: 3}
+	v.state.Hold = &agreed.Hold{Reason: "new switches", By: "ann", At: v.now}
+	v.state.LastFailover = &agreed.FailoverRecord{From: "b", To: "a", Kind: agreed.FailoverUnplanned, Epoch: 3}
 	s := describe(v)
 	if !s.Healthy || s.FailbackAvailable == nil || *s.FailbackAvailable != "b" || s.Hold == nil || s.Hold.By != "ann" || s.LastFailover.Acknowledged {
 		t.Errorf("healthy %v, failback %v, hold %+v, last %+v", s.Healthy, s.FailbackAvailable, s.Hold, s.LastFailover)
@@ -220,7 +222,7 @@ func TestStatusOfTheUnknownIsNull(t *testing.T) {
 		t.Error("there was no failover, and there are no jobs")
 	}
 
-	fresh := describe(sight{name: "a-1", site: "a", state: &cluster.State{}, waiting: "waiting for dsnode bootstrap"})
+	fresh := describe(sight{name: "a-1", site: "a", state: &agreed.State{}, waiting: "waiting for dsnode bootstrap"})
 	if fresh.Healthy || fresh.Primary != nil || fresh.Generation != nil || len(fresh.Reasons) != 1 {
 		t.Errorf("a node without a cluster: %+v", fresh)
 	}
@@ -232,7 +234,7 @@ func TestConfigurationThatCannotFollow(t *testing.T) {
 		{strings.Replace(statusConfig, "version: 1\n", "version: 1\ntiming: {heartbeat: 1s}\n", 1), "timing.heartbeat"},
 		{strings.Replace(statusConfig, "  c: {city: y, priority: 3}\n", "", 1), "site c still has node c-1"},
 	} {
-		next, err := cluster.ParseConfig("cluster.yaml", []byte(tc.text))
+		next, err := config.Parse("cluster.yaml", []byte(tc.text))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -8,18 +8,20 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // surroundings is what requests and pings read of the node's own health and of
 // its peers: made anew a few times a second, so that reading costs one load.
 type surroundings struct {
 	health cluster.Health
-	peers  []serving.Peer // of other sites, nearest knowledge of who lives
-	ready  bool           // some upstream in some site is reachable
+	peers  []upstream.Peer // of other sites, nearest knowledge of who lives
+	ready  bool            // some upstream in some site is reachable
 	// heardSince is when the present unbroken time of hearing each peer began,
-	// on cluster.Boottime. It is kept whether this node leads or not: a new
+	// on clock.Boottime. It is kept whether this node leads or not: a new
 	// leader must not take nodes that it has heard all along for newcomers.
 	heardSince map[string]time.Duration
 }
@@ -34,7 +36,7 @@ func (n *Node) keepLooking(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-beat.C:
-			beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookEvery))
+			beat.Reset(clock.UntilTick(clock.Boottime(), lookEvery))
 			n.look()
 		}
 	}
@@ -45,8 +47,8 @@ func (n *Node) look() {
 		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
 		heardSince: map[string]time.Duration{},
 	}
-	before, now := n.surround.Load().heardSince, cluster.Boottime()
-	for _, u := range n.pipeline.Upstreams() {
+	before, now := n.surround.Load().heardSince, clock.Boottime()
+	for _, u := range n.fleet.Status() {
 		if u.Drained {
 			continue // it is nobody's to count on
 		}
@@ -76,9 +78,9 @@ func (n *Node) look() {
 		for _, u := range p.UpstreamsDown {
 			dead[u] = true
 		}
-		s.peers = append(s.peers, serving.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining, Dead: dead})
+		s.peers = append(s.peers, upstream.Peer{Node: name, Site: p.Site, Client: client, Draining: p.Draining, Dead: dead})
 	}
-	slices.SortFunc(s.peers, func(a, b serving.Peer) int { return cmp.Compare(a.Node, b.Node) })
+	slices.SortFunc(s.peers, func(a, b upstream.Peer) int { return cmp.Compare(a.Node, b.Node) })
 	n.surround.Store(s)
 }
 
@@ -92,9 +94,7 @@ func (n *Node) Health() gateway.Report {
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}
-	if c := n.command.Load(); c != nil {
-		_, r.Lease = c.role.Holding()
-	}
+	r.Lease = n.fence.Acting()
 	return r
 }
 

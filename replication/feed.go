@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/replication/replicationpb"
 )
 
@@ -172,7 +172,7 @@ func (f *feed) run(ctx context.Context) error {
 	defer f.setTargets(nil, serve)
 	for {
 		f.setTargets(f.targets(), serve)
-		if !pause(ctx, cluster.UntilBeat(f.r.opts.Boottime(), feedPlanEvery)) {
+		if !pause(ctx, clock.UntilTick(f.r.opts.Boottime(), feedPlanEvery)) {
 			return nil
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -192,7 +192,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 	defer tick.Stop()
 	var marks <-chan struct{}
 	for {
-		tick.Reset(cluster.UntilBeat(r.opts.Boottime(), planEvery))
+		tick.Reset(clock.UntilTick(r.opts.Boottime(), planEvery))
 		now := slices.Clone(r.opts.Members()) // in any order
 		slices.SortFunc(now, func(a, b Member) int { return strings.Compare(a.Node, b.Node) })
 		same := slices.EqualFunc(now, members, sameMember)

@@ -7,7 +7,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/replication/replicationpb"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -23,7 +23,7 @@ type server struct {
 
 // callerOf returns the peer's name from the mesh connection.
 func callerOf(ctx context.Context) (string, bool) {
-	id, ok := cluster.PeerFromContext(ctx)
+	id, ok := mesh.PeerFromContext(ctx)
 	return id.Node, ok
 }
 

@@ -21,7 +21,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -213,10 +213,10 @@ func (n *node) start() {
 	if os.Getenv("REPLICATION_LOG") != "" {
 		logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", n.name)
 	}
-	clock := journal.NewHLC(time.Now, 10*time.Minute)
+	moment := journal.NewHLC(time.Now, 10*time.Minute)
 	n.sealer = journal.NewSealer(n.w.ring)
 	var err error
-	n.table, err = jobtable.Open(jobtable.Options{Dir: n.dir, Sealer: n.sealer, Ring: n.w.ring, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry()})
+	n.table, err = jobtable.Open(jobtable.Options{Dir: n.dir, Sealer: n.sealer, Ring: n.w.ring, Clock: moment, Logger: logger, Registerer: prometheus.NewRegistry()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func (n *node) start() {
 		apply = func(journal.Stream, []journal.Record) {}
 	}
 	n.log, err = journal.Open(journal.Options{
-		Dir: filepath.Join(n.dir, "journal"), Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry(),
+		Dir: filepath.Join(n.dir, "journal"), Clock: moment, Logger: logger, Registerer: prometheus.NewRegistry(),
 		FreeFloor: -1, Durable: apply, SegmentBytes: n.segment, BudgetBytes: n.budget,
 	})
 	if err != nil {
@@ -263,7 +263,7 @@ func (n *node) start() {
 			names := md.Get("node")
 			return names[0], len(names) == 1
 		},
-		Boottime: cluster.Boottime, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
+		Boottime: clock.Boottime, Limits: n.limits, Logger: logger, Registerer: prometheus.NewRegistry(),
 		Retired: n.retired, Deliver: n.deliver, Current: n.current,
 	})
 	if err != nil {

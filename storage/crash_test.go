@@ -1,7 +1,6 @@
 package storage
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -20,21 +19,15 @@ import (
 
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/test/crash"
+	"github.com/dsnode/dsnode/test/skip"
 )
 
-// The test binary is its own victim: with this variable set it appends to the
-// stores of the directory it names, and prints what it did.
-const childEnv = "DSNODE_TEST_STORAGE_CHILD"
+func TestMain(m *testing.M) { crash.Main(m, child) }
 
-func TestMain(m *testing.M) {
-	if dir := os.Getenv(childEnv); dir != "" {
-		os.Exit(child(dir))
-	}
-	os.Exit(m.Run())
-}
-
-// child works on the stores like raft would, for ever or until something
-// fails. Each line on stdout is one write, so a killed child's lines are whole:
+// child works on the stores like raft would, for ever or until something fails.
+// It prints:
 //
 //	stored LAST TERM     entries up to LAST are promised
 //	term T               the term is promised
@@ -47,7 +40,7 @@ func TestMain(m *testing.M) {
 func child(dir string) int {
 	// strace counts the calls of each thread by itself.
 	runtime.LockOSThread()
-	say := func(format string, args ...any) { fmt.Fprintf(os.Stdout, format+"\n", args...) }
+	say := crash.Say
 	t := &testing.B{} // for the helpers' signatures; none of them fails here
 	metrics := NewMetrics(prometheus.NewRegistry())
 	o := Options{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
@@ -245,13 +238,6 @@ func (p *promises) check(t *testing.T, dir string) {
 	p.first, p.last, p.doubtful, p.term = got.first, got.last, 0, term
 }
 
-func childCommand(dir string, args ...string) *exec.Cmd {
-	args = append(args, os.Args[0])
-	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), childEnv+"="+dir)
-	return cmd
-}
-
 // A node is killed a hundred times at random moments; whatever it had
 // acknowledged is there each time.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
@@ -265,41 +251,7 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	dir := t.TempDir()
 	p := promises{terms: map[uint64]uint64{}}
 	for range rounds {
-		cmd := childCommand(dir)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		// Up to here lines are heard, then the moment within the next
-		// milliseconds is chance. Every tenth dies while it opens.
-		lines := rand.IntN(150)
-		if rand.IntN(10) == 0 {
-			lines = 0
-		}
-		kill := func() { _ = cmd.Process.Kill() } // it may have ended, which the lines show
-		var timer *time.Timer
-		sc := bufio.NewScanner(out)
-		heard := 0
-		for {
-			if heard == lines && timer == nil {
-				timer = time.AfterFunc(time.Duration(rand.IntN(8000))*time.Microsecond, kill)
-			}
-			if !sc.Scan() {
-				break
-			}
-			heard++
-			if err := p.hear(sc.Text()); err != nil {
-				kill()
-				t.Fatal(err)
-			}
-		}
-		var exit *exec.ExitError
-		if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-			t.Fatalf("the child ended by itself: %v", err)
-		}
+		crash.Kill(t, dir, 150, p.hear)
 		p.check(t, dir)
 	}
 	t.Logf("%d kills, %d promises kept", rounds, p.acks)
@@ -308,26 +260,14 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 }
 
-// require skips when something is absent, and fails where it must be there.
-func require(t *testing.T, ok bool, why string) {
-	t.Helper()
-	switch {
-	case ok:
-	case os.Getenv("DSNODE_TEST_REQUIRE") == "1":
-		t.Fatal(why)
-	default:
-		t.Skip(why)
-	}
-}
-
 // The n-th and all later syncs or writes fail below the store: it says so,
 // acknowledges nothing from then on, and all promises hold after a restart.
 func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 	strace, err := exec.LookPath("strace")
-	require(t, err == nil, "strace is not installed; it injects the faults")
+	skip.Unless(t, err == nil, "strace is not installed; it injects the faults")
 	probe := exec.Command(strace, "-f", "-e", "trace=none", "true")
 	out, err := probe.CombinedOutput()
-	require(t, err == nil, fmt.Sprintf("strace may not trace here: %v %s", err, out))
+	skip.Unless(t, err == nil, fmt.Sprintf("strace may not trace here: %v %s", err, out))
 
 	many := []int{1, 2, 3, 5, 8, 13, 21, 34, 55, 56, 57, 58, 89}
 	tests := []struct {
@@ -347,7 +287,7 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 			failed := 0
 			for _, when := range tt.when {
 				inject := fmt.Sprintf("inject=%s:error=%s:when=%d+", tt.calls, tt.error, when)
-				cmd := childCommand(dir, strace, "-f", "-qq", "-o", "/dev/null", "-e", "trace="+tt.calls, "-e", inject)
+				cmd := crash.Command(dir, strace, "-f", "-qq", "-o", "/dev/null", "-e", "trace="+tt.calls, "-e", inject)
 				var stderr bytes.Buffer
 				cmd.Stderr = &stderr
 				out, err := cmd.StdoutPipe()
@@ -395,14 +335,7 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 
 // A full file system is like a failing one.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
-	dir := t.TempDir()
-	err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m")
-	require(t, err == nil, fmt.Sprintf("only root may mount a small file system: %v", err))
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
-	})
+	dir, resize := crash.SmallDisk(t, "1m")
 	data := filepath.Join(dir, "data")
 	if err := os.Mkdir(data, 0o700); err != nil {
 		t.Fatal(err)
@@ -430,9 +363,7 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	if _, err := OpenRaftStore(storeOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("open on a full disk: %v", err)
 	}
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=8m"); err != nil {
-		t.Fatal(err)
-	}
+	resize("8m")
 	s = openRaft(t, data)
 	if last, err := s.LastIndex(); last < stored || err != nil {
 		t.Fatalf("entries up to %d, promised were %d: %v", last, stored, err)

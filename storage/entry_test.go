@@ -10,10 +10,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/raft"
-
-	"github.com/dsnode/dsnode/storage/boltfile"
 	"pgregory.net/rapid"
 
+	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 

@@ -13,11 +13,10 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// A question that was asked in one site is answered from the cache in the others a
-// moment later, also when the site that asked is gone, and after all nodes were
-// restarted.
+// An answer that was cached in one site is a cache hit in the other sites shortly
+// afterwards, also when the first site is gone, and after a restart of all nodes.
 func TestKeptAnswersAreEverywhere(t *testing.T) {
-	sharing(t)
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	question := func(n int, stream bool) []byte {
 		b, err := json.Marshal(map[string]any{
@@ -29,7 +28,7 @@ func TestKeptAnswersAreEverywhere(t *testing.T) {
 		}
 		return b
 	}
-	// Who looks must not bring the answer about: "only" asks no model server.
+	// With "only" a miss does not ask a model server, so looking does not fill the cache.
 	only := map[string]string{"X-Dsnode-Cache": "only"}
 	hit := func(n *lab.Node, body []byte, want string, within time.Duration) time.Duration {
 		t.Helper()
@@ -53,7 +52,7 @@ func TestKeptAnswersAreEverywhere(t *testing.T) {
 		body := question(i, stream)
 		status, header, text, err := a.Post(t.Context(), "/v1/chat/completions", body, nil)
 		if cache := header.Get("X-Dsnode-Cache"); err != nil || status != http.StatusOK || cache != "miss" {
-			t.Fatalf("the first time: status %d, X-Dsnode-Cache: %s, %v", status, cache, err)
+			t.Fatalf("first request: status %d, X-Dsnode-Cache: %s, %v", status, cache, err)
 		}
 		answer := string(text)
 		kept[string(body)] = answer
@@ -65,13 +64,13 @@ func TestKeptAnswersAreEverywhere(t *testing.T) {
 		hit(b, []byte(body), answer, within(time.Second))
 		hit(c, []byte(body), answer, within(time.Second))
 	}
-	// What it misses meanwhile waits for it where it was kept.
+	// Answers cached while the site is down reach it when it is back.
 	missed := map[string]string{}
 	for i := range 200 {
 		body := question(100+i, false)
 		status, _, text, err := b.Post(t.Context(), "/v1/chat/completions", body, nil)
 		if err != nil || status != http.StatusOK {
-			t.Fatalf("question %d while a site is away: status %d, %v", i, status, err)
+			t.Fatalf("question %d while a site is down: status %d, %v", i, status, err)
 		}
 		missed[string(body)] = string(text)
 	}

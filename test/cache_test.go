@@ -20,8 +20,8 @@ import (
 
 const cacheCanary = "canary-51c0de"
 
-// askCached asks a node a deterministic question and gives the status and what the
-// cache had to do with it.
+// askCached sends a deterministic request to a node and returns status, X-Dsnode-Cache,
+// body and header of the answer.
 func askCached(t *testing.T, n *lab.Node, question, mode string) (status int, label, text string, header http.Header) {
 	t.Helper()
 	body := fmt.Sprintf(`{"model":%q,"temperature":0,"stream":true,"messages":[{"role":"user","content":%q}]}`, lab.FastModel, question)
@@ -45,20 +45,20 @@ func askCached(t *testing.T, n *lab.Node, question, mode string) (status int, la
 	return resp.StatusCode, resp.Header.Get("X-Dsnode-Cache"), string(b), resp.Header
 }
 
-// An answer survives its process, a purge reaches a node that was away, and no
-// file has a word of it.
+// A cached answer is found again after the node was killed, a purge takes effect on a
+// node that was down, and no file contains the question or the answer.
 func TestTheCacheOfRealNodes(t *testing.T) {
 	l := lab.Start(t, lab.Topology{})
 	here, away := l.Sites[0].Nodes[0], l.Sites[2].Nodes[0]
 	for _, n := range []*lab.Node{here, away} {
-		// Until the cluster has agreed on its keys nothing is kept.
-		deadline := time.Now().Add(30 * time.Second)
+		// Answers are cached once the cluster has agreed on a data key.
+		deadline := time.Now().Add(within(30 * time.Second))
 		question, first, before := "", "", int64(0)
 		for i := 0; ; i++ {
 			question = fmt.Sprintf("Tell me of %s, %d", cacheCanary, i)
 			var err error
 			if before, err = n.CacheEntries(t.Context()); err != nil {
-				before = 0 // the tier is not open yet
+				before = 0 // the shared tier is not open yet
 			}
 			status, label, text, _ := askCached(t, n, question, "")
 			if status != http.StatusOK {
@@ -75,17 +75,17 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 		if label != "hit-local" || text != first || header.Get("Age") == "" || !strings.Contains(header.Get("Cache-Status"), "hit") {
 			t.Fatalf("%s: %s, %v, %q then %q", n.Name, label, header, first, text)
 		}
-		// It is written behind; then the process may go.
-		l.WaitFor(10*time.Second, "the answer is in the file", func(ctx context.Context) error {
+		// The shared tier is written asynchronously.
+		l.WaitFor(within(10*time.Second), "the answer to be in the file", func(ctx context.Context) error {
 			entries, err := n.CacheEntries(ctx)
 			if err == nil && entries <= before {
 				err = fmt.Errorf("%d entries, there were %d", entries, before)
 			}
 			return err
 		})
-		l.WaitFor(20*time.Second, "a killed node finds it again", func(context.Context) error {
+		l.WaitFor(within(20*time.Second), "the node to find the answer after a restart", func(context.Context) error {
 			n.Restart()
-			l.WaitHealthy(20 * time.Second)
+			l.WaitHealthy(within(20 * time.Second))
 			_, label, text, _ := askCached(t, n, question, "only")
 			if label != "hit-shared" || text != first {
 				return fmt.Errorf("%s: %s", n.Name, label)
@@ -101,7 +101,8 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 	}
 }
 
-// purgeWhileAway: a node that is down hears of the purge when it is back.
+// purgeWhileAway purges the cache while a node is down, restarts the node, and checks
+// that it applies the purge.
 func purgeWhileAway(t *testing.T, l *lab.Lab, here, away *lab.Node, question string) {
 	t.Helper()
 	away.Kill()
@@ -117,7 +118,7 @@ func purgeWhileAway(t *testing.T, l *lab.Lab, here, away *lab.Node, question str
 		t.Fatalf("purge: %d, %v", resp.StatusCode, err)
 	}
 	away.Start()
-	l.WaitHealthy(20 * time.Second)
+	l.WaitHealthy(within(20 * time.Second))
 	if status, label, _, _ := askCached(t, away, question, "only"); status != http.StatusGatewayTimeout || label != "miss" {
 		t.Errorf("after the purge: %d %s", status, label)
 	}
@@ -133,7 +134,7 @@ func wantNoCanary(t *testing.T, n *lab.Node) {
 		files++
 		b, err := os.ReadFile(path)
 		if err == nil && bytes.Contains(b, []byte(cacheCanary)) {
-			t.Errorf("%s holds a question or an answer in clear", path)
+			t.Errorf("%s contains a question or an answer as plaintext", path)
 		}
 		return err
 	})

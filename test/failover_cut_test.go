@@ -12,13 +12,13 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// All nodes of the primary stand still, are replaced, and go on: at no moment
-// after that does one of them act, and each steps down by itself.
+// All nodes of the primary are stopped until another site is the primary, and then
+// continued. None of them acts as primary afterwards; each steps down by itself.
 func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
-	sharing(t)
-	shapes, still := [][]int{{1, 1, 1}}, 8*time.Second
+	parallelIfShort(t)
+	shapes, pause := [][]int{{1, 1, 1}}, 8*time.Second
 	if full() {
-		shapes, still = [][]int{{1, 1, 1}, {2, 2, 1}}, 30*time.Second
+		shapes, pause = [][]int{{1, 1, 1}, {2, 2, 1}}, 30*time.Second
 	}
 	for _, nodes := range shapes {
 		t.Run(shape(nodes), func(t *testing.T) {
@@ -26,27 +26,22 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 			old, epoch, leader := s.primary()
 			acted := actedLines(old)
 			if acted == 0 {
-				t.Fatalf("the log of %s does not say that it acts as primary, and it does", old.Name)
+				t.Fatalf("the log of %s does not say that it acts as primary", old.Name)
 			}
 			fault := time.Now()
-			old.StopStill()
+			old.StopAndWait()
 			stopped := time.Now()
-			s.audit.Lost(old, false)
+			s.audit.Unreachable(old, false)
 			c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 			t.Logf("%s stopped, %s led: %s", old.Name, leader, c)
 			if c.known > within(replaces) {
 				t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 			}
-			s.lab.WaitFor(still+time.Second, "the time to go on", func(context.Context) error {
-				if passed := time.Since(stopped); passed < still {
-					return fmt.Errorf("stopped for %v of %v", passed, still)
-				}
-				return nil
-			})
-			s.audit.Found()
+			s.waitUntil(stopped.Add(pause))
+			s.audit.Heal()
 			old.Continue()
 			continued := time.Now()
-			down := s.lab.WaitFor(within(returns), "the old primary to say that it is not", func(ctx context.Context) error {
+			down := s.lab.WaitFor(within(returns), "the old primary to show its successor", func(ctx context.Context) error {
 				for _, n := range old.Nodes {
 					status, err := n.Status(ctx)
 					if err != nil {
@@ -58,23 +53,23 @@ func TestFailoverWhenPrimaryStandsStill(t *testing.T) {
 				}
 				return nil
 			})
-			t.Logf("after %v it went on, knew of its successor after %v, and all was well after %v", still, down, s.returned(old, epoch+1)+down)
+			t.Logf("stopped for %v; it showed its successor %v after that, and the cluster was healthy after %v", pause, down, s.returned(old, epoch+1)+down)
 			s.neverActed(old, stopped, continued)
 			if now := actedLines(old); now != acted {
-				t.Errorf("the log of %s says %d times that it acts as primary, before it was stopped %d times", old.Name, now, acted)
+				t.Errorf("the log of %s says %d times that it acts as primary, before the stop it said so %d times", old.Name, now, acted)
 			}
 			s.end(old)
 		})
 	}
 }
 
-// neverActed fails when a node of the site said that it acts: asked while it
-// stood still, or after. What was asked before may be answered after.
-func (s *story) neverActed(site *lab.Site, stopped, continued time.Time) {
+// neverActed fails the test if a node of the site said that it acts as primary when
+// asked after it was stopped. It may answer earlier questions after it continued.
+func (s *scenario) neverActed(site *lab.Site, stopped, continued time.Time) {
 	s.t.Helper()
 	for _, a := range s.role.Runs() {
 		if a.Site == site.Name && a.Last.Asked.After(stopped) {
-			s.t.Errorf("%s acted in epoch %d: asked %v after it was stopped, answered %v after it went on",
+			s.t.Errorf("%s acted in epoch %d: asked %v after it was stopped, answered %v after it continued",
 				a.Node, a.Epoch, a.Last.Asked.Sub(stopped), a.Last.Answered.Sub(continued))
 		}
 	}
@@ -88,10 +83,10 @@ func actedLines(site *lab.Site) int {
 	return n
 }
 
-// The primary is cut off in one direction or in both. It goes on serving its own
-// clients, so that nobody at all notices, and stops acting before another does.
+// The primary is cut off, in one direction or in both. It still serves the clients of
+// its site, so no client fails, and it stops acting before another site acts.
 func TestFailoverWhenPrimaryIsCutOff(t *testing.T) {
-	sharing(t)
+	parallelIfShort(t)
 	cuts := map[string]func(*lab.Network){
 		"nothing gets out": func(w *lab.Network) { w.Cut(0, 1); w.Cut(0, 2) },
 	}
@@ -112,64 +107,58 @@ func cutOff(t *testing.T, nodes []int, cut func(*lab.Network)) {
 	s := begin(t, lab.Topology{Nodes: nodes})
 	old, epoch, leader := s.primary()
 	if old.Index != 0 {
-		t.Fatalf("%s is the primary at first", old.Name)
+		t.Fatalf("the first primary is %s", old.Name)
 	}
 	fault := time.Now()
 	cut(s.lab.Net)
-	s.audit.Lost(old, true)
+	s.audit.Unreachable(old, true)
 	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	idle, _ := s.role.Idle(epoch + 1)
-	t.Logf("%s cut off, %s led: %s; nobody acted for %v", old.Name, leader, c, idle)
+	t.Logf("%s cut off, %s led: %s; no primary acted for %v", old.Name, leader, c, idle)
 	if c.known > within(replaces) {
 		t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 	}
 	if to := s.lab.Site(c.site); to.City != old.City {
 		t.Errorf("%s took over, want the site in the same city", c.site)
 	}
-	s.goOn()
-	s.audit.Found()
+	s.continueLoad()
+	s.audit.Heal()
 	s.lab.Net.MendAll()
-	t.Logf("all well %v after the cut was mended", s.returned(old, epoch+1))
+	t.Logf("healthy %v after the cut ended", s.returned(old, epoch+1))
 	s.end()
 }
 
-// Two sites can't hear each other, and a third hears both: nothing is lost, so
-// nothing changes.
+// Two sites can't hear each other and a third hears both: no site is lost, so there is
+// no failover.
 func TestFailoverNotForOneBrokenLink(t *testing.T) {
-	fullOnly(t, "ten seconds in which nothing happens, four times")
+	fullOnly(t, "it waits for ten seconds, four times")
 	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
 		for _, third := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s, third site leads %v", shape(nodes), third), func(t *testing.T) {
 				s := begin(t, lab.Topology{Nodes: nodes})
-				hurt := []*lab.Site{}
+				affected := []*lab.Site{}
 				if third {
 					s.leadFrom(s.lab.Sites[2])
-					hurt = s.lab.Sites // moving the leader has frozen them
+					affected = s.lab.Sites // moving the leader has stopped them
 				}
 				_, epoch, _ := s.primary()
 				s.lab.Net.Cut(0, 1)
 				s.lab.Net.Cut(1, 0)
-				fault := time.Now()
-				s.lab.WaitFor(12*time.Second, "ten seconds without a failover", func(context.Context) error {
-					if passed := time.Since(fault); passed < 10*time.Second {
-						return fmt.Errorf("%v have passed", passed)
-					}
-					return nil
-				})
+				s.waitUntil(time.Now().Add(10 * time.Second))
 				if site, now, leader := s.primary(); now != epoch {
 					t.Errorf("%s is the primary in epoch %d, %s leads; want epoch %d still", site.Name, now, leader, epoch)
 				}
 				s.lab.Net.MendAll()
-				t.Logf("all well %v after the link was mended", s.lab.WaitHealthy(within(returns)))
-				s.end(hurt...)
+				t.Logf("healthy %v after the cut ended", s.lab.WaitHealthy(within(returns)))
+				s.end(affected...)
 			})
 		}
 	}
 }
 
-// leadFrom moves the raft leadership to a site by freezing whoever leads, for
-// less than the patience, until chance brings it there.
-func (s *story) leadFrom(site *lab.Site) {
+// leadFrom stops the Raft leader, for less than the patience, until a node of the
+// site happens to be elected.
+func (s *scenario) leadFrom(site *lab.Site) {
 	s.t.Helper()
 	_, epoch, _ := s.primary()
 	for range 30 {
@@ -187,7 +176,7 @@ func (s *story) leadFrom(site *lab.Site) {
 		fault := time.Now()
 		s.lab.WaitFor(10*time.Second, "another leader", func(ctx context.Context) error {
 			if time.Since(fault) > 2200*time.Millisecond {
-				return nil // patience would end; try again
+				return nil // the patience ends soon; try again
 			}
 			for _, n := range s.others(at.Site) {
 				if status, err := n.Status(ctx); err == nil && status.Raft.Leader != nil && *status.Raft.Leader != leader {

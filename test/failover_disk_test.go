@@ -13,11 +13,11 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// The raft leader's disk hangs, while its process and its network are well: it
-// goes on sending heartbeats, and only its own watchdog can tell. Another leads,
-// and is the primary, within 15 seconds.
+// The Raft leader's disk hangs while its process and its network work: it goes on
+// sending heartbeats, so only its watchdog can find the fault. Another node leads, and
+// another site is the primary, within 15 seconds.
 func TestFailoverWhenLeadersDiskHangs(t *testing.T) {
-	fullOnly(t, "a disk is given ten seconds before its node ends")
+	fullOnly(t, "a node exits only after its disk has hung for ten seconds")
 	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
 		t.Run(shape(nodes), func(t *testing.T) { diskHangs(t, nodes) })
 	}
@@ -32,67 +32,67 @@ func diskHangs(t *testing.T, nodes []int) {
 		}
 	}})
 	old, epoch, leader := s.primary()
-	hurt := old.Nodes[0]
-	if hurt.Name != "shanghai-a-1" || leader != hurt.Name {
+	affected := old.Nodes[0]
+	if affected.Name != "shanghai-a-1" || leader != affected.Name {
 		t.Fatalf("%s leads and %s is the primary; the test needs shanghai-a-1 for both", leader, old.Name)
 	}
 	fault := time.Now()
 	disk.Hang()
-	s.audit.Hurt()
+	s.audit.Unhealthy()
 	led := s.lab.WaitFor(within(stuck), "another leader", func(ctx context.Context) error {
 		for _, n := range s.others(old) {
 			status, err := n.Status(ctx)
 			if err != nil {
 				return err
 			}
-			if status.Raft.Leader == nil || *status.Raft.Leader == hurt.Name {
+			if status.Raft.Leader == nil || *status.Raft.Leader == affected.Name {
 				return fmt.Errorf("%s names %v", n.Name, status.Raft.Leader)
 			}
 		}
 		return nil
 	})
-	t.Logf("another leads %v after the disk of %s hung", led, hurt.Name)
+	t.Logf("another node leads %v after the disk of %s hung", led, affected.Name)
 	after := epoch
 	if len(old.Nodes) == 1 {
 		c := s.awaitChange(fault, epoch+1, within(stuck), s.others(old))
-		t.Logf("the primary follows: %s", c)
+		t.Logf("the primary: %s", c)
 		if c.known > within(stuck) {
 			t.Errorf("replaced after %v, want %v at most", c.known, within(stuck))
 		}
 		after++
 	}
-	s.goOn()
-	s.lab.WaitFor(within(stuck), "the node with the stuck disk to fall silent", func(ctx context.Context) error {
+	s.continueLoad()
+	s.lab.WaitFor(within(stuck), "the node with the disk that hangs to be shown as not alive", func(ctx context.Context) error {
 		for _, n := range s.others(old) {
 			status, err := n.Status(ctx)
 			if err != nil {
 				return err
 			}
 			for _, seen := range status.Nodes {
-				if seen.Name == hurt.Name && seen.State == admin.NodeAlive {
-					return fmt.Errorf("%s says that %s is alive", n.Name, hurt.Name)
+				if seen.Name == affected.Name && seen.State == admin.NodeAlive {
+					return fmt.Errorf("%s shows %s as alive", n.Name, affected.Name)
 				}
 			}
 		}
 		return nil
 	})
 	if site, now, _ := s.primaryBy(s.others(old)[0]); now != after {
-		// Where a second node of the site is well the site needs no successor.
+		// A site with a second node that works keeps the role.
 		t.Errorf("%s is the primary in epoch %d, want epoch %d", site.Name, now, after)
 	}
-	s.audit.Found()
+	s.audit.Heal()
 	disk.Resume()
-	s.lab.WaitFor(within(returns), "the process with the stuck disk to end", func(context.Context) error {
-		if hurt.Running() {
-			return fmt.Errorf("%s runs still", hurt.Name)
+	s.lab.WaitFor(within(returns), "the process with the disk that hung to end", func(context.Context) error {
+		if affected.Running() {
+			return fmt.Errorf("%s still runs", affected.Name)
 		}
 		return nil
 	})
-	hurt.Start()
+	affected.Start()
 	back := s.lab.WaitHealthy(within(returns))
 	if site, now, _ := s.primary(); now != after {
-		t.Errorf("%s is the primary in epoch %d after the disk's return, want epoch %d", site.Name, now, after)
+		t.Errorf("%s is the primary in epoch %d after the restart, want epoch %d", site.Name, now, after)
 	}
-	t.Logf("all well %v after %s restarted with a disk that works", back, hurt.Name)
+	t.Logf("healthy %v after %s restarted with a disk that works", back, affected.Name)
 	s.end(old)
 }

@@ -19,10 +19,11 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/test/lab"
+	"github.com/dsnode/dsnode/test/skip"
 )
 
-// deploy/haproxy.cfg with a real haproxy: its port for the primary follows the
-// role, through a switchover and a loss, and its port for clients always serves.
+// deploy/haproxy.cfg works with a real haproxy: the primary's port follows the role
+// through a switchover and the loss of a site, and the clients' port always serves.
 func TestFailoverBehindHAProxy(t *testing.T) {
 	program := haproxy(t)
 	s := begin(t, lab.Topology{Nodes: []int{2, 2, 1}})
@@ -50,14 +51,14 @@ func TestFailoverBehindHAProxy(t *testing.T) {
 	first.Kill()
 	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(first))
 	balancer.wantPrimary(c.site)
-	s.goOn()
-	// What ran on the killed nodes is gone; what is sent after the balancer has
-	// seen one connection refused is served by another site.
+	s.continueLoad()
+	// Requests that ran on the killed nodes fail. Once the balancer has seen a refused
+	// connection, another site serves requests.
 	if failed := balancer.failures(port{clients, fault.Add(within(time.Second))}); len(failed) > 0 {
 		t.Errorf("%d clients failed after a site was lost, first: %v", len(failed), failed[0])
 	}
-	t.Logf("failed right when the site was lost: %d", len(balancer.failures(port{clients, fault})))
-	t.Logf("the primary's port: %s", balancer.story(fault))
+	t.Logf("requests that failed when the site was lost: %d", len(balancer.failures(port{clients, fault})))
+	t.Logf("the primary's port: %s", balancer.timeline(fault))
 	balancer.wantRightSites(s.role)
 	s.end(first)
 }
@@ -69,15 +70,12 @@ func haproxy(t *testing.T) string {
 			return path
 		}
 	}
-	if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-		t.Fatal("haproxy is not installed")
-	}
-	t.Skip("haproxy is not installed")
+	skip.Unless(t, false, "haproxy is not installed")
 	return ""
 }
 
-// balancer is a haproxy in the third site, which survives all of this, and a
-// client at each of its ports that asks 20 times a second.
+// balancer is a haproxy in the third site, which keeps running, with a client at each
+// of its ports that sends 20 requests per second.
 type balancer struct {
 	t  *testing.T
 	at *lab.Site
@@ -88,7 +86,7 @@ type balancer struct {
 	wg     sync.WaitGroup
 }
 
-// balanced is one answer through the balancer.
+// balanced is one request through the balancer.
 type balanced struct {
 	port     int
 	asked    time.Time
@@ -102,7 +100,7 @@ const (
 	primary = 8001
 )
 
-// port is one of them, from some time on.
+// port selects requests to a port that were sent after a time.
 type port struct {
 	number int
 	since  time.Time
@@ -126,7 +124,7 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 		t.Fatal(err)
 	}
 	site := l.Sites[2]
-	var log strings.Builder // written to until Wait has returned
+	var log strings.Builder // read it only after Wait
 	cmd := exec.Command(program, "-db", "-f", file)
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := l.Net.Start(site.Index, cmd); err != nil {
@@ -137,14 +135,14 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 	t.Cleanup(func() {
 		cancel()
 		b.wg.Wait()
-		_ = cmd.Process.Kill() // how it ends is not of interest
+		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 		if t.Failed() {
 			lines := strings.Split(log.String(), "\n")
 			t.Logf("--- end of haproxy's log\n%s", strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
 	})
-	l.WaitFor(10*time.Second, "haproxy to serve on both ports", func(ctx context.Context) error {
+	l.WaitFor(within(10*time.Second), "haproxy to serve on both ports", func(ctx context.Context) error {
 		return errors.Join(b.ask(ctx, clients).err, b.ask(ctx, primary).err)
 	})
 	for _, number := range []int{clients, primary} {
@@ -155,7 +153,7 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 					return
 				case <-tick.C:
 				}
-				// In its own time, as clients do.
+				// Slow requests must not delay later ones.
 				b.wg.Go(func() {
 					ask, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 					defer cancel()
@@ -170,8 +168,8 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 	return b
 }
 
-// ask asks which site answers at a port: a completion for clients, and for the
-// primary's whatever names the node.
+// ask sends a request to a port: a completion to the clients', and to the primary's
+// one whose answer names the site.
 func (b *balancer) ask(ctx context.Context, number int) balanced {
 	got := balanced{port: number, asked: time.Now()}
 	method, path, body := http.MethodGet, "/healthz/live", ""
@@ -203,8 +201,8 @@ func (b *balancer) ask(ctx context.Context, number int) balanced {
 	return got
 }
 
-// wantPrimary waits until the primary's port leads there: one check and one
-// question after the site acts.
+// wantPrimary waits until a site answers at the primary's port, which takes a health
+// check after the site has begun to act.
 func (b *balancer) wantPrimary(site string) {
 	b.t.Helper()
 	deadline := time.Now().Add(within(5 * time.Second))
@@ -216,7 +214,7 @@ func (b *balancer) wantPrimary(site string) {
 			return
 		}
 		if time.Now().After(deadline) {
-			b.t.Fatalf("the primary's port leads to %q, %v; want %s", got.site, got.err, site)
+			b.t.Fatalf("at the primary's port answers %q, %v; want %s", got.site, got.err, site)
 		}
 	}
 }
@@ -233,8 +231,8 @@ func (b *balancer) failures(p port) []error {
 	return failed
 }
 
-// story tells where the primary's port led, and when.
-func (b *balancer) story(since time.Time) string {
+// timeline describes which sites answered at the primary's port, and since when.
+func (b *balancer) timeline(since time.Time) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	slices.SortFunc(b.asked, func(x, y balanced) int { return x.asked.Compare(y.asked) })
@@ -246,7 +244,7 @@ func (b *balancer) story(since time.Time) string {
 		}
 		now := a.site
 		if a.err != nil {
-			now = "nobody"
+			now = "none"
 		}
 		if now != last {
 			words = append(words, fmt.Sprintf("%s at %.2f s", now, a.asked.Sub(since).Seconds()))
@@ -256,13 +254,13 @@ func (b *balancer) story(since time.Time) string {
 	return strings.Join(words, ", ")
 }
 
-// wantRightSites fails when the primary's port led to a site that had not been
-// primary for longer than a check takes: another had acted for a second.
+// wantRightSites fails the test if a site answered at the primary's port after
+// another one had acted as primary for longer than a health check takes.
 func (b *balancer) wantRightSites(role *lab.RoleWatch) {
 	b.t.Helper()
 	checked := within(time.Second)
-	// The balancer may ask a node a moment before the watch does.
-	const noticed = 250 * time.Millisecond
+	// The balancer may notice that a site acts before the watch does.
+	noticed := within(250 * time.Millisecond)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	runs := role.Runs()
@@ -281,7 +279,7 @@ func (b *balancer) wantRightSites(role *lab.RoleWatch) {
 			return r.Epoch > newest.Epoch && r.Site == a.site && r.First.Asked.Before(a.answered.Add(noticed))
 		})
 		if newest.Site != "" && a.site != newest.Site && !later {
-			b.t.Errorf("at %s the primary's port led to %s; %s had acted since %s", a.asked.Format("15:04:05.000"), a.site, newest.Site, newest.First.Answered.Format("15:04:05.000"))
+			b.t.Errorf("at %s the primary's port was answered by %s; %s had acted since %s", a.asked.Format("15:04:05.000"), a.site, newest.Site, newest.First.Answered.Format("15:04:05.000"))
 			return
 		}
 		right++

@@ -10,25 +10,26 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// All nodes of the primary killed at once: the same city's site takes over in
-// seconds, no other site's client notices, and who returns does not take it back.
+// All nodes of the primary are killed at once: the site in the same city is the primary
+// within seconds, no client of another site fails, and the old primary does not take
+// the role back when it returns.
 func TestFailoverWhenPrimaryIsKilled(t *testing.T) {
-	sharing(t)
-	// In the short form 2+2+1 has its turn behind the load balancer.
+	parallelIfShort(t)
+	// In the short form TestFailoverBehindHAProxy covers 2+2+1.
 	shapes, trials := [][]int{{1, 1, 1}}, []int{1}
 	if full() {
 		shapes, trials = append(shapes, []int{2, 2, 1}), []int{20, 20}
 	}
 	for i, nodes := range shapes {
 		t.Run(shape(nodes), func(t *testing.T) {
-			sharing(t)
+			parallelIfShort(t)
 			var changes []change
 			var backs []time.Duration
 			for trial := range trials[i] {
 				t.Run(fmt.Sprint(trial+1), func(t *testing.T) {
 					s := begin(t, lab.Topology{Nodes: nodes})
 					if len(s.lab.Nodes()) >= 5 {
-						wantVoters(t, s.lab, 5) // the last two get their votes when they were stable for a while
+						wantVoters(t, s.lab, 5) // two nodes become voters only after a while
 					}
 					old, epoch, leader := s.primary()
 					c, back := s.killAndReturn(old, epoch)
@@ -55,12 +56,13 @@ func shape(nodes []int) string {
 	return text
 }
 
-// killAndReturn kills the primary, checks who follows and when, and restarts it.
-func (s *story) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duration) {
+// killAndReturn kills the primary, checks which site follows and when, and starts it
+// again.
+func (s *scenario) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duration) {
 	s.t.Helper()
 	fault := time.Now()
 	old.Kill()
-	s.audit.Lost(old, false)
+	s.audit.Unreachable(old, false)
 	c := s.awaitChange(fault, epoch+1, within(replaces), s.others(old))
 	if to := s.lab.Site(c.site); to.City != old.City {
 		s.t.Errorf("%s took over, want the site in the same city", c.site)
@@ -68,8 +70,8 @@ func (s *story) killAndReturn(old *lab.Site, epoch uint64) (change, time.Duratio
 	if c.known > within(replaces) {
 		s.t.Errorf("replaced after %v, want %v at most", c.known, within(replaces))
 	}
-	s.goOn()
-	s.audit.Found()
+	s.continueLoad()
+	s.audit.Heal()
 	old.Start()
 	return c, s.returned(old, epoch+1)
 }
@@ -82,7 +84,7 @@ func wantMedian(t *testing.T, changes []change, backs []time.Duration) {
 		known, acts = append(known, c.known), append(acts, c.acts)
 	}
 	if len(known) == 0 {
-		return // each trial has said why
+		return // each trial has failed
 	}
 	t.Logf("%d trials; known: median %v, worst %v; acts: median %v, worst %v; back: median %v, worst %v", len(known),
 		percentile(known, 0.5), percentile(known, 1), percentile(acts, 0.5), percentile(acts, 1), percentile(backs, 0.5), percentile(backs, 1))
@@ -91,10 +93,10 @@ func wantMedian(t *testing.T, changes []change, backs []time.Duration) {
 	}
 }
 
-// The raft leader is in the third site when the primary is killed: no election
-// is needed, so it is quick.
+// The Raft leader is in the third site when the primary is killed, so the failover
+// needs no election.
 func TestFailoverWithLeaderInThirdSite(t *testing.T) {
-	fullOnly(t, "the leader gets there by chance")
+	fullOnly(t, "the leader gets to the third site only by chance")
 	for _, nodes := range [][]int{{1, 1, 1}, {2, 2, 1}} {
 		t.Run(shape(nodes), func(t *testing.T) {
 			s := begin(t, lab.Topology{Nodes: nodes})
@@ -102,7 +104,7 @@ func TestFailoverWithLeaderInThirdSite(t *testing.T) {
 			old, epoch, leader := s.primary()
 			c, back := s.killAndReturn(old, epoch)
 			t.Logf("%s killed, %s led: %s; healthy again %.2f s after its restart", old.Name, leader, c, back.Seconds())
-			s.end(s.lab.Sites...) // moving the leader there has frozen all of them
+			s.end(s.lab.Sites...) // moving the leader has stopped them
 		})
 	}
 }

@@ -19,35 +19,35 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// reign is the agreed primary with its epoch, one register.
-type reign struct {
+// primaryState is the agreed primary and its epoch, as one register.
+type primaryState struct {
 	site  string
 	epoch uint64
 }
 
-// reignOp is a read, or a promotion of a site by a switchover or by the cluster
-// itself, from an epoch that is known or (0) not.
-type reignOp struct {
+// primaryOp is a read, or a promotion of a site by a switchover or by the cluster. The
+// epoch before the promotion is 0 if it is not known.
+type primaryOp struct {
 	read bool
 	site string
 	from uint64
 }
 
-// reignSeen is what came of it. A promotion that was refused changed nothing;
-// one that may have been made takes effect at any later time, or never.
-type reignSeen struct {
-	reign
+// primaryResult is the result of an operation. A refused promotion changed nothing. A
+// promotion with an unknown result takes effect at some later time or never.
+type primaryResult struct {
+	primaryState
 	refused, maybe bool
 }
 
-var reignModel = (&porcupine.NondeterministicModel{
-	Init: func() []any { return []any{reign{"shanghai-a", 1}} },
+var primaryModel = (&porcupine.NondeterministicModel{
+	Init: func() []any { return []any{primaryState{"shanghai-a", 1}} },
 	Step: func(state, input, output any) []any {
-		is, op, got := state.(reign), input.(reignOp), output.(reignSeen)
-		next := reign{op.site, is.epoch + 1}
+		is, op, got := state.(primaryState), input.(primaryOp), output.(primaryResult)
+		next := primaryState{op.site, is.epoch + 1}
 		fits := op.from == 0 || op.from == is.epoch
 		switch {
-		case op.read && got.reign == is:
+		case op.read && got.primaryState == is:
 			return []any{is}
 		case op.read:
 			return nil
@@ -57,7 +57,7 @@ var reignModel = (&porcupine.NondeterministicModel{
 			return []any{is, next}
 		case got.maybe:
 			return []any{is}
-		case fits && got.reign == next:
+		case fits && got.primaryState == next:
 			return []any{next}
 		}
 		return nil
@@ -68,52 +68,54 @@ var reignModel = (&porcupine.NondeterministicModel{
 	},
 }).ToModel()
 
-// The model refuses what must not be.
-func TestReignModelRefuses(t *testing.T) {
-	at := func(call, ret int64, op reignOp, got reignSeen) porcupine.Operation {
+// The model accepts histories that are linearizable, and no others.
+func TestPrimaryModelRefuses(t *testing.T) {
+	at := func(call, ret int64, op primaryOp, got primaryResult) porcupine.Operation {
 		return porcupine.Operation{ClientId: int(call), Input: op, Output: got, Call: call, Return: ret}
 	}
-	toB, toC := reignOp{site: "b", from: 1}, reignOp{site: "c", from: 1}
-	made := func(site string, epoch uint64) reignSeen { return reignSeen{reign: reign{site, epoch}} }
-	read := reignOp{read: true}
+	toB, toC := primaryOp{site: "b", from: 1}, primaryOp{site: "c", from: 1}
+	made := func(site string, epoch uint64) primaryResult {
+		return primaryResult{primaryState: primaryState{site, epoch}}
+	}
+	read := primaryOp{read: true}
 	for name, c := range map[string]struct {
 		ops []porcupine.Operation
 		ok  bool
 	}{
-		"one of two":           {[]porcupine.Operation{at(1, 9, toB, made("b", 2)), at(2, 8, toC, reignSeen{refused: true}), at(10, 11, read, made("b", 2))}, true},
+		"one of two":           {[]porcupine.Operation{at(1, 9, toB, made("b", 2)), at(2, 8, toC, primaryResult{refused: true}), at(10, 11, read, made("b", 2))}, true},
 		"two from one epoch":   {[]porcupine.Operation{at(1, 9, toB, made("b", 2)), at(2, 8, toC, made("c", 2))}, false},
-		"lost, and made":       {[]porcupine.Operation{at(1, 99, reignOp{site: "b"}, reignSeen{maybe: true}), at(10, 11, read, made("b", 2))}, true},
-		"refused, and made":    {[]porcupine.Operation{at(1, 9, toB, reignSeen{refused: true}), at(10, 11, read, made("b", 2))}, false},
+		"lost, and made":       {[]porcupine.Operation{at(1, 99, primaryOp{site: "b"}, primaryResult{maybe: true}), at(10, 11, read, made("b", 2))}, true},
+		"refused, and made":    {[]porcupine.Operation{at(1, 9, toB, primaryResult{refused: true}), at(10, 11, read, made("b", 2))}, false},
 		"read of an old epoch": {[]porcupine.Operation{at(1, 2, toB, made("b", 2)), at(3, 4, read, made("shanghai-a", 1))}, false},
 		"epoch skipped":        {[]porcupine.Operation{at(1, 2, toB, made("b", 3))}, false},
-		"nobody promoted it":   {[]porcupine.Operation{at(1, 2, read, made("c", 2))}, false},
+		"never promoted":       {[]porcupine.Operation{at(1, 2, read, made("c", 2))}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := porcupine.CheckOperations(reignModel, c.ops); got != c.ok {
+			if got := porcupine.CheckOperations(primaryModel, c.ops); got != c.ok {
 				t.Errorf("linearizable: %v, want %v", got, c.ok)
 			}
 		})
 	}
 }
 
-// Under random faults clients in all sites switch over and read through the log:
-// what they see of primary and epoch is one order of events. LAB_SEED repeats
-// the faults and the questions.
+// Under random faults, clients in all sites request switchovers and read through the
+// log. What they see of primary and epoch is linearizable. LAB_SEED repeats the faults
+// and the requests.
 func TestFailoverIsLinearizable(t *testing.T) {
-	lasts := 12 * time.Second // more of it, in virtual time, is in package failover
+	lasts := 12 * time.Second // package failover tests longer, in virtual time
 	if full() {
 		lasts = 5 * time.Minute
 	}
 	s := begin(t, lab.Topology{})
-	book := &chronicle{}
+	history := &primaryHistory{}
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for i, n := range s.lab.Nodes() {
 		seed := s.lab.Random.Uint64()
-		wg.Go(func() { book.client(ctx, s.lab, i, n, seed) })
+		wg.Go(func() { history.client(ctx, s.lab, i, n, seed) })
 	}
 	var faults []string
-	var killed []*lab.Site // whose clients, and no others, may have failed
+	var killed []*lab.Site // only their clients may fail
 	for until := time.Now().Add(lasts); time.Now().Before(until); {
 		site, what := s.randomFault()
 		if faults = append(faults, what); strings.Contains(what, "killed") {
@@ -124,20 +126,20 @@ func TestFailoverIsLinearizable(t *testing.T) {
 	wg.Wait()
 	t.Logf("faults: %s", strings.Join(faults, ", "))
 	s.lab.WaitHealthy(within(returns))
-	book.addUnplanned(s.lab.Observer.Between(time.Time{}, time.Now()))
+	history.addUnplanned(s.lab.Observer.Between(time.Time{}, time.Now()))
 	_, epoch, _ := s.primary()
-	t.Logf("%s; epoch %d in the end", book.summary(), epoch)
-	if res := porcupine.CheckOperationsTimeout(reignModel, book.ops, 2*time.Minute); res != porcupine.Ok {
-		t.Errorf("the history of %d operations is %s", len(book.ops), res)
-		for _, op := range book.ops {
-			t.Logf("%d: %d–%d %s", op.ClientId, op.Call, op.Return, reignModel.DescribeOperation(op.Input, op.Output))
+	t.Logf("%s; the last epoch is %d", history.summary(), epoch)
+	if res := porcupine.CheckOperationsTimeout(primaryModel, history.ops, 2*time.Minute); res != porcupine.Ok {
+		t.Errorf("the history of %d operations is %s", len(history.ops), res)
+		for _, op := range history.ops {
+			t.Logf("%d: %d–%d %s", op.ClientId, op.Call, op.Return, primaryModel.DescribeOperation(op.Input, op.Output))
 		}
 	}
 	s.end(killed...)
 }
 
-// randomFault makes one fault for some seconds, ends it, and names it.
-func (s *story) randomFault() (*lab.Site, string) {
+// randomFault causes a fault, ends it after some seconds, and describes it.
+func (s *scenario) randomFault() (*lab.Site, string) {
 	s.t.Helper()
 	random, sites := s.lab.Random, s.lab.Sites
 	site, other := sites[random.IntN(len(sites))], 0
@@ -145,7 +147,7 @@ func (s *story) randomFault() (*lab.Site, string) {
 		other = random.IntN(len(sites))
 	}
 	lasts := time.Duration(500+random.IntN(6000)) * time.Millisecond
-	calm := time.Duration(random.IntN(4000)) * time.Millisecond
+	rest := time.Duration(random.IntN(4000)) * time.Millisecond
 	what := ""
 	switch random.IntN(4) {
 	case 0:
@@ -169,25 +171,25 @@ func (s *story) randomFault() (*lab.Site, string) {
 		s.waitUntil(time.Now().Add(lasts))
 		s.lab.Net.MendAll()
 	}
-	s.waitUntil(time.Now().Add(calm))
+	s.waitUntil(time.Now().Add(rest))
 	return site, fmt.Sprintf("%s %s for %v", site.Name, what, lasts)
 }
 
-// chronicle is the history of what clients did and saw.
-type chronicle struct {
+// primaryHistory records the operations of clients.
+type primaryHistory struct {
 	mu      sync.Mutex // guards all below
 	ops     []porcupine.Operation
 	reads   int
-	made    int // switchovers
+	made    int // switchovers that succeeded
 	refused int
 	maybe   int
-	lost    int // promotions by the cluster itself
+	lost    int // promotions by the cluster, after a loss
 }
 
-// never is later than any operation's end.
+// never is later than the end of any operation.
 const never = int64(1) << 62
 
-func (b *chronicle) add(client int, op reignOp, call, end time.Time, got reignSeen) {
+func (b *primaryHistory) add(client int, op primaryOp, call, end time.Time, got primaryResult) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	ret := end.UnixNano()
@@ -205,8 +207,8 @@ func (b *chronicle) add(client int, op reignOp, call, end time.Time, got reignSe
 	b.ops = append(b.ops, porcupine.Operation{ClientId: client, Input: op, Output: got, Call: call.UnixNano(), Return: ret})
 }
 
-// client reads and switches over at one node until ctx ends.
-func (b *chronicle) client(ctx context.Context, l *lab.Lab, id int, n *lab.Node, seed uint64) {
+// client reads from and requests switchovers of one node until ctx ends.
+func (b *primaryHistory) client(ctx context.Context, l *lab.Lab, id int, n *lab.Node, seed uint64) {
 	random := rand.New(rand.NewPCG(seed, uint64(id)))
 	for round := 0; ctx.Err() == nil; round++ {
 		pause := time.NewTimer(time.Duration(200+random.IntN(1200)) * time.Millisecond)
@@ -215,7 +217,7 @@ func (b *chronicle) client(ctx context.Context, l *lab.Lab, id int, n *lab.Node,
 		case <-pause.C:
 		}
 		pause.Stop()
-		// A question that was asked is answered, or its outcome is unknown.
+		// The end of ctx must not cut off a request: its result would be unknown.
 		ask, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		if random.IntN(3) > 0 {
 			b.read(ask, l, id, n, round)
@@ -226,70 +228,69 @@ func (b *chronicle) client(ctx context.Context, l *lab.Lab, id int, n *lab.Node,
 	}
 }
 
-// read reads through the log: a change returns once this node has applied it,
-// so a status after it is as new as the change at least.
-func (b *chronicle) read(ctx context.Context, l *lab.Lab, id int, n *lab.Node, round int) {
+// read reads through the log: a change of the configuration returns once this node has
+// applied it, so a status asked for after that is at least as new as the change.
+func (b *primaryHistory) read(ctx context.Context, l *lab.Lab, id int, n *lab.Node, round int) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	call := time.Now()
-	if err := n.ApplyConfig(ctx, fmt.Sprintf("%s# %s asks for the %dth time\n", l.ClusterYAML(), n.Name, round)); err != nil {
+	if err := n.ApplyConfig(ctx, fmt.Sprintf("%s# read at %s, round %d\n", l.ClusterYAML(), n.Name, round)); err != nil {
 		return
 	}
 	status, err := n.Status(ctx)
 	if err != nil || status.Primary == nil {
 		return
 	}
-	b.add(id, reignOp{read: true}, call, time.Now(), reignSeen{reign: reign{status.Primary.Site, status.Primary.Epoch}})
+	b.add(id, primaryOp{read: true}, call, time.Now(), primaryResult{primaryState: primaryState{status.Primary.Site, status.Primary.Epoch}})
 }
 
-// switchOver asks for another primary. What the answer says must be so: made in
-// that epoch, or not at all.
-func (b *chronicle) switchOver(ctx context.Context, id int, n *lab.Node, to string) {
+// switchOver requests a switchover. It was made, in the epoch of the answer, or it was
+// refused and changed nothing, or its result is unknown.
+func (b *primaryHistory) switchOver(ctx context.Context, id int, n *lab.Node, to string) {
 	call := time.Now()
 	result, err := n.Switchover(ctx, to)
-	op := reignOp{site: to}
+	op := primaryOp{site: to}
 	var no *lab.Refused
 	switch {
 	case err == nil:
 		op.from = result.Epoch - 1
-		b.add(id, op, call, time.Now(), reignSeen{reign: reign{to, result.Epoch}})
+		b.add(id, op, call, time.Now(), primaryResult{primaryState: primaryState{to, result.Epoch}})
 	case errors.As(err, &no) && (no.Code == "precheck_failed" || no.Code == "rolled_back"):
-		b.add(id, op, call, time.Now(), reignSeen{refused: true})
+		b.add(id, op, call, time.Now(), primaryResult{refused: true})
 	default:
-		b.add(id, op, call, time.Now(), reignSeen{maybe: true})
+		b.add(id, op, call, time.Now(), primaryResult{maybe: true})
 	}
 }
 
-// addUnplanned adds the promotions that nobody asked for, as operations whose
-// outcome is unknown: who saw such an epoch first can't say when it began, only
-// that nobody had asked before the one before it was seen.
-func (b *chronicle) addUnplanned(seen []lab.Observation) {
+// addUnplanned adds the promotions that no client requested, as operations with an
+// unknown result: when they were made is not known, only that they were seen.
+func (b *primaryHistory) addUnplanned(seen []lab.Observation) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	known := map[reign]bool{{"shanghai-a", 1}: true}
+	known := map[primaryState]bool{{"shanghai-a", 1}: true}
 	var begun int64
 	if len(b.ops) > 0 {
 		begun = slices.MinFunc(b.ops, func(x, y porcupine.Operation) int { return cmp.Compare(x.Call, y.Call) }).Call
 	}
 	for _, op := range b.ops {
-		if got := op.Output.(reignSeen); !op.Input.(reignOp).read && !got.refused && !got.maybe {
-			known[got.reign] = true
+		if got := op.Output.(primaryResult); !op.Input.(primaryOp).read && !got.refused && !got.maybe {
+			known[got.primaryState] = true
 		}
 	}
 	for _, s := range seen {
-		is := reign{s.Primary, s.Epoch}
+		is := primaryState{s.Primary, s.Epoch}
 		if s.Err != nil || s.Epoch == 0 || known[is] {
 			continue
 		}
 		known[is] = true
 		b.lost++
 		b.ops = append(b.ops, porcupine.Operation{
-			ClientId: 100 + b.lost, Input: reignOp{site: is.site, from: is.epoch - 1},
-			Output: reignSeen{maybe: true}, Call: begun, Return: never,
+			ClientId: 100 + b.lost, Input: primaryOp{site: is.site, from: is.epoch - 1},
+			Output: primaryResult{maybe: true}, Call: begun, Return: never,
 		})
 	}
 }
 
-func (b *chronicle) summary() string {
-	return fmt.Sprintf("%d reads, %d switchovers made, %d refused, %d unknown, %d promotions by the cluster itself", b.reads, b.made, b.refused, b.maybe, b.lost)
+func (b *primaryHistory) summary() string {
+	return fmt.Sprintf("%d reads; switchovers: %d made, %d refused, %d with an unknown result; %d promotions by the cluster", b.reads, b.made, b.refused, b.maybe, b.lost)
 }

@@ -16,15 +16,14 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// The loss table of the design, executed: what an acknowledged job survives, by
-// the durability that its 202 named. Each row loses something at a random moment
-// while hundreds of jobs wait and run; afterwards every job that the table says
-// must exist does, on every node, with one result, and nothing that was shown as
-// final has gone back.
+// These tests execute the design's loss table: what an acknowledged job survives, by
+// the durability that its 202 named. Each row causes a loss at a random moment while
+// hundreds of jobs wait and run. Afterwards every job that must exist according to the
+// table exists on every node, with one result, and no final status has changed.
 
-const jobModel = "deepseek-batch" // answers after 0.3 s, so that jobs are in flight
+const jobModel = "deepseek-batch" // answers after 0.3 s, so that jobs are running at any time
 
-// withJobs adds the model that jobs ask, and room to run them.
+// withJobs adds the model that jobs ask, and lets a node run 32 at a time.
 func withJobs(text string) string {
 	var b strings.Builder
 	b.WriteString(text)
@@ -42,31 +41,31 @@ func withJobs(text string) string {
 type lossRow struct {
 	name  string
 	nodes []int
-	// lose makes the loss and gives the nodes that a client can no longer reach.
-	lose func(*lossStory)
-	// repair brings back what can come back.
-	repair func(*lossStory)
-	// keeps says of each durability whether a job submitted where it was lost must
-	// still exist. Jobs submitted elsewhere must always.
+	// lose causes the loss.
+	lose func(*lossTrial)
+	// repair restores what can be restored.
+	repair func(*lossTrial)
+	// keeps says for each durability whether a job submitted to a lost node must still
+	// exist. Jobs submitted to other nodes must exist in any case.
 	keeps map[string]bool
-	// survivors, if given, are all that is left, without a quorum: jobs exist
-	// there but do not run.
-	survivors func(*lossStory) []*lab.Node
-	// short rows are played in the short form too.
+	// survivors, if set, are the only nodes left. They have no quorum: their jobs exist
+	// but do not run.
+	survivors func(*lossTrial) []*lab.Node
+	// short rows are in the short form too.
 	short bool
 }
 
-type lossStory struct {
+type lossTrial struct {
 	t      *testing.T
 	lab    *lab.Lab
 	ledger *lab.JobLedger
-	victim *lab.Node // of the rows that lose a node
-	site   *lab.Site // of the others
+	victim *lab.Node // for rows that lose a node
+	site   *lab.Site // for the others
 	lostAt time.Time
 	wiped  map[string]bool // nodes whose disks are gone
 }
 
-func (s *lossStory) wipe(nodes ...*lab.Node) {
+func (s *lossTrial) wipe(nodes ...*lab.Node) {
 	for _, n := range nodes {
 		n.Kill()
 	}
@@ -83,17 +82,17 @@ func lossTable() []lossRow {
 	return []lossRow{
 		{
 			name: "a process is killed", nodes: []int{1, 1, 1}, keeps: all, short: true,
-			lose:   func(s *lossStory) { s.victim.Kill() },
-			repair: func(s *lossStory) { s.victim.Start() },
+			lose:   func(s *lossTrial) { s.victim.Kill() },
+			repair: func(s *lossTrial) { s.victim.Start() },
 		},
 		{
 			name: "the power of all sites fails and returns", nodes: []int{1, 1, 1}, keeps: all,
-			lose: func(s *lossStory) {
+			lose: func(s *lossTrial) {
 				for _, n := range s.lab.Nodes() {
 					n.Kill()
 				}
 			},
-			repair: func(s *lossStory) {
+			repair: func(s *lossTrial) {
 				for _, n := range s.lab.Nodes() {
 					n.Start()
 				}
@@ -102,43 +101,43 @@ func lossTable() []lossRow {
 		{
 			name: "one node's disk is gone", nodes: []int{2, 2, 1}, short: true,
 			keeps:  map[string]bool{"site": true, "two-sites": true, "two-cities": true},
-			lose:   func(s *lossStory) { s.wipe(s.victim) },
-			repair: func(s *lossStory) { s.victim.Start() },
+			lose:   func(s *lossTrial) { s.wipe(s.victim) },
+			repair: func(s *lossTrial) { s.victim.Start() },
 		},
 		{
 			name: "a site is cut off, then returns", nodes: []int{1, 1, 1}, keeps: all,
-			lose:   func(s *lossStory) { s.lab.Net.Isolate(s.site.Index) },
-			repair: func(s *lossStory) { s.lab.Net.MendAll() },
+			lose:   func(s *lossTrial) { s.lab.Net.Isolate(s.site.Index) },
+			repair: func(s *lossTrial) { s.lab.Net.MendAll() },
 		},
 		{
 			name: "a site is destroyed", nodes: []int{1, 1, 1}, short: true,
 			keeps:  map[string]bool{"two-sites": true, "two-cities": true},
-			lose:   func(s *lossStory) { s.wipe(s.site.Nodes...) },
-			repair: func(*lossStory) {},
+			lose:   func(s *lossTrial) { s.wipe(s.site.Nodes...) },
+			repair: func(*lossTrial) {},
 		},
 		{
 			name: "a city is destroyed", nodes: []int{1, 1, 1}, keeps: map[string]bool{"two-cities": true},
-			lose: func(s *lossStory) {
+			lose: func(s *lossTrial) {
 				s.site = s.lab.Sites[0]
 				s.wipe(append(slices.Clone(s.lab.Sites[0].Nodes), s.lab.Sites[1].Nodes...)...)
 			},
-			repair:    func(*lossStory) {},
-			survivors: func(s *lossStory) []*lab.Node { return s.lab.Sites[2].Nodes },
+			repair:    func(*lossTrial) {},
+			survivors: func(s *lossTrial) []*lab.Node { return s.lab.Sites[2].Nodes },
 		},
 		{
 			name: "a link is cut, then mended", nodes: []int{1, 1, 1}, keeps: all,
-			lose: func(s *lossStory) {
+			lose: func(s *lossTrial) {
 				other := (s.site.Index + 1) % len(s.lab.Sites)
 				s.lab.Net.Cut(s.site.Index, other)
 				s.lab.Net.Cut(other, s.site.Index)
 			},
-			repair: func(s *lossStory) { s.lab.Net.MendAll() },
+			repair: func(s *lossTrial) { s.lab.Net.MendAll() },
 		},
 	}
 }
 
 func TestJobsSurviveWhatTheTableSays(t *testing.T) {
-	sharing(t)
+	parallelIfShort(t)
 	trials := 1
 	if full() {
 		trials = 5
@@ -148,7 +147,7 @@ func TestJobsSurviveWhatTheTableSays(t *testing.T) {
 			continue
 		}
 		t.Run(row.name, func(t *testing.T) {
-			sharing(t)
+			parallelIfShort(t)
 			for trial := range trials {
 				t.Run(fmt.Sprint(trial+1), func(t *testing.T) { row.play(t) })
 			}
@@ -167,27 +166,27 @@ func (r lossRow) play(t *testing.T) {
 	if full() {
 		load.Clients, before, after = 12, 600, 300
 	}
-	s := &lossStory{t: t, lab: l, ledger: l.StartJobs(load), wiped: map[string]bool{}}
+	s := &lossTrial{t: t, lab: l, ledger: l.StartJobs(load), wiped: map[string]bool{}}
 	s.site = l.Sites[l.Random.IntN(len(l.Sites))]
-	if slices.Max(r.nodes) > 1 { // where a neighbour is left
+	if slices.Max(r.nodes) > 1 { // a site with a second node
 		s.site = l.Sites[l.Random.IntN(2)]
 	}
 	s.victim = s.site.Nodes[l.Random.IntN(len(s.site.Nodes))]
 	s.awaitCount(before)
 	<-time.After(time.Duration(l.Random.IntN(500)) * time.Millisecond) // the random moment
-	t.Logf("now: %s, of %s", r.name, s.victim.Name)
+	t.Logf("loss: %s (%s)", r.name, s.victim.Name)
 	s.lostAt = time.Now()
 	r.lose(s)
 	if r.survivors == nil && r.name != "the power of all sites fails and returns" {
 		s.awaitCount(s.ledger.Count() + after)
 	}
 	r.repair(s)
-	<-time.After(time.Second) // clients go on for a moment with the repaired cluster
+	<-time.After(time.Second) // clients submit to the repaired cluster too
 	jobs := s.ledger.Stop()
 	s.verify(r, jobs)
 }
 
-func (s *lossStory) awaitCount(n int) {
+func (s *lossTrial) awaitCount(n int) {
 	s.t.Helper()
 	s.lab.WaitFor(within(20*time.Second), fmt.Sprintf("%d acknowledged jobs", n), func(context.Context) error {
 		if got := s.ledger.Count(); got < n {
@@ -197,12 +196,12 @@ func (s *lossStory) awaitCount(n int) {
 	})
 }
 
-// settleWithin is how long the cluster has for the jobs of a lost owner (10 s
-// until they are adopted) and for the rest of the queue.
+// settleWithin bounds the time for the jobs of a lost owner, which are adopted after
+// 10 s, and for the rest of the queue.
 const settleWithin = 60 * time.Second
 
-// verify asks every node that runs for every acknowledged job.
-func (s *lossStory) verify(r lossRow, jobs []lab.Job) {
+// verify asks every running node for every acknowledged job.
+func (s *lossTrial) verify(r lossRow, jobs []lab.Job) {
 	s.t.Helper()
 	nodes := s.lab.Running()
 	if r.survivors != nil {
@@ -226,9 +225,9 @@ func (s *lossStory) verify(r lossRow, jobs []lab.Job) {
 			missing++
 		}
 	}
-	s.t.Logf("submitted %d: %v; %d must exist; of the others %d do, %d are lost with what was lost", len(jobs), count, len(must), allowed, missing)
+	s.t.Logf("submitted %d: %v; %d must exist; of the others %d exist and %d are lost, as the table allows", len(jobs), count, len(must), allowed, missing)
 	if len(must) < 100 {
-		s.t.Errorf("only %d jobs were promised, that proves little", len(must))
+		s.t.Errorf("only %d jobs must exist, too few for the test to prove anything", len(must))
 	}
 	begun := time.Now()
 	results := make([]lab.JobView, len(must))
@@ -263,10 +262,10 @@ func (s *lossStory) verify(r lossRow, jobs []lab.Job) {
 	close(next)
 	work.Wait()
 	s.t.Logf("all %d settled on %d nodes after %.1f s", len(must), len(nodes), time.Since(begun).Seconds())
-	report(s.t, "promised jobs are lost", lost)
-	report(s.t, "jobs did not end well", undone)
+	report(s.t, "jobs that must exist are lost", lost)
+	report(s.t, "jobs have not succeeded", undone)
 	report(s.t, "jobs have more than one result", differ)
-	report(s.t, "jobs went back", s.ledger.Broken())
+	report(s.t, "final statuses changed", s.ledger.Broken())
 }
 
 type problemKind int
@@ -277,9 +276,9 @@ const (
 	isDifferent
 )
 
-// mustExist is the table: a job submitted where it was lost, acknowledged before,
-// may go where its durability says so.
-func (s *lossStory) mustExist(r lossRow, j lab.Job) bool {
+// mustExist applies the table: a job may be lost if it was submitted to a node that
+// was lost, acknowledged before that, and its durability does not cover the loss.
+func (s *lossTrial) mustExist(r lossRow, j lab.Job) bool {
 	if r.keeps[j.Durability] || j.Acknowledged.After(s.lostAt.Add(time.Second)) {
 		return true
 	}
@@ -289,9 +288,10 @@ func (s *lossStory) mustExist(r lossRow, j lab.Job) bool {
 	return true
 }
 
-// mustEnd: without a quorum nothing is executed, and a result is shown when it is
-// as durable as the job asked, which takes a second city.
-func (s *lossStory) mustEnd(r lossRow, j lab.Job) bool {
+// mustEnd reports whether the job must succeed. Without a quorum no job runs, and a
+// result is shown only when it is as durable as the job asked, which for two-cities
+// needs a running node in a second city.
+func (s *lossTrial) mustEnd(r lossRow, j lab.Job) bool {
 	cities := map[string]bool{}
 	for _, n := range s.lab.Running() {
 		cities[n.Site.City] = true
@@ -299,7 +299,7 @@ func (s *lossStory) mustEnd(r lossRow, j lab.Job) bool {
 	return r.survivors == nil && (len(cities) > 1 || j.Asked != "two-cities")
 }
 
-func (s *lossStory) find(nodes []*lab.Node, id string) bool {
+func (s *lossTrial) find(nodes []*lab.Node, id string) bool {
 	for _, n := range nodes {
 		if _, err := n.Job(s.t.Context(), id); err == nil {
 			return true
@@ -308,8 +308,8 @@ func (s *lossStory) find(nodes []*lab.Node, id string) bool {
 	return false
 }
 
-// settle waits until all nodes show the job with the same good end.
-func (s *lossStory) settle(r lossRow, nodes []*lab.Node, j lab.Job, until time.Time) (lab.JobView, string, problemKind) {
+// settle waits until all nodes show the job as succeeded with the same result.
+func (s *lossTrial) settle(r lossRow, nodes []*lab.Node, j lab.Job, until time.Time) (lab.JobView, string, problemKind) {
 	var last string
 	kind := isUndone
 	for first := true; first || time.Now().Before(until); first = false {
@@ -318,7 +318,7 @@ func (s *lossStory) settle(r lossRow, nodes []*lab.Node, j lab.Job, until time.T
 		for _, n := range nodes {
 			v, err := n.Job(s.t.Context(), j.ID)
 			if err != nil {
-				last, kind = fmt.Sprintf("job %d (%s, named %s, at %s): %v", j.Number, j.ID, j.Durability, j.Node, err), isUndone
+				last, kind = fmt.Sprintf("job %d (%s, %s, at %s): %v", j.Number, j.ID, j.Durability, j.Node, err), isUndone
 				if errors.Is(err, lab.ErrNoSuchJob) {
 					kind = isLost
 				}
@@ -326,7 +326,7 @@ func (s *lossStory) settle(r lossRow, nodes []*lab.Node, j lab.Job, until time.T
 			}
 			s.ledger.Seen(n, v)
 			if s.mustEnd(r, j) && v.Status != "succeeded" {
-				last, kind = fmt.Sprintf("job %d (%s, named %s, at %s): %s shows it as %s %s", j.Number, j.ID, j.Durability, j.Node, n.Name, v.Status, v.Error), isUndone
+				last, kind = fmt.Sprintf("job %d (%s, %s, at %s): %s shows it as %s %s", j.Number, j.ID, j.Durability, j.Node, n.Name, v.Status, v.Error), isUndone
 				break
 			}
 			seen = append(seen, v)

@@ -15,33 +15,34 @@ import (
 
 	"github.com/anishathalye/porcupine"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// holding is who may execute a stream's jobs: one register a stream, which begins
-// empty, whose token only rises, and which ends with the stream.
-type holding struct {
+// ownerState is the owner of a stream of jobs, who may execute them: one register per
+// stream, which is empty before the stream is opened, whose token only rises, and which
+// ends with the stream.
+type ownerState struct {
 	owner string
-	token cluster.FenceToken
+	token agreed.FenceToken
 	done  bool
 }
 
-// holdingOp is a read through the log, a change to what is named, from an owner
-// that is known or (a stream's opening) none; or the stream's end.
-type holdingOp struct {
+// ownerOp is a read through the log, a change of the owner (from none when the stream
+// is opened), or the end of the stream.
+type ownerOp struct {
 	stream string
 	read   bool
 	ends   bool
 	from   string
-	to     holding
+	to     ownerState
 }
 
-var holdingModel = (&porcupine.NondeterministicModel{
+var ownerModel = (&porcupine.NondeterministicModel{
 	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
 		of := map[string][]porcupine.Operation{}
 		for _, op := range history {
-			stream := op.Input.(holdingOp).stream
+			stream := op.Input.(ownerOp).stream
 			of[stream] = append(of[stream], op)
 		}
 		var parts [][]porcupine.Operation
@@ -50,16 +51,16 @@ var holdingModel = (&porcupine.NondeterministicModel{
 		}
 		return parts
 	},
-	Init: func() []any { return []any{holding{}} },
+	Init: func() []any { return []any{ownerState{}} },
 	Step: func(state, input, output any) []any {
-		is, op := state.(holding), input.(holdingOp)
+		is, op := state.(ownerState), input.(ownerOp)
 		switch {
-		case op.read && (output.(holding) == is || output.(holding) == holding{} && is.done):
+		case op.read && (output.(ownerState) == is || output.(ownerState) == ownerState{} && is.done):
 			return []any{is}
 		case op.read:
 			return nil
-		case op.ends && is.owner != "" && !is.done: // at some time, or never
-			return []any{is, holding{done: true}}
+		case op.ends && is.owner != "" && !is.done: // it ends now or later
+			return []any{is, ownerState{done: true}}
 		case op.ends:
 			return []any{is}
 		case is.done || is.owner != op.from || op.to.token.Compare(is.token) <= 0:
@@ -71,108 +72,108 @@ var holdingModel = (&porcupine.NondeterministicModel{
 	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v → %+v", in, out) },
 }).ToModel()
 
-// The model refuses what must not be.
+// The model accepts histories that are linearizable, and no others.
 func TestOwnershipModelRefuses(t *testing.T) {
-	at := func(call, ret int64, op holdingOp, got holding) porcupine.Operation {
+	at := func(call, ret int64, op ownerOp, got ownerState) porcupine.Operation {
 		return porcupine.Operation{ClientId: int(call), Input: op, Output: got, Call: call, Return: ret}
 	}
-	is := func(owner string, index uint64) holding {
-		return holding{owner: owner, token: cluster.FenceToken{Generation: 1, Index: index}}
+	is := func(owner string, index uint64) ownerState {
+		return ownerState{owner: owner, token: agreed.FenceToken{Generation: 1, Index: index}}
 	}
-	read := holdingOp{read: true}
-	opened := at(1, 2, holdingOp{to: is("a", 5)}, holding{})
+	read := ownerOp{read: true}
+	opened := at(1, 2, ownerOp{to: is("a", 5)}, ownerState{})
 	for name, c := range map[string]struct {
 		ops []porcupine.Operation
 		ok  bool
 	}{
-		"opened, adopted":        {[]porcupine.Operation{opened, at(3, 9, holdingOp{from: "a", to: is("b", 7)}, holding{}), at(4, 5, read, is("a", 5)), at(10, 11, read, is("b", 7))}, true},
-		"two from one owner":     {[]porcupine.Operation{opened, at(3, 9, holdingOp{from: "a", to: is("b", 7)}, holding{}), at(3, 9, holdingOp{from: "a", to: is("c", 8)}, holding{})}, false},
-		"the token falls":        {[]porcupine.Operation{opened, at(3, 9, holdingOp{from: "a", to: is("b", 4)}, holding{})}, false},
-		"the token stays":        {[]porcupine.Operation{opened, at(3, 9, holdingOp{from: "a", to: is("b", 5)}, holding{})}, false},
-		"a read of the past":     {[]porcupine.Operation{opened, at(3, 4, holdingOp{from: "a", to: is("b", 7)}, holding{}), at(5, 6, read, is("a", 5))}, false},
-		"a read from nowhere":    {[]porcupine.Operation{opened, at(5, 6, read, is("c", 6))}, false},
-		"ended":                  {[]porcupine.Operation{opened, at(3, never, holdingOp{ends: true}, holding{}), at(5, 6, read, holding{})}, true},
-		"not ended yet":          {[]porcupine.Operation{opened, at(3, never, holdingOp{ends: true}, holding{}), at(5, 6, read, is("a", 5))}, true},
-		"it is there after all":  {[]porcupine.Operation{opened, at(3, never, holdingOp{ends: true}, holding{}), at(5, 6, read, holding{}), at(7, 8, read, is("a", 5))}, false},
-		"gone, and nobody ended": {[]porcupine.Operation{opened, at(5, 6, read, holding{})}, false},
+		"opened, adopted":        {[]porcupine.Operation{opened, at(3, 9, ownerOp{from: "a", to: is("b", 7)}, ownerState{}), at(4, 5, read, is("a", 5)), at(10, 11, read, is("b", 7))}, true},
+		"two from one owner":     {[]porcupine.Operation{opened, at(3, 9, ownerOp{from: "a", to: is("b", 7)}, ownerState{}), at(3, 9, ownerOp{from: "a", to: is("c", 8)}, ownerState{})}, false},
+		"the token falls":        {[]porcupine.Operation{opened, at(3, 9, ownerOp{from: "a", to: is("b", 4)}, ownerState{})}, false},
+		"the token stays":        {[]porcupine.Operation{opened, at(3, 9, ownerOp{from: "a", to: is("b", 5)}, ownerState{})}, false},
+		"a read of an old owner": {[]porcupine.Operation{opened, at(3, 4, ownerOp{from: "a", to: is("b", 7)}, ownerState{}), at(5, 6, read, is("a", 5))}, false},
+		"a read of no change":    {[]porcupine.Operation{opened, at(5, 6, read, is("c", 6))}, false},
+		"ended":                  {[]porcupine.Operation{opened, at(3, never, ownerOp{ends: true}, ownerState{}), at(5, 6, read, ownerState{})}, true},
+		"not ended yet":          {[]porcupine.Operation{opened, at(3, never, ownerOp{ends: true}, ownerState{}), at(5, 6, read, is("a", 5))}, true},
+		"ended, and there again": {[]porcupine.Operation{opened, at(3, never, ownerOp{ends: true}, ownerState{}), at(5, 6, read, ownerState{}), at(7, 8, read, is("a", 5))}, false},
+		"gone without an end":    {[]porcupine.Operation{opened, at(5, 6, read, ownerState{})}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := porcupine.CheckOperations(holdingModel, c.ops); got != c.ok {
+			if got := porcupine.CheckOperations(ownerModel, c.ops); got != c.ok {
 				t.Errorf("linearizable: %v, want %v", got, c.ok)
 			}
 		})
 	}
 }
 
-// ownershipFor is how long the cluster is tormented: an adoption takes ten
-// seconds, so a shorter time shows little.
+// ownershipFor is how long faults follow each other. An adoption takes ten seconds, so
+// a shorter time would show few.
 const ownershipFor = 5 * time.Minute
 
-// Under random faults, many of them longer than an owner may be gone, clients at
-// all nodes read through the log and past it who executes which stream of jobs.
-// What they see is one order of changes for each stream. And what the model
-// servers were asked, held against the starts in the journals of all nodes, keeps
-// law 4: each start by its token's owner, and none of an owner after the next one
-// began, or after its last lease had ended. LAB_SEED repeats faults and questions.
+// Under random faults, many of them long enough for an adoption, clients at all nodes
+// read the owners of all streams of jobs, some of them through the log. For each stream
+// what they see is linearizable. Law 4 holds for the requests that the model servers
+// got, compared with the starts in the journals: the owner under the start's token made
+// each of them, and none is later than the first one of the next owner or than the end
+// of the owner's last lease. LAB_SEED repeats faults and reads.
 func TestJobsOwnershipIsLinearizable(t *testing.T) {
-	fullOnly(t, "an owner must be gone for ten seconds before another follows")
-	asked := &requestBook{}
+	fullOnly(t, "an owner must be gone for ten seconds before another adopts its stream")
+	requests := &requestLog{}
 	l := lab.Start(t, lab.Topology{Nodes: []int{2, 1, 1}, Link: lab.RoundTrip(betweenCities)})
-	s := &story{t: t, lab: l}
+	s := &scenario{t: t, lab: l}
 	s.ordinaryLinks()
 	for _, site := range l.Sites {
-		asked.listen(t, l, site)
+		requests.listen(t, l, site)
 	}
-	book := &holdingBook{config: withAnchors(l.ClusterYAML()), streams: map[string]*streamSeen{}}
-	if err := l.Nodes()[0].ApplyConfig(t.Context(), book.config); err != nil {
+	owners := &ownerHistory{config: withUnendingJobs(l.ClusterYAML()), streams: map[string]*streamHistory{}}
+	if err := l.Nodes()[0].ApplyConfig(t.Context(), owners.config); err != nil {
 		t.Fatal(err)
 	}
 	l.WaitHealthy(within(returns))
-	starts := newStartBook(t, l)
+	starts := newStartRecords(t, l)
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	for i, n := range l.Nodes() {
 		seed := l.Random.Uint64()
-		wg.Go(func() { book.client(ctx, i, n, seed) })
-		wg.Go(func() { handIn(ctx, n) })
+		wg.Go(func() { owners.client(ctx, i, n, seed) })
+		wg.Go(func() { submitUnending(ctx, n) })
 	}
 	wg.Go(func() { starts.follow(ctx) })
 	var faults []string
 	for until := time.Now().Add(ownershipFor); time.Now().Before(until); {
-		faults = append(faults, s.longFault(asked))
+		faults = append(faults, s.longFault(requests))
 	}
-	l.WaitHealthy(time.Minute) // how soon is not what this is about
+	l.WaitHealthy(time.Minute) // no promised time
 	stop()
 	wg.Wait()
-	book.readAll(t, l)
+	owners.readAll(t, l)
 	for _, n := range l.Nodes() {
 		n.Terminate(30 * time.Second)
 	}
 	starts.copyAll()
 	t.Logf("faults: %s", strings.Join(faults, ", "))
-	ops := book.operations()
-	t.Log(book.summary())
-	report(t, "things were seen of owners that can't be", book.wrong)
-	if book.adoptions() < 5 {
-		t.Errorf("only %d changes of owner, that proves little", book.adoptions())
+	ops := owners.operations()
+	t.Log(owners.summary())
+	report(t, "answers about owners contradict each other", owners.wrong)
+	if owners.adoptions() < 5 {
+		t.Errorf("only %d changes of owner, too few for the test to prove anything", owners.adoptions())
 	}
-	if res := porcupine.CheckOperationsTimeout(holdingModel, ops, 2*time.Minute); res != porcupine.Ok {
+	if res := porcupine.CheckOperationsTimeout(ownerModel, ops, 2*time.Minute); res != porcupine.Ok {
 		t.Errorf("the history of %d operations is %s", len(ops), res)
-		for _, part := range holdingModel.Partition(ops) {
-			if porcupine.CheckOperations(holdingModel, part) {
+		for _, part := range ownerModel.Partition(ops) {
+			if porcupine.CheckOperations(ownerModel, part) {
 				continue
 			}
 			for _, op := range part {
-				t.Logf("%d: %d–%d %s", op.ClientId, op.Call, op.Return, holdingModel.DescribeOperation(op.Input, op.Output))
+				t.Logf("%d: %d–%d %s", op.ClientId, op.Call, op.Return, ownerModel.DescribeOperation(op.Input, op.Output))
 			}
 		}
 	}
-	starts.verify(t, book, asked)
+	starts.verify(t, owners, requests)
 }
 
-// withAnchors adds a model whose servers want each question to be asked again: its
-// jobs never end, so streams stay, and each of their owners has something to start.
-func withAnchors(text string) string {
+// withUnendingJobs adds a model whose servers fail each request with a retryable error.
+// Its jobs never end, so their streams last, and every owner has jobs to start.
+func withUnendingJobs(text string) string {
 	var upstreams, serve strings.Builder
 	for line := range strings.Lines(text) {
 		name, rest, found := strings.Cut(strings.TrimSpace(line), "-sim: {")
@@ -181,32 +182,31 @@ func withAnchors(text string) string {
 		}
 		_, host, _ := strings.Cut(rest, "http://")
 		host, _, _ = strings.Cut(host, ":")
-		fmt.Fprintf(&upstreams, "  %s-book: {site: %s, url: \"http://%s:%d/v1\"}\n", name, name, host, bookPort)
-		fmt.Fprintf(&serve, "      - {upstream: %s-book, model: m}\n", name)
+		fmt.Fprintf(&upstreams, "  %s-log: {site: %s, url: \"http://%s:%d/v1\"}\n", name, name, host, requestLogPort)
+		fmt.Fprintf(&serve, "      - {upstream: %s-log, model: m}\n", name)
 	}
 	text = strings.Replace(text, "\nupstreams:\n", "\nupstreams:\n"+upstreams.String(), 1)
-	text = strings.Replace(text, "\nmodels:\n", "\nmodels:\n  "+anchorModel+":\n    serve:\n"+serve.String(), 1)
+	text = strings.Replace(text, "\nmodels:\n", "\nmodels:\n  "+unendingModel+":\n    serve:\n"+serve.String(), 1)
 	return text + "jobs: {concurrency: 64, max_attempts: 100}\n"
 }
 
 const (
-	bookPort    = 9001
-	anchorModel = "deepseek-anchor"
+	requestLogPort = 9001
+	unendingModel  = "deepseek-unending"
 )
 
-// handIn submits jobs that never end at a node, a few each time its stream is new
-// and some more as time goes on.
-func handIn(ctx context.Context, n *lab.Node) {
+// submitUnending submits jobs that never end to a node until ctx ends.
+func submitUnending(ctx context.Context, n *lab.Node) {
 	body, err := json.Marshal(map[string]any{
 		"endpoint": "/v1/chat/completions", "durability": "node",
-		"body": map[string]any{"model": anchorModel, "messages": []map[string]string{{"role": "user", "content": "Still there?"}}},
+		"body": map[string]any{"model": unendingModel, "messages": []map[string]string{{"role": "user", "content": "Still there?"}}},
 	})
 	if err != nil {
 		panic(err) // strings always marshal
 	}
 	for ctx.Err() == nil {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
-		_, _, _, _ = n.Post(ask, "/v1/jobs", body, nil) // a node that is down takes none
+		_, _, _, _ = n.Post(ask, "/v1/jobs", body, nil) // fails while the node is down
 		cancel()
 		rest(ctx, 700*time.Millisecond)
 	}
@@ -221,8 +221,9 @@ func rest(ctx context.Context, d time.Duration) {
 	}
 }
 
-// longFault is a fault of which two in three last longer than an owner may be gone.
-func (s *story) longFault(asked *requestBook) string {
+// longFault causes a fault, ends it and describes it. Two of three last long enough for
+// an adoption.
+func (s *scenario) longFault(requests *requestLog) string {
 	s.t.Helper()
 	random, nodes := s.lab.Random, s.lab.Nodes()
 	victim := nodes[random.IntN(len(nodes))]
@@ -230,7 +231,7 @@ func (s *story) longFault(asked *requestBook) string {
 	if random.IntN(3) > 0 {
 		lasts += 11 * time.Second
 	}
-	calm := time.Duration(random.IntN(5000)) * time.Millisecond
+	rest := time.Duration(random.IntN(5000)) * time.Millisecond
 	what := ""
 	switch random.IntN(4) {
 	case 0:
@@ -242,7 +243,7 @@ func (s *story) longFault(asked *requestBook) string {
 		what = victim.Name + " stopped"
 		victim.Stop()
 		s.waitUntil(time.Now().Add(lasts))
-		asked.resumed(victim.Name)
+		requests.resumed(victim.Name)
 		victim.Continue()
 	case 2:
 		what = victim.Site.Name + " isolated"
@@ -256,28 +257,28 @@ func (s *story) longFault(asked *requestBook) string {
 		s.waitUntil(time.Now().Add(lasts))
 		s.lab.Net.MendAll()
 	}
-	s.waitUntil(time.Now().Add(calm))
+	s.waitUntil(time.Now().Add(rest))
 	return fmt.Sprintf("%s for %v", what, lasts)
 }
 
-// requestBook is model servers that note when they were asked for what, and say
-// that it shall be asked again.
-type requestBook struct {
+// requestLog is one model server per site. They record every request and answer with a
+// retryable error.
+type requestLog struct {
 	mu      sync.Mutex // guards all below
 	seen    []request
 	resumes map[string][]time.Time // by node
 }
 
-// request is one that came: of a job and its attempt, in a site.
+// request is a request for an attempt of a job.
 type request struct {
-	id   string // job-attempt, as the executor names it
-	site string
+	id   string // job-attempt, the executor's X-Request-Id
+	site string // of the model server
 	at   time.Time
 }
 
-func (b *requestBook) listen(t *testing.T, l *lab.Lab, site *lab.Site) {
+func (b *requestLog) listen(t *testing.T, l *lab.Lab, site *lab.Site) {
 	t.Helper()
-	ln, err := l.Net.Listen(site.Index, bookPort)
+	ln, err := l.Net.Listen(site.Index, requestLogPort)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,7 +297,7 @@ func (b *requestBook) listen(t *testing.T, l *lab.Lab, site *lab.Site) {
 	t.Cleanup(func() { _ = server.Close() })
 }
 
-func (b *requestBook) resumed(node string) {
+func (b *requestLog) resumed(node string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.resumes == nil {
@@ -305,9 +306,9 @@ func (b *requestBook) resumed(node string) {
 	b.resumes[node] = append(b.resumes[node], time.Now())
 }
 
-// justResumed reports whether a node was stopped shortly before: it may have been
-// between its last look at the permit and the request, which no program can help.
-// Such starts are found and don't count.
-func (b *requestBook) justResumed(node string, at time.Time) bool {
+// justResumed reports whether a node was continued less than a second before. It may
+// have been stopped between the check of its permit and the request, which no program
+// can prevent. The product finds such starts, and their results don't count.
+func (b *requestLog) justResumed(node string, at time.Time) bool {
 	return slices.ContainsFunc(b.resumes[node], func(r time.Time) bool { return !at.Before(r) && at.Sub(r) < time.Second })
 }

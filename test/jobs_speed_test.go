@@ -13,10 +13,10 @@ import (
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// What carrying jobs between cities takes: figures for a person, over links of
-// 30 ms. Only that it works is asserted.
+// Measures the replication of jobs between cities, with round trips of 30 ms, and logs
+// the figures. It asserts only that the replication works.
 func TestJobsBetweenCitiesFigures(t *testing.T) {
-	fullOnly(t, "it measures, for a minute and a half, on a machine of its own")
+	fullOnly(t, "it measures for a minute and a half and needs an idle machine")
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Cluster: func(text string) string {
 		return text + "jobs: {paused: true, max_queued: 1000000}\n"
 	}})
@@ -34,7 +34,7 @@ func TestJobsBetweenCitiesFigures(t *testing.T) {
 	}
 	report("two-cities, 1 in flight", one.Stop())
 
-	// A stream of submissions, and how old the remote copy is meanwhile.
+	// The lag of the remote copy during steady submissions.
 	remote := l.Sites[2].Nodes[0]
 	var lags []float64
 	many := l.StartJobs(lab.JobLoad{Clients: 64, Durabilities: []string{"node"}, Sites: l.Sites[:1]})
@@ -54,19 +54,19 @@ func TestJobsBetweenCitiesFigures(t *testing.T) {
 	jobs := many.Stop()
 	slices.Sort(lags)
 	if len(lags) == 0 {
-		t.Fatal("no lag was shown")
+		t.Fatal("the metrics show no lag")
 	}
 	report(fmt.Sprintf("node, 64 in flight, %.0f jobs/s", float64(len(jobs))/15), jobs)
-	t.Logf("lag of the remote copy meanwhile: p50 %.3f s, p99 %.3f s", lags[len(lags)/2], lags[len(lags)*99/100])
+	t.Logf("lag of the remote copy during these: p50 %.3f s, p99 %.3f s", lags[len(lags)/2], lags[len(lags)*99/100])
 
-	// A site that was away catches up while new jobs come.
+	// A site that was isolated catches up while new jobs are submitted.
 	l.Net.Isolate(remote.Site.Index)
 	away := l.StartJobs(lab.JobLoad{Clients: 64, Durabilities: []string{"node"}, Sites: l.Sites[:1]})
 	awaitJobs(l, away, 20000)
 	missed := len(away.Stop())
 	l.Net.MendAll()
 	fresh := l.StartJobs(lab.JobLoad{Clients: 1, Durabilities: []string{"two-sites"}, Sites: l.Sites[:1], Every: 20 * time.Millisecond})
-	took := l.WaitFor(2*time.Minute, "the site that was away to catch up", func(ctx context.Context) error {
+	took := l.WaitFor(2*time.Minute, "the isolated site to catch up", func(ctx context.Context) error {
 		m, err := remote.Metrics(ctx)
 		if err != nil {
 			return err
@@ -79,10 +79,10 @@ func TestJobsBetweenCitiesFigures(t *testing.T) {
 				return nil
 			}
 		}
-		return fmt.Errorf("how far it is behind is not known yet")
+		return fmt.Errorf("no metric for the records behind yet")
 	})
 	t.Logf("%d records missed, caught up after %v: %.0f records/s", missed, took, float64(missed)/took.Seconds())
-	report("two-sites meanwhile", fresh.Stop())
+	report("two-sites while the site catches up", fresh.Stop())
 }
 
 func awaitJobs(l *lab.Lab, b *lab.JobLedger, n int) {

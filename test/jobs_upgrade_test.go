@@ -4,28 +4,48 @@ package test
 
 import (
 	"fmt"
+	"os"
 	"testing"
 	"time"
 
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-// Two builds whose records differ by one format share a cluster: it is upgraded
-// node by node, and goes back, under load. No request fails, no job is lost.
+// oldCommit names the commit whose build TestUpgradeAndBackLosesNothing upgrades from.
+const oldCommit = "DSNODE_TEST_OLD_COMMIT"
+
+// builds returns the two builds between which the cluster moves: that of oldCommit
+// and the present one. Without it, or in a clone without that commit, they are the
+// present build and one whose journal records have the next format.
+func builds(t *testing.T) (older, newer string) {
+	t.Helper()
+	if commit := os.Getenv(oldCommit); commit != "" {
+		if older, ok := lab.BuildCommit(t, commit); ok {
+			t.Logf("from commit %s to the present build", commit)
+			return older, lab.Build(t)
+		}
+		t.Logf("this clone has no commit %s", commit)
+	}
+	t.Log("from the present build to one with the next format of records")
+	return lab.Build(t), lab.BuildTagged(t, "dsnode_next_format")
+}
+
+// A cluster is upgraded node by node to a newer build and downgraded again, under
+// load. In between both builds share the cluster. No request fails, no job is lost.
 func TestUpgradeAndBackLosesNothing(t *testing.T) {
 	fullOnly(t, "it builds a second binary and restarts all nodes twice, in a minute")
-	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Node: draining, Cluster: withJobs})
-	next := lab.BuildTagged(t, "dsnode_next_format")
+	older, newer := builds(t)
+	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Node: draining, Cluster: withJobs, Binary: older})
 	requests := l.StartLoad(lab.Load{Rate: 50, Streams: 5, Balanced: true})
 	ledger := l.StartJobs(lab.JobLoad{Clients: 4, Durabilities: []string{"", "two-sites", "node"}, Model: jobModel, Every: 50 * time.Millisecond})
-	for _, to := range []struct{ what, binary string }{{"the next build", next}, {"the build before", ""}} {
+	for _, to := range []struct{ what, binary string }{{"the newer build", newer}, {"the older build", older}} {
 		for _, n := range l.Nodes() {
 			n.Terminate(25 * time.Second)
 			n.Use(to.binary)
 			n.Start()
 			t.Logf("%s runs %s: healthy after %v", n.Name, to.what, l.WaitHealthy(within(15*time.Second)))
 			before := ledger.Count()
-			s := &lossStory{t: t, lab: l, ledger: ledger}
+			s := &lossTrial{t: t, lab: l, ledger: ledger}
 			s.awaitCount(before + 50)
 		}
 	}
@@ -38,6 +58,6 @@ func TestUpgradeAndBackLosesNothing(t *testing.T) {
 		}
 	}
 	t.Logf("submissions that were not accepted, by status: %v", refused)
-	s := &lossStory{t: t, lab: l, ledger: ledger, wiped: map[string]bool{}, lostAt: time.Now()}
+	s := &lossTrial{t: t, lab: l, ledger: ledger, wiped: map[string]bool{}, lostAt: time.Now()}
 	s.verify(lossRow{keeps: all}, jobs)
 }

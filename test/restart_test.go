@@ -10,22 +10,23 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/test/lab"
 )
 
-var errStillQuorum = errors.New("it still says healthy, quorum or leader")
+var errStillQuorum = errors.New("the status still shows a healthy cluster, a quorum or a leader")
 
-// Every node in turn, killed and brought back, at the same or other addresses,
-// then all of them in a random order: the cluster is healthy again by itself.
+// Each node in turn is killed and restarted, on the same and on other ports; then all
+// nodes are killed and started in a random order. Each time the cluster becomes
+// healthy without help.
 func TestAnyNodeComesBack(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	for _, n := range l.Nodes() {
 		n.Restart()
-		t.Logf("%s killed and restarted: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+		t.Logf("%s killed and restarted: healthy after %v", n.Name, l.WaitHealthy(within(returns)))
 		n.RestartWithNewPorts()
-		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(15*time.Second))
+		t.Logf("%s at new ports: healthy after %v", n.Name, l.WaitHealthy(within(returns)))
 	}
 	wantVoters(t, l, 3)
 	for range 3 {
@@ -40,14 +41,14 @@ func TestAnyNodeComesBack(t *testing.T) {
 			n.Start()
 			order = append(order, n.Name)
 		}
-		t.Logf("all killed, started as %v: healthy after %v", order, l.WaitHealthy(20*time.Second))
+		t.Logf("all killed, started as %v: healthy after %v", order, l.WaitHealthy(within(20*time.Second)))
 	}
 }
 
-// draining gives load balancers time to notice.
+// draining gives load balancers time to notice that a node stops.
 func draining(c *node.Config) {
-	c.Shutdown.Delay = cluster.Duration(time.Second)
-	c.Shutdown.Grace = cluster.Duration(15 * time.Second)
+	c.Shutdown.Delay = config.Duration(time.Second)
+	c.Shutdown.Grace = config.Duration(15 * time.Second)
 }
 
 func TestRollingRestartLosesNoRequest(t *testing.T) {
@@ -61,13 +62,14 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 		n.Terminate(25 * time.Second)
 		drained := time.Since(begun)
 		n.Start()
-		t.Logf("%s drained in %v, healthy again %v later", n.Name, drained, l.WaitHealthy(15*time.Second))
+		t.Logf("%s drained in %v, healthy again %v later", n.Name, drained, l.WaitHealthy(within(returns)))
 		await(t, running, 300)
 	}
 	wantNoFailure(t, running.Stop(), false)
 }
 
-// One node becomes three sites and then 2+2+1, and no client notices.
+// A cluster grows from one node to three sites and then to 2+2+1 nodes. No client
+// fails.
 func TestGrowthUnderLoad(t *testing.T) {
 	l := lab.Start(t, lab.Topology{Nodes: []int{2, 2, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Alone: true})
 	first := l.Sites[0].Nodes[0]
@@ -79,11 +81,11 @@ func TestGrowthUnderLoad(t *testing.T) {
 	for _, s := range l.Sites[1:] {
 		s.Nodes[0].Start()
 	}
-	t.Logf("three sites: healthy after %v", l.WaitHealthy(20*time.Second))
+	t.Logf("three sites: healthy after %v", l.WaitHealthy(within(20*time.Second)))
 	wantVoters(t, l, 3)
 	l.Sites[0].Nodes[1].Start()
 	l.Sites[1].Nodes[1].Start()
-	t.Logf("2+2+1: healthy after %v", l.WaitHealthy(20*time.Second))
+	t.Logf("2+2+1: healthy after %v", l.WaitHealthy(within(20*time.Second)))
 	wantVoters(t, l, 5)
 	await(t, running, 200)
 	wantNoFailure(t, running.Stop(), false)
@@ -94,13 +96,12 @@ func TestGrowthUnderLoad(t *testing.T) {
 	}
 }
 
-// awaitCommits lets the cluster agree on so many more entries, so that what went
-// before is old news on every disk: raft restores old and new entries in
-// different ways.
+// awaitCommits waits for that many more Raft entries, so that earlier entries are old
+// on every disk: Raft restores old and new entries in different ways.
 func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 	t.Helper()
 	var want uint64
-	l.WaitFor(30*time.Second, fmt.Sprintf("%d more entries", more), func(ctx context.Context) error {
+	l.WaitFor(within(30*time.Second), fmt.Sprintf("%d more entries", more), func(ctx context.Context) error {
 		for _, n := range l.Running() {
 			status, err := n.Status(ctx)
 			if err != nil {
@@ -108,7 +109,7 @@ func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 			}
 			at := status.Raft.CommitIndex
 			if at == nil {
-				return fmt.Errorf("%s knows of no entries", n.Name)
+				return fmt.Errorf("%s shows no commit index", n.Name)
 			}
 			if want == 0 {
 				want = *at + more
@@ -121,17 +122,17 @@ func awaitCommits(t *testing.T, l *lab.Lab, more uint64) {
 	})
 }
 
-// wantVoters waits until that many nodes vote, as every node sees it.
+// wantVoters waits until every node shows that many voters.
 func wantVoters(t *testing.T, l *lab.Lab, want int) {
 	t.Helper()
-	took := l.WaitFor(60*time.Second, fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
+	took := l.WaitFor(within(60*time.Second), fmt.Sprintf("%d voters", want), func(ctx context.Context) error {
 		for _, n := range l.Running() {
 			status, err := n.Status(ctx)
 			if err != nil {
 				return err
 			}
 			if v := status.Raft.Voters; v == nil || *v != want {
-				return fmt.Errorf("%s sees %v voters", n.Name, status.Raft.Voters)
+				return fmt.Errorf("%s shows %v voters", n.Name, status.Raft.Voters)
 			}
 		}
 		return nil

@@ -13,7 +13,7 @@ import (
 )
 
 func newAPIKeyCommand(env *environment) *cobra.Command {
-	return newGroup("apikey", "Keys of the clients",
+	return newGroup("apikey", "Create, list and revoke client keys",
 		newAPIKeyCreateCommand(env),
 		newAPIKeyListCommand(env),
 		newAPIKeyRevokeCommand(env),
@@ -25,20 +25,21 @@ func newAPIKeyCreateCommand(env *environment) *cobra.Command {
 	var validFor span
 	cmd := &cobra.Command{
 		Use:   "create --tenant NAME",
-		Short: "Make a key; its secret is shown once",
-		Long: "Make a key for a tenant. The secret goes to stdout, once: the cluster keeps only its hash.\n\n" +
-			"From the first key on, every client needs one.",
+		Short: "Create a client key; its secret is shown once",
+		Long: "Create a client key for a tenant. The secret is written to stdout and can't be shown again: the cluster\n" +
+			"keeps only its hash.\n\n" +
+			"As soon as a key exists, every client needs one, unless access.anonymous is set.",
 		Example: "  OPENAI_API_KEY=$(dsnode apikey create --tenant search)\n  dsnode apikey create --tenant search --model deepseek-chat --expires-in 90d",
 		Args:    takes(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&req.Tenant, "tenant", "", "who the key is for (required)")
-	f.StringVar(&req.Note, "note", "", "a note for people")
-	f.StringArrayVar(&req.Models, "model", nil, "a model that the key may use; repeatable (default all)")
-	f.Var(&validFor, "expires-in", "how long the key is good: 90d, 12h (default for ever)")
+	f.StringVar(&req.Tenant, "tenant", "", "`NAME` of the tenant that uses the key (required)")
+	f.StringVar(&req.Note, "note", "", "`TEXT` that dsnode apikey list shows")
+	f.StringArrayVar(&req.Models, "model", nil, "a `MODEL` that the key may use; repeatable (default all)")
+	f.Var(&validFor, "expires-in", "`TIME` after which the key expires, such as 90d or 12h (default never)")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if req.Tenant == "" {
-			return usage("write for instance --tenant search", "apikey create needs --tenant NAME")
+			return usage("for example --tenant search", "apikey create needs --tenant NAME")
 		}
 		if validFor > 0 {
 			at := time.Now().Add(time.Duration(validFor)).UTC().Truncate(time.Second)
@@ -49,7 +50,7 @@ func newAPIKeyCreateCommand(env *environment) *cobra.Command {
 			return err
 		}
 		return show(env.stdout, s.output, key, func(w io.Writer) error {
-			say(env.stderr, "done", fmt.Sprintf("key %s for %s; keep the secret, it is not shown again", key.ID, key.Tenant))
+			say(env.stderr, "done", fmt.Sprintf("created key %s for %s; keep the secret, it is not shown again", key.ID, key.Tenant))
 			return emit(w, "%s\n", key.Secret)
 		})
 	})
@@ -78,14 +79,14 @@ func keysGrid(keys []admin.APIKeyInfo, now time.Time) *grid {
 		if k.ExpiresAt != nil {
 			expires = k.ExpiresAt.UTC().Format(time.RFC3339)
 		}
-		g.add(plain(k.ID), plain(k.Tenant), mood(k.State(now)), plain(models),
+		g.add(plain(k.ID), plain(k.Tenant), stateCell(k.State(now)), plain(models),
 			plain(k.CreatedAt.UTC().Format(time.RFC3339)), plain(expires), plain(k.Note))
 	}
 	return g
 }
 
 func newAPIKeyRevokeCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "revoke ID", Short: "End a key for good", Args: takes("the ID of a key")}
+	cmd := &cobra.Command{Use: "revoke ID", Short: "Revoke a key for good", Args: takes("the ID of a key")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.RevokeAPIKey(ctx, args[0]); err != nil {
 			return err

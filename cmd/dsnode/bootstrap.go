@@ -10,16 +10,16 @@ func newBootstrapCommand(env *environment) *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
 		Use:   "bootstrap --config cluster.yaml",
-		Short: "Start a new cluster, once, on its first node",
-		Long: "Start a new cluster with this configuration, once, on its first node. All other nodes\n" +
-			"join by themselves through their seeds. The same configuration again changes nothing.",
+		Short: "Start a new cluster, once, through its first node",
+		Long: "Start a new cluster with this configuration. Run it once, against the first node; the other\n" +
+			"nodes join by themselves through their seeds. Repeating it with the same file changes nothing.",
 		Example: "  dsnode bootstrap --config cluster.yaml --admin http://127.0.0.1:8081",
 		Args:    takes(),
 	}
-	cmd.Flags().StringVar(&file, "config", "", "cluster.yaml to start with (required)")
+	cmd.Flags().StringVar(&file, "config", "", "the cluster's configuration `FILE`, a cluster.yaml (required)")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if file == "" {
-			return usage("write one after deploy/cluster.yaml", "bootstrap needs --config cluster.yaml")
+			return usage("deploy/cluster.yaml is an example", "bootstrap needs --config cluster.yaml")
 		}
 		text, err := readClusterConfig(env, file)
 		if err != nil {
@@ -28,7 +28,7 @@ func newBootstrapCommand(env *environment) *cobra.Command {
 		if err := s.Bootstrap(ctx, text, ""); err != nil {
 			return err
 		}
-		say(env.stderr, "done", "the cluster is bootstrapped; dsnode status shows it, dsnode apikey create makes the first key")
+		say(env.stderr, "done", "the cluster is bootstrapped; dsnode status shows it, dsnode apikey create makes the first client key")
 		return nil
 	})
 }

@@ -13,14 +13,16 @@ import (
 )
 
 func newCacheCommand(env *environment) *cobra.Command {
-	return newGroup("cache", "The cache of answers", newCacheStatsCommand(env), newCachePurgeCommand(env))
+	return newGroup("cache", "Show and purge the answer cache", newCacheStatsCommand(env), newCachePurgeCommand(env))
 }
 
 func newCacheStatsCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "stats",
-		Short: "Show what the node that answers keeps, and what came of looking there",
-		Args:  takes(),
+		Short: "Show a node's cache and its hits and misses",
+		Long: "Show the cache of the node that answers: its two tiers, and how many lookups of each tier had which result\n" +
+			"since the node started. - is an unknown value.",
+		Args: takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		stats, err := s.CacheStats(ctx)
@@ -69,14 +71,14 @@ func newCachePurgeCommand(env *environment) *cobra.Command {
 	var r admin.CachePurge
 	cmd := &cobra.Command{
 		Use:   "purge --all | --model MODEL | --key KEY",
-		Short: "Make kept answers unusable, in every site",
-		Long: "Make kept answers unusable, in every site, also in one that is away now: it uses none of them when it is back.\n" +
-			"KEY is what the header Cache-Status of an answer shows.",
+		Short: "Make cached answers unusable in every site",
+		Long: "Make cached answers unusable in every site, also in a site that can't be reached now: it will not use them\n" +
+			"when it is back. The header Cache-Status of an answer shows its KEY.",
 		Args: takes(),
 	}
-	cmd.Flags().BoolVar(&r.All, "all", false, "all answers of all models")
-	cmd.Flags().StringVar(&r.Model, "model", "", "all answers of this model")
-	cmd.Flags().StringVar(&r.Key, "key", "", "this one answer")
+	cmd.Flags().BoolVar(&r.All, "all", false, "purge all answers")
+	cmd.Flags().StringVar(&r.Model, "model", "", "purge all answers of this `MODEL`")
+	cmd.Flags().StringVar(&r.Key, "key", "", "purge the answer with this `KEY`")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		named := 0
 		for _, is := range []bool{r.All, r.Model != "", r.Key != ""} {
@@ -85,19 +87,19 @@ func newCachePurgeCommand(env *environment) *cobra.Command {
 			}
 		}
 		if named != 1 {
-			return usage("dsnode cache purge --all purges everything", "name one of --all, --model and --key")
+			return usage("dsnode cache purge --all purges everything", "give exactly one of --all, --model and --key")
 		}
 		if err := s.PurgeCache(ctx, r, ""); err != nil {
 			return err
 		}
-		what := "all kept answers"
+		what := "all cached answers"
 		switch {
 		case r.Model != "":
-			what = "all kept answers of " + r.Model
+			what = "all cached answers of " + r.Model
 		case r.Key != "":
-			what = "that answer"
+			what = "the answer"
 		}
-		say(env.stderr, "done", what+" won't be used any more, in any site")
+		say(env.stderr, "done", "purged "+what+" in every site")
 		return nil
 	})
 }

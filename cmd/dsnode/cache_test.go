@@ -3,7 +3,7 @@ package main
 import (
 	"context"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -21,7 +21,7 @@ func (*fakeCluster) CacheStats(context.Context) (admin.CacheStats, error) {
 // PurgeCache implements admin.Caches.
 func (f *fakeCluster) PurgeCache(_ context.Context, r admin.CachePurge, _ string) error {
 	if r.Key == "full" {
-		return cluster.ErrStateFull
+		return agreed.ErrStateFull
 	}
 	return nil
 }

@@ -11,7 +11,7 @@ func newCompletionCommand(env *environment) *cobra.Command {
 	shells := []string{"bash", "zsh", "fish", "powershell"}
 	return &cobra.Command{
 		Use:       "completion " + strings.Join(shells, "|"),
-		Short:     "Write a script that completes dsnode commands in your shell",
+		Short:     "Write a shell completion script to stdout",
 		Example:   "  source <(dsnode completion bash)\n  dsnode completion zsh > \"${fpath[1]}/_dsnode\"\n  dsnode completion fish > ~/.config/fish/completions/dsnode.fish",
 		Args:      takes("a SHELL (" + strings.Join(shells, ", ") + ")"),
 		ValidArgs: shells,

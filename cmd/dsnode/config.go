@@ -11,12 +11,12 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
 func newConfigCommand(env *environment) *cobra.Command {
-	return newGroup("config", "The configuration that the whole cluster agrees on",
+	return newGroup("config", "Show and change the cluster's configuration",
 		newConfigGetCommand(env),
 		newConfigValidateCommand(env),
 		newConfigDiffCommand(env),
@@ -32,7 +32,7 @@ func newConfigGetCommand(env *environment) *cobra.Command {
 		Use: "get", Short: "Show the configuration as it was written", Args: takes(),
 		Example: "  dsnode config get > cluster.yaml",
 	}
-	cmd.Flags().Uint64Var(&version, "version", 0, "an earlier version (default the current one)")
+	cmd.Flags().Uint64Var(&version, "version", 0, "`N` of an earlier version (default the current one)")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		config, err := configVersion(ctx, s, version)
 		if err != nil {
@@ -42,7 +42,7 @@ func newConfigGetCommand(env *environment) *cobra.Command {
 	})
 }
 
-// configVersion finds a version; 0 is the current one.
+// configVersion returns a version; 0 is the current one.
 func configVersion(ctx context.Context, s *session, version uint64) (admin.ConfigVersion, error) {
 	config, err := s.Config(ctx)
 	if err != nil || version == 0 || version == config.Version {
@@ -54,7 +54,7 @@ func configVersion(ctx context.Context, s *session, version uint64) (admin.Confi
 	}
 	i := slices.IndexFunc(history, func(v admin.ConfigVersion) bool { return v.Version == version })
 	if i < 0 {
-		return admin.ConfigVersion{}, failure("dsnode config history lists those that are kept", "there is no version %d", version)
+		return admin.ConfigVersion{}, failure("dsnode config history lists the versions that are kept", "there is no version %d", version)
 	}
 	return history[i], nil
 }
@@ -63,7 +63,7 @@ func newConfigDiffCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "diff FILE",
 		Short: "Show what applying a file would change",
-		Long:  "Show what applying a file would change.\n\nExit code 0: nothing. 1: something. 2: it can't be told.",
+		Long:  "Show what applying a file would change.\n\nExit code 0: nothing. 1: something. 2: error.",
 		Args:  takes("a FILE (- for stdin)"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
@@ -71,11 +71,11 @@ func newConfigDiffCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return undecided(err)
 		}
-		config, err := s.Config(ctx)
+		current, err := s.Config(ctx)
 		if err != nil {
 			return undecided(err)
 		}
-		diff := cluster.DiffConfig([]byte(config.Text), text)
+		diff := config.Diff([]byte(current.Text), text)
 		if diff == "" {
 			return nil
 		}
@@ -86,7 +86,7 @@ func newConfigDiffCommand(env *environment) *cobra.Command {
 	})
 }
 
-// undecided is a failure of diff, whose exit code 1 means something else.
+// undecided ends diff with an error. Its exit code 1 means that the files differ.
 func undecided(err error) error {
 	return &exitError{code: exitUsage, err: err, hint: hintFor(err)}
 }
@@ -97,12 +97,12 @@ func newConfigApplyCommand(env *environment) *cobra.Command {
 		Use:   "apply FILE",
 		Short: "Make a file the configuration of the whole cluster",
 		Long: "Make a file the configuration of the whole cluster.\n\n" +
-			"With --expect-version N it is applied only when N is still the current version: take N from\n" +
-			"the `dsnode config history` you worked from, and no change of somebody else is lost.",
+			"With --expect-version N the file is applied only while version N is current. Use the version that you\n" +
+			"edited (dsnode config history shows it), so that you don't undo somebody else's change.",
 		Example: "  dsnode config apply cluster.yaml --expect-version 7",
 		Args:    takes("a FILE (- for stdin)"),
 	}
-	cmd.Flags().Uint64Var(&expect, "expect-version", 0, "apply only on top of this version")
+	cmd.Flags().Uint64Var(&expect, "expect-version", 0, "apply only while version `N` is current")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		text, err := readClusterConfig(env, args[0])
 		if err != nil {
@@ -113,28 +113,28 @@ func newConfigApplyCommand(env *environment) *cobra.Command {
 			return err
 		}
 		if !cmd.Flags().Changed("expect-version") {
-			expect = before.Version // at least what happens meanwhile is not lost
+			expect = before.Version // a change from now on is not overwritten
 		}
 		if before.Text == string(text) && before.Version == expect {
-			say(env.stderr, "done", fmt.Sprintf("nothing to change: version %d says the same", before.Version))
+			say(env.stderr, "done", fmt.Sprintf("nothing to change: version %d is the same", before.Version))
 			return showChange(s, before)
 		}
 		after, err := s.ApplyConfig(ctx, text, &expect, "")
 		if err != nil {
 			return err
 		}
-		say(env.stderr, "done", fmt.Sprintf("version %d is the configuration now", after.Version))
+		say(env.stderr, "done", fmt.Sprintf("version %d is the current configuration", after.Version))
 		return showChange(s, after)
 	})
 }
 
-// showChange gives scripts the version that came of a change. People were told.
+// showChange writes the new version for scripts. For people a message was printed.
 func showChange(s *session, v admin.ConfigVersion) error {
 	return show(s.env.stdout, s.output, v, func(io.Writer) error { return nil })
 }
 
 func newConfigHistoryCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "history", Short: "List the versions that are kept, the newest first", Args: takes()}
+	cmd := &cobra.Command{Use: "history", Short: "List the versions that are kept, newest first", Args: takes()}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		config, err := s.Config(ctx)
 		if err != nil {
@@ -170,11 +170,11 @@ func newConfigRollbackCommand(env *environment) *cobra.Command {
 		Short: "Apply an earlier version again, as a new one",
 		Args:  takes("the VERSION to go back to"),
 	}
-	cmd.Flags().Uint64Var(&expect, "expect-version", 0, "only when this is the current version")
+	cmd.Flags().Uint64Var(&expect, "expect-version", 0, "roll back only while version `N` is current")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		to, err := strconv.ParseUint(args[0], 10, 64)
 		if err != nil || to == 0 {
-			return usage("dsnode config history lists the versions", "%q is no version", args[0])
+			return usage("dsnode config history lists the versions", "%q is not a version number", args[0])
 		}
 		var only *uint64
 		if cmd.Flags().Changed("expect-version") {
@@ -184,7 +184,7 @@ func newConfigRollbackCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		say(env.stderr, "done", fmt.Sprintf("version %d is the configuration now; it says what version %d said", after.Version, to))
+		say(env.stderr, "done", fmt.Sprintf("version %d is the current configuration; it is the same as version %d", after.Version, to))
 		return showChange(s, after)
 	})
 }

@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -18,11 +18,11 @@ func newConfigValidateCommand(env *environment) *cobra.Command {
 	var site string
 	cmd := &cobra.Command{
 		Use:   "validate FILE",
-		Short: "Check a file without asking anybody",
-		Long: "Check a cluster.yaml, or with --node a node.yaml, without asking anybody. Everything that is\n" +
-			"wrong is told at once, with its line and what to write instead.\n\n" +
-			"With --site the secrets and files that a cluster.yaml names for that site must be here too,\n" +
-			"as they must be on the site's nodes. A node.yaml is always checked with the files it names.",
+		Short: "Check a configuration file offline",
+		Long: "Check a cluster.yaml, or with --node a node.yaml, without a cluster. All problems are listed, each\n" +
+			"with its line and what to write instead.\n\n" +
+			"With --site the secrets and files that a cluster.yaml names for that site are checked too; they must be\n" +
+			"on this machine. A node.yaml is always checked with the files that it names.",
 		Example: "  dsnode config validate cluster.yaml\n  dsnode config validate --node /etc/dsnode/node.yaml",
 		Args:    takes("a FILE (- for stdin)"),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -31,7 +31,7 @@ func newConfigValidateCommand(env *environment) *cobra.Command {
 			case isNode && site != "":
 				return usage("", "--site is for a cluster.yaml, not for --node")
 			case isNode && args[0] == "-":
-				return usage("give the file's name", "a node.yaml is not read from stdin: the files that it names are found from where it stands")
+				return usage("give the file's name", "a node.yaml can't be read from stdin: the paths in it are relative to its directory")
 			case isNode:
 				_, err = node.LoadConfig(args[0])
 			default:
@@ -45,7 +45,7 @@ func newConfigValidateCommand(env *environment) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&isNode, "node", false, "the file is a node.yaml")
-	cmd.Flags().StringVar(&site, "site", "", "check what the nodes of this site need, too")
+	cmd.Flags().StringVar(&site, "site", "", "also check the secrets and files that the nodes of this `SITE` need")
 	return cmd
 }
 
@@ -54,12 +54,12 @@ func validateCluster(env *environment, file, site string) error {
 	if err != nil {
 		return err
 	}
-	config, err := cluster.ParseConfig(shownName(file), text)
+	config, err := config.Parse(shownName(file), text)
 	if err != nil || site == "" {
 		return err
 	}
 	if _, known := config.Sites[site]; !known {
-		return usage("its sites are listed under sites:", "%s has no site %q", shownName(file), site)
+		return usage("the sites are listed under sites: in the file", "%s has no site %q", shownName(file), site)
 	}
 	dir := filepath.Dir(file)
 	return config.CheckLocal(site, os.LookupEnv, func(path string) ([]byte, error) {
@@ -70,20 +70,19 @@ func validateCluster(env *environment, file, site string) error {
 	})
 }
 
-// readClusterConfig reads a cluster.yaml that is valid: better to hear what is
-// wrong before anybody else is asked.
+// readClusterConfig reads a cluster.yaml and checks it, before a node is asked.
 func readClusterConfig(env *environment, file string) ([]byte, error) {
 	text, err := readFile(env, file)
 	if err != nil {
 		return nil, badFile(file, err)
 	}
-	if _, err := cluster.ParseConfig(shownName(file), text); err != nil {
+	if _, err := config.Parse(shownName(file), text); err != nil {
 		return nil, badFile(file, err)
 	}
 	return text, nil
 }
 
-// readFile reads a configuration; - is stdin.
+// readFile reads a configuration file; - is stdin.
 func readFile(env *environment, file string) ([]byte, error) {
 	from := env.stdin
 	if file != "-" {
@@ -94,8 +93,8 @@ func readFile(env *environment, file string) ([]byte, error) {
 		defer func() { _ = f.Close() }() // only read from
 		from = f
 	}
-	// One byte more than the bound, so that the parser sees it is over.
-	text, err := io.ReadAll(io.LimitReader(from, cluster.MaxConfigBytes+1))
+	// One byte more than the bound, so that the parser refuses a file that is too large.
+	text, err := io.ReadAll(io.LimitReader(from, config.MaxBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", shownName(file), err)
 	}
@@ -109,15 +108,15 @@ func shownName(file string) string {
 	return file
 }
 
-// badFile counts what is wrong with a file; report lists it.
+// badFile is the error of a configuration file. report lists its problems.
 func badFile(file string, err error) error {
-	var problems cluster.Problems
+	var problems config.Problems
 	var exit *exitError
 	switch {
 	case errors.As(err, &exit):
 		return err
 	case errors.As(err, &problems):
-		return &exitError{code: exitFailed, err: err, hint: "repair " + shownName(file) + " and try again"}
+		return &exitError{code: exitFailed, err: err, hint: "correct " + shownName(file) + " and try again"}
 	}
 	return &exitError{code: exitFailed, err: err, hint: "check the file's name"}
 }

@@ -13,10 +13,11 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// defaultAdmin is where a node's admin port is when nobody says otherwise.
+// defaultAdmin is the default address of a node's admin port.
 const defaultAdmin = "http://127.0.0.1:8081"
 
-// connection is how a command reaches a cluster, and how it shows what it got.
+// connection has the flags of every command that talks to a cluster: where the
+// cluster is, and how the answer is shown.
 type connection struct {
 	admin     []string
 	ca        string
@@ -26,30 +27,28 @@ type connection struct {
 	timeout   time.Duration
 }
 
-// session is a connection in use.
+// session is an open connection.
 type session struct {
 	*admin.Client
 	env     *environment
 	output  string
-	timeout time.Duration // of one question; also of a wait
+	timeout time.Duration // of one request, and of a command that waits
 }
 
-// onCluster makes cmd one that talks to a cluster: it gets the flags for that,
-// and work gets the session.
+// onCluster adds the flags of a connection to cmd, and runs work with the session.
 func onCluster(env *environment, cmd *cobra.Command, work func(ctx context.Context, s *session, args []string) error) *cobra.Command {
 	return onClusterAs(env, cmd, []string{outputTable, outputJSON, outputYAML}, work)
 }
 
-// onClusterAs is onCluster for an answer in other formats, the first of them by
-// default.
+// onClusterAs is onCluster with other output formats; the first is the default.
 func onClusterAs(env *environment, cmd *cobra.Command, formats []string, work func(ctx context.Context, s *session, args []string) error) *cobra.Command {
 	c := connection{formats: formats}
 	f := cmd.Flags()
-	f.StringSliceVar(&c.admin, "admin", nil, "admin `URL[,URL]`s, asked in turn (or DSNODE_ADMIN; default the dev cluster that runs, else "+defaultAdmin+")")
-	f.StringVar(&c.ca, "admin-ca", "", "PEM `FILE` with the CA of the admin port's certificate (default the system's)")
+	f.StringSliceVar(&c.admin, "admin", nil, "`URL[,URL]` of admin ports, tried in turn (or DSNODE_ADMIN; default the running dev cluster, else "+defaultAdmin+")")
+	f.StringVar(&c.ca, "admin-ca", "", "PEM `FILE` with the CA of the admin port's certificate (default the system's CAs)")
 	f.StringVar(&c.tokenFile, "admin-token-file", "", "`FILE` with the operator's token (or DSNODE_ADMIN_TOKEN)")
-	f.StringVarP(&c.output, "output", "o", formats[0], "`FORMAT` of the answer: "+orList(formats))
-	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "`TIME` that one question to the cluster may take")
+	f.StringVarP(&c.output, "output", "o", formats[0], "`FORMAT` of the output: "+orList(formats))
+	f.DurationVar(&c.timeout, "timeout", 10*time.Second, "`TIME` that a request to the cluster may take")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		s, err := c.open(env)
 		if err != nil {
@@ -70,7 +69,7 @@ func (c *connection) open(env *environment) (*session, error) {
 		return nil, err
 	}
 	if c.timeout <= 0 {
-		return nil, usage("write for instance --timeout 10s", "--timeout must be more than nothing, not %s", c.timeout)
+		return nil, usage("for example --timeout 10s", "--timeout must be greater than zero, not %s", c.timeout)
 	}
 	token, err := c.token(env)
 	if err != nil {
@@ -85,7 +84,7 @@ func (c *connection) open(env *environment) (*session, error) {
 	return &session{Client: client, env: env, output: c.output, timeout: c.timeout}, nil
 }
 
-// patient gives a command whose question takes long another default.
+// patient sets the default of --timeout for a command whose request takes long.
 func patient(cmd *cobra.Command, timeout time.Duration) *cobra.Command {
 	f := cmd.Flags().Lookup("timeout")
 	f.DefValue = timeout.String()
@@ -93,8 +92,8 @@ func patient(cmd *cobra.Command, timeout time.Duration) *cobra.Command {
 	return cmd
 }
 
-// urls are those of the flag, else of the environment, else of the dev cluster
-// that runs, else the default.
+// urls are those of the flag, else of DSNODE_ADMIN, else of the running dev
+// cluster, else the default.
 func (c *connection) urls(env *environment) []string {
 	if len(c.admin) > 0 {
 		return c.admin
@@ -118,12 +117,12 @@ func (c *connection) token(env *environment) (string, error) {
 	}
 	token := strings.TrimSpace(string(text))
 	if token == "" || strings.ContainsAny(token, " \t\r\n") {
-		return "", usage("put the token alone into the file", "%s holds no token", c.tokenFile)
+		return "", usage("the file must contain the token and nothing else", "%s holds no token", c.tokenFile)
 	}
 	return token, nil
 }
 
-// author is who makes a change, as the history shows it: "ann@desk".
+// author names the user who makes a change, for the history: "ann@desk".
 func author(env *environment) string {
 	name := env.getenv("USER")
 	if u, err := user.Current(); name == "" && err == nil {

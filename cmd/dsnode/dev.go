@@ -17,18 +17,18 @@ import (
 )
 
 const (
-	// devHealthyWithin is how long dev waits before it says what is not well
-	// and goes on: a real model server may be slow to come.
+	// devHealthyWithin is how long dev waits for a healthy cluster. Then it prints what is
+	// not healthy and goes on: a real model server may start slowly.
 	devHealthyWithin = 20 * time.Second
-	// devAnswerWithin is for the first node's admin port to open.
+	// devAnswerWithin is how long the first node's admin port may take to answer.
 	devAnswerWithin = 10 * time.Second
 	devPoll         = 100 * time.Millisecond
-	// devStopWithin is for the nodes to drain and leave after SIGTERM; more
-	// than shutdown.grace in their node.yaml.
+	// devStopWithin is how long nodes may take to drain and leave after SIGTERM. It is
+	// longer than shutdown.grace in their node.yaml.
 	devStopWithin = 10 * time.Second
 )
 
-// devFlags are what the user said.
+// devFlags are the flags of dev.
 type devFlags struct {
 	nodesPerSite int
 	dataDir      string
@@ -41,12 +41,13 @@ func newDevCommand(env *environment) *cobra.Command {
 	var f devFlags
 	cmd := &cobra.Command{
 		Use:   "dev",
-		Short: "Run three sites on this machine, to try things out",
-		Long: `Run three sites on this machine: each node is a process of its own that you can
-kill -9, with generated certificates and keys, and a simulated model server in
-each site unless --upstream names real ones. Ctrl-C ends it all.
+		Short: "Run a cluster of three sites on this machine",
+		Long: `Run a cluster of three sites on this machine. Each node is its own process, so
+you can kill -9 it. Certificates and keys are generated. Each site has a
+simulated model server, unless --upstream names real ones. Ctrl-C ends all
+processes.
 
-The same --data-dir again starts the same cluster.`,
+The same --data-dir starts the same cluster again.`,
 		Example: `  dsnode dev
   dsnode dev --nodes-per-site 2 --data-dir ./cluster
   dsnode dev --upstream http://127.0.0.1:11434/v1,kind=ollama
@@ -55,15 +56,15 @@ The same --data-dir again starts the same cluster.`,
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error { return runDev(cmd.Context(), env, f) },
 	}
-	cmd.Flags().IntVar(&f.nodesPerSite, "nodes-per-site", 1, "nodes in each site, 1 to 9")
-	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "where the cluster lives (default a temporary folder, gone at the end)")
-	cmd.Flags().IntVar(&f.basePort, "base-port", 8100, "first port; node n of site s has its api at P+100s+10(n-1)+1")
-	cmd.Flags().StringVar(&f.config, "config", "", "cluster.yaml to start with instead of the generated one")
-	cmd.Flags().StringArrayVar(&f.upstreams, "upstream", nil, "a real model server, [SITE=]URL[,kind=KIND][,key-env=NAME]; repeatable")
+	cmd.Flags().IntVar(&f.nodesPerSite, "nodes-per-site", 1, "`N` nodes in each site, 1 to 9")
+	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "`DIR` for the cluster's files (default a temporary folder, removed at the end)")
+	cmd.Flags().IntVar(&f.basePort, "base-port", 8100, "first port `P`; node n of site s=0,1,2 has its api port at P+100s+10(n-1)+1")
+	cmd.Flags().StringVar(&f.config, "config", "", "cluster.yaml `FILE` to start with instead of the generated one")
+	cmd.Flags().StringArrayVar(&f.upstreams, "upstream", nil, "a real model server, `[SITE=]URL[,kind=KIND][,key-env=NAME]`; repeatable")
 	return cmd
 }
 
-// runDev is the whole life of a dev cluster, in order.
+// runDev starts a dev cluster, prints what runs where, and ends it on Ctrl-C.
 func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
 	if ctx == nil {
 		ctx = context.Background()
@@ -86,7 +87,7 @@ func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
 		if plan.dir, err = os.MkdirTemp("", "dsnode-dev-"); err != nil {
 			return fmt.Errorf("make a temporary folder: %w", err)
 		}
-		// After a failure the logs in it are what one wants to read.
+		// After a failure it stays, because the logs are in it.
 		defer func() {
 			if err == nil {
 				err = os.RemoveAll(plan.dir)
@@ -100,7 +101,7 @@ func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
 	begun := time.Now()
 	children := newDevChildren(exe, plan)
 	defer func() {
-		stop() // from now on a second Ctrl-C ends this process, and with it all children
+		stop() // a second Ctrl-C ends this process at once, and with it all children
 		err = errors.Join(err, children.stopAll(devStopWithin))
 	}()
 	if err := children.startAll(); err != nil {
@@ -123,11 +124,11 @@ func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
 	if err != nil {
 		return devEnded(ctx, err)
 	}
-	plan.greet(env.stdout, exe, children, status, time.Since(begun))
+	plan.summarize(env.stdout, exe, children, status, time.Since(begun))
 	return watchDev(ctx, env, plan, exe, children)
 }
 
-// devEnded turns an end by Ctrl-C into none.
+// devEnded drops the error of a start that Ctrl-C ended.
 func devEnded(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -135,8 +136,8 @@ func devEnded(ctx context.Context, err error) error {
 	return err
 }
 
-// foundDev bootstraps the cluster through the first node, once in the life of
-// its directory.
+// foundDev bootstraps the cluster through its first node, once for each data
+// directory.
 func foundDev(ctx context.Context, plan *devPlan, children *devChildren) error {
 	if plan.founded() {
 		return nil
@@ -165,9 +166,8 @@ func foundDev(ctx context.Context, plan *devPlan, children *devChildren) error {
 	}
 }
 
-// awaitDev waits until the cluster is healthy. When that takes too long it
-// gives the last status, which says why; only a cluster that can't be asked is
-// an error.
+// awaitDev waits until the cluster is healthy. When that takes too long it returns
+// the last status, whose reasons say why. It is an error when no node answers.
 func awaitDev(ctx context.Context, client *admin.Client, children *devChildren) (admin.Status, error) {
 	deadline := time.Now().Add(devHealthyWithin)
 	for {
@@ -176,7 +176,7 @@ func awaitDev(ctx context.Context, client *admin.Client, children *devChildren) 
 			return status, nil
 		}
 		if err != nil && time.Now().After(deadline) {
-			return status, children.explain(fmt.Errorf("ask the cluster how it is: %w", err))
+			return status, children.explain(fmt.Errorf("read the status of the cluster: %w", err))
 		}
 		if err := children.pause(ctx, devPoll); err != nil {
 			return status, err
@@ -184,16 +184,17 @@ func awaitDev(ctx context.Context, client *admin.Client, children *devChildren) 
 	}
 }
 
-// watchDev says which children end, and how to bring them back, until Ctrl-C.
-// It restarts nothing: whoever kills a node here wants to see what happens then.
+// watchDev reports each child that ends, with the command that starts it again,
+// until Ctrl-C. It restarts nothing by itself: a user who kills a node wants to see
+// the consequences.
 func watchDev(ctx context.Context, env *environment, plan *devPlan, exe string, children *devChildren) error {
 	for {
 		select {
 		case <-ctx.Done():
-			_, err := fmt.Fprintln(env.stderr, "\nEnding all nodes and model servers …")
+			_, err := fmt.Fprintln(env.stderr, "\nStopping all nodes and model servers …")
 			return err
 		case c := <-children.ended:
-			_, err := fmt.Fprintf(env.stderr, "\n%s (pid %d) has ended: %s. Bring it back with\n  %s\n",
+			_, err := fmt.Fprintf(env.stderr, "\n%s (pid %d) has ended: %s. Start it again with\n  %s\n",
 				c.title, c.pid, c.how, strings.Join(c.command(exe), " "))
 			if err != nil {
 				return err

@@ -21,31 +21,31 @@ import (
 
 // devChild is a process of the cluster: a node or a simulated model server.
 type devChild struct {
-	title   string   // for people
+	title   string   // in messages
 	args    []string // of this program
 	log     string   // file with its output
-	pidFile string   // of a node: who runs it now, even if started by hand
+	pidFile string   // of a node: has the pid of its process, also of one started by hand
 	config  string   // of a node: its node.yaml
 
 	cmd  *exec.Cmd
 	pid  int
-	how  string        // it ended, in words; set before done is closed
+	how  string        // how it ended; set before done is closed
 	done chan struct{} // closed when it has ended
 }
 
-// command is what a person types to bring the child back.
+// command is the command line that starts the child again.
 func (c *devChild) command(exe string) []string { return append([]string{exe}, c.args...) }
 
-// devChildren are all processes of the cluster. Their parent's thread that
-// started them lives as long as they do, because Linux ends a child with that
-// thread (endWithParent).
+// devChildren are all processes of the cluster. One thread starts them all and lives
+// as long as they do, because Linux ends a child with the thread that started it
+// (endWithParent).
 type devChildren struct {
 	exe   string
 	nodes []*devChild
 	sims  []*devChild
-	ended chan *devChild // each child that ends, once
+	ended chan *devChild // gets each child once, when it ends
 
-	starts chan func() // run on the one thread that starts children
+	starts chan func() // executed by the thread that starts children
 }
 
 func newDevChildren(exe string, p *devPlan) *devChildren {
@@ -76,8 +76,7 @@ func (c *devChildren) all() []*devChild {
 	return append(append([]*devChild(nil), c.sims...), c.nodes...)
 }
 
-// startAll starts everything; what it started before a failure is left for
-// stopAll.
+// startAll starts all children. After an error stopAll ends those that were started.
 func (c *devChildren) startAll() error {
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the last child
@@ -103,8 +102,8 @@ func (c *devChildren) start(child *devChild) error {
 	defer func() { _ = out.Close() }() // the child has its own descriptor
 	cmd := exec.Command(c.exe, child.args...)
 	cmd.Stdout, cmd.Stderr = out, out
-	// Ctrl-C at the terminal reaches this process alone, which ends the others
-	// in its own order.
+	// With its own process group a child does not get the terminal's Ctrl-C. This process
+	// gets it and ends the children in order.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	endWithParent(cmd.SysProcAttr)
 	if err := cmd.Start(); err != nil {
@@ -123,8 +122,8 @@ func (c *devChildren) start(child *devChild) error {
 	return nil
 }
 
-// pause waits a little; a child that ends meanwhile is an error, for nothing
-// here should end before the cluster has come up.
+// pause waits. A child that ends meanwhile is an error, because none should end while
+// the cluster starts.
 func (c *devChildren) pause(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -132,24 +131,24 @@ func (c *devChildren) pause(ctx context.Context, d time.Duration) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case child := <-c.ended:
-		return failure("the whole log is "+child.log, "%s has ended by itself: %s\n%s", child.title, child.how, tail(child.log, 10))
+		return failure("the complete log is "+child.log, "%s has ended by itself: %s\n%s", child.title, child.how, tail(child.log, 10))
 	case <-timer.C:
 		return nil
 	}
 }
 
-// explain adds the end of the first node's log to an error.
+// explain adds the last lines of the first node's log to an error.
 func (c *devChildren) explain(err error) error {
 	if len(c.nodes) == 0 {
 		return err
 	}
 	first := c.nodes[0]
-	return failure("the whole log is "+first.log, "%w\n%s", err, tail(first.log, 10))
+	return failure("the complete log is "+first.log, "%w\n%s", err, tail(first.log, 10))
 }
 
-// stopAll ends everything and waits for it: nodes first, while their model
-// servers still answer what is running, and nodes that were brought back by
-// hand too. What does not end in time is killed.
+// stopAll ends all processes and waits for them: first the nodes, also those that were
+// started again by hand, then the model servers, so that running requests are still
+// answered. A process that does not end in time is killed.
 func (c *devChildren) stopAll(within time.Duration) error {
 	defer close(c.starts)
 	err := stopGroup(c.nodes, within)
@@ -188,8 +187,8 @@ func (c *devChild) stop(within time.Duration) error {
 	return nil
 }
 
-// stopReplacement ends a node that a person brought back with the printed
-// command: no child of ours, but it runs in our data directory.
+// stopReplacement ends a node that the user started again with the printed command.
+// It is not a child of this process, but it runs in the cluster's data directory.
 func (c *devChild) stopReplacement(within time.Duration) error {
 	pid := c.replacement()
 	if pid == 0 {
@@ -203,12 +202,12 @@ func (c *devChild) stopReplacement(within time.Duration) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("end process %d of %s: it is still there", pid, c.title)
+	return fmt.Errorf("end process %d of %s: it is still running", pid, c.title)
 }
 
-// replacement is the process that runs the node now, 0 for none. A killed node
-// leaves its pid behind, which may be somebody else's by now, so the command
-// line must be a node's with this configuration.
+// replacement is the pid of the process that runs the node now, 0 for none. A killed
+// node leaves its pid file behind, and the pid may be another process's by now, so the
+// command line must name this node's configuration.
 func (c *devChild) replacement() int {
 	if c.pidFile == "" {
 		return 0
@@ -237,7 +236,7 @@ func closed(done <-chan struct{}) bool {
 	}
 }
 
-// waitFor asks again and again until the condition holds or the time is over.
+// waitFor polls until the condition holds or the time is over.
 func waitFor(within time.Duration, condition func() bool) bool {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -252,7 +251,7 @@ func waitFor(within time.Duration, condition func() bool) bool {
 	return true
 }
 
-// tail is the last lines of a log, for a person who wonders.
+// tail returns the last lines of a log.
 func tail(path string, lines int) string {
 	const most = 8 << 10
 	f, err := os.Open(path)

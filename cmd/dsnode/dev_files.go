@@ -11,22 +11,24 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// A dev cluster that somebody keeps for a year still has a year then.
+// Certificates of a dev cluster that is kept for a year are good for another year.
 const (
 	devCAValid   = 5 * 365 * 24 * time.Hour
 	devCertValid = 2 * 365 * 24 * time.Hour
-	// devGrace is what a running stream gets at Ctrl-C; less than devStopWithin.
+	// devGrace is how long running requests may take to finish after Ctrl-C. It is shorter
+	// than devStopWithin.
 	devGrace = 5 * time.Second
 )
 
-// writeFiles makes everything that nodes read at their start. What an earlier
-// run made stays; node.yaml files are written anew, as a later version of this
-// program would write them.
+// writeFiles writes all files that nodes read at their start. Files of an earlier run
+// stay, except node.yaml, which is rewritten so that it fits this version of the
+// program.
 //
 //	dev.json cluster.yaml ca.pem ca-key.pem gossip.key operator.key
 //	NODE/node.yaml NODE/cert.pem NODE/key.pem NODE/node.log NODE/data/
@@ -43,7 +45,7 @@ func (p *devPlan) writeFiles() error {
 		}
 	}
 	err := once(func() (map[string][]byte, error) {
-		cert, key, err := cluster.NewCA(devName, devCAValid)
+		cert, key, err := mesh.NewCA(devName, devCAValid)
 		return map[string][]byte{p.path("ca.pem"): cert, p.path("ca-key.pem"): key}, err
 	}, p.path("ca.pem"), p.path("ca-key.pem"))
 	if err != nil {
@@ -51,7 +53,7 @@ func (p *devPlan) writeFiles() error {
 	}
 	err = once(func() (map[string][]byte, error) {
 		gossip := make([]byte, 32)
-		_, _ = rand.Read(gossip) // never fails; it ends the process instead
+		_, _ = rand.Read(gossip) // it never returns an error
 		return map[string][]byte{
 			p.path("gossip.key"):   []byte(base64.StdEncoding.EncodeToString(gossip) + "\n"),
 			p.path("operator.key"): []byte(keyring.GenerateOperatorKey().Encode() + "\n"),
@@ -85,8 +87,8 @@ func (p *devPlan) writeNode(n devNode) error {
 		if err != nil {
 			return nil, err
 		}
-		id := cluster.Identity{Cluster: devName, Site: n.site, Node: n.name}
-		cert, key, err := cluster.Issue(caCert, caKey, id, []string{"127.0.0.1", "localhost"}, devCertValid)
+		id := mesh.Identity{Cluster: devName, Site: n.site, Node: n.name}
+		cert, key, err := mesh.Issue(caCert, caKey, id, []string{"127.0.0.1", "localhost"}, devCertValid)
 		return map[string][]byte{p.path(n.name, "cert.pem"): cert, p.path(n.name, "key.pem"): key}, err
 	}, p.path(n.name, "cert.pem"), p.path(n.name, "key.pem"))
 	if err != nil {
@@ -103,7 +105,7 @@ func (p *devPlan) writeNode(n devNode) error {
 	return nil
 }
 
-// nodeConfig has relative paths, so that the folder can be moved.
+// nodeConfig uses relative paths, so that the folder can be moved.
 func (p *devPlan) nodeConfig(n devNode) *node.Config {
 	c := node.DefaultConfig()
 	c.Cluster, c.Name, c.Site, c.DataDir = devName, n.name, n.site, "data"
@@ -120,7 +122,7 @@ func (p *devPlan) nodeConfig(n devNode) *node.Config {
 		}
 	}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(devGrace)}
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(devGrace)}
 	return c
 }
 
@@ -135,7 +137,7 @@ func (p *devPlan) writeRecord() error {
 	return nil
 }
 
-// once writes files that belong together unless all of them are there.
+// once writes files that belong together, unless all of them exist.
 func once(make func() (map[string][]byte, error), paths ...string) error {
 	missing := false
 	for _, path := range paths {

@@ -4,6 +4,6 @@ package main
 
 import "syscall"
 
-// endWithParent can't be had here: children of a dev that was killed live on
-// and are ended by the next dev on the same directory's ports, by hand.
+// endWithParent does nothing: only Linux can end a child with its parent. Children of
+// a killed dev go on and hold their ports until somebody ends them.
 func endWithParent(*syscall.SysProcAttr) {}

@@ -17,7 +17,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // devName is the cluster's name in certificates and in the status.
@@ -44,9 +44,9 @@ type devSim struct {
 	port int
 }
 
-// devPlan is what is to be started, all decided before anything is.
+// devPlan is everything that dev will start. It is complete before anything starts.
 type devPlan struct {
-	dir       string // absolute; empty until made when temporary
+	dir       string // absolute; a temporary one is empty until it is made
 	temporary bool
 	record    devRecord
 	sites     []devSite
@@ -56,8 +56,8 @@ type devPlan struct {
 	models    []string // that clients may ask for
 }
 
-// devRecord is dev.json in the data directory: what the cluster was started
-// with, so that the same directory starts the same cluster.
+// devRecord is dev.json in the data directory. It has the flags that the cluster was
+// started with, so that the same directory starts the same cluster.
 type devRecord struct {
 	Format       int       `json:"format"` // 1
 	BasePort     int       `json:"base_port"`
@@ -68,16 +68,16 @@ type devRecord struct {
 const (
 	devRecordFile   = "dev.json"
 	devRecordFormat = 1
-	devMaxNodes     = 9 // of a site; the tenth would have the simulator's port
+	devMaxNodes     = 9 // in a site; a tenth would get the port of the model server
 )
 
-// makeDevPlan decides everything, and refuses what can't work.
+// makeDevPlan makes the plan, or an error that says which flag to change.
 func makeDevPlan(ctx context.Context, env *environment, f devFlags) (*devPlan, error) {
 	if f.nodesPerSite < 1 || f.nodesPerSite > devMaxNodes {
-		return nil, usage("ports are planned for that many; try 2", "--nodes-per-site must be 1 to %d, not %d", devMaxNodes, f.nodesPerSite)
+		return nil, usage("for example --nodes-per-site 2", "--nodes-per-site must be 1 to %d, not %d", devMaxNodes, f.nodesPerSite)
 	}
 	if f.config != "" && len(f.upstreams) > 0 {
-		return nil, usage("write the model servers into the file", "--config and --upstream exclude each other")
+		return nil, usage("write the model servers into the file", "--config and --upstream can't be used together")
 	}
 	p := &devPlan{
 		temporary: f.dataDir == "",
@@ -93,13 +93,13 @@ func makeDevPlan(ctx context.Context, env *environment, f devFlags) (*devPlan, e
 	if err != nil {
 		return nil, err
 	}
-	p.lay(config)
+	p.assignPorts(config)
 	return p, p.checkRange(len(p.sites))
 }
 
 func (p *devPlan) checkRange(sites int) error {
 	if last := devSimPort(p.record.BasePort, sites-1); p.record.BasePort < 1 || last > 65535 {
-		return usage("try --base-port 8100", "--base-port %d does not leave room for ports up to %d", p.record.BasePort, last)
+		return usage("try --base-port 8100", "--base-port %d needs ports up to %d", p.record.BasePort, last)
 	}
 	return nil
 }
@@ -118,7 +118,7 @@ func (p *devPlan) openDir(f devFlags) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		entries, err := os.ReadDir(dir)
 		if err == nil && len(entries) > 0 {
-			return failure("name an empty or new folder", "%s holds files, and they are not a dev cluster's", dir)
+			return failure("give an empty or a new folder", "%s contains files that are not of a dev cluster", dir)
 		}
 		return nil
 	}
@@ -127,27 +127,27 @@ func (p *devPlan) openDir(f devFlags) error {
 	}
 	var old devRecord
 	if err := json.Unmarshal(text, &old); err != nil || old.Format != devRecordFormat {
-		return failure("name another folder, or remove this one", "%s can't be read by this version", filepath.Join(dir, devRecordFile))
+		return failure("give another folder, or remove this one", "this version can't read %s", filepath.Join(dir, devRecordFile))
 	}
 	switch {
-	case old.FoundedAt.IsZero(): // it never came up: start afresh with what is said now
+	case old.FoundedAt.IsZero(): // it was never bootstrapped: the flags of this run count
 		return nil
 	case f.config != "" || len(f.upstreams) > 0:
-		return failure("leave the flag out and change it with dsnode config apply, or name another folder",
-			"the cluster in %s has agreed on its configuration already", dir)
+		return failure("leave --config and --upstream out and use dsnode config apply, or give another folder",
+			"the cluster in %s has a configuration already", dir)
 	case old.BasePort != p.record.BasePort:
-		return failure(fmt.Sprintf("start it with --base-port %d, or name another folder", old.BasePort),
-			"the cluster in %s lives on base port %d", dir, old.BasePort)
+		return failure(fmt.Sprintf("start it with --base-port %d, or give another folder", old.BasePort),
+			"the cluster in %s uses base port %d", dir, old.BasePort)
 	case old.NodesPerSite > p.record.NodesPerSite:
-		return failure(fmt.Sprintf("start it with --nodes-per-site %d, or name another folder", old.NodesPerSite),
+		return failure(fmt.Sprintf("start it with --nodes-per-site %d, or give another folder", old.NodesPerSite),
 			"the cluster in %s has %d nodes in each site", dir, old.NodesPerSite)
 	}
 	p.record.FoundedAt = old.FoundedAt
 	return nil
 }
 
-// decideConfig gives the cluster.yaml to start with, parsed.
-func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*cluster.Config, error) {
+// decideConfig chooses the cluster.yaml to start with, and parses it.
+func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags) (*config.Config, error) {
 	name := "the generated cluster.yaml"
 	switch {
 	case p.founded():
@@ -169,17 +169,17 @@ func (p *devPlan) decideConfig(ctx context.Context, env *environment, f devFlags
 	default:
 		p.text = devClusterYAML(simulatedUpstreams(f.basePort))
 	}
-	return cluster.ParseConfig(name, []byte(p.text))
+	return config.Parse(name, []byte(p.text))
 }
 
-// lay gives every node its ports: node n of site s at P+100·s+10·(n−1).
-func (p *devPlan) lay(config *cluster.Config) {
-	for _, name := range slices.SortedFunc(maps.Keys(config.Sites), func(a, b string) int {
-		return cmp.Or(cmp.Compare(config.Sites[a].Priority, config.Sites[b].Priority), cmp.Compare(a, b))
+// assignPorts gives every node its ports: node n of site s at P+100·s+10·(n−1).
+func (p *devPlan) assignPorts(cfg *config.Config) {
+	for _, name := range slices.SortedFunc(maps.Keys(cfg.Sites), func(a, b string) int {
+		return cmp.Or(cmp.Compare(cfg.Sites[a].Priority, cfg.Sites[b].Priority), cmp.Compare(a, b))
 	}) {
-		p.sites = append(p.sites, devSite{name, config.Sites[name].City})
+		p.sites = append(p.sites, devSite{name, cfg.Sites[name].City})
 	}
-	p.models = slices.Sorted(maps.Keys(config.Models))
+	p.models = slices.Sorted(maps.Keys(cfg.Models))
 	for s, site := range p.sites {
 		base := p.record.BasePort + 100*s
 		for n := range p.record.NodesPerSite {
@@ -189,8 +189,8 @@ func (p *devPlan) lay(config *cluster.Config) {
 				api: at + 1, admin: at + 2, gossip: at + 3, rpc: at + 4,
 			})
 		}
-		// A site has a simulator if the configuration counts on it.
-		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(config.Upstreams)), func(u cluster.Upstream) bool {
+		// A site has a simulated model server if the configuration names it.
+		if sim := devSimPort(p.record.BasePort, s); slices.ContainsFunc(slices.Collect(maps.Values(cfg.Upstreams)), func(u config.Upstream) bool {
 			at, err := url.Parse(u.URL)
 			return err == nil && at.Host == loopback(sim)
 		}) {
@@ -203,7 +203,7 @@ func devSimPort(basePort, site int) int { return basePort + 100*site + 90 }
 
 func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
 
-// checkPorts tells about every port that is taken before anything starts.
+// checkPorts names all ports that are in use, before anything starts.
 func (p *devPlan) checkPorts() error {
 	var taken []string
 	try := func(port int, what string, udp bool) {
@@ -237,7 +237,7 @@ func (p *devPlan) checkPorts() error {
 	if len(taken) > 1 {
 		ports = "ports " + strings.Join(taken, ", ") + " are"
 	}
-	return failure("end what uses them (another dsnode dev?), or choose others with --base-port", "%s in use", ports)
+	return failure("is another dsnode dev running? end it, or choose other ports with --base-port", "%s in use", ports)
 }
 
 func (p *devPlan) founded() bool { return !p.record.FoundedAt.IsZero() }
@@ -247,7 +247,7 @@ func (p *devPlan) setFounded() error {
 	return p.writeRecord()
 }
 
-// firstModel is the one to show: deepseek-chat where there is one.
+// firstModel is the model of the examples: deepseek-chat if there is one.
 func (p *devPlan) firstModel() string {
 	if slices.Contains(p.models, devDefaultModel) || len(p.models) == 0 {
 		return devDefaultModel

@@ -21,8 +21,8 @@ import (
 	"time"
 )
 
-// A newcomer's first ten minutes, with the real binary: start it, ask, break
-// things, bring them back, end it, start it again.
+// TestDevFromStartToEnd uses the real binary: start it, send requests, kill a node and a
+// model server, start the node again, end dev, and start it again.
 func TestDevFromStartToEnd(t *testing.T) {
 	exe := buildDsnode(t)
 	port := freeBasePort(t)
@@ -46,35 +46,35 @@ func TestDevFromStartToEnd(t *testing.T) {
 			}
 		}
 	}
-	// The CLI finds the cluster by itself.
+	// The CLI finds the cluster without --admin.
 	if out, err := dsnode(cache, exe, "status", "-o", "json"); err != nil || !strings.Contains(out, `"healthy": true`) && !strings.Contains(out, `"healthy":true`) {
 		t.Errorf("status: %v\n%s", err, out)
 	}
 
-	// A node dies; the printed command brings it back.
+	// A node is killed; the printed command starts it again.
 	node := dev.waitFor(t, time.Second, `(?m)^beijing-1 .* (\d+)$`)
 	kill9(t, node[1])
-	back := dev.waitFor(t, 5*time.Second, `Node beijing-1 \(pid \d+\) has ended: .*Bring it back with\n  (.*)\n`)
+	back := dev.waitFor(t, 5*time.Second, `Node beijing-1 \(pid \d+\) has ended: .*Start it again with\n  (.*)\n`)
 	replacement := startDsnode(t, cache, strings.Fields(back[1])[0], strings.Fields(back[1])[1:]...)
 	waitHealthy(t, cache, exe, 15*time.Second)
 
-	// A model server dies; its clients are served from the next site.
+	// A model server is killed; the next site answers its clients.
 	sim := dev.waitFor(t, time.Second, `(?m)^shanghai-a's model server .* (\d+)$`)
 	kill9(t, sim[1])
-	dev.waitFor(t, 5*time.Second, `The model server of shanghai-a \(pid \d+\) has ended: .*Bring it back with\n  (.*)\n`)
+	dev.waitFor(t, 5*time.Second, `The model server of shanghai-a \(pid \d+\) has ended: .*Start it again with\n  (.*)\n`)
 	for _, stream := range []bool{false, true} {
 		if by, err := askDev(api(0), stream); err != nil || by != "shanghai-b" {
 			t.Errorf("without its model server, stream %v: answered by %q, %v; want the same city", stream, by, err)
 		}
 	}
 
-	// Ctrl-C ends everything, what was brought back by hand too.
+	// Ctrl-C ends all processes, also the node that was started by hand.
 	dev.interrupt(t)
 	if err := dev.wait(t, 20*time.Second); err != nil {
 		t.Errorf("dev ended with %v", err)
 	}
 	if err := replacement.wait(t, 5*time.Second); err != nil {
-		t.Errorf("the node brought back by hand ended with %v", err)
+		t.Errorf("the node that was started by hand ended with %v", err)
 	}
 	if pids := processesOf(t, exe); len(pids) > 0 {
 		t.Errorf("processes left behind: %v", pids)
@@ -89,14 +89,14 @@ func TestDevFromStartToEnd(t *testing.T) {
 	if by, err := askDev(api(2), false); err != nil || by != "beijing" {
 		t.Errorf("after a restart: answered by %q, %v", by, err)
 	}
-	// A second one on the same ports is refused in words, and harms nobody.
+	// A second dev on the same ports is refused and does not disturb the first.
 	second := startDsnode(t, t.TempDir(), exe, "dev", "--base-port", fmt.Sprint(port))
 	if err := second.wait(t, 10*time.Second); err == nil || !strings.Contains(second.text(), "are in use") {
 		t.Errorf("a second dev on the same ports: %v\n%s", err, second.text())
 	}
 	waitHealthy(t, cache, exe, 5*time.Second)
 
-	// Children end with a dev that is killed.
+	// The children of a killed dev end.
 	if err := again.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +112,7 @@ func buildDsnode(t *testing.T) string {
 	t.Helper()
 	exe := filepath.Join(t.TempDir(), "dsnode")
 	cmd := exec.Command("go", "build", "-o", exe, ".")
-	// As users run it: times are promised for that.
+	// Without the race detector, as users run it: the test checks times.
 	cmd.Env = append(os.Environ(), "GOFLAGS="+strings.ReplaceAll(os.Getenv("GOFLAGS"), "-race", ""))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -120,7 +120,7 @@ func buildDsnode(t *testing.T) string {
 	return exe
 }
 
-// freeBasePort finds room for a whole plan of ports.
+// freeBasePort finds a base port whose ports are all free.
 func freeBasePort(t *testing.T) int {
 	t.Helper()
 	for range 50 {
@@ -133,12 +133,12 @@ func freeBasePort(t *testing.T) int {
 	return 0
 }
 
-// transcript is a running program and what it said so far, stdout and stderr.
+// transcript is a running program and its output so far, stdout and stderr.
 type transcript struct {
 	cmd   *exec.Cmd
 	begun time.Time
 	ended chan struct{}
-	err   error // of the end; read after ended is closed
+	err   error // of Wait; read after ended is closed
 
 	mu  sync.Mutex // guards out
 	out bytes.Buffer
@@ -169,7 +169,7 @@ func startDsnode(t *testing.T, cache, exe string, args ...string) *transcript {
 		close(p.ended)
 	}()
 	t.Cleanup(func() {
-		_ = p.cmd.Process.Kill() // it has ended, or the test failed
+		_ = p.cmd.Process.Kill() // it has ended, unless the test failed
 		<-p.ended
 		if t.Failed() {
 			t.Logf("--- dsnode %s\n%s", strings.Join(args, " "), p.text())
@@ -186,7 +186,7 @@ func (p *transcript) waitFor(t *testing.T, within time.Duration, pattern string)
 		match = expr.FindStringSubmatch(p.text())
 		return match != nil || closed(p.ended)
 	}) || match == nil {
-		t.Fatalf("%q was not said within %v:\n%s", pattern, within, p.text())
+		t.Fatalf("%q was not printed within %v:\n%s", pattern, within, p.text())
 	}
 	return match
 }
@@ -225,7 +225,7 @@ func waitHealthy(t *testing.T, cache, exe string, within time.Duration) {
 	}
 }
 
-// askDev asks one question and gives the site whose model server answered.
+// askDev sends one request and returns the site whose model server answered.
 func askDev(base string, stream bool) (site string, err error) {
 	body := fmt.Sprintf(`{"model":"deepseek-chat","stream":%v,"messages":[{"role":"user","content":"Hello"}]}`, stream)
 	client := &http.Client{Timeout: 15 * time.Second}
@@ -243,7 +243,7 @@ func askDev(base string, stream bool) (site string, err error) {
 	case stream && !bytes.HasSuffix(bytes.TrimSpace(text), []byte("data: [DONE]")):
 		return "", fmt.Errorf("the stream does not end with [DONE]: %s", text)
 	case !stream && !json.Valid(text):
-		return "", fmt.Errorf("no JSON: %s", text)
+		return "", fmt.Errorf("not JSON: %s", text)
 	}
 	return resp.Header.Get("X-Dsnode-Site"), nil
 }
@@ -255,7 +255,7 @@ func kill9(t *testing.T, pid string) {
 	}
 }
 
-// processesOf lists the living processes that run this binary.
+// processesOf lists the processes that run this binary.
 func processesOf(t *testing.T, exe string) []string {
 	t.Helper()
 	entries, err := os.ReadDir("/proc")

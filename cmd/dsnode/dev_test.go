@@ -13,7 +13,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node"
 )
 
@@ -37,7 +37,7 @@ func plan(t *testing.T, f devFlags) *devPlan {
 	return p
 }
 
-// The ports are a promise of node/API.md.
+// TestDevPorts: node/API.md documents the ports.
 func TestDevPorts(t *testing.T) {
 	p := plan(t, devFlags{nodesPerSite: 2, basePort: 8100})
 	want := []devNode{
@@ -59,7 +59,7 @@ func TestDevPorts(t *testing.T) {
 	}
 }
 
-// What dev writes is what a node accepts, files and all.
+// TestDevFilesAreValid: a node accepts the files that dev writes.
 func TestDevFilesAreValid(t *testing.T) {
 	p := plan(t, devFlags{nodesPerSite: 1, basePort: 8100, dataDir: filepath.Join(t.TempDir(), "made by dev")})
 	if err := p.writeFiles(); err != nil {
@@ -89,7 +89,7 @@ func TestDevFilesAreValid(t *testing.T) {
 	}
 }
 
-func TestDevRemembersItsDirectory(t *testing.T) {
+func TestDevStartsTheSameClusterAgain(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "cluster")
 	first := plan(t, devFlags{nodesPerSite: 2, basePort: 8100, dataDir: dir})
 	if err := first.writeFiles(); err != nil {
@@ -105,23 +105,23 @@ func TestDevRemembersItsDirectory(t *testing.T) {
 		flags devFlags
 		want  string
 	}{
-		"other ports":     {devFlags{nodesPerSite: 2, basePort: 9100, dataDir: dir}, "lives on base port 8100"},
+		"other ports":     {devFlags{nodesPerSite: 2, basePort: 9100, dataDir: dir}, "uses base port 8100"},
 		"fewer nodes":     {devFlags{nodesPerSite: 1, basePort: 8100, dataDir: dir}, "has 2 nodes in each site"},
-		"other upstreams": {devFlags{nodesPerSite: 2, basePort: 8100, dataDir: dir, upstreams: []string{"http://x/v1"}}, "agreed on its configuration"},
-		"no dev cluster":  {devFlags{nodesPerSite: 1, basePort: 8100, dataDir: filepath.Dir(dir)}, "not a dev cluster's"},
+		"other upstreams": {devFlags{nodesPerSite: 2, basePort: 8100, dataDir: dir, upstreams: []string{"http://x/v1"}}, "has a configuration already"},
+		"no dev cluster":  {devFlags{nodesPerSite: 1, basePort: 8100, dataDir: filepath.Dir(dir)}, "files that are not of a dev cluster"},
 		"no nodes":        {devFlags{nodesPerSite: 0, basePort: 8100}, "must be 1 to 9"},
 		"too many nodes":  {devFlags{nodesPerSite: 10, basePort: 8100}, "must be 1 to 9"},
-		"high ports":      {devFlags{nodesPerSite: 1, basePort: 65400}, "does not leave room"},
-		"both sources":    {devFlags{nodesPerSite: 1, basePort: 8100, config: "f", upstreams: []string{"http://x/v1"}}, "exclude each other"},
+		"high ports":      {devFlags{nodesPerSite: 1, basePort: 65400}, "needs ports up to 65690"},
+		"both sources":    {devFlags{nodesPerSite: 1, basePort: 8100, config: "f", upstreams: []string{"http://x/v1"}}, "can't be used together"},
 	} {
 		_, err := makeDevPlan(t.Context(), devEnvironment(t), c.flags)
 		if err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v, want words with %q", name, err, c.want)
+			t.Errorf("%s: %v, want it to contain %q", name, err, c.want)
 		}
 	}
 }
 
-func TestDevTellsWhichPortsAreTaken(t *testing.T) {
+func TestDevNamesThePortsInUse(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func TestDevTellsWhichPortsAreTaken(t *testing.T) {
 	err = p.checkPorts()
 	for _, want := range []string{fmt.Sprintf("%d (api of beijing-1)", port), fmt.Sprintf("%d (admin of beijing-1)", port)} {
 		if err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%v, want words with %q", err, want)
+			t.Errorf("%v, want it to contain %q", err, want)
 		}
 	}
 }
@@ -157,15 +157,15 @@ func TestDevDiscoversModels(t *testing.T) {
 		t.Fatal(err)
 	}
 	text := devClusterYAML(found)
-	c, err := cluster.ParseConfig("cluster.yaml", []byte(text))
+	c, err := config.Parse("cluster.yaml", []byte(text))
 	if err != nil {
 		t.Fatalf("%v\n%s", err, text)
 	}
-	if len(c.Upstreams) != 4 || c.Upstreams["beijing-vllm-1"].Kind != cluster.KindVLLM || c.Upstreams["shanghai-b-ollama-2"].URL != small {
+	if len(c.Upstreams) != 4 || c.Upstreams["beijing-vllm-1"].Kind != config.KindVLLM || c.Upstreams["shanghai-b-ollama-2"].URL != small {
 		t.Errorf("upstreams: %+v", c.Upstreams)
 	}
 	chat := c.Models["deepseek-chat"].Serve
-	if len(chat) != 1 || chat[0] != (cluster.Serve{Upstream: "beijing-vllm-1", Model: `org/Big: "1"`}) {
+	if len(chat) != 1 || chat[0] != (config.Serve{Upstream: "beijing-vllm-1", Model: `org/Big: "1"`}) {
 		t.Errorf("deepseek-chat is served by %+v, want the first model found", chat)
 	}
 	if n := len(c.Models["small"].Serve); n != 4 {
@@ -173,19 +173,19 @@ func TestDevDiscoversModels(t *testing.T) {
 	}
 
 	for name, c := range map[string]struct{ value, want string }{
-		"no list":      {server("hello", 200), "gave no list of models"},
-		"no models":    {server(`{"data":[]}`, 200), "lists none"},
+		"no list":      {server("hello", 200), "did not return a list of models"},
+		"no models":    {server(`{"data":[]}`, 200), "lists no models"},
 		"a refusal":    {server("", 401), "401"},
 		"unknown kind": {small + ",kind=gpt", `no kind "gpt"`},
 		"unknown site": {"paris=" + small, `no site "paris"`},
 		"no scheme":    {"localhost:8000/v1", "must begin with http"},
 		"no key":       {small + ",key-env=NOT_SET", "NOT_SET is empty"},
-		"other option": {small + ",speed=9", "not understood"},
-		"nobody there": {"http://127.0.0.1:1/v1", "can't learn which models"},
+		"other option": {small + ",speed=9", "unknown option"},
+		"no server":    {"http://127.0.0.1:1/v1", "can't list the models"},
 	} {
 		_, err := discoverUpstreams(context.Background(), devEnvironment(t), []string{c.value})
 		if err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v, want words with %q", name, err, c.want)
+			t.Errorf("%s: %v, want it to contain %q", name, err, c.want)
 		}
 	}
 }

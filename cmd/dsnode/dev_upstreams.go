@@ -10,26 +10,26 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// devUpstream is a model server of a dev cluster and what it offers.
+// devUpstream is a model server of a dev cluster, with its models.
 type devUpstream struct {
 	name, site, url string
-	kind            cluster.UpstreamKind
+	kind            config.UpstreamKind
 	keyEnv          string   // variable that holds its API key, empty for none
-	models          []string // under their own names
+	models          []string // as the server names them
 }
 
-// The simulated models: one that answers at once, one that thinks first.
+// The simulated models. The second sends reasoning_content before its answer.
 var simulatedModels = []string{"deepseek-chat", "deepseek-reasoner"}
 
-// devDefaultModel is the name that every dev cluster answers to.
+// devDefaultModel is a model that every dev cluster has.
 const devDefaultModel = "deepseek-chat"
 
 const (
 	discoverWithin = 10 * time.Second
-	// A server that offers more gets its first ones: nobody tries a thousand by hand.
+	// Of a server with more models the first ones are offered.
 	maxDiscovered = 200
 	maxModelList  = 4 << 20
 )
@@ -38,15 +38,15 @@ func simulatedUpstreams(basePort int) []devUpstream {
 	var all []devUpstream
 	for s, site := range devSites {
 		all = append(all, devUpstream{
-			name: site.name + "-sim", site: site.name, kind: cluster.KindOpenAI,
+			name: site.name + "-sim", site: site.name, kind: config.KindOpenAI,
 			url: "http://" + loopback(devSimPort(basePort, s)) + "/v1", models: simulatedModels,
 		})
 	}
 	return all
 }
 
-// discoverUpstreams reads --upstream values and asks each server what it offers.
-// A server without a site serves every site: one upstream in each.
+// discoverUpstreams parses the values of --upstream and asks each server for its
+// models. A server without a site becomes one upstream in each site.
 func discoverUpstreams(ctx context.Context, env *environment, values []string) ([]devUpstream, error) {
 	var all []devUpstream
 	for i, value := range values {
@@ -55,8 +55,8 @@ func discoverUpstreams(ctx context.Context, env *environment, values []string) (
 			return nil, err
 		}
 		if u.models, err = listModels(ctx, env, u); err != nil {
-			return nil, failure("start the server first, and give the URL as clients write it, with /v1",
-				"can't learn which models %s offers: %v", u.url, err)
+			return nil, failure("start the server first; the URL is the base URL of its clients, ending in /v1",
+				"can't list the models of %s: %v", u.url, err)
 		}
 		sites := []string{u.site}
 		if u.site == "" {
@@ -77,7 +77,7 @@ func discoverUpstreams(ctx context.Context, env *environment, values []string) (
 func parseUpstream(value string) (devUpstream, error) {
 	const hint = "write [SITE=]URL[,kind=vllm|sglang|llamacpp|ollama|deepseek|openai][,key-env=NAME]"
 	parts := strings.Split(value, ",")
-	u := devUpstream{kind: cluster.KindOpenAI, url: parts[0]}
+	u := devUpstream{kind: config.KindOpenAI, url: parts[0]}
 	if site, rest, found := strings.Cut(parts[0], "="); found && !strings.Contains(site, "://") {
 		u.site, u.url = site, rest
 		if !slices.ContainsFunc(devSites, func(s devSite) bool { return s.name == site }) {
@@ -88,20 +88,20 @@ func parseUpstream(value string) (devUpstream, error) {
 		return u, usage(hint, "--upstream %s: the URL must begin with http:// or https://", value)
 	}
 	u.url = strings.TrimRight(u.url, "/")
-	kinds := []cluster.UpstreamKind{
-		cluster.KindVLLM, cluster.KindSGLang, cluster.KindLlamaCPP, cluster.KindOllama, cluster.KindDeepSeek, cluster.KindOpenAI,
+	kinds := []config.UpstreamKind{
+		config.KindVLLM, config.KindSGLang, config.KindLlamaCPP, config.KindOllama, config.KindDeepSeek, config.KindOpenAI,
 	}
 	for _, option := range parts[1:] {
 		name, text, _ := strings.Cut(option, "=")
 		switch {
-		case name == "kind" && slices.Contains(kinds, cluster.UpstreamKind(text)):
-			u.kind = cluster.UpstreamKind(text)
+		case name == "kind" && slices.Contains(kinds, config.UpstreamKind(text)):
+			u.kind = config.UpstreamKind(text)
 		case name == "kind":
 			return u, usage(hint, "--upstream %s: there is no kind %q", value, text)
 		case name == "key-env" && text != "":
 			u.keyEnv = text
 		default:
-			return u, usage(hint, "--upstream %s: %q is not understood", value, option)
+			return u, usage(hint, "--upstream %s: unknown option %q", value, option)
 		}
 	}
 	return u, nil
@@ -126,7 +126,7 @@ func listModels(ctx context.Context, env *environment, u devUpstream) ([]string,
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = resp.Body.Close() }() // read below as far as it matters
+	defer func() { _ = resp.Body.Close() }() // only read from
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("GET %s/models answered %s", u.url, resp.Status)
 	}
@@ -136,7 +136,7 @@ func listModels(ctx context.Context, env *environment, u devUpstream) ([]string,
 		} `json:"data"`
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxModelList)).Decode(&list); err != nil {
-		return nil, fmt.Errorf("GET %s/models gave no list of models: %w", u.url, err)
+		return nil, fmt.Errorf("GET %s/models did not return a list of models: %w", u.url, err)
 	}
 	var models []string
 	for _, m := range list.Data {
@@ -145,13 +145,13 @@ func listModels(ctx context.Context, env *environment, u devUpstream) ([]string,
 		}
 	}
 	if len(models) == 0 {
-		return nil, fmt.Errorf("GET %s/models lists none", u.url)
+		return nil, fmt.Errorf("GET %s/models lists no models", u.url)
 	}
 	return models, nil
 }
 
-// devClusterYAML writes a cluster.yaml for the three sites. A JSON string is a
-// YAML one, so whatever a server calls its models is quoted well.
+// devClusterYAML writes a cluster.yaml for the three sites. Names of models are quoted
+// as JSON strings, which are valid YAML.
 func devClusterYAML(upstreams []devUpstream) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
@@ -187,11 +187,11 @@ func devClusterYAML(upstreams []devUpstream) string {
 	return b.String()
 }
 
-// devModel is a name for clients and what servers call it.
+// devModel is a model's name for clients and its name at the servers.
 type devModel struct{ name, upstream string }
 
-// offered lists every model once, the first also as deepseek-chat unless some
-// server has one of that name.
+// offered lists every model once, and the first also as deepseek-chat unless a server
+// has a model of that name.
 func offered(upstreams []devUpstream) []devModel {
 	var all []devModel
 	for _, u := range upstreams {

@@ -14,7 +14,7 @@ import (
 )
 
 func newDrillCommand(env *environment) *cobra.Command {
-	return newGroup("drill", "Rehearse a failover, with a report",
+	return newGroup("drill", "Rehearse a failover and get a report",
 		newDrillPlanCommand(env),
 		newDrillRunCommand(env),
 		newDrillListCommand(env),
@@ -24,15 +24,15 @@ func newDrillCommand(env *environment) *cobra.Command {
 	)
 }
 
-// drillFlags are those of plan and run.
+// drillFlags adds the flags of plan and run.
 func drillFlags(cmd *cobra.Command, r *admin.DrillRequest, length *time.Duration) {
 	f := cmd.Flags()
 	f.StringVar(&r.Kind, "kind", "", "`KIND` of the drill: "+orList(drill.Kinds())+" (required)")
-	f.StringVar(&r.Site, "site", "", "`SITE` that becomes the primary, or is cut off (required)")
-	f.DurationVar(length, "for", 0, fmt.Sprintf("how long an isolation lasts, %s to %s (default %s)", drill.MinFor, drill.MaxFor, drill.DefaultFor))
-	f.BoolVar(&r.Return, "return", false, "move the primary back afterwards, by a switchover")
-	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK`s that need not hold")
-	f.StringVar(&r.ProbeModel, "probe-model", "", "ask this `MODEL` too, one token a second and node; it may cost money")
+	f.StringVar(&r.Site, "site", "", "`SITE` that becomes the primary (switchover) or is cut off (isolation) (required)")
+	f.DurationVar(length, "for", 0, fmt.Sprintf("`TIME` that an isolation lasts, %s to %s (default %s)", drill.MinFor, drill.MaxFor, drill.DefaultFor))
+	f.BoolVar(&r.Return, "return", false, "move the primary back afterwards by a switchover")
+	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK,…` that may fail, of those that are waivable")
+	f.StringVar(&r.ProbeModel, "probe-model", "", "also ask this `MODEL` for one token per second and node; it may cost money")
 }
 
 func normalDrill(r *admin.DrillRequest, length time.Duration) error {
@@ -49,8 +49,8 @@ func newDrillPlanCommand(env *environment) *cobra.Command {
 	var length time.Duration
 	cmd := &cobra.Command{
 		Use:     "plan --kind KIND --site SITE",
-		Short:   "Say whether a drill may begin and what it would do",
-		Long:    "Say whether a drill may begin and what it would do. It changes nothing. Exit code 1: it may not begin.",
+		Short:   "Show what a drill would do, and whether it can begin",
+		Long:    "Show what a drill would do and which checks hold. This changes nothing. Exit code 1: the drill can't begin.",
 		Example: "  dsnode drill plan --kind isolation --site shanghai-a",
 		Args:    takes(),
 	}
@@ -77,7 +77,7 @@ func newDrillPlanCommand(env *environment) *cobra.Command {
 }
 
 func newDrillListCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "list", Short: "List the newest drills", Args: takes()}
+	cmd := &cobra.Command{Use: "list", Short: "List the newest 50 drills", Args: takes()}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		drills, err := s.Drills(ctx)
 		if err != nil {
@@ -107,7 +107,7 @@ func drillVerdict(d admin.Drill) cell {
 }
 
 func newDrillShowCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "show ID", Short: "Show a drill", Args: takes("the drill's ID")}
+	cmd := &cobra.Command{Use: "show ID", Short: "Show a drill and its timeline", Args: takes("the drill's ID")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		d, err := s.Drill(ctx, args[0])
 		if err != nil {
@@ -128,7 +128,7 @@ func drillText(w io.Writer, p palette, d admin.Drill) error {
 		return err
 	}
 	if !known {
-		return emit(w, "There is no report here%s.\n", map[bool]string{true: ": another node runs it", false: ""}[d.Verdict == nil])
+		return emit(w, "This node has no report of it%s.\n", map[bool]string{true: "; another node runs the drill", false: ""}[d.Verdict == nil])
 	}
 	g := &grid{heads: []string{"AFTER", "WHAT", "DETAIL"}}
 	for _, e := range r.Timeline {
@@ -158,7 +158,7 @@ func reportOf(d admin.Drill) (r drill.Report, known bool, err error) {
 }
 
 func newDrillReportCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "report ID", Short: "Write a drill's evidence", Args: takes("the drill's ID")}
+	cmd := &cobra.Command{Use: "report ID", Short: "Write a drill's report", Args: takes("the drill's ID")}
 	return onClusterAs(env, cmd, drill.Formats(), func(ctx context.Context, s *session, args []string) error {
 		d, err := s.Drill(ctx, args[0])
 		if err != nil {
@@ -169,9 +169,9 @@ func newDrillReportCommand(env *environment) *cobra.Command {
 		case err != nil:
 			return err
 		case !known && d.Verdict == nil:
-			return failure("ask again when it has ended, or the node that runs it", "the drill %s is running, and another node has its report so far", d.ID)
+			return failure("try again when the drill has ended, or ask the node that runs it with --admin", "the drill %s is still running, and another node has its report", d.ID)
 		case !known:
-			return failure("", "the drill %s has no report: the node that ran it was lost", d.ID)
+			return failure("run the drill again with dsnode drill run", "the drill %s has no report: the node that ran it was lost", d.ID)
 		}
 		text, err := r.Render(s.output)
 		if err != nil {
@@ -184,9 +184,9 @@ func newDrillReportCommand(env *environment) *cobra.Command {
 func newDrillAbortCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "abort ID",
-		Short: "End a drill before its time",
-		Long: "End a drill before its time. All admin URLs are told, because a site that is cut off hears it from\n" +
-			"nobody else; without a URL of its own it heals by its timer.",
+		Short: "End a running drill",
+		Long: "End a running drill. The command tells all admin URLs, because a site that is cut off gets no message from\n" +
+			"other nodes. Without an admin URL of that site, its timer ends the cut.",
 		Args: takes("the drill's ID"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {

@@ -15,7 +15,7 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// drillSummary is what drill run -o json ends with.
+// drillSummary is the output of drill run -o json.
 type drillSummary struct {
 	ID            string   `json:"id"`
 	Kind          string   `json:"kind"`
@@ -37,16 +37,15 @@ func newDrillRunCommand(env *environment) *cobra.Command {
 		Short: "Run a drill and follow it to its verdict",
 		Long: "Run a drill and follow it to its verdict.\n\n" +
 			"  switchover  moves the primary to SITE without loss\n" +
-			"  isolation   cuts SITE off from the other sites at its own transports: when it is the primary, a real\n" +
-			"              failover happens. A timer at SITE heals it after --for, whatever happens; its own clients go on\n" +
-			"              being served\n\n" +
-			"The drill runs in a node: Ctrl-C ends the watching, not the drill; dsnode drill abort ID does.\n" +
-			"Exit code 0: it passed. 1: it did not.",
+			"  isolation   cuts SITE off from the other sites. If SITE is the primary, a real failover happens. A timer at\n" +
+			"              SITE always ends the cut after --for. SITE still serves its own clients\n\n" +
+			"The drill runs in a node. Ctrl-C ends only this command; dsnode drill abort ID ends the drill.\n" +
+			"Exit code 0: the drill passed. 1: it did not.",
 		Example: "  dsnode drill run --kind isolation --site shanghai-a --for 30s\n  dsnode drill run --kind switchover --site beijing --return",
 		Args:    takes(),
 	}
 	drillFlags(cmd, &r, &length)
-	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "don't ask")
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "don't ask for a confirmation")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if err := normalDrill(&r, length); err != nil {
 			return err
@@ -64,28 +63,28 @@ func newDrillRunCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		say(env.stderr, "drill", fmt.Sprintf("%s begins; it goes on when this command ends, and dsnode drill abort %s ends it", d.ID, d.ID))
+		say(env.stderr, "drill", fmt.Sprintf("%s begins; Ctrl-C does not end it, dsnode drill abort %s does", d.ID, d.ID))
 		return followDrill(ctx, s, d)
 	})
 }
 
-// followEvery is how often a running drill is asked about.
+// followEvery is the pause between two requests for a running drill.
 const followEvery = 500 * time.Millisecond
 
-// followDrill shows what happens until there is a verdict.
+// followDrill prints the drill's events until there is a verdict.
 func followDrill(ctx context.Context, s *session, d admin.Drill) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	tick := time.NewTicker(followEvery)
 	defer tick.Stop()
 	id, shown := d.ID, 0
-	var lost time.Time // since when nobody answers
+	var lost time.Time // since when no node answers; zero: one does
 	for {
 		next, err := s.Drill(ctx, id)
 		now := time.Now()
 		switch {
 		case ctx.Err() != nil:
-			return failure("dsnode drill show "+id+" follows up, dsnode drill abort "+id+" ends it", "the drill %s goes on", id)
+			return failure("dsnode drill show "+id+" shows it, dsnode drill abort "+id+" ends it", "the drill %s is still running", id)
 		case err == nil:
 			lost, d = time.Time{}, next
 		case lost.IsZero():
@@ -124,7 +123,7 @@ func concludeDrill(s *session, d admin.Drill, r drill.Report, known bool) error 
 	sum := drillSummary{ID: d.ID, Kind: d.Kind, Verdict: *d.Verdict}
 	if known {
 		sum.RTOSeconds, sum.RPOSeconds, sum.RecordsAtRisk, sum.JobsLost = r.RTO.Achieved, r.RPO.Achieved, r.RecordsAtRisk, r.JobsLost
-		if r.Runner != "" { // else the record was ended by somebody who did not watch
+		if r.Runner != "" { // else the node that ended the record did not run the drill
 			sum.Errors, sum.Requests = &r.Errors, &r.Requests
 		}
 	}
@@ -146,7 +145,7 @@ func concludeDrill(s *session, d admin.Drill, r drill.Report, known bool) error 
 				return err
 			}
 		}
-		return emit(w, "\ndsnode drill report %s -o markdown|json|html has the evidence.\n", printable(d.ID))
+		return emit(w, "\ndsnode drill report %s -o markdown|json|html writes the report.\n", printable(d.ID))
 	})
 	if err == nil && *d.Verdict != string(drill.Pass) {
 		return quietly(exitFailed)

@@ -11,25 +11,25 @@ import (
 	"syscall"
 )
 
-// environment is all that a command sees of the world around the process, so
-// that a test can give it another one. main makes the real one.
+// environment has everything that a command takes from the process, so that tests
+// can replace it. main makes the real one.
 type environment struct {
 	stdin  io.Reader
-	stdout io.Writer // data, nothing else
-	stderr io.Writer // everything else
+	stdout io.Writer // data only
+	stderr io.Writer // messages
 	getenv func(string) string
-	// version is what `dsnode version` prints and what nodes tell each other.
+	// version is what `dsnode version` prints and what nodes report to each other.
 	version string
-	// cacheDir is this user's cache folder (os.UserCacheDir), where a running
-	// `dsnode dev` records itself.
+	// cacheDir returns the user's cache folder (os.UserCacheDir). A running
+	// `dsnode dev` writes its record there.
 	cacheDir func() (string, error)
 }
 
-// runningDev is what `dsnode dev` writes down about itself while it runs, and
-// where commands find a cluster when nobody says --admin.
+// runningDev is the record that `dsnode dev` writes while it runs. Commands without
+// --admin find the cluster by it.
 type runningDev struct {
 	Format  int      `json:"format"` // 1
-	Admin   []string `json:"admin"`  // "http://127.0.0.1:8102", the first is asked first
+	Admin   []string `json:"admin"`  // such as "http://127.0.0.1:8102", in the order to try
 	PID     int      `json:"pid"`    // of the dev process
 	DataDir string   `json:"data_dir"`
 }
@@ -37,7 +37,7 @@ type runningDev struct {
 // runningDevFormat is the only format of the record so far.
 const runningDevFormat = 1
 
-// runningDevPath is the record's place: dsnode/dev.json in the user's cache folder.
+// runningDevPath is dsnode/dev.json in the user's cache folder.
 func (e *environment) runningDevPath() (string, error) {
 	dir, err := e.cacheDir()
 	if err != nil {
@@ -46,7 +46,7 @@ func (e *environment) runningDevPath() (string, error) {
 	return filepath.Join(dir, "dsnode", "dev.json"), nil
 }
 
-// writeRunningDev replaces the record in one step; a reader never sees half of it.
+// writeRunningDev replaces the record atomically.
 func (e *environment) writeRunningDev(dev runningDev) error {
 	path, err := e.runningDevPath()
 	if err != nil {
@@ -70,8 +70,8 @@ func (e *environment) writeRunningDev(dev runningDev) error {
 	return nil
 }
 
-// readRunningDev gives the dev cluster that runs now. A record of a process
-// that has gone is no cluster: false.
+// readRunningDev returns the record of the running dev cluster. It is false when
+// there is no record, or when the process that wrote it has ended.
 func (e *environment) readRunningDev() (runningDev, bool) {
 	path, err := e.runningDevPath()
 	if err != nil {
@@ -91,8 +91,8 @@ func (e *environment) readRunningDev() (runningDev, bool) {
 	return dev, true
 }
 
-// removeRunningDev takes the record away if it is still the one of pid: a
-// second dev cluster may have replaced it.
+// removeRunningDev removes the record of the process pid. A record that another dev
+// cluster has written since stays.
 func (e *environment) removeRunningDev(pid int) error {
 	dev, found := e.readRunningDev()
 	if !found || dev.PID != pid {
@@ -108,8 +108,8 @@ func (e *environment) removeRunningDev(pid int) error {
 	return nil
 }
 
-// processLives asks the kernel. Signal 0 reaches nobody; EPERM means that the
-// process is there and somebody else's.
+// processLives reports whether a process exists. Signal 0 only checks; EPERM means
+// that the process exists and belongs to another user.
 func processLives(pid int) bool {
 	if pid <= 0 {
 		return false

@@ -6,11 +6,11 @@ import (
 	"io"
 	"strings"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Exit codes, as promised in node/API.md.
+// Exit codes, as documented in node/API.md.
 const (
 	exitDone      = 0
 	exitFailed    = 1
@@ -18,11 +18,11 @@ const (
 	exitUnhealthy = 3
 )
 
-// exitError is how a command ends badly: with which code, and in which words.
+// exitError ends a command with an exit code, an error text and a hint.
 type exitError struct {
 	code int
-	err  error  // nil: everything was said on stdout already
-	hint string // what to try, empty when there is nothing to say
+	err  error  // nil: stdout explains the code already
+	hint string // what to try; empty: nothing
 }
 
 func (e *exitError) Error() string {
@@ -34,20 +34,20 @@ func (e *exitError) Error() string {
 
 func (e *exitError) Unwrap() error { return e.err }
 
-// failure ends a command with exit code 1, one sentence, and what to try next.
+// failure ends a command with exit code 1, an error text, and a hint what to try.
 func failure(hint, format string, args ...any) error {
 	return &exitError{code: exitFailed, err: fmt.Errorf(format, args...), hint: hint}
 }
 
-// usage ends a command with exit code 2: it was called wrongly.
+// usage ends a command with exit code 2: its arguments are wrong.
 func usage(hint, format string, args ...any) error {
 	return &exitError{code: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
 }
 
-// quietly ends a command with a code that stdout explains already.
+// quietly ends a command with a code and without an error text.
 func quietly(code int) error { return &exitError{code: code} }
 
-// report writes a command's end for a person and gives the exit code.
+// report prints the error that a command ended with, and returns the exit code.
 func report(w io.Writer, err error) int {
 	if err == nil {
 		return exitDone
@@ -57,24 +57,24 @@ func report(w io.Writer, err error) int {
 	if exit.err == nil {
 		return exit.code
 	}
-	words := err.Error() // the outermost error carries the most context
-	var problems cluster.Problems
+	message := err.Error() // of the outermost error, which has the most context
+	var problems config.Problems
 	if errors.As(err, &problems) && len(problems) > 0 {
-		// One line each, as compilers write them, so that editors can follow.
+		// One line each in the format of compilers, which editors can jump to.
 		for _, p := range problems {
-			// Nothing is left to try when stderr itself is gone.
+			// A write to stderr that fails can't be reported anywhere.
 			_, _ = fmt.Fprintln(w, printable(p.String()))
 		}
-		words = counted(problems)
+		message = counted(problems)
 	}
-	say(w, "error", words)
+	say(w, "error", message)
 	if exit.hint != "" {
 		say(w, "hint", exit.hint)
 	}
 	return exit.code
 }
 
-func counted(problems cluster.Problems) string {
+func counted(problems config.Problems) string {
 	file := problems[0].File
 	if file == "" {
 		file = "the configuration"
@@ -85,25 +85,25 @@ func counted(problems cluster.Problems) string {
 	return fmt.Sprintf("%s has %d problems", file, len(problems))
 }
 
-// hintFor says what to try after an error that a node or the way to it gave.
+// hintFor says what to try after an error of a node or of the connection to it.
 func hintFor(err error) string {
 	var refused *admin.Error
 	switch {
 	case errors.As(err, &refused):
 		return refused.Hint
 	case errors.Is(err, admin.ErrUnreachable):
-		return "is a node running there? --admin URL asks another, dsnode dev starts a cluster on this machine"
+		return "check that a node runs there; --admin URL asks another node, dsnode dev starts a cluster on this machine"
 	case errors.Is(err, admin.ErrUnanswered):
-		return "look whether it happened before you try again"
+		return "check whether the change was made before you try again"
 	case errors.Is(err, admin.ErrNotAdmin):
-		return "give the node's admin port, not its api port, with --admin"
+		return "--admin takes the address of the admin port, not of the api port"
 	}
 	return ""
 }
 
-// say writes one message, its later lines indented below the first.
+// say writes one message to stderr. Its second and later lines are indented.
 func say(w io.Writer, kind, text string) {
 	text = strings.ReplaceAll(printable(strings.TrimRight(text, "\n")), "\n", "\n  ")
-	// Nothing is left to try when stderr itself is gone.
+	// A write to stderr that fails can't be reported anywhere.
 	_, _ = fmt.Fprintf(w, "dsnode: %s: %s\n", kind, text)
 }

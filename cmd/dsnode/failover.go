@@ -20,18 +20,19 @@ func newFailoverCommand(env *environment) *cobra.Command {
 	var plan, yes bool
 	cmd := &cobra.Command{
 		Use:   "failover --to SITE",
-		Short: "Move the primary to another site by plan",
-		Long: "Move the primary to another site by plan: without loss, or not at all. The old primary lets go,\n" +
-			"the new one takes over, and the raft leadership follows. Whatever fails before that changes nothing.",
+		Short: "Move the primary to another site",
+		Long: "Move the primary to another site by a planned switchover, without loss. The old primary stops acting as\n" +
+			"primary, the new one takes over, and then the Raft leader moves to it. A failure before the takeover\n" +
+			"changes nothing.",
 		Example: "  dsnode failover --to shanghai-b\n  dsnode failover --to shanghai-b --plan",
 		Args:    takes(),
 	}
 	f := cmd.Flags()
-	f.StringVar(&r.To, "to", "", "`SITE` that is to be the primary (required)")
-	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although records may be lost; --plan names them first")
-	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK`s that need not hold")
-	f.BoolVar(&plan, "plan", false, "only say which checks hold; exit code 1 when it can't begin")
-	f.BoolVarP(&yes, "yes", "y", false, "don't ask")
+	f.StringVar(&r.To, "to", "", "`SITE` that becomes the primary (required)")
+	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although records may be lost; --plan shows which")
+	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK,…` that may fail, of those that are waivable")
+	f.BoolVar(&plan, "plan", false, "only show which checks hold; exit code 1: the switchover can't begin")
+	f.BoolVarP(&yes, "yes", "y", false, "don't ask for a confirmation")
 	onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if r.To == "" {
 			return usage("see dsnode failover --help", "failover needs --to SITE")
@@ -104,7 +105,7 @@ func failoverText(w io.Writer, p palette, r admin.FailoverResult) error {
 	if err := g.write(w, p); err != nil || r.LeaderMoved {
 		return err
 	}
-	return emit(w, "\nThe raft leadership has not followed yet; the cluster goes on trying.\n")
+	return emit(w, "\nThe Raft leader has not moved yet; the cluster keeps trying.\n")
 }
 
 func milliseconds(s float64) string {
@@ -114,8 +115,8 @@ func milliseconds(s float64) string {
 func newFailoverAckCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ack",
-		Short: "Say that somebody has seen the last automatic failover",
-		Long:  "Say that somebody has seen the last automatic failover. It ends the pause before the next one too.",
+		Short: "Acknowledge the last automatic failover",
+		Long:  "Acknowledge the last automatic failover. This also ends the minimum pause before the next automatic one.",
 		Args:  takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
@@ -131,43 +132,43 @@ func newFailoverHoldCommand(env *environment) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
 		Use:   "hold",
-		Short: "Pause automatic promotions, for maintenance",
-		Long:  "Pause automatic promotions, for maintenance. While paused a lost primary is not replaced by itself.",
+		Short: "Pause automatic failovers, for maintenance",
+		Long:  "Pause automatic failovers, for maintenance. Meanwhile a lost primary is not replaced automatically.",
 		Args:  takes(),
 	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why, in words that the status shows")
+	cmd.Flags().StringVar(&reason, "reason", "", "`TEXT` that the status shows")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if err := s.HoldFailover(ctx, reason, ""); err != nil {
 			return err
 		}
-		say(env.stderr, "done", "automatic promotions are paused; dsnode failover resume ends it")
+		say(env.stderr, "done", "automatic failovers are paused; dsnode failover resume ends the pause")
 		return nil
 	})
 }
 
 func newFailoverResumeCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "resume", Short: "End the pause of automatic promotions", Args: takes()}
+	cmd := &cobra.Command{Use: "resume", Short: "End the pause of automatic failovers", Args: takes()}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if err := s.ResumeFailover(ctx, ""); err != nil {
 			return err
 		}
-		say(env.stderr, "done", "automatic promotions are on")
+		say(env.stderr, "done", "automatic failovers are on")
 		return nil
 	})
 }
 
-// confirm asks a person who is there. A script has decided already.
+// confirm asks for a confirmation if stdin is a terminal. A script is not asked.
 func confirm(env *environment, yes bool, question string) error {
 	in, ok := env.stdin.(*os.File)
 	if yes || !ok || !term.IsTerminal(int(in.Fd())) { //nolint:gosec // a file descriptor fits
 		return nil
 	}
 	if _, err := fmt.Fprintf(env.stderr, "%s [y/N] ", question); err != nil {
-		return fmt.Errorf("ask: %w", err)
+		return fmt.Errorf("ask for a confirmation: %w", err)
 	}
 	line, err := bufio.NewReader(in).ReadString('\n')
 	if answer := strings.ToLower(strings.TrimSpace(line)); err == nil && (answer == "y" || answer == "yes") {
 		return nil
 	}
-	return failure("--yes goes on without asking", "nothing was done")
+	return failure("answer y, or give --yes", "not confirmed; nothing was changed")
 }

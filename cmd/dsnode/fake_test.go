@@ -7,24 +7,25 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// fakeCluster stands behind a real admin port in the scripts: it remembers
-// what it was told and knows three moods.
+// fakeCluster is the Cluster behind the scripts' admin port. It keeps what was changed, and
+// has four states.
 type fakeCluster struct {
 	mu       sync.Mutex // guards all below
-	mood     string     // healthy, degraded, lost, outside
+	state    string     // healthy, degraded, lost (no quorum), outside (no member)
 	versions []admin.ConfigVersion
 	keys     []admin.APIKeyInfo
 	draining bool
 	drained  bool // a-vllm
 	held     *admin.Hold
-	lost     bool // the primary was lost, and nobody has acknowledged it
+	lost     bool // the last failover is not acknowledged
 	drills   []admin.Drill
 	keyring  fakeKeyring
-	asked    int // how often the running drill was asked about
+	asked    int // requests for the running drill so far
 }
 
 var _ admin.Cluster = (*fakeCluster)(nil)
@@ -33,22 +34,22 @@ const fakeNode = "shanghai-a-1"
 
 var fakeStart = time.Date(2026, 11, 22, 9, 0, 0, 0, time.UTC)
 
-func (f *fakeCluster) setMood(mood string) {
+func (f *fakeCluster) setState(state string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mood = mood
+	f.state = state
 }
 
-// setLost makes the last failover one that nobody has acknowledged.
+// setLost makes the last failover an unacknowledged one.
 func (f *fakeCluster) setLost() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mood, f.lost = "healthy", true
+	f.state, f.lost = "healthy", true
 }
 
-// change says whether a change can be made, as a node would.
+// change returns the error that a node would return for a change.
 func (f *fakeCluster) change() error {
-	switch f.mood {
+	switch f.state {
 	case "lost":
 		return fmt.Errorf("%w since %s", cluster.ErrNoQuorum, fakeStart.Add(50*time.Minute).Format(time.RFC3339))
 	case "outside":
@@ -62,7 +63,7 @@ func ptr[T any](v T) *T { return &v }
 func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood == "outside" {
+	if f.state == "outside" {
 		return admin.Status{}, cluster.ErrNotMember
 	}
 	now := fakeStart.Add(time.Hour)
@@ -94,14 +95,14 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 		if i == 0 {
 			node.Draining = ptr(f.draining)
 		}
-		if f.mood == "lost" && i > 0 || f.mood == "degraded" && i > 1 {
+		if f.state == "lost" && i > 0 || f.state == "degraded" && i > 1 {
 			site.State, site.NodesAlive, site.LastHeardSeconds = admin.SiteDown, ptr(0), ptr(754.0)
 			site.UpstreamsHealthy = nil
 			node.State, node.LastHeardSeconds, node.PID = admin.NodeDead, ptr(754.0), nil
 		}
 		s.Sites, s.Nodes = append(s.Sites, site), append(s.Nodes, node)
 	}
-	if f.mood == "lost" {
+	if f.state == "lost" {
 		s.Raft.Quorum, s.Raft.QuorumSince = false, ptr(fakeStart.Add(50*time.Minute))
 		s.Raft.Leader, s.Raft.LeaderSite, s.Nodes[0].Leader = nil, nil, ptr(false)
 	}
@@ -110,7 +111,7 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4)}
 		s.FailbackAvailable = ptr("beijing")
 	}
-	switch f.mood {
+	switch f.state {
 	case "degraded":
 		s.Reasons = []string{"site beijing is down: last heard 12m34s ago"}
 	case "lost":
@@ -135,7 +136,7 @@ func (f *fakeCluster) drainUpstream(name string, on bool) error {
 		return err
 	}
 	if name != "a-vllm" {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownUpstream, name)
 	}
 	f.drained = on
 	return nil
@@ -146,7 +147,7 @@ func (f *fakeCluster) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	defer f.mu.Unlock()
 	return []admin.UpstreamInfo{
 		{Name: "a-vllm", Site: "shanghai-a", Kind: "vllm", URL: "http://10.0.0.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, Drained: f.drained, InFlight: ptr(3), MaxConcurrency: 256},
-		{Name: "b-vllm", Site: "beijing", Kind: "vllm", URL: "http://10.0.1.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamUnknown, Reason: "nobody has asked it yet", MaxConcurrency: 256},
+		{Name: "b-vllm", Site: "beijing", Kind: "vllm", URL: "http://10.0.1.1:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamUnknown, Reason: "not probed yet", MaxConcurrency: 256},
 		{Name: "c-vllm", Site: "shanghai-a", Kind: "sglang", URL: "http://sglang:8000/v1", Models: []string{"deepseek-chat"}, State: admin.UpstreamHealthy, InFlight: ptr(2), MaxConcurrency: 64, Instances: []admin.InstanceInfo{
 			{Address: "10.0.0.7:8000", State: admin.UpstreamHealthy, InFlight: 2},
 			{Address: "10.0.0.8:8000", State: admin.UpstreamUnhealthy, Reason: "connection refused"},
@@ -158,12 +159,12 @@ func (f *fakeCluster) Bootstrap(_ context.Context, text []byte, author string) e
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.versions) > 0 && f.versions[0].Text != string(text) {
-		return cluster.ErrAlreadyFounded
+		return agreed.ErrAlreadyFounded
 	}
 	if len(f.versions) == 0 {
 		f.put(string(text), author)
 	}
-	f.mood = "healthy"
+	f.state = "healthy"
 	return nil
 }
 
@@ -171,7 +172,7 @@ func (f *fakeCluster) put(text, author string) admin.ConfigVersion {
 	n := uint64(len(f.versions) + 1)
 	v := admin.ConfigVersion{
 		Version: n, Hash: fmt.Sprintf("%064x", n), Author: author, Text: text,
-		Time: fakeStart.Add(time.Duration(n) * time.Minute), //nolint:gosec // a handful
+		Time: fakeStart.Add(time.Duration(n) * time.Minute), //nolint:gosec // there are few
 	}
 	f.versions = append(f.versions, v)
 	return v
@@ -199,7 +200,7 @@ func (f *fakeCluster) ApplyConfig(_ context.Context, text []byte, expect *uint64
 		return admin.ConfigVersion{}, err
 	}
 	if now := uint64(len(f.versions)); expect != nil && *expect != now {
-		return admin.ConfigVersion{}, fmt.Errorf("%w: version %d was expected, it is %d now", cluster.ErrVersionConflict, *expect, now)
+		return admin.ConfigVersion{}, fmt.Errorf("%w: version %d was expected, it is %d now", agreed.ErrVersionConflict, *expect, now)
 	}
 	return f.put(string(text), author), nil
 }
@@ -209,7 +210,7 @@ func (f *fakeCluster) RollbackConfig(_ context.Context, to uint64, expect *uint6
 	defer f.mu.Unlock()
 	now := uint64(len(f.versions))
 	if expect != nil && *expect != now {
-		return admin.ConfigVersion{}, cluster.ErrVersionConflict
+		return admin.ConfigVersion{}, agreed.ErrVersionConflict
 	}
 	if to > now {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %d", admin.ErrUnknownVersion, to)
@@ -243,19 +244,19 @@ func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: %s", cluster.ErrUnknownKey, id)
+	return fmt.Errorf("%w: %s", agreed.ErrUnknownKey, id)
 }
 
 func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
-	case name == "beijing-1" && f.mood == "degraded":
+	case name == "beijing-1" && f.state == "degraded":
 		return nil
 	case name == fakeNode || name == "shanghai-b-1" || name == "beijing-1":
 		return fmt.Errorf("%w: %s was heard just now", admin.ErrNodeAlive, name)
 	}
-	return fmt.Errorf("%w: %s", cluster.ErrUnknownNode, name)
+	return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 }
 
 func (f *fakeCluster) DrainNode(_ context.Context, name string) error { return f.drain(name, true) }
@@ -329,7 +330,7 @@ func (f *fakeCluster) ResumeFailover(context.Context, string) error {
 func (f *fakeCluster) ReleaseQuarantine(context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood != "lost" {
+	if f.state != "lost" {
 		return admin.ErrNotQuarantined
 	}
 	return nil
@@ -338,16 +339,16 @@ func (f *fakeCluster) ReleaseQuarantine(context.Context) error {
 func (f *fakeCluster) PlanDrill(_ context.Context, r admin.DrillRequest, _ string) (admin.DrillPlan, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	well := f.mood == "healthy"
+	well := f.state == "healthy"
 	return admin.DrillPlan{Kind: r.Kind, Site: r.Site, OK: well, Rehearses: "the loss of the primary", Checks: []admin.Check{
 		{Name: "quorum", OK: true, Detail: "this node's lease is good for 1.1s"},
-		{Name: "healthy", OK: well, Waivable: true, Detail: f.mood},
+		{Name: "healthy", OK: well, Waivable: true, Detail: f.state},
 	}}, nil
 }
 
 func (f *fakeCluster) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
 	if p, err := f.PlanDrill(ctx, r, by); err != nil || !p.OK {
-		return admin.Drill{}, &admin.Error{Code: "precheck_failed", Message: "the drill can't begin: healthy (" + f.mood + ")"}
+		return admin.Drill{}, &admin.Error{Code: "precheck_failed", Message: "the drill can't begin: healthy (" + f.state + ")"}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -362,8 +363,7 @@ func (f *fakeCluster) Drills(context.Context) ([]admin.Drill, error) {
 	return append([]admin.Drill{}, f.drills...), nil
 }
 
-// Drill ends a drill when it is asked about for the second time: those of
-// beijing fail.
+// Drill ends a drill at the second request for it. Drills of beijing fail.
 func (f *fakeCluster) Drill(_ context.Context, id string) (admin.Drill, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -402,7 +402,7 @@ func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
 	for i := range f.drills {
 		if f.drills[i].ID == id {
 			if f.drills[i].Verdict != nil {
-				return fmt.Errorf("%w: %s", cluster.ErrDrillEnded, id)
+				return fmt.Errorf("%w: %s", agreed.ErrDrillEnded, id)
 			}
 			f.drills[i].Verdict = ptr("aborted")
 			return nil

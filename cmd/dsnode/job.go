@@ -18,7 +18,7 @@ import (
 )
 
 func newJobCommand(env *environment) *cobra.Command {
-	return newGroup("job", "Asynchronous jobs",
+	return newGroup("job", "Submit, show and change asynchronous jobs",
 		newJobSubmitCommand(env),
 		newJobGetCommand(env),
 		newJobListCommand(env),
@@ -29,7 +29,7 @@ func newJobCommand(env *environment) *cobra.Command {
 	)
 }
 
-// maxRequest bounds a request's file; nodes have a bound of their own.
+// maxRequest bounds the file of a request. Nodes have their own bound.
 const maxRequest = 64 << 20
 
 // jobSubmission is the body of POST /v1/jobs.
@@ -49,20 +49,20 @@ func newJobSubmitCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "submit FILE",
 		Short: "Submit a request as a job",
-		Long: "Submit a request as a job: FILE holds what you would send to the endpoint (- reads stdin). The job's id goes\n" +
-			"to stdout. With --idempotency-key the same request is the same job, however often it is sent.",
+		Long: "Submit a request as a job. FILE has the body that you would send to the endpoint (- reads stdin). The job's ID\n" +
+			"is written to stdout. With --idempotency-key a repeated request is the same job.",
 		Example: "  echo '{\"model\":\"deepseek-chat\",\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}' | dsnode job submit --wait -",
 		Args:    takes("a FILE with the request (- for stdin)"),
 	}
 	f := cmd.Flags()
 	f.StringVar(&j.Endpoint, "endpoint", "/v1/chat/completions", "`PATH` of the request")
-	f.StringVar(&j.Durability, "durability", "", "where it must be on disk before it is accepted: node, site, two-sites or two-cities (default as configured)")
-	f.StringVar(&j.MinDurability, "min-durability", "", "what is enough when that can't be had in time")
-	f.IntVar(&j.Priority, "priority", 0, "0 to 9, 9 comes first")
-	f.StringVar(&j.ExpiresIn, "expires-in", "", "`TIME` in which it must have started, such as 90s, 1h or 2d (default as configured)")
-	f.StringVar(&key, "idempotency-key", "", "a `KEY` of your own for this request")
-	f.StringVar(&tenant, "tenant", "", "`TENANT` whose job it is")
-	f.BoolVar(&wait, "wait", false, "wait for its end, and show the result")
+	f.StringVar(&j.Durability, "durability", "", "`LEVEL`, where the job must be on disk before it is accepted: node, site, two-sites or two-cities (default as configured)")
+	f.StringVar(&j.MinDurability, "min-durability", "", "`LEVEL` that is enough when --durability can't be reached in time")
+	f.IntVar(&j.Priority, "priority", 0, "`N`, 0 to 9; 9 runs first")
+	f.StringVar(&j.ExpiresIn, "expires-in", "", "`TIME` within which the job must start, such as 90s, 1h or 2d (default as configured)")
+	f.StringVar(&key, "idempotency-key", "", "`KEY` that identifies this request when it is repeated")
+	f.StringVar(&tenant, "tenant", "", "`TENANT` that the job belongs to")
+	f.BoolVar(&wait, "wait", false, "wait until the job has ended, and show its result")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		text, err := readRequest(env, args[0])
 		if err != nil {
@@ -71,7 +71,7 @@ func newJobSubmitCommand(env *environment) *cobra.Command {
 		j.Body = text
 		body, err := json.Marshal(j)
 		if err != nil {
-			return failure("put one JSON object there", "%s is not JSON: %w", shownName(args[0]), err)
+			return failure("the file must contain one JSON object", "%s is not JSON: %w", shownName(args[0]), err)
 		}
 		job, err := s.SubmitJob(ctx, tenant, key, body)
 		if err != nil {
@@ -101,9 +101,9 @@ func readRequest(env *environment, file string) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(from, maxRequest+1))
 	switch {
 	case err != nil:
-		return nil, failure("", "read the request: %w", err)
+		return nil, failure("check the file or the pipe", "read the request: %w", err)
 	case len(text) > maxRequest:
-		return nil, failure("", "the request has more than %d bytes", maxRequest)
+		return nil, failure("send a smaller request", "the request has more than %d bytes", maxRequest)
 	}
 	return text, nil
 }
@@ -124,7 +124,7 @@ func showJob(s *session, job admin.Job) error {
 }
 
 func jobText(w io.Writer, p palette, j admin.Job) error {
-	v := jobMood(j.Status)
+	v := jobStatus(j.Status)
 	if err := emit(w, "%s: %s\n", printable(j.ID), p.paint(v.colour, printable(v.text))); err != nil {
 		return err
 	}
@@ -151,7 +151,7 @@ func jobText(w io.Writer, p palette, j admin.Job) error {
 		line("cancel", "requested")
 	}
 	if j.Conflict {
-		line("idempotency", "its key came with another request too")
+		line("idempotency", "its key was also used for another request")
 	}
 	line("error", string(j.Error))
 	if err := g.write(w, p); err != nil || len(j.Result) == 0 {
@@ -167,7 +167,7 @@ func unixTime(t int64) string {
 	return time.Unix(t, 0).UTC().Format(time.RFC3339)
 }
 
-func jobMood(status string) cell {
+func jobStatus(status string) cell {
 	switch status {
 	case "succeeded":
 		return cell{status, green}
@@ -180,15 +180,15 @@ func jobMood(status string) cell {
 func newJobListCommand(env *environment) *cobra.Command {
 	var q admin.JobQuery
 	cmd := &cobra.Command{
-		Use: "list", Short: "List jobs, the newest first", Args: takes(),
+		Use: "list", Short: "List jobs, newest first", Args: takes(),
 		Example: "  dsnode job list --status failed,expired --tenant search",
 	}
 	f := cmd.Flags()
-	f.StringSliceVar(&q.Status, "status", nil, "only these `STATUS`es: queued, running, succeeded, failed, cancelled, expired")
-	f.StringVar(&q.Tenant, "tenant", "", "only the jobs of this `TENANT`")
-	f.StringVar(&q.After, "after", "", "what is older than the job with this `ID`")
-	f.StringVar(&q.Before, "before", "", "what is newer than the job with this `ID`")
-	f.IntVar(&q.Limit, "limit", 20, "at most so many, 1 to 100")
+	f.StringSliceVar(&q.Status, "status", nil, "only jobs with these `STATUS,…`: queued, running, succeeded, failed, cancelled, expired")
+	f.StringVar(&q.Tenant, "tenant", "", "only jobs of this `TENANT`")
+	f.StringVar(&q.After, "after", "", "only jobs older than the one with this `ID`")
+	f.StringVar(&q.Before, "before", "", "only jobs newer than the one with this `ID`")
+	f.IntVar(&q.Limit, "limit", 20, "at most `N` jobs, 1 to 100")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		page, err := s.Jobs(ctx, q)
 		if err != nil {
@@ -197,7 +197,7 @@ func newJobListCommand(env *environment) *cobra.Command {
 		return show(env.stdout, s.output, page, func(w io.Writer) error {
 			g := &grid{heads: []string{"JOB", "STATUS", "TENANT", "MODEL", "SITE", "PRIO", "TRIES", "CREATED"}}
 			for _, j := range page.Data {
-				g.add(plain(j.ID), jobMood(j.Status), plain(j.Tenant), plain(j.Model), plain(j.Site),
+				g.add(plain(j.ID), jobStatus(j.Status), plain(j.Tenant), plain(j.Model), plain(j.Site),
 					plain(fmt.Sprint(j.Priority)), plain(fmt.Sprint(j.Attempts)), plain(unixTime(j.CreatedAt)))
 			}
 			if err := g.write(w, env.palette()); err != nil || !page.HasMore || page.LastID == nil {
@@ -212,11 +212,12 @@ func newJobListCommand(env *environment) *cobra.Command {
 func newJobWaitCommand(env *environment) *cobra.Command {
 	var atMost span
 	cmd := &cobra.Command{
-		Use: "wait ID", Short: "Wait for a job's end, and show its result",
-		Long: "Wait for a job's end, and show its result. Exit code 0: it succeeded. 1: it did not, or not in time.",
+		Use: "wait ID", Short: "Wait until a job has ended, and show its result",
+		Long: "Wait until a job has ended, and show its result.\n\n" +
+			"Exit code 0: the job succeeded. 1: it did not succeed, or did not end in time.",
 		Args: takes("the job's ID"),
 	}
-	cmd.Flags().Var(&atMost, "for", "how long to wait: 30s, 2h (default until it ends)")
+	cmd.Flags().Var(&atMost, "for", "`TIME` to wait at most, such as 30s or 2h (default no limit)")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		return waitForJob(ctx, s, args[0], time.Duration(atMost))
 	})
@@ -225,12 +226,11 @@ func newJobWaitCommand(env *environment) *cobra.Command {
 const (
 	askJobFirst = 50 * time.Millisecond
 	askJobEvery = time.Second
-	// jobLost is how long a job that is being waited for may be unknown, or nobody
-	// there to say.
+	// jobLost is how long the wait goes on while no node answers or knows the job.
 	jobLost = time.Minute
 )
 
-// waitForJob asks until the job has ended, soon at first, then each second.
+// waitForJob polls until the job has ended, with pauses that grow to one second.
 func waitForJob(ctx context.Context, s *session, id string, atMost time.Duration) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -243,7 +243,7 @@ func waitForJob(ctx context.Context, s *session, id string, atMost time.Duration
 		unknown := errors.As(err, &refused) && refused.Code == "job_not_found"
 		switch {
 		case ctx.Err() != nil:
-			return failure("dsnode job wait "+id+" goes on waiting, dsnode job cancel "+id+" ends it", "the job %s goes on", id)
+			return failure("dsnode job wait "+id+" waits again, dsnode job cancel "+id+" cancels it", "the job %s has not ended", id)
 		case err == nil && job.Final():
 			if err := showJob(s, job); err != nil {
 				return err
@@ -262,7 +262,7 @@ func waitForJob(ctx context.Context, s *session, id string, atMost time.Duration
 			if err == nil {
 				status = job.Status
 			}
-			return failure("dsnode job get "+id+" shows it", "the job %s is %s after %s", id, status, atMost)
+			return failure("dsnode job get "+id+" shows it, dsnode job wait "+id+" waits again", "the job %s is %s after %s", id, status, atMost)
 		}
 		if atMost > 0 {
 			pause = max(min(pause, atMost-now.Sub(began)), time.Millisecond)
@@ -274,15 +274,15 @@ func waitForJob(ctx context.Context, s *session, id string, atMost time.Duration
 	}
 }
 
-// tooEarly is what a node says that begins or ends.
+// tooEarly reports whether a node refused because it is starting, stopping or busy.
 func tooEarly(e *admin.Error) bool {
 	return e != nil && (e.Code == "jobs_not_ready" || e.Code == "overloaded" || e.Code == "busy" || e.Code == "stopping")
 }
 
 func newJobCancelCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "cancel ID", Short: "End a job that is not done",
-		Long: "End a job that is not done. The node that owns it does it, which may take a moment when that is another one.",
+		Use: "cancel ID", Short: "Cancel a job that has not ended",
+		Long: "Cancel a job that has not ended. The node that owns the job cancels it, so it may take a moment.",
 		Args: takes("the job's ID"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
@@ -291,11 +291,11 @@ func newJobCancelCommand(env *environment) *cobra.Command {
 			return err
 		}
 		return show(env.stdout, s.output, job, func(io.Writer) error {
-			word := "is " + job.Status
+			text := "is " + job.Status
 			if !job.Final() {
-				word += "; its owner is asked to end it"
+				text += "; the node that owns it is asked to cancel it"
 			}
-			say(env.stderr, "done", args[0]+" "+word)
+			say(env.stderr, "done", args[0]+" "+text)
 			return nil
 		})
 	})
@@ -303,8 +303,8 @@ func newJobCancelCommand(env *environment) *cobra.Command {
 
 func newJobRetryCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "retry ID", Short: "Submit a job again that failed, expired or was cancelled",
-		Long: "Submit a job again that failed, expired or was cancelled, as a new job. The new job's id goes to stdout.",
+		Use: "retry ID", Short: "Submit a failed, expired or cancelled job again",
+		Long: "Submit a failed, expired or cancelled job again, as a new job. The new job's ID is written to stdout.",
 		Args: takes("the job's ID"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
@@ -320,7 +320,7 @@ func newJobRetryCommand(env *environment) *cobra.Command {
 }
 
 func newJobDeleteCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "delete ID", Short: "Take a job away that is done", Args: takes("the job's ID")}
+	cmd := &cobra.Command{Use: "delete ID", Short: "Delete a job that has ended", Args: takes("the job's ID")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.DeleteJob(ctx, args[0]); err != nil {
 			return err

@@ -11,8 +11,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// fakeJobs keeps jobs behind a real door. A job is done when it was looked at
-// twice; one whose body says "bad" has failed then.
+// fakeJobs are the jobs behind a real gateway. A job ends at the second request for it. It
+// fails if its body contains "bad".
 type fakeJobs struct {
 	mu    sync.Mutex // guards all below
 	order []*fakeJob

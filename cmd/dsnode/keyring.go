@@ -13,7 +13,7 @@ import (
 )
 
 func newKeyringCommand(env *environment) *cobra.Command {
-	return newGroup("keyring", "Keys that data is encrypted with",
+	return newGroup("keyring", "Show and rotate the keys that encrypt data",
 		newKeyringListCommand(env),
 		newKeyringRotateCommand(env),
 		newKeyringRewrapCommand(env),
@@ -23,10 +23,10 @@ func newKeyringCommand(env *environment) *cobra.Command {
 func newKeyringListCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "List the data keys: who has confirmed each, and how many records it has sealed",
-		Long: "List the data keys. A new one is pending until every node has confirmed that it can open it, then active:\n" +
-			"new records are sealed with it. The one before is retired; its records are sealed anew in the background,\n" +
-			"and it is dropped when no node carries any. RECORDS counts copies, - is unknown.",
+		Short: "List the data keys, their state and their records",
+		Long: "List the data keys. A new key is pending until every node has confirmed that it can open it. Then it is active:\n" +
+			"new records are encrypted with it. The previous key is retired: its records are re-encrypted in the\n" +
+			"background, and it is dropped when no node has any left. RECORDS counts each copy of a record; - is unknown.",
 		Args: takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
@@ -43,7 +43,7 @@ func showKeyring(s *session, k admin.Keyring) error {
 		if err := dataKeysGrid(k, time.Now()).write(w, s.env.palette()); err != nil || k.OperatorKey == nil {
 			return err
 		}
-		if err := emit(w, "\nWrapped with operator key %s.\n", printable(*k.OperatorKey)); err != nil {
+		if err := emit(w, "\nThe data keys are wrapped with operator key %s.\n", printable(*k.OperatorKey)); err != nil {
 			return err
 		}
 		for _, n := range k.Nodes {
@@ -74,16 +74,17 @@ func dataKeysGrid(k admin.Keyring, now time.Time) *grid {
 	return g
 }
 
-// keyringLookEvery is the pause between two looks at something that is awaited.
-const keyringLookEvery = 200 * time.Millisecond
+// keyringPollEvery is the pause between two requests for the state of a key.
+const keyringPollEvery = 200 * time.Millisecond
 
 func newKeyringRotateCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rotate",
-		Short: "Seal new records with a new data key, and the old ones anew in the background",
-		Long: "Make a new data key and wait until it is in use, which is when every node has confirmed that it can open it.\n" +
-			"After --timeout the command ends with exit code 1 and says who is missing; the key comes into use all the\n" +
-			"same once they have confirmed it. Repeating the command meanwhile makes no further key.",
+		Short: "Make a new data key and re-encrypt old records",
+		Long: "Make a new data key and wait until it is active, which is when every node has confirmed that it can open it.\n" +
+			"Nodes re-encrypt the records of the previous key in the background.\n\n" +
+			"After --timeout the command ends with exit code 1 and names the missing nodes. The key still becomes active\n" +
+			"when they have confirmed it, and repeating the command until then makes no second key.",
 		Args: takes(),
 	}
 	onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
@@ -98,17 +99,17 @@ func newKeyringRotateCommand(env *environment) *cobra.Command {
 			return err
 		}
 		if key.State == "pending" {
-			return failure("it comes into use by itself when they have; dsnode node remove NAME takes out a node that is gone for good",
-				"data key %s is not in use yet: not confirmed by %s", key.ID, bySite(key.Missing, nodes))
+			return failure("it becomes active when they have confirmed it; dsnode node remove NAME removes a node that will not come back",
+				"data key %s is not active yet: not confirmed by %s", key.ID, bySite(key.Missing, nodes))
 		}
 		return show(env.stdout, s.output, key, func(w io.Writer) error {
-			return emit(w, "Data key %s is in use. dsnode keyring list shows how many records the one before still has.\n", printable(key.ID))
+			return emit(w, "Data key %s is active. dsnode keyring list shows how many records the previous key still has.\n", printable(key.ID))
 		})
 	})
 	return patient(cmd, 30*time.Second)
 }
 
-// awaitDataKey looks until the key is in use or ctx has ended, and gives what it
+// awaitDataKey polls until the key is active or ctx has ended, and returns what it
 // saw last.
 func awaitDataKey(ctx context.Context, s *session, key admin.DataKey) (admin.DataKey, []admin.KeyringNode, error) {
 	var nodes []admin.KeyringNode
@@ -128,7 +129,7 @@ func awaitDataKey(ctx context.Context, s *session, key admin.DataKey) (admin.Dat
 			}
 		}
 		if !found {
-			return key, nodes, failure("look with dsnode keyring list", "data key %s is gone again", key.ID)
+			return key, nodes, failure("dsnode keyring list shows the keys", "data key %s does not exist any more", key.ID)
 		}
 		if key.State != "pending" {
 			break
@@ -136,7 +137,7 @@ func awaitDataKey(ctx context.Context, s *session, key admin.DataKey) (admin.Dat
 		select {
 		case <-ctx.Done():
 			return key, nodes, nil
-		case <-time.After(keyringLookEvery):
+		case <-time.After(keyringPollEvery):
 		}
 	}
 	return key, nodes, nil
@@ -144,27 +145,28 @@ func awaitDataKey(ctx context.Context, s *session, key admin.DataKey) (admin.Dat
 
 // bySite names nodes with their sites: "beijing-1 (site beijing)".
 func bySite(names []string, nodes []admin.KeyringNode) string {
-	words := make([]string, 0, len(names))
+	named := make([]string, 0, len(names))
 	for _, name := range names {
-		word := name
+		text := name
 		for _, n := range nodes {
 			if n.Name == name {
-				word = fmt.Sprintf("%s (site %s)", name, n.Site)
+				text = fmt.Sprintf("%s (site %s)", name, n.Site)
 			}
 		}
-		words = append(words, word)
+		named = append(named, text)
 	}
-	return strings.Join(words, ", ")
+	return strings.Join(named, ", ")
 }
 
 func newKeyringRewrapCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "rewrap",
-		Short: "Wrap all data keys with the new operator key that every node has by now",
-		Long: "Wrap all data keys with another operator key. First give every node, one after the other, the new key as\n" +
-			"operator_key and the present one as operator_key_previous in its node.yaml, and restart it. Then run this:\n" +
-			"it is refused, with names, while a node lacks the new key. When dsnode keyring list shows every key confirmed\n" +
-			"by all nodes, operator_key_previous can go.",
+		Short: "Wrap all data keys with a new operator key",
+		Long: "Wrap all data keys with a new operator key.\n\n" +
+			"  1. On one node after the other, set the new key as operator_key and the present one as\n" +
+			"     operator_key_previous in node.yaml, and restart the node.\n" +
+			"  2. Run this command. It is refused while a node lacks the new key, and names the node.\n" +
+			"  3. When dsnode keyring list shows every key confirmed by all nodes, remove operator_key_previous.",
 		Args: takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {

@@ -6,11 +6,12 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// fakeKeyring is the scripts' keyring: a rotation comes into use when it is
-// looked at for the second time, unless a site is away.
+// fakeKeyring is the scripts' keyring. A rotated key becomes active at the second request
+// for it, unless a site is away.
 type fakeKeyring struct {
 	rotated bool
 	looks   int
@@ -20,7 +21,7 @@ type fakeKeyring struct {
 func (f *fakeCluster) Keyring(context.Context) (admin.Keyring, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood == "outside" {
+	if f.state == "outside" {
 		return admin.Keyring{}, cluster.ErrNotMember
 	}
 	return f.describeKeyring(), nil
@@ -46,7 +47,7 @@ func (f *fakeCluster) describeKeyring() admin.Keyring {
 		}
 		k.Nodes = append(k.Nodes, n)
 	}
-	if f.mood == "degraded" {
+	if f.state == "degraded" {
 		k.Keys[1].Records = nil
 	}
 	if !f.keyring.rotated {
@@ -55,7 +56,7 @@ func (f *fakeCluster) describeKeyring() admin.Keyring {
 	next := k.Keys[1]
 	next.ID, next.CreatedBy, next.Records = "00000000000000bb", "ann@desk", ptr(int64(0))
 	f.keyring.looks++
-	if f.mood == "degraded" || f.keyring.looks < 2 {
+	if f.state == "degraded" || f.keyring.looks < 2 {
 		next.State, next.ActiveAt = "pending", nil
 		next.Confirmed, next.Missing = all[1:], all[:1]
 	} else {
@@ -80,8 +81,8 @@ func (f *fakeCluster) RotateKeyring(context.Context, string) (admin.DataKey, err
 func (f *fakeCluster) RewrapKeyring(context.Context, string) (admin.Keyring, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.mood == "degraded" {
-		return admin.Keyring{}, fmt.Errorf("%w: 2222222222222222, which node shanghai-a-1 has, is not that of beijing-1", cluster.ErrOperatorKeyMissing)
+	if f.state == "degraded" {
+		return admin.Keyring{}, fmt.Errorf("%w: 2222222222222222, which node shanghai-a-1 has, is not that of beijing-1", agreed.ErrOperatorKeyMissing)
 	}
 	f.keyring.wrapped = "2222222222222222"
 	return f.describeKeyring(), nil

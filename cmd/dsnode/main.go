@@ -1,14 +1,15 @@
-// Command dsnode is the one binary of a cluster: it runs a node, rehearses a
-// whole cluster on one machine, and is the operator's hand on both.
+// Command dsnode is the only binary of a cluster: it runs a node, runs a whole
+// cluster on one machine for development (dev), and is the operators' CLI.
 //
-// Each file holds one command with its flags and its words. What a command
-// does is in the packages below; what it sees of the world is an environment;
-// how it ends is in exit.go. Start reading at newRootCommand.
+// Each file holds one command: its flags, its output and its error texts. The work
+// is done by the packages below. environment.go has what a command takes from the
+// process (streams, variables), exit.go maps errors to exit codes. Start reading at
+// newRootCommand.
 package main
 
 import "os"
 
-// version is stamped by the linker: -ldflags "-X main.version=0.1.0".
+// version is set by the linker: -ldflags "-X main.version=0.1.0".
 var version string
 
 func main() {

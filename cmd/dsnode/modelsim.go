@@ -14,8 +14,8 @@ import (
 	"github.com/dsnode/dsnode/node/modelsim"
 )
 
-// newModelsimCommand is what `dsnode dev` puts behind its sites. It is hidden:
-// it is for trying things out, and no part of a cluster.
+// newModelsimCommand runs the model server that `dsnode dev` starts for each site. It
+// is hidden, because it is for development and not part of a cluster.
 func newModelsimCommand(env *environment) *cobra.Command {
 	var listen string
 	var o modelsim.Options
@@ -33,7 +33,7 @@ func newModelsimCommand(env *environment) *cobra.Command {
 			defer stop()
 			listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", listen)
 			if err != nil {
-				return usage("give another address with --listen", "%w", err)
+				return usage("choose another address with --listen", "%w", err)
 			}
 			say(env.stderr, "modelsim", fmt.Sprintf("serving on http://%s/v1", listener.Addr()))
 			o.Logger = slog.New(slog.NewJSONHandler(env.stderr, nil))
@@ -41,10 +41,10 @@ func newModelsimCommand(env *environment) *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&listen, "listen", "127.0.0.1:8000", "address to serve on; port 0 takes a free one")
-	f.StringArrayVar(&o.Models, "model", nil, "a model that exists; repeatable (default every name exists)")
-	f.DurationVar(&o.FirstToken, "latency", 50*time.Millisecond, "from the request to the first token")
-	f.Float64Var(&o.Rate, "rate", 50, "tokens in a second after the first, 0 for all at once")
-	f.IntVar(&o.Tokens, "tokens", 32, "length of an answer that nobody limits")
+	f.StringVar(&listen, "listen", "127.0.0.1:8000", "`ADDRESS` to serve on; port 0 takes a free port")
+	f.StringArrayVar(&o.Models, "model", nil, "a `MODEL` that exists; repeatable (default every name exists)")
+	f.DurationVar(&o.FirstToken, "latency", 50*time.Millisecond, "`TIME` from the request to the first token")
+	f.Float64Var(&o.Rate, "rate", 50, "`TOKENS` per second after the first; 0: all at once")
+	f.IntVar(&o.Tokens, "tokens", 32, "`TOKENS` of an answer without max_tokens")
 	return cmd
 }

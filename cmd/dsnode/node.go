@@ -13,7 +13,7 @@ import (
 )
 
 func newNodeCommand(env *environment) *cobra.Command {
-	return newGroup("node", "Nodes of the cluster",
+	return newGroup("node", "List, drain and remove nodes",
 		newNodeListCommand(env),
 		newNodeDrainCommand(env),
 		newNodeResumeCommand(env),
@@ -38,7 +38,7 @@ func newNodeListCommand(env *environment) *cobra.Command {
 	})
 }
 
-// nodesGrid has the addresses that the status leaves out.
+// nodesGrid shows the nodes' addresses, which the status leaves out.
 func nodesGrid(nodes []admin.NodeStatus, now time.Time) *grid {
 	g := &grid{heads: []string{"NODE", "SITE", "STATE", "RAFT", "VERSION", "API", "ADMIN", "UP"}}
 	for _, n := range nodes {
@@ -51,27 +51,28 @@ func nodesGrid(nodes []admin.NodeStatus, now time.Time) *grid {
 func newNodeDrainCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drain NODE",
-		Short: "Let a node serve what it has and send new clients elsewhere",
-		Long: "Take a node's readiness away, so that load balancers send new clients elsewhere. It goes on\n" +
-			"serving who still comes. Only the node itself can do this: one of the admin URLs must be its own.",
+		Short: "Make load balancers send no more clients to a node",
+		Long: "Make a node answer 503 at /healthz/ready, so that load balancers send new clients to other nodes. The\n" +
+			"node still serves the requests that it gets. Only the node itself can do this: one of the admin URLs\n" +
+			"must be its own.",
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.DrainNode(ctx, args[0]); err != nil {
 			return whichNode(ctx, s, args[0], err)
 		}
-		say(env.stderr, "done", fmt.Sprintf("%s is draining; dsnode node resume %s takes it back", args[0], args[0]))
+		say(env.stderr, "done", fmt.Sprintf("%s is draining; dsnode node resume %s ends the drain", args[0], args[0]))
 		return nil
 	})
 }
 
 func newNodeResumeCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "resume NODE", Short: "End a drain", Args: takes("the NODE's name")}
+	cmd := &cobra.Command{Use: "resume NODE", Short: "End the drain of a node", Args: takes("the NODE's name")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.ResumeNode(ctx, args[0]); err != nil {
 			return whichNode(ctx, s, args[0], err)
 		}
-		say(env.stderr, "done", args[0]+" takes clients again")
+		say(env.stderr, "done", args[0]+" is ready for clients again")
 		return nil
 	})
 }
@@ -79,9 +80,9 @@ func newNodeResumeCommand(env *environment) *cobra.Command {
 func newNodeRemoveCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "remove NODE",
-		Short: "Take a node that is gone for good out of the cluster",
-		Long: "Take a node that is gone for good out of the cluster. A living node is not removed: stop it\n" +
-			"first. A removed one needs an empty data directory to join again.",
+		Short: "Remove a node that will not come back",
+		Long: "Remove a node that will not come back from the cluster; other nodes take over its jobs. A node that is\n" +
+			"alive is not removed: stop it first. A removed node needs an empty data directory to join again.",
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
@@ -93,19 +94,19 @@ func newNodeRemoveCommand(env *environment) *cobra.Command {
 	})
 }
 
-// whichNode adds where the node itself can be asked, when somebody knows.
+// whichNode adds the node's own admin address to ErrWrongNode, when it is known.
 func whichNode(ctx context.Context, s *session, name string, err error) error {
 	if !errors.Is(err, admin.ErrWrongNode) {
 		return err
 	}
 	status, statusErr := s.Status(ctx)
 	if statusErr != nil {
-		return err // the first refusal says more
+		return err // it says more than statusErr
 	}
 	for _, n := range status.Nodes {
 		if n.Name == name {
-			return failure(fmt.Sprintf("add its own address to --admin; it says it is at %s", n.Admin),
-				"none of the admin URLs is that of %s: %w", name, err)
+			return failure(fmt.Sprintf("add the node's admin address to --admin; it reports %s", n.Admin),
+				"none of the admin URLs is the address of %s: %w", name, err)
 		}
 	}
 	return failure("dsnode node list shows the names", "there is no node %q", name)

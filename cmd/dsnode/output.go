@@ -14,7 +14,7 @@ import (
 	"golang.org/x/term"
 )
 
-// How data can be shown.
+// The output formats.
 const (
 	outputTable = "table"
 	outputJSON  = "json"
@@ -28,13 +28,13 @@ func checkOutput(output string, formats []string) error {
 	return usage("write -o "+strings.NewReplacer(", ", ", -o ", " or ", " or -o ").Replace(orList(formats)), "there is no output %q", output)
 }
 
-// orList is a list in a sentence: a, b or c.
+// orList joins words as a sentence does: a, b or c.
 func orList(words []string) string {
 	last := len(words) - 1
 	return strings.Join(words[:last], ", ") + " or " + words[last]
 }
 
-// show writes value as JSON or YAML, or lets table write it for people.
+// show writes value as JSON or YAML, or calls table for the output for people.
 func show(w io.Writer, output string, value any, table func(io.Writer) error) error {
 	var text []byte
 	var err error
@@ -53,8 +53,8 @@ func show(w io.Writer, output string, value any, table func(io.Writer) error) er
 	return emit(w, "%s", text)
 }
 
-// yamlOf writes what JSON would, in the same order, as YAML for people: JSON
-// is YAML, so it is read as such and its flow style taken off.
+// yamlOf encodes value as YAML with the names and the order of its JSON form. JSON
+// is valid YAML in flow style, so it is parsed as YAML and changed to block style.
 func yamlOf(value any) ([]byte, error) {
 	text, err := json.Marshal(value)
 	if err != nil {
@@ -86,7 +86,7 @@ func blockStyle(n *yaml.Node) {
 	}
 }
 
-// palette colours words when the reader is a terminal that wants it.
+// palette colours text when stdout is a terminal and NO_COLOR is not set.
 type palette struct{ on bool }
 
 func (e *environment) palette() palette {
@@ -113,20 +113,20 @@ func (p palette) paint(colour, text string) string {
 	return "\x1b[" + colour + "m" + text + "\x1b[0m"
 }
 
-// cell is a word of a table and its colour.
+// cell is one cell of a table, with its colour.
 type cell struct{ text, colour string }
 
 func plain(text string) cell { return cell{text: text} }
 
-// grid is a table whose columns are as wide as they must be. It does what
-// text/tabwriter does, and doesn't count colours as text.
+// grid is a table with aligned columns. Unlike text/tabwriter it does not count
+// colour codes as text.
 type grid struct {
 	heads []string
 	rows  [][]cell
 }
 
-// add takes a row. What it says may come from a peer, so it can't steer the
-// terminal or break the table.
+// add appends a row. Its text may come from a peer, so control characters are
+// replaced: they could control the terminal or break the table.
 func (g *grid) add(cells ...cell) {
 	for i := range cells {
 		cells[i].text = strings.ReplaceAll(printable(cells[i].text), "\n", " ")
@@ -159,7 +159,7 @@ func (g *grid) write(w io.Writer, p palette) error {
 	return emit(w, "%s", trimLines(out.String()))
 }
 
-// trimLines takes spaces off the ends: an empty last cell leaves none behind.
+// trimLines removes the trailing spaces that an empty last cell leaves.
 func trimLines(text string) string {
 	lines := strings.Split(text, "\n")
 	for i, line := range lines {
@@ -168,7 +168,8 @@ func trimLines(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// printable keeps what a peer or a file said from steering the terminal.
+// printable replaces control characters in text from a peer or a file, so that it
+// can't control the terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' && r != '\n' && r != '\t' || r >= 0x7f && r < 0xa0 || r == utf8.RuneError {

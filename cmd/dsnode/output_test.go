@@ -41,21 +41,21 @@ func TestGridKeepsItsColumns(t *testing.T) {
 		t.Errorf("no green in %q", out.String())
 	}
 	if strings.Contains(out.String(), "\x1b[2J") {
-		t.Errorf("a peer's name steers the terminal: %q", out.String())
+		t.Errorf("a peer's name controls the terminal: %q", out.String())
 	}
 }
 
 func TestColourOnlyWhereItIsWanted(t *testing.T) {
-	// A buffer is no terminal, whatever the environment says.
+	// A buffer is not a terminal, whatever the environment is.
 	env := &environment{stdout: &bytes.Buffer{}, getenv: func(string) string { return "" }}
 	if env.palette().on {
 		t.Error("a buffer was taken for a terminal")
 	}
 }
 
-// TestYAMLSaysWhatJSONSays: values of every kind read back as they were, even
-// strings that look like something else.
-func TestYAMLSaysWhatJSONSays(t *testing.T) {
+// TestYAMLReadsBack: values of every type read back the same, also strings that look like
+// another type.
+func TestYAMLReadsBack(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		text := rapid.OneOf(
 			rapid.SampledFrom([]string{"", "null", "true", "1", "0x1", "1e3", "~", "- a", "a: b", "a\nb\n", "  a", "#x", "2026-11-22", "yes", "'", "\""}),
@@ -106,7 +106,7 @@ func TestSpanReadsWhatItWrites(t *testing.T) {
 	for _, text := range []string{"", "d", "-1d", "0d", "0s", "1.5d", "99999999d", "36501d", "forever", "90"} {
 		var s span
 		if err := s.Set(text); err == nil {
-			t.Errorf("%q was taken as %s", text, time.Duration(s))
+			t.Errorf("%q was parsed as %s", text, time.Duration(s))
 		}
 	}
 }
@@ -129,7 +129,7 @@ func TestVersionOfABuild(t *testing.T) {
 	}
 }
 
-// countdown ends a watch when it has been shown often enough.
+// countdown ends a watch after some outputs.
 type countdown struct {
 	bytes.Buffer
 	mark  string
@@ -146,18 +146,18 @@ func (c *countdown) Write(p []byte) (int, error) {
 }
 
 func TestWatchGoesOnThroughAnOutage(t *testing.T) {
-	f := &fakeCluster{mood: "healthy"}
+	f := &fakeCluster{state: "healthy"}
 	door := admin.New(admin.Options{Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler()})
 	asked := 0
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		asked++ // one question at a time
+		asked++ // one request at a time
 		if asked == 2 {
-			panic(http.ErrAbortHandler) // the node dies in the middle
+			panic(http.ErrAbortHandler) // the connection breaks
 		}
 		door.ServeHTTP(w, r)
 	}))
 	defer server.Close()
-	server.Config.SetKeepAlivesEnabled(false) // else net/http asks a second time by itself
+	server.Config.SetKeepAlivesEnabled(false) // else net/http repeats the request by itself
 	client, err := admin.NewClient([]string{server.URL}, admin.ClientOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -173,9 +173,9 @@ func TestWatchGoesOnThroughAnOutage(t *testing.T) {
 	}
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
 	if len(lines) != 2 || !strings.HasPrefix(lines[0], `{"cluster":"dev"`) {
-		t.Errorf("want two statuses, one in a line, got %q", out.String())
+		t.Errorf("want two statuses on a line each, got %q", out.String())
 	}
 	if !strings.Contains(stderr.String(), "dsnode: error: cannot reach the cluster") {
-		t.Errorf("the outage was not told: %q", stderr.String())
+		t.Errorf("the outage was not reported: %q", stderr.String())
 	}
 }

@@ -7,28 +7,29 @@ import (
 )
 
 func newRecoverCommand(env *environment) *cobra.Command {
-	return newGroup("recover", "Help a cluster that can't help itself", newRecoverReleaseCommand(env))
+	return newGroup("recover", "Recover a cluster that needs an operator", newRecoverReleaseCommand(env))
 }
 
 func newRecoverReleaseCommand(env *environment) *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
 		Use:   "release",
-		Short: "Let a cluster that restarted cold go on without a missing site",
-		Long: "Let a cluster that restarted cold go on without a missing site. A majority that was down as a whole\n" +
-			"holds still until it has asked every site whether the cluster was recovered elsewhere meanwhile.\n" +
-			"This is your word that it was not: with two clusters alive, both would act.",
+		Short: "End the quarantine of a cluster that restarted with a site missing",
+		Long: "End the quarantine of a cluster that restarted with a site missing. When a majority of the voters was down at\n" +
+			"the same time, the cluster makes no change until it has asked every site whether the cluster was recovered\n" +
+			"elsewhere meanwhile. With this command you confirm that it was not. If it was, two clusters are alive and\n" +
+			"both act.",
 		Args: takes(),
 	}
-	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "don't ask")
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "don't ask for a confirmation")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
-		if err := confirm(env, yes, "Was this cluster recovered nowhere else?"); err != nil {
+		if err := confirm(env, yes, "Do you confirm that this cluster was not recovered elsewhere?"); err != nil {
 			return err
 		}
 		if err := s.ReleaseQuarantine(ctx); err != nil {
 			return err
 		}
-		say(env.stderr, "done", "the cluster goes on; dsnode status shows it")
+		say(env.stderr, "done", "the quarantine has ended; dsnode status shows the cluster")
 		return nil
 	})
 }

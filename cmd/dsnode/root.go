@@ -9,7 +9,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// run is the program: it carries out args and gives the exit code.
+// run executes the command that args name and returns the exit code.
 func run(args []string, env *environment) int {
 	root := newRootCommand(env)
 	root.SetArgs(args)
@@ -22,13 +22,13 @@ func run(args []string, env *environment) int {
 	cmd, err := root.ExecuteC()
 	var exit *exitError
 	if err != nil && !started && !errors.As(err, &exit) {
-		// Whatever fails before a command starts was written wrongly.
+		// An error before the command started is an error in the arguments.
 		err = usage(fmt.Sprintf("see %s --help", cmd.CommandPath()), "%w", err)
 	}
 	return report(env.stderr, err)
 }
 
-// noteStart makes every command of the tree set started when it begins.
+// noteStart makes each command of the tree set started when it begins to run.
 func noteStart(cmd *cobra.Command, started *bool) {
 	if begin := cmd.RunE; begin != nil {
 		cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -41,9 +41,9 @@ func noteStart(cmd *cobra.Command, started *bool) {
 	}
 }
 
-// newRootCommand is the whole command line, one line a command.
+// newRootCommand builds the command tree, one line for each command.
 func newRootCommand(env *environment) *cobra.Command {
-	root := newGroup("dsnode", "A gateway to your model servers that survives the loss of a data centre",
+	root := newGroup("dsnode", "A gateway for model servers that survives the loss of a data centre",
 		newDevCommand(env),
 		newRunCommand(env),
 		newBootstrapCommand(env),
@@ -63,7 +63,7 @@ func newRootCommand(env *environment) *cobra.Command {
 		newVersionCommand(env),
 		newCompletionCommand(env),
 	)
-	root.Long = root.Short + ".\n\nOne static binary runs in every site. dsnode dev shows three of them on this machine."
+	root.Long = root.Short + ".\n\nThe same binary runs in every site. To try it out, dsnode dev runs three sites on this machine."
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -73,7 +73,7 @@ func newRootCommand(env *environment) *cobra.Command {
 	return root
 }
 
-// newGroup is a command that only has others below it.
+// newGroup makes a command that only has subcommands.
 func newGroup(use, short string, subs ...*cobra.Command) *cobra.Command {
 	group := &cobra.Command{
 		Use: use, Short: short, Args: cobra.ArbitraryArgs,
@@ -103,7 +103,7 @@ func names(cmd *cobra.Command) []string {
 	return all
 }
 
-// takes is the check for a command with exactly these arguments.
+// takes checks that a command gets exactly the named arguments.
 func takes(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		see := fmt.Sprintf("see %s --help", cmd.CommandPath())
@@ -113,13 +113,13 @@ func takes(names ...string) cobra.PositionalArgs {
 		case len(args) > len(names) && len(names) == 0:
 			return usage(see, "%s takes no arguments, but got %q", cmd.CommandPath(), args[0])
 		case len(args) > len(names):
-			return usage(see, "%s takes %s alone, but got %q too", cmd.CommandPath(), strings.Join(names, " and "), args[len(names)])
+			return usage(see, "%s takes only %s, but got %q too", cmd.CommandPath(), strings.Join(names, " and "), args[len(names)])
 		}
 		return nil
 	}
 }
 
-// emit writes data to stdout. A stdout that has gone is the command's failure.
+// emit writes data to stdout. When stdout is closed the command fails.
 func emit(w io.Writer, format string, args ...any) error {
 	if _, err := fmt.Fprintf(w, format, args...); err != nil {
 		return fmt.Errorf("write the answer: %w", err)

@@ -15,13 +15,13 @@ func newRunCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run --config node.yaml",
 		Short: "Run one node in the foreground",
-		Long: "Run one node in the foreground; its log goes to stderr, as JSON, one line a decision.\n\n" +
-			"SIGTERM or Ctrl-C: it stops being ready, finishes what runs, and leaves. A second one ends it\n" +
-			"at once. SIGHUP: it reloads what can change without a restart.",
+		Long: "Run one node in the foreground. It writes its log to stderr, as JSON.\n\n" +
+			"On SIGTERM or Ctrl-C the node stops being ready, finishes the running requests and leaves the\n" +
+			"cluster; a second signal ends it at once. On SIGHUP it reloads its certificates.",
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file == "" {
-				return usage("write one after deploy/node.yaml", "run needs --config node.yaml")
+				return usage("deploy/node.yaml is an example", "run needs --config node.yaml")
 			}
 			ctx := cmd.Context()
 			if ctx == nil {
@@ -30,7 +30,7 @@ func newRunCommand(env *environment) *cobra.Command {
 			return runNode(ctx, env, file)
 		},
 	}
-	cmd.Flags().StringVar(&file, "config", "", "the node's `FILE`, node.yaml (required)")
+	cmd.Flags().StringVar(&file, "config", "", "the node's configuration `FILE`, a node.yaml (required)")
 	return cmd
 }
 

@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/gateway"
 )
@@ -21,9 +21,8 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"dsnode": main, "quietpeer": peerProgram})
 }
 
-// TestScripts runs testdata/*.txtar: dsnode as a person types it, each script
-// with an admin port of its own behind DSNODE_ADMIN. UPDATE_SCRIPTS=1 rewrites
-// the golden parts.
+// TestScripts runs the command lines in testdata/*.txtar. Each script has its own admin
+// port in DSNODE_ADMIN. UPDATE_SCRIPTS=1 rewrites the golden files.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:           "testdata",
@@ -52,12 +51,12 @@ type fakePort struct {
 }
 
 func newFakePort(e *testscript.Env, token string) fakePort {
-	f := &fakeCluster{mood: "outside"}
+	f := &fakeCluster{state: "outside"}
 	s := httptest.NewServer(admin.New(admin.Options{
 		Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler(), Token: token,
 		Jobs: gateway.New(gateway.Options{
-			Config: func() *cluster.Config {
-				return &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"deepseek-chat": {}}}
+			Config: func() *config.Config {
+				return &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"deepseek-chat": {}}}
 			},
 			Jobs: &fakeJobs{}, Registerer: prometheus.NewRegistry(),
 		}).OperatorHandler(),
@@ -66,7 +65,7 @@ func newFakePort(e *testscript.Env, token string) fakePort {
 	return fakePort{cluster: f, url: s.URL}
 }
 
-// exits runs a program that must end with a given code: exits 3 dsnode status.
+// exits runs a program and checks its exit code: exits 3 dsnode status.
 func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
 		ts.Fatalf("usage: exits CODE PROGRAM [ARG…]")
@@ -86,7 +85,7 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// setCluster gives the script's cluster a mood: cluster lost.
+// setCluster sets the state of the script's cluster: cluster lost.
 func setCluster(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: cluster healthy|degraded|lost|outside|failedover")
@@ -95,14 +94,14 @@ func setCluster(ts *testscript.TestScript, neg bool, args []string) {
 	if !ok {
 		ts.Fatalf("the script has no cluster")
 	}
-	f.setMood(args[0])
+	f.setState(args[0])
 	if args[0] == "failedover" {
 		f.setLost()
 	}
 }
 
-// devRuns records a dev cluster as `dsnode dev` does, with the pid of this
-// process, which lives, or with one that doesn't: devruns URL, ! devruns URL.
+// devRuns writes the record of a dev cluster, with the pid of this process (devruns URL),
+// or with the pid of a process that has ended (! devruns URL).
 func devRuns(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 1 {
 		ts.Fatalf("usage: [!] devruns URL")

@@ -8,21 +8,20 @@ import (
 	"syscall"
 )
 
-// peer is a node that can be run.
+// peer is a node, as runUntilSignal needs it.
 type peer interface {
 	// Run blocks until ctx ends, then drains and leaves.
 	Run(ctx context.Context) error
-	// Reload takes in what of node.yaml can change without a restart.
+	// Reload reads again what can change without a restart.
 	Reload() error
 }
 
-// runUntilSignal runs p until SIGTERM or SIGINT, which lets it drain; a second
-// one ends the process at once. SIGHUP reloads, and a reload that fails leaves
-// everything as it was.
+// runUntilSignal runs p until SIGTERM or SIGINT, then lets it drain. A second signal
+// ends the process at once. SIGHUP reloads; a reload that fails changes nothing.
 func runUntilSignal(ctx context.Context, log *slog.Logger, p peer) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
-	// From the first signal on, the next one does what it does to any process.
+	// After the first signal the default action is restored: the next one ends the process.
 	defer context.AfterFunc(ctx, stop)()
 
 	hup := make(chan os.Signal, 1)
@@ -38,7 +37,7 @@ func runUntilSignal(ctx context.Context, log *slog.Logger, p peer) error {
 				return
 			case <-hup:
 				if err := p.Reload(); err != nil {
-					log.LogAttrs(ctx, slog.LevelError, "reload refused, all is as it was", slog.Any("error", err))
+					log.LogAttrs(ctx, slog.LevelError, "reload failed, nothing was changed", slog.Any("err", err))
 					continue
 				}
 				log.LogAttrs(ctx, slog.LevelInfo, "reloaded")

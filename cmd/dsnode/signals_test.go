@@ -13,8 +13,8 @@ import (
 	"testing"
 )
 
-// peerProgram is a node of few words, as a process of its own: signals are a
-// process's business. Its argument says how it drains: at once, or never.
+// peerProgram is a fake node as its own process, because signals go to a process. Its
+// argument says how it drains: at once, or never.
 func peerProgram() {
 	p := &quietPeer{forever: len(os.Args) > 1 && os.Args[1] == "never"}
 	if err := runUntilSignal(context.Background(), slog.New(slog.DiscardHandler), p); err != nil {
@@ -48,7 +48,7 @@ func (p *quietPeer) Reload() error {
 	return nil
 }
 
-// startPeer runs peerProgram and gives what it says, line by line.
+// startPeer runs peerProgram and returns its output line by line.
 func startPeer(t *testing.T, drains string) (*exec.Cmd, *bufio.Scanner) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "quietpeer", drains)
@@ -67,7 +67,7 @@ func startPeer(t *testing.T, drains string) (*exec.Cmd, *bufio.Scanner) {
 func hear(t *testing.T, said *bufio.Scanner, want string) {
 	t.Helper()
 	if !said.Scan() || said.Text() != want {
-		t.Fatalf("heard %q (%v), want %q", said.Text(), said.Err(), want)
+		t.Fatalf("the program wrote %q (%v), want %q", said.Text(), said.Err(), want)
 	}
 }
 
@@ -82,7 +82,7 @@ func TestTermDrainsAndHupReloads(t *testing.T) {
 	for _, end := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
 		cmd, said := startPeer(t, "at once")
 		signalTo(t, cmd, syscall.SIGHUP)
-		hear(t, said, "reload 1") // it fails, and the node goes on
+		hear(t, said, "reload 1") // it fails, and the node keeps running
 		signalTo(t, cmd, syscall.SIGHUP)
 		hear(t, said, "reload 2")
 		signalTo(t, cmd, end)
@@ -98,8 +98,8 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 	cmd, said := startPeer(t, "never")
 	signalTo(t, cmd, syscall.SIGTERM)
 	hear(t, said, "draining")
-	// The default action comes back just after the context has ended: a signal
-	// that comes before that is swallowed, so it is sent until the end.
+	// The default action is restored shortly after the context has ended. A signal before
+	// that has no effect, so it is sent until the process ends.
 	for !ended(cmd.Process.Pid) {
 		signalTo(t, cmd, syscall.SIGTERM)
 	}
@@ -110,7 +110,7 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 	}
 }
 
-// ended tells a process that nobody has waited for yet: a zombie.
+// ended reports whether a process is a zombie: it has ended and was not waited for.
 func ended(pid int) bool {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err != nil || strings.Contains(string(stat), ") Z ")

@@ -20,16 +20,18 @@ func newStatusCommand(env *environment) *cobra.Command {
 	var interval time.Duration
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Show the cluster at a glance",
-		Long: "Show the cluster at a glance, as one node sees it.\n\n" +
+		Short: "Show the state of the cluster",
+		Long: "Show the state of the cluster, as the node that answers sees it.\n\n" +
+			"HEARD is how long ago that node last heard from a site or a node, LAG is how old a site's copy of the\n" +
+			"other sites' jobs may be. - is an unknown value.\n\n" +
 			"Exit code 0: healthy. 3: degraded or without quorum. 1: no node can be reached.",
 		Args: takes(),
 	}
-	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show it again and again, until Ctrl-C")
-	cmd.Flags().DurationVar(&interval, "interval", 2*time.Second, "how often --watch shows it")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show it repeatedly until Ctrl-C")
+	cmd.Flags().DurationVar(&interval, "interval", 2*time.Second, "`TIME` between two updates of --watch")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		if interval < 100*time.Millisecond {
-			return usage("write for instance --interval 2s", "--interval must be at least 100ms, not %s", interval)
+			return usage("for example --interval 2s", "--interval must be at least 100ms, not %s", interval)
 		}
 		if watch {
 			return watchStatus(ctx, s, interval)
@@ -54,8 +56,8 @@ func showStatus(s *session, w io.Writer, status admin.Status) error {
 	})
 }
 
-// watchStatus shows the status until Ctrl-C. A terminal is redrawn; elsewhere
-// one status follows the other, as JSON one in a line.
+// watchStatus shows the status until Ctrl-C. A terminal is redrawn. Elsewhere each
+// status is appended to the output, in JSON as one line.
 func watchStatus(ctx context.Context, s *session, interval time.Duration) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
@@ -76,17 +78,17 @@ func watchStatus(ctx context.Context, s *session, interval time.Duration) error 
 func watchOnce(ctx context.Context, s *session) error {
 	status, err := s.Status(ctx)
 	if ctx.Err() != nil {
-		return nil // Ctrl-C, however the question ended
+		return nil // Ctrl-C, whatever the request returned
 	}
 	if s.env.stdoutIsTerminal() && s.output == outputTable {
-		// Home and erase what is below: a full erase would flicker.
+		// Move to the top left and erase what is below. Erasing all first would flicker.
 		if err := emit(s.env.stdout, "\x1b[H\x1b[J"); err != nil {
 			return err
 		}
 	}
 	switch {
 	case errors.Is(err, admin.ErrUnreachable), errors.Is(err, admin.ErrTimeout), errors.Is(err, admin.ErrBusy):
-		report(s.env.stderr, err) // it may come back; that is why somebody watches
+		report(s.env.stderr, err) // the node may come back, so go on
 		return nil
 	case err != nil:
 		return err

@@ -10,11 +10,11 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// statusTable is a status for people, in at most 100 columns when names are
-// of ordinary length.
+// statusTable writes a status for people. It fits 100 columns when names have up to
+// about 12 characters.
 type statusTable struct {
 	admin.Status
-	now time.Time // the observer's clock; ages are counted on it
+	now time.Time // by the clock of the node that answered, as are all times of a status
 }
 
 func (t statusTable) write(w io.Writer, p palette) error {
@@ -56,7 +56,7 @@ func (t statusTable) headline(p palette) string {
 	return name + " has " + p.paint(red, "no quorum")
 }
 
-// facts are the lines between the headline and the tables.
+// facts are the lines between the headline and the tables, each with its label.
 func (t statusTable) facts() [][2]string {
 	primary := unknown
 	if p := t.Primary; p != nil {
@@ -84,11 +84,11 @@ func (t statusTable) facts() [][2]string {
 		facts = append(facts, [2]string{"failover", fmt.Sprintf("%s, %s to %s, epoch %d, %s ago, took %s",
 			f.Kind, f.From, f.To, f.Epoch, age(t.now.Sub(f.At)), secondsText(f.RTOSeconds))})
 		if !f.Acknowledged {
-			facts = append(facts, [2]string{"", "not acknowledged: dsnode failover ack says that somebody has seen it"})
+			facts = append(facts, [2]string{"", "not acknowledged: run dsnode failover ack when you have seen it"})
 		}
 	}
 	if h := t.Hold; h != nil {
-		facts = append(facts, [2]string{"hold", fmt.Sprintf("automatic promotions are paused by %s%s%s; dsnode failover resume ends it",
+		facts = append(facts, [2]string{"hold", fmt.Sprintf("automatic failovers are paused by %s%s%s; dsnode failover resume ends the pause",
 			h.By, t.since(&h.At), inBrackets(h.Reason))})
 	}
 	if site := t.FailbackAvailable; site != nil {
@@ -108,7 +108,7 @@ func (t statusTable) sites() grid {
 		if s.Replication != nil {
 			lag = secondsText(s.Replication.LagSeconds)
 		}
-		g.add(plain(s.Name), plain(s.City), plain(string(s.Role)), mood(string(s.State)),
+		g.add(plain(s.Name), plain(s.City), plain(string(s.Role)), stateCell(string(s.State)),
 			plain(number(s.NodesAlive)+"/"+number(s.NodesTotal)),
 			plain(number(s.UpstreamsHealthy)+"/"+number(s.UpstreamsTotal)),
 			plain(secondsText(s.LastHeardSeconds)), plain(lag))
@@ -132,7 +132,7 @@ func nodeState(n admin.NodeStatus) cell {
 	case n.Via != "" && n.State == admin.NodeAlive:
 		return cell{"alive through " + n.Via, yellow}
 	}
-	return mood(string(n.State))
+	return stateCell(string(n.State))
 }
 
 func upFor(n admin.NodeStatus, now time.Time) string {
@@ -154,8 +154,8 @@ func raftPart(n admin.NodeStatus) string {
 	return "non-voter"
 }
 
-// mood colours a state.
-func mood(state string) cell {
+// stateCell colours a state.
+func stateCell(state string) cell {
 	switch state {
 	case "healthy", "alive", "active":
 		return cell{state, green}
@@ -167,7 +167,7 @@ func mood(state string) cell {
 	return plain(state)
 }
 
-// unknown stands where nobody knows a figure. It is never a zero.
+// unknown is shown for a value that is not known.
 const unknown = "-"
 
 func number[T int | int64 | uint64](n *T) string {
@@ -184,7 +184,7 @@ func text(s *string) string {
 	return *s
 }
 
-// since is an addition to a sentence, nothing when unknown.
+// since is appended to a text; it is empty when the time is unknown.
 func (t statusTable) since(at *time.Time) string {
 	if at == nil || at.IsZero() {
 		return ""
@@ -206,7 +206,7 @@ func secondsText(s *float64) string {
 	return age(time.Duration(*s * float64(time.Second)))
 }
 
-// age is a duration in its two greatest units: 0.2s, 12s, 3m5s, 4h10m, 12d3h.
+// age formats a duration with its two largest units: 0.2s, 12s, 3m5s, 4h10m, 12d3h.
 func age(d time.Duration) string {
 	switch {
 	case d < 0:

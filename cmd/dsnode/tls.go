@@ -12,12 +12,12 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
 func newTLSCommand(env *environment) *cobra.Command {
-	return newGroup("tls", "Certificates and keys of the nodes",
+	return newGroup("tls", "Create the certificates and keys of the nodes",
 		newTLSCACommand(env),
 		newTLSIssueCommand(env),
 		newTLSKeysCommand(env),
@@ -29,36 +29,38 @@ func newTLSCACommand(env *environment) *cobra.Command {
 	validFor := span(10 * 365 * day)
 	cmd := &cobra.Command{
 		Use:   "ca --cluster NAME",
-		Short: "Make a private CA: ca.pem for every node, ca-key.pem for a safe place",
+		Short: "Create a private CA",
+		Long:  "Create a private CA: ca.pem, which every node needs, and ca-key.pem, which must be kept safe and off the nodes.",
 		Args:  takes(),
 		RunE: func(*cobra.Command, []string) error {
 			if name == "" {
-				return usage("write for instance --cluster prod", "tls ca needs --cluster NAME")
+				return usage("for example --cluster prod", "tls ca needs --cluster NAME")
 			}
-			cert, key, err := cluster.NewCA(name, time.Duration(validFor))
+			cert, key, err := mesh.NewCA(name, time.Duration(validFor))
 			if err != nil {
-				return usage("", "%w", err)
+				return usage("see dsnode tls ca --help", "%w", err)
 			}
 			return writeNew(env, out, []newFile{{"ca.pem", cert, 0o644}, {"ca-key.pem", key, 0o600}},
 				"keep ca-key.pem off the nodes; dsnode tls issue needs it")
 		},
 	}
-	cmd.Flags().StringVar(&name, "cluster", "", "the cluster's name, as in node.yaml (required)")
-	cmd.Flags().StringVar(&out, "out", ".", "folder to write into")
-	cmd.Flags().Var(&validFor, "valid-for", "how long the CA is good")
+	cmd.Flags().StringVar(&name, "cluster", "", "`NAME` of the cluster, as in node.yaml (required)")
+	cmd.Flags().StringVar(&out, "out", ".", "`DIR` to write into")
+	cmd.Flags().Var(&validFor, "valid-for", "`TIME` for which the CA is valid")
 	return cmd
 }
 
 func newTLSIssueCommand(env *environment) *cobra.Command {
-	var id cluster.Identity
+	var id mesh.Identity
 	var caFile, caKeyFile, out string
 	var hosts []string
 	validFor := span(365 * day)
 	cmd := &cobra.Command{
 		Use:   "issue --cluster NAME --site SITE --node NODE",
-		Short: "Make a node's certificate for the rpc port: NODE.pem and NODE-key.pem",
-		Long: "Make a node's certificate. Peers check the identity in it, spiffe://CLUSTER/site/SITE/node/NODE,\n" +
-			"so it needs no address; --host adds names for a certificate that serves api or admin, too.",
+		Short: "Create a node's certificate",
+		Long: "Create a node's certificate for the rpc port: NODE.pem and NODE-key.pem. Peers check the identity in it,\n" +
+			"spiffe://CLUSTER/site/SITE/node/NODE, so it needs no address. With --host the certificate can also be used\n" +
+			"for the api and admin ports.",
 		Example: "  dsnode tls issue --cluster prod --site shanghai-a --node shanghai-a-1 --host a1.example.com,10.0.0.7",
 		Args:    takes(),
 		RunE: func(*cobra.Command, []string) error {
@@ -66,33 +68,33 @@ func newTLSIssueCommand(env *environment) *cobra.Command {
 				return usage("see dsnode tls issue --help", "tls issue needs --cluster, --site and --node")
 			}
 			if err := id.Validate(); err != nil {
-				return usage("use the names of node.yaml", "%w", err)
+				return usage("use the names in node.yaml", "%w", err)
 			}
 			caCert, err := os.ReadFile(caFile)
 			if err != nil {
-				return failure("make one with dsnode tls ca, or say where it is with --ca", "read the CA: %w", err)
+				return failure("create one with dsnode tls ca, or name its file with --ca", "read the CA: %w", err)
 			}
 			caKey, err := os.ReadFile(caKeyFile)
 			if err != nil {
-				return failure("say where it is with --ca-key", "read the CA's key: %w", err)
+				return failure("name its file with --ca-key", "read the CA's key: %w", err)
 			}
-			cert, key, err := cluster.Issue(caCert, caKey, id, hosts, time.Duration(validFor))
+			cert, key, err := mesh.Issue(caCert, caKey, id, hosts, time.Duration(validFor))
 			if err != nil {
 				return failure("check --ca, --ca-key, --host and --valid-for", "%w", err)
 			}
 			return writeNew(env, out, []newFile{{id.Node + ".pem", cert, 0o644}, {id.Node + "-key.pem", key, 0o600}},
-				"name them under rpc.tls in node.yaml, with the CA's certificate")
+				"set them under rpc.tls in node.yaml, with the CA's certificate")
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&id.Cluster, "cluster", "", "the cluster's name (required)")
-	f.StringVar(&id.Site, "site", "", "the node's site (required)")
-	f.StringVar(&id.Node, "node", "", "the node's name (required)")
-	f.StringSliceVar(&hosts, "host", nil, "DNS names and addresses to put into it")
-	f.StringVar(&caFile, "ca", "ca.pem", "the CA's certificate")
-	f.StringVar(&caKeyFile, "ca-key", "ca-key.pem", "the CA's key")
-	f.StringVar(&out, "out", ".", "folder to write into")
-	f.Var(&validFor, "valid-for", "how long the certificate is good, at most as long as the CA")
+	f.StringVar(&id.Cluster, "cluster", "", "`NAME` of the cluster (required)")
+	f.StringVar(&id.Site, "site", "", "the node's `SITE` (required)")
+	f.StringVar(&id.Node, "node", "", "name of the `NODE` (required)")
+	f.StringSliceVar(&hosts, "host", nil, "DNS `NAME,…` and IP addresses for the certificate")
+	f.StringVar(&caFile, "ca", "ca.pem", "`FILE` with the CA's certificate")
+	f.StringVar(&caKeyFile, "ca-key", "ca-key.pem", "`FILE` with the CA's key")
+	f.StringVar(&out, "out", ".", "`DIR` to write into")
+	f.Var(&validFor, "valid-for", "`TIME` for which the certificate is valid, at most as long as the CA")
 	return cmd
 }
 
@@ -100,37 +102,37 @@ func newTLSKeysCommand(env *environment) *cobra.Command {
 	var out string
 	cmd := &cobra.Command{
 		Use:   "keys",
-		Short: "Make the operator's key and the gossip key, the same for all nodes: operator.key, gossip.key",
-		Long: "Make the two keys that all nodes of a cluster share: operator.key wraps every other key at rest,\n" +
-			"gossip.key encrypts membership. Whoever loses operator.key loses what the nodes have on disk.",
+		Short: "Create the keys that all nodes share",
+		Long: "Create the two keys that all nodes of a cluster share: operator.key wraps every other key on disk, gossip.key\n" +
+			"encrypts the gossip between nodes. Without operator.key the data on the nodes' disks can't be read.",
 		Args: takes(),
 		RunE: func(*cobra.Command, []string) error {
 			gossip := make([]byte, 32)
-			_, _ = rand.Read(gossip) // never fails; it ends the process instead
+			_, _ = rand.Read(gossip) // it never returns an error
 			return writeNew(env, out, []newFile{
 				{"operator.key", []byte(keyring.GenerateOperatorKey().Encode() + "\n"), 0o600},
 				{"gossip.key", []byte(base64.StdEncoding.EncodeToString(gossip) + "\n"), 0o600},
-			}, "keep a copy of operator.key where a fire in the data centre can't reach it")
+			}, "keep a copy of operator.key outside the data centres")
 		},
 	}
-	cmd.Flags().StringVar(&out, "out", ".", "folder to write into")
+	cmd.Flags().StringVar(&out, "out", ".", "`DIR` to write into")
 	return cmd
 }
 
-// newFile is a file that must not be there yet.
+// newFile is a file that must not exist yet.
 type newFile struct {
 	name    string
 	content []byte
 	mode    fs.FileMode
 }
 
-// writeNew writes all the files or none, names them on stdout, and says what
-// to do with them. It replaces nothing: a key that is gone is gone.
+// writeNew writes all the files or none, prints their names on stdout, and then the
+// next step. It replaces no file, because a replaced key could not be restored.
 func writeNew(env *environment, dir string, files []newFile, next string) error {
 	for _, f := range files {
 		path := filepath.Join(dir, f.name)
 		if _, err := os.Lstat(path); err == nil {
-			return failure("choose another folder with --out, or move it away", "%s is there already and is not replaced", path)
+			return failure("choose another folder with --out, or move the file away", "%s exists already and is not replaced", path)
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return failure("choose another folder with --out", "%w", err)
 		}
@@ -155,7 +157,7 @@ func writeNew(env *environment, dir string, files []newFile, next string) error 
 	return nil
 }
 
-// writeOne fails when the file has come to be since we looked.
+// writeOne fails if the file exists by now.
 func writeOne(path string, f newFile) error {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, f.mode) //nolint:gosec // the user named the folder
 	if err != nil {

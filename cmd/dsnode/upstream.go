@@ -12,34 +12,34 @@ import (
 )
 
 func newUpstreamCommand(env *environment) *cobra.Command {
-	return newGroup("upstream", "Model servers behind the cluster",
+	return newGroup("upstream", "List and drain the model servers",
 		newUpstreamListCommand(env), newUpstreamDrainCommand(env), newUpstreamResumeCommand(env))
 }
 
 func newUpstreamDrainCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drain NAME",
-		Short: "Send a model server no new request",
-		Long: "Send a model server no new request, from any node, until dsnode upstream resume. What runs there finishes:\n" +
-			"dsnode upstream list shows how much is left.",
+		Short: "Send a model server no new requests",
+		Long: "Send a model server no new requests, from any node, until dsnode upstream resume. Running requests finish;\n" +
+			"dsnode upstream list shows how many are left.",
 		Args: takes("the upstream's NAME"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.DrainUpstream(ctx, args[0], ""); err != nil {
 			return err
 		}
-		say(env.stderr, "done", fmt.Sprintf("%s gets no new request; dsnode upstream resume %s takes it back", args[0], args[0]))
+		say(env.stderr, "done", fmt.Sprintf("%s gets no new requests; dsnode upstream resume %s ends the drain", args[0], args[0]))
 		return nil
 	})
 }
 
 func newUpstreamResumeCommand(env *environment) *cobra.Command {
-	cmd := &cobra.Command{Use: "resume NAME", Short: "End a drain", Args: takes("the upstream's NAME")}
+	cmd := &cobra.Command{Use: "resume NAME", Short: "End the drain of a model server", Args: takes("the upstream's NAME")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
 		if err := s.ResumeUpstream(ctx, args[0], ""); err != nil {
 			return err
 		}
-		say(env.stderr, "done", args[0]+" is asked again")
+		say(env.stderr, "done", args[0]+" gets requests again")
 		return nil
 	})
 }
@@ -47,8 +47,10 @@ func newUpstreamResumeCommand(env *environment) *cobra.Command {
 func newUpstreamListCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
-		Short: "List the model servers, as the node that answers sees them",
-		Args:  takes(),
+		Short: "List the model servers and their state",
+		Long: "List the model servers with their state, as the node that answers sees them. IN FLIGHT counts the requests\n" +
+			"of that node; - is an unknown value.",
+		Args: takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
 		upstreams, err := s.Upstreams(ctx)
@@ -64,24 +66,24 @@ func newUpstreamListCommand(env *environment) *cobra.Command {
 func upstreamsGrid(upstreams []admin.UpstreamInfo) *grid {
 	g := &grid{heads: []string{"UPSTREAM", "SITE", "KIND", "STATE", "IN FLIGHT", "MODELS", "URL", "WHY"}}
 	for _, u := range upstreams {
-		room := u.MaxConcurrency
+		most := u.MaxConcurrency
 		if len(u.Instances) > 0 {
-			room *= len(u.Instances)
+			most *= len(u.Instances)
 		}
-		g.add(plain(u.Name), plain(u.Site), plain(u.Kind), upstreamMood(u.State, u.Drained),
-			plain(fmt.Sprintf("%s/%d", number(u.InFlight), room)),
+		g.add(plain(u.Name), plain(u.Site), plain(u.Kind), upstreamCell(u.State, u.Drained),
+			plain(fmt.Sprintf("%s/%d", number(u.InFlight), most)),
 			plain(strings.Join(u.Models, ",")), plain(u.URL), plain(u.Reason))
 		for _, i := range u.Instances {
-			g.add(plain("  "+i.Address), plain(""), plain(""), upstreamMood(i.State, false),
+			g.add(plain("  "+i.Address), plain(""), plain(""), upstreamCell(i.State, false),
 				plain(fmt.Sprintf("%d/%d", i.InFlight, u.MaxConcurrency)), plain(""), plain(""), plain(i.Reason))
 		}
 	}
 	return g
 }
 
-func upstreamMood(s admin.UpstreamState, drained bool) cell {
+func upstreamCell(s admin.UpstreamState, drained bool) cell {
 	if drained {
 		return cell{string(s) + ", drained", yellow}
 	}
-	return mood(string(s))
+	return stateCell(string(s))
 }

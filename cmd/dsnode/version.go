@@ -9,11 +9,11 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// unstamped is the version of a build that nobody stamped.
+// unstamped is the version of a build without -X main.version.
 const unstamped = "0.1.0-dev"
 
-// stampedVersion is what the linker was told, else what the module proxy knows,
-// else the version under work with the revision that the go command noted.
+// stampedVersion is the version that the linker was given, else that of the module,
+// else the version in development with the revision of the build.
 func stampedVersion(stamped string) string {
 	if stamped != "" {
 		return stamped
@@ -46,7 +46,7 @@ func buildVersion(info *debug.BuildInfo) string {
 	return unstamped
 }
 
-// versionInfo is what `dsnode version -o json` says.
+// versionInfo is the output of `dsnode version -o json`.
 type versionInfo struct {
 	Version  string `json:"version"`
 	Go       string `json:"go"`
@@ -67,6 +67,6 @@ func newVersionCommand(env *environment) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", outputTable, "`FORMAT` of the answer: table, json or yaml")
+	cmd.Flags().StringVarP(&output, "output", "o", outputTable, "`FORMAT` of the output: table, json or yaml")
 	return cmd
 }

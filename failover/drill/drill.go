@@ -41,10 +41,8 @@ const (
 // who asked, could hear what was agreed.
 const Lead = 500 * time.Millisecond
 
-// What a drill can die of before it begins.
+// How a drill is refused before it begins, besides failover.ErrPrecheck.
 var (
-	// ErrRefused: a precheck does not hold, and nothing was begun.
-	ErrRefused = errors.New("the drill can't begin")
 	// ErrWrongPlace: a node of the site that is to be cut off was asked.
 	ErrWrongPlace = errors.New("a node of another site must run this drill")
 	// ErrInvalid: what was asked makes no sense.
@@ -193,7 +191,7 @@ func Rehearses(v View, r Request) string {
 // blocking gives the checks that don't hold and are not waived.
 func blocking(checks []failover.Check, waive []string) []failover.Check {
 	return slices.DeleteFunc(slices.Clone(checks), func(c failover.Check) bool {
-		return c.OK || c.Waivable && slices.Contains(waive, c.Name)
+		return c.Passes(waive)
 	})
 }
 

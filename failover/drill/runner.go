@@ -12,18 +12,20 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 )
 
 // Agreement is what drills need of the cluster; *cluster.Cluster is one.
 type Agreement interface {
-	State() *cluster.State
+	State() *agreed.State
 	Changed() <-chan struct{}
 	Lease() (left time.Duration, epoch uint64)
 	Peers() map[string]cluster.PeerView
 	Raft() cluster.RaftView
-	Timing() cluster.Timing
-	Propose(ctx context.Context, t cluster.CommandType, data any) (index uint64, err error)
+	Timing() config.Timing
+	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
 }
 
 // Switcher carries out planned switchovers; *failover.Coordinator is one.
@@ -93,19 +95,19 @@ func (r *Runner) Plan(q Request) (checks []failover.Check, rehearses string, err
 
 // Start checks, agrees on the record, and returns it once the drill has begun.
 // Running it is Run's.
-func (r *Runner) Start(ctx context.Context, q Request) (cluster.DrillRecord, error) {
+func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, error) {
 	q, err := q.Normal()
 	if err != nil {
-		return cluster.DrillRecord{}, err
+		return agreed.DrillRecord{}, err
 	}
 	v := r.view(q)
 	if q.Kind == Isolation && q.Site == r.o.Site {
-		return cluster.DrillRecord{}, fmt.Errorf("%w: %s is of %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
+		return agreed.DrillRecord{}, fmt.Errorf("%w: %s is of %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
 	}
 	r.mu.Lock()
 	if r.busy {
 		r.mu.Unlock()
-		return cluster.DrillRecord{}, fmt.Errorf("%w: this node still finishes one", cluster.ErrDrillRunning)
+		return agreed.DrillRecord{}, fmt.Errorf("%w: this node still finishes one", agreed.ErrDrillRunning)
 	}
 	r.busy = true
 	r.mu.Unlock()
@@ -114,7 +116,7 @@ func (r *Runner) Start(ctx context.Context, q Request) (cluster.DrillRecord, err
 		r.mu.Lock()
 		r.busy = false
 		r.mu.Unlock()
-		return cluster.DrillRecord{}, err
+		return agreed.DrillRecord{}, err
 	}
 	r.mu.Lock()
 	r.active = t
@@ -135,7 +137,7 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 			words[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
 		}
 		t.close()
-		return nil, fmt.Errorf("%w: %s", ErrRefused, strings.Join(words, "; "))
+		return nil, fmt.Errorf("the drill %w: %s", failover.ErrPrecheck, strings.Join(words, "; "))
 	}
 	if err := t.agree(ctx); err != nil {
 		t.close()
@@ -148,13 +150,13 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 // heals by its timer.
 func (r *Runner) Abort(ctx context.Context, id, by string) error {
 	s := r.o.Agreement.State()
-	i := slices.IndexFunc(s.Drills, func(d cluster.DrillRecord) bool { return d.ID == id })
+	i := slices.IndexFunc(s.Drills, func(d agreed.DrillRecord) bool { return d.ID == id })
 	if i < 0 {
 		return fmt.Errorf("%w: %s", ErrUnknown, id)
 	}
 	d := s.Drills[i]
 	if d.Verdict != "" {
-		return fmt.Errorf("%w: %s", cluster.ErrDrillEnded, id)
+		return fmt.Errorf("%w: %s", agreed.ErrDrillEnded, id)
 	}
 	d.Verdict, d.EndedAt = string(Aborted), r.o.Now().UTC()
 	report, err := Report{
@@ -165,7 +167,7 @@ func (r *Runner) Abort(ctx context.Context, id, by string) error {
 		return err
 	}
 	d.Report = report
-	_, err = r.o.Agreement.Propose(ctx, cluster.CmdDrillPut, d)
+	_, err = r.o.Agreement.Propose(ctx, agreed.CmdDrillPut, d)
 	return err
 }
 
@@ -197,7 +199,7 @@ func (r *Runner) view(q Request) View {
 		}
 	}
 	if q.Kind == Switchover {
-		v.Handoff = r.o.Switcher.Precheck(failover.SwitchoverRequest{To: q.Site, By: q.By, Kind: cluster.FailoverDrill, Waive: q.Waive})
+		v.Handoff = r.o.Switcher.Precheck(failover.SwitchoverRequest{To: q.Site, By: q.By, Kind: agreed.FailoverDrill, Waive: q.Waive})
 	}
 	if s.Parsed == nil {
 		return v

@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -26,7 +28,7 @@ type world struct {
 	over  <-chan struct{} // the test's end
 
 	mu      sync.Mutex // guards what follows
-	state   *cluster.State
+	state   *agreed.State
 	changed chan struct{}
 	cut     string        // the site that is cut off now
 	cutAt   time.Duration // since when nothing of it is heard
@@ -51,26 +53,26 @@ models:
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	cfg, err := cluster.ParseConfig("cluster.yaml", []byte(worldConfig))
+	cfg, err := config.Parse("cluster.yaml", []byte(worldConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes := map[string]cluster.Node{}
+	nodes := map[string]agreed.Node{}
 	for _, site := range []string{"a", "b", "c"} {
-		nodes[site+"-1"] = cluster.Node{Name: site + "-1", Site: site, API: site + ":1", Admin: site + ":2"}
+		nodes[site+"-1"] = agreed.Node{Name: site + "-1", Site: site, API: site + ":1", Admin: site + ":2"}
 	}
 	return &world{
 		start: time.Now(), over: t.Context().Done(), changed: make(chan struct{}),
-		state: &cluster.State{
-			ClusterID: "c", FeatureLevel: 1, Generation: cluster.Generation{Number: 1}, Nodes: nodes, Parsed: cfg,
-			Primary: cluster.Primary{Site: "a", Epoch: 1},
+		state: &agreed.State{
+			ClusterID: "c", FeatureLevel: 1, Generation: agreed.Generation{Number: 1}, Nodes: nodes, Parsed: cfg,
+			Primary: agreed.Primary{Site: "a", Epoch: 1},
 		},
 	}
 }
 
 func (w *world) now() time.Duration { return time.Since(w.start) }
 
-func (w *world) State() *cluster.State {
+func (w *world) State() *agreed.State {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.state
@@ -78,7 +80,7 @@ func (w *world) State() *cluster.State {
 
 func (w *world) Changed() <-chan struct{}       { return w.changed }
 func (w *world) Lease() (time.Duration, uint64) { return time.Second, 1 }
-func (w *world) Timing() cluster.Timing         { return cluster.TimingFrom(0) }
+func (w *world) Timing() config.Timing          { return config.TimingFrom(0) }
 
 func (w *world) Raft() cluster.RaftView {
 	v := cluster.RaftView{Leader: "b-1", Quorum: true, CommitIndex: 10}
@@ -108,25 +110,25 @@ func (w *world) Peers() map[string]cluster.PeerView {
 }
 
 // Propose applies at once; a record of an isolation makes its site obey.
-func (w *world) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
-	cmd, err := cluster.NewCommand(t, time.Now(), data)
+func (w *world) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
+	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return 0, err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	next, err := cluster.Apply(w.state, cmd)
+	next, err := agreed.Apply(w.state, cmd)
 	if err != nil {
 		return 0, err
 	}
 	w.state = next
-	if d, is := data.(cluster.DrillRecord); is && d.Kind == string(Isolation) && d.Verdict == "" && !w.disobeys {
+	if d, is := data.(agreed.DrillRecord); is && d.Kind == string(Isolation) && d.Verdict == "" && !w.disobeys {
 		go w.isolate(d)
 	}
 	return 1, nil
 }
 
-func (w *world) isolate(d cluster.DrillRecord) {
+func (w *world) isolate(d agreed.DrillRecord) {
 	w.sleep(Lead)
 	w.mu.Lock()
 	w.cut, w.cutAt = d.Site, w.now()
@@ -134,7 +136,7 @@ func (w *world) isolate(d cluster.DrillRecord) {
 	w.mu.Unlock()
 	if primary.Site == d.Site && !stubborn {
 		w.sleep(3 * time.Second)
-		w.promote("b", primary.Epoch, cluster.FailoverUnplanned)
+		w.promote("b", primary.Epoch, agreed.FailoverUnplanned)
 	}
 	w.sleep(time.Until(d.Deadline))
 	w.mu.Lock()
@@ -151,8 +153,8 @@ func (w *world) sleep(d time.Duration) {
 	}
 }
 
-func (w *world) promote(site string, epoch uint64, kind cluster.FailoverKind) {
-	_, _ = w.Propose(context.Background(), cluster.CmdPromote, cluster.Promote{
+func (w *world) promote(site string, epoch uint64, kind agreed.FailoverKind) {
+	_, _ = w.Propose(context.Background(), agreed.CmdPromote, agreed.Promote{
 		Site: site, ExpectEpoch: epoch, Generation: 1, Reason: "test", Kind: kind,
 	})
 }
@@ -313,7 +315,7 @@ func TestDrillIsAborted(t *testing.T) {
 		if live, ok := r.Live(d.ID); !ok || live.Verdict != "" || len(live.Timeline) < 2 {
 			t.Errorf("so far: %v %+v", ok, live)
 		}
-		if _, err := r.Start(t.Context(), Request{Kind: Switchover, Site: "b"}); !errors.Is(err, cluster.ErrDrillRunning) {
+		if _, err := r.Start(t.Context(), Request{Kind: Switchover, Site: "b"}); !errors.Is(err, agreed.ErrDrillRunning) {
 			t.Errorf("a second one: %v", err)
 		}
 		if err := r.Abort(t.Context(), "nothing", "bob"); !errors.Is(err, ErrUnknown) {
@@ -326,7 +328,7 @@ func TestDrillIsAborted(t *testing.T) {
 		if report.Verdict != Aborted || !strings.Contains(report.Why, "aborted by bob; a heals by itself by") {
 			t.Errorf("%s: %s", report.Verdict, report.Why)
 		}
-		if err := r.Abort(t.Context(), d.ID, "bob"); !errors.Is(err, cluster.ErrDrillEnded) {
+		if err := r.Abort(t.Context(), d.ID, "bob"); !errors.Is(err, agreed.ErrDrillEnded) {
 			t.Errorf("abort again: %v", err)
 		}
 	})
@@ -341,7 +343,7 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 			want error
 		}{
 			{Request{Kind: "fire", Site: "a"}, ErrInvalid},
-			{Request{Kind: Isolation, Site: "x"}, ErrRefused},
+			{Request{Kind: Isolation, Site: "x"}, failover.ErrPrecheck},
 			{Request{Kind: Isolation, Site: "b"}, ErrWrongPlace},
 		} {
 			if _, err := r.Start(t.Context(), tc.q); !errors.Is(err, tc.want) {
@@ -352,11 +354,11 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 			t.Errorf("%d records of drills that did not begin", n)
 		}
 		// The one of another node is in the agreed state only.
-		other := cluster.DrillRecord{ID: "drill-other", Kind: "switchover", AbandonedAt: time.Now().Add(time.Minute)}
-		if _, err := w.Propose(t.Context(), cluster.CmdDrillPut, other); err != nil {
+		other := agreed.DrillRecord{ID: "drill-other", Kind: "switchover", AbandonedAt: time.Now().Add(time.Minute)}
+		if _, err := w.Propose(t.Context(), agreed.CmdDrillPut, other); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Start(t.Context(), Request{Kind: Isolation, Site: "a"}); !errors.Is(err, ErrRefused) || !strings.Contains(fmt.Sprint(err), "drill-other") {
+		if _, err := r.Start(t.Context(), Request{Kind: Isolation, Site: "a"}); !errors.Is(err, failover.ErrPrecheck) || !strings.Contains(fmt.Sprint(err), "drill-other") {
 			t.Errorf("beside another: %v", err)
 		}
 		time.Sleep(time.Minute)
@@ -392,13 +394,13 @@ func TestDrillOfANodeThatStops(t *testing.T) {
 }
 
 func TestLastSuccessIsAbsentUntilThereIsOne(t *testing.T) {
-	s := &cluster.State{Drills: []cluster.DrillRecord{{ID: "x", Verdict: "fail", EndedAt: time.Unix(2000, 0)}}}
+	s := &agreed.State{Drills: []agreed.DrillRecord{{ID: "x", Verdict: "fail", EndedAt: time.Unix(2000, 0)}}}
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(Metrics{State: func() *cluster.State { return s }})
+	reg.MustRegister(Metrics{State: func() *agreed.State { return s }})
 	if n, err := testutil.GatherAndCount(reg); n != 0 || err != nil {
 		t.Errorf("%d samples, %v", n, err)
 	}
-	s = &cluster.State{Drills: append(s.Drills, cluster.DrillRecord{ID: "y", Verdict: "pass", EndedAt: time.Unix(1000, 0)})}
+	s = &agreed.State{Drills: append(s.Drills, agreed.DrillRecord{ID: "y", Verdict: "pass", EndedAt: time.Unix(1000, 0)})}
 	want := "# HELP dsnode_drill_last_success_timestamp_seconds When the last drill that passed ended.\n" +
 		"# TYPE dsnode_drill_last_success_timestamp_seconds gauge\ndsnode_drill_last_success_timestamp_seconds 1000\n"
 	if err := testutil.GatherAndCompare(reg, strings.NewReader(want)); err != nil {

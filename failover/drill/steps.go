@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -28,7 +28,7 @@ func (t *trial) move(ctx context.Context, to string) (failover.SwitchoverResult,
 	defer cancel()
 	t.event("switchover", "to "+to)
 	res, err := t.o.Switcher.Switchover(ctx, failover.SwitchoverRequest{
-		To: to, By: "drill " + t.record.ID, Kind: cluster.FailoverDrill, Waive: t.q.Waive,
+		To: to, By: "drill " + t.record.ID, Kind: agreed.FailoverDrill, Waive: t.q.Waive,
 	})
 	for _, step := range res.Steps {
 		t.eventAt(step.At.Add(step.Took), "step "+step.Name, fmt.Sprintf("took %s%s", step.Took.Round(time.Millisecond), either(step.Err != "", ": "+step.Err, "")))
@@ -83,7 +83,7 @@ func (t *trial) isolation(ctx context.Context, out *Outcome) error {
 
 // takenOver waits for the new primary.
 func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration) error {
-	var p cluster.Primary
+	var p agreed.Primary
 	// Once the cut has ended nothing more is lost.
 	limit := min(promoteTimeout, max(0, t.record.Deadline.Sub(t.o.Now()))+5*time.Second)
 	err := t.within(ctx, limit, "another site to be promoted", func() bool {
@@ -98,7 +98,7 @@ func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration)
 		return err
 	}
 	// The drill made this failover, and the drill's asker has seen it.
-	_, err = t.o.Agreement.Propose(ctx, cluster.CmdFailoverAck, cluster.FailoverAck{Epoch: p.Epoch, By: "drill " + t.record.ID})
+	_, err = t.o.Agreement.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: p.Epoch, By: "drill " + t.record.ID})
 	if err != nil {
 		return fmt.Errorf("acknowledge the failover: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -37,11 +38,11 @@ type trial struct {
 	o      Options
 	log    *slog.Logger
 	q      Request
-	record cluster.DrillRecord
+	record agreed.DrillRecord
 	checks []failover.Check
 	probe  *probe
-	done   func()         // gives the asker back
-	state  *cluster.State // as it was before
+	done   func()        // gives the asker back
+	state  *agreed.State // as it was before
 	// wasUnwell: something was not healthy before, and that was waived.
 	wasUnwell bool
 
@@ -64,7 +65,7 @@ func newTrial(r *Runner, v View, q Request) *trial {
 	if q.Kind == Isolation {
 		length = Lead + q.For
 	}
-	t.record = cluster.DrillRecord{
+	t.record = agreed.DrillRecord{
 		ID: newID(), Kind: string(q.Kind), Site: q.Site, By: q.By, StartedAt: now,
 		Deadline: now.Add(length), AbandonedAt: now.Add(length + maxExtraRunning),
 	}
@@ -80,7 +81,7 @@ func newTrial(r *Runner, v View, q Request) *trial {
 
 // targetsOf takes the promises from the configuration: those of the site whose
 // loss, or whose taking over, is rehearsed.
-func (t *trial) targetsOf(s *cluster.State) {
+func (t *trial) targetsOf(s *agreed.State) {
 	if s.Parsed == nil {
 		return
 	}
@@ -117,7 +118,7 @@ func (t *trial) agree(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, agreeTimeout)
 	defer cancel()
-	_, err := t.o.Agreement.Propose(ctx, cluster.CmdDrillPut, t.record)
+	_, err := t.o.Agreement.Propose(ctx, agreed.CmdDrillPut, t.record)
 	if err == nil || !errors.Is(err, cluster.ErrLeadershipMoved) {
 		return err
 	}
@@ -128,9 +129,9 @@ func (t *trial) agree(ctx context.Context) error {
 }
 
 // standing is the drill's record as it is agreed now.
-func (t *trial) standing() *cluster.DrillRecord {
+func (t *trial) standing() *agreed.DrillRecord {
 	s := t.o.Agreement.State()
-	if i := slices.IndexFunc(s.Drills, func(d cluster.DrillRecord) bool { return d.ID == t.record.ID }); i >= 0 {
+	if i := slices.IndexFunc(s.Drills, func(d agreed.DrillRecord) bool { return d.ID == t.record.ID }); i >= 0 {
 		return &s.Drills[i]
 	}
 	return nil
@@ -266,7 +267,7 @@ func (t *trial) write(ctx context.Context, report Report) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for {
-		if _, err = t.o.Agreement.Propose(ctx, cluster.CmdDrillPut, d); err == nil {
+		if _, err = t.o.Agreement.Propose(ctx, agreed.CmdDrillPut, d); err == nil {
 			return nil
 		}
 		if t.sleep(ctx, time.Second) != nil {

@@ -7,43 +7,43 @@ import (
 	"net/http"
 )
 
-// This file is the surface of the answer cache, on both sides of the wire.
+// This file has the API of the answer cache, for server and client.
 
-// Caches is what operators ask about kept answers.
+// Caches are the operations on the answer cache.
 type Caches interface {
-	// CacheStats gives the figures of the node that is asked, since its start.
+	// CacheStats returns the statistics of the asked node since its start.
 	CacheStats(ctx context.Context) (CacheStats, error)
-	// PurgeCache makes answers that are kept anywhere unusable, also those in
-	// sites that are away now.
+	// PurgeCache makes cached answers unusable in all sites, also in sites that can't be
+	// reached now.
 	PurgeCache(ctx context.Context, r CachePurge, by string) error
 }
 
-// CacheStats are one node's figures.
+// CacheStats are the statistics of one node's cache.
 type CacheStats struct {
 	Node   string    `json:"node"`
 	Site   string    `json:"site"`
 	Local  CacheTier `json:"local"`
 	Shared CacheTier `json:"shared"`
-	// Requests are looks by tier and result.
+	// Requests counts lookups by tier and result.
 	Requests map[string]map[string]uint64 `json:"requests"`
-	Stored   uint64                       `json:"stored"`   // answers that this node kept
-	Absorbed uint64                       `json:"absorbed"` // and took from peers
+	Stored   uint64                       `json:"stored"`   // answers that this node stored
+	Absorbed uint64                       `json:"absorbed"` // answers that it got from peers
 	Dropped  map[string]uint64            `json:"dropped"`  // by reason
 	Rebuilds uint64                       `json:"rebuilds"` // of a damaged file
-	Purges   uint64                       `json:"purges"`   // agreed on so far
+	Purges   uint64                       `json:"purges"`   // agreed so far
 }
 
-// CacheTier is one tier.
+// CacheTier is one tier of the cache.
 type CacheTier struct {
 	Kind     string `json:"kind"`  // memory, embedded, redis or off
-	State    string `json:"state"` // ok, opening, resting after failures, read-only (it takes nothing new), or off
+	State    string `json:"state"` // ok, opening, resting (not used after failures), read-only (stores nothing new), or off
 	Reason   string `json:"reason,omitempty"`
 	Entries  *int64 `json:"entries"`   // nil: not known
 	Bytes    *int64 `json:"bytes"`     // nil: not known
-	MaxBytes int64  `json:"max_bytes"` // 0: a bound of its own
+	MaxBytes int64  `json:"max_bytes"` // 0: the store has its own bound
 }
 
-// CachePurge names what is purged: exactly one of everything, a model, a key.
+// CachePurge says what is purged: exactly one of all, a model, a key.
 type CachePurge struct {
 	All   bool   `json:"all,omitempty"`
 	Model string `json:"model,omitempty"`

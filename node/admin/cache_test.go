@@ -5,7 +5,7 @@ import (
 	"reflect"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 // CacheStats implements Caches.
@@ -22,7 +22,7 @@ func (f *fakeCluster) PurgeCache(_ context.Context, r CachePurge, by string) err
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if r == (CachePurge{}) {
-		return cluster.ErrBadPurge
+		return agreed.ErrBadPurge
 	}
 	f.notes = append(f.notes, "purge "+r.Model+r.Key+" by "+by)
 	return nil

@@ -16,7 +16,7 @@ import (
 	"unicode/utf8"
 )
 
-// read answers a question, with the parameters named.
+// read makes a handler for a GET, which takes the given parameters.
 func (s *Server) read(h handler, parameters ...string) http.Handler {
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		query, err := readQuery(r, parameters)
@@ -34,8 +34,8 @@ func (s *Server) read(h handler, parameters ...string) http.Handler {
 	}))
 }
 
-// change does what was asked and leaves a line in the log. It takes the
-// parameters named, and ?author=, who says to make the change.
+// change makes a handler for a change, and logs it. It takes the given parameters and
+// ?author=, the name of the person who makes the change.
 func (s *Server) change(h handler, parameters ...string) http.Handler {
 	parameters = append(parameters, "author")
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -49,15 +49,15 @@ func (s *Server) change(h handler, parameters ...string) http.Handler {
 		}
 		if err != nil {
 			s.refuse(w, r, err)
-			s.log.LogAttrs(r.Context(), slog.LevelWarn, "operator's change refused", append(attrs, slog.Any("error", err))...)
+			s.log.LogAttrs(r.Context(), slog.LevelWarn, "operator's change refused", append(attrs, slog.Any("err", err))...)
 			return
 		}
 		s.log.LogAttrs(r.Context(), slog.LevelInfo, "operator's change made", attrs...)
 	}))
 }
 
-// answer calls h within the time limit and sends what it gives. An error was
-// not sent yet.
+// answer calls h within the time limit and sends its value. If it returns an error,
+// nothing was sent.
 func (s *Server) answer(w http.ResponseWriter, r *http.Request, h handler, c call) error {
 	ctx, cancel := context.WithTimeout(r.Context(), s.timeout)
 	defer cancel()
@@ -73,16 +73,16 @@ func (s *Server) answer(w http.ResponseWriter, r *http.Request, h handler, c cal
 	return nil
 }
 
-// refuse writes an error's words. What we have no name for is logged: it is ours.
+// refuse sends an error. An internal error is logged too.
 func (s *Server) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, context.Canceled) && r.Context().Err() != nil {
-		return // the asker has gone
+		return // the client has disconnected
 	}
 	status, body := describe(err)
 	switch status {
 	case http.StatusInternalServerError:
 		s.log.LogAttrs(r.Context(), slog.LevelError, "admin request failed",
-			slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Any("error", err))
+			slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Any("err", err))
 	case http.StatusUnauthorized:
 		w.Header().Set("WWW-Authenticate", `Bearer realm="dsnode admin"`)
 	case http.StatusServiceUnavailable:
@@ -98,13 +98,13 @@ func (s *Server) writeJSON(w http.ResponseWriter, status int, value any) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
-	// Who does not take the answer must not hold the goroutine. A recorder in
-	// a test has no deadline to set, which is fine.
+	// A client that does not read must not block the goroutine. A test's recorder
+	// supports no deadline, so the error is ignored.
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.timeout))
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	// The asker may have gone; nobody is left to tell.
+	// The client may have disconnected: the error can't be reported.
 	_, _ = w.Write(append(text, '\n'))
 }
 
@@ -121,28 +121,28 @@ func readCall(w http.ResponseWriter, r *http.Request, parameters []string) (call
 	return c, err
 }
 
-// readQuery refuses parameters that nobody knows: a misspelt expect_version
-// must not become an unconditional change.
+// readQuery refuses unknown parameters: a misspelt expect_version must not become an
+// unconditional change.
 func readQuery(r *http.Request, known []string) (url.Values, error) {
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, fmt.Errorf("%w: the query can't be read: %w", ErrInvalidRequest, err)
+		return nil, fmt.Errorf("%w: the query is malformed: %w", ErrInvalidRequest, err)
 	}
 	for name, values := range q {
 		if !slices.Contains(known, name) {
 			return nil, fmt.Errorf("%w: unknown parameter %s", ErrInvalidRequest, quote(name))
 		}
 		if len(values) > 1 {
-			return nil, fmt.Errorf("%w: parameter %s stands there twice", ErrInvalidRequest, name)
+			return nil, fmt.Errorf("%w: parameter %s is given twice", ErrInvalidRequest, name)
 		}
 	}
 	return q, nil
 }
 
-// maxAuthor bounds a name that is kept in the history for ever.
+// maxAuthor bounds a name that the history keeps.
 const maxAuthor = 200
 
-// readAuthor is a note on who made a change, not a proof.
+// readAuthor checks the name of the person who makes a change. It proves no identity.
 func readAuthor(who string) (string, error) {
 	if len(who) > maxAuthor || !utf8.ValidString(who) || strings.ContainsFunc(who, unicode.IsControl) {
 		return "", fmt.Errorf("%w: author must be one line of at most %d bytes of text", ErrInvalidRequest, maxAuthor)
@@ -156,15 +156,15 @@ func readAuthor(who string) (string, error) {
 // readBody reads at most maxBody bytes within bodyTimeout.
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	control := http.NewResponseController(w)
-	// A recorder in a test has no deadlines, which is fine.
+	// A test's recorder supports no deadlines, so errors are ignored.
 	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	// Left in place it would end the request's context while we work.
+	// If it stayed, it would end the request's context during the work.
 	_ = control.SetReadDeadline(time.Time{})
 	var over *http.MaxBytesError
 	switch {
 	case errors.As(err, &over):
-		return nil, fmt.Errorf("%w: at most %d bytes are taken", ErrTooLarge, over.Limit)
+		return nil, fmt.Errorf("%w: at most %d bytes are allowed", ErrTooLarge, over.Limit)
 	case err != nil:
 		return nil, fmt.Errorf("%w: the body can't be read: %w", ErrInvalidRequest, err)
 	}

@@ -20,37 +20,37 @@ import (
 	"time"
 )
 
-// What a Client can die of without any node's answer.
+// Errors of a Client that no node returned.
 var (
 	// ErrUnreachable: no admin URL answered, and nothing was changed.
 	ErrUnreachable = errors.New("cannot reach the cluster")
-	// ErrUnanswered: a change was sent and no answer came: it may have happened.
-	ErrUnanswered = errors.New("no answer came, so the change may or may not have been made")
-	// ErrNotAdmin: something answered that is no admin port of a dsnode.
+	// ErrUnanswered: a change was sent and not answered. It may have been made.
+	ErrUnanswered = errors.New("no answer, so the change may or may not have been made")
+	// ErrNotAdmin: the server that answered is not the admin port of a dsnode.
 	ErrNotAdmin = errors.New("this is not the admin port of a dsnode")
 )
 
 // ClientOptions are what NewClient needs besides the URLs.
 type ClientOptions struct {
 	Token  string
-	CAFile string // PEM; empty: the system's
-	// Timeout bounds a whole call, all URLs tried. Zero: 10 s.
+	CAFile string // PEM; empty: the system's CAs
+	// Timeout bounds a call with all the URLs that it tries. Zero: 10 s.
 	Timeout time.Duration
-	// Author is noted with what is changed.
+	// Author is recorded with each change.
 	Author string
 }
 
 const (
 	defaultClientTimeout = 10 * time.Second
-	// Where nothing answers the dial, another URL gets its turn soon.
+	// Short, so that another URL is tried soon when a host does not answer.
 	dialTimeout = 2 * time.Second
-	// Far above the agreed state's bound.
+	// Far above the bound of the agreed state.
 	maxAnswer = 64 << 20
 )
 
-// Client asks the admin ports of a cluster; it is a Cluster itself. Its URLs
-// are tried in turn until one answers. A change is sent to a second one only
-// when the first can't have got it.
+// Client is a client of a cluster's admin ports. It implements Cluster. It tries its
+// URLs in turn until one answers. It sends a change to a second URL only if the first
+// one can't have received it.
 type Client struct {
 	urls    []*url.URL
 	token   string
@@ -62,7 +62,7 @@ type Client struct {
 
 var _ Cluster = (*Client)(nil)
 
-// NewClient makes a client of "http://host:port" URLs.
+// NewClient makes a client for URLs such as "http://host:port".
 func NewClient(urls []string, o ClientOptions) (*Client, error) {
 	c := &Client{token: o.Token, author: o.Author, timeout: o.Timeout}
 	if c.timeout <= 0 {
@@ -98,13 +98,13 @@ func NewClient(urls []string, o ClientOptions) (*Client, error) {
 	}
 	c.http = &http.Client{
 		Transport: transport,
-		// A redirect would carry the token to where nobody meant it to go.
+		// A redirect would send the token to another server.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return c, nil
 }
 
-// parseURL takes what people write and refuses what would surprise them.
+// parseURL parses an admin URL, and refuses parts that would be ignored.
 func parseURL(text string, withToken bool) (*url.URL, error) {
 	refuse := func(format string, args ...any) error {
 		return &Error{Code: "invalid_request", Message: fmt.Sprintf(format, args...)}
@@ -115,21 +115,21 @@ func parseURL(text string, withToken bool) (*url.URL, error) {
 	u, err := url.Parse(text)
 	switch {
 	case err != nil:
-		return nil, refuse("an admin URL can't be read: %v", plain(err)) // without the URL: it may hold a password
+		return nil, refuse("an admin URL is malformed: %v", plain(err)) // without the URL: it may contain a password
 	case u.Scheme != "http" && u.Scheme != "https":
 		return nil, refuse("the admin URL %s must begin with http:// or https://", quote(u.Redacted()))
 	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
-		return nil, refuse("the admin URL %s must be a scheme, a host and a port, nothing more", quote(u.Redacted()))
+		return nil, refuse("the admin URL %s must only have a scheme, a host and a port", quote(u.Redacted()))
 	case withToken && u.Scheme == "http" && !loopbackName(u.Host):
-		return nil, refuse("the token would go in clear to %s: write https://", u.Host)
+		return nil, refuse("the token would be sent unencrypted to %s: write https://", u.Host)
 	}
 	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
 }
 
-// Close gives idle connections back.
+// Close closes idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// URLs are the addresses that the client asks, in order.
+// URLs are the addresses that the client tries, in order.
 func (c *Client) URLs() []string {
 	texts := make([]string, len(c.urls))
 	for i, u := range c.urls {
@@ -215,12 +215,12 @@ func (c *Client) RemoveNode(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name))
 }
 
-// DrainNode implements Cluster. All URLs are asked until one is the node's own.
+// DrainNode implements Cluster. It tries the URLs until one is the node's own.
 func (c *Client) DrainNode(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/drain")
 }
 
-// ResumeNode implements Cluster. All URLs are asked until one is the node's own.
+// ResumeNode implements Cluster. It tries the URLs until one is the node's own.
 func (c *Client) ResumeNode(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/resume")
 }
@@ -247,13 +247,14 @@ func expecting(q url.Values, version *uint64) url.Values {
 	return q
 }
 
-// ask tries the URLs in turn and decodes the first answer that counts.
+// ask sends a request to the URLs in turn, until one gives a final answer, and decodes
+// it.
 func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values, body []byte) (T, error) {
 	value, _, err := askFrom[T](ctx, c, method, path, query, body)
 	return value, err
 }
 
-// askFrom says too which of the URLs it was.
+// askFrom is ask; it also returns which of the URLs answered.
 func askFrom[T any](ctx context.Context, c *Client, method, path string, query url.Values, body []byte) (value T, at int, err error) {
 	var none T
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
@@ -275,7 +276,7 @@ func askFrom[T any](ctx context.Context, c *Client, method, path string, query u
 		var refused *Error
 		switch {
 		case errors.As(err, &refused):
-			// Another node may know the cluster, or be the one that is meant.
+			// Another node may be a member, or the right one.
 			switch refused.Code {
 			case "not_member", "wrong_node", "stopping":
 				failures = append(failures, err)
@@ -293,8 +294,8 @@ func askFrom[T any](ctx context.Context, c *Client, method, path string, query u
 	return none, 0, unreachable(failures)
 }
 
-// unreachable names each URL and what was wrong with it, in one line; but when
-// some node did answer, its refusal says more.
+// unreachable is one error for the errors of all URLs. If a node answered, its refusal
+// is returned instead, because it says more.
 func unreachable(failures []error) error {
 	var refused *Error
 	if errors.As(errors.Join(failures...), &refused) {
@@ -307,8 +308,8 @@ func unreachable(failures []error) error {
 	return fmt.Errorf("%w: %s", ErrUnreachable, strings.Join(words, "; "))
 }
 
-// attempt asks one URL, with a fair share of the time that is left. sent tells
-// whether the node may have got the request.
+// attempt sends a request to one URL. It may take an equal share of the remaining time.
+// sent is true if the node may have received the request.
 func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, path string, query url.Values, body []byte) (text []byte, sent bool, err error) {
 	if deadline, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
@@ -316,7 +317,7 @@ func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, p
 		defer cancel()
 	}
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		// From here on the request is on its way, however much of it.
+		// From now on a part of the request may have been sent.
 		GotConn: func(httptrace.GotConnInfo) { sent = true },
 	})
 	target := base.String() + path
@@ -334,7 +335,7 @@ func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, p
 	if err != nil {
 		return nil, sent, fmt.Errorf("%s: %w", base, plain(err))
 	}
-	defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+	defer func() { _ = resp.Body.Close() }() // only read from
 	text, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return nil, sent, fmt.Errorf("%s: read the answer: %w", base, plain(err))
@@ -351,8 +352,8 @@ func (c *Client) attempt(ctx context.Context, base *url.URL, left int, method, p
 	return nil, sent, fmt.Errorf("%s: %w: it answered %s", base, ErrNotAdmin, resp.Status)
 }
 
-// plain takes off what net/http wraps around an error: the method and the URL,
-// which the message names already.
+// plain removes the method and the URL that net/http adds to an error. The message
+// names them already.
 func plain(err error) error {
 	var wrapped *url.Error
 	if errors.As(err, &wrapped) {

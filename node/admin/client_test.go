@@ -1,8 +1,10 @@
 package admin
 
 import (
+	"context"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -17,9 +19,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/failover"
 )
 
-// closedURL is an address where nothing listens.
+// closedURL is an address without a listener.
 func closedURL(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -32,7 +36,7 @@ func closedURL(t *testing.T) string {
 	return "http://" + l.Addr().String()
 }
 
-// silentURL takes connections and never says a word; asked counts requests.
+// silentURL accepts connections and never answers; asked counts requests.
 func silentURL(t *testing.T) (url string, asked *atomic.Int32) {
 	t.Helper()
 	asked = new(atomic.Int32)
@@ -58,19 +62,19 @@ func TestClientIsACluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(f.status, status); diff != "" {
-		t.Errorf("the status changed on its way (-want +got):\n%s", diff)
+		t.Errorf("the client returned another status (-want +got):\n%s", diff)
 	}
 	if ups, err := c.Upstreams(ctx); err != nil || len(ups) != 1 || ups[0].InFlight != nil {
 		t.Errorf("upstreams %+v, %v", ups, err)
 	}
 	if err := c.Bootstrap(ctx, []byte(goodConfig), ""); err != nil {
-		t.Errorf("the same bootstrap again: %v", err)
+		t.Errorf("repeated bootstrap: %v", err)
 	}
 	v, err := c.ApplyConfig(ctx, []byte(goodConfig+"# é\n"), ptr(uint64(1)), "")
 	if err != nil || v.Version != 2 || v.Author != "ann@desk" || v.Text != goodConfig+"# é\n" {
 		t.Errorf("apply: %+v, %v", v, err)
 	}
-	if _, err := c.ApplyConfig(ctx, []byte(goodConfig), ptr(uint64(1)), ""); !errors.Is(err, cluster.ErrVersionConflict) {
+	if _, err := c.ApplyConfig(ctx, []byte(goodConfig), ptr(uint64(1)), ""); !errors.Is(err, agreed.ErrVersionConflict) {
 		t.Errorf("apply on an old version: %v", err)
 	}
 	if v, err := c.RollbackConfig(ctx, 1, ptr(uint64(2)), "bob"); err != nil || v.Version != 3 || v.Author != "bob" || v.Text != goodConfig {
@@ -90,8 +94,8 @@ func TestClientIsACluster(t *testing.T) {
 	if keys, err := c.APIKeys(ctx); err != nil || len(keys) != 1 || keys[0].State(expires) != "revoked" {
 		t.Errorf("keys: %+v, %v", keys, err)
 	}
-	if err := c.RevokeAPIKey(ctx, "../nodes/gone-1"); !errors.Is(err, cluster.ErrUnknownKey) {
-		t.Errorf("an id with slashes must stay an id: %v", err)
+	if err := c.RevokeAPIKey(ctx, "../nodes/gone-1"); !errors.Is(err, agreed.ErrUnknownKey) {
+		t.Errorf("an id with slashes was not escaped: %v", err)
 	}
 	if err := c.DrainNode(ctx, "me-1"); err != nil || !f.draining {
 		t.Errorf("drain: %v, draining %t", err, f.draining)
@@ -102,8 +106,8 @@ func TestClientIsACluster(t *testing.T) {
 	if err := c.ResumeUpstream(ctx, "a-vllm", ""); err != nil || f.drained {
 		t.Errorf("resume upstream: %v, drained %t", err, f.drained)
 	}
-	if err := c.DrainUpstream(ctx, "nobody", ""); !errors.Is(err, cluster.ErrUnknownUpstream) {
-		t.Errorf("drain nobody: %v", err)
+	if err := c.DrainUpstream(ctx, "nobody", ""); !errors.Is(err, agreed.ErrUnknownUpstream) {
+		t.Errorf("drain an unknown upstream: %v", err)
 	}
 	if err := c.ResumeNode(ctx, "me-1"); err != nil || f.draining {
 		t.Errorf("resume: %v, draining %t", err, f.draining)
@@ -153,13 +157,28 @@ func TestClientAsksForFailoversAndDrills(t *testing.T) {
 		"resume by ann@desk", "release",
 	}
 	if diff := cmp.Diff(want, f.noted()); diff != "" {
-		t.Errorf("the node heard (-want +got):\n%s", diff)
+		t.Errorf("the node got other requests (-want +got):\n%s", diff)
 	}
 }
 
-// A drill is run by a node of another site, which is asked about it from then
-// on; an abort goes to everybody.
-func TestClientFindsWhoRunsADrill(t *testing.T) {
+// The code of a failed switchover becomes the same sentinel at the client, with the
+// node's message. The cause inside is not the answer.
+func TestClientTellsHowASwitchoverFailed(t *testing.T) {
+	f := newFake("me-1")
+	c := dial(t, ClientOptions{}, serve(t, f, "").URL)
+	for _, want := range []error{failover.ErrPrecheck, failover.ErrRolledBack, failover.ErrOvertaken, failover.ErrUnknownOutcome} {
+		fail := fmt.Errorf("%w: %w and %w", want, cluster.ErrNoQuorum, context.DeadlineExceeded)
+		f.refuse(fail)
+		_, err := c.Failover(t.Context(), FailoverRequest{To: "shanghai-b"}, "")
+		if !errors.Is(err, want) || errors.Is(err, cluster.ErrNoQuorum) || err.Error() != fail.Error() {
+			t.Errorf("got %v, want %v", err, fail)
+		}
+	}
+}
+
+// TestClientFindsTheNodeThatRunsADrill: a node of another site runs it and is asked first
+// from then on. An abort goes to all nodes.
+func TestClientFindsTheNodeThatRunsADrill(t *testing.T) {
 	victim, runner := newFake("a-1"), newFake("b-1")
 	runner.status.Observer.Site = "shanghai-b"
 	victim.drills = []Drill{{ID: "drill-1", Site: "shanghai-a"}}
@@ -169,17 +188,17 @@ func TestClientFindsWhoRunsADrill(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err := c.Drill(t.Context(), d.ID); err != nil || got.Kind != "isolation" {
-		t.Errorf("asked the wrong one: %+v, %v", got, err)
+		t.Errorf("the answer is from the wrong node: %+v, %v", got, err)
 	}
 	if err := c.AbortDrill(t.Context(), d.ID, "ann"); err != nil || len(victim.noted()) != 1 || len(runner.noted()) != 2 {
-		t.Errorf("%v; heard: %q, %q", err, victim.noted(), runner.noted())
+		t.Errorf("%v; the nodes got %q, %q", err, victim.noted(), runner.noted())
 	}
 	if err := c.AbortDrill(t.Context(), "nothing", ""); !errors.Is(err, ErrUnknownDrill) {
-		t.Errorf("abort of nothing: %v", err)
+		t.Errorf("abort of an unknown drill: %v", err)
 	}
 }
 
-func TestClientGoesOnToTheNextURL(t *testing.T) {
+func TestClientTriesTheNextURL(t *testing.T) {
 	f := newFake("me-1")
 	good := serve(t, f, "").URL
 	silent, _ := silentURL(t)
@@ -212,8 +231,8 @@ func TestClientGoesOnToTheNextURL(t *testing.T) {
 	})
 }
 
-// TestChangeIsNotSentTwice: who may have got a change and did not answer may
-// have made it.
+// TestChangeIsNotSentTwice: a node that may have received a change and did not answer
+// may have made it.
 func TestChangeIsNotSentTwice(t *testing.T) {
 	silent, asked := silentURL(t)
 	f := newFake("me-1")
@@ -227,7 +246,7 @@ func TestChangeIsNotSentTwice(t *testing.T) {
 	}
 }
 
-func TestRefusalEndsTheSearch(t *testing.T) {
+func TestRefusalIsFinal(t *testing.T) {
 	lost := newFake("lost-1")
 	lost.refuse(cluster.ErrNoQuorum)
 	f := newFake("me-1")
@@ -267,7 +286,7 @@ func TestClientToken(t *testing.T) {
 		t.Errorf("with the token: %v", err)
 	}
 	if _, err := dial(t, ClientOptions{Token: "other"}, s.URL).Status(t.Context()); !errors.Is(err, ErrUnauthorized) {
-		t.Errorf("with another: %v", err)
+		t.Errorf("with another token: %v", err)
 	}
 }
 
@@ -279,10 +298,10 @@ func TestClientTrustsItsCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := dial(t, ClientOptions{Token: "t", CAFile: ca}, s.URL).Status(t.Context()); err != nil {
-		t.Errorf("with its CA: %v", err)
+		t.Errorf("with the CA: %v", err)
 	}
 	if _, err := dial(t, ClientOptions{Token: "t"}, s.URL).Status(t.Context()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "certificate") {
-		t.Errorf("without: %v", err)
+		t.Errorf("without the CA: %v", err)
 	}
 }
 
@@ -299,8 +318,8 @@ func TestNewClientRefuses(t *testing.T) {
 		"no URL":         {nil, ClientOptions{}, "no admin URL"},
 		"no scheme":      {[]string{"127.0.0.1:8081"}, ClientOptions{}, "write http://127.0.0.1:8081"},
 		"other scheme":   {[]string{"ftp://x"}, ClientOptions{}, "must begin with http"},
-		"a path":         {[]string{"http://x/admin"}, ClientOptions{}, "nothing more"},
-		"a password":     {[]string{"http://u:p@x"}, ClientOptions{}, "nothing more"},
+		"a path":         {[]string{"http://x/admin"}, ClientOptions{}, "must only have a scheme, a host and a port"},
+		"a password":     {[]string{"http://u:p@x"}, ClientOptions{}, "must only have a scheme, a host and a port"},
 		"a broken port":  {[]string{"http://u:p@x:port"}, ClientOptions{}, "invalid port"},
 		"token in clear": {[]string{"http://10.0.0.1:8081"}, ClientOptions{Token: "t"}, "write https://"},
 		"no CA file":     {[]string{"https://x"}, ClientOptions{CAFile: noCA + "x"}, "no such file"},
@@ -312,7 +331,7 @@ func TestNewClientRefuses(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
 			if err != nil && strings.Contains(err.Error(), "u:p") {
-				t.Errorf("the password shows in %q", err)
+				t.Errorf("the error contains the password: %q", err)
 			}
 		})
 	}

@@ -1,11 +1,11 @@
 "use strict";
 
-// Everything from the cluster reaches the page as text (textContent), never as
-// markup. Unknown is shown as a dash, never as a number.
+// Text from the cluster is set with textContent, never as markup. An unknown value is
+// shown as a dash, never as a number.
 
 const byId = (id) => document.getElementById(id);
 const interval = 2000;
-const patience = 10000;
+const requestTimeout = 10000;
 const tokenName = "dsnode-admin-token"; // kept for this tab only
 let lastAnswer = null;
 let timer = 0;
@@ -22,7 +22,7 @@ const show = (v) => (known(v) ? String(v) : "–");
 const of = (part, whole) => show(part) + " / " + show(whole);
 const seconds = (s) => (known(s) ? (s < 10 ? s.toFixed(1) : Math.round(s)) + " s" : "–");
 const when = (t) => (known(t) ? new Date(t).toLocaleString() : "–");
-const mood = (state) =>
+const stateClass = (state) =>
   ["healthy", "alive"].includes(state) ? "good" : ["unknown", "left"].includes(state) ? "quiet" : "bad";
 
 function table(id, heads, rows) {
@@ -57,11 +57,11 @@ function draw(s) {
   byId("facts").replaceChildren(...facts.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
 
   table("sites", ["name", "city", "role", "state", "nodes", "upstreams", "last heard"],
-    (s.sites || []).map((x) => [x.name, x.city, x.role, element("td", x.state, mood(x.state)),
+    (s.sites || []).map((x) => [x.name, x.city, x.role, element("td", x.state, stateClass(x.state)),
       of(x.nodes_alive, x.nodes_total), of(x.upstreams_healthy, x.upstreams_total), seconds(x.last_heard_seconds)]));
   table("nodes", ["name", "site", "state", "raft", "last heard", "version", "api", "started"],
-    (s.nodes || []).map((x) => [x.name, x.site, element("td", x.draining ? x.state + ", draining" : x.state, mood(x.state)),
-      x.leader ? "leader" : x.voter ? "voter" : x.voter === false ? "follows" : "–",
+    (s.nodes || []).map((x) => [x.name, x.site, element("td", x.draining ? x.state + ", draining" : x.state, stateClass(x.state)),
+      x.leader ? "leader" : x.voter ? "voter" : x.voter === false ? "non-voter" : "–",
       seconds(x.last_heard_seconds), x.version, x.api, when(x.started_at)]));
 
   byId("source").textContent = "as seen by " + s.observer.node + " at " + when(s.observed_at) + " · dsnode " + s.version;
@@ -69,7 +69,7 @@ function draw(s) {
 }
 
 function fail(text) {
-  const age = lastAnswer ? "; what is below is " + Math.round((Date.now() - lastAnswer) / 1000) + " s old" : "";
+  const age = lastAnswer ? "; the data below is " + Math.round((Date.now() - lastAnswer) / 1000) + " s old" : "";
   headline(text + age, "bad");
 }
 
@@ -78,7 +78,7 @@ async function refresh() {
   const token = sessionStorage.getItem(tokenName);
   if (token) headers.Authorization = "Bearer " + token;
   try {
-    const answer = await fetch("/admin/v1/status", { headers, cache: "no-store", signal: AbortSignal.timeout(patience) });
+    const answer = await fetch("/admin/v1/status", { headers, cache: "no-store", signal: AbortSignal.timeout(requestTimeout) });
     const body = await answer.json();
     byId("login").hidden = answer.status !== 401;
     if (!answer.ok) {

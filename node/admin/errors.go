@@ -7,55 +7,50 @@ import (
 	"net/http"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/failover"
 )
 
-// What an operator's request can die of, besides the sentinels of package
-// cluster. A Cluster wraps them; a Client gives the same ones back.
+// Errors of an operator's request, besides those of package cluster. A Cluster wraps
+// them, and a Client returns the same ones.
 var (
 	// ErrUnknownVersion: no such version in the configuration's history.
 	ErrUnknownVersion = errors.New("no such configuration version")
-	// ErrWrongNode: only the node itself can do this, and another was asked.
+	// ErrWrongNode: only a certain node can do this, and another one was asked.
 	ErrWrongNode = errors.New("only the node itself can do this")
-	// ErrNodeAlive: a living node is not removed.
+	// ErrNodeAlive: a node that is alive can't be removed.
 	ErrNodeAlive = errors.New("the node is alive")
-	// ErrPrecheck: a switchover or a drill can't begin, and nothing was changed.
-	ErrPrecheck = errors.New("a precheck does not hold")
-	// ErrRolledBack: a switchover failed and nothing has changed.
-	ErrRolledBack = errors.New("the switchover was rolled back")
-	// ErrOvertaken: the primary changed otherwise meanwhile.
-	ErrOvertaken = errors.New("the switchover was overtaken")
-	// ErrUnknownOutcome: a switchover's end is not known yet.
-	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet")
-	// ErrNothingToAck: there was no failover, or it was acknowledged.
+	// ErrNothingToAck: there was no failover, or it is acknowledged already.
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
 	// ErrNotQuarantined: there is no quarantine to end.
 	ErrNotQuarantined = errors.New("the cluster is not quarantined")
 	// ErrUnknownDrill: no drill has this id.
 	ErrUnknownDrill = errors.New("no such drill")
-	// ErrInvalidRequest: what was asked makes no sense, in the words around it.
+	// ErrInvalidRequest: the request is malformed; the error that wraps this says how.
 	ErrInvalidRequest = errors.New("invalid request")
-	// ErrInvalidConfig: the configuration has problems; errors.As finds them
-	// as cluster.Problems.
+	// ErrInvalidConfig: the configuration has problems. errors.As finds them as
+	// config.Problems.
 	ErrInvalidConfig = errors.New("the configuration is not valid")
 	// ErrUnauthorized: the operator's token is missing or wrong.
 	ErrUnauthorized = errors.New("the operator's token is missing or wrong")
-	// ErrForbidden: a browser that a foreign page has sent, or a foreign Host.
+	// ErrForbidden: the request has a foreign Host, or comes from a page of another origin.
 	ErrForbidden = errors.New("refused")
-	// ErrTooLarge: the body is over its bound.
+	// ErrTooLarge: the body exceeds its bound.
 	ErrTooLarge = errors.New("the request body is too large")
 	// ErrBusy: too many requests at this port at once.
 	ErrBusy = errors.New("too many requests at this port at once")
-	// ErrTimeout: the node did not get it done in time; a change may still happen.
-	ErrTimeout = errors.New("not done in time")
+	// ErrTimeout: the node did not finish in time. A change may still be made.
+	ErrTimeout = errors.New("the node did not finish in time")
 	// ErrNoRoute: this version has no such path.
 	ErrNoRoute = errors.New("no such path")
 	// ErrMethod: the path exists, for other methods.
 	ErrMethod = errors.New("method not allowed")
-	// ErrInternal is what has no better name.
+	// ErrInternal: any other error.
 	ErrInternal = errors.New("internal error")
 )
 
-// refusal is how a sentinel travels.
+// refusal is how an error is sent over HTTP.
 type refusal struct {
 	err    error
 	status int
@@ -65,59 +60,61 @@ type refusal struct {
 
 const (
 	hintBootstrap = "start a new cluster with dsnode bootstrap --config cluster.yaml, or wait until this node has joined through its seeds"
-	hintLook      = "see whether it happened before you try again"
+	hintLook      = "check whether the change was made before you try again"
 	hintAgain     = "try again in a few seconds"
 )
 
-// refusals are tried in order; the first that errors.Is finds wins.
+// refusals are tried in order. The first one that errors.Is finds is used.
 var refusals = []refusal{
-	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; bring a majority of the voters back"},
+	// How a switchover failed is tried first: its cause, such as cluster.ErrNoQuorum, is
+	// wrapped too, and is not the answer.
+	{failover.ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
+	{failover.ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
+	{failover.ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
+	{failover.ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
+	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; start a majority of the voters"},
 	{cluster.ErrNotMember, http.StatusServiceUnavailable, "not_member", hintBootstrap},
-	{cluster.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
-	{cluster.ErrQuarantined, http.StatusServiceUnavailable, "quarantined", "dsnode status shows which sites were not heard of yet"},
-	{cluster.ErrDiskStalled, http.StatusServiceUnavailable, "disk_stalled", "look at the disk under the data directory"},
+	{agreed.ErrNotFounded, http.StatusServiceUnavailable, "not_member", hintBootstrap},
+	{cluster.ErrQuarantined, http.StatusServiceUnavailable, "quarantined", "dsnode status shows which sites have not been heard yet"},
+	{cluster.ErrDiskStalled, http.StatusServiceUnavailable, "disk_stalled", "check the disk of the node's data directory"},
 	{cluster.ErrNotLeader, http.StatusServiceUnavailable, "not_leader", hintAgain},
 	{cluster.ErrStopped, http.StatusServiceUnavailable, "stopping", "ask another node with --admin"},
 	{cluster.ErrLeadershipMoved, http.StatusServiceUnavailable, "leadership_moved", hintLook},
-	{cluster.ErrSeedKnows, http.StatusConflict, "cluster_known", "this node joins by itself; take the seeds out of node.yaml if a new cluster is what you want"},
-	{cluster.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "dsnode config diff FILE shows what differs, dsnode config apply FILE changes it"},
-	{cluster.ErrVersionConflict, http.StatusConflict, "version_conflict", "look at what has changed with dsnode config diff FILE, then apply again"},
+	{cluster.ErrSeedKnows, http.StatusConflict, "cluster_known", "this node joins that cluster by itself; to start a new cluster, remove the seeds from node.yaml"},
+	{agreed.ErrAlreadyFounded, http.StatusConflict, "already_bootstrapped", "dsnode config diff FILE shows what differs, dsnode config apply FILE changes it"},
+	{agreed.ErrVersionConflict, http.StatusConflict, "version_conflict", "dsnode config diff FILE shows what has changed; then apply again"},
 	{cluster.ErrUnknownSite, http.StatusConflict, "unknown_site", "add the node's site to cluster.yaml, or correct site in its node.yaml"},
 	{cluster.ErrWrongCluster, http.StatusConflict, "wrong_cluster", "correct cluster in node.yaml and issue a certificate for that name"},
 	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "stop the node, empty its data directory, and start it again"},
 	{cluster.ErrNameTaken, http.StatusConflict, "name_taken", "give the node another name, with a certificate for it"},
 	{cluster.ErrFeatureLevel, http.StatusConflict, "feature_level", "dsnode node list shows the version of each node"},
-	{cluster.ErrBadPurge, http.StatusBadRequest, "bad_purge", ""},
-	{cluster.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
-	{cluster.ErrOperatorKeyMissing, http.StatusConflict, "operator_key_missing", "give these nodes the new key as operator_key and the present one as operator_key_previous, restart them, and ask one of them"},
-	{cluster.ErrOperatorKey, http.StatusConflict, "operator_key", "dsnode keyring list shows which operator key each node has"},
-	{cluster.ErrDataKeysChanged, http.StatusConflict, "data_keys_changed", hintAgain},
-	{cluster.ErrDataKeyPending, http.StatusConflict, "data_key_pending", "dsnode keyring list shows which nodes have not confirmed it"},
-	{cluster.ErrUnknownDataKey, http.StatusNotFound, "unknown_data_key", "dsnode keyring list shows the keys"},
+	{agreed.ErrBadPurge, http.StatusBadRequest, "bad_purge", "send exactly one of all, model and key"},
+	{agreed.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
+	{agreed.ErrOperatorKeyMissing, http.StatusConflict, "operator_key_missing", "give these nodes the new key as operator_key and the present one as operator_key_previous, restart them, and ask one of them"},
+	{agreed.ErrOperatorKey, http.StatusConflict, "operator_key", "dsnode keyring list shows which operator key each node has"},
+	{agreed.ErrDataKeysChanged, http.StatusConflict, "data_keys_changed", hintAgain},
+	{agreed.ErrDataKeyPending, http.StatusConflict, "data_key_pending", "dsnode keyring list shows which nodes have not confirmed it"},
+	{agreed.ErrUnknownDataKey, http.StatusNotFound, "unknown_data_key", "dsnode keyring list shows the keys"},
 	{ErrNodeAlive, http.StatusConflict, "node_alive", "stop the node first"},
-	{cluster.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
-	{cluster.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
-	{cluster.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
+	{agreed.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
+	{agreed.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
+	{agreed.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
 	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
-	{ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
-	{ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
-	{ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
-	{ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
-	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status says what is not well"},
-	{cluster.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
-	{cluster.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows how"},
-	{cluster.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
-	{cluster.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
+	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status shows the state of the cluster"},
+	{agreed.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
+	{agreed.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows its result"},
+	{agreed.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
+	{agreed.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
 	{ErrWrongNode, http.StatusMisdirectedRequest, "wrong_node", "ask the node's own admin port with --admin"},
-	{cluster.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
+	{agreed.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
 	{ErrUnauthorized, http.StatusUnauthorized, "unauthorized", "give the token with --admin-token-file FILE or in DSNODE_ADMIN_TOKEN"},
-	{ErrForbidden, http.StatusForbidden, "forbidden", ""},
-	{ErrTooLarge, http.StatusRequestEntityTooLarge, "too_large", ""},
+	{ErrForbidden, http.StatusForbidden, "forbidden", "use dsnode or curl, or a page of this port"},
+	{ErrTooLarge, http.StatusRequestEntityTooLarge, "too_large", "send a smaller body"},
 	{ErrBusy, http.StatusServiceUnavailable, "busy", hintAgain},
 	{ErrNoRoute, http.StatusNotFound, "not_found", "the routes are listed in node/API.md"},
-	{ErrMethod, http.StatusMethodNotAllowed, "method_not_allowed", ""},
+	{ErrMethod, http.StatusMethodNotAllowed, "method_not_allowed", "the routes and their methods are listed in node/API.md"},
 	{ErrInvalidConfig, http.StatusUnprocessableEntity, "invalid_config", ""},
 	{ErrInvalidRequest, http.StatusBadRequest, "invalid_request", ""},
 	{ErrTimeout, http.StatusGatewayTimeout, "timeout", hintLook},
@@ -125,20 +122,20 @@ var refusals = []refusal{
 	{ErrInternal, http.StatusInternalServerError, "internal", "the node's log says more"},
 }
 
-// Error is a refusal in words, as it travels in the body
-// {"error":{"code","message","hint","problems"}}. A Cluster may return one to
-// choose message and hint itself; a Client returns one for whatever a node has
-// refused. It wraps the sentinels that its code stands for, and its problems.
+// Error is a refusal as it is sent in the body
+// {"error":{"code","message","hint","problems"}}. A Cluster may return one to choose
+// its message and hint. A Client returns one for each refusal of a node. It wraps the
+// errors of its code, and its problems.
 type Error struct {
-	Code     string           `json:"code"`
-	Message  string           `json:"message"`
-	Hint     string           `json:"hint,omitempty"`
-	Problems cluster.Problems `json:"problems,omitempty"`
+	Code     string          `json:"code"`
+	Message  string          `json:"message"`
+	Hint     string          `json:"hint,omitempty"`
+	Problems config.Problems `json:"problems,omitempty"`
 }
 
 func (e *Error) Error() string { return e.Message }
 
-// Unwrap gives what errors.Is and errors.As look for.
+// Unwrap is for errors.Is and errors.As.
 func (e *Error) Unwrap() []error {
 	var wrapped []error
 	for _, r := range refusals {
@@ -152,14 +149,14 @@ func (e *Error) Unwrap() []error {
 	return wrapped
 }
 
-// errorBody is the body of every answer that is a refusal.
+// errorBody is the body of every refusal.
 type errorBody struct {
 	Error Error `json:"error"`
 }
 
-// describe finds the status, code and words for an error.
+// describe finds the status, code, message and hint of an error.
 func describe(err error) (status int, body errorBody) {
-	var problems cluster.Problems
+	var problems config.Problems
 	if errors.As(err, &problems) {
 		err = errors.Join(ErrInvalidConfig, err)
 	}
@@ -172,7 +169,7 @@ func describe(err error) (status int, body errorBody) {
 	}
 	said := Error{Code: found.code, Message: err.Error(), Hint: found.hint, Problems: problems}
 	if found.code == "invalid_config" {
-		said.Message = ErrInvalidConfig.Error() // the problems follow one by one
+		said.Message = ErrInvalidConfig.Error() // the problems are listed separately
 	}
 	var worded *Error
 	if errors.As(err, &worded) {
@@ -184,7 +181,7 @@ func describe(err error) (status int, body errorBody) {
 	return found.status, errorBody{Error: said}
 }
 
-// readError is describe's way back: what the body of a refused request says.
+// readError parses the body that describe made.
 func readError(body []byte) (*Error, bool) {
 	var wire errorBody
 	if err := json.Unmarshal(body, &wire); err != nil || wire.Error.Code == "" {

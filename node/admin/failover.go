@@ -12,33 +12,32 @@ import (
 	"strings"
 )
 
-// This file is the surface of switchovers, drills and recovery, on both sides
-// of the wire.
+// This file has the API of switchovers, drills and recovery, for server and client.
 
-// Failovers is what operators ask about the primary.
+// Failovers are the operations on the primary.
 type Failovers interface {
-	// PlanFailover gives the checks of a switchover and changes nothing.
+	// PlanFailover runs the checks of a switchover and changes nothing.
 	PlanFailover(ctx context.Context, r FailoverRequest, by string) (FailoverPlan, error)
-	// Failover moves the primary, or changes nothing; ErrPrecheck, ErrRolledBack,
-	// ErrOvertaken and ErrUnknownOutcome say how it failed.
+	// Failover moves the primary, or changes nothing; failover.ErrPrecheck,
+	// ErrRolledBack, ErrOvertaken and ErrUnknownOutcome say how it failed.
 	Failover(ctx context.Context, r FailoverRequest, by string) (FailoverResult, error)
-	// AckFailover says that a person has seen the last failover.
+	// AckFailover records that an operator has seen the last failover.
 	AckFailover(ctx context.Context, by string) error
-	// HoldFailover pauses automatic promotions, ResumeFailover ends the pause.
+	// HoldFailover pauses automatic failovers, ResumeFailover ends the pause.
 	HoldFailover(ctx context.Context, reason, by string) error
 	ResumeFailover(ctx context.Context, by string) error
-	// ReleaseQuarantine is an operator's word that no recovery has happened
-	// elsewhere. ErrWrongNode unless the node leads a quarantined cluster.
+	// ReleaseQuarantine ends a quarantine: an operator confirms that the cluster was not
+	// recovered elsewhere. ErrWrongNode unless the node is the Raft leader.
 	ReleaseQuarantine(ctx context.Context) error
 }
 
-// Drills is what operators ask about rehearsals.
+// Drills are the operations on drills.
 type Drills interface {
 	PlanDrill(ctx context.Context, r DrillRequest, by string) (DrillPlan, error)
-	// StartDrill begins a drill, which goes on in the node that was asked.
-	// ErrWrongNode when that is of the site that would be cut off.
+	// StartDrill begins a drill, which runs in the node that was asked. ErrWrongNode
+	// if that node is in the site that would be cut off.
 	StartDrill(ctx context.Context, r DrillRequest, by string) (Drill, error)
-	// Drills lists the newest ones, oldest first, without their reports.
+	// Drills lists the newest drills, oldest first, without their reports.
 	Drills(ctx context.Context) ([]Drill, error)
 	Drill(ctx context.Context, id string) (Drill, error)
 	AbortDrill(ctx context.Context, id, by string) error
@@ -51,7 +50,7 @@ func (s *Server) getFailoverPlan(ctx context.Context, c call) (any, error) {
 		return nil, err
 	}
 	if r.To == "" {
-		return nil, fmt.Errorf("%w: say which site (?to=SITE)", ErrInvalidRequest)
+		return nil, fmt.Errorf("%w: give the new primary (?to=SITE)", ErrInvalidRequest)
 	}
 	return s.cluster.PlanFailover(ctx, r, c.author)
 }
@@ -62,7 +61,7 @@ func (s *Server) postFailover(ctx context.Context, c call) (any, error) {
 		return nil, err
 	}
 	if r.To == "" {
-		return nil, fmt.Errorf("%w: say which site is to be the primary, in \"to\"", ErrInvalidRequest)
+		return nil, fmt.Errorf("%w: give the site that becomes the primary, as \"to\"", ErrInvalidRequest)
 	}
 	return s.cluster.Failover(ctx, r, c.author)
 }
@@ -126,20 +125,20 @@ func (s *Server) postDrillAbort(ctx context.Context, c call) (any, error) {
 	return nil, s.cluster.AbortDrill(ctx, c.path("id"), c.author)
 }
 
-// decode reads a body that must be one known thing.
+// decode parses a body that must be exactly one JSON object of a known type.
 func (c call) decode(into any, what string) error {
 	d := json.NewDecoder(bytes.NewReader(c.body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(into); err != nil {
-		return fmt.Errorf("%w: the body is no request for %s: %w", ErrInvalidRequest, what, err)
+		return fmt.Errorf("%w: the body is not a valid request for %s: %w", ErrInvalidRequest, what, err)
 	}
 	if d.More() {
-		return fmt.Errorf("%w: something follows the request for %s", ErrInvalidRequest, what)
+		return fmt.Errorf("%w: the body has more than the request for %s", ErrInvalidRequest, what)
 	}
 	return nil
 }
 
-// flag reads a parameter that may be absent: false.
+// flag parses a boolean parameter; false when it is absent.
 func (c call) flag(name string) (bool, error) {
 	switch text := c.query.Get(name); text {
 	case "", "false":
@@ -151,7 +150,7 @@ func (c call) flag(name string) (bool, error) {
 	}
 }
 
-// names reads a list with commas.
+// names splits a comma-separated list.
 func names(text string) []string {
 	if text == "" {
 		return nil
@@ -196,8 +195,7 @@ func (c *Client) ResumeFailover(ctx context.Context, by string) error {
 	return c.post(ctx, "/admin/v1/failover/resume", c.by(by))
 }
 
-// ReleaseQuarantine implements Failovers. All URLs are asked until one is the
-// leader's.
+// ReleaseQuarantine implements Failovers. It tries the URLs until one is the leader's.
 func (c *Client) ReleaseQuarantine(ctx context.Context) error {
 	return c.post(ctx, "/admin/v1/recover/release", c.by(""))
 }
@@ -219,8 +217,8 @@ func (c *Client) PlanDrill(ctx context.Context, r DrillRequest, by string) (Dril
 	return ask[DrillPlan](ctx, c, http.MethodGet, "/admin/v1/drills/plan", q, nil)
 }
 
-// StartDrill implements Drills. All URLs are asked until one is of a node that
-// can run it; that one is asked first from then on, since it knows most.
+// StartDrill implements Drills. It tries the URLs until one is of a node that can run
+// the drill. From then on that URL is tried first, because that node has the report.
 func (c *Client) StartDrill(ctx context.Context, r DrillRequest, by string) (Drill, error) {
 	body, err := json.Marshal(r)
 	if err != nil {
@@ -228,7 +226,7 @@ func (c *Client) StartDrill(ctx context.Context, r DrillRequest, by string) (Dri
 	}
 	d, at, err := askFrom[Drill](ctx, c, http.MethodPost, "/admin/v1/drills", c.by(by), body)
 	if err == nil {
-		c.first.Store(int32(at)) //nolint:gosec // a handful of URLs
+		c.first.Store(int32(at)) //nolint:gosec // there are few URLs
 	}
 	return d, err
 }
@@ -244,8 +242,8 @@ func (c *Client) Drill(ctx context.Context, id string) (Drill, error) {
 	return ask[Drill](ctx, c, http.MethodGet, "/admin/v1/drills/"+url.PathEscape(id), nil, nil)
 }
 
-// AbortDrill implements Drills. Every URL is told: a site that is cut off hears
-// it from nobody else. One that did it is enough.
+// AbortDrill implements Drills. It tells all URLs, because a site that is cut off gets no
+// message from other nodes. One success is enough.
 func (c *Client) AbortDrill(ctx context.Context, id, by string) error {
 	var errs []error
 	done := false

@@ -10,15 +10,14 @@ import (
 	"strings"
 )
 
-// sameOrigin refuses what a browser was made to send by a page of somebody
-// else. Over loopback, where no token may be needed, it refuses foreign Host
-// headers too: a page whose name was rebound to 127.0.0.1 is of the same
-// origin as we are, but can't hide its name.
+// sameOrigin refuses requests that a page of another origin made a browser send. On
+// loopback, where no token may be needed, it also refuses foreign Host headers: with DNS
+// rebinding a page can have the origin of this port, but its Host header shows its name.
 func (s *Server) sameOrigin(r *http.Request) error {
 	if overLoopback(r) && !loopbackName(r.Host) {
 		return &Error{
 			Code: "forbidden", Message: "the Host header " + quote(r.Host) + " is not a name of the loopback address",
-			Hint: "ask 127.0.0.1 or localhost; a proxy in front must set Host to localhost",
+			Hint: "use 127.0.0.1 or localhost; a proxy in front must set Host to localhost",
 		}
 	}
 	if origin := r.Header.Get("Origin"); origin != "" {
@@ -31,15 +30,15 @@ func (s *Server) sameOrigin(r *http.Request) error {
 	case "", "none", "same-origin":
 		return nil
 	}
-	// Following a link to the console is harmless: the page is the same for all.
+	// A link to the console is harmless: its page is the same for everybody.
 	if r.URL.Path == "/" && r.Method == http.MethodGet && r.Header.Get("Sec-Fetch-Mode") == "navigate" {
 		return nil
 	}
 	return &Error{Code: "forbidden", Message: "requests from a page of another site are refused"}
 }
 
-// authorized lets in who has the token, or who comes over loopback when there
-// is none. It bounds how many are inside at once.
+// authorized requires the token, or a connection over loopback when no token is
+// configured. It bounds how many requests run at once.
 func (s *Server) authorized(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if err := s.authorize(r); err != nil {
@@ -60,21 +59,21 @@ func (s *Server) authorized(next http.Handler) http.Handler {
 
 func (s *Server) authorize(r *http.Request) error {
 	if s.token == "" {
-		// The node refuses to start like this on any other address; this is
-		// the second lock on the same door.
+		// The node refuses to start like this on any other address. This check holds
+		// even if it did start.
 		if overLoopback(r) {
 			return nil
 		}
 		return &Error{
-			Code: "unauthorized", Message: "this port serves loopback only, because no token is configured",
-			Hint: "set admin.token_file in node.yaml, or ask from the node's own machine",
+			Code: "unauthorized", Message: "this port serves only loopback, because no token is configured",
+			Hint: "set admin.token_file in node.yaml, or connect from the node's own machine",
 		}
 	}
 	token, found := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !found || token == "" {
 		return &Error{Code: "unauthorized", Message: "the operator's token is missing"}
 	}
-	// Hashed first, so that not even the length shows in the time it takes.
+	// Hashes are compared, so that the time does not even depend on the length.
 	got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(s.token))
 	if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
 		return &Error{Code: "unauthorized", Message: "the operator's token is wrong"}
@@ -82,7 +81,7 @@ func (s *Server) authorize(r *http.Request) error {
 	return nil
 }
 
-// overLoopback judges by the connection itself, not by what was configured.
+// overLoopback looks at the connection itself, not at the configuration.
 func overLoopback(r *http.Request) bool {
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	if !ok {
@@ -92,8 +91,8 @@ func overLoopback(r *http.Request) bool {
 	return err == nil && addr.Addr().Unmap().IsLoopback()
 }
 
-// loopbackName reports whether a Host header names this machine by itself. Any
-// port will do: it may have been forwarded.
+// loopbackName reports whether a Host header names the loopback address. Any port is
+// allowed, because the port may be forwarded.
 func loopbackName(host string) bool {
 	if name, _, err := net.SplitHostPort(host); err == nil {
 		host = name
@@ -106,7 +105,7 @@ func loopbackName(host string) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// quote shows a stranger's text in a message, at most 100 bytes of it.
+// quote quotes untrusted text in a message, at most 100 bytes of it.
 func quote(s string) string {
 	if len(s) > 100 {
 		s = s[:100] + "…"

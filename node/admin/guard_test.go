@@ -9,7 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-func TestWhoMayAsk(t *testing.T) {
+func TestAccess(t *testing.T) {
 	const status = "/admin/v1/status"
 	tests := map[string]struct {
 		token  string // configured
@@ -77,15 +77,15 @@ func TestWhoMayAsk(t *testing.T) {
 	}
 }
 
-// TestNoTokenNoWorld: a request that came in over another address than
-// loopback is refused when there is no token, whatever its headers say.
-func TestNoTokenNoWorld(t *testing.T) {
+// TestWithoutTokenOnlyLoopback: when no token is configured, a request over another
+// address than loopback is refused, whatever its headers are.
+func TestWithoutTokenOnlyLoopback(t *testing.T) {
 	h := New(Options{Cluster: newFake("me-1"), Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler()})
 	w := httptest.NewRecorder()
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/admin/v1/status", nil) // no local address
 	r.Host = "127.0.0.1"
 	h.ServeHTTP(w, r)
-	if w.Code != http.StatusUnauthorized || !strings.Contains(w.Body.String(), "this port serves loopback only") {
+	if w.Code != http.StatusUnauthorized || !strings.Contains(w.Body.String(), "this port serves only loopback") {
 		t.Errorf("got %d %s", w.Code, w.Body)
 	}
 }

@@ -1,15 +1,13 @@
 package admin
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"net/url"
 	"strconv"
 )
 
-// call is a request whose body and parameters were read and bounded.
+// call is a request with its body and its checked parameters.
 type call struct {
 	path   func(name string) string // a wildcard of the route
 	query  url.Values               // only parameters that the route knows
@@ -17,13 +15,13 @@ type call struct {
 	body   []byte
 }
 
-// handler answers with a value to be sent as JSON; nil is 204.
+// handler returns the value to be sent as JSON; nil is 204.
 type handler func(context.Context, call) (any, error)
 
 func (s *Server) getStatus(ctx context.Context, _ call) (any, error) {
 	status, err := s.cluster.Status(ctx)
 	if status.Reasons == nil {
-		status.Reasons = []string{} // nothing is wrong, as opposed to unknown
+		status.Reasons = []string{} // none, as opposed to unknown
 	}
 	return status, err
 }
@@ -69,7 +67,7 @@ func (s *Server) postRollback(ctx context.Context, c call) (any, error) {
 		return nil, err
 	}
 	if to == nil {
-		return nil, fmt.Errorf("%w: say which version to roll back to (?to=N)", ErrInvalidRequest)
+		return nil, fmt.Errorf("%w: give the version to roll back to (?to=N)", ErrInvalidRequest)
 	}
 	expect, err := c.number("expect_version")
 	if err != nil {
@@ -84,13 +82,8 @@ func (s *Server) getAPIKeys(ctx context.Context, _ call) (any, error) {
 
 func (s *Server) postAPIKey(ctx context.Context, c call) (any, error) {
 	var req APIKeyRequest
-	d := json.NewDecoder(bytes.NewReader(c.body))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&req); err != nil {
-		return nil, fmt.Errorf("%w: the body is no request for a key: %w", ErrInvalidRequest, err)
-	}
-	if d.More() {
-		return nil, fmt.Errorf("%w: something follows the request for a key", ErrInvalidRequest)
+	if err := c.decode(&req, "a key"); err != nil {
+		return nil, err
 	}
 	return s.cluster.CreateAPIKey(ctx, req)
 }
@@ -111,7 +104,7 @@ func (s *Server) postResume(ctx context.Context, c call) (any, error) {
 	return nil, s.cluster.ResumeNode(ctx, c.path("name"))
 }
 
-// number reads a parameter that may be absent: nil.
+// number parses a parameter; nil when it is absent.
 func (c call) number(name string) (*uint64, error) {
 	if !c.query.Has(name) {
 		return nil, nil //nolint:nilnil // absent is a valid answer
@@ -123,8 +116,8 @@ func (c call) number(name string) (*uint64, error) {
 	return &n, nil
 }
 
-// list is how several things travel, so that more can be said beside them one
-// day without breaking who reads them.
+// list is the body of an answer with several items. It is an object so that fields can
+// be added without breaking clients.
 type list[T any] struct {
 	Data []T `json:"data"`
 }

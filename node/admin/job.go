@@ -11,11 +11,11 @@ import (
 	"strings"
 )
 
-// jobs lets operators at the job routes of the client API, for all tenants.
-func (s *Server) jobs(door http.Handler) http.Handler {
-	door = http.StripPrefix("/admin", door)
+// jobs serves the job routes of the client API to operators, for all tenants.
+func (s *Server) jobs(routes http.Handler) http.Handler {
+	routes = http.StripPrefix("/admin", routes)
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		door.ServeHTTP(w, r)
+		routes.ServeHTTP(w, r)
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			s.log.LogAttrs(r.Context(), slog.LevelInfo, "operator's request about a job",
 				slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.String("remote", r.RemoteAddr))
@@ -23,8 +23,8 @@ func (s *Server) jobs(door http.Handler) http.Handler {
 	}))
 }
 
-// Job is an asynchronous job, as the job routes show it. Times are Unix seconds,
-// 0 when they have not come.
+// Job is an asynchronous job as the job routes show it. Times are Unix seconds; 0: not
+// yet.
 type Job struct {
 	ID              string          `json:"id"`
 	Object          string          `json:"object"`
@@ -49,10 +49,10 @@ type Job struct {
 	Result          json.RawMessage `json:"result,omitempty"`
 }
 
-// Final reports whether nothing comes after the status.
+// Final reports whether the job has ended.
 func (j *Job) Final() bool { return j.Status != "queued" && j.Status != "running" }
 
-// JobPage is a part of the list, the newest first, without results.
+// JobPage is a page of the list of jobs, newest first, without results.
 type JobPage struct {
 	Object  string  `json:"object"`
 	Data    []Job   `json:"data"`
@@ -61,7 +61,7 @@ type JobPage struct {
 	HasMore bool    `json:"has_more"`
 }
 
-// JobQuery says which jobs Jobs gives; zero values say nothing.
+// JobQuery selects the jobs that Jobs returns. A zero value does not restrict them.
 type JobQuery struct {
 	Status        []string
 	Tenant        string
@@ -71,18 +71,18 @@ type JobQuery struct {
 
 const jobsPath = "/admin/v1/jobs"
 
-// SubmitJob submits a job for a tenant; body is that of POST /v1/jobs. With an
+// SubmitJob submits a job for a tenant; body is the body of POST /v1/jobs. With an
 // idempotency key it may be repeated.
 func (c *Client) SubmitJob(ctx context.Context, tenant, idempotencyKey string, body []byte) (Job, error) {
 	return jobErr(ask[Job](ctx, c, http.MethodPost, jobsPath, given("tenant", tenant, "idempotency_key", idempotencyKey), body))
 }
 
-// Job gives one job, with its result.
+// Job returns a job with its result.
 func (c *Client) Job(ctx context.Context, id string) (Job, error) {
 	return jobErr(ask[Job](ctx, c, http.MethodGet, jobPath(id), nil, nil))
 }
 
-// Jobs gives a page of the jobs.
+// Jobs returns a page of the jobs.
 func (c *Client) Jobs(ctx context.Context, q JobQuery) (JobPage, error) {
 	limit := ""
 	if q.Limit > 0 {
@@ -92,17 +92,18 @@ func (c *Client) Jobs(ctx context.Context, q JobQuery) (JobPage, error) {
 		given("status", strings.Join(q.Status, ","), "tenant", q.Tenant, "after", q.After, "before", q.Before, "limit", limit), nil))
 }
 
-// CancelJob asks for a job's end and gives it as it is then.
+// CancelJob asks to cancel a job, and returns its state then.
 func (c *Client) CancelJob(ctx context.Context, id string) (Job, error) {
 	return jobErr(ask[Job](ctx, c, http.MethodPost, jobPath(id)+"/cancel", nil, nil))
 }
 
-// RetryJob submits a job again that ended badly, and gives the new one.
+// RetryJob submits a job again that failed, expired or was cancelled, and returns the
+// new job.
 func (c *Client) RetryJob(ctx context.Context, id string) (Job, error) {
 	return jobErr(ask[Job](ctx, c, http.MethodPost, jobPath(id)+"/retry", nil, nil))
 }
 
-// DeleteJob takes a job away that is done.
+// DeleteJob deletes a job that has ended.
 func (c *Client) DeleteJob(ctx context.Context, id string) error {
 	_, err := jobErr(ask[struct{}](ctx, c, http.MethodDelete, jobPath(id), nil, nil))
 	return err
@@ -120,14 +121,14 @@ func given(pairs ...string) url.Values {
 	return q
 }
 
-// jobHints are for refusals of the job routes, which carry none.
+// jobHints are the hints for refusals of the job routes, which have none.
 var jobHints = map[string]string{
-	"job_not_found":          "its retention may be over; dsnode job list shows the jobs",
-	"job_not_finished":       "dsnode job cancel ID ends it first",
-	"job_not_retryable":      "dsnode job submit makes a new one",
-	"durability_timeout":     "dsnode status shows which sites can be heard; send it again with the same --idempotency-key, or with --min-durability",
+	"job_not_found":          "it may have been deleted after its retention; dsnode job list shows the jobs",
+	"job_not_finished":       "cancel it first with dsnode job cancel ID",
+	"job_not_retryable":      "dsnode job submit submits a new job",
+	"durability_timeout":     "dsnode status shows which sites can be reached; submit it again with the same --idempotency-key, or with --min-durability",
 	"durability_impossible":  "dsnode node list shows the nodes and their sites",
-	"idempotency_key_reused": "give another --idempotency-key",
+	"idempotency_key_reused": "use another --idempotency-key",
 	"too_many_jobs":          "try again later, or at another site",
 	"jobs_not_ready":         "try again in a few seconds",
 	"jobs_unavailable":       "the node's log says more; try another node with --admin",

@@ -6,23 +6,23 @@ import (
 	"time"
 )
 
-// This file is the surface of data keys, on both sides of the wire.
+// This file has the API of data keys, for server and client.
 
-// Keyrings is what operators ask about data keys.
+// Keyrings are the operations on data keys.
 type Keyrings interface {
 	Keyring(ctx context.Context) (Keyring, error)
-	// RotateKeyring makes a new sealing key. It is used by itself once every node
-	// has confirmed it; one that waits for that already is given back instead.
+	// RotateKeyring makes a new sealing key. It becomes active when every node has
+	// confirmed it. While one is pending, it returns that one instead.
 	RotateKeyring(ctx context.Context, by string) (DataKey, error)
-	// RewrapKeyring wraps all data keys with the operator key that the asked node
-	// was started with, cluster.ErrOperatorKeyMissing unless every node was.
+	// RewrapKeyring wraps all data keys with the operator key that the asked node was
+	// started with. The error is cluster.ErrOperatorKeyMissing unless every node has it.
 	RewrapKeyring(ctx context.Context, by string) (Keyring, error)
 }
 
-// Keyring is the cluster's data keys; no part of a key is in it.
+// Keyring lists the cluster's data keys, without the keys themselves.
 type Keyring struct {
-	// OperatorKey is the fingerprint of the operator key that wraps all data keys,
-	// nil while there are none.
+	// OperatorKey is the fingerprint of the operator key that wraps all data keys; nil
+	// while there are none.
 	OperatorKey *string       `json:"operator_key"`
 	Keys        []DataKey     `json:"keys"` // oldest first
 	Nodes       []KeyringNode `json:"nodes"`
@@ -32,8 +32,8 @@ type Keyring struct {
 type DataKey struct {
 	ID   string `json:"id"`
 	Kind string `json:"kind"` // seal or mac
-	// State is pending until every node has confirmed the key, then active, then,
-	// for a sealing key after a rotation, retired until nothing carries it.
+	// State is pending until every node has confirmed the key, then active. After a
+	// rotation a sealing key is retired, until no record uses it.
 	State     string     `json:"state"`
 	CreatedAt time.Time  `json:"created_at"`
 	CreatedBy string     `json:"created_by"`
@@ -41,12 +41,12 @@ type DataKey struct {
 	RetiredAt *time.Time `json:"retired_at"`
 	Confirmed []string   `json:"confirmed"` // nodes that have opened it, as wrapped now
 	Missing   []string   `json:"missing"`   // the others
-	// Records is how many are sealed with it, copies counted one by one; nil when
-	// some node did not say, and for the MAC key, which seals nothing.
+	// Records is how many records are sealed with it, each copy counted. It is nil when
+	// a node did not report, and for the MAC key, which seals nothing.
 	Records *int64 `json:"records"`
 }
 
-// KeyringNode is which operator keys a node was started with, by fingerprint.
+// KeyringNode has the fingerprints of the operator keys that a node was started with.
 type KeyringNode struct {
 	Name                string  `json:"name"`
 	Site                string  `json:"site"`

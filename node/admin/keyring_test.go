@@ -9,7 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
 func (f *fakeCluster) Keyring(context.Context) (Keyring, error) {
@@ -33,16 +33,16 @@ func (f *fakeCluster) RewrapKeyring(context.Context, string) (Keyring, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.keyring.OperatorKey == nil {
-		return Keyring{}, fmt.Errorf("%w: b-1", cluster.ErrOperatorKeyMissing)
+		return Keyring{}, fmt.Errorf("%w: b-1", agreed.ErrOperatorKeyMissing)
 	}
 	f.keyring.OperatorKey = ptr("op2")
 	return f.keyring, f.fail
 }
 
-func TestKeyringTravels(t *testing.T) {
+func TestKeyringPassesServerAndClient(t *testing.T) {
 	f := newFake("me-1")
 	c := dial(t, ClientOptions{Author: "ann@desk"}, serve(t, f, "").URL)
-	if _, err := c.RewrapKeyring(t.Context(), ""); !errors.Is(err, cluster.ErrOperatorKeyMissing) {
+	if _, err := c.RewrapKeyring(t.Context(), ""); !errors.Is(err, agreed.ErrOperatorKeyMissing) {
 		t.Fatalf("rewrap: %v", err)
 	}
 	k, err := c.RotateKeyring(t.Context(), "")

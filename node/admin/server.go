@@ -1,12 +1,10 @@
-// Package admin is the operators' door of a node: the admin API under
-// /admin/v1/, a read-only console page, metrics, health and profiles on one
-// port, and the Go client of that API which the CLI uses.
+// Package admin serves a node's admin port: the admin API under /admin/v1/, a
+// read-only console page, metrics, health and profiles. It also has the Go client of
+// that API, which the CLI uses.
 //
-// It owns the words in which an operator's request succeeds or fails (types in
-// status.go and types.go, refusals in errors.go) and who may ask (guard.go). It
-// owns no state: what it shows and changes is behind Cluster, which the node
-// implements. Start reading at Server.routes; the API is described in
-// node/API.md.
+// The package owns the types of the API (status.go, types.go), its errors (errors.go)
+// and access control (guard.go). It has no state: the node implements Cluster, which
+// it reads and changes. Start reading at Server.routes; node/API.md documents the API.
 package admin
 
 import (
@@ -20,19 +18,19 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// Cluster is what the door needs of the node behind it. Reads answer from the
-// node's own copy of the agreed state, with or without quorum; changes are
-// agreed on before they return. Errors wrap the sentinels of this package and
-// of package cluster; anything else is shown as an internal error.
+// Cluster is what the admin port needs of its node. Reads use the node's copy of the
+// agreed state, with or without quorum. Changes return after the cluster has agreed on
+// them. Errors wrap the errors of this package and of package cluster; any other error
+// is reported as an internal error.
 type Cluster interface {
 	Status(ctx context.Context) (Status, error)
 	Upstreams(ctx context.Context) ([]UpstreamInfo, error)
-	// DrainUpstream lets an upstream get no new request, from any node, until
-	// ResumeUpstream; what runs there finishes.
+	// DrainUpstream makes all nodes send the upstream no new requests until
+	// ResumeUpstream. Running requests finish.
 	DrainUpstream(ctx context.Context, name, by string) error
 	ResumeUpstream(ctx context.Context, name, by string) error
 
-	// Bootstrap founds the cluster. The same text again is no error.
+	// Bootstrap starts the cluster. Repeating it with the same text is no error.
 	Bootstrap(ctx context.Context, configText []byte, author string) error
 	Config(ctx context.Context) (ConfigVersion, error)
 	// ConfigHistory lists earlier versions, oldest first, without the current one.
@@ -47,11 +45,11 @@ type Cluster interface {
 	APIKeys(ctx context.Context) ([]APIKeyInfo, error)
 	RevokeAPIKey(ctx context.Context, id string) error
 
-	// RemoveNode takes a node that is gone for good out of the cluster.
+	// RemoveNode removes a node that will not come back.
 	RemoveNode(ctx context.Context, name string) error
-	// DrainNode stops a node's readiness so that balancers send clients
-	// elsewhere, ResumeNode takes it back; a name that is not the node's own
-	// is ErrWrongNode.
+	// DrainNode makes the node not ready, so that load balancers send clients to
+	// other nodes. ResumeNode ends that. A name other than the node's own is
+	// ErrWrongNode.
 	DrainNode(ctx context.Context, name string) error
 	ResumeNode(ctx context.Context, name string) error
 
@@ -67,10 +65,11 @@ type Options struct {
 	Cluster  Cluster
 	Gatherer prometheus.Gatherer // shown at /metrics
 	Health   http.Handler        // gets every request under /healthz/
-	// Jobs gets every request under /v1/jobs, of which it may believe that it comes
-	// from an operator. Nil: no such paths.
+	// Jobs gets every authorized request under /admin/v1/jobs, with the path /v1/jobs….
+	// Nil: no such paths.
 	Jobs http.Handler
-	// Token is the operator's. Empty: only connections over loopback are served.
+	// Token is what operators must send. Empty: only connections over loopback are
+	// served.
 	Token  string
 	Logger *slog.Logger // nil: discards
 	// Timeout bounds one call of the Cluster. Zero: 30 s.
@@ -79,11 +78,11 @@ type Options struct {
 
 const (
 	defaultTimeout = 30 * time.Second
-	// A body is a configuration at most, which the agreed state bounds too.
+	// The largest body is a configuration, which the agreed state bounds too.
 	maxBody = 1 << 20
-	// A body comes from a file or a pipe, not from a person who types.
+	// A body comes from a file or a pipe, not from somebody who types.
 	bodyTimeout = 10 * time.Second
-	// People, one scraper and a script or two ask this port.
+	// Operators, one scraper and some scripts use this port.
 	maxInFlight = 64
 )
 
@@ -97,9 +96,9 @@ type Server struct {
 	mux      *http.ServeMux
 }
 
-// New makes the handler; it starts nothing. The caller's http.Server should
-// have a ReadHeaderTimeout and no WriteTimeout (a profile takes its time):
-// deadlines for bodies and answers are set here, for each request.
+// New makes the handler and starts nothing. The caller's http.Server should have a
+// ReadHeaderTimeout, and no WriteTimeout, because a profile takes long. The handler
+// sets deadlines for the body and the answer of each request.
 func New(o Options) *Server {
 	s := &Server{
 		cluster: o.Cluster, token: o.Token, log: o.Logger, timeout: o.Timeout,
@@ -121,13 +120,13 @@ func New(o Options) *Server {
 	return s
 }
 
-// route is one line of the surface.
+// route is a route of the admin port.
 type route struct {
 	pattern string
 	handler http.Handler
 }
 
-// routes is the whole surface of the admin port.
+// routes are all routes of the admin port, except those of Options.Jobs.
 func (s *Server) routes(o Options) []route {
 	metrics := promhttp.HandlerFor(o.Gatherer, promhttp.HandlerOpts{MaxRequestsInFlight: 8, Timeout: s.timeout})
 	return []route{
@@ -172,10 +171,10 @@ func (s *Server) routes(o Options) []route {
 		{"GET /debug/pprof/symbol", s.authorized(http.HandlerFunc(pprof.Symbol))},
 		{"GET /debug/pprof/trace", s.authorized(http.HandlerFunc(pprof.Trace))},
 
-		// Probes carry no token, and learn what they learn at the api port.
+		// Probes have no token. They get the same answers at the api port.
 		{"/healthz/", o.Health},
-		// The page itself says nothing of the cluster; what it asks for needs
-		// the token like all else.
+		// The files of the console contain nothing of the cluster. The console's own
+		// requests need the token.
 		{"GET /{$}", console("console.html", "text/html; charset=utf-8")},
 		{"GET /console.css", console("console.css", "text/css; charset=utf-8")},
 		{"GET /console.js", console("console.js", "text/javascript; charset=utf-8")},
@@ -183,7 +182,7 @@ func (s *Server) routes(o Options) []route {
 	}
 }
 
-// ServeHTTP lets in who may ask, then looks for the route.
+// ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if err := s.sameOrigin(r); err != nil {
@@ -193,7 +192,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// noRoute tells a wrong method from a wrong path.
+// noRoute answers 405 when the path exists for another method, else 404.
 func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
 	var allowed []string
 	for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodDelete} {
@@ -209,5 +208,5 @@ func (s *Server) noRoute(w http.ResponseWriter, r *http.Request) {
 	for _, method := range allowed {
 		w.Header().Add("Allow", method)
 	}
-	s.refuse(w, r, &Error{Code: "method_not_allowed", Message: r.URL.Path + " can't be asked with " + r.Method})
+	s.refuse(w, r, &Error{Code: "method_not_allowed", Message: r.URL.Path + " does not support " + r.Method})
 }

@@ -15,9 +15,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// send asks over a real connection and gives the status and the body.
+// send sends a request over a real connection and returns the status and the body.
 func send(t *testing.T, s *httptest.Server, method, path, body string, change ...func(*http.Request)) (*http.Response, string) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), method, s.URL+path, strings.NewReader(body))
@@ -48,7 +49,7 @@ func TestRoutes(t *testing.T) {
 	tests := []struct {
 		method, path, body string
 		status             int
-		want               string // part of the answer
+		want               string // part of the body
 	}{
 		{"GET", "/admin/v1/status", "", 200, `"cluster":"dev"`},
 		{"GET", "/admin/v1/status?verbose=1", "", 400, `unknown parameter \"verbose\"`},
@@ -62,19 +63,19 @@ func TestRoutes(t *testing.T) {
 		{"PUT", "/admin/v1/config?expect_version=9", goodConfig, 409, `"code":"version_conflict"`},
 		{"PUT", "/admin/v1/config?expect_version=x", goodConfig, 400, `expect_version must be a whole number, not \"x\"`},
 		{"PUT", "/admin/v1/config?expected_version=1", goodConfig, 400, `unknown parameter \"expected_version\"`},
-		{"PUT", "/admin/v1/config?expect_version=1&expect_version=2", goodConfig, 400, `stands there twice`},
+		{"PUT", "/admin/v1/config?expect_version=1&expect_version=2", goodConfig, 400, `is given twice`},
 		{"PUT", "/admin/v1/config?author=a%0Ab", goodConfig, 400, `author must be one line`},
 		{"PUT", "/admin/v1/config", "version: 1\nsite: {}\n", 422, `"problems":[{"file":"cluster.yaml","line":`},
 		{"PUT", "/admin/v1/config", strings.Repeat("#", maxBody+1), 413, `"code":"too_large"`},
 		{"GET", "/admin/v1/config/history", "", 200, `"data":[`},
 		{"POST", "/admin/v1/config/rollback?to=1", "", 200, `"version":2`},
-		{"POST", "/admin/v1/config/rollback", "", 400, `which version to roll back to`},
+		{"POST", "/admin/v1/config/rollback", "", 400, `give the version to roll back to`},
 		{"POST", "/admin/v1/config/rollback?to=77", "", 404, `"code":"unknown_version"`},
 		{"GET", "/admin/v1/apikeys", "", 200, `{"data":[]}`},
 		{"POST", "/admin/v1/apikeys", `{"tenant":"acme"}`, 200, `"secret":"dsk-`},
 		{"POST", "/admin/v1/apikeys", `{}`, 400, `a key needs a tenant`},
 		{"POST", "/admin/v1/apikeys", `{"tenant":"acme","admin":true}`, 400, `unknown field \"admin\"`},
-		{"POST", "/admin/v1/apikeys", `{"tenant":"acme"} {}`, 400, `something follows`},
+		{"POST", "/admin/v1/apikeys", `{"tenant":"acme"} {}`, 400, `the body has more`},
 		{"DELETE", "/admin/v1/apikeys/nobody", "", 404, `"code":"unknown_key"`},
 		{"GET", "/admin/v1/keyring", "", 200, `"operator_key":null`},
 		{"GET", "/admin/v1/keyring?verbose=1", "", 400, `unknown parameter`},
@@ -90,10 +91,10 @@ func TestRoutes(t *testing.T) {
 		{"POST", "/admin/v1/upstreams/a-vllm/resume", "", 204, ``},
 		{"POST", "/admin/v1/upstreams/nobody/drain", "", 404, `"code":"unknown_upstream"`},
 		{"GET", "/admin/v1/failover/plan?to=shanghai-b&waive=a,b", "", 200, `"ok":true`},
-		{"GET", "/admin/v1/failover/plan", "", 400, `which site`},
+		{"GET", "/admin/v1/failover/plan", "", 400, `give the new primary`},
 		{"GET", "/admin/v1/failover/plan?to=x&accept_loss=perhaps", "", 400, `accept_loss must be true or false, not \"perhaps\"`},
 		{"POST", "/admin/v1/failover?author=ann", `{"to":"shanghai-b"}`, 200, `"epoch":2`},
-		{"POST", "/admin/v1/failover", `{}`, 400, `which site`},
+		{"POST", "/admin/v1/failover", `{}`, 400, `give the site`},
 		{"POST", "/admin/v1/failover", `{"to":"b","force":true}`, 400, `unknown field \"force\"`},
 		{"POST", "/admin/v1/failover/ack", "", 204, ``},
 		{"POST", "/admin/v1/failover/hold?reason=new+switches", "", 204, ``},
@@ -125,7 +126,7 @@ func TestRoutes(t *testing.T) {
 				t.Errorf("status %d, want %d: %s", resp.StatusCode, tt.status, text)
 			}
 			if !strings.Contains(text, tt.want) {
-				t.Errorf("answer %q lacks %q", text, tt.want)
+				t.Errorf("body %q lacks %q", text, tt.want)
 			}
 			if tt.status >= 400 && strings.HasPrefix(tt.path, "/admin/") {
 				var body errorBody
@@ -137,16 +138,16 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
-func TestMethodNotAllowedNamesTheOthers(t *testing.T) {
+func TestMethodNotAllowedNamesTheAllowed(t *testing.T) {
 	resp, _ := send(t, serve(t, newFake("me-1"), ""), http.MethodDelete, "/admin/v1/config", "")
 	if got := strings.Join(resp.Header.Values("Allow"), " "); got != "GET PUT" {
 		t.Errorf("Allow: %q, want GET PUT", got)
 	}
 }
 
-// TestRefusalsTravel sends every sentinel through a server and a client: it
-// must come back as itself, with its words.
-func TestRefusalsTravel(t *testing.T) {
+// TestErrorsPassServerAndClient: a client returns the same error, with its message, for
+// each error of a Cluster.
+func TestErrorsPassServerAndClient(t *testing.T) {
 	for _, r := range refusals {
 		t.Run(r.code, func(t *testing.T) {
 			f := newFake("me-1")
@@ -161,7 +162,7 @@ func TestRefusalsTravel(t *testing.T) {
 				t.Errorf("got %#v, want code %q and hint %q", refused, r.code, r.hint)
 			}
 			if r.code != "invalid_config" && !strings.HasSuffix(err.Error(), "since 10:00") {
-				t.Errorf("the words were lost: %q", err)
+				t.Errorf("the message was lost: %q", err)
 			}
 			if resp, _ := send(t, s, http.MethodGet, "/admin/v1/config", ""); resp.StatusCode != r.status {
 				t.Errorf("status %d, want %d", resp.StatusCode, r.status)
@@ -170,12 +171,12 @@ func TestRefusalsTravel(t *testing.T) {
 	}
 }
 
-func TestProblemsTravel(t *testing.T) {
+func TestProblemsPassServerAndClient(t *testing.T) {
 	f := newFake("me-1")
-	want := cluster.Problems{{File: "cluster.yaml", Line: 3, Path: "sites.a", Message: "has no city", Hint: "write city: NAME"}}
+	want := config.Problems{{File: "cluster.yaml", Line: 3, Path: "sites.a", Message: "has no city", Hint: "write city: NAME"}}
 	f.refuse(fmt.Errorf("apply: %w", want))
 	_, err := dial(t, ClientOptions{}, serve(t, f, "").URL).ApplyConfig(t.Context(), []byte("x"), nil, "")
-	var got cluster.Problems
+	var got config.Problems
 	if !errors.As(err, &got) || got.Error() != want.Error() {
 		t.Fatalf("problems %v, want %v", got, want)
 	}
@@ -184,7 +185,7 @@ func TestProblemsTravel(t *testing.T) {
 	}
 }
 
-func TestClusterChoosesItsWords(t *testing.T) {
+func TestClusterChoosesMessageAndHint(t *testing.T) {
 	f := newFake("me-1")
 	f.refuse(fmt.Errorf("apply: %w", &Error{Code: "no_quorum", Message: "two of three sites are gone", Hint: "call them"}))
 	_, err := dial(t, ClientOptions{}, serve(t, f, "").URL).Config(t.Context())
@@ -197,7 +198,7 @@ func TestClusterChoosesItsWords(t *testing.T) {
 	}
 }
 
-func TestSlowClusterIsCutOff(t *testing.T) {
+func TestSlowClusterTimesOut(t *testing.T) {
 	f := newFake("me-1")
 	f.hold = make(chan struct{})
 	s := httptest.NewServer(New(Options{Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler(), Timeout: time.Millisecond}))
@@ -208,7 +209,7 @@ func TestSlowClusterIsCutOff(t *testing.T) {
 	}
 }
 
-func TestTooManyAtOnce(t *testing.T) {
+func TestTooManyRequestsAtOnce(t *testing.T) {
 	f := newFake("me-1")
 	f.hold = make(chan struct{})
 	alive := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) })
@@ -238,12 +239,12 @@ func TestTooManyAtOnce(t *testing.T) {
 	close(f.hold)
 	for range maxInFlight {
 		if got := <-answers; got != http.StatusOK {
-			t.Errorf("a request that was inside got %d", got)
+			t.Errorf("a request that had begun got %d", got)
 		}
 	}
 }
 
-// waitFor polls until the condition holds or the test's patience ends.
+// waitFor polls until the condition holds or the time is over.
 func waitFor(t *testing.T, condition func() bool) {
 	t.Helper()
 	patience := time.NewTimer(10 * time.Second)
@@ -259,8 +260,8 @@ func waitFor(t *testing.T, condition func() bool) {
 	}
 }
 
-// TestConsoleKeepsMarkupOut reads the page for what would let a node's name
-// become markup, or a foreign script run.
+// TestConsoleKeepsMarkupOut checks that the page has nothing that could turn a node's
+// name into markup or run a foreign script.
 func TestConsoleKeepsMarkupOut(t *testing.T) {
 	s := serve(t, newFake("me-1"), "")
 	for _, path := range []string{"/", "/console.js", "/console.css"} {

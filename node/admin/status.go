@@ -2,14 +2,14 @@ package admin
 
 import "time"
 
-// Status is the cluster at a glance, as one node sees it: the answer of
-// GET /admin/v1/status and of `dsnode status -o json`. What the observer does
-// not know is nil here and null in JSON, never zero.
+// Status is the state of the cluster as one node, the observer, sees it. GET
+// /admin/v1/status and `dsnode status -o json` return it. A value that the observer
+// does not know is nil, and null in JSON, never zero.
 type Status struct {
 	Cluster string `json:"cluster"`
 	Version string `json:"version"` // of the observer
 	Healthy bool   `json:"healthy"`
-	// Reasons say in words what is not as it should be. Empty, never nil.
+	// Reasons are sentences that say why the cluster is not healthy. Empty, never nil.
 	Reasons    []string  `json:"reasons"`
 	Observer   Observer  `json:"observer"`
 	ObservedAt time.Time `json:"observed_at"`
@@ -20,12 +20,12 @@ type Status struct {
 	Sites        []SiteStatus `json:"sites"`
 	Nodes        []NodeStatus `json:"nodes"`
 	Jobs         *Jobs        `json:"jobs"`
-	Alerts       []Alert      `json:"alerts"` // nil: nobody watches for any
+	Alerts       []Alert      `json:"alerts"` // nil: alerts are not supported
 	LastFailover *Failover    `json:"last_failover"`
-	// FailbackAvailable names the steady site of a better priority that a planned
-	// switchover could return to; nil: none.
+	// FailbackAvailable names a stable site with a better priority than the primary's,
+	// which a planned switchover could return to; nil: none.
 	FailbackAvailable *string `json:"failback_available"`
-	// Hold is a pause of automatic promotions, nil: they are on.
+	// Hold is a pause of automatic failovers; nil: they are on.
 	Hold *Hold `json:"hold"`
 }
 
@@ -35,7 +35,7 @@ type Observer struct {
 	Site string `json:"site"`
 }
 
-// Primary is the site in charge, as last agreed.
+// Primary is the primary site, as last agreed.
 type Primary struct {
 	Site   string    `json:"site"`
 	Epoch  uint64    `json:"epoch"`
@@ -43,7 +43,7 @@ type Primary struct {
 	Reason string    `json:"reason"`
 }
 
-// Raft is the agreement as the observer sees it.
+// Raft is the state of Raft as the observer sees it.
 type Raft struct {
 	Leader      *string `json:"leader"` // node name
 	LeaderSite  *string `json:"leader_site"`
@@ -51,20 +51,19 @@ type Raft struct {
 	CommitIndex *uint64 `json:"commit_index"`
 	Voters      *int    `json:"voters"`
 	Quorum      bool    `json:"quorum"`
-	// QuorumSince is when Quorum took its present value: while there is none,
-	// it says since when there is none.
+	// QuorumSince is when Quorum last changed: without a quorum, when it was lost.
 	QuorumSince *time.Time `json:"quorum_since"`
 }
 
-// SiteState is how a site is doing.
+// SiteState is the health of a site.
 type SiteState string
 
 // The states of a site.
 const (
 	SiteHealthy  SiteState = "healthy"
-	SiteDegraded SiteState = "degraded" // it lives, and something of it does not
+	SiteDegraded SiteState = "degraded" // it is alive, and a part of it is not
 	SiteDown     SiteState = "down"
-	SiteIsolated SiteState = "isolated" // it lives, apart from the others
+	SiteIsolated SiteState = "isolated" // it is alive, and cut off from the others
 	SiteUnknown  SiteState = "unknown"
 )
 
@@ -78,7 +77,7 @@ const (
 	RoleRemote   Role = "remote"
 )
 
-// SiteStatus is one data centre.
+// SiteStatus is the state of a site.
 type SiteStatus struct {
 	Name  string    `json:"name"`
 	City  string    `json:"city"`
@@ -95,8 +94,8 @@ type SiteStatus struct {
 	Replication *Replication `json:"replication"`
 }
 
-// Replication says how far a site's copy of the other sites' journals is
-// behind, and what the site promises.
+// Replication says how far a site's copy of the other sites' journals is behind, and
+// the site's targets.
 type Replication struct {
 	RecordsBehind    *int64   `json:"records_behind"`
 	LagSeconds       *float64 `json:"lag_seconds"`
@@ -104,7 +103,7 @@ type Replication struct {
 	RTOTargetSeconds *float64 `json:"rto_target_seconds"`
 }
 
-// NodeState is what membership says of a node.
+// NodeState is a node's state in the gossip membership.
 type NodeState string
 
 // The states of a node.
@@ -115,7 +114,7 @@ const (
 	NodeLeft    NodeState = "left"
 )
 
-// NodeStatus is one peer.
+// NodeStatus is the state of a node.
 type NodeStatus struct {
 	Name             string     `json:"name"`
 	Site             string     `json:"site"`
@@ -128,10 +127,10 @@ type NodeStatus struct {
 	API              string     `json:"api"`   // host:port
 	Admin            string     `json:"admin"` // host:port
 	StartedAt        *time.Time `json:"started_at"`
-	// Draining is true while the node takes no new clients.
+	// Draining is true while the node is not ready for new clients.
 	Draining *bool `json:"draining"`
-	// Via is the node through which the observer reaches this one, because the
-	// direct way is cut. It is absent while that way is taken.
+	// Via is the node through which the observer reaches this one while their direct
+	// link is cut. It is absent otherwise.
 	Via string `json:"via,omitempty"`
 }
 
@@ -143,7 +142,7 @@ type Jobs struct {
 	Failed    *int64 `json:"failed"`
 }
 
-// Alert is a rule that is about to fire, or does.
+// Alert is an alerting rule that is pending or firing.
 type Alert struct {
 	Name  string    `json:"name"`
 	State string    `json:"state"` // pending, firing

@@ -28,8 +28,7 @@ func healthyStatus() Status {
 	}
 }
 
-// TestUnknownIsNull holds the law that the status never lies: what is not
-// known has its field, and the field is null.
+// TestUnknownIsNull: an unknown value has its field in the JSON, and it is null.
 func TestUnknownIsNull(t *testing.T) {
 	text, err := json.Marshal(Status{
 		Reasons: []string{}, Sites: []SiteStatus{{Replication: &Replication{}}}, Nodes: []NodeStatus{{}}, Jobs: &Jobs{},

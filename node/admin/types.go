@@ -4,35 +4,35 @@ import (
 	"encoding/json"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/failover"
 )
 
-// ConfigVersion is a cluster.yaml as it was written, with its version, hash,
-// author and time.
-type ConfigVersion = cluster.ConfigVersion
+// ConfigVersion is the text of a cluster.yaml with its version, hash, author and time.
+type ConfigVersion = agreed.ConfigVersion
 
-// UpstreamInfo is one model server as the answering node sees it.
+// UpstreamInfo is a model server as the answering node sees it.
 type UpstreamInfo struct {
 	Name   string        `json:"name"`
 	Site   string        `json:"site"`
 	Kind   string        `json:"kind"`
-	URL    string        `json:"url"`    // without user information
+	URL    string        `json:"url"`    // without user and password
 	Models []string      `json:"models"` // names that clients ask for
 	State  UpstreamState `json:"state"`
-	// Drained: an operator lets it get no new request.
+	// Drained: it gets no new requests, by an operator's command.
 	Drained bool `json:"drained"`
-	// Reason says why the state is not healthy, empty otherwise.
+	// Reason says why the state is not healthy; empty when it is.
 	Reason string `json:"reason"`
-	// Since is when State took its present value.
+	// Since is when State last changed.
 	Since          *time.Time `json:"since"`
-	InFlight       *int       `json:"in_flight"`       // from the answering node
+	InFlight       *int       `json:"in_flight"`       // requests of the answering node
 	MaxConcurrency int        `json:"max_concurrency"` // of each instance
-	// Instances are the addresses that were discovered, as the answering node
-	// sees them; absent without discovery and for another site's upstreams.
+	// Instances are the discovered addresses, as the answering node sees them. They are
+	// absent without discovery and for upstreams of another site.
 	Instances []InstanceInfo `json:"instances,omitempty"`
 }
 
-// InstanceInfo is one address of an upstream that is discovered.
+// InstanceInfo is one discovered address of an upstream.
 type InstanceInfo struct {
 	Address  string        `json:"address"` // host:port
 	State    UpstreamState `json:"state"`
@@ -40,17 +40,17 @@ type InstanceInfo struct {
 	InFlight int           `json:"in_flight"`
 }
 
-// UpstreamState is how an upstream is doing.
+// UpstreamState is the health of an upstream.
 type UpstreamState string
 
 // The states of an upstream.
 const (
 	UpstreamHealthy   UpstreamState = "healthy"
 	UpstreamUnhealthy UpstreamState = "unhealthy"
-	UpstreamUnknown   UpstreamState = "unknown" // nothing was heard of it yet
+	UpstreamUnknown   UpstreamState = "unknown" // no result of a probe or request yet
 )
 
-// APIKeyRequest asks for a key of the client API.
+// APIKeyRequest asks for a client key.
 type APIKeyRequest struct {
 	Tenant string   `json:"tenant"`
 	Note   string   `json:"note"`
@@ -70,7 +70,7 @@ type APIKeyInfo struct {
 	RevokedAt *time.Time `json:"revoked_at"` // nil: it is not
 }
 
-// State is what the key is good for at a time: active, expired or revoked.
+// State is active, expired or revoked.
 func (k APIKeyInfo) State(now time.Time) string {
 	switch {
 	case k.RevokedAt != nil:
@@ -81,32 +81,25 @@ func (k APIKeyInfo) State(now time.Time) string {
 	return "active"
 }
 
-// APIKeyCreated is a new key. Secret is what the client sends; nobody can read
-// it again.
+// APIKeyCreated is a new key. Secret is what the client sends; it can't be read again.
 type APIKeyCreated struct {
 	APIKeyInfo
 	Secret string `json:"secret"`
 }
 
 // Check is one named condition of a switchover or a drill.
-type Check struct {
-	Name   string `json:"name"`
-	OK     bool   `json:"ok"`
-	Detail string `json:"detail"`
-	// Waivable: the caller may go on without it.
-	Waivable bool `json:"waivable"`
-}
+type Check = failover.Check
 
 // FailoverRequest asks for a planned switchover.
 type FailoverRequest struct {
 	To string `json:"to"`
-	// AcceptLoss goes on although records may be lost.
+	// AcceptLoss allows a switchover that may lose records.
 	AcceptLoss bool `json:"accept_loss"`
-	// Waive names checks that need not hold.
+	// Waive names checks that may fail.
 	Waive []string `json:"waive"`
 }
 
-// FailoverPlan is whether a switchover may begin.
+// FailoverPlan says whether a switchover can begin.
 type FailoverPlan struct {
 	From   *string `json:"from"` // the primary now
 	Epoch  *uint64 `json:"epoch"`
@@ -115,7 +108,7 @@ type FailoverPlan struct {
 	Checks []Check `json:"checks"`
 }
 
-// FailoverStep is one part of a switchover as it went.
+// FailoverStep is one step of a switchover.
 type FailoverStep struct {
 	Name        string    `json:"name"`
 	At          time.Time `json:"at"`
@@ -123,7 +116,7 @@ type FailoverStep struct {
 	Error       string    `json:"error,omitempty"`
 }
 
-// FailoverResult is a switchover that was made.
+// FailoverResult describes a finished switchover.
 type FailoverResult struct {
 	ID    string `json:"id"`
 	From  string `json:"from"`
@@ -132,8 +125,8 @@ type FailoverResult struct {
 	// IdleSeconds is how long no site was the primary.
 	IdleSeconds   float64 `json:"idle_seconds"`
 	RecordsAtRisk *int64  `json:"records_at_risk"`
-	// LeaderMoved: the raft leadership is at the new primary too. If not, the
-	// cluster goes on trying; the role has moved all the same.
+	// LeaderMoved: the Raft leader is in the new primary's site too. If not, the
+	// primary has still moved, and the cluster keeps trying.
 	LeaderMoved bool           `json:"leader_moved"`
 	Checks      []Check        `json:"checks"`
 	Steps       []FailoverStep `json:"steps"`
@@ -143,16 +136,17 @@ type FailoverResult struct {
 type DrillRequest struct {
 	Kind string `json:"kind"`
 	Site string `json:"site"`
-	// ForSeconds is how long an isolation lasts; zero is the default.
+	// ForSeconds is how long an isolation lasts; zero: the default.
 	ForSeconds float64 `json:"for_seconds"`
 	// Return moves the primary back afterwards.
 	Return bool     `json:"return"`
 	Waive  []string `json:"waive"`
-	// ProbeModel adds completions of one token to what is asked; empty: none.
+	// ProbeModel is a model that the drill's clients also ask for completions of one
+	// token; empty: none.
 	ProbeModel string `json:"probe_model"`
 }
 
-// DrillPlan is whether a drill may begin and what it would do.
+// DrillPlan says whether a drill can begin and what it would do.
 type DrillPlan struct {
 	Kind      string  `json:"kind"`
 	Site      string  `json:"site"`
@@ -161,19 +155,19 @@ type DrillPlan struct {
 	Checks    []Check `json:"checks"`
 }
 
-// Drill is one rehearsal.
+// Drill is the record of a drill.
 type Drill struct {
 	ID        string    `json:"id"`
 	Kind      string    `json:"kind"`
 	Site      string    `json:"site"`
 	By        string    `json:"by"`
 	StartedAt time.Time `json:"started_at"`
-	// Deadline is when an isolated site heals by itself, whatever happens.
+	// Deadline is when an isolated site ends the cut by itself.
 	Deadline time.Time  `json:"deadline"`
 	EndedAt  *time.Time `json:"ended_at"` // nil: it runs
 	// Verdict is pass, fail, aborted or skipped; nil while it runs.
 	Verdict *string `json:"verdict"`
-	// Report is a drill's evidence as package failover/drill writes it, nil when
-	// there is none: in lists, and while another node runs it.
+	// Report is the drill's report as package failover/drill writes it. It is nil in
+	// lists and while another node runs the drill.
 	Report json.RawMessage `json:"report"`
 }

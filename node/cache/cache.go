@@ -12,7 +12,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -34,7 +35,7 @@ type Options struct {
 	Site string // the own site's name in the configuration
 	Ring *keyring.Ring
 	// Purges gives the agreed purges; it must not block. nil: there are none.
-	Purges func() *cluster.CachePurges
+	Purges func() *agreed.CachePurges
 	// OutboundBytes bounds the entries that wait to be passed on to peers; see
 	// Outbound. 0: none are.
 	OutboundBytes int
@@ -79,7 +80,7 @@ type settings struct {
 
 // tierSpec is which shared tier the configuration wants.
 type tierSpec struct {
-	site   cluster.SiteCache
+	site   config.SiteCache
 	bytes  int64
 	maxAge time.Duration
 }
@@ -96,15 +97,15 @@ func New(o Options) (*Cache, error) {
 		o.Now = time.Now
 	}
 	if o.Purges == nil {
-		var none cluster.CachePurges
-		o.Purges = func() *cluster.CachePurges { return &none }
+		var none agreed.CachePurges
+		o.Purges = func() *agreed.CachePurges { return &none }
 	}
 	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1), begun: make(chan struct{})}
 	var err error
 	if c.packer, err = newPacker(maxAnswer); err != nil {
 		return nil, err
 	}
-	def := cluster.DefaultCache()
+	def := config.DefaultCache()
 	if c.local, err = newLocal(def.LocalBytes); err != nil {
 		return nil, err
 	}
@@ -119,13 +120,13 @@ func New(o Options) (*Cache, error) {
 
 // Configure takes over the agreed configuration. What has to be opened for it is
 // opened by Run.
-func (c *Cache) Configure(conf *cluster.Config) {
+func (c *Cache) Configure(conf *config.Config) {
 	k := conf.Cache
 	c.conf.Store(&settings{entryBytes: int(k.EntryBytes), maxAge: conf.MaxAge()})
 	c.local.resize(k.LocalBytes)
 	want := tierSpec{site: k.At(c.o.Site), bytes: k.SharedBytes, maxAge: conf.MaxAge()}
 	if !k.Enabled {
-		want.site = cluster.SiteCache{Shared: cluster.SharedOff}
+		want.site = config.SiteCache{Shared: config.SharedOff}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -166,7 +167,7 @@ func (c *Cache) Key(q *Question) (Key, bool) { return c.key(q) }
 type Life struct{ Local, Shared, Stale time.Duration }
 
 // LifeOf reads it from the configuration.
-func LifeOf(m cluster.ModelCache) Life {
+func LifeOf(m config.ModelCache) Life {
 	return Life{Local: m.LocalTTL.D(), Shared: m.SharedTTL.D(), Stale: m.Stale.D()}
 }
 
@@ -305,7 +306,7 @@ func (c *Cache) Absorb(e Entry) error {
 		return fmt.Errorf("%w: it has %d bytes", ErrRefused, len(e.Sealed))
 	}
 	c.counts.absorbed.Add(1)
-	if c.want().site.Shared != cluster.SharedOff { // open, or to be opened
+	if c.want().site.Shared != config.SharedOff { // open, or to be opened
 		e.StoredAt = e.StoredAt.Truncate(time.Millisecond)
 		c.writes.Offer(write1{entry: &e})
 	}

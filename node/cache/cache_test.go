@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/keyring"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
@@ -92,17 +92,17 @@ func TestPurges(t *testing.T) {
 	k := r.key("tenant a", `{"model":"m"}`)
 	for _, c := range []struct {
 		name   string
-		purges cluster.CachePurges
+		purges agreed.CachePurges
 		hit    bool
 	}{
-		{"none", cluster.CachePurges{}, true},
-		{"another model", cluster.CachePurges{Count: 1, Models: map[string]uint64{"n": 1}}, true},
-		{"another key", cluster.CachePurges{Count: 1, Keys: map[string]cluster.KeyPurge{"x": {Count: 1}}}, true},
-		{"everything", cluster.CachePurges{Count: 1, All: 1}, false},
-		{"the model", cluster.CachePurges{Count: 1, Models: map[string]uint64{"m": 1}}, false},
-		{"the key", cluster.CachePurges{Count: 1, Keys: map[string]cluster.KeyPurge{k.String(): {Count: 1}}}, false},
+		{"none", agreed.CachePurges{}, true},
+		{"another model", agreed.CachePurges{Count: 1, Models: map[string]uint64{"n": 1}}, true},
+		{"another key", agreed.CachePurges{Count: 1, Keys: map[string]agreed.KeyPurge{"x": {Count: 1}}}, true},
+		{"everything", agreed.CachePurges{Count: 1, All: 1}, false},
+		{"the model", agreed.CachePurges{Count: 1, Models: map[string]uint64{"m": 1}}, false},
+		{"the key", agreed.CachePurges{Count: 1, Keys: map[string]agreed.KeyPurge{k.String(): {Count: 1}}}, false},
 	} {
-		r.purges.Store(&cluster.CachePurges{})
+		r.purges.Store(&agreed.CachePurges{})
 		r.keep(k, plainAnswer("{}"))
 		r.purges.Store(&c.purges)
 		if _, ok := r.Shared(t.Context(), k, "m", life); ok != c.hit {

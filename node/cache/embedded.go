@@ -1,493 +1,306 @@
 package cache
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
-	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
-
-	"github.com/dsnode/dsnode/storage/boltfile"
+	"golang.org/x/sync/semaphore"
 )
 
 const (
-	pageSize = 4096
-	// Two pieces with their names fill a page.
-	pieceBytes = 1960
-	nameBytes  = 8 + 32 + 2
-	fileName   = "cache.db"
-	bootFile   = "/proc/sys/kernel/random/boot_id"
-	// Of the file's bound, so much is in use before the oldest go, and after.
-	// The rest is what bbolt needs to write at all.
-	highWater, lowWater = 0.80, 0.75
+	segmentSuffix = ".segment"
+	// oldFile is where earlier versions kept their entries. It is removed, since this
+	// version can't read it.
+	oldFile = "cache.db"
+
+	// A segment is full when it has its share of the tier's bounds. It is also ended
+	// after this part of an entry's life, so that old entries go although few new
+	// ones come.
+	segmentShare = 32
+	lifeShare    = 16
+	// maxSegmentBytes lets 32 bits hold any offset in a segment.
+	maxSegmentBytes = 2 << 30
+	// The indexes hold one entry for each bytesPerEntry of the tier's bound, and at
+	// most maxIndexed. An entry takes up to 40 bytes of memory there: 40 MiB for
+	// a tier of 1 GiB, 160 MiB for any.
+	bytesPerEntry = 1 << 10
+	maxIndexed    = 4 << 20
 )
 
-var (
-	// Entries stand in the order of their age: new ones go to the one end of the
-	// file's tree and old ones from the other, so that a write copies few pages.
-	bucketEntries = []byte("entries") // milliseconds, key, number of the piece → piece of a value
-	bucketIndex   = []byte("index")   // key → milliseconds
-	bucketAbout   = []byte("about")   // what the file is
-	keyFormat     = []byte("format")
-	keyBoot       = []byte("boot")  // of the machine, while the file is open
-	keyCount      = []byte("count") // of entries
-	fileFormat    = []byte{1}
-)
-
-// errDamaged says that the file is not what was written.
-var errDamaged = errors.New("the cache's file is damaged")
-
-// embedded is a shared tier in a file of this node alone. Nothing in it is
-// fsynced: a machine that loses its power may lose the file, which is then found
-// damaged and started again, empty.
+// embedded is a shared tier in files of this node alone. Entries are appended to
+// the newest segment. The oldest segments are dropped whole when the tier reaches a
+// bound, and when all their entries are too old. Nothing is fsynced: a machine that
+// loses power may lose entries.
 type embedded struct {
-	path    string
-	limit   int64
-	boot    []byte
-	log     *slog.Logger
-	rebuilt func()
+	dir        string
+	limit      int64 // bytes of all segments
+	maxEntries int   // in the indexes of all segments
+	now        func() time.Time
+	log        *slog.Logger
+	damaged    func() // told of each segment that is dropped because of damage
 
-	mu sync.RWMutex // guards db against being replaced
-	db *bbolt.DB
+	writing *semaphore.Weighted // a mutex whose waiters give up with their context
+	closed  bool                // guarded by writing
+
+	mu       sync.RWMutex // guards what follows and its indexes; not held during disk access
+	segments []*segment   // oldest first; writes go to the last
 }
 
-func openEmbedded(dir string, limit int64, log *slog.Logger, rebuilt func()) (*embedded, error) {
-	e := &embedded{path: filepath.Join(dir, fileName), limit: limit, log: log, rebuilt: rebuilt, boot: bootID()}
-	err := e.open()
-	if err == nil {
-		return e, nil
+func openEmbedded(dir string, limit int64, now func() time.Time, log *slog.Logger, damaged func()) (*embedded, error) {
+	e := &embedded{
+		dir: dir, limit: limit, maxEntries: int(min(limit/bytesPerEntry, maxIndexed)),
+		now: now, log: log, damaged: damaged, writing: semaphore.NewWeighted(1),
 	}
-	if errors.Is(err, berrors.ErrTimeout) || errors.Is(err, fs.ErrPermission) {
-		return nil, err
+	files, err := os.ReadDir(dir) // sorted by name, so by age
+	if err != nil {
+		return nil, fmt.Errorf("open the cache's directory: %w", err)
 	}
-	if err = e.restart(err); err != nil {
-		return nil, err
+	for _, f := range files {
+		name, is := strings.CutSuffix(f.Name(), segmentSuffix)
+		made, err := strconv.ParseInt(name, 10, 64)
+		if !is || err != nil || !f.Type().IsRegular() {
+			continue
+		}
+		path := filepath.Join(dir, f.Name())
+		s, err := openSegment(path, made)
+		if err != nil {
+			e.noteDamage(path, err)
+			_ = os.Remove(path) // what can't be removed is found damaged again at the next start
+			continue
+		}
+		for k := range s.index {
+			e.forget(k)
+		}
+		e.segments = append(e.segments, s)
+		e.evict(func() bool { return e.isFull(0) })
+	}
+	if err := os.Remove(filepath.Join(dir, oldFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		log.Warn("can't remove the cache file of an earlier version", "err", err)
 	}
 	return e, nil
 }
 
-// bootID tells whether the machine was up all the time since the file was
-// written: then the kernel has all of it, else it may be torn.
-func bootID() []byte {
-	b, err := os.ReadFile(bootFile)
-	if err != nil {
-		return nil // no Linux: the file is looked through at each start
-	}
-	return bytes.TrimSpace(b)
+func (e *embedded) noteDamage(path string, err error) {
+	e.log.Warn("a cache file is damaged, its answers are dropped", "path", path, "err", err)
+	e.damaged()
 }
 
-// open opens the file and makes sure that it can be trusted.
-func (e *embedded) open() (err error) {
-	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
-	// bbolt may only open what can't crash it.
-	if err := e.look(boltfile.Branches); err != nil {
-		return err
+// forget takes a key out of the indexes; the caller holds mu.
+func (e *embedded) forget(k recordKey) {
+	for _, s := range e.segments {
+		delete(s.index, k)
 	}
-	db, err := bbolt.Open(e.path, 0o600, &bbolt.Options{
-		Timeout: time.Second, PageSize: pageSize, NoSync: true, NoGrowSync: true, FreelistType: bbolt.FreelistMapType,
-		MaxSize: int(e.limit), InitialMmapSize: int(e.limit),
-	})
-	if err != nil {
-		return fmt.Errorf("open the cache's file: %w", err)
-	}
-	db.AllocSize = int(max(64<<10, min(e.limit/64, 16<<20)))
-	if err := e.trust(db); err != nil {
-		_ = db.Close() // it is thrown away
-		return err
-	}
-	e.db = db
-	return nil
 }
 
-func (e *embedded) trust(db *bbolt.DB) error {
-	torn, fresh := false, false
-	err := db.View(func(tx *bbolt.Tx) error {
-		about := tx.Bucket(bucketAbout)
-		if fresh = about == nil; fresh {
-			return nil
-		}
-		if !bytes.Equal(about.Get(keyFormat), fileFormat) {
-			return fmt.Errorf("%w: its format is not known", errDamaged)
-		}
-		if tx.Size() > e.limit {
-			return fmt.Errorf("%w: %d bytes are more than the bound of %d", errDamaged, tx.Size(), e.limit)
-		}
-		was := about.Get(keyBoot)
-		torn = was != nil && (e.boot == nil || !bytes.Equal(was, e.boot))
-		return nil
-	})
-	if err == nil && torn {
-		e.log.Info("the machine stopped while the cache was in use, looking through its file", "path", e.path)
-		err = e.look(boltfile.Whole)
+// used counts entries and bytes; the caller holds mu.
+func (e *embedded) used() (entries int, bytes int64) {
+	for _, s := range e.segments {
+		entries += len(s.index)
+		bytes += s.size
 	}
-	if err != nil {
-		return err
-	}
-	return db.Update(func(tx *bbolt.Tx) error {
-		for _, name := range [][]byte{bucketAbout, bucketEntries, bucketIndex} {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-				return fmt.Errorf("make bucket %s: %w", name, err)
-			}
-		}
-		if err := tx.Bucket(bucketAbout).Put(keyFormat, fileFormat); err != nil {
-			return fmt.Errorf("write the format: %w", err)
-		}
-		return tx.Bucket(bucketAbout).Put(keyBoot, e.boot)
-	})
+	return entries, bytes
 }
 
-// look reads the file without bbolt. There may be none, or an empty one.
-func (e *embedded) look(depth boltfile.Depth) error {
-	info, err := os.Stat(e.path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0 {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("look at the cache's file: %w", err)
-	}
-	_, err = boltfile.CheckFile(e.path, boltfile.Layout{
-		PageSize: pageSize, Buckets: []string{string(bucketAbout), string(bucketEntries), string(bucketIndex)},
-		MaxEntry: pageSize, Freelist: true, Depth: depth,
-	})
-	if err != nil {
-		return fmt.Errorf("look through the cache's file: %w", err)
-	}
-	return nil
+// isFull says whether one more record of n bytes would exceed a bound; the caller
+// holds mu.
+func (e *embedded) isFull(n int64) bool {
+	entries, bytes := e.used()
+	return entries >= e.maxEntries || bytes+n > e.limit
 }
 
-// restart throws the file away and begins an empty one.
-func (e *embedded) restart(why error) error {
-	e.log.Warn("the cache's file can't be used and is started again, empty", "path", e.path, "err", why)
-	e.rebuilt()
-	if err := os.Remove(e.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove the cache's file: %w", err)
+// evict drops the oldest segments while tooMuch, which is called with mu held.
+func (e *embedded) evict(tooMuch func() bool) {
+	e.mu.Lock()
+	var old []*segment
+	for len(e.segments) > 0 && tooMuch() {
+		old = append(old, e.segments[0])
+		e.segments = slices.Delete(e.segments, 0, 1)
 	}
-	return e.open()
+	e.mu.Unlock()
+	for _, s := range old {
+		s.remove()
+	}
 }
 
-// with runs f on the file; damage found meanwhile replaces the file.
-func (e *embedded) with(f func(*bbolt.DB) error) error {
-	db, err := e.use(f)
-	if err != nil && damage(err) {
-		return errors.Join(err, e.replace(db, err))
-	}
-	return err
-}
-
-func (e *embedded) use(f func(*bbolt.DB) error) (db *bbolt.DB, err error) {
-	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
+// find gives the place of a key's record; a nil segment: there is none.
+func (e *embedded) find(k Key) (*segment, recordPlace) {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
-	if e.db == nil {
-		return nil, fs.ErrClosed
-	}
-	db = e.db // also when f panics
-	return db, f(db)
-}
-
-func damage(err error) bool {
-	for _, bad := range []error{errDamaged, boltfile.ErrDamaged, berrors.ErrInvalid, berrors.ErrChecksum, berrors.ErrInvalidMapping, berrors.ErrVersionMismatch} {
-		if errors.Is(err, bad) {
-			return true
+	for _, s := range e.segments {
+		if p, ok := s.index[k.record()]; ok {
+			return s, p
 		}
 	}
-	return false
+	return nil, recordPlace{}
 }
 
-// replace puts an empty file in the place of one that was found damaged. The old
-// one may never close: nobody waits for it.
-func (e *embedded) replace(broken *bbolt.DB, why error) error {
+// read reads a record; the zero record: it is damaged, and its segment is dropped.
+func (e *embedded) read(s *segment, p recordPlace) (record, []byte) {
+	b := make([]byte, p.size)
+	_, err := s.file.ReadAt(b, int64(p.offset))
+	var r record
+	if err == nil {
+		r, err = parseRecord(b)
+	}
+	if err == nil {
+		return r, b[recordValue:]
+	}
+	e.mu.Lock()
+	at := slices.Index(e.segments, s)
+	if at >= 0 {
+		e.segments = slices.Delete(e.segments, at, at+1)
+	}
+	e.mu.Unlock()
+	if at >= 0 { // else it was dropped or closed meanwhile
+		e.noteDamage(s.file.Name(), err)
+		s.remove()
+	}
+	return record{}, nil
+}
+
+func (e *embedded) get(_ context.Context, k Key) ([]byte, error) {
+	if s, p := e.find(k); s != nil {
+		if r, value := e.read(s, p); r.key == k {
+			return value, nil
+		}
+	}
+	return nil, nil
+}
+
+// ping reads any entry of the oldest segment. While the disk hangs, entries that are
+// in the page cache can still be read; old ones are least likely to be there.
+func (e *embedded) ping(context.Context) error {
+	e.mu.RLock()
+	for _, s := range e.segments {
+		for _, p := range s.index {
+			e.mu.RUnlock()
+			e.read(s, p)
+			return nil
+		}
+	}
+	e.mu.RUnlock()
+	return nil
+}
+
+func (e *embedded) put(ctx context.Context, batch []Entry, keep time.Duration) error {
+	if err := e.writing.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer e.writing.Release(1)
+	for _, entry := range batch {
+		err := ctx.Err()
+		if err == nil {
+			err = e.putOne(entry, keep)
+		}
+		if err != nil {
+			return fmt.Errorf("write to a cache file: %w", err)
+		}
+	}
+	return nil
+}
+
+// putOne writes an entry, unless there is a newer one of its key or the tier can't
+// hold it at all.
+func (e *embedded) putOne(entry Entry, keep time.Duration) error {
+	if s, p := e.find(entry.Key); s != nil {
+		if r, _ := e.read(s, p); r.storedAt > entry.StoredAt.UnixMilli() {
+			return nil
+		}
+	}
+	b := appendRecord(nil, entry)
+	r, err := parseRecord(b)
+	if err != nil || r.size > e.limit {
+		return err
+	}
+	e.evict(func() bool { return e.isFull(r.size) })
+	s, err := e.last(keep)
+	if err != nil {
+		return err
+	}
+	if _, err := s.file.WriteAt(b, s.size); err != nil {
+		_ = s.file.Truncate(s.size) // a part of b, after a shorter record, would look like damage
+		return err
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.db == nil || broken != nil && e.db != broken {
-		return nil // closed, or replaced by another
-	}
-	old := e.db
-	go func() {
-		var err error
-		defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
-		err = old.Close() // it is thrown away
-	}()
-	e.db = nil
-	return e.restart(why)
-}
-
-func (e *embedded) get(_ context.Context, k Key) (value []byte, err error) {
-	err = e.with(func(db *bbolt.DB) error {
-		return db.View(func(tx *bbolt.Tx) error {
-			at := tx.Bucket(bucketIndex).Get(k[:])
-			if at == nil {
-				return nil
-			}
-			start := append(bytes.Clone(at), k[:]...)
-			c := tx.Bucket(bucketEntries).Cursor()
-			for name, piece := c.Seek(start); bytes.HasPrefix(name, start); name, piece = c.Next() {
-				value = append(value, piece...)
-			}
-			return nil
-		})
-	})
-	if err != nil {
-		return nil, fmt.Errorf("cache file: %w", err)
-	}
-	return value, nil
-}
-
-// put writes a batch, in steps. When it does not fit, the oldest make room.
-func (e *embedded) put(ctx context.Context, batch []Entry, _ time.Duration) error {
-	err := e.with(func(db *bbolt.DB) error {
-		for len(batch) > 0 {
-			n, size := 0, int64(0)
-			for n < len(batch) && n < e.step() && (n == 0 || size < e.limit/32) {
-				size += cost(len(batch[n].Sealed))
-				n++
-			}
-			if err := e.putStep(ctx, db, batch[:n], size); err != nil {
-				return err
-			}
-			batch = batch[n:]
-		}
-		return nil
-	})
-	if errors.Is(err, berrors.ErrMaxSizeReached) {
-		return fmt.Errorf("%w: %w", errNoRoom, err)
-	}
-	if err != nil {
-		return fmt.Errorf("cache file: %w", err)
-	}
+	e.forget(r.key.record())
+	s.add(r, s.size)
 	return nil
 }
 
-func (e *embedded) putStep(ctx context.Context, db *bbolt.DB, batch []Entry, size int64) error {
-	if err := e.makeRoom(ctx, db, size, highWater, lowWater); err != nil {
-		return err
+// last gives the segment to append to. It makes a new one when the last has ended.
+func (e *embedded) last(keep time.Duration) (*segment, error) {
+	if e.closed {
+		return nil, fs.ErrClosed
 	}
-	err := write(db, batch)
-	// Free pages there are, but perhaps not enough in a row.
-	for _, low := range []float64{lowWater / 2, 0} {
-		if !errors.Is(err, berrors.ErrMaxSizeReached) {
-			return err
+	e.mu.RLock()
+	now := e.now().UnixMilli()
+	if n := len(e.segments); n > 0 {
+		s := e.segments[n-1]
+		ended := s.size >= min(e.limit/segmentShare, maxSegmentBytes) || len(s.index) >= e.maxEntries/segmentShare ||
+			now-s.made > max(keep/lifeShare, sweepEvery).Milliseconds()
+		if !ended || s.size == 0 {
+			e.mu.RUnlock()
+			return s, nil
 		}
-		if err = e.makeRoom(ctx, db, size, 0, low); err == nil {
-			err = write(db, batch)
-		}
+		now = max(now, s.made+1)
 	}
-	return err
+	e.mu.RUnlock()
+	s, err := openSegment(filepath.Join(e.dir, fmt.Sprintf("%019d%s", now, segmentSuffix)), now)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.segments = append(e.segments, s)
+	return s, nil
 }
 
-// step is how many entries one transaction may touch. Their places in the index
-// are random, so each costs the copy of a page, and of those there must be enough
-// free ones.
-func (e *embedded) step() int { return int(min(max(e.limit/pageSize/16, 16), 1024)) }
-
-// errNoRoom is no fault of the tier: a batch was too large for it now.
-var errNoRoom = errors.New("no room in the cache's file")
-
-func write(db *bbolt.DB, batch []Entry) error {
-	return db.Update(func(tx *bbolt.Tx) error {
-		entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
-		entries.FillPercent = 0.95 // they are added at the end
-		added := 0
-		for i := range batch {
-			e := &batch[i]
-			at := binary.BigEndian.AppendUint64(nil, uint64(e.StoredAt.UnixMilli())) //nolint:gosec // after 1970
-			was := index.Get(e.Key[:])
-			switch {
-			case bytes.Compare(was, at) > 0:
-				continue // a newer answer is here already
-			case was != nil:
-				if err := deletePieces(entries, append(bytes.Clone(was), e.Key[:]...)); err != nil {
-					return err
-				}
-			default:
-				added++
-			}
-			if err := index.Put(e.Key[:], at); err != nil {
-				return fmt.Errorf("put into the index: %w", err)
-			}
-			if err := putPieces(entries, append(at, e.Key[:]...), e.value()); err != nil {
-				return err
-			}
-		}
-		return count(tx, added)
-	})
-}
-
+// drop forgets keys. Their records stay in the files, where a restart finds them
+// again unless newer ones follow.
 func (e *embedded) drop(_ context.Context, keys []Key) error {
-	return e.with(func(db *bbolt.DB) error {
-		return db.Update(func(tx *bbolt.Tx) error {
-			entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
-			gone := 0
-			for _, k := range keys {
-				at := bytes.Clone(index.Get(k[:]))
-				if at == nil {
-					continue
-				}
-				if err := deletePieces(entries, append(at, k[:]...)); err != nil {
-					return err
-				}
-				if err := index.Delete(k[:]); err != nil {
-					return fmt.Errorf("delete from the index: %w", err)
-				}
-				gone++
-			}
-			return count(tx, -gone)
-		})
-	})
-}
-
-// putPieces writes a value in pieces of which two fill a page. A large one in a
-// row of pages would be copied with its neighbours at each change near it, and
-// need free pages in a row.
-func putPieces(entries *bbolt.Bucket, start, value []byte) error {
-	for n := 0; len(value) > 0; n++ {
-		piece := value[:min(len(value), pieceBytes)]
-		value = value[len(piece):]
-		name := binary.BigEndian.AppendUint16(bytes.Clone(start), uint16(n)) //nolint:gosec // 20 MiB are 11,000 pieces
-		if err := entries.Put(name, piece); err != nil {
-			return fmt.Errorf("put an entry: %w", err)
-		}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, k := range keys {
+		e.forget(k.record())
 	}
 	return nil
 }
 
-func deletePieces(entries *bbolt.Bucket, start []byte) error {
-	c := entries.Cursor()
-	for name, _ := c.Seek(start); bytes.HasPrefix(name, start); name, _ = c.Seek(start) {
-		if err := c.Delete(); err != nil {
-			return fmt.Errorf("delete an entry: %w", err)
-		}
-	}
+// sweep drops the segments whose entries are all older than before.
+func (e *embedded) sweep(_ context.Context, before time.Time) error {
+	e.evict(func() bool { return e.segments[0].newest < before.UnixMilli() })
 	return nil
-}
-
-// count keeps the number of entries, which bbolt only learns by a walk.
-func count(tx *bbolt.Tx, more int) error {
-	about := tx.Bucket(bucketAbout)
-	n := 0
-	if was := about.Get(keyCount); len(was) == 8 {
-		n = int(binary.BigEndian.Uint64(was)) //nolint:gosec // written by us
-	}
-	return about.Put(keyCount, binary.BigEndian.AppendUint64(nil, uint64(max(0, n+more)))) //nolint:gosec // not negative
-}
-
-// cost is about what a value takes of the file.
-func cost(value int) int64 {
-	if value <= pieceBytes/2 {
-		return int64(value+200) * 5 / 4
-	}
-	return int64((value+pieceBytes-1)/pieceBytes*pageSize/2 + 128)
-}
-
-// makeRoom deletes the oldest entries when the file with size more bytes would
-// be in use beyond high, until it is below low.
-func (e *embedded) makeRoom(ctx context.Context, db *bbolt.DB, size int64, high, low float64) error {
-	used, err := inUse(db)
-	if err != nil {
-		return err
-	}
-	if float64(used+size) <= high*float64(e.limit) {
-		return nil
-	}
-	return e.deleteOldest(ctx, db, used+size-int64(low*float64(e.limit)), time.Time{})
-}
-
-// inUse is the file without its free pages.
-func inUse(db *bbolt.DB) (int64, error) {
-	var size int64
-	err := db.View(func(tx *bbolt.Tx) error {
-		size = tx.Size()
-		return nil
-	})
-	stats := db.Stats()
-	return size - int64(stats.FreePageN+stats.PendingPageN)*int64(db.Info().PageSize), err
-}
-
-// deleteOldest deletes entries until so many bytes are free, or all that are
-// older than before when it is set.
-func (e *embedded) deleteOldest(ctx context.Context, db *bbolt.DB, want int64, before time.Time) error {
-	for more := true; more && ctx.Err() == nil; {
-		err := db.Update(func(tx *bbolt.Tx) error {
-			entries, index := tx.Bucket(bucketEntries), tx.Bucket(bucketIndex)
-			c := entries.Cursor()
-			n, freed := 0, int64(0)
-			for more = false; n < e.step() && freed < e.limit/16; {
-				k, v := c.First()
-				if k == nil || before.IsZero() && freed >= want {
-					return count(tx, -n)
-				}
-				if len(k) != nameBytes {
-					return fmt.Errorf("%w: an odd key", errDamaged)
-				}
-				if !before.IsZero() && int64(binary.BigEndian.Uint64(k)) >= before.UnixMilli() { //nolint:gosec // written by us
-					return count(tx, -n)
-				}
-				freed += cost(len(v))
-				if key := k[8 : 8+len(Key{})]; k[nameBytes-2] == 0 && k[nameBytes-1] == 0 {
-					if err := index.Delete(key); err != nil {
-						return fmt.Errorf("delete from the index: %w", err)
-					}
-					n++
-				}
-				if err := c.Delete(); err != nil {
-					return fmt.Errorf("delete an entry: %w", err)
-				}
-			}
-			more = true
-			want -= freed
-			return count(tx, -n)
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return ctx.Err()
-}
-
-func (e *embedded) sweep(ctx context.Context, before time.Time) error {
-	return e.with(func(db *bbolt.DB) error { return e.deleteOldest(ctx, db, 0, before) })
-}
-
-func (e *embedded) ping(ctx context.Context) error {
-	_, err := e.get(ctx, Key{})
-	return err
 }
 
 func (e *embedded) size() (entries, size int64, known bool) {
-	err := e.with(func(db *bbolt.DB) error {
-		return db.View(func(tx *bbolt.Tx) error {
-			size = tx.Size()
-			if n := tx.Bucket(bucketAbout).Get(keyCount); len(n) == 8 {
-				entries = int64(binary.BigEndian.Uint64(n)) //nolint:gosec // written by us
-			}
-			return nil
-		})
-	})
-	return entries, size, err == nil
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	n, size := e.used()
+	return int64(n), size, true
 }
 
-// close writes all of it out and marks the file as whole.
 func (e *embedded) close() error {
+	_ = e.writing.Acquire(context.Background(), 1) // this context never ends
+	defer e.writing.Release(1)
+	e.closed = true
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.db == nil {
-		return nil
+	all := e.segments
+	e.segments = nil
+	e.mu.Unlock()
+	var failed error
+	for _, s := range all {
+		failed = errors.Join(failed, s.file.Close())
 	}
-	db := e.db
-	e.db = nil
-	err := db.Update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketAbout).Delete(keyBoot) })
-	if err := errors.Join(err, db.Sync(), db.Close()); err != nil {
-		return fmt.Errorf("close the cache's file: %w", err)
-	}
-	return nil
+	return failed
 }

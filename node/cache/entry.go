@@ -32,11 +32,13 @@ var errEntry = errors.New("not an entry of the cache")
 
 // value is what stands in a shared tier under the key.
 func (e Entry) value() []byte {
-	b := make([]byte, 0, entryHeader+len(e.Sealed))
+	return append(e.appendHeader(make([]byte, 0, entryHeader+len(e.Sealed))), e.Sealed...)
+}
+
+func (e Entry) appendHeader(b []byte) []byte {
 	b = append(b, entryFormat)
 	b = binary.BigEndian.AppendUint64(b, uint64(e.StoredAt.UnixMilli())) //nolint:gosec // after 1970
-	b = binary.BigEndian.AppendUint64(b, e.Purge)
-	return append(b, e.Sealed...)
+	return binary.BigEndian.AppendUint64(b, e.Purge)
 }
 
 // stampOf reads when a value was stored, from its beginning.

@@ -12,7 +12,8 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/storage/keyring"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
@@ -27,10 +28,10 @@ type rig struct {
 	ring   *keyring.Ring
 	keys   []keyring.DataKey
 	ahead  atomic.Int64 // of the clock, nanoseconds
-	purges atomic.Pointer[cluster.CachePurges]
+	purges atomic.Pointer[agreed.CachePurges]
 	logs   *log
 	env    sync.Map // of secrets, by name
-	conf   *cluster.Config
+	conf   *config.Config
 	stop   func()
 }
 
@@ -52,7 +53,7 @@ func (l *log) String() string {
 }
 
 // newRig makes a cache whose shared tier is as told; it does not run yet.
-func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
+func newRig(t *testing.T, like *rig, site config.SiteCache) *rig {
 	t.Helper()
 	r := &rig{t: t, logs: &log{}}
 	if like == nil {
@@ -62,7 +63,7 @@ func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
 		r.dir, r.ring, r.keys = like.dir, like.ring, like.keys
 		r.ahead.Store(like.ahead.Load())
 	}
-	r.purges.Store(&cluster.CachePurges{})
+	r.purges.Store(&agreed.CachePurges{})
 	var err error
 	r.Cache, err = New(Options{
 		Dir: r.dir, Site: "east", Ring: r.ring, Purges: r.purges.Load, OutboundBytes: 1 << 20,
@@ -77,16 +78,16 @@ func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.conf = &cluster.Config{Cache: cluster.DefaultCache()}
-	r.conf.Cache.Sites = map[string]cluster.SiteCache{"east": site}
+	r.conf = &config.Config{Cache: config.DefaultCache()}
+	r.conf.Cache.Sites = map[string]config.SiteCache{"east": site}
 	r.conf.Cache.SharedBytes = 16 << 20
 	r.Configure(r.conf)
 	return r
 }
 
 var (
-	embeddedTier = cluster.SiteCache{Shared: cluster.SharedEmbedded}
-	noTier       = cluster.SiteCache{Shared: cluster.SharedOff}
+	embeddedTier = config.SiteCache{Shared: config.SharedEmbedded}
+	noTier       = config.SiteCache{Shared: config.SharedOff}
 	life         = Life{Local: 10 * time.Minute, Shared: time.Hour, Stale: 24 * time.Hour}
 )
 
@@ -94,7 +95,7 @@ var (
 func (r *rig) run() *rig {
 	r.t.Helper()
 	r.start()
-	if r.want().site.Shared != cluster.SharedOff {
+	if r.want().site.Shared != config.SharedOff {
 		eventually(r.t, "the shared tier is open", func() bool { return r.shared.Load() != nil })
 	}
 	return r

@@ -71,7 +71,7 @@ func (c *Cache) register(reg prometheus.Registerer) {
 	}
 	counter("dsnode_cache_stored_total", "Answers that were kept.", prometheus.Labels{"from": "upstream"}, &c.counts.kept)
 	counter("dsnode_cache_stored_total", "Answers that were kept.", prometheus.Labels{"from": "peer"}, &c.counts.absorbed)
-	counter("dsnode_cache_rebuilds_total", "Times that the embedded tier's file was damaged and started again, empty.", nil, &c.counts.rebuilds)
+	counter("dsnode_cache_rebuilds_total", "Files of the embedded tier that were damaged and dropped with their answers.", nil, &c.counts.rebuilds)
 	gauge := func(name, help string, labels prometheus.Labels, v func() float64) {
 		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: labels}, v)
 	}

@@ -14,7 +14,7 @@ import (
 	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -42,14 +42,14 @@ type remote struct {
 // replaces, and may be set only while nobody uses it.
 var quiet sync.Once
 
-func openRedis(conf cluster.Redis, maxValue int, files Files) (*remote, error) {
+func openRedis(conf config.Redis, maxValue int, files Files) (*remote, error) {
 	quiet.Do(logging.Disable)
 	at, err := conf.Addresses()
 	if err != nil {
 		return nil, fmt.Errorf("redis: %w", err)
 	}
 	o := &redis.UniversalOptions{
-		Addrs: at.Hosts, DB: at.DB, Username: at.User, MasterName: conf.Master, IsClusterMode: conf.Mode == cluster.RedisCluster,
+		Addrs: at.Hosts, DB: at.DB, Username: at.User, MasterName: conf.Master, IsClusterMode: conf.Mode == config.RedisCluster,
 		ContextTimeoutEnabled: true, // off by default: a deadline would mean nothing
 		DialTimeout:           dialTime, ReadTimeout: commandTime, WriteTimeout: commandTime, PoolTimeout: commandTime,
 		// Another try would double the wait; a miss is cheaper.
@@ -77,7 +77,7 @@ func openRedis(conf cluster.Redis, maxValue int, files Files) (*remote, error) {
 		// Without server_name each server is known by the host of its address.
 		o.Dialer = (&tls.Dialer{NetDialer: plain, Config: c}).DialContext
 	}
-	if conf.Mode != cluster.RedisCluster {
+	if conf.Mode != config.RedisCluster {
 		return &remote{client: redis.NewUniversalClient(o), max: maxValue}, nil
 	}
 	c := o.Cluster()
@@ -85,18 +85,18 @@ func openRedis(conf cluster.Redis, maxValue int, files Files) (*remote, error) {
 	return &remote{client: redis.NewClusterClient(c), max: maxValue}, nil
 }
 
-func secret(what string, s cluster.Secret, files Files) (string, error) {
+func secret(what string, s config.Secret, files Files) (string, error) {
 	if s.IsZero() {
 		return "", nil
 	}
-	text, err := cluster.ResolveSecret(s, files.LookupEnv, files.ReadFile)
+	text, err := config.ResolveSecret(s, files.LookupEnv, files.ReadFile)
 	if err != nil {
 		return "", fmt.Errorf("redis %s: %w", what, err)
 	}
 	return text, nil
 }
 
-func redisTLS(t cluster.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls.Config, error) {
+func redisTLS(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls.Config, error) {
 	conf := &tls.Config{
 		MinVersion: tls.VersionTLS12, ServerName: t.ServerName,
 		InsecureSkipVerify: t.InsecureSkipVerify, //nolint:gosec // the operator wrote it

@@ -19,7 +19,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // client has all the time that it needs.
@@ -99,9 +99,9 @@ func TestRedisSentinel(t *testing.T) {
 	eventually(t, "the sentinel knows the replica", func() bool {
 		return strings.Contains(watch.do(sentinel, "sentinel", "replicas", "cache"), portOf(t, second.addr))
 	})
-	conf := cluster.SiteCache{Shared: cluster.SharedRedis, Redis: cluster.Redis{
+	conf := config.SiteCache{Shared: config.SharedRedis, Redis: config.Redis{
 		URL:  "redis://dsnode@" + freeAddr(t) + "/0?addr=" + watch.addr, // one of the sentinels is down
-		Mode: cluster.RedisSentinel, Master: "cache", Password: cluster.Secret{Env: "R"}, SentinelPassword: cluster.Secret{Env: "S"},
+		Mode: config.RedisSentinel, Master: "cache", Password: config.Secret{Env: "R"}, SentinelPassword: config.Secret{Env: "S"},
 	}}
 	r := newRig(t, nil, conf)
 	r.env.Store("R", "hunter2")
@@ -158,8 +158,8 @@ func TestRedisCluster(t *testing.T) {
 		}
 		return strings.Contains(servers[3].do(to[3], "info", "replication"), "master_link_status:up")
 	})
-	r := newRig(t, nil, cluster.SiteCache{Shared: cluster.SharedRedis, Redis: cluster.Redis{
-		URL: "redis://" + servers[0].addr + "?addr=" + servers[1].addr, Mode: cluster.RedisCluster,
+	r := newRig(t, nil, config.SiteCache{Shared: config.SharedRedis, Redis: config.Redis{
+		URL: "redis://" + servers[0].addr + "?addr=" + servers[1].addr, Mode: config.RedisCluster,
 	}}).run()
 	r.wantState("ok")
 	keys := r.keepMany(60)
@@ -280,28 +280,28 @@ func TestRedisTLS(t *testing.T) {
 		"--tls-ca-cert-file", ca.file("ca.pem"), "--requirepass", "hunter2",
 	}}
 	s.start()
-	at := func(change func(*cluster.Redis)) cluster.SiteCache {
-		c := cluster.Redis{
-			URL: "rediss://" + addr + "/2", Mode: cluster.RedisSingle, Password: cluster.Secret{Env: "R"},
-			TLS: cluster.UpstreamTLS{CAFile: ca.file("ca.pem"), CertFile: ca.file("node.pem"), KeyFile: ca.file("node.key")},
+	at := func(change func(*config.Redis)) config.SiteCache {
+		c := config.Redis{
+			URL: "rediss://" + addr + "/2", Mode: config.RedisSingle, Password: config.Secret{Env: "R"},
+			TLS: config.UpstreamTLS{CAFile: ca.file("ca.pem"), CertFile: ca.file("node.pem"), KeyFile: ca.file("node.key")},
 		}
 		change(&c)
-		return cluster.SiteCache{Shared: cluster.SharedRedis, Redis: c}
+		return config.SiteCache{Shared: config.SharedRedis, Redis: c}
 	}
 	other := newAuthority(t)
 	for _, c := range []struct {
 		name   string
-		change func(*cluster.Redis)
+		change func(*config.Redis)
 		why    string
 	}{
-		{"all right", func(*cluster.Redis) {}, ""},
-		{"another authority", func(c *cluster.Redis) { c.TLS.CAFile = other.file("ca.pem") }, "certificate signed by unknown authority"},
-		{"another name", func(c *cluster.Redis) { c.TLS.ServerName = "redis.example.org" }, "redis.example.org"},
-		{"no certificate of ours", func(c *cluster.Redis) { c.TLS.CertFile, c.TLS.KeyFile = "", "" }, "certificate required"},
-		{"a wrong password", func(c *cluster.Redis) { c.Password.Env = "WRONG" }, "WRONGPASS"},
-		{"no password", func(c *cluster.Redis) { c.Password = cluster.Secret{} }, "NOAUTH"},
-		{"a password that is not there", func(c *cluster.Redis) { c.Password.Env = "NOWHERE" }, "NOWHERE"},
-		{"in clear", func(c *cluster.Redis) { c.URL = "redis://" + addr + "/2" }, "redis: "},
+		{"all right", func(*config.Redis) {}, ""},
+		{"another authority", func(c *config.Redis) { c.TLS.CAFile = other.file("ca.pem") }, "certificate signed by unknown authority"},
+		{"another name", func(c *config.Redis) { c.TLS.ServerName = "redis.example.org" }, "redis.example.org"},
+		{"no certificate of ours", func(c *config.Redis) { c.TLS.CertFile, c.TLS.KeyFile = "", "" }, "certificate required"},
+		{"a wrong password", func(c *config.Redis) { c.Password.Env = "WRONG" }, "WRONGPASS"},
+		{"no password", func(c *config.Redis) { c.Password = config.Secret{} }, "NOAUTH"},
+		{"a password that is not there", func(c *config.Redis) { c.Password.Env = "NOWHERE" }, "NOWHERE"},
+		{"in clear", func(c *config.Redis) { c.URL = "redis://" + addr + "/2" }, "redis: "},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, nil, at(c.change))

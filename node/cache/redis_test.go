@@ -17,7 +17,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // server is a real redis-server, or what DSNODE_TEST_REDIS names: a valkey-server.
@@ -128,8 +128,8 @@ func (s *server) kill() {
 	s.cmd = nil
 }
 
-func redisAt(addr string) cluster.SiteCache {
-	return cluster.SiteCache{Shared: cluster.SharedRedis, Redis: cluster.Redis{URL: "redis://" + addr + "/1", Mode: cluster.RedisSingle}}
+func redisAt(addr string) config.SiteCache {
+	return config.SiteCache{Shared: config.SharedRedis, Redis: config.Redis{URL: "redis://" + addr + "/1", Mode: config.RedisSingle}}
 }
 
 // TestRedis: answers are found there, in clear by nobody, and not for ever.

@@ -115,7 +115,7 @@ func (s *shared) write(ctx context.Context, f func(context.Context) error) error
 	}
 	err := s.guarded(ctx, batchTime, f)
 	switch {
-	case ctx.Err() != nil, errors.Is(err, errBusy), errors.Is(err, errNoRoom): // says nothing of the tier
+	case ctx.Err() != nil, errors.Is(err, errBusy): // says nothing of the tier
 	case err == nil && s.writes.resting():
 		s.writes.mend()
 	default:

@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 const (
@@ -138,7 +138,7 @@ func (c *Cache) keepTier(ctx context.Context) error {
 			if s != nil {
 				s.try(ctx)
 			}
-			if s != nil && s.reads.resting() && have.site.Shared == cluster.SharedRedis && time.Since(opened) >= reopenEvery {
+			if s != nil && s.reads.resting() && have.site.Shared == config.SharedRedis && time.Since(opened) >= reopenEvery {
 				have = tierSpec{}
 			}
 		}
@@ -170,9 +170,9 @@ func (c *Cache) retier(ctx context.Context, have, want tierSpec) error {
 	var s store
 	var err error
 	switch want.site.Shared {
-	case cluster.SharedEmbedded:
-		s, err = openEmbedded(c.o.Dir, want.bytes, c.log, func() { c.counts.rebuilds.Add(1) })
-	case cluster.SharedRedis:
+	case config.SharedEmbedded:
+		s, err = openEmbedded(c.o.Dir, want.bytes, c.now, c.log, func() { c.counts.rebuilds.Add(1) })
+	case config.SharedRedis:
 		s, err = openRedis(want.site.Redis, maxAnswer+maxOverhead, c.o.Files)
 	default:
 		c.trouble.Store(nil)
@@ -296,7 +296,7 @@ func (c *Cache) Stats() Stats {
 	want, s := c.want(), c.shared.Load()
 	st.Shared = TierStats{Kind: string(want.site.Shared), State: "ok"}
 	switch {
-	case want.site.Shared == "" || want.site.Shared == cluster.SharedOff:
+	case want.site.Shared == "" || want.site.Shared == config.SharedOff:
 		st.Shared.Kind, st.Shared.State = "off", "off"
 	case s == nil:
 		st.Shared.State = "opening"
@@ -313,7 +313,7 @@ func (c *Cache) Stats() Stats {
 			st.Shared.Entries, st.Shared.Bytes = &entries, &bytes
 		}
 	}
-	if want.site.Shared == cluster.SharedEmbedded {
+	if want.site.Shared == config.SharedEmbedded {
 		st.Shared.Max = want.bytes
 	}
 	return st

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -77,9 +76,4 @@ func local(r *http.Request) bool {
 	}
 	addr, err := netip.ParseAddrPort(r.RemoteAddr)
 	return err == nil && addr.Addr().Unmap().IsLoopback()
-}
-
-// mayUse reports whether a principal may ask for a model.
-func mayUse(who *serving.Principal, model string) bool {
-	return len(who.Models) == 0 || slices.Contains(who.Models, model)
 }

@@ -14,9 +14,13 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
+
+var benchBody = []byte(`{"model":"deepseek-chat","messages":[{"role":"system","content":"You are a helpful assistant, brief and kind."},` +
+	`{"role":"user","content":"` + strings.Repeat("tell me more ", 14) + `"}],"temperature":0.7,"stream":false}`)
 
 // BenchmarkProxied compares a plain completion direct, through a tuned Go
 // reverse proxy, and through gateway and pipeline. All run in this process:
@@ -24,13 +28,13 @@ import (
 func BenchmarkProxied(b *testing.B) {
 	answer := []byte(`{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"` +
 		strings.Repeat("word ", 170) + `"},"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21}}`)
-	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
 		w.Header()["Content-Type"] = jsonType
 		_, _ = w.Write(answer)
 	}))
-	defer upstream.Close()
-	to, err := url.Parse(upstream.URL)
+	defer server.Close()
+	to, err := url.Parse(server.URL)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -42,24 +46,24 @@ func BenchmarkProxied(b *testing.B) {
 	})
 	defer proxy.Close()
 
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: upstream.URL + "/v1"}},
-		Models:    map[string]cluster.Model{"deepseek-chat": {Serve: []cluster.Serve{{Upstream: "up"}}}},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: server.URL + "/v1"}},
+		Models:    map[string]config.Model{"deepseek-chat": {Serve: []config.Serve{{Upstream: "up"}}}},
 	}
-	p := serving.New(serving.Options{Site: "here", Registerer: prometheus.NewRegistry()})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		b.Fatal(err)
 	}
-	defer p.Close()
+	defer fleet.Close()
 	g := New(Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	door := httptest.NewServer(g)
 	defer door.Close()
 
-	for name, url := range map[string]string{"direct": upstream.URL, "reverseproxy": proxy.URL, "gateway": door.URL} {
+	for name, url := range map[string]string{"direct": server.URL, "reverseproxy": proxy.URL, "gateway": door.URL} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1024, DisableCompression: true}}

@@ -16,10 +16,10 @@ import (
 type answers struct {
 	head serving.Head
 	err  error
-	saw  *serving.Request
+	saw  serving.Request
 }
 
-func (a *answers) Serve(_ context.Context, r *serving.Request, s serving.Sink) error {
+func (a *answers) Serve(_ context.Context, r serving.Request, s serving.Sink) error {
 	a.saw = r
 	if a.err != nil {
 		return a.err
@@ -112,13 +112,13 @@ func TestWhatAClientWantsOfTheCache(t *testing.T) {
 		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "yes"}, "", false, 400},
 		{`{"model":"m"}`, []string{"X-Dsnode-Cache", "store", "X-Dsnode-Cache", "no-store"}, "", false, 400},
 	} {
-		up.saw = nil
+		up.saw = serving.Request{}
 		resp := b.post(t, c.body, c.header...)
-		if resp.StatusCode != c.status || (up.saw != nil) != (c.status == 200) {
+		if resp.StatusCode != c.status || (up.saw.ID != "") != (c.status == 200) {
 			t.Errorf("%s %q: status %d", c.body, c.header, resp.StatusCode)
 			continue
 		}
-		if up.saw != nil && (up.saw.Cache != c.mode || up.saw.Deterministic != c.same) {
+		if up.saw.ID != "" && (up.saw.Cache != c.mode || up.saw.Deterministic != c.same) {
 			t.Errorf("%s %q: %q, deterministic %v", c.body, c.header, up.saw.Cache, up.saw.Deterministic)
 		}
 	}
@@ -164,7 +164,7 @@ func TestAPeerIsToldWhichModelAnswered(t *testing.T) {
 // keeps is a pipeline that gives a kept answer of some length.
 type keeps int
 
-func (n keeps) Serve(_ context.Context, _ *serving.Request, s serving.Sink) error {
+func (n keeps) Serve(_ context.Context, _ serving.Request, s serving.Sink) error {
 	err := s.Head(serving.Head{
 		Status: 200, Length: int64(n), Whole: true, Header: http.Header{"Content-Type": {"application/json"}},
 		Cache: serving.Cached{Status: serving.HitLocal, Key: cache.Key{1}},

@@ -12,7 +12,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -37,18 +38,11 @@ type failure struct {
 	attempts       int
 }
 
-const (
-	kindInvalid  = "invalid_request_error"
-	kindServer   = "server_error"
-	kindOverload = "overloaded_error"
-	kindTimeout  = "timeout_error"
-)
-
 // statusGone is nginx's word for a client that left; it is never sent.
 const statusGone = 499
 
 func invalid(status int, code, message string) *failure {
-	return &failure{status: status, kind: kindInvalid, code: code, message: message, final: true}
+	return &failure{status: status, kind: openai.InvalidRequest, code: code, message: message, final: true}
 }
 
 func unknownRoute(r *http.Request) *failure {
@@ -82,7 +76,7 @@ func encodedBody(encoding string) *failure {
 
 func slowBody(got int) *failure {
 	return &failure{
-		status: http.StatusRequestTimeout, kind: kindTimeout, code: "request_timeout", hangUp: true,
+		status: http.StatusRequestTimeout, kind: openai.TimeoutError, code: "request_timeout", hangUp: true,
 		message: fmt.Sprintf("The request body came too slowly: %d bytes so far.", got),
 	}
 }
@@ -95,7 +89,7 @@ func brokenBody() *failure {
 
 // shed is our own overload.
 func shed(why string) *failure {
-	return &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", message: why, retryAfter: time.Second}
+	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", message: why, retryAfter: time.Second}
 }
 
 func badPeerRequest(why string) *failure {
@@ -106,64 +100,64 @@ func badPeerRequest(why string) *failure {
 // client is told. It gives nil for a client that has gone.
 func explain(err error, model string) *failure {
 	var (
-		body   *badBody
+		body   *openai.BodyError
 		busy   *serving.BusyError
 		status *serving.StatusError
 	)
 	switch {
 	case errors.As(err, &body):
 		f := invalid(http.StatusBadRequest, "invalid_body", "We could not take the body of your request: "+printable(body.Error())+".")
-		f.param = printable(body.param)
+		f.param = printable(body.Param)
 		return f
 	case errors.As(err, &status):
 		return upstreamSays(status)
 	case errors.As(err, &busy):
-		f := &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second), attempts: busy.Attempts}
+		f := &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second), attempts: busy.Attempts}
 		f.message = "The model is overloaded now. Please try again later."
 		if errors.Is(err, serving.ErrNoUpstream) {
-			f.kind, f.code = kindServer, "no_upstream"
+			f.kind, f.code = openai.ServerError, "no_upstream"
 			f.message = fmt.Sprintf("No model server can answer for `%s` now. Please try again later.", printable(model))
 		}
 		return f
-	case errors.Is(err, cluster.ErrKeyMissing):
+	case errors.Is(err, agreed.ErrKeyMissing):
 		return badKey("You didn't provide an API key. Send it in an Authorization header: Authorization: Bearer YOUR_KEY.")
-	case errors.Is(err, cluster.ErrKeyUnknown):
+	case errors.Is(err, agreed.ErrKeyUnknown):
 		return badKey("Incorrect API key provided.")
-	case errors.Is(err, cluster.ErrKeyExpired), errors.Is(err, cluster.ErrKeyRevoked):
+	case errors.Is(err, agreed.ErrKeyExpired), errors.Is(err, agreed.ErrKeyRevoked):
 		return badKey("This key can't be used: " + err.Error() + ".")
 	case errors.Is(err, ErrKeyUnknowable):
-		return &failure{status: http.StatusServiceUnavailable, kind: kindServer, code: "auth_unavailable", retryAfter: time.Second, message: "API keys can't be checked now. Please try again later."}
+		return &failure{status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "auth_unavailable", retryAfter: time.Second, message: "API keys can't be checked now. Please try again later."}
 	case errors.Is(err, serving.ErrUnknownModel):
 		return unknownModel(model)
 	case errors.Is(err, serving.ErrNoUpstream):
 		return &failure{
-			status: http.StatusServiceUnavailable, kind: kindServer, code: "no_upstream", retryAfter: time.Second,
+			status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "no_upstream", retryAfter: time.Second,
 			message: fmt.Sprintf("No model server can answer for `%s` now. Please try again later.", printable(model)),
 		}
 	case errors.Is(err, serving.ErrOverloaded):
 		return shed("The model is overloaded now. Please try again later.")
 	case errors.Is(err, serving.ErrNotCached):
 		return &failure{
-			status: http.StatusGatewayTimeout, kind: kindInvalid, code: "not_cached", final: true, header: http.Header{"X-Dsnode-Cache": {string(serving.Miss)}},
+			status: http.StatusGatewayTimeout, kind: openai.InvalidRequest, code: "not_cached", final: true, header: http.Header{"X-Dsnode-Cache": {string(serving.Miss)}},
 			message: "The answer is not in the cache, and X-Dsnode-Cache: only asks for nothing else.",
 		}
 	case errors.Is(err, serving.ErrLagging):
 		return &failure{
-			status: http.StatusServiceUnavailable, kind: kindOverload, code: "reader_too_slow", retryAfter: time.Second,
+			status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "reader_too_slow", retryAfter: time.Second,
 			message: "The answer is shared with others and can't be held for this connection any longer. Please try again.",
 		}
 	case errors.Is(err, serving.ErrTimeout), errors.Is(err, context.DeadlineExceeded):
-		return &failure{status: http.StatusGatewayTimeout, kind: kindTimeout, code: "upstream_timeout", message: "The model server did not answer in time.", final: true}
+		return &failure{status: http.StatusGatewayTimeout, kind: openai.TimeoutError, code: "upstream_timeout", message: "The model server did not answer in time.", final: true}
 	case errors.Is(err, serving.ErrHopLimit):
-		return &failure{status: http.StatusLoopDetected, kind: kindServer, code: "hop_limit", message: "The request has passed too many nodes.", final: true}
+		return &failure{status: http.StatusLoopDetected, kind: openai.ServerError, code: "hop_limit", message: "The request has passed too many nodes.", final: true}
 	case errors.Is(err, serving.ErrTruncated):
-		return &failure{status: http.StatusBadGateway, kind: kindServer, code: "upstream_truncated", message: "The model server ended its answer early.", final: true}
+		return &failure{status: http.StatusBadGateway, kind: openai.ServerError, code: "upstream_truncated", message: "The model server ended its answer early.", final: true}
 	case errors.Is(err, serving.ErrUpstreamFailed):
-		return &failure{status: http.StatusBadGateway, kind: kindServer, code: "upstream_failed", message: "The model server failed to answer.", final: true}
+		return &failure{status: http.StatusBadGateway, kind: openai.ServerError, code: "upstream_failed", message: "The model server failed to answer.", final: true}
 	case errors.Is(err, context.Canceled):
 		return nil
 	}
-	return &failure{status: http.StatusInternalServerError, kind: kindServer, code: "internal_error", message: "The server had an error while processing your request."}
+	return &failure{status: http.StatusInternalServerError, kind: openai.ServerError, code: "internal_error", message: "The server had an error while processing your request."}
 }
 
 func badKey(message string) *failure {
@@ -174,7 +168,7 @@ func badKey(message string) *failure {
 // header the pipeline kept. A body that has not OpenAI's shape is put into it.
 func upstreamSays(e *serving.StatusError) *failure {
 	f := &failure{
-		status: e.Status, kind: kindInvalid, code: "upstream_refused", header: e.Header,
+		status: e.Status, kind: openai.InvalidRequest, code: "upstream_refused", header: e.Header,
 		upstream: e.Upstream, site: e.Site, attempts: e.Attempts,
 		message: "The model server refused the request.",
 	}
@@ -184,16 +178,13 @@ func upstreamSays(e *serving.StatusError) *failure {
 		f.final = true
 	}
 	if e.Status == http.StatusTooManyRequests {
-		f.kind = "rate_limit_error"
+		f.kind = openai.RateLimit
 	}
-	var shaped struct {
-		Error json.RawMessage `json:"error"`
-	}
-	switch err := json.Unmarshal(e.Body, &shaped); {
-	case err == nil && len(shaped.Error) > 0 && shaped.Error[0] == '{':
+	text := bytes.TrimSpace(e.Body)
+	if _, shaped := openai.ErrorObject(e.Body); shaped {
 		f.body = e.Body
-	case len(bytes.TrimSpace(e.Body)) > 0:
-		f.message = printable(string(bytes.TrimSpace(e.Body)))
+	} else if len(text) > 0 {
+		f.message = printable(string(text))
 	}
 	return f
 }
@@ -212,36 +203,16 @@ func (f *failure) json() []byte {
 	if f.body != nil {
 		return f.body
 	}
-	var shape struct {
-		Error struct {
-			Message string  `json:"message"`
-			Type    string  `json:"type"`
-			Param   *string `json:"param"`
-			Code    string  `json:"code"`
-		} `json:"error"`
-	}
-	shape.Error.Message, shape.Error.Type, shape.Error.Code = f.message, f.kind, f.code
-	if f.param != "" {
-		shape.Error.Param = &f.param
-	}
-	b, err := json.Marshal(shape)
-	if err != nil { // strings always marshal
-		panic(err)
-	}
-	return b
+	e := openai.Error{Message: f.message, Type: f.kind, Code: f.code, Param: f.param}
+	return e.Body()
 }
 
-// event is the error inside a stream. An upstream's body may span lines, which
-// an event's data must not.
+// event is the error inside a stream.
 func (f *failure) event() []byte {
-	var b bytes.Buffer
-	b.WriteString("data: ")
-	if json.Compact(&b, f.json()) != nil {
-		b.Truncate(len("data: "))
-		b.Write((&failure{kind: f.kind, code: f.code, message: f.message}).json())
-	}
-	b.WriteString("\n\n")
-	return b.Bytes()
+	var one bytes.Buffer
+	_ = json.Compact(&one, f.json()) // an upstream's words may span lines, and are JSON
+	e := openai.Event{Data: one.Bytes()}
+	return e.Append(nil)
 }
 
 // write sends the error in place of an answer. Nothing may have been sent.

@@ -14,7 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -22,7 +22,7 @@ import (
 type Auth interface {
 	// Authenticate judges a bearer token, empty when none was sent. local is
 	// true for a direct connection over loopback. Errors wrap one of
-	// cluster.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
+	// agreed.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
 	// or ErrKeyUnknowable (503); any other counts as unknowable.
 	Authenticate(token string, local bool) (serving.Principal, error)
 }
@@ -51,7 +51,7 @@ type Options struct {
 	Server serving.Server
 	// Config gives the agreed configuration, nil before there is one. It is
 	// called on each request: models, limits.
-	Config func() *cluster.Config
+	Config func() *config.Config
 	Auth   Auth
 	Health Health
 	// Jobs is nil on a node without jobs: then their routes are not there.
@@ -160,7 +160,7 @@ func (g *Gateway) opens(rt *route, d door) bool {
 	case rt.job:
 		return g.o.Jobs != nil
 	case d == peers:
-		return rt.endpoint != ""
+		return rt.endpoint != nil
 	}
 	return d == clients
 }
@@ -185,7 +185,7 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 		w.Header()["Allow"] = []string{strings.Join(rt.methods, ", ")}
 		x.refuse(wrongMethod(r, rt))
 		g.metrics.unrouted(http.StatusMethodNotAllowed)
-	case rt.endpoint != "":
+	case rt.endpoint != nil:
 		x.infer(rt, index)
 	default:
 		rt.answer(&x, id)
@@ -195,11 +195,11 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
 var closeConnection = []string{"close"}
 
 // config is never nil.
-func (g *Gateway) config() *cluster.Config {
+func (g *Gateway) config() *config.Config {
 	if c := g.o.Config(); c != nil {
 		return c
 	}
 	return &noConfig
 }
 
-var noConfig = cluster.Config{Limits: cluster.DefaultLimits()}
+var noConfig = config.Config{Limits: config.DefaultLimits()}

@@ -18,16 +18,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // serverFunc is a pipeline for tests.
-type serverFunc func(ctx context.Context, r *serving.Request, s serving.Sink) error
+type serverFunc func(ctx context.Context, r serving.Request, s serving.Sink) error
 
-func (f serverFunc) Serve(ctx context.Context, r *serving.Request, s serving.Sink) error {
+func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink) error {
 	return f(ctx, r, s)
 }
 
@@ -40,21 +41,21 @@ func (k keys) Authenticate(token string, local bool) (serving.Principal, error) 
 		if local && !k.strict {
 			return serving.Principal{}, nil
 		}
-		return serving.Principal{}, cluster.ErrKeyMissing
+		return serving.Principal{}, agreed.ErrKeyMissing
 	case "all":
 		return serving.Principal{KeyID: "k1", Tenant: "t"}, nil
 	case "one":
 		return serving.Principal{KeyID: "k2", Tenant: "t", Models: []string{"other"}}, nil
 	case "expired":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyExpired)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyExpired)
 	case "revoked":
-		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", cluster.ErrKeyRevoked)
+		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyRevoked)
 	case "unknowable":
 		return serving.Principal{}, fmt.Errorf("look up: %w", ErrKeyUnknowable)
 	case "odd":
 		return serving.Principal{}, errors.New("disk on fire")
 	}
-	return serving.Principal{}, cluster.ErrKeyUnknown
+	return serving.Principal{}, agreed.ErrKeyUnknown
 }
 
 type healthFunc func() Report
@@ -68,10 +69,10 @@ type bench struct {
 	reg *prometheus.Registry
 }
 
-func testConfig() *cluster.Config {
-	return &cluster.Config{
-		Models: map[string]cluster.Model{"m": {}, "other": {}, "org/deep": {}},
-		Limits: cluster.DefaultLimits(),
+func testConfig() *config.Config {
+	return &config.Config{
+		Models: map[string]config.Model{"m": {}, "other": {}, "org/deep": {}},
+		Limits: config.DefaultLimits(),
 	}
 }
 
@@ -81,7 +82,7 @@ func open(t *testing.T, server serving.Server, change func(*Options)) *bench {
 	cfg := testConfig()
 	b := &bench{reg: prometheus.NewRegistry()}
 	o := Options{
-		Server: server, Config: func() *cluster.Config { return cfg }, Auth: keys{},
+		Server: server, Config: func() *config.Config { return cfg }, Auth: keys{},
 		Health: healthFunc(func() Report { return Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true} }),
 		Site:   "here", Node: "here-1", Registerer: b.reg,
 	}
@@ -190,7 +191,7 @@ func (g got) wantError(t *testing.T, status int, code, words string) {
 }
 
 // echo answers with what the pipeline was asked.
-var echo = serverFunc(func(_ context.Context, r *serving.Request, s serving.Sink) error {
+var echo = serverFunc(func(_ context.Context, r serving.Request, s serving.Sink) error {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -215,7 +216,7 @@ func TestPlain(t *testing.T) {
 		if err := json.Unmarshal([]byte(g.body), &r); err != nil || g.status != 200 {
 			t.Fatal(err, g)
 		}
-		if r.Endpoint != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
+		if r.Endpoint.Path != endpoint || r.ID != "mine" || r.Model != "m" || string(r.Body) != chat || r.RetryCount != 2 ||
 			r.Principal.KeyID != "k1" || r.Header.Get("User-Agent") != "tester" || r.Header["X-Secret"] != nil || r.Header["Authorization"] != nil ||
 			chat[r.ModelAt.From:r.ModelAt.To] != `"m"` || r.Choices != 1 || r.Hops != 0 || r.Stream {
 			t.Errorf("%s: asked %+v", path, r)
@@ -304,7 +305,7 @@ func (endless) Read(p []byte) (int, error) { return copy(p, bytes.Repeat([]byte(
 
 func TestPipelineErrors(t *testing.T) {
 	var fail error
-	b := open(t, serverFunc(func(context.Context, *serving.Request, serving.Sink) error { return fail }), nil)
+	b := open(t, serverFunc(func(context.Context, serving.Request, serving.Sink) error { return fail }), nil)
 	for name, tc := range map[string]struct {
 		err         error
 		status      int
@@ -471,14 +472,14 @@ func TestSlowBodyEnds(t *testing.T) {
 
 func TestInFlightLimit(t *testing.T) {
 	enter, leave := make(chan struct{}), make(chan struct{})
-	b := open(t, serverFunc(func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		enter <- struct{}{}
 		<-leave
 		return errors.Join(s.Head(serving.Head{Status: 200, Length: -1}), s.Data([]byte("{}")))
 	}), func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.InFlight = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -510,7 +511,7 @@ func TestConnectionLimit(t *testing.T) {
 	b := open(t, echo, func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.Connections = 1
-		o.Config = func() *cluster.Config { return cfg }
+		o.Config = func() *config.Config { return cfg }
 	})
 	first, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
 	if err != nil {

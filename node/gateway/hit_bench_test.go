@@ -13,9 +13,11 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
@@ -37,34 +39,34 @@ func BenchmarkHit(b *testing.B) {
 		h["Content-Type"], h["Content-Length"] = jsonType, []string{fmt.Sprint(len(answer))}
 		_, _ = w.Write(answer)
 	}
-	upstream := httptest.NewServer(http.HandlerFunc(reply))
-	defer upstream.Close()
+	server := httptest.NewServer(http.HandlerFunc(reply))
+	defer server.Close()
 	bare := httptest.NewServer(http.HandlerFunc(reply))
 	defer bare.Close()
 
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"up": {Site: "here", Kind: cluster.KindVLLM, URL: upstream.URL + "/v1"}},
-		Models: map[string]cluster.Model{"deepseek-chat": {
-			Serve: []cluster.Serve{{Upstream: "up"}},
-			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: cluster.Duration(time.Hour), SharedTTL: cluster.Duration(time.Hour)},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"up": {Site: "here", Kind: config.KindVLLM, URL: server.URL + "/v1"}},
+		Models: map[string]config.Model{"deepseek-chat": {
+			Serve: []config.Serve{{Upstream: "up"}},
+			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: config.Duration(time.Hour), SharedTTL: config.Duration(time.Hour)},
 		}},
 	}
-	state := &cluster.State{APIKeys: map[string]cluster.APIKey{}}
-	key, secret := cluster.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
+	state := &agreed.State{APIKeys: map[string]agreed.APIKey{}}
+	key, secret := agreed.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
 	state.APIKeys[key.ID] = key
 	ring, _ := keyringtest.New(b, 1)
 	kept, err := cache.New(cache.Options{Dir: b.TempDir(), Site: "here", Ring: ring})
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := serving.New(serving.Options{Site: "here", Cache: kept})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		b.Fatal(err)
 	}
-	defer p.Close()
+	defer fleet.Close()
 	g := New(Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: agreed{state}, Health: healthFunc(func() Report { return Report{} }),
+		Server: serving.New(serving.Options{Fleet: fleet, Cache: kept}), Config: func() *config.Config { return cfg }, Auth: stateAuth{state}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -112,10 +114,10 @@ func BenchmarkHit(b *testing.B) {
 	}
 }
 
-// agreed judges keys by the agreed state, as a node does.
-type agreed struct{ state *cluster.State }
+// stateAuth judges keys by the agreed state, as a node does.
+type stateAuth struct{ state *agreed.State }
 
-func (a agreed) Authenticate(token string, _ bool) (serving.Principal, error) {
+func (a stateAuth) Authenticate(token string, _ bool) (serving.Principal, error) {
 	key, err := a.state.Authenticate(token, time.Now())
 	return serving.Principal{KeyID: key.ID, Tenant: key.Tenant, Models: key.Models}, err
 }

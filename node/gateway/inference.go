@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -70,12 +71,12 @@ func (x *exchange) infer(rt *route, index int) {
 	if known, ok := table.byName[req.Model]; ok {
 		asked = known
 	}
-	if !mayUse(&req.Principal, req.Model) {
+	if !req.Principal.Allows(req.Model) {
 		x.refuse(unknownModel(req.Model))
 		g.metrics.done(asked, index, http.StatusNotFound, x.start)
 		return
 	}
-	status, abort := x.answer(req)
+	status, abort := x.answer(&req)
 	g.metrics.done(asked, index, status, x.start)
 	if abort {
 		panic(http.ErrAbortHandler)
@@ -138,22 +139,21 @@ func saneID(id string) bool {
 }
 
 // request reads and checks what the client sent.
-func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) {
-	who, hops, f := x.admit()
-	if f != nil {
-		return nil, f
+func (x *exchange) request(rt *route, limit int64) (req serving.Request, f *failure) {
+	req.ID, req.Header = x.id, forwarded(x.r.Header)
+	if req.Principal, req.Hops, f = x.admit(); f != nil {
+		return req, f
 	}
 	body, f := x.readBody(limit)
 	if f != nil {
-		return nil, f
+		return req, f
 	}
-	req, err := Parse(rt.endpoint, body)
-	if err != nil {
-		return nil, explain(err, "")
+	var err error
+	if req.Request, err = openai.Parse(rt.endpoint, body); err != nil {
+		return req, explain(err, "")
 	}
-	req.ID, req.Header, req.Principal, req.Hops = x.id, forwarded(x.r.Header), who, hops
 	if req.Cache, f = cacheMode(x.r.Header); f != nil {
-		return nil, f
+		return req, f
 	}
 	if count := first(x.r.Header, "X-Stainless-Retry-Count"); count != "" {
 		if n, err := strconv.Atoi(count); err == nil && n > 0 {
@@ -161,19 +161,6 @@ func (x *exchange) request(rt *route, limit int64) (*serving.Request, *failure) 
 		}
 	}
 	return req, nil
-}
-
-// Parse reads a request's body. The error says what is wrong with it, for people.
-func Parse(endpoint string, body []byte) (*serving.Request, error) {
-	read, err := scan(body, endpoint == "/v1/chat/completions" || endpoint == "/v1/completions")
-	if err != nil {
-		return nil, err
-	}
-	return &serving.Request{
-		Endpoint: endpoint, Model: string(read.model), Body: body, ModelAt: read.modelAt,
-		Stream: read.stream, UsageAt: read.usageAt, WantUsage: read.wantUsage, Choices: read.choices,
-		Deterministic: read.deterministic,
-	}, nil
 }
 
 // cacheMode reads what the client wants of the cache. A word that is not known
@@ -216,7 +203,7 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 	if req.Stream && x.door == clients {
 		x.holdHeaders()
 	}
-	err := x.g.o.Server.Serve(x.r.Context(), req, x)
+	err := x.g.o.Server.Serve(x.r.Context(), *req, x)
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.ended = true
@@ -253,11 +240,11 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 // must not become a flood of lines.
 func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
 	level := slog.LevelWarn
-	if f.status < http.StatusInternalServerError || f.kind == kindOverload {
+	if f.status < http.StatusInternalServerError || f.kind == openai.Overloaded {
 		level = slog.LevelDebug
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
-		slog.String("request", x.id), slog.String("endpoint", req.Endpoint), slog.String("model", printable(req.Model)),
+		slog.String("request", x.id), slog.String("endpoint", req.Endpoint.Path), slog.String("model", printable(req.Model)),
 		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("error", err))
 }
 

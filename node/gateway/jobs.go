@@ -137,7 +137,7 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 	if r.IdempotencyKey, f = x.idempotencyKey(key); f != nil {
 		return f
 	}
-	if _, known := cfg.Models[r.Model]; !known || !mayUse(&who.Principal, r.Model) {
+	if _, known := cfg.Models[r.Model]; !known || !who.Allows(r.Model) {
 		f := unknownModel(r.Model)
 		f.param = "body.model"
 		return f

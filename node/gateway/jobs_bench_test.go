@@ -17,6 +17,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -25,12 +28,14 @@ import (
 )
 
 // alone is a cluster of one node that never gets a lease, and has no others.
-type alone struct{ state cluster.State }
+type alone struct{ state agreed.State }
 
-func (a *alone) State() *cluster.State                           { return &a.state }
+func (a *alone) State() *agreed.State                            { return &a.state }
 func (a *alone) Changed() <-chan struct{}                        { return nil }
+func (a *alone) Lease() (left time.Duration, epoch uint64)       { return 0, 0 }
 func (a *alone) OwnershipLease() (left time.Duration, at uint64) { return 0, 0 }
-func (a *alone) Propose(context.Context, cluster.CommandType, any) (uint64, error) {
+func (a *alone) LeaseChanged() <-chan struct{}                   { return nil }
+func (a *alone) Propose(context.Context, agreed.CommandType, any) (uint64, error) {
 	return 0, cluster.ErrNoQuorum
 }
 func (a *alone) Possible(journal.Durability) error       { return nil }
@@ -54,21 +59,21 @@ func BenchmarkSubmit(b *testing.B) {
 		}
 	}
 	ring, _ := keyringtest.New(b, 1)
-	sealer, clock, log, reg := journal.NewSealer(ring), journal.NewHLC(time.Now, time.Minute), slog.New(slog.DiscardHandler), prometheus.NewRegistry()
-	table, err := jobtable.Open(jobtable.Options{Dir: filepath.Join(dir, "table"), Sealer: sealer, Ring: ring, Clock: clock, Registerer: reg})
+	sealer, moment, log, reg := journal.NewSealer(ring), journal.NewHLC(time.Now, time.Minute), slog.New(slog.DiscardHandler), prometheus.NewRegistry()
+	table, err := jobtable.Open(jobtable.Options{Dir: filepath.Join(dir, "table"), Sealer: sealer, Ring: ring, Clock: moment, Registerer: reg})
 	if err != nil {
 		b.Fatal(err)
 	}
-	disk, err := journal.Open(journal.Options{Dir: filepath.Join(dir, "journal"), Clock: clock, Logger: log, Registerer: reg, Durable: table.Apply})
+	disk, err := journal.Open(journal.Options{Dir: filepath.Join(dir, "journal"), Clock: moment, Logger: log, Registerer: reg, Durable: table.Apply})
 	if err != nil {
 		b.Fatal(err)
 	}
-	cfg := &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"m": {}}, Jobs: cluster.DefaultJobs()}
+	cfg := &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"m": {}}, Jobs: config.DefaultJobs()}
 	cfg.Jobs.MaxQueued, cfg.Jobs.MaxQueuedBytes = 1<<30, 1<<40
-	world := &alone{cluster.State{Parsed: cfg}}
+	world := &alone{agreed.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
-		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, cluster.Boottime), State: world.State,
+		Ownership: failover.NewOwnership(failover.NewFence("n", "here", world, func() time.Duration { return time.Second }, clock.Boottime, log), world), State: world.State,
 		Spare: func() int { return 0 }, Heard: func(string) bool { return false }, Registerer: reg,
 	})
 	if err != nil {
@@ -80,7 +85,7 @@ func BenchmarkSubmit(b *testing.B) {
 	loops.Go(func() { _ = table.Run(ctx) })
 	defer func() { cancel(); loops.Wait(); _ = disk.Close(); _ = table.Close() }()
 	g := New(Options{
-		Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Jobs: all, Site: "here", Node: "n", Registerer: prometheus.NewRegistry(),
 	})
 	body := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"%s"}]},"durability":"node"}`, strings.Repeat("word ", 180))

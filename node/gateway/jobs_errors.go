@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -30,7 +31,7 @@ func unknownParameter(name string) *failure {
 }
 
 func laterOn(code, message string, after time.Duration) *failure {
-	return &failure{status: http.StatusServiceUnavailable, kind: kindOverload, code: code, message: message, retryAfter: after}
+	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: code, message: message, retryAfter: after}
 }
 
 // sentence makes one of an error's text.
@@ -49,7 +50,7 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 		f := laterOn("durability_timeout", fmt.Sprintf(
 			"The job %s was written, but is not known to be as durable as %s after %s (it is: %s). It may exist and run: send it again with the same Idempotency-Key to find out.",
 			short.ID, short.Wanted, short.After.Round(time.Millisecond), short.Has), time.Second)
-		f.kind, f.param = kindTimeout, "durability"
+		f.kind, f.param = openai.TimeoutError, "durability"
 		return f
 	case errors.Is(err, jobs.ErrImpossible):
 		f := invalid(http.StatusBadRequest, "durability_impossible", sentence(err))

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -313,7 +314,7 @@ func FuzzScanJob(f *testing.F) {
 		if loose.Endpoint != r.Endpoint || loose.Body.Model != r.Model || r.Priority < 0 || r.Priority > 9 {
 			t.Fatalf("read %+v, encoding/json %+v", r, loose)
 		}
-		if _, err := Parse(r.Endpoint, r.Body); err != nil {
+		if _, err := openai.Parse(openai.EndpointAt(r.Endpoint), r.Body); err != nil {
 			t.Fatalf("the body was taken, and is refused alone: %v", err)
 		}
 	})

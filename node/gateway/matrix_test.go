@@ -14,11 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/modelsim"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // sim is a simulated model server on a port.
@@ -50,50 +49,50 @@ func startSim(t *testing.T, o modelsim.Options) *sim {
 // after the site.
 type site struct {
 	*bench
-	pipeline *serving.Pipeline
-	sim      *sim
-	door     string // of peers
+	fleet *upstream.Fleet
+	sim   *sim
+	door  string // of peers
 }
 
-func inSeconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
+func inSeconds(s float64) config.Duration { return config.Duration(s * float64(time.Second)) }
 
 // startSites makes sites that know each other. patience in seconds is the first
 // token's timer and that between tokens.
 func startSites(t *testing.T, o modelsim.Options, patience float64, names ...string) map[string]*site {
 	t.Helper()
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{}, Upstreams: map[string]cluster.Upstream{}, Limits: cluster.DefaultLimits(),
-		Timeouts: cluster.Timeouts{Connect: inSeconds(patience), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{}, Upstreams: map[string]config.Upstream{}, Limits: config.DefaultLimits(),
+		Timeouts: config.Timeouts{Connect: inSeconds(patience), FirstToken: inSeconds(patience), BetweenTokens: inSeconds(patience), Total: inSeconds(60)},
 	}
 	sites := map[string]*site{}
-	m := cluster.Model{}
+	m := config.Model{}
 	for i, name := range names {
 		s := &site{sim: startSim(t, o)}
 		sites[name] = s
-		cfg.Sites[name] = cluster.Site{City: name, Priority: i + 1}
-		cfg.Upstreams["at-"+name] = cluster.Upstream{Site: name, Kind: cluster.KindVLLM, URL: s.sim.url + "/v1", MaxConcurrency: 1024}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: "at-" + name})
+		cfg.Sites[name] = config.Site{City: name, Priority: i + 1}
+		cfg.Upstreams["at-"+name] = config.Upstream{Site: name, Kind: config.KindVLLM, URL: s.sim.url + "/v1", MaxConcurrency: 1024}
+		m.Serve = append(m.Serve, config.Serve{Upstream: "at-" + name})
 	}
-	cfg.Models = map[string]cluster.Model{"m": m, "m@tokens=50,rate=50": m}
+	cfg.Models = map[string]config.Model{"m": m, "m@tokens=50,rate=50": m}
 	for _, name := range names {
 		s := sites[name]
-		s.pipeline = serving.New(serving.Options{
-			Site: name, Node: name + "-1", Registerer: prometheus.NewRegistry(),
-			Peers: func() (peers []serving.Peer) {
+		s.fleet = upstream.New(upstream.Options{
+			Site: name,
+			Peers: func() (peers []upstream.Peer) {
 				for _, other := range names {
 					if p := sites[other]; other != name {
-						peers = append(peers, serving.Peer{Node: other + "-1", Site: other, Client: meshTo{p.door}})
+						peers = append(peers, upstream.Peer{Node: other + "-1", Site: other, Client: meshTo{p.door}})
 					}
 				}
 				return peers
 			},
 		})
-		if err := s.pipeline.Configure(cfg); err != nil {
+		if err := s.fleet.Configure(cfg); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(s.pipeline.Close)
-		s.bench = open(t, s.pipeline, func(o *Options) {
-			o.Config = func() *cluster.Config { return cfg }
+		t.Cleanup(s.fleet.Close)
+		s.bench = open(t, serving.New(serving.Options{Fleet: s.fleet}), func(o *Options) {
+			o.Config = func() *config.Config { return cfg }
 			o.Site, o.Node = name, name+"-1"
 		})
 		s.door = listen(t, s.Gateway, s.PeerHandler())
@@ -101,12 +100,12 @@ func startSites(t *testing.T, o modelsim.Options, patience float64, names ...str
 	return sites
 }
 
-// run has the pipeline probe its servers, until the test ends.
-func run(t *testing.T, p *serving.Pipeline) {
+// run has the fleet probe its servers, until the test ends.
+func run(t *testing.T, f *upstream.Fleet) {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- p.Run(ctx) }()
+	go func() { ended <- f.Run(ctx) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-ended; err != nil {
@@ -251,7 +250,7 @@ func TestFaultMatrix(t *testing.T) {
 					t.Fatal(err)
 				}
 				if hung {
-					run(t, first.pipeline)
+					run(t, first.fleet)
 				}
 				saw := first.ask(t, "m", stream)
 				who, hits := saw.header.Get("X-Dsnode-Upstream"), second.sim.Stats().Requests-1
@@ -287,7 +286,7 @@ func TestFaultMatrix(t *testing.T) {
 					t.Fatal(err)
 				}
 				if hung {
-					run(t, only.pipeline)
+					run(t, only.fleet)
 				}
 				saw := only.ask(t, "m", stream)
 				if is := fmt.Sprintf("%d %s", saw.status, saw.failure); is != alone || alone != "200 " && saw.done {

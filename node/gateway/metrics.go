@@ -10,7 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 type shedReason int
@@ -59,7 +59,7 @@ func newMetrics(reg prometheus.Registerer, inFlight func() float64) *metrics {
 // modelTable holds the metric handles of the configured models, so that a
 // request looks its labels up once and makes none.
 type modelTable struct {
-	of      *cluster.Config
+	of      *config.Config
 	byName  map[string]*modelMetrics
 	unknown *modelMetrics
 }
@@ -82,7 +82,7 @@ func newModelMetrics(name string) *modelMetrics {
 
 // table gives the handles for a configuration, making them anew when another
 // was published.
-func (m *metrics) table(cfg *cluster.Config) *modelTable {
+func (m *metrics) table(cfg *config.Config) *modelTable {
 	if t := m.current.Load(); t != nil && t.of == cfg {
 		return t
 	}
@@ -104,15 +104,15 @@ func (m *metrics) done(model *modelMetrics, index, status int, start time.Time) 
 	s := model.byRoute[index].Load()
 	if s == nil {
 		s = &series{
-			ok:       m.requests.WithLabelValues(routes[index].endpoint, model.name, "", "200"),
-			duration: m.duration.WithLabelValues(routes[index].endpoint, model.name),
+			ok:       m.requests.WithLabelValues(routes[index].endpoint.Path, model.name, "", "200"),
+			duration: m.duration.WithLabelValues(routes[index].endpoint.Path, model.name),
 		}
 		model.byRoute[index].Store(s) // twice at worst, with the same handles
 	}
 	if status == http.StatusOK {
 		s.ok.Inc()
 	} else {
-		m.requests.WithLabelValues(routes[index].endpoint, model.name, "", strconv.Itoa(status)).Inc()
+		m.requests.WithLabelValues(routes[index].endpoint.Path, model.name, "", strconv.Itoa(status)).Inc()
 	}
 	s.duration.Observe(time.Since(start).Seconds())
 }

@@ -40,7 +40,7 @@ func (x *exchange) listModels(string) {
 		Data   []model `json:"data"`
 	}{"list", []model{}}
 	for _, name := range slices.Sorted(maps.Keys(x.g.config().Models)) {
-		if mayUse(&who, name) {
+		if who.Allows(name) {
 			list.Data = append(list.Data, x.g.describe(name))
 		}
 	}
@@ -52,7 +52,7 @@ func (x *exchange) showModel(id string) {
 	if !ok {
 		return
 	}
-	if _, known := x.g.config().Models[id]; !known || !mayUse(&who, id) {
+	if _, known := x.g.config().Models[id]; !known || !who.Allows(id) {
 		x.refuse(unknownModel(id))
 		return
 	}

@@ -4,6 +4,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // route is one path, with and without /v1.
@@ -11,9 +13,9 @@ type route struct {
 	methods []string
 	path    string // without /v1; a final "/" takes what follows as an id
 	only    bool   // exactly this path, no twin with /v1
-	// endpoint is the canonical path of a request for a model, empty for
-	// routes that the gateway answers itself.
-	endpoint string
+	// endpoint takes requests for a model; nil for routes that the gateway answers
+	// itself.
+	endpoint *openai.Endpoint
 	answer   func(x *exchange, id string)
 	// job: it is there when the node has jobs, at all doors.
 	job bool
@@ -25,42 +27,33 @@ var (
 	probe = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 )
 
-// routes is the whole surface.
-var routes = []route{
-	{post, "/chat/completions", false, "/v1/chat/completions", nil, false},
-	{post, "/completions", false, "/v1/completions", nil, false},
-	{post, "/embeddings", false, "/v1/embeddings", nil, false},
+// routes is the whole surface: the endpoints, each with its twin, and what the
+// gateway answers itself.
+var routes = append(endpointRoutes(), []route{
+	{get, "/models", false, nil, (*exchange).listModels, false},
+	{get, "/models/", false, nil, (*exchange).showModel, false},
 
-	// Passed through: pool, breaker and failover before content, no more.
-	{post, "/responses", false, "/v1/responses", nil, false},
-	{post, "/messages", false, "/v1/messages", nil, false},
-	{post, "/messages/count_tokens", false, "/v1/messages/count_tokens", nil, false},
-	{post, "/rerank", false, "/v1/rerank", nil, false},
-	{post, "/score", false, "/v1/score", nil, false},
-	{post, "/classify", false, "/v1/classify", nil, false},
-	{post, "/pooling", false, "/v1/pooling", nil, false},
-	{post, "/moderations", false, "/v1/moderations", nil, false},
-	{post, "/images/generations", false, "/v1/images/generations", nil, false},
-	{post, "/audio/speech", false, "/v1/audio/speech", nil, false},
-	// Servers keep these two beside /v1.
-	{post, "/tokenize", false, "/tokenize", nil, false},
-	{post, "/detokenize", false, "/detokenize", nil, false},
+	{[]string{http.MethodPost, http.MethodGet, http.MethodHead}, "/jobs", false, nil, (*exchange).jobs, true},
+	{[]string{http.MethodGet, http.MethodHead, http.MethodDelete, http.MethodPost}, "/jobs/", false, nil, (*exchange).job, true},
 
-	{get, "/models", false, "", (*exchange).listModels, false},
-	{get, "/models/", false, "", (*exchange).showModel, false},
+	{probe, "/healthz/live", true, nil, (*exchange).live, false},
+	{probe, "/healthz/ready", true, nil, (*exchange).ready, false},
+	{probe, "/healthz/primary", true, nil, (*exchange).primary, false},
+	{probe, "/healthz/same-city", true, nil, (*exchange).sameCity, false},
+	{probe, "/healthz/remote", true, nil, (*exchange).remote, false},
+	{probe, "/healthz/quorum", true, nil, (*exchange).quorum, false},
+	{probe, "/livez", true, nil, (*exchange).live, false},
+	{probe, "/readyz", true, nil, (*exchange).ready, false},
+	{probe, "/health", true, nil, (*exchange).ready, false},
+}...)
 
-	{[]string{http.MethodPost, http.MethodGet, http.MethodHead}, "/jobs", false, "", (*exchange).jobs, true},
-	{[]string{http.MethodGet, http.MethodHead, http.MethodDelete, http.MethodPost}, "/jobs/", false, "", (*exchange).job, true},
-
-	{probe, "/healthz/live", true, "", (*exchange).live, false},
-	{probe, "/healthz/ready", true, "", (*exchange).ready, false},
-	{probe, "/healthz/primary", true, "", (*exchange).primary, false},
-	{probe, "/healthz/same-city", true, "", (*exchange).sameCity, false},
-	{probe, "/healthz/remote", true, "", (*exchange).remote, false},
-	{probe, "/healthz/quorum", true, "", (*exchange).quorum, false},
-	{probe, "/livez", true, "", (*exchange).live, false},
-	{probe, "/readyz", true, "", (*exchange).ready, false},
-	{probe, "/health", true, "", (*exchange).ready, false},
+func endpointRoutes() []route {
+	var list []route
+	for i := range openai.Endpoints {
+		e := &openai.Endpoints[i]
+		list = append(list, route{post, strings.TrimPrefix(e.Path, "/v1"), false, e, nil, false})
+	}
+	return list
 }
 
 func (rt *route) paths() []string {

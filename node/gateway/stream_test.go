@@ -25,7 +25,7 @@ func streamHead() serving.Head {
 
 func TestStreamFlushesEachEvent(t *testing.T) {
 	step := make(chan struct{})
-	b := open(t, serverFunc(func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		if err := s.Head(streamHead()); err != nil {
 			return err
 		}
@@ -72,7 +72,7 @@ func TestStreamFlushesEachEvent(t *testing.T) {
 func TestHeldHeaders(t *testing.T) {
 	release := make(chan struct{})
 	var result error
-	server := serverFunc(func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	server := serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		<-release
 		if result != nil {
 			return result
@@ -135,7 +135,7 @@ func TestHeldHeaders(t *testing.T) {
 // TestKeepAliveRacesContent lets the timer fire while content comes: whatever
 // the order, the comment never lands inside an event.
 func TestKeepAliveRacesContent(t *testing.T) {
-	b := open(t, serverFunc(func(ctx context.Context, _ *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(ctx context.Context, _ serving.Request, s serving.Sink) error {
 		wait, cancel := context.WithTimeout(ctx, time.Millisecond)
 		defer cancel()
 		<-wait.Done()
@@ -164,7 +164,7 @@ func TestKeepAliveRacesContent(t *testing.T) {
 }
 
 func TestFailureAfterHead(t *testing.T) {
-	b := open(t, serverFunc(func(_ context.Context, r *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(_ context.Context, r serving.Request, s serving.Sink) error {
 		h := serving.Head{Status: 200, Header: http.Header{"Content-Type": {"application/json"}}, Length: -1}
 		if r.Stream {
 			h = streamHead()
@@ -218,7 +218,7 @@ func TestPeerDoor(t *testing.T) {
 // ends for each, nothing is answered and nothing is left.
 func TestClientsHangUp(t *testing.T) {
 	var inside, left atomic.Int64
-	b := open(t, serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error {
 		if r.Choices == 2 { // half of them leave in the middle of a stream
 			if err := errors.Join(s.Head(streamHead()), s.Data([]byte("data: x\n\n"))); err != nil {
 				return err
@@ -257,7 +257,7 @@ func TestClientsHangUp(t *testing.T) {
 // TestClientThatDoesNotRead is let go when a write takes too long.
 func TestClientThatDoesNotRead(t *testing.T) {
 	stopped := make(chan error, 1)
-	b := open(t, serverFunc(func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+	b := open(t, serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		err := s.Head(streamHead())
 		event := []byte("data: " + strings.Repeat("x", 64<<10) + "\n\n")
 		for err == nil {

@@ -2,7 +2,6 @@ package jobs
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -20,25 +20,25 @@ import (
 )
 
 const (
-	// MaxResult bounds the answer that is kept of a job.
+	// MaxResult bounds the result of a job.
 	MaxResult = 16 << 20
 	// maxError bounds an error object, so that records stay small.
 	maxError = 16 << 10
 
 	backoffFirst = 2 * time.Second
 	backoffMost  = 5 * time.Minute
-	// journalWait is how soon a record is tried again that the journal had no
-	// room for, or a job whose permit was missing.
+	// journalWait is the pause before a record is written again that the journal refused,
+	// permitWait the pause before a job without a permit is tried again.
 	journalWait = time.Second
 	permitWait  = 250 * time.Millisecond
 )
 
-// attempt begins a job once more, and gives what comes after it. The record of
-// the start is on disk before anybody is asked; so an attempt that a crash cut
-// off counts, and a job that kills its node does so max_attempts times at most.
+// attempt runs a job once, and returns what happens to it next. The record of the start is
+// on disk before an upstream gets the request. So an attempt that a crash interrupts counts,
+// and a job that kills its node does so at most max_attempts times.
 //
-// ctx ends when the job is called off, work when the node is: what has to be
-// written is written all the same.
+// ctx ends when the job is cancelled, work when the node stops: records are still written
+// after ctx has ended.
 func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 	row, sub, next, ok := x.read(e)
 	if !ok {
@@ -48,7 +48,7 @@ func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 	if int(attempt) > x.o.config().MaxAttempts {
 		return x.exhausted(work, e, row)
 	}
-	p, err := x.streams.check(e.home)
+	p, err := x.streams.check(e.stream)
 	if err != nil {
 		x.block(e.lane, permitWait)
 		return again(permitWait)
@@ -59,7 +59,7 @@ func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 	rec := x.record(e, p.token, attempt)
 	rec.Kind = journal.Started
 	if _, err := x.o.Journal.Append(work, rec.Stream, []journal.Record{rec}); err != nil {
-		x.log.Warn("a job's start can't be written", "job", e.id, "err", err)
+		x.log.Warn("can't write the start of a job", "job", e.id, "err", err)
 		return again(journalWait)
 	}
 	e.attempts = attempt
@@ -71,11 +71,11 @@ func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 	return x.conclude(work, e, p.token, attempt, out, delay)
 }
 
-// read gives what is to be done; ok is false when nothing is.
+// read reads a job. If ok is false there is nothing to do now, and next is the next step.
 func (x *executor) read(e *entry) (row jobtable.Row, sub *journal.Submission, next step, ok bool) {
 	row, known, err := x.o.Table.Get(e.id)
 	if err != nil || !known {
-		x.log.Error("a job is not in the table", "job", e.id, "err", err)
+		x.log.Error("can't read the row of a job", "job", e.id, "err", err)
 		return row, nil, again(journalWait), false
 	}
 	rec, submitted := row.Submitted()
@@ -84,38 +84,47 @@ func (x *executor) read(e *entry) (row jobtable.Row, sub *journal.Submission, ne
 	}
 	opened, err := x.o.Sealer.OpenSubmission(&rec)
 	if err != nil {
-		x.log.Error("a job can't be read", "job", e.id, "err", err)
+		x.log.Error("can't decrypt a job", "job", e.id, "err", err)
 		return row, nil, again(10 * journalWait), false
 	}
 	return row, &opened, step{}, true
 }
 
-// record is one of this job's, in the stream that this node writes now.
+// parse reads the request of a job as the gateway does.
+func parse(sub *journal.Submission) (openai.Request, error) {
+	endpoint := openai.EndpointAt(sub.Endpoint)
+	if endpoint == nil {
+		return openai.Request{}, fmt.Errorf("unknown endpoint %s", sub.Endpoint)
+	}
+	return openai.Parse(endpoint, sub.Body)
+}
+
+// record makes a record of this job, in the stream that this node writes now.
 func (x *executor) record(e *entry, token journal.Token, attempt uint32) journal.Record {
-	s, _, _ := x.streams.current() // there is one before anything runs
+	s, _, _ := x.streams.current() // a stream exists before jobs run
 	return journal.Record{Stream: s, Token: token, Job: e.id, Attempt: attempt}
 }
 
-// ask runs the request and judges what came. out is nil for an attempt that is
-// to be repeated after delay, or that says nothing.
+// ask sends the request and classifies the answer. out is the job's end, delay says when to
+// try again. Both are nil if another owner or the next start of this node continues.
 func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p permit) (out *journal.Outcome, delay *journal.Delay, label string) {
-	req, err := x.o.Parse(sub.Endpoint, sub.Body)
-	if err != nil { // it was parsed when it was accepted, by an older or newer version perhaps
-		return x.failed(0, wordsOf("invalid_request_error", "invalid_body", err.Error())), nil, "invalid"
+	parsed, err := parse(sub)
+	if err != nil { // another version of dsnode may have accepted it
+		return x.failed(0, errorObject(openai.InvalidRequest, "invalid_body", err.Error())), nil, "invalid"
 	}
-	req.ID = fmt.Sprintf("%s-%d", e.id, e.attempts)
-	req.Header = http.Header{"Accept": {"application/json"}}
-	req.Principal = serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models}
+	req := serving.Request{
+		Request: parsed, ID: fmt.Sprintf("%s-%d", e.id, e.attempts), Header: http.Header{"Accept": {"application/json"}},
+		Principal: serving.Principal{KeyID: sub.KeyID, Tenant: sub.Tenant, Models: sub.Models},
+	}
 
 	asking, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var late atomic.Bool
-	permitted := func() bool { return x.streams.still(asking, e.home, p) }
+	permitted := func() bool { return x.streams.still(asking, e.stream, p) }
 	if !permitted() { // writing the start took too long
 		return nil, &journal.Delay{Error: lostPermit}, "no_permit"
 	}
-	// A connection is there: what follows is the request itself. Each upstream
-	// that is asked counts as a start.
+	// After GotConn the request is sent. Each upstream that gets it counts as a start.
 	asking = httptrace.WithClientTrace(asking, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) {
 		if !permitted() {
 			late.Store(true)
@@ -128,7 +137,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	switch {
 	case late.Load():
 		x.metrics.late.Inc()
-		x.log.Warn("a start was not permitted any more; its result does not count", "job", e.id, "attempt", e.attempts)
+		x.log.Warn("a start was no longer permitted, its result is not used", "job", e.id, "attempt", e.attempts)
 		return nil, &journal.Delay{Error: lostPermit}, "late"
 	case errors.Is(cause, errLateResult), errors.Is(cause, errSuperseded):
 		return nil, nil, "superseded"
@@ -137,22 +146,22 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	case errors.Is(cause, errCancelAsked):
 		return &journal.Outcome{Status: journal.Cancelled}, nil, "cancelled"
 	case cause != nil:
-		return nil, nil, "cut_off" // the next start of this node goes on
+		return nil, nil, "cut_off" // this node continues after its next start
 	}
-	v := judge(err)
+	v := classify(err)
 	if !v.again {
-		return x.failed(v.code, v.words), nil, "failed"
+		return x.failed(v.code, v.object), nil, "failed"
 	}
-	return nil, &journal.Delay{Error: v.words, NotBefore: time.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
+	return nil, &journal.Delay{Error: v.object, NotBefore: time.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
 }
 
-var lostPermit = wordsOf("server_error", "late_start", "The node lost its permit to run the job.")
+var lostPermit = errorObject(openai.ServerError, "late_start", "The node lost its permit to run the job.")
 
-func (x *executor) failed(code int, words string) *journal.Outcome {
-	return &journal.Outcome{Status: journal.Failed, Code: code, Error: words}
+func (x *executor) failed(code int, object string) *journal.Outcome {
+	return &journal.Outcome{Status: journal.Failed, Code: code, Error: object}
 }
 
-// conclude writes how an attempt ended.
+// conclude writes the end of an attempt.
 func (x *executor) conclude(work context.Context, e *entry, token journal.Token, attempt uint32, out *journal.Outcome, delay *journal.Delay) step {
 	x.mu.Lock()
 	late := e.running.late
@@ -161,11 +170,11 @@ func (x *executor) conclude(work context.Context, e *entry, token journal.Token,
 	if late != nil {
 		adopted, err := x.o.Sealer.OpenOutcome(late)
 		if err != nil {
-			x.log.Error("a late result can't be read; it counts as it is", "job", e.id, "err", err)
+			x.log.Error("can't decrypt the result of an earlier owner, it is not written again", "job", e.id, "err", err)
 			return finished
 		}
 		adopted.Adopted = true
-		x.log.Info("took over the result of an earlier owner", "job", e.id)
+		x.log.Info("kept the result of an earlier owner", "job", e.id)
 		return x.finish(work, e, token, attempt, &adopted)
 	}
 	if delay != nil {
@@ -188,7 +197,7 @@ func (x *executor) conclude(work context.Context, e *entry, token journal.Token,
 	return leftAlone
 }
 
-// finish writes a job's end, under the token that it was begun with.
+// finish writes the end of a job, with the token of its start.
 func (x *executor) finish(work context.Context, e *entry, token journal.Token, attempt uint32, out *journal.Outcome) step {
 	if !out.Adopted {
 		out.Site = x.o.Site
@@ -199,24 +208,24 @@ func (x *executor) finish(work context.Context, e *entry, token journal.Token, a
 	rec := x.record(e, token, attempt)
 	err := x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	if errors.Is(err, journal.ErrTooLarge) {
-		out = x.failed(out.Code, wordsOf("server_error", "result_too_large", "The result is too large to be kept."))
+		out = x.failed(out.Code, errorObject(openai.ServerError, "result_too_large", "The result is too large to be stored."))
 		err = x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })
 	}
 	if err != nil {
-		x.log.Error("a job's end can't be written; it will be run again", "job", e.id, "err", err)
+		x.log.Error("can't write the end of a job, it will run again", "job", e.id, "err", err)
 		return leftAlone
 	}
 	x.log.Debug("job ended", "job", e.id, "status", out.Status, "attempt", attempt)
 	return finished
 }
 
-// end ends a job that does not run: it is cancelled or its time is over.
+// end writes the end of a job that does not run, because it was cancelled or has expired.
 func (x *executor) end(work context.Context, e *entry) step {
 	row, _, next, ok := x.read(e)
 	if !ok {
 		return next
 	}
-	p, err := x.streams.check(e.home)
+	p, err := x.streams.check(e.stream)
 	if err != nil || !p.inTime() {
 		x.block(e.lane, permitWait)
 		return again(permitWait)
@@ -232,24 +241,24 @@ func (x *executor) end(work context.Context, e *entry) step {
 	return x.finish(work, e, p.token, row.Attempts(), out)
 }
 
-// exhausted ends a job whose last attempt was cut off by the end of its node.
+// exhausted ends a job whose last allowed attempt was interrupted by the end of its node.
 func (x *executor) exhausted(work context.Context, e *entry, row jobtable.Row) step {
-	p, err := x.streams.check(e.home)
+	p, err := x.streams.check(e.stream)
 	if err != nil || !p.inTime() {
 		x.block(e.lane, permitWait)
 		return again(permitWait)
 	}
-	words := x.lastError(row)
-	if words == "" {
-		words = wordsOf("server_error", "attempts_exhausted", "The job was begun as often as is allowed, and never came to an end.")
+	object := x.lastError(row)
+	if object == "" {
+		object = errorObject(openai.ServerError, "attempts_exhausted", "The job was started as often as max_attempts allows and never ended.")
 	}
 	x.mu.Lock()
 	e.running.token, e.running.writing = p.token, true
 	x.mu.Unlock()
-	return x.finish(work, e, p.token, row.Attempts(), x.failed(0, words))
+	return x.finish(work, e, p.token, row.Attempts(), x.failed(0, object))
 }
 
-// lastError is that of the attempt before, empty when there was none.
+// lastError is the error of the previous attempt; empty: there is none.
 func (x *executor) lastError(row jobtable.Row) string {
 	current, ok := row.Current()
 	if !ok || current.Kind != journal.Retrying {
@@ -262,9 +271,9 @@ func (x *executor) lastError(row jobtable.Row) string {
 	return delay.Error
 }
 
-// write seals and appends a record, for as long as it takes: a result is worth
-// more than the room of a goroutine. It gives up when the node ends, or the
-// journal has failed for good.
+// write encrypts and appends a record. It tries again as long as the journal is full or the
+// node has no data key, because a lost result costs more than a waiting goroutine. It gives
+// up when the node stops or the journal has failed.
 func (x *executor) write(work context.Context, r *journal.Record, seal func() error) error {
 	for {
 		err := seal()
@@ -275,11 +284,11 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 		switch {
 		case err == nil:
 			return nil
-		case errors.Is(err, journal.ErrFrozen) && now != r.Stream: // a new one was begun meanwhile
+		case errors.Is(err, journal.ErrFrozen) && now != r.Stream: // this node began a new stream meanwhile
 			r.Stream = now
 			continue
 		case errors.Is(err, journal.ErrFull), errors.Is(err, keyring.ErrNoDataKey):
-			x.log.Warn("a job's record has to wait", "job", r.Job, "err", err)
+			x.log.Warn("can't write a record of a job yet", "job", r.Job, "err", err)
 		default:
 			return err
 		}
@@ -289,46 +298,46 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 	}
 }
 
-// backoff is exponential, with half of it random.
+// backoff is exponential, and half of it is random.
 func backoff(attempt uint32) time.Duration {
 	d := backoffMost
 	if n := attempt - 1; n < 10 {
 		d = min(d, backoffFirst<<n)
 	}
-	return d/2 + rand.N(d/2+1) //nolint:gosec // it spreads load, nothing more
+	return d/2 + rand.N(d/2+1) //nolint:gosec // not a secret
 }
 
-// verdict is what an error of the pipeline means for a job.
+// verdict says what an error of the pipeline means for a job.
 type verdict struct {
-	again bool
-	after time.Duration // at least
-	code  int
-	words string // OpenAI's error object, JSON
+	again  bool          // the job may be tried again
+	after  time.Duration // not before
+	code   int
+	object string // OpenAI's error object, JSON
 }
 
-func judge(err error) verdict {
+func classify(err error) verdict {
 	var (
 		status *serving.StatusError
 		busy   *serving.BusyError
 	)
 	switch {
 	case errors.Is(err, errTooLarge):
-		return verdict{code: http.StatusOK, words: wordsOf("server_error", "result_too_large", "The result is larger than the 16 MiB that are kept.")}
+		return verdict{code: http.StatusOK, object: errorObject(openai.ServerError, "result_too_large", "The result is larger than the limit of 16 MiB.")}
 	case errors.As(err, &status):
-		v := verdict{code: status.Status, words: upstreamWords(status)}
+		v := verdict{code: status.Status, object: upstreamError(status)}
 		switch s := status.Status; {
 		case s == http.StatusTooManyRequests, s == http.StatusRequestTimeout, s == http.StatusConflict, s == http.StatusTooEarly, s >= http.StatusInternalServerError:
 			v.again, v.after = true, retryAfter(status.Header)
 		}
 		return v
 	case errors.As(err, &busy):
-		return verdict{again: true, after: busy.RetryAfter, words: wordsOf("overloaded_error", "no_upstream", "No model server could answer.")}
+		return verdict{again: true, after: busy.RetryAfter, object: errorObject(openai.Overloaded, "no_upstream", "No model server could answer.")}
 	case errors.Is(err, serving.ErrUnknownModel):
-		return verdict{code: http.StatusNotFound, words: wordsOf("invalid_request_error", "model_not_found", "The model does not exist any more, or the key may not use it.")}
+		return verdict{code: http.StatusNotFound, object: errorObject(openai.InvalidRequest, "model_not_found", "The model does not exist any more, or the key may not use it.")}
 	case errors.Is(err, serving.ErrTimeout):
-		return verdict{again: true, words: wordsOf("timeout_error", "upstream_timeout", "The model server did not answer in time.")}
+		return verdict{again: true, object: errorObject(openai.TimeoutError, "upstream_timeout", "The model server did not answer in time.")}
 	}
-	return verdict{again: true, words: wordsOf("server_error", "upstream_failed", "The model server failed to answer: "+err.Error())}
+	return verdict{again: true, object: errorObject(openai.ServerError, "upstream_failed", "The model server failed to answer: "+err.Error())}
 }
 
 func retryAfter(h map[string][]string) time.Duration {
@@ -339,42 +348,30 @@ func retryAfter(h map[string][]string) time.Duration {
 	return min(time.Duration(n)*time.Second, time.Hour)
 }
 
-// upstreamWords is the error object of an upstream's refusal, or one made of its
-// text.
-func upstreamWords(e *serving.StatusError) string {
-	var shaped struct {
-		Error json.RawMessage `json:"error"`
-	}
-	if err := json.Unmarshal(e.Body, &shaped); err == nil && len(shaped.Error) > 0 && shaped.Error[0] == '{' && len(shaped.Error) <= maxError {
-		return string(shaped.Error)
+// upstreamError is the error object in an upstream's answer, or one made from its text.
+func upstreamError(e *serving.StatusError) string {
+	if object, ok := openai.ErrorObject(e.Body); ok && len(object) <= maxError {
+		return string(object)
 	}
 	text := string(e.Body)
 	if text == "" {
 		text = e.Error()
 	}
-	return wordsOf("server_error", "upstream_refused", text)
+	return errorObject(openai.ServerError, "upstream_refused", text)
 }
 
-// wordsOf is an error object in OpenAI's shape.
-func wordsOf(kind, code, message string) string {
-	if len(message) > maxError/8 { // escaped it may be six times as long
+// errorObject is an error object in OpenAI's format.
+func errorObject(kind, code, message string) string {
+	if len(message) > maxError/8 { // JSON escapes can make it six times as long
 		message = message[:maxError/8]
 	}
-	b, err := json.Marshal(struct {
-		Message string  `json:"message"`
-		Type    string  `json:"type"`
-		Param   *string `json:"param"`
-		Code    string  `json:"code"`
-	}{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code})
-	if err != nil { // strings always marshal
-		panic(err)
-	}
-	return string(b)
+	e := openai.Error{Message: strings.ToValidUTF8(message, "�"), Type: kind, Code: code}
+	return string(e.Object())
 }
 
 var errTooLarge = errors.New("the result is too large")
 
-// collector is a sink that keeps the answer.
+// collector is a sink that collects the answer.
 type collector struct {
 	head serving.Head
 	body []byte
@@ -385,7 +382,7 @@ func (c *collector) Head(h serving.Head) error {
 	c.head = h
 	switch {
 	case h.Stream:
-		return errors.New("a stream came for a job")
+		return errors.New("the answer to a job is a stream")
 	case h.Length > MaxResult:
 		return errTooLarge
 	case h.Length > 0:

@@ -9,12 +9,12 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// cancelWait is how long Cancel waits for the job's end, so that a job that
-// waits here is shown as cancelled at once.
+// cancelWait is how long Cancel waits until the job has ended. A job that waits at this
+// node ends within that time.
 const cancelWait = time.Second
 
-// Cancel asks the job's owner to end it, and gives it as it is then: a job that
-// runs elsewhere may still be running. Of a job that is done it changes nothing.
+// Cancel asks the owner of the job to cancel it, and returns the job's state then: a job of
+// another node may still be running. A job that has ended is not changed.
 func (j *Jobs) Cancel(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
 	row, v, _, err := j.find(who, id)
 	if err != nil || v.Status.Final() || row.Status().Final() {
@@ -37,7 +37,7 @@ func (j *Jobs) Cancel(ctx context.Context, who Caller, id journal.JobID) (*View,
 	}
 }
 
-// Delete takes a job away that is done. The error is ErrNotFinal for another.
+// Delete deletes a job that has ended. The error is ErrNotFinal for another job.
 func (j *Jobs) Delete(ctx context.Context, who Caller, id journal.JobID) error {
 	_, v, _, err := j.find(who, id)
 	switch {
@@ -49,9 +49,9 @@ func (j *Jobs) Delete(ctx context.Context, who Caller, id journal.JobID) error {
 	return j.note(ctx, id, journal.Deleted)
 }
 
-// Retry submits a job again that has failed, expired or was cancelled, as a new
-// job with the same request and wishes. The key that submitted it must have had
-// the rights; the new one runs with the caller's, when it is of the tenant.
+// Retry submits a job that failed, expired or was cancelled again, as a new job with the
+// same request and options. The new job has the rights of the caller, or those of the
+// original job's key if the caller is an operator.
 func (j *Jobs) Retry(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
 	_, v, sub, err := j.find(who, id)
 	switch {
@@ -72,7 +72,7 @@ func (j *Jobs) Retry(ctx context.Context, who Caller, id journal.JobID) (*View, 
 	return j.Submit(ctx, &r)
 }
 
-// note writes a record without payload about a job, whoever owns it.
+// note writes a record without payload about a job that any node may own.
 func (j *Jobs) note(ctx context.Context, id journal.JobID, kind journal.Kind) error {
 	s, token, begun := j.streams.current()
 	if !begun || j.closed.Load() {

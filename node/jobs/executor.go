@@ -13,28 +13,28 @@ import (
 )
 
 const (
-	// againWhenBlocked is how soon it is looked again whether jobs may start that
-	// had no permit or no room.
+	// againWhenBlocked is the pause before jobs are tried again that had no permit, or no
+	// free concurrency.
 	againWhenBlocked = 50 * time.Millisecond
-	// maxEndings bounds the records that are being written at one time for jobs
-	// that end without running.
+	// maxEndings bounds the records that are written at the same time for jobs that end
+	// without running.
 	maxEndings = 64
-	// foreignHomeWait is how long a job that was accepted in several sites under
-	// one key is left to the site that was first, before another runs it too.
-	foreignHomeWait = time.Minute
+	// duplicateWait is how long a job that several sites accepted under one key is left to
+	// the site that was first. Then this node runs it too.
+	duplicateWait = time.Minute
 )
 
-// Why a running job is called off.
+// Reasons to cancel a running attempt.
 var (
 	errCancelAsked = errors.New("a client asked to cancel the job")
-	errSuperseded  = errors.New("the job was ended by another owner")
-	errLateResult  = errors.New("a result of an earlier owner came")
-	errLateStart   = errors.New("the start was not permitted any more when it happened")
+	errSuperseded  = errors.New("another owner ended the job")
+	errLateResult  = errors.New("a result of an earlier owner arrived")
+	errLateStart   = errors.New("the start was no longer permitted")
 	errStopping    = errors.New("the node is stopping")
 )
 
-// executor runs the jobs of the streams that this node owns. One goroutine, in
-// run, decides what starts; each attempt has one of its own (attempt.go).
+// executor runs the jobs of the streams that this node owns. One goroutine (run) decides
+// which job starts. Each attempt has its own goroutine (attempt.go).
 type executor struct {
 	o       *Options
 	log     *slog.Logger
@@ -45,23 +45,23 @@ type executor struct {
 
 	mu sync.Mutex // guards all below
 	q  queue
-	// pending are submissions that are being written here; observe takes them
-	// over when the table shows them.
+	// pending are submissions that are being written. observe moves them to q when the table
+	// has their rows.
 	pending      map[journal.JobID]*entry
 	pendingBytes int64
-	dirty        map[journal.JobID]struct{} // rows to look at; of jobs in q or of its lanes
-	endings      []*entry                   // taken out of q's order, to be ended
+	dirty        map[journal.JobID]struct{} // changed rows to read, of jobs in q or of its lanes
+	endings      []*entry                   // held jobs that are to be ended
 	running      int
 	ending       int
 	stopped      bool
 }
 
-// run is one start of a job.
+// run is a running attempt, or the writing of an end.
 type run struct {
 	cancel  context.CancelCauseFunc
 	token   journal.Token
-	writing bool            // its end is being written
-	late    *journal.Record // the result of an earlier owner
+	writing bool            // the job's end is being written
+	late    *journal.Record // a result of an earlier owner
 }
 
 func newExecutor(o *Options, m *metrics, s *streams) *executor {
@@ -78,7 +78,7 @@ func (x *executor) nudge() {
 	}
 }
 
-// run starts and ends jobs until ctx ends, then gives those that run their time.
+// run starts and ends jobs until ctx ends. Then running jobs get Options.Grace.
 func (x *executor) run(ctx context.Context) error {
 	work, abandon := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer abandon(errStopping)
@@ -109,16 +109,17 @@ func (x *executor) stop(abandon context.CancelCauseFunc) {
 	grace.Stop()
 }
 
-// round does what there is to do now, and says when to look again at the latest.
+// round starts and ends the jobs that are due, and returns the time until the next round at
+// the latest.
 func (x *executor) round(work context.Context) time.Duration {
-	x.lookAtRows()
+	x.readDirty()
 	usable := x.usableLanes()
 	most, spare := x.o.config().Running(), x.o.Spare()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	now := time.Now()
 	may := func(l *lane) bool { return usable[l] }
-	for _, e := range x.q.ripen(now, may) {
+	for _, e := range x.q.popDue(now, may) {
 		x.toEnd(e)
 	}
 	x.endSome(work, may)
@@ -144,8 +145,8 @@ func (x *executor) ready() bool {
 	return slices.ContainsFunc(x.q.lanes, func(l *lane) bool { return l.size > 0 })
 }
 
-// usableLanes asks for a permit of each lane, so that jobs are not taken out of
-// their order for nothing. The permit that counts is taken at the start.
+// usableLanes are the lanes for which this node has a permit now, so that jobs without one
+// stay in order. The permit of an attempt is taken later.
 func (x *executor) usableLanes() map[*lane]bool {
 	x.mu.Lock()
 	lanes := slices.DeleteFunc(slices.Clone(x.q.lanes), func(l *lane) bool { return l.gone || l.jobs == 0 })
@@ -166,7 +167,7 @@ func (x *executor) blockedUntil(l *lane) time.Time {
 	return l.blocked
 }
 
-// start and endSome are called with mu held.
+// start starts an attempt; mu is held.
 func (x *executor) start(work context.Context, e *entry) {
 	ctx, cancel := context.WithCancelCause(work)
 	e.running = &run{cancel: cancel}
@@ -182,6 +183,7 @@ func (x *executor) start(work context.Context, e *entry) {
 	})
 }
 
+// endSome writes the ends of held jobs; mu is held.
 func (x *executor) endSome(work context.Context, may func(*lane) bool) {
 	later := x.endings[:0]
 	for _, e := range x.endings {
@@ -193,7 +195,7 @@ func (x *executor) endSome(work context.Context, may func(*lane) bool) {
 			continue
 		}
 		e.toEnd = false
-		e.running = &run{cancel: func(error) {}} // it is short
+		e.running = &run{cancel: func(error) {}} // writing a record is not cancelled
 		x.ending++
 		x.work.Go(func() {
 			next := x.end(work, e)
@@ -208,7 +210,7 @@ func (x *executor) endSome(work context.Context, may func(*lane) bool) {
 	x.endings = later
 }
 
-// step is what comes of an entry after an attempt: it is done with, or waits.
+// step says what happens to an entry after an attempt: it is done, or waits again.
 type step struct {
 	done      bool
 	notBefore time.Time
@@ -216,18 +218,18 @@ type step struct {
 
 var (
 	finished = step{done: true}
-	// leftAlone: another owner has it, or the next start of this node.
+	// leftAlone: another owner has the job, or this node continues with it after a restart.
 	leftAlone = step{done: true}
 )
 
 func again(in time.Duration) step { return step{notBefore: time.Now().Add(in)} }
 
-// settle puts an entry back or forgets it; mu is held.
+// settle queues an entry again or drops it; mu is held.
 func (x *executor) settle(e *entry, next step) {
 	e.running = nil
 	if next.done || e.lane.gone || x.q.byID[e.id] != e {
 		x.q.drop(e)
-		if !next.done { // the stream may have come back meanwhile, as another lane
+		if !next.done { // the stream may be this node's again, with a new lane
 			x.dirty[e.id] = struct{}{}
 		}
 		return
@@ -240,7 +242,8 @@ func (x *executor) settle(e *entry, next step) {
 	x.q.wait(e, time.Now())
 }
 
-// reserve takes room for a submission, false when there is none.
+// reserve reserves a place in the queue for a submission. It is false when a bound is
+// reached.
 func (x *executor) reserve(e *entry, maxJobs int, maxBytes int64) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -252,7 +255,7 @@ func (x *executor) reserve(e *entry, maxJobs int, maxBytes int64) bool {
 	return true
 }
 
-// release gives back the room of a submission that was not written.
+// release frees the place of a submission.
 func (x *executor) release(e *entry) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -268,8 +271,8 @@ func (x *executor) takePending(id journal.JobID) *entry {
 	return e
 }
 
-// observe sees each change of a row, in the table's own goroutines: it only
-// notes what has to be looked at.
+// observe is called with each changed row, by goroutines of the table. It queues new
+// submissions and notes which rows the executor must read.
 func (x *executor) observe(row jobtable.Row) {
 	id := row.ID()
 	status := row.Status()
@@ -277,7 +280,7 @@ func (x *executor) observe(row jobtable.Row) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if e := x.takePending(id); e != nil && !over {
-		if e.lane = x.q.lane(e.home); e.lane != nil && x.q.byID[id] == nil {
+		if e.lane = x.q.lane(e.stream); e.lane != nil && x.q.byID[id] == nil {
 			x.q.add(e, time.Now())
 			x.nudge()
 			return
@@ -295,8 +298,7 @@ func (x *executor) observe(row jobtable.Row) {
 	x.nudge()
 }
 
-// laneOf is the lane of the first of a job's homes that is this node's to
-// execute; mu is held.
+// laneOf is the lane of the job's first stream that this node executes; mu is held.
 func (x *executor) laneOf(row jobtable.Row) *lane {
 	for _, s := range row.AcceptedBy() {
 		if l := x.q.lane(s); l != nil && !l.gone {
@@ -306,8 +308,8 @@ func (x *executor) laneOf(row jobtable.Row) *lane {
 	return nil
 }
 
-// lookAtRows brings the entries in line with the rows that have changed.
-func (x *executor) lookAtRows() {
+// readDirty reads the changed rows and updates their entries.
+func (x *executor) readDirty() {
 	x.mu.Lock()
 	ids := make([]journal.JobID, 0, len(x.dirty))
 	for id := range x.dirty {
@@ -318,16 +320,16 @@ func (x *executor) lookAtRows() {
 	for _, id := range ids {
 		row, known, err := x.o.Table.Get(id)
 		if err != nil {
-			x.log.Error("read a job", "job", id, "err", err)
+			x.log.Error("can't read the row of a job", "job", id, "err", err)
 			continue
 		}
 		if known {
-			x.lookAt(row)
+			x.update(row)
 		}
 	}
 }
 
-func (x *executor) lookAt(row jobtable.Row) {
+func (x *executor) update(row jobtable.Row) {
 	id, status := row.ID(), row.Status()
 	over := status == "" || status.Final()
 	_, asked := row.CancelAsked()
@@ -341,24 +343,24 @@ func (x *executor) lookAt(row jobtable.Row) {
 		return
 	}
 	if err := x.admit(row, l); err != nil {
-		x.log.Error("a job can't be read; it is tried again", "job", id, "err", err)
+		x.log.Error("can't read a job, will try again", "job", id, "err", err)
 		x.mu.Lock()
 		l.incomplete = true
 		x.mu.Unlock()
 	}
 }
 
-// change acts on what others have written of a job; mu is held.
+// change reacts to a job's new records; mu is held.
 func (x *executor) change(e *entry, row jobtable.Row, over, asked bool) {
 	e.cancel = e.cancel || asked
 	r := e.running
 	switch {
-	case r != nil && r.writing: // most likely what was seen is its own doing
+	case r != nil && r.writing: // the records are most likely this node's own
 	case over && r == nil:
 		x.q.drop(e)
 	case over:
-		// What an earlier owner has finished may have been shown to a client, and
-		// stays. A later owner has said its own word.
+		// A client may have seen the result of an earlier owner, so it is kept: this node
+		// writes it again. A later owner's result counts as it is.
 		if current, ok := row.Current(); ok && current.Token.Compare(r.token) < 0 && r.token != (journal.Token{}) {
 			r.late = &current
 			r.cancel(errLateResult)
@@ -372,7 +374,7 @@ func (x *executor) change(e *entry, row jobtable.Row, over, asked bool) {
 	}
 }
 
-// toEnd takes a waiting job out of the order, to be ended; mu is held.
+// toEnd holds a waiting job so that endSome ends it; mu is held.
 func (x *executor) toEnd(e *entry) {
 	x.q.hold(e)
 	if !e.toEnd {
@@ -381,7 +383,7 @@ func (x *executor) toEnd(e *entry) {
 	}
 }
 
-// admit makes an entry of a row that was not submitted here just now.
+// admit makes an entry for a row that is not a new submission at this node.
 func (x *executor) admit(row jobtable.Row, l *lane) error {
 	rec, ok := row.Submitted()
 	if !ok {
@@ -392,7 +394,7 @@ func (x *executor) admit(row jobtable.Row, l *lane) error {
 		return err
 	}
 	e := newEntry(rec.Job, &sub)
-	e.lane, e.home, e.created, e.attempts = l, l.stream, rec.Clock, row.Attempts()
+	e.lane, e.stream, e.created, e.attempts = l, l.stream, rec.Clock, row.Attempts()
 	_, e.cancel = row.CancelAsked()
 	if current, ok := row.Current(); ok && current.Kind == journal.Retrying {
 		delay, err := x.o.Sealer.OpenDelay(&current)
@@ -402,7 +404,7 @@ func (x *executor) admit(row jobtable.Row, l *lane) error {
 		e.notBefore = delay.NotBefore
 	}
 	if rec.Stream != l.stream {
-		e.notBefore = time.Now().Add(foreignHomeWait)
+		e.notBefore = time.Now().Add(duplicateWait)
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -418,7 +420,7 @@ func (x *executor) admit(row jobtable.Row, l *lane) error {
 	return nil
 }
 
-// newEntry has all that the submission says; lane, home and created are missing.
+// newEntry makes an entry from a submission. The caller sets lane and stream.
 func newEntry(id journal.JobID, sub *journal.Submission) *entry {
 	return &entry{
 		id: id, priority: min(max(sub.Priority, 0), len(lane{}.levels)-1), tenant: sub.Tenant,
@@ -427,7 +429,7 @@ func newEntry(id journal.JobID, sub *journal.Submission) *entry {
 	}
 }
 
-// open begins a lane. What is in the stream already comes with load.
+// open adds a lane for a stream. load adds the jobs that are already in the stream.
 func (x *executor) open(s journal.Stream) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -438,7 +440,7 @@ func (x *executor) open(s journal.Stream) {
 	x.q.lanes = append(x.q.lanes, &lane{stream: s})
 }
 
-// load takes in the jobs of a stream that are not done.
+// load admits the jobs of a stream that have not ended.
 func (x *executor) load(s journal.Stream) (jobs int, err error) {
 	x.mu.Lock()
 	l := x.q.lane(s)
@@ -446,7 +448,7 @@ func (x *executor) load(s journal.Stream) (jobs int, err error) {
 	var errs error
 	err = x.o.Table.Live(s, func(row jobtable.Row) bool {
 		if bad := x.admit(row, l); bad != nil {
-			errs = bad // the others are read all the same
+			errs = bad // the other jobs are still read
 			return true
 		}
 		jobs++
@@ -455,8 +457,8 @@ func (x *executor) load(s journal.Stream) (jobs int, err error) {
 	return jobs, errors.Join(err, errs)
 }
 
-// leave forgets a lane that has another owner now. What runs, runs on: its
-// result counts as a late one.
+// leave removes the lane of a stream that has another owner now. Running attempts continue:
+// their results count as late ones.
 func (x *executor) leave(s journal.Stream) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -473,7 +475,7 @@ func (x *executor) leave(s journal.Stream) {
 	x.q.lanes = slices.DeleteFunc(x.q.lanes, func(o *lane) bool { return o == l })
 }
 
-// has reports whether a stream was taken over.
+// has reports whether the stream has a lane.
 func (x *executor) has(s journal.Stream) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -481,7 +483,7 @@ func (x *executor) has(s journal.Stream) bool {
 	return l != nil && !l.gone
 }
 
-// live is how many jobs of a stream are held here.
+// live counts the jobs of a stream in the queue, and its pending submissions.
 func (x *executor) live(s journal.Stream) int {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -490,21 +492,21 @@ func (x *executor) live(s journal.Stream) int {
 		n = l.jobs
 	}
 	for _, e := range x.pending {
-		if e.home == s {
+		if e.stream == s {
 			n++
 		}
 	}
 	return n
 }
 
-// block keeps a lane from being tried for a moment.
+// block makes a lane unusable for d.
 func (x *executor) block(l *lane, d time.Duration) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	l.blocked = time.Now().Add(d)
 }
 
-// incomplete marks a lane to be loaded again.
+// incomplete marks a lane for loadAgain.
 func (x *executor) incomplete(s journal.Stream) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -513,7 +515,7 @@ func (x *executor) incomplete(s journal.Stream) {
 	}
 }
 
-// loadAgain reads lanes again of which some jobs could not be read.
+// loadAgain loads the incomplete lanes again.
 func (x *executor) loadAgain() {
 	x.mu.Lock()
 	var again []journal.Stream

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -23,7 +24,7 @@ func inBubble(t *testing.T, f func(t *testing.T, w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.limit, w.poll = 3*time.Hour, 50*time.Millisecond // the time costs nothing here
+		w.limit, w.poll = 3*time.Hour, 50*time.Millisecond // virtual time
 		f(t, w)
 		w.stop()
 	})
@@ -36,12 +37,12 @@ func refusing(status int, header http.Header, body string) error {
 func TestRetries(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
-		errs     []error // of the first attempts; then it succeeds
+		errs     []error // of the first attempts; the next one succeeds
 		want     journal.Status
 		attempts uint32
 		least    time.Duration // from the first start to the end
 		most     time.Duration
-		words    string
+		text     string
 	}{
 		{"at once", nil, journal.Succeeded, 1, 0, time.Second, ""},
 		{"5xx twice", []error{refusing(500, nil, ""), refusing(503, nil, "")}, journal.Succeeded, 3, 3 * time.Second, 7 * time.Second, ""},
@@ -58,7 +59,7 @@ func TestRetries(t *testing.T) {
 			inBubble(t, func(t *testing.T, w *world) {
 				n := 0
 				var first time.Time
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if n++; n == 1 {
 						first = time.Now()
 					}
@@ -74,7 +75,7 @@ func TestRetries(t *testing.T) {
 				if v.Attempts != tc.attempts || took < tc.least-time.Second || took > tc.most {
 					t.Errorf("%d attempts in %s; want %d in %s to %s", v.Attempts, took, tc.attempts, tc.least, tc.most)
 				}
-				if !strings.Contains(v.Error, tc.words) || (v.Error == "") != (tc.words == "") {
+				if !strings.Contains(v.Error, tc.text) || (v.Error == "") != (tc.text == "") {
 					t.Errorf("error is %q", v.Error)
 				}
 			})
@@ -99,7 +100,7 @@ func TestExpiry(t *testing.T) {
 		if got := w.get(stays).Status; got != journal.Queued {
 			t.Errorf("the other job is %s", got)
 		}
-		// Who may not act for a job may not end it either.
+		// A node without a permit for a job can't end it either.
 		w.agreed.lease(false)
 		w.until("a new stream", func() bool { s, _, _ := w.streams.current(); return w.streams.island(s) })
 		synctest.Wait()
@@ -112,16 +113,32 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
-// TestOrder: the highest priority first, then tenants in turn, then age.
+// TestUnreadableRequest: a request that this version can't read fails, with the reason.
+func TestUnreadableRequest(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	for want, change := range map[string]func(*Request){
+		"unknown endpoint /v1/gone":      func(r *Request) { r.Endpoint = "/v1/gone" },
+		"the body must be a JSON object": func(r *Request) { r.Body = []byte("7") },
+	} {
+		id := w.submit(change).ID
+		w.await(id, journal.Failed)
+		if got := string(w.get(id).Error); !strings.Contains(got, want) || !strings.Contains(got, "invalid_body") {
+			t.Errorf("error %s, want %q", got, want)
+		}
+	}
+}
+
+// TestOrder: by priority, then tenants in turn, then the oldest first.
 func TestOrder(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 1 })
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 1 })
 		w.spare.Store(0)
 		var mu sync.Mutex
 		var order []string
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			mu.Lock()
-			order = append(order, string(r.Body))
+			order = append(order, strings.TrimSuffix(strings.TrimPrefix(string(r.Body), `{"model":"m","user":"`), `"}`))
 			mu.Unlock()
 			return answering("{}")(ctx, r, s)
 		}
@@ -132,11 +149,11 @@ func TestOrder(t *testing.T) {
 		}{
 			{"a1", "a", 5}, {"a2", "a", 5}, {"a3", "a", 5}, {"b1", "b", 5}, {"low", "b", 0}, {"b2", "b", 5}, {"high", "a", 9},
 		} {
-			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = []byte(j.body), j.tenant, j.priority })
+			w.submit(func(r *Request) { r.Body, r.Who.Tenant, r.Priority = marked(j.body), j.tenant, j.priority })
 			time.Sleep(5 * time.Millisecond)
 		}
 		w.spare.Store(1000)
-		w.until("all have run", func() bool { return w.Counts().Succeeded == 7 })
+		w.until("all have run", func() bool { return w.counts().Succeeded == 7 })
 		if got, want := strings.Join(order, " "), "high a1 b1 a2 b2 a3 low"; got != want {
 			t.Errorf("order is %s, want %s", got, want)
 		}
@@ -147,7 +164,7 @@ func TestCancel(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
 		called := make(chan error, 1)
-		w.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		w.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			called <- context.Cause(ctx)
 			return ctx.Err()
@@ -177,8 +194,8 @@ func TestCancel(t *testing.T) {
 	})
 }
 
-// TestLeaseLoss: what another could hold starts nowhere without a lease; a stream
-// of its own takes what comes then, and the cluster learns of it afterwards.
+// TestLeaseLoss: without a lease a node starts no job of an agreed stream. New jobs go to an
+// island stream, which is proposed when there is a lease again.
 func TestLeaseLoss(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
@@ -210,8 +227,8 @@ func TestLeaseLoss(t *testing.T) {
 	})
 }
 
-// TestProposedNeedsALease: from the moment that the cluster was asked to agree on
-// a stream, answered or not, now or before a crash.
+// TestProposedNeedsALease: once a stream was proposed, its jobs need a lease, whether the
+// proposal was answered or not, and also after a crash.
 func TestProposedNeedsALease(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.agreed.leased, w.agreed.refuse = false, cluster.ErrNoQuorum
@@ -228,7 +245,7 @@ func TestProposedNeedsALease(t *testing.T) {
 		w.spare.Store(10)
 		time.Sleep(time.Second)
 		if got := w.get(island).Status; got != journal.Queued {
-			t.Errorf("proposed and without a lease the job is %s", got)
+			t.Errorf("without a lease the job of a proposed stream is %s", got)
 		}
 		w.crash()
 		time.Sleep(time.Second)
@@ -254,14 +271,14 @@ func TestIslandSurvivesACrash(t *testing.T) {
 	})
 }
 
-// TestCrash: a job that runs when its node dies is begun again, and that counts;
-// one that ended stays as it is.
+// TestCrash: a job that runs when its node crashes is started again, and the interrupted
+// attempt counts. A job that has ended does not change.
 func TestCrash(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.MaxAttempts = 2 })
+		w.agreed.configure(func(j *config.Jobs) { j.MaxAttempts = 2 })
 		hang := true
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-			if hang && string(r.Body) == "hangs" {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+			if hang && string(r.Body) == string(marked("hangs")) {
 				<-ctx.Done()
 				return ctx.Err()
 			}
@@ -270,33 +287,33 @@ func TestCrash(t *testing.T) {
 		w.start()
 		done := w.submit().ID
 		w.await(done, journal.Succeeded)
-		running := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
-		killer := w.submit(func(r *Request) { r.Body = []byte("hangs") }).ID
+		running := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
+		killer := w.submit(func(r *Request) { r.Body = marked("hangs") }).ID
 		w.await(running, journal.Running)
 		w.await(killer, journal.Running)
 		w.crash()
 		if v := w.get(done); v.Status != journal.Succeeded || v.Attempts != 1 {
-			t.Errorf("the job that was done is %+v", v)
+			t.Errorf("the job that had ended is %+v", v)
 		}
 		w.until("both run again", func() bool { return w.get(running).Attempts == 2 && w.get(killer).Attempts == 2 })
 		w.crash()
 		if v := w.await(killer, journal.Failed); !strings.Contains(v.Error, "attempts_exhausted") {
-			t.Errorf("a job that dies with its node is %+v", v)
+			t.Errorf("a job that crashes its node is %+v", v)
 		}
 		w.await(running, journal.Failed)
-		if c := w.Counts(); c.Succeeded != 1 || c.Failed != 2 || c.Queued+c.Running != 0 {
+		if c := w.counts(); c.Succeeded != 1 || c.Failed != 2 || c.Queued+c.Running != 0 {
 			t.Errorf("counts are %+v", c)
 		}
 	})
 }
 
-// TestStop: what runs gets its time, and the rest waits for the next start.
+// TestStop: running jobs get the grace period, the others wait for the next start.
 func TestStop(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
-		w.agreed.configure(func(j *cluster.Jobs) { j.Concurrency = 2 })
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 2 })
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			long := 3 * time.Second // within the grace
-			if string(r.Body) == "long" {
+			if string(r.Body) == string(marked("long")) {
 				long = time.Minute
 			}
 			if err := sleep(ctx, long); err != nil {
@@ -306,7 +323,7 @@ func TestStop(t *testing.T) {
 		}
 		w.start()
 		short := w.submit().ID
-		long := w.submit(func(r *Request) { r.Body = []byte("long") }).ID
+		long := w.submit(func(r *Request) { r.Body = marked("long") }).ID
 		waits := w.submit().ID
 		w.await(short, journal.Running)
 		w.await(long, journal.Running)
@@ -322,17 +339,17 @@ func TestStop(t *testing.T) {
 	})
 }
 
-// TestLateStart: when the request is about to be written and the permit is gone,
-// it is called off, counted, and what it brings does not count.
+// TestLateStart: if the permit is lost before the request is written, the attempt is cancelled
+// and counted, and its result is not used.
 func TestLateStart(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
 		first, _, _ := w.streams.current()
 		w.until("the stream is agreed on", func() bool { return w.streams.agreed(first) })
 		calls := 0
-		w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			if calls++; calls == 1 {
-				w.agreed.lease(false) // while the connection was made
+				w.agreed.lease(false) // while the connection is made
 			}
 			httptrace.ContextClientTrace(ctx).GotConn(httptrace.GotConnInfo{})
 			if calls == 1 && ctx.Err() == nil {
@@ -341,7 +358,7 @@ func TestLateStart(t *testing.T) {
 			return answering(`{"late":true}`)(ctx, r, s)
 		}
 		id := w.submit().ID
-		w.until("it was found", func() bool { return testutil.ToFloat64(w.metrics.late) == 1 })
+		w.until("the late start is counted", func() bool { return testutil.ToFloat64(w.metrics.late) == 1 })
 		if v := w.get(id); v.Status.Final() {
 			t.Errorf("the job is %+v", v)
 		}
@@ -355,8 +372,8 @@ func TestLateStart(t *testing.T) {
 	})
 }
 
-// TestStartWhileItsStreamIsProposed: what was begun in a stream that nobody else
-// knew goes on when the cluster agrees on it, and waits while it is asked.
+// TestStartWhileItsStreamIsProposed: a job of an island stream waits while the stream is
+// proposed, and goes on when the cluster has agreed on it.
 func TestStartWhileItsStreamIsProposed(t *testing.T) {
 	for name, fails := range map[string]bool{"agreed on": false, "asked in vain first": true} {
 		t.Run(name, func(t *testing.T) {
@@ -364,13 +381,13 @@ func TestStartWhileItsStreamIsProposed(t *testing.T) {
 				w.agreed.lease(false)
 				w.start()
 				first, _, _ := w.streams.current()
-				w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+				w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 					if !w.streams.agreed(first) { // while the connection is made
 						if fails {
 							w.agreed.refuseAll(cluster.ErrNoQuorum)
 						}
 						w.agreed.lease(true)
-						w.until("the cluster is asked", func() bool { return !w.streams.island(first) })
+						w.until("the stream is proposed", func() bool { return !w.streams.island(first) })
 						if fails {
 							w.agreed.refuseAll(nil)
 						} else {
@@ -397,7 +414,7 @@ func TestStartWhileItsStreamIsProposed(t *testing.T) {
 	}
 }
 
-// deliver carries all that one node has of its own streams to another.
+// deliver copies all records of a node's own streams to another node.
 func deliver(t *testing.T, from, to *world) {
 	t.Helper()
 	for s, end := range from.log.Ends() {
@@ -418,11 +435,11 @@ func deliver(t *testing.T, from, to *world) {
 	}
 }
 
-// twoNodes are one whose jobs hang, and a neighbour, of one cluster.
+// twoNodes are two nodes of a site. The jobs of the first one hang.
 func twoNodes(t *testing.T) (a, b *world) {
 	a, b = newWorld(t), newWorld(t)
 	b.node, b.ring, b.agreed = "here-2", a.ring, a.agreed
-	a.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+	a.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 		<-ctx.Done()
 		return ctx.Err()
 	}
@@ -431,8 +448,8 @@ func twoNodes(t *testing.T) (a, b *world) {
 	return a, b
 }
 
-// TestAdoption: another node runs what is queued or was running in a stream that
-// becomes its own, once it has all of it.
+// TestAdoption: the new owner of a stream runs its queued and running jobs, once it has all
+// records.
 func TestAdoption(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := twoNodes(t)
@@ -446,17 +463,17 @@ func TestAdoption(t *testing.T) {
 		deliver(t, a, b)
 		time.Sleep(time.Second)
 		if got := b.get(queued).Status; got != journal.Queued {
-			t.Errorf("before the adoption the job is %s at the neighbour", got)
+			t.Errorf("before the adoption the job is %s at the other node", got)
 		}
 		gate := make(chan struct{})
 		b.copies.mu.Lock()
 		b.copies.caughtUp = gate
 		b.copies.mu.Unlock()
 		a.agreed.give(t, stream, b.node)
-		late := a.submit().ID // written after the change, before a hears of it
+		late := a.submit().ID // written after the change of owner, before a knows of it
 		time.Sleep(5 * time.Second)
 		if got := b.get(queued).Status; got != journal.Queued {
-			t.Errorf("before all of the stream is here the job is %s", got)
+			t.Errorf("before all records are here the job is %s", got)
 		}
 		close(gate)
 		v := b.await(queued, journal.Succeeded)
@@ -466,25 +483,25 @@ func TestAdoption(t *testing.T) {
 		if v := b.await(running, journal.Succeeded); v.Attempts != 2 {
 			t.Errorf("the job that ran is %+v", v)
 		}
-		// Its tail comes late.
+		// The last records arrive late.
 		deliver(t, a, b)
 		b.await(late, journal.Succeeded)
 	})
 }
 
-// TestLateResult: a result of the earlier owner that comes while the adopter works
-// is taken over as it is.
+// TestLateResult: a result of the earlier owner that arrives while the adopter runs the job is
+// kept.
 func TestLateResult(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := twoNodes(t)
 		defer func() { a.stop(); b.stop() }()
 		finish := make(chan struct{})
-		a.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
+		a.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
 			<-finish
 			return answering(`{"by":"a"}`)(ctx, r, s)
 		}
 		stopped := make(chan error, 1)
-		b.server = func(ctx context.Context, _ *serving.Request, _ serving.Sink) error {
+		b.server = func(ctx context.Context, _ serving.Request, _ serving.Sink) error {
 			<-ctx.Done()
 			stopped <- context.Cause(ctx)
 			return ctx.Err()
@@ -506,7 +523,7 @@ func TestLateResult(t *testing.T) {
 		if err := <-stopped; err == nil {
 			t.Error("the adopter was not called off")
 		}
-		b.until("the adopter says so", func() bool {
+		b.until("the adopter has written the result", func() bool {
 			row, _, err := b.table.Get(id)
 			current, ok := row.Current()
 			if err != nil || !ok || current.Stream.Origin != b.node || current.Kind != journal.Finished {

@@ -12,22 +12,22 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// noted is the file with the streams that are islands.
-type noted struct {
+// islandsNote is the content of islandsFile.
+type islandsNote struct {
 	Format  int      `json:"format"` // 1
 	Islands []string `json:"islands"`
 }
 
-// readIslands gives what is noted: nothing, when that can't be told.
+// readIslands returns the islands in the file: none if it can't be parsed.
 func (s *streams) readIslands() ([]journal.Incarnation, error) {
 	text, err := os.ReadFile(s.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // the first start, unless somebody removed it
+		return nil, nil // the first start, or the file was removed
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read which job streams nobody else knows: %w", err)
+		return nil, fmt.Errorf("read the file of island streams: %w", err)
 	}
-	var n noted
+	var n islandsNote
 	err = json.Unmarshal(text, &n)
 	if err == nil && n.Format != 1 {
 		err = fmt.Errorf("format %d", n.Format)
@@ -39,16 +39,16 @@ func (s *streams) readIslands() ([]journal.Incarnation, error) {
 		islands = append(islands, i)
 	}
 	if err != nil {
-		s.log.Warn("which job streams nobody else knows can't be read; all count as if they were known", "file", s.path, "err", err)
+		s.log.Warn("can't parse the file of island streams; no stream is treated as an island", "file", s.path, "err", err)
 		return nil, nil
 	}
 	return islands, nil
 }
 
-// writeIslands replaces the file, durably and in one step. There are no more
-// than a journal holds streams.
+// writeIslands replaces the file atomically and durably. It has at most as many entries as
+// a journal has streams.
 func writeIslands(path string, islands map[journal.Stream]struct{}) error {
-	n := noted{Format: 1, Islands: make([]string, 0, len(islands))}
+	n := islandsNote{Format: 1, Islands: make([]string, 0, len(islands))}
 	for st := range islands {
 		n.Islands = append(n.Islands, st.Incarnation.String())
 	}

@@ -1,10 +1,10 @@
-// Package jobs takes asynchronous jobs, keeps them, and runs them: once, on the
-// node that owns the stream they were accepted in.
+// Package jobs accepts asynchronous jobs, stores them, and runs each of them on the node
+// that owns the stream in which it was accepted.
 //
-// A job is its records (storage/journal) joined to a row (storage/jobtable).
-// Whoever changes a job writes a record; what a client sees is read from the row
-// (view.go). Start reading at Jobs.Submit (submit.go) for the way in and at
-// executor.run (executor.go) for the rest.
+// A job is a set of records (storage/journal), which the job table merges to one row
+// (storage/jobtable). Every change of a job is a record; clients see what view.go reads
+// from the row. Start reading at Jobs.Submit (submit.go) for submissions and at
+// executor.run (executor.go) for execution.
 package jobs
 
 import (
@@ -17,17 +17,19 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Options are what New needs. All but the last group are required.
+// Options are what New needs. All but Peers and the last group are required.
 type Options struct {
 	Node, Site string
-	// Dir is where the node notes which of its streams others may know of. It
-	// exists, and is this package's alone.
+	// Dir is where the node stores which of its streams are islands. It exists, and only
+	// this package writes there.
 	Dir string
 
 	Journal     Journal
@@ -36,27 +38,25 @@ type Options struct {
 	Ring        *keyring.Ring
 	Replication Replication
 	Ownership   Ownership
-	State       func() *cluster.State
+	State       func() *agreed.State
 
-	// Server answers the jobs' requests, the same one that the gateway has.
+	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
-	// Parse reads a request's body as the gateway does (gateway.Parse).
-	Parse func(endpoint string, body []byte) (*serving.Request, error)
-	// Spare tells how many more jobs may run now, so that interactive requests
-	// come first. It is asked before each start, and must not block.
+	// Spare returns how many more jobs may start now, so that interactive requests come
+	// first. It is called before jobs are started, and must not block.
 	Spare func() int
 	// Heard reports whether a node can be heard now.
 	Heard func(node string) bool
-	// Elsewhere lists the other living nodes, of this site too, for jobs that
-	// have not arrived here yet.
-	Elsewhere func() []serving.Peer
+	// Peers lists the other living nodes, of this site too. They are asked for
+	// jobs that this node doesn't know. nil: none.
+	Peers func() []upstream.Peer
 
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger  // nil: discards
 	Grace      time.Duration // for running jobs when Run ends; 0: 20 s
 }
 
-// Jobs is the jobs of one node.
+// Jobs are the jobs of one node.
 type Jobs struct {
 	o       Options
 	log     *slog.Logger
@@ -65,15 +65,16 @@ type Jobs struct {
 	streams *streams
 	exec    *executor
 	keys    keyLocks
-	// lastPossible is what the last submission was told of the agreed nodes.
+	// lastPossible is the last result of possible.
 	lastPossible atomic.Pointer[possibility]
 	waits        *waits
-	elsewhere
-	closed atomic.Bool
+	ready        atomic.Bool // Run has begun
+	closed       atomic.Bool // Run has ended
 }
 
-// New makes the jobs of a node, before anything is applied to the table. It
-// starts nothing.
+// New makes the jobs of a node and starts nothing. Until Run is called, all methods
+// answer ErrNotReady. While the table may lack rows, they answer ErrPartial wherever
+// a missing row would make the answer wrong.
 func New(o Options) (*Jobs, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -81,23 +82,25 @@ func New(o Options) (*Jobs, error) {
 	if o.Grace <= 0 {
 		o.Grace = 20 * time.Second
 	}
-	if o.Elsewhere == nil {
-		o.Elsewhere = func() []serving.Peer { return nil }
+	if o.Peers == nil {
+		o.Peers = func() []upstream.Peer { return nil }
 	}
-	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends()), elsewhere: elsewhere{peers: o.Elsewhere}}
-	j.metrics = newMetrics(o.Registerer, o.Table)
+	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends())}
+	j.metrics = newMetrics(o.Registerer, j)
 	var err error
 	if j.streams, err = newStreams(&j.o); err != nil {
 		return nil, err
 	}
 	j.exec = newExecutor(&j.o, j.metrics, j.streams)
-	o.Table.Watch(j.exec.observe)
 	return j, nil
 }
 
-// Run takes and executes jobs until ctx ends; what runs then gets Options.Grace,
-// and the rest waits for the next start. The journal must outlive it.
+// Run accepts and executes jobs until ctx ends. Jobs that run then get Options.Grace
+// to finish; the others wait for the next start. It is called once, after the table
+// has all that the journal holds. The journal must outlive it.
 func (j *Jobs) Run(ctx context.Context) error {
+	j.o.Table.Watch(j.exec.observe)
+	j.ready.Store(true)
 	defer j.closed.Store(true)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.streams.run(ctx, j.exec) })
@@ -109,22 +112,36 @@ func (j *Jobs) Run(ctx context.Context) error {
 	return err
 }
 
-// Counts are the jobs that this node knows of, of all nodes.
+// Counts are the jobs of all nodes that this node knows of.
 type Counts struct{ Queued, Running, Succeeded, Failed, Cancelled, Expired int64 }
 
-// Counts reads them off the table.
-func (j *Jobs) Counts() Counts {
+// Counts counts the rows of the table. The error is ErrNotReady or ErrPartial.
+func (j *Jobs) Counts() (Counts, error) {
+	if err := j.complete(); err != nil {
+		return Counts{}, err
+	}
 	c := j.o.Table.Counts()
 	return Counts{
 		Queued: c[journal.Queued], Running: c[journal.Running], Succeeded: c[journal.Succeeded],
 		Failed: c[journal.Failed], Cancelled: c[journal.Cancelled], Expired: c[journal.Expired],
-	}
+	}, nil
 }
 
-// config is never nil.
-func (o *Options) config() cluster.Jobs {
+// complete is nil when the table has all rows that this node can have.
+func (j *Jobs) complete() error {
+	switch {
+	case !j.ready.Load():
+		return ErrNotReady
+	case j.o.Table.Partial():
+		return ErrPartial
+	}
+	return nil
+}
+
+// config is the agreed configuration of jobs, or the default one.
+func (o *Options) config() config.Jobs {
 	if s := o.State(); s != nil && s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
-	return cluster.DefaultJobs()
+	return config.DefaultJobs()
 }

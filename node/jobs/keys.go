@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// keyLocks lets one submission at a time use an Idempotency-Key: the second
+// keyLocks lets one submission at a time use an Idempotency-Key, so that the second one
 // finds the job of the first.
 type keyLocks struct {
 	mu   sync.Mutex // guards used
@@ -13,11 +13,11 @@ type keyLocks struct {
 }
 
 type keyLock struct {
-	turn  chan struct{} // has room for one: whose turn it is puts something in
+	turn  chan struct{} // a semaphore of one
 	users int
 }
 
-// enter waits for the key; leave gives it on.
+// enter waits for the key's lock; leave releases it.
 func (k *keyLocks) enter(ctx context.Context, key string) (leave func(), err error) {
 	k.mu.Lock()
 	if k.used == nil {

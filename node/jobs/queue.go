@@ -9,10 +9,10 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// entry is one job that this node is to execute. The body stays in the table.
+// entry is a job that this node executes. Its body stays in the table.
 type entry struct {
 	id       journal.JobID
-	home     journal.Stream // the lane's
+	stream   journal.Stream // of the lane
 	lane     *lane
 	priority int
 	created  journal.Clock
@@ -20,36 +20,36 @@ type entry struct {
 	bytes    int64
 	expires  time.Time
 	accepted time.Time
-	// notBefore is when it may start; the zero time or one that is over: now.
+	// notBefore is the earliest time of its start. The zero time and past times mean now.
 	notBefore time.Time
 	attempts  uint32 // begun so far
-	cancel    bool   // somebody asked for it
+	cancel    bool   // a client asked to cancel it
 	running   *run   // nil: it waits
 	toEnd     bool   // it is in executor.endings
 
-	readyAt int // index in its tenant's heap, -1: not there
-	timedAt int // index in timers, -1: not there
+	readyAt int // index in its tenant's heap; -1: not there
+	timedAt int // index in timers; -1: not there
 	due     time.Time
 }
 
-// lane holds the waiting jobs of one stream: what may start now by priority,
-// tenants of one priority in turn, the oldest job of each first.
+// lane holds the jobs of one stream. Jobs that may start now are ordered by priority; within
+// a priority tenants take turns, and each tenant's oldest job comes first.
 type lane struct {
 	stream journal.Stream
 	levels [10]level
 	size   int // entries that are ready
-	jobs   int // all entries, running ones too
-	// blocked is until when nothing of it is tried, because this node had no
-	// permit a moment ago.
+	jobs   int // all entries, also running ones
+	// blocked is the time until which no job of the lane is started, because a permit
+	// was refused.
 	blocked time.Time
-	gone    bool // it has another owner
-	// incomplete: some of its jobs could not be read.
+	gone    bool // the stream has another owner
+	// incomplete: some jobs of the stream could not be read.
 	incomplete bool
 }
 
 type level struct {
 	tenants []*tenantJobs // those with ready jobs
-	next    int           // whose turn it is
+	next    int           // index of the tenant whose turn it is
 }
 
 type tenantJobs struct {
@@ -68,7 +68,7 @@ func (l *lane) push(e *entry) {
 	l.size++
 }
 
-// best is the highest priority that has a ready job, -1 when there is none.
+// best is the highest priority that has a ready job; -1: none has.
 func (l *lane) best() int {
 	if l.size == 0 {
 		return -1
@@ -81,7 +81,7 @@ func (l *lane) best() int {
 	return -1
 }
 
-// pop takes the next job of a priority that has one.
+// pop removes and returns the next job of a priority that has one.
 func (l *lane) pop(priority int) *entry {
 	v := &l.levels[priority]
 	v.next %= len(v.tenants)
@@ -91,7 +91,7 @@ func (l *lane) pop(priority int) *entry {
 	return e
 }
 
-// remove takes a ready job out.
+// remove removes a ready job.
 func (l *lane) remove(e *entry) {
 	v := &l.levels[e.priority]
 	i := slices.IndexFunc(v.tenants, func(t *tenantJobs) bool { return t.tenant == e.tenant })
@@ -135,8 +135,7 @@ func (h *readyHeap) Pop() any {
 	return e
 }
 
-// timers has the job first whose time comes first: to become ready, or to
-// expire.
+// timers is a heap of jobs by the time at which they become ready or expire.
 type timers []*entry
 
 func (h timers) Len() int           { return len(h) }
@@ -163,9 +162,9 @@ func (h *timers) Pop() any {
 	return e
 }
 
-// queue is all that this node is to execute. Its owner holds a lock.
+// queue has all jobs that this node executes. The caller holds a lock.
 type queue struct {
-	lanes  []*lane // the order in which they take turns
+	lanes  []*lane // in the order of their turns
 	turn   int
 	byID   map[journal.JobID]*entry
 	timers timers
@@ -183,7 +182,7 @@ func (q *queue) lane(s journal.Stream) *lane {
 	return nil
 }
 
-// add takes a job in. It must not be there.
+// add adds a job, which must not be in the queue.
 func (q *queue) add(e *entry, now time.Time) {
 	e.readyAt, e.timedAt = -1, -1
 	q.byID[e.id] = e
@@ -192,7 +191,7 @@ func (q *queue) add(e *entry, now time.Time) {
 	q.wait(e, now)
 }
 
-// wait puts a job, new or after an attempt, where it belongs by its times.
+// wait queues a new job, or a job after an attempt, by its times.
 func (q *queue) wait(e *entry, now time.Time) {
 	e.due = e.expires
 	if e.notBefore.After(now) {
@@ -205,7 +204,7 @@ func (q *queue) wait(e *entry, now time.Time) {
 	heap.Push(&q.timers, e)
 }
 
-// hold takes a waiting job out of the order, to run it or to end it.
+// hold removes a waiting job from its lane and from timers, to run it or to end it.
 func (q *queue) hold(e *entry) {
 	if e.readyAt >= 0 {
 		e.lane.remove(e)
@@ -215,7 +214,7 @@ func (q *queue) hold(e *entry) {
 	}
 }
 
-// drop forgets a job.
+// drop removes a job from the queue.
 func (q *queue) drop(e *entry) {
 	if q.byID[e.id] != e {
 		return
@@ -226,9 +225,9 @@ func (q *queue) drop(e *entry) {
 	e.lane.jobs--
 }
 
-// next takes the job that is to start now, nil when there is none: the highest
-// priority of all lanes, lanes of one priority in turn. usable says which lanes
-// this node may execute.
+// next removes and returns the job that starts next, or nil. It has the highest priority of
+// all usable lanes; lanes with the same priority take turns. usable says which lanes this
+// node may execute now.
 func (q *queue) next(usable func(*lane) bool) *entry {
 	var from *lane
 	priority, at := -1, 0
@@ -248,15 +247,14 @@ func (q *queue) next(usable func(*lane) bool) *entry {
 	return e
 }
 
-// expired takes the jobs out whose time to start is over, and lets those start
-// whose wait is. Jobs of lanes that can't be used now stay: only their owner may
-// end them.
-func (q *queue) ripen(now time.Time, usable func(*lane) bool) (expired []*entry) {
+// popDue makes jobs ready whose notBefore has come, and removes and returns the expired
+// ones. Expired jobs of lanes that are not usable stay, because only the owner may end them.
+func (q *queue) popDue(now time.Time, usable func(*lane) bool) (expired []*entry) {
 	const again = 250 * time.Millisecond
 	for len(q.timers) > 0 && !q.timers[0].due.After(now) {
 		e := q.timers[0]
 		switch {
-		case e.expires.After(now): // it has waited enough
+		case e.expires.After(now): // it is ready
 			q.hold(e)
 			q.wait(e, now)
 		case usable(e.lane):
@@ -270,7 +268,7 @@ func (q *queue) ripen(now time.Time, usable func(*lane) bool) (expired []*entry)
 	return expired
 }
 
-// wake is when ripen has something to do; false: never.
+// wake is the next time at which popDue has work; false: none.
 func (q *queue) wake() (time.Time, bool) {
 	if len(q.timers) == 0 {
 		return time.Time{}, false

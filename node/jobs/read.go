@@ -10,21 +10,35 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Caller is who asks. An operator sees the jobs of all tenants, and which tenant
-// they are of.
+// Caller is the client or operator who makes a call. An operator sees the jobs of all
+// tenants, and their tenants.
 type Caller struct {
 	serving.Principal
 	Operator bool
 }
 
-// Get gives a job of the caller's tenant, with its result. The error is
-// ErrNotFound, also for another tenant's, or what the table said.
+// Get returns a job of the caller's tenant, with its result. The error is ErrNotReady,
+// ErrNotFound (also for a job of another tenant), ErrPartial, or the table's.
 func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, error) {
 	_, v, _, err := j.find(who, id)
 	return v, err
 }
 
+// find reads a job that the caller may see. While rows may be missing, ErrNotFound
+// becomes ErrPartial for operators; a client's request goes to other nodes first
+// (Elsewhere).
 func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
+	if !j.ready.Load() {
+		return row, nil, nil, ErrNotReady
+	}
+	row, v, sub, err = j.lookUp(who, id)
+	if errors.Is(err, ErrNotFound) && who.Operator && j.o.Table.Partial() {
+		err = ErrPartial
+	}
+	return row, v, sub, err
+}
+
+func (j *Jobs) lookUp(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
 	row, known, err := j.o.Table.Get(id)
 	switch {
 	case err != nil:
@@ -42,29 +56,32 @@ func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, su
 	return row, v, sub, nil
 }
 
-// Query says which jobs List gives.
+// Query selects the jobs of List.
 type Query struct {
-	// Status is one of these, as shown; any when empty.
+	// Status has the wanted statuses, as clients see them; empty: all.
 	Status []journal.Status
-	// After gives what is older than this job, Before what is newer; at most one.
+	// After selects jobs older than this one, Before newer ones. At most one is set.
 	After, Before journal.JobID
 	Limit         int // 1 to MaxPage
-	// Tenant of an operator's question: its jobs only; empty: all.
+	// Tenant selects a tenant's jobs, for an operator; empty: all.
 	Tenant string
 }
 
 // MaxPage bounds a page of List.
 const MaxPage = jobtable.MaxLimit
 
-// Page is a part of the list, the newest first, without results.
+// Page is a page of the list, newest first, without results.
 type Page struct {
 	Jobs []*View
 	More bool
 }
 
-// List gives a page of the caller's jobs. The error is ErrBadCursor or what the
-// table said.
+// List returns a page of the caller's jobs. The error is ErrNotReady, ErrPartial,
+// ErrBadCursor, or the table's.
 func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
+	if err := j.complete(); err != nil {
+		return Page{}, err
+	}
 	for _, cursor := range []journal.JobID{q.After, q.Before} {
 		if cursor == (journal.JobID{}) {
 			continue
@@ -87,7 +104,7 @@ func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
 	for _, row := range rows {
 		v, _, err := j.view(row, false)
 		if errors.Is(err, ErrNotFound) {
-			continue // it went this very moment
+			continue // it was deleted meanwhile
 		}
 		if err != nil {
 			return Page{}, fmt.Errorf("list jobs: %w", err)

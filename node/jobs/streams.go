@@ -12,39 +12,40 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
 const (
-	lookAtStreams = 250 * time.Millisecond
-	// leaseLoss is how long a node may be without a lease before it takes new
-	// jobs in a stream that nobody else can get: longer than a new leader needs.
+	updateEvery = 250 * time.Millisecond
+	// leaseLoss is how long a node may be without a lease before it accepts new jobs in
+	// an island stream. It is longer than the election of a Raft leader.
 	leaseLoss = 2 * time.Second
-	// openWait bounds one proposal, retryWait is the pause after one that failed.
+	// openWait bounds one proposal, retryWait is the pause after a failed one.
 	openWait  = 10 * time.Second
 	retryWait = 2 * time.Second
-	// agreeWait is how long a start waits for its stream to be agreed on, a failed
-	// proposal included.
+	// agreeWait is how long a start waits until the cluster has agreed on its stream. It
+	// allows for one failed proposal.
 	agreeWait   = 3 * time.Second
 	dropEvery   = 10 * time.Second
 	loadAgain   = 5 * time.Second
 	islandsFile = "islands.json"
-	// listenFor is how long a node has had a lease before it takes those that it
-	// hears for all that can be heard: several pings. Right after a start it hears
-	// nobody, and would find that it has all that the others hold.
-	listenFor = time.Second
+	// steadyAfter is how long a node must have had a lease before it relies on which peers
+	// it hears: several pings. Right after a start it hears no peer, and would conclude
+	// that it has all records that the others hold.
+	steadyAfter = time.Second
 )
 
-// streams are those that this node writes, and those whose jobs it executes.
+// streams are the streams that this node writes, and those whose jobs it executes.
 //
-// A stream that nobody was told of is an island: only this node can execute it,
-// and it needs no lease for that. Which streams are islands is noted on disk:
-// before one is begun, and, before the cluster is asked to agree on it, that it is
-// none any more, because from then on another may adopt it: it needs a permit for
-// each start for ever after, also after a crash. What is not noted is no island:
-// also own streams that come back from peers after a disk was lost.
+// A stream that was never proposed to the cluster is an island: only this node can execute
+// it, and needs no lease for that. A file on disk lists the islands. A new stream is added
+// before it is begun. It is removed before it is proposed, because from then on another node
+// may adopt it, and each start needs a permit, also after a crash. A stream that is not in
+// the file is not an island: also an own stream that comes back from peers after the disk was
+// lost.
 type streams struct {
 	o    *Options
 	log  *slog.Logger
@@ -54,15 +55,15 @@ type streams struct {
 	begun   bool
 	now     journal.Stream              // zero before begun
 	token   journal.Token               // of now
-	islands map[journal.Stream]struct{} // own streams that were never proposed, as on disk
-	leased  time.Time                   // since when there is a lease, zero: there is none
+	islands map[journal.Stream]struct{} // as on disk
+	leased  time.Time                   // since when this node has a lease; zero: it has none
 }
 
-// permit lets one start happen, like failover.Permit.
+// permit allows one start, like failover.Permit.
 type permit struct {
 	token  journal.Token
 	inTime func() bool
-	alone  bool // of an island
+	alone  bool // the stream is an island
 }
 
 func newStreams(o *Options) (*streams, error) {
@@ -79,22 +80,22 @@ func newStreams(o *Options) (*streams, error) {
 	return s, nil
 }
 
-// begin opens a new stream for what is written from now on. The one before takes
-// no more: whoever owns it then knows its end.
+// begin creates a new stream for all records from now on, and freezes the previous one, so
+// that its owner knows its end.
 func (s *streams) begin(ctx context.Context, x *executor) error {
 	next := journal.Stream{Origin: s.o.Node}
-	_, _ = rand.Read(next.Incarnation[:]) // it never fails
+	_, _ = rand.Read(next.Incarnation[:]) // it never returns an error
 	s.mu.Lock()
 	islands := maps.Clone(s.islands)
 	s.mu.Unlock()
 	islands[next] = struct{}{}
-	if err := writeIslands(s.path, islands); err != nil { // nobody else writes it now
+	if err := writeIslands(s.path, islands); err != nil { // only this goroutine writes the file
 		return fmt.Errorf("begin a job stream: %w", err)
 	}
 	if err := s.o.Journal.Create(ctx, next); err != nil {
 		return fmt.Errorf("begin a job stream: %w", err)
 	}
-	// Before anybody writes there: a job without a lane counts for no bound.
+	// The lane comes before the first record: a job without a lane counts for no bound.
 	x.open(next)
 	s.mu.Lock()
 	before, begun := s.now, s.begun
@@ -116,17 +117,17 @@ func (s *streams) islandToken() journal.Token {
 	return journal.Token{}
 }
 
-// current is where this node writes, and the token of what it accepts there;
-// false before there is such a stream.
+// current is the stream that this node writes, and the token for the jobs that it accepts
+// there. It is false before the first stream is begun.
 func (s *streams) current() (journal.Stream, journal.Token, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.now, s.token, s.begun
 }
 
-// check permits one start of a job of a stream.
+// check returns a permit for one start of a job of a stream.
 func (s *streams) check(st journal.Stream) (permit, error) {
-	// That it is agreed on says more than the note: a disk may be an old image.
+	// The agreed state counts more than the file, because the disk may be an old image.
 	if alone := func() bool { return s.island(st) && !s.known(st) }; alone() {
 		return permit{token: s.islandToken(), inTime: alone, alone: true}, nil
 	}
@@ -134,13 +135,12 @@ func (s *streams) check(st journal.Stream) (permit, error) {
 	if err != nil {
 		return permit{}, err
 	}
-	return permit{token: tokenOf(p.Token), inTime: p.InTime}, nil
+	return permit{token: journal.Token(p.Token), inTime: p.InTime}, nil
 }
 
-// still reports whether what was permitted a moment ago is permitted now. A stream
-// that was an island then and has been agreed on since belongs to the same node,
-// and nobody was in between: that calls no job off. While the cluster is being
-// asked nothing may start, so it waits.
+// still reports whether a permit that was given before is valid now. A stream that was an
+// island then may have been agreed on since. It still has the same owner, so the job goes on.
+// While the stream is being proposed no job may start, so still waits.
 func (s *streams) still(ctx context.Context, st journal.Stream, p permit) bool {
 	until := time.Now().Add(agreeWait)
 	for {
@@ -165,8 +165,8 @@ func (s *streams) neverOthers(st journal.Stream) bool {
 	return agreed && j.Owner == s.o.Node && j.Before == ""
 }
 
-// ours reports whether nobody but this process, or one before it alone, can have
-// executed a stream.
+// ours reports whether only this process, or an earlier one of this node, can have executed a
+// stream.
 func (s *streams) ours(st journal.Stream) bool {
 	if state := s.o.State(); state != nil && state.Streams[keyOf(st)].Before != "" {
 		return false
@@ -185,52 +185,52 @@ func (s *streams) island(st journal.Stream) bool {
 }
 
 func keyOf(st journal.Stream) string {
-	return cluster.StreamKey(st.Origin, st.Incarnation.String())
+	return agreed.StreamKey(st.Origin, st.Incarnation.String())
 }
 
-// caring is what run keeps between its looks.
-type caring struct {
-	leasedAt time.Time
+// upkeep is the state of run.
+type upkeep struct {
+	leasedAt time.Time // when this node last had a lease
 	retryAt  time.Time
 	dropAt   time.Time
 	loadAt   time.Time
-	lanes    map[journal.Stream]taken
+	lanes    map[journal.Stream]takeover
 	work     sync.WaitGroup
 }
 
-// taken is a stream that is taken over.
-type taken struct {
-	stop  context.CancelFunc // ends a taking over that is under way
-	token journal.Token      // zero while it is not agreed on
+// takeover is a stream that this node executes, or is taking over.
+type takeover struct {
+	stop  context.CancelFunc // ends a takeover that is running
+	token journal.Token      // zero while the stream is not agreed on
 }
 
-// run keeps the streams in line with what is agreed, until ctx ends.
+// run follows the agreed ownership of streams until ctx ends.
 func (s *streams) run(ctx context.Context, x *executor) error {
 	if err := s.beginFirst(ctx, x); err != nil {
 		return err
 	}
-	c := &caring{leasedAt: time.Now(), lanes: map[journal.Stream]taken{}}
+	c := &upkeep{leasedAt: time.Now(), lanes: map[journal.Stream]takeover{}}
 	ctx, stop := context.WithCancel(ctx)
 	defer c.work.Wait()
 	defer stop()
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	for {
-		beat.Reset(cluster.UntilBeat(cluster.Boottime(), lookAtStreams))
+		tick.Reset(clock.UntilTick(clock.Boottime(), updateEvery))
 		changed := s.o.Ownership.Changed()
-		if err := s.look(ctx, c, x); err != nil {
+		if err := s.update(ctx, c, x); err != nil {
 			return err
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
-		case <-beat.C:
+		case <-tick.C:
 		}
 	}
 }
 
-// beginFirst waits for room on the disk, if it has to.
+// beginFirst begins the first stream. While the disk is full it tries again.
 func (s *streams) beginFirst(ctx context.Context, x *executor) error {
 	for {
 		err := s.begin(ctx, x)
@@ -240,14 +240,14 @@ func (s *streams) beginFirst(ctx context.Context, x *executor) error {
 		case !errors.Is(err, journal.ErrFull):
 			return err
 		}
-		s.log.Warn("no jobs are taken yet", "err", err)
+		s.log.Warn("can't accept jobs yet", "err", err)
 		if sleep(ctx, retryWait) != nil {
 			return nil
 		}
 	}
 }
 
-func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
+func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 	now := time.Now()
 	leased := s.o.Ownership.Leased()
 	if leased {
@@ -257,18 +257,18 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 	current, _, _ := s.current()
 	switch {
 	case s.lost(current):
-		// Its owner lets go of it when its last job has ended: what came later would
-		// be nobody's.
+		// The owner drops the stream when its last job has ended: a later job would have no
+		// owner.
 		if err := s.begin(ctx, x); err != nil {
-			s.log.Error("no new stream in place of one that another node owns", "err", err)
+			s.log.Error("can't begin a new stream in place of one that another node owns", "err", err)
 		} else {
-			s.log.Warn("another node owns the stream of this one: new jobs go to a new stream", "stream", current)
+			s.log.Warn("another node owns this node's stream, new jobs go to a new stream", "stream", current)
 		}
 	case !leased && now.Sub(c.leasedAt) > leaseLoss && !s.island(current):
 		if err := s.begin(ctx, x); err != nil {
-			s.log.Error("no stream of its own for a node without a lease", "err", err)
+			s.log.Error("no lease, and can't begin an island stream", "err", err)
 		} else {
-			s.log.Warn("no lease: new jobs go to a stream that this node alone executes")
+			s.log.Warn("no lease, new jobs go to a stream that only this node executes")
 		}
 	}
 	s.follow(ctx, c, x)
@@ -278,7 +278,7 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 			if errors.Is(err, errNote) {
 				return err
 			}
-			s.log.Warn("the cluster did not agree on a job stream", "err", err)
+			s.log.Warn("the proposal of a job stream failed", "err", err)
 		}
 		s.inherit(ctx, c)
 	}
@@ -293,23 +293,23 @@ func (s *streams) look(ctx context.Context, c *caring, x *executor) error {
 	return nil
 }
 
-// follow takes streams over that this node is to execute, and leaves those that
-// it is not any more.
-func (s *streams) follow(ctx context.Context, c *caring, x *executor) {
+// follow takes over streams that this node owns now, and leaves streams that it no longer
+// owns.
+func (s *streams) follow(ctx context.Context, c *upkeep, x *executor) {
 	mine := s.mine()
 	for st, l := range c.lanes {
 		token, still := mine[st]
 		switch {
 		case !still:
-			s.log.Info("job stream has another owner, or is done with", "stream", st)
+			s.log.Info("job stream has another owner or was dropped", "stream", st)
 		case l.token == token:
 			continue
 		case l.token == (journal.Token{}):
 			l.token = token
 			c.lanes[st] = l
 			continue
-		default: // in between another had it, and may have executed some of it
-			s.log.Info("job stream had another owner, and is this node's again", "stream", st)
+		default: // meanwhile another node owned it, and may have executed jobs
+			s.log.Info("job stream had another owner and is this node's again", "stream", st)
 		}
 		l.stop()
 		x.leave(st)
@@ -320,18 +320,18 @@ func (s *streams) follow(ctx context.Context, c *caring, x *executor) {
 			continue
 		}
 		taking, stop := context.WithCancel(ctx)
-		c.lanes[st] = taken{stop: stop, token: token}
+		c.lanes[st] = takeover{stop: stop, token: token}
 		c.work.Go(func() { s.takeOver(taking, st, x) })
 	}
 }
 
-// mine are the streams to execute, with their tokens as agreed. One that is
-// proposed and not yet agreed on is kept: nobody else has it.
+// mine are the streams that this node executes, with their agreed tokens. A stream that is
+// proposed and not yet agreed on is included, because no other node has it.
 func (s *streams) mine() map[journal.Stream]journal.Token {
 	mine := map[journal.Stream]journal.Token{}
 	for _, j := range s.o.Ownership.Mine() {
 		if i, err := journal.ParseIncarnation(j.Incarnation); err == nil {
-			mine[journal.Stream{Origin: j.Origin, Incarnation: i}] = tokenOf(j.Token)
+			mine[journal.Stream{Origin: j.Origin, Incarnation: i}] = journal.Token(j.Token)
 		}
 	}
 	s.mu.Lock()
@@ -346,10 +346,10 @@ func (s *streams) mine() map[journal.Stream]journal.Token {
 	return mine
 }
 
-// known reports whether the cluster has agreed on a stream, or had.
+// known reports whether the cluster has agreed on a stream, or has dropped it.
 func (s *streams) known(st journal.Stream) bool { return s.agreed(st) || s.lost(st) }
 
-// lost reports whether a stream has another owner, or is done with.
+// lost reports whether a stream has another owner or was dropped.
 func (s *streams) lost(st journal.Stream) bool {
 	state := s.o.State()
 	if state == nil {
@@ -369,7 +369,7 @@ func (s *streams) agreed(st journal.Stream) bool {
 	return agreed
 }
 
-// lease notes since when there is one.
+// lease notes since when this node has a lease.
 func (s *streams) lease(held bool, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -381,21 +381,22 @@ func (s *streams) lease(held bool, now time.Time) {
 	}
 }
 
-func (s *streams) listened() bool {
+// leaseIsSteady reports whether this node has had a lease for steadyAfter.
+func (s *streams) leaseIsSteady() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return !s.leased.IsZero() && time.Since(s.leased) >= listenFor
+	return !s.leased.IsZero() && time.Since(s.leased) >= steadyAfter
 }
 
-// takeOver queues what is in a stream. Of one that others may have executed, or
-// whose records a lost disk has taken here, all that any living node holds comes
-// first: a job that was finished there shall not run again.
+// takeOver queues the jobs of a stream. If other nodes may have executed the stream, or this
+// disk may have lost its records, it first waits until this node has the records of all living
+// nodes, so that a job that has ended there does not run again.
 func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) {
 	began := time.Now()
 	if !s.ours(st) {
 		s.log.Info("taking over a job stream", "stream", st)
-		for !s.listened() {
-			if sleep(ctx, lookAtStreams) != nil {
+		for !s.leaseIsSteady() {
+			if sleep(ctx, updateEvery) != nil {
 				return
 			}
 		}
@@ -410,24 +411,25 @@ func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) 
 		return
 	}
 	if err != nil {
-		s.log.Error("not all jobs of a stream can be read; it is tried again", "stream", st, "err", err)
+		s.log.Error("can't read all jobs of a stream, will try again", "stream", st, "err", err)
 		x.incomplete(st)
 	}
 	if n > 0 || st.Origin != s.o.Node {
-		s.log.Info("jobs of a stream are queued", "stream", st, "jobs", n, "took", time.Since(began))
+		s.log.Info("queued the jobs of a stream", "stream", st, "jobs", n, "took", time.Since(began))
 	}
 }
 
-var errNote = errors.New("note that a job stream is proposed")
+var errNote = errors.New("write the file of island streams")
 
-// propose makes the own streams known that have something in them, or may get it.
+// propose proposes this node's streams to the cluster: the current one, and those with jobs
+// that have not ended.
 func (s *streams) propose(ctx context.Context) error {
 	live := s.o.Table.LiveCounts()
 	current, _, _ := s.current()
 	var todo []journal.Stream
 	for st := range s.o.Journal.Ends() {
-		// One that was proposed before and is not agreed on was never heard of, or is
-		// done with: then this node doesn't know yet how its jobs ended.
+		// A stream that was proposed before and is not agreed on may have been dropped.
+		// Then this node doesn't know yet how its jobs ended.
 		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.known(st) {
 			todo = append(todo, st)
 		}
@@ -444,18 +446,18 @@ func (s *streams) propose(ctx context.Context) error {
 		}
 		s.mu.Lock()
 		if st == s.now {
-			s.token = tokenOf(token)
+			s.token = journal.Token(token)
 		}
 		s.mu.Unlock()
-		s.log.Info("the cluster knows a job stream", "stream", st, "index", token.Index)
+		s.log.Info("the cluster agreed on a job stream", "stream", st, "index", token.Index)
 	}
 	return nil
 }
 
-// inherit asks for streams that a node took alone and never told of, when it was
-// removed from the cluster and left jobs here: an operator has said that it won't
-// come back for them.
-func (s *streams) inherit(ctx context.Context, c *caring) {
+// inherit asks for the island streams of nodes that were removed from the cluster, if this
+// node has jobs of them that have not ended. By the removal an operator has confirmed that
+// their node does not come back.
+func (s *streams) inherit(ctx context.Context, c *upkeep) {
 	for st, jobs := range s.o.Table.LiveCounts() {
 		if jobs == 0 || st.Origin == s.o.Node || s.member(st.Origin) || s.known(st) {
 			continue
@@ -465,14 +467,15 @@ func (s *streams) inherit(ctx context.Context, c *caring) {
 		stop()
 		if err != nil {
 			c.retryAt = time.Now().Add(retryWait)
-			s.log.Warn("nobody executes the jobs that a removed node left", "stream", st, "jobs", jobs, "err", err)
+			s.log.Warn("can't inherit the jobs of a removed node yet", "stream", st, "jobs", jobs, "err", err)
 			return
 		}
-		s.log.Warn("the cluster knows a job stream that a removed node had kept to itself", "stream", st, "jobs", jobs)
+		s.log.Warn("inherited an island stream of a removed node", "stream", st, "jobs", jobs)
 	}
 }
 
-// member reports whether a node belongs to the cluster, as far as this one knows.
+// member reports whether a node belongs to the cluster. It is true while this node does not
+// know the members.
 func (s *streams) member(node string) bool {
 	state := s.o.State()
 	if state == nil || state.ClusterID == "" {
@@ -482,7 +485,7 @@ func (s *streams) member(node string) bool {
 	return member
 }
 
-// note writes down that others may know of a stream from now on.
+// note removes a stream from the islands, because it is going to be proposed.
 func (s *streams) note(st journal.Stream) error {
 	s.mu.Lock()
 	islands := maps.Clone(s.islands)
@@ -491,7 +494,7 @@ func (s *streams) note(st journal.Stream) error {
 		return nil
 	}
 	delete(islands, st)
-	if err := writeIslands(s.path, islands); err != nil { // nobody else writes it now
+	if err := writeIslands(s.path, islands); err != nil { // only this goroutine writes the file
 		return err
 	}
 	s.mu.Lock()
@@ -500,8 +503,8 @@ func (s *streams) note(st journal.Stream) error {
 	return nil
 }
 
-// drop lets the cluster forget streams of which nothing is left to do. What is
-// not this node's own may have an end that only its origin has.
+// drop drops the agreed streams whose jobs have all ended. A stream of another node may have
+// records that only its origin has, so it is dropped only when no more can come.
 func (s *streams) drop(ctx context.Context, x *executor) {
 	current, _, _ := s.current()
 	live := s.o.Table.LiveCounts()
@@ -512,8 +515,8 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
 			continue
 		}
-		// What has not been caught up with looks as if it was done: a lost disk has
-		// no jobs.
+		// A stream that was not taken over may only look as if all its jobs had ended: a
+		// disk that was lost has no jobs.
 		if !x.has(st) {
 			continue
 		}
@@ -528,15 +531,15 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 	dropping, stop := context.WithTimeout(ctx, openWait)
 	defer stop()
 	if err := s.o.Ownership.Drop(dropping, done...); err != nil {
-		s.log.Warn("job streams that are done with stay agreed", "streams", len(done), "err", err)
+		s.log.Warn("can't drop job streams whose jobs have ended", "streams", len(done), "err", err)
 		return
 	}
-	s.log.Info("job streams are done with", "streams", done)
+	s.log.Info("dropped job streams whose jobs have ended", "streams", done)
 }
 
-// movedOn reports whether the origin of a stream has a later one of its own, or was
-// removed: then it writes to this one no more.
-func (s *streams) movedOn(j cluster.JobStream) bool {
+// movedOn reports whether the origin of a stream writes to a later one, or was removed: then
+// this stream gets no more records.
+func (s *streams) movedOn(j agreed.JobStream) bool {
 	if !s.member(j.Origin) {
 		return true
 	}
@@ -548,7 +551,7 @@ func (s *streams) movedOn(j cluster.JobStream) bool {
 	return false
 }
 
-// whole reports that nothing of another node's stream can still come.
+// whole reports whether this node has all records of another node's stream.
 func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
 	if s.member(st.Origin) && !s.o.Heard(st.Origin) {
 		return false

@@ -8,13 +8,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// TestReturnedStreamIsNoIsland: what a node that lost its disk gets back of its
-// own from peers may have another owner by now; it starts none of it, also not
-// after its next start.
+// TestReturnedStreamIsNoIsland: a node that lost its disk gets its own streams back from
+// peers. They may have another owner, so it starts none of their jobs, also not after a
+// restart.
 func TestReturnedStreamIsNoIsland(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		before := newWorld(t)
@@ -50,18 +50,18 @@ func TestReturnedStreamIsNoIsland(t *testing.T) {
 	})
 }
 
-// TestDisowned: a node whose stream has another owner by now, or is done with,
-// takes what comes then in a new one, with or without having missed a lease.
+// TestDisowned: a node whose stream has another owner, or was dropped, accepts new jobs in a
+// new stream, whether it lost its lease meanwhile or not.
 func TestDisowned(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
 		for _, done := range []bool{false, true} {
 			stream, _, _ := w.streams.current()
 			w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
-			give := proposal{cluster.CmdStreamOwn, cluster.StreamOwn{
+			give := proposal{agreed.CmdStreamOwn, agreed.StreamOwn{
 				Stream: keyOf(stream), Owner: "here-2", Expect: w.agreed.State().Streams[keyOf(stream)].Token, Term: 1,
 			}}
-			drop := proposal{cluster.CmdStreamDrop, cluster.StreamDrop{Owner: "here-2", Streams: []string{keyOf(stream)}}}
+			drop := proposal{agreed.CmdStreamDrop, agreed.StreamDrop{Owner: "here-2", Streams: []string{keyOf(stream)}}}
 			if done {
 				w.agreed.at(t, give, drop)
 			} else {
@@ -76,8 +76,8 @@ func TestDisowned(t *testing.T) {
 	})
 }
 
-// TestOwnedAgain: when a stream went to another owner and came back at once, as
-// this node sees it, that owner may have executed some of it.
+// TestOwnedAgain: if a stream went to another owner and came back, that owner may have
+// executed jobs, even if this node saw both changes at once.
 func TestOwnedAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
@@ -91,24 +91,24 @@ func TestOwnedAgain(t *testing.T) {
 		w.copies.mu.Unlock()
 		j := w.agreed.State().Streams[keyOf(stream)]
 		w.agreed.mu.Lock()
-		between := cluster.FenceToken{Generation: 1, Index: w.agreed.index + 1}
+		between := agreed.FenceToken{Generation: 1, Index: w.agreed.index + 1}
 		w.agreed.mu.Unlock()
 		w.agreed.at(t,
-			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: "here-2", Expect: j.Token, Term: 1}},
-			proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: j.Key(), Owner: w.node, Expect: between, Term: 1}})
+			proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: j.Key(), Owner: "here-2", Expect: j.Token, Term: 1}},
+			proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: j.Key(), Owner: w.node, Expect: between, Term: 1}})
 		w.spare.Store(10)
 		time.Sleep(10 * time.Second)
 		if got := w.get(id).Status; got != journal.Queued {
-			t.Errorf("before it is known what the other owner did the job is %s", got)
+			t.Errorf("before the other owner's records are here the job is %s", got)
 		}
 		close(gate)
 		w.await(id, journal.Succeeded)
 	})
 }
 
-// TestListensFirst: a node that has just started hears nobody yet, so it can't
-// know what the others hold of a stream that others may have executed.
-func TestListensFirst(t *testing.T) {
+// TestWaitsForASteadyLease: a node that has just started hears no peer yet, so it can't know
+// which records other nodes hold of a stream that others may have executed.
+func TestWaitsForASteadyLease(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.spare.Store(0)
 		w.start()
@@ -135,29 +135,29 @@ func TestListensFirst(t *testing.T) {
 	})
 }
 
-// TestAdoptedStreamStays: an adopter is done with a stream only when its origin
-// writes to another one.
+// TestAdoptedStreamStays: an adopter drops a stream only when its origin writes to a later
+// one.
 func TestAdoptedStreamStays(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
 		open := func(digit string) string {
 			i := strings.Repeat(digit, 32)
-			w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: "there-1", Incarnation: i}})
-			return cluster.StreamKey("there-1", i)
+			w.agreed.at(t, proposal{agreed.CmdStreamOpen, agreed.StreamOpen{Origin: "there-1", Incarnation: i}})
+			return agreed.StreamKey("there-1", i)
 		}
 		key := open("a")
-		w.agreed.at(t, proposal{cluster.CmdStreamOwn, cluster.StreamOwn{Stream: key, Owner: w.node, Expect: w.agreed.State().Streams[key].Token, Term: 1}})
+		w.agreed.at(t, proposal{agreed.CmdStreamOwn, agreed.StreamOwn{Stream: key, Owner: w.node, Expect: w.agreed.State().Streams[key].Token, Term: 1}})
 		time.Sleep(time.Minute)
 		if _, agreed := w.agreed.State().Streams[key]; !agreed {
 			t.Error("the stream is done with while its origin writes to it")
 		}
 		open("b")
-		w.until("it is done with", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
+		w.until("the stream is dropped", func() bool { _, agreed := w.agreed.State().Streams[key]; return !agreed })
 	})
 }
 
-// TestLostDiskIsNotDone: of a stream of an earlier life, whose records the disk has
-// lost, there is nothing here; it is done with when what others hold is done.
+// TestLostDiskIsNotDone: a stream whose records this node's disk has lost has no jobs here. It
+// is dropped only when the jobs that other nodes hold have ended.
 func TestLostDiskIsNotDone(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		gate := make(chan struct{})
@@ -165,10 +165,10 @@ func TestLostDiskIsNotDone(t *testing.T) {
 		w.copies.caughtUp = gate
 		w.copies.mu.Unlock()
 		earlier := strings.Repeat("c", 32)
-		w.agreed.at(t, proposal{cluster.CmdStreamOpen, cluster.StreamOpen{Origin: w.node, Incarnation: earlier}})
+		w.agreed.at(t, proposal{agreed.CmdStreamOpen, agreed.StreamOpen{Origin: w.node, Incarnation: earlier}})
 		w.start()
 		agreed := func() bool {
-			_, agreed := w.agreed.State().Streams[cluster.StreamKey(w.node, earlier)]
+			_, agreed := w.agreed.State().Streams[agreed.StreamKey(w.node, earlier)]
 			return agreed
 		}
 		time.Sleep(time.Minute)
@@ -176,13 +176,13 @@ func TestLostDiskIsNotDone(t *testing.T) {
 			t.Error("it is done with before anybody was asked")
 		}
 		close(gate)
-		w.until("it is done with", func() bool { return !agreed() })
+		w.until("the stream is dropped", func() bool { return !agreed() })
 	})
 }
 
-// TestInheritance: what a node took alone and left behind is nobody's while the node
-// may come back; when an operator has removed it, who has a copy executes it, and
-// lets go of it in the end.
+// TestInheritance: the island jobs of a node are executed by no other node while it may come
+// back. When an operator has removed it, a node that has a copy executes them, and drops the
+// stream in the end.
 func TestInheritance(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := newWorld(t), newWorld(t)
@@ -195,24 +195,24 @@ func TestInheritance(t *testing.T) {
 		id := a.submit().ID
 		b.start()
 		deliver(t, a, b)
-		a.stop() // and then it is gone for good
+		a.stop() // and it does not come back
 		a.agreed.lease(true)
 		time.Sleep(time.Minute)
 		if v := b.get(id); v.Status != journal.Queued || b.streams.agreed(stream) {
-			t.Errorf("while its node may come back the job is %s", v.Status)
+			t.Errorf("while the node may come back the job is %s", v.Status)
 		}
-		b.agreed.at(t, proposal{cluster.CmdNodeRemove, cluster.NodeRemove{Name: a.node}})
+		b.agreed.at(t, proposal{agreed.CmdNodeRemove, agreed.NodeRemove{Name: a.node}})
 		b.await(id, journal.Succeeded)
-		b.until("it is done with", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
+		b.until("the stream is dropped", func() bool { return slices.Contains(b.agreed.State().DoneStreams, keyOf(stream)) })
 	})
 }
 
 type proposal struct {
-	kind cluster.CommandType
+	kind agreed.CommandType
 	data any
 }
 
-// at makes several changes that are seen as one.
+// at makes several changes that are seen at once.
 func (a *agreement) at(t *testing.T, changes ...proposal) {
 	t.Helper()
 	a.mu.Lock()
@@ -223,7 +223,7 @@ func (a *agreement) at(t *testing.T, changes ...proposal) {
 			t.Fatal(err)
 		}
 		a.index++
-		next, err := cluster.Apply(a.state, cluster.Command{Format: 1, Type: p.kind, At: time.Now(), Data: text, Term: 1, Index: a.index})
+		next, err := agreed.Apply(a.state, agreed.Command{Format: 1, Type: p.kind, At: time.Now(), Data: text, Term: 1, Index: a.index})
 		if err != nil {
 			t.Fatal(err)
 		}

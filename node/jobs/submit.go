@@ -7,40 +7,48 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
 const (
-	// durabilityWait bounds how long a submission waits for other nodes' disks.
+	// durabilityWait bounds how long a submission waits for the disks of other nodes.
 	durabilityWait = 2 * time.Second
-	// writeWait bounds how long it waits for this node's own.
+	// writeWait bounds how long it waits for this node's disk.
 	writeWait = 5 * time.Second
 )
 
-// Request is a submission that was read and checked as far as its form goes.
+// Request is a submission whose syntax was checked.
 type Request struct {
 	Who      serving.Principal
-	Endpoint string // canonical, one that jobs may have
+	Endpoint string // one of Endpoints
 	Model    string
-	// Body is the request itself. It is copied before Submit returns.
+	// Body is the body of the request. It is copied before Submit returns.
 	Body []byte
 	// Durability and MinDurability are empty when the client did not say.
 	Durability, MinDurability journal.Durability
 	Priority                  int           // 0–9
 	ExpiresIn                 time.Duration // 0: as configured
 	IdempotencyKey            string        // empty: none
-	RetryOf                   string        // of Retry
+	RetryOf                   string        // id of the job that Retry repeats
 }
 
-// Endpoints are those that jobs may have.
-var Endpoints = []string{"/v1/chat/completions", "/v1/completions", "/v1/embeddings"}
+// Endpoints are the endpoints that jobs may have.
+var Endpoints = func() (paths []string) {
+	for _, e := range openai.Endpoints {
+		if e.Job {
+			paths = append(paths, e.Path)
+		}
+	}
+	return paths
+}()
 
-// Submit takes a job. When it returns nil the job is as durable as the View
-// says, and that is what was asked for. The errors are ErrImpossible, ErrKeyReused,
-// ErrNotReady, ErrBusy, ErrUnavailable, or a *DurabilityError: the job is here,
-// but not known to be as durable as asked.
+// Submit accepts a job. If the error is nil, the job is as durable as the View says, and
+// that is at least what the client asked. The errors are ErrImpossible, ErrKeyReused,
+// ErrNotReady, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
+// written, but is not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 	began := time.Now()
 	v, err := j.submit(ctx, r, began)
@@ -87,6 +95,9 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 	}
 	id := newID(now)
 	if r.IdempotencyKey != "" {
+		if j.o.Table.Partial() { // the job of the key may be among the missing rows
+			return nil, ErrPartial
+		}
 		if id, sub.KeyHash, err = j.ids.keyed(r.Who.Tenant, r.IdempotencyKey, r.Endpoint, r.Body); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNotReady, err)
 		}
@@ -100,19 +111,19 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 		}
 	}
 	v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
-	if errors.Is(err, journal.ErrFrozen) { // a new one was begun meanwhile
+	if errors.Is(err, journal.ErrFrozen) { // this node began a new stream meanwhile
 		stream, token, _ = j.streams.current()
 		return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
 	}
 	return v, err
 }
 
-// durability says what to wait for, and what is enough when it can't be had. An
-// explicit wish that the configured nodes can't give is an error at once.
+// durability returns the level to wait for, and the level that is enough if that one is
+// not reached. An explicit level that the configured nodes can't provide is an error.
 func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least journal.Durability, err error) {
 	want, least = r.Durability, r.MinDurability
 	if want == journal.DurableNode {
-		return want, least, nil // any node can
+		return want, least, nil // always possible
 	}
 	if want != "" {
 		if err := j.possible(want); err != nil {
@@ -132,15 +143,15 @@ func (j *Jobs) durability(r *Request, byDefault journal.Durability) (want, least
 	return want, least, nil
 }
 
-// possibility is what the agreed nodes can give.
+// possibility is a result of Replication.Possible.
 type possibility struct {
-	state *cluster.State // that they are agreed on in
+	state *agreed.State // for which it was computed
 	level journal.Durability
 	err   error
 }
 
-// possible asks once for each agreed state: looking at every node costs more than
-// sealing a job.
+// possible caches the result for each agreed state: looking at every node costs more than
+// encrypting a job.
 func (j *Jobs) possible(level journal.Durability) error {
 	state := j.o.State()
 	if p := j.lastPossible.Load(); p != nil && state != nil && p.state == state && p.level == level {
@@ -151,22 +162,22 @@ func (j *Jobs) possible(level journal.Durability) error {
 	return p.err
 }
 
-// earlier finds what the key was used for before: the same job, or another one.
+// earlier looks for an earlier use of the key: for the same job, or for another one.
 func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, want, least journal.Durability) (*View, error) {
 	row, known, err := j.o.Table.Get(id)
 	if err != nil {
 		return nil, fmt.Errorf("look for the key's job: %w", err)
 	}
-	if known && row.Deleted() { // its id brings nothing back: what is written under it is never executed
-		return nil, fmt.Errorf("%w: %s, which has ended and is not kept any more", ErrKeyReused, id)
+	if known && row.Deleted() { // a record with the id of a deleted job is never executed
+		return nil, fmt.Errorf("%w: %s, which was deleted", ErrKeyReused, id)
 	}
 	if known {
 		v, _, err := j.view(row, true)
 		if err != nil {
 			return nil, err
 		}
-		// A repeat is how a client finds out after durability_timeout: it must be
-		// told the truth again, not a 202 that is none.
+		// A client repeats a submission after durability_timeout. It must get the same
+		// error again if the job is still not durable enough, not a 202.
 		rec, _ := row.Submitted()
 		if v.Durability, err = j.await(ctx, id, rec.Stream, rec.Seq, want, least); err != nil {
 			return nil, err
@@ -192,22 +203,22 @@ func (j *Jobs) write(ctx context.Context, rec journal.Record, sub *journal.Submi
 	}
 	cfg := j.o.config()
 	e := newEntry(rec.Job, sub)
-	e.home = rec.Stream
+	e.stream = rec.Stream
 	if !j.exec.reserve(e, cfg.MaxQueued, cfg.MaxQueuedBytes) {
 		return nil, ErrBusy
 	}
-	// A client that leaves now must not leave a job behind that nobody queued:
-	// the writing goes on, within its own time.
+	// If the client disconnects now, the record may still be written, and then it must be
+	// queued: the write has its own timeout.
 	writing, done := context.WithTimeout(context.WithoutCancel(ctx), writeWait)
 	seq, err := j.o.Journal.Append(writing, rec.Stream, []journal.Record{rec})
 	done()
 	if err != nil {
-		if !errors.Is(err, journal.ErrUncertain) { // else it may show up in the table yet
+		if !errors.Is(err, journal.ErrUncertain) { // else the table may still get the record
 			j.exec.release(e)
 		}
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	j.exec.release(e) // the table has shown it, but for a job that was deleted meanwhile
+	j.exec.release(e) // observe has queued it, unless the job was deleted meanwhile
 	has, err := j.await(ctx, rec.Job, rec.Stream, seq, sub.Durability, sub.MinDurability)
 	if err != nil {
 		return nil, err
@@ -217,9 +228,9 @@ func (j *Jobs) write(ctx context.Context, rec journal.Record, sub *journal.Submi
 	}, nil
 }
 
-// await waits until a record is as durable as wanted, and says what it really is
-// after that. least is enough after durabilityWait, or at once when the nodes
-// that can be heard can't give more; empty: nothing less will do.
+// await waits until a record is as durable as wanted, and returns how durable it is then.
+// least is enough after durabilityWait, or at once if the nodes that are heard can't provide
+// more. If least is empty, nothing less than want is enough.
 func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, seq uint64, want, least journal.Durability) (journal.Durability, error) {
 	has := j.reached(s, seq)
 	if levelOf(has) >= levelOf(want) {
@@ -239,7 +250,7 @@ func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, se
 	has = j.reached(s, seq)
 	switch {
 	case err == nil && levelOf(has) < levelOf(wait):
-		has = wait // it was true a moment ago; what counts now are other nodes' disks
+		has = wait // Await has seen that it was reached
 	case err != nil && (least == "" || levelOf(has) < levelOf(least)):
 		j.metrics.unsettled.WithLabelValues(string(want)).Inc()
 		return has, &DurabilityError{ID: id, Wanted: want, Has: has, After: time.Since(began)}
@@ -247,7 +258,7 @@ func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, se
 	return has, nil
 }
 
-// ParseExpiry reads "90s", "1h", "7d".
+// ParseExpiry parses "90s", "1h" or "7d".
 func ParseExpiry(text string) (time.Duration, bool) {
 	if days, found := strings.CutSuffix(text, "d"); found && len(days) == 1 && days[0] >= '0' && days[0] <= '9' {
 		return time.Duration(days[0]-'0') * 24 * time.Hour, true

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -21,7 +21,7 @@ func TestDurability(t *testing.T) {
 		name                         string
 		want, least                  journal.Durability
 		possible, reachable, reached journal.Durability
-		later                        journal.Durability // half a second on
+		later                        journal.Durability // after half a second
 		has                          journal.Durability
 		err                          error
 		took                         time.Duration
@@ -64,7 +64,7 @@ func TestDurability(t *testing.T) {
 					if !errors.As(err, &short) {
 						t.Errorf("the error is %v", err)
 					} else if _, err := w.Get(t.Context(), ann, short.ID); err != nil {
-						t.Errorf("the job may exist, and does: %v", err)
+						t.Errorf("the job exists, but: %v", err)
 					}
 				case tc.err != nil && !errors.Is(err, tc.err):
 					t.Errorf("the error is %v, want %v", err, tc.err)
@@ -74,8 +74,8 @@ func TestDurability(t *testing.T) {
 	}
 }
 
-// TestResultWaitsForItsDurability: a result is shown when it can be lost no more
-// easily than was asked for.
+// TestResultWaitsForItsDurability: a result is shown when it is as durable as the client
+// asked.
 func TestResultWaitsForItsDurability(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		all := journal.DurableTwoCities
@@ -83,14 +83,14 @@ func TestResultWaitsForItsDurability(t *testing.T) {
 		w.copies.say(all, all, journal.DurableTwoSites)
 		strict := w.submit(func(r *Request) { r.Durability = journal.DurableTwoSites }).ID
 		lax := w.submit(func(r *Request) { r.Durability = "" }).ID
-		w.copies.say(all, all, journal.DurableNode) // of what comes now
-		w.until("both are done", func() bool { return w.Counts().Succeeded == 2 })
+		w.copies.say(all, all, journal.DurableNode) // for the next records
+		w.until("both have ended", func() bool { return w.counts().Succeeded == 2 })
 		if a, b := w.get(strict), w.get(lax); a.Status != journal.Running || a.Result != nil || b.Status != journal.Running {
 			t.Errorf("shown too early: %+v, %+v", a, b)
 		}
 		w.copies.say(all, journal.DurableNode, journal.DurableNode)
 		if a, b := w.get(strict).Status, w.get(lax).Status; a != journal.Running || b != journal.Succeeded {
-			t.Errorf("cut off: %s, %s", a, b)
+			t.Errorf("after the peers were lost: %s, %s", a, b)
 		}
 		w.copies.say(all, all, journal.DurableTwoSites)
 		w.await(strict, journal.Succeeded)
@@ -101,7 +101,7 @@ func TestIdempotencyKey(t *testing.T) {
 	w := newWorld(t)
 	w.start()
 	keyed := func(key, tenant, body string) *Request {
-		return request(func(r *Request) { r.IdempotencyKey, r.Who.Tenant, r.Body = key, tenant, []byte(body) })
+		return request(func(r *Request) { r.IdempotencyKey, r.Who.Tenant, r.Body = key, tenant, marked(body) })
 	}
 	first, err := w.Submit(t.Context(), keyed("k", "ann", "1"))
 	if err != nil {
@@ -140,7 +140,7 @@ func TestIdempotencyKey(t *testing.T) {
 			t.Fatalf("jobs %s and %s of one key", one, id)
 		}
 	}
-	// The id of a job that is gone brings nothing back: a 202 would be a lost job.
+	// A record with the id of a deleted job is never executed: a 202 would be a lost job.
 	gone, err := w.Submit(t.Context(), keyed("k4", "ann", "1"))
 	if err != nil {
 		t.Fatal(err)
@@ -150,27 +150,26 @@ func TestIdempotencyKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	if v, err := w.Submit(t.Context(), keyed("k4", "ann", "1")); !errors.Is(err, ErrKeyReused) {
-		t.Errorf("a repeat of what was deleted gives %+v, %v", v, err)
+		t.Errorf("a repeat after the deletion gives %+v, %v", v, err)
 	}
 	w.restart()
 	if again, err = w.Submit(t.Context(), keyed("k", "ann", "1")); err != nil || again.ID != first.ID {
 		t.Errorf("after a restart a repeat gives %+v, %v", again, err)
 	}
-	if c := w.Counts(); c.Succeeded+c.Queued+c.Running != 4 {
+	if c := w.counts(); c.Succeeded+c.Queued+c.Running != 4 {
 		t.Errorf("counts are %+v", c)
 	}
 }
 
-// TestKeyInTwoSites: one key used with two bodies where neither could know of the
-// other: both run and are flagged. The same body is the same job, and one result
-// counts.
+// TestKeyInTwoSites: one key is used with two bodies in sites that can't reach each other.
+// Both jobs run and are flagged. With the same body it is the same job, and one result counts.
 func TestKeyInTwoSites(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := twoNodes(t)
 		defer func() { a.stop(); b.stop() }()
 		a.server = answering(`{"by":"a"}`)
 		keyed := func(body string) func(*Request) {
-			return func(r *Request) { r.IdempotencyKey, r.Body = "k", []byte(body) }
+			return func(r *Request) { r.IdempotencyKey, r.Body = "k", marked(body) }
 		}
 		one, two := a.submit(keyed("1")), b.submit(keyed("2"))
 		a.await(one.ID, journal.Succeeded)
@@ -184,7 +183,7 @@ func TestKeyInTwoSites(t *testing.T) {
 				}
 			}
 		}
-		same := func(r *Request) { r.IdempotencyKey, r.Body = "k2", []byte("1") }
+		same := func(r *Request) { r.IdempotencyKey, r.Body = "k2", marked("1") }
 		x, y := a.submit(same), b.submit(same)
 		if x.ID != y.ID {
 			t.Fatalf("one key and body make %s and %s", x.ID, y.ID)
@@ -203,7 +202,7 @@ func TestKeyInTwoSites(t *testing.T) {
 func TestBounds(t *testing.T) {
 	w := newWorld(t)
 	w.spare.Store(0)
-	w.agreed.configure(func(j *cluster.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
+	w.agreed.configure(func(j *config.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 3, 100 })
 	w.start()
 	if now, _, _ := w.streams.current(); !w.exec.has(now) {
 		t.Error("jobs are taken before they are counted")
@@ -223,7 +222,7 @@ func TestBounds(t *testing.T) {
 	if _, err := w.Cancel(t.Context(), ann, third); err != nil {
 		t.Fatal(err)
 	}
-	w.until("there is room again", func() bool {
+	w.until("a job is accepted again", func() bool {
 		_, err := w.Submit(t.Context(), request(body(1)))
 		return err == nil
 	})
@@ -243,7 +242,7 @@ func TestNotReady(t *testing.T) {
 	}
 	w.stop()
 	if _, err := w.Submit(t.Context(), request()); !errors.Is(err, ErrNotReady) {
-		t.Errorf("after the end: %v", err)
+		t.Errorf("after Run: %v", err)
 	}
 }
 
@@ -301,8 +300,8 @@ func second[T any](_ T, err error) error { return err }
 
 func TestDeleteAndRetry(t *testing.T) {
 	w := newWorld(t)
-	w.server = func(ctx context.Context, r *serving.Request, s serving.Sink) error {
-		if string(r.Body) == "bad" {
+	w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		if string(r.Body) == string(marked("bad")) {
 			return refusing(400, nil, "no")
 		}
 		return answering("{}")(ctx, r, s)
@@ -312,9 +311,9 @@ func TestDeleteAndRetry(t *testing.T) {
 	good := w.submit().ID
 	w.await(good, journal.Succeeded)
 	if _, err := w.Retry(ctx, ann, good); !errors.Is(err, ErrNotRetryable) {
-		t.Errorf("retry what succeeded: %v", err)
+		t.Errorf("retry a job that succeeded: %v", err)
 	}
-	bad := w.submit(func(r *Request) { r.Body, r.Priority = []byte("bad"), 7 }).ID
+	bad := w.submit(func(r *Request) { r.Body, r.Priority = marked("bad"), 7 }).ID
 	w.await(bad, journal.Failed)
 	v, err := w.Retry(ctx, ann, bad)
 	if err != nil || v.ID == bad {
@@ -327,21 +326,21 @@ func TestDeleteAndRetry(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := w.Get(ctx, ann, good); !errors.Is(err, ErrNotFound) {
-		t.Errorf("get what was deleted: %v", err)
+		t.Errorf("get a deleted job: %v", err)
 	}
 	w.spare.Store(0)
 	waits := w.submit().ID
 	if err := w.Delete(ctx, ann, waits); !errors.Is(err, ErrNotFinal) {
-		t.Errorf("delete what waits: %v", err)
+		t.Errorf("delete a waiting job: %v", err)
 	}
 	if _, err := w.Retry(ctx, ann, waits); !errors.Is(err, ErrNotRetryable) {
-		t.Errorf("retry what waits: %v", err)
+		t.Errorf("retry a waiting job: %v", err)
 	}
 	if _, err := w.Cancel(ctx, ann, newID(time.Now())); !errors.Is(err, ErrNotFound) {
-		t.Errorf("cancel what nobody knows: %v", err)
+		t.Errorf("cancel an unknown job: %v", err)
 	}
 	w.restart()
 	if _, err := w.Get(ctx, ann, good); !errors.Is(err, ErrNotFound) {
-		t.Errorf("after a restart, get what was deleted: %v", err)
+		t.Errorf("after a restart, get a deleted job: %v", err)
 	}
 }

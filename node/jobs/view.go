@@ -14,29 +14,29 @@ import (
 type View struct {
 	ID         journal.JobID
 	Status     journal.Status
-	Site       string // that accepted it
+	Site       string // the site that accepted it
 	Durability journal.Durability
 	CreatedAt  time.Time
 	ExpiresAt  time.Time
-	StartedAt  time.Time // of the last attempt; zero: never
+	StartedAt  time.Time // of the last attempt; zero: not yet
 	FinishedAt time.Time // zero: not yet
 	Endpoint   string
 	Model      string
 	Priority   int
 	Attempts   uint32
-	ExecutedBy string // site; of a running job where it runs
-	Epoch      uint64 // in which it was finished
+	ExecutedBy string // site that runs or ran it
+	Epoch      uint64 // in which it ended
 	RetryOf    string
-	Tenant     string // shown to operators alone
+	Tenant     string // shown only to operators
 	CancelWish bool   // a client asked to cancel it
-	Conflict   bool   // its Idempotency-Key came with another body too
+	Conflict   bool   // its Idempotency-Key was also used with another body
 	Error      string // OpenAI's error object, JSON
 	Result     []byte // the upstream's body
 
-	ShowTenant bool // the asker is an operator
+	ShowTenant bool // for an operator
 }
 
-// AppendJSON appends the job as an object.
+// AppendJSON appends the job as a JSON object.
 func (v *View) AppendJSON(b []byte) []byte {
 	b = append(b, `{"id":"`...)
 	b = v.ID.Append(b)
@@ -105,7 +105,7 @@ func appendTime(b []byte, name string, t time.Time) []byte {
 	return strconv.AppendInt(append(b, name...), t.Unix(), 10)
 }
 
-// appendString quotes s as JSON; most of what stands here needs no escapes.
+// appendString appends s as a JSON string. Most strings here need no escapes.
 func appendString(b []byte, s string) []byte {
 	for i := range len(s) {
 		if c := s[i]; c < ' ' || c == '"' || c == '\\' || c >= utf8.RuneSelf {
@@ -121,8 +121,8 @@ func appendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
-// view reads a row. full is with result, and with a look for other jobs of the
-// same Idempotency-Key. ErrNotFound: there is nothing to see.
+// view reads a row. With full it also reads the result and looks for other jobs with the
+// same Idempotency-Key. The error is ErrNotFound for a deleted job.
 func (j *Jobs) view(row jobtable.Row, full bool) (*View, *journal.Submission, error) {
 	rec, ok := row.Submitted()
 	if !ok || row.Deleted() {
@@ -151,7 +151,8 @@ func (j *Jobs) view(row jobtable.Row, full bool) (*View, *journal.Submission, er
 	return v, &sub, nil
 }
 
-// reached is never less than the node: the record is in the table.
+// reached is how durable a record is known to be: at least node, because it is in the
+// table.
 func (j *Jobs) reached(s journal.Stream, seq uint64) journal.Durability {
 	if d := j.o.Replication.DurabilityOf(s, seq); levelOf(d) > 0 {
 		return d
@@ -180,7 +181,7 @@ func (j *Jobs) fillProgress(v *View, row jobtable.Row, sub *journal.Submission, 
 	v.Status, v.FinishedAt, v.Error = out.Status, current.Clock.Time(), out.Error
 	v.ExecutedBy, v.Epoch = out.Site, out.Epoch
 	if v.StartedAt.IsZero() {
-		v.ExecutedBy = "" // it was ended, not executed
+		v.ExecutedBy = "" // it ended without being executed
 	}
 	if full {
 		v.Result = out.Body
@@ -188,7 +189,7 @@ func (j *Jobs) fillProgress(v *View, row jobtable.Row, sub *journal.Submission, 
 	return nil
 }
 
-// progress is the newest record of a start, or of an attempt that failed.
+// progress is the newest record of a start or of a failed attempt.
 func progress(row jobtable.Row) (journal.Record, bool) {
 	for _, r := range row.Records {
 		if r.Kind == journal.Started || r.Kind == journal.Retrying {

@@ -16,7 +16,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -27,13 +28,13 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// agreement is the cluster as Ownership sees it: a state that commands change,
-// and a lease that the test gives and takes.
+// agreement is the cluster as Ownership sees it: a state that commands change, and a lease
+// that the test controls.
 type agreement struct {
 	boot func() time.Duration
 
 	mu      sync.Mutex // guards all below
-	state   *cluster.State
+	state   *agreed.State
 	index   uint64
 	changed chan struct{}
 	leased  bool
@@ -41,17 +42,17 @@ type agreement struct {
 }
 
 func newAgreement(boot func() time.Duration) *agreement {
-	cfg := cluster.Config{Jobs: cluster.DefaultJobs()}
+	cfg := config.Config{Jobs: config.DefaultJobs()}
 	return &agreement{
 		boot: boot, index: 10, changed: make(chan struct{}),
-		state: &cluster.State{
-			ClusterID: "c", Generation: cluster.Generation{Number: 1}, Parsed: &cfg, Primary: cluster.Primary{Site: "here", Epoch: 7},
-			Nodes: map[string]cluster.Node{"here-1": {Name: "here-1", Site: "here"}, "here-2": {Name: "here-2", Site: "here"}, "there-1": {Name: "there-1", Site: "there"}},
+		state: &agreed.State{
+			ClusterID: "c", Generation: agreed.Generation{Number: 1}, Parsed: &cfg, Primary: agreed.Primary{Site: "here", Epoch: 7},
+			Nodes: map[string]agreed.Node{"here-1": {Name: "here-1", Site: "here"}, "here-2": {Name: "here-2", Site: "here"}, "there-1": {Name: "there-1", Site: "there"}},
 		},
 	}
 }
 
-func (a *agreement) State() *cluster.State {
+func (a *agreement) State() *agreed.State {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.state
@@ -72,7 +73,14 @@ func (a *agreement) OwnershipLease() (left time.Duration, ownership uint64) {
 	return time.Second, a.state.Ownership
 }
 
-func (a *agreement) Propose(_ context.Context, t cluster.CommandType, data any) (uint64, error) {
+func (a *agreement) Lease() (left time.Duration, epoch uint64) {
+	left, _ = a.OwnershipLease()
+	return left, a.State().Primary.Epoch
+}
+
+func (a *agreement) LeaseChanged() <-chan struct{} { return nil } // no Fence runs here
+
+func (a *agreement) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.refuse != nil {
@@ -83,7 +91,7 @@ func (a *agreement) Propose(_ context.Context, t cluster.CommandType, data any) 
 		return 0, err
 	}
 	a.index++
-	next, err := cluster.Apply(a.state, cluster.Command{Format: 1, Type: t, At: time.Now(), Data: text, Term: 1, Index: a.index})
+	next, err := agreed.Apply(a.state, agreed.Command{Format: 1, Type: t, At: time.Now(), Data: text, Term: 1, Index: a.index})
 	if err != nil {
 		return 0, err
 	}
@@ -109,7 +117,7 @@ func (a *agreement) refuseAll(err error) {
 	a.refuse = err
 }
 
-func (a *agreement) configure(change func(*cluster.Jobs)) {
+func (a *agreement) configure(change func(*config.Jobs)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	next, cfg := *a.state, *a.state.Parsed
@@ -122,13 +130,13 @@ func (a *agreement) configure(change func(*cluster.Jobs)) {
 func (a *agreement) give(t *testing.T, s journal.Stream, to string) {
 	t.Helper()
 	j := a.State().Streams[keyOf(s)]
-	_, err := a.Propose(t.Context(), cluster.CmdStreamOwn, cluster.StreamOwn{Stream: keyOf(s), Owner: to, Expect: j.Token, Reason: "test", Term: 1})
+	_, err := a.Propose(t.Context(), agreed.CmdStreamOwn, agreed.StreamOwn{Stream: keyOf(s), Owner: to, Expect: j.Token, Reason: "test", Term: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-// copies is replication: the test says how durable everything is.
+// copies is a fake Replication. The test sets how durable records are.
 type copies struct {
 	mu        sync.Mutex // guards all below
 	possible  map[journal.Durability]bool
@@ -136,7 +144,7 @@ type copies struct {
 	reached   journal.Durability
 	of        map[string]journal.Durability // by origin, instead of reached
 	changed   chan struct{}
-	caughtUp  chan struct{} // closed: every stream is
+	caughtUp  chan struct{} // closed: all streams are caught up
 	asked     int           // calls of AwaitCaughtUp
 }
 
@@ -207,8 +215,8 @@ func (c *copies) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
-// say sets what is true: what the configuration gives, what can be heard, and
-// what has come about.
+// say sets the levels that the configuration allows, that the living nodes allow, and that
+// records have reached.
 func (c *copies) say(possible, reachable, reached journal.Durability) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -231,14 +239,14 @@ func (c *copies) sayOf(origin string, reached journal.Durability) {
 	c.of[origin] = reached
 }
 
-// world is a node with real files, and what it takes to restart it.
+// world is a node with real files that can be restarted.
 type world struct {
 	t      testing.TB
 	dir    string
 	ring   *keyring.Ring
 	agreed *agreement
 	copies *copies
-	server func(ctx context.Context, r *serving.Request, s serving.Sink) error
+	server func(ctx context.Context, r serving.Request, s serving.Sink) error
 	spare  atomic.Int64
 	node   string
 	limit  time.Duration // of until
@@ -266,8 +274,8 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-func answering(body string) func(context.Context, *serving.Request, serving.Sink) error {
-	return func(_ context.Context, _ *serving.Request, s serving.Sink) error {
+func answering(body string) func(context.Context, serving.Request, serving.Sink) error {
+	return func(_ context.Context, _ serving.Request, s serving.Sink) error {
 		if err := s.Head(serving.Head{Status: 200, Length: int64(len(body)), Attempts: 1}); err != nil {
 			return err
 		}
@@ -275,9 +283,9 @@ func answering(body string) func(context.Context, *serving.Request, serving.Sink
 	}
 }
 
-type serverFunc func(ctx context.Context, r *serving.Request, s serving.Sink) error
+type serverFunc func(ctx context.Context, r serving.Request, s serving.Sink) error
 
-func (f serverFunc) Serve(ctx context.Context, r *serving.Request, s serving.Sink) error {
+func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink) error {
 	return f(ctx, r, s)
 }
 
@@ -309,7 +317,7 @@ func (w *world) open() {
 	var err error
 	tables := jobtable.Options{Dir: filepath.Join(w.dir, "table"), Sealer: sealer, Ring: w.ring, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry()}
 	w.table, err = jobtable.Open(tables)
-	if errors.Is(err, jobtable.ErrDamaged) { // a copy of files that change is none of one moment; it is derived
+	if errors.Is(err, jobtable.ErrDamaged) { // crash copies files while they change; the table can be rebuilt
 		must(jobtable.Discard(tables.Dir))
 		tables.Registerer = prometheus.NewRegistry()
 		w.table, err = jobtable.Open(tables)
@@ -323,12 +331,9 @@ func (w *world) open() {
 	must(err)
 	w.Jobs, err = New(Options{
 		Node: w.node, Site: "here", Dir: filepath.Join(w.dir, "jobs"), Journal: w.log, Table: w.table, Sealer: sealer, Ring: w.ring,
-		Replication: w.copies, Ownership: failover.NewOwnership(w.node, w.agreed, func() time.Duration { return 1300 * time.Millisecond }, w.agreed.boot), State: w.agreed.State,
-		Server: serverFunc(func(ctx context.Context, r *serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
-		Parse: func(endpoint string, body []byte) (*serving.Request, error) {
-			return &serving.Request{Endpoint: endpoint, Body: body, Model: "m"}, nil
-		},
-		Spare: func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
+		Replication: w.copies, Ownership: w.ownership(logger), State: w.agreed.State,
+		Server: serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error { return w.server(ctx, r, s) }),
+		Spare:  func() int { return int(w.spare.Load()) }, Heard: func(string) bool { return true },
 		Registerer: w.reg, Logger: logger, Grace: 5 * time.Second,
 	})
 	must(err)
@@ -338,6 +343,11 @@ func (w *world) open() {
 			return nil
 		}))
 	}
+}
+
+func (w *world) ownership(logger *slog.Logger) *failover.Ownership {
+	wait := func() time.Duration { return 1300 * time.Millisecond }
+	return failover.NewOwnership(failover.NewFence(w.node, "here", w.agreed, wait, w.agreed.boot, logger), w.agreed)
 }
 
 func (w *world) launch() {
@@ -372,14 +382,14 @@ func (w *world) launch() {
 	}
 }
 
-// restart ends the node in good order and starts it again.
+// restart stops the node and starts it again.
 func (w *world) restart() {
 	w.t.Helper()
 	w.stop()
 	w.start()
 }
 
-// crash goes on from the files as they are at this moment, as after a kill.
+// crash continues with a copy of the files at this moment, as after a kill.
 func (w *world) crash() {
 	w.t.Helper()
 	copied := w.t.TempDir()
@@ -393,6 +403,9 @@ func (w *world) crash() {
 
 var ann = Caller{Principal: serving.Principal{Tenant: "ann", KeyID: "k1"}}
 
+// marked is a request's body that a word tells from others.
+func marked(word string) []byte { return []byte(`{"model":"m","user":"` + word + `"}`) }
+
 func request(change ...func(*Request)) *Request {
 	r := &Request{
 		Who: ann.Principal, Endpoint: Endpoints[0], Model: "m", Body: []byte(`{"model":"m","messages":[]}`),
@@ -402,6 +415,15 @@ func request(change ...func(*Request)) *Request {
 		c(r)
 	}
 	return r
+}
+
+func (w *world) counts() Counts {
+	w.t.Helper()
+	c, err := w.Counts()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
 }
 
 func (w *world) submit(change ...func(*Request)) *View {

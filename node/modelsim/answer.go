@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// query is what the simulator reads of a request.
+// query has the fields of a request that the simulator uses.
 type query struct {
 	Model         string          `json:"model"`
 	Stream        bool            `json:"stream"`
@@ -42,7 +42,7 @@ type query struct {
 	pace pace
 }
 
-// pace is how fast and how long an answer is.
+// pace is the speed and the length of an answer.
 type pace struct {
 	first  time.Duration
 	rate   float64 // tokens per second, 0: all at once
@@ -124,13 +124,13 @@ func (q *query) limit() *int {
 	return q.MaxTokens
 }
 
-// field is a member of a chat delta.
+// field is a field of a chat delta.
 type field string
 
 const (
 	content   field = "content"
 	reasoning field = "reasoning_content"
-	arguments field = "arguments" // of the one tool call
+	arguments field = "arguments" // of the tool call
 )
 
 // token is one word of an answer.
@@ -139,10 +139,10 @@ type token struct {
 	text  string
 }
 
-// answer is one choice.
+// answer is one choice of a response.
 type answer struct {
 	tokens []token
-	tool   string // name of the function called, empty: text
+	tool   string // name of the called function; empty: the answer is text
 	finish string
 }
 
@@ -160,7 +160,7 @@ type usage struct {
 	Prompt     int `json:"prompt_tokens"`
 	Completion int `json:"completion_tokens"`
 	Total      int `json:"total_tokens"`
-	// DeepSeek's: the simulator keeps no KV cache, so all is a miss.
+	// DeepSeek's fields. The simulator has no KV cache, so all tokens are misses.
 	Hit     int             `json:"prompt_cache_hit_tokens"`
 	Miss    int             `json:"prompt_cache_miss_tokens"`
 	Details *completionInfo `json:"completion_tokens_details,omitempty"`
@@ -170,7 +170,7 @@ type completionInfo struct {
 	Reasoning int `json:"reasoning_tokens"`
 }
 
-// The two Chinese ones make sure that a token is not a byte.
+// The two Chinese words make sure that tests don't take a token for a byte.
 var vocabulary = strings.Fields(`the a site city node answer primary remote lease epoch journal
 record quorum voter leader copy stream token model prompt cache retry budget drill switch
 window signal harbour river bridge garden winter morning quiet bright steady early 上海 北京`)
@@ -215,7 +215,7 @@ func (q *query) compose(question []byte, i int) *answer {
 	return a
 }
 
-// toolCalled is the function that tool_choice demands, empty when none.
+// toolCalled is the function that tool_choice requires; empty: none.
 func (q *query) toolCalled() string {
 	if len(q.Tools) == 0 || len(q.ToolChoice) == 0 {
 		return ""
@@ -234,7 +234,7 @@ func (q *query) toolCalled() string {
 	return ""
 }
 
-// countTokens: about four bytes each, at least one.
+// countTokens estimates four bytes per token, and at least one token.
 func countTokens(b []byte) int { return max(1, len(b)/4) }
 
 func measure(question []byte, answers []*answer) usage {

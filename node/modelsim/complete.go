@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// errFault ends an answer that failed as commanded.
+// errFault ends an answer that failed because of the armed fault.
 var errFault = errors.New("simulated fault")
 
-// servePost answers the endpoints of a model; path has no /v1.
+// servePost serves the model endpoints; path is without /v1.
 func (s *Server) servePost(w http.ResponseWriter, r *http.Request, path string) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if err != nil {
@@ -27,15 +27,15 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, path string) 
 	}
 	known := path == "/chat/completions" || path == "/completions" || path == "/embeddings"
 	q, err := s.parse(r, body, known)
-	rec := s.book.open(r, "/v1"+path, q)
+	rec := s.record.open(r, "/v1"+path, q)
 	c := &call{s: s, w: w, rc: http.NewResponseController(w), ctx: r.Context(), q: q, start: time.Now()}
-	gone := true // also when a fault panics to cut the connection: see below
-	defer func() { s.book.close(rec, c.status, gone) }()
+	gone := true // stays true if the handler panics to cut the connection
+	defer func() { s.record.close(rec, c.status, gone) }()
 
 	f, hit := s.faults.take(false)
 	if hit {
 		c.fault = f
-		s.book.fault(rec, f.Mode)
+		s.record.fault(rec, f.Mode)
 	}
 	switch {
 	case f.status() != 0:
@@ -69,14 +69,14 @@ func (s *Server) servePost(w http.ResponseWriter, r *http.Request, path string) 
 		case ResetAfter:
 			_ = c.rc.Flush()
 			reset(w)
-		case TruncatedBody: // net/http closes with FIN
+		case TruncatedBody: // net/http closes the connection with FIN
 			_ = c.rc.Flush()
 			panic(http.ErrAbortHandler)
 		}
 	}
 }
 
-// call is one answer being given.
+// call is one request and its answer.
 type call struct {
 	s      *Server
 	w      http.ResponseWriter
@@ -90,7 +90,7 @@ type call struct {
 
 func (c *call) is(m Mode) bool { return c.fault.Mode == m }
 
-// until sleeps to a moment; an error means that the client went.
+// until sleeps until t. An error means that the client has disconnected.
 func (c *call) until(t time.Time) error {
 	d := time.Until(t)
 	if d <= 0 {
@@ -106,13 +106,14 @@ func (c *call) until(t time.Time) error {
 	}
 }
 
-// forever waits for the client to go, sending beat (if any) each interval.
-func (c *call) forever(beat string) error {
-	for beat != "" {
+// forever waits until the client disconnects. If keepAlive is not empty it is sent each
+// interval.
+func (c *call) forever(keepAlive string) error {
+	for keepAlive != "" {
 		if err := c.until(time.Now().Add(c.fault.interval())); err != nil {
 			return err
 		}
-		if err := c.send([]byte(beat)); err != nil {
+		if err := c.send([]byte(keepAlive)); err != nil {
 			return err
 		}
 	}
@@ -152,7 +153,7 @@ func (c *call) complete(chat bool, number uint64) error {
 	}
 	sum := sha256.Sum256(c.q.body)
 	id := hex.EncodeToString(sum[:6]) + "-" + strconv.FormatUint(number, 10)
-	v := voice{chat: chat, created: c.start.Unix(), model: mustJSON(c.q.Model), question: question}
+	v := encoder{chat: chat, created: c.start.Unix(), model: mustJSON(c.q.Model), question: question}
 	if v.id = "cmpl-" + id; chat {
 		v.id = "chatcmpl-" + id
 	}
@@ -169,8 +170,8 @@ func (c *call) complete(chat bool, number uint64) error {
 	return c.plain(v.whole(answers, c.fault))
 }
 
-// stream sends tokens at the pace, and fails after Fault.After of them.
-func (c *call) stream(v voice, answers []*answer) error {
+// stream sends the tokens at the configured pace, and fails after Fault.After of them.
+func (c *call) stream(v encoder, answers []*answer) error {
 	h := c.w.Header()
 	h["Content-Type"] = []string{"text/event-stream; charset=utf-8"}
 	h["Cache-Control"] = []string{"no-cache"}
@@ -228,7 +229,7 @@ func (c *call) stream(v voice, answers []*answer) error {
 	return c.send(buf)
 }
 
-func (c *call) failStream(v voice, answers []*answer, i int) error {
+func (c *call) failStream(v encoder, answers []*answer, i int) error {
 	switch c.fault.Mode {
 	case Stall:
 		return c.forever("")
@@ -248,7 +249,7 @@ func (c *call) failStream(v voice, answers []*answer, i int) error {
 			return err
 		}
 	}
-	return errFault // cut by the caller
+	return errFault // the caller cuts the connection
 }
 
 const (
@@ -256,7 +257,7 @@ const (
 	errorBody = `{"error":{"message":"simulated error","type":"server_error","param":null,"code":"simulated"}}`
 )
 
-// plain sends a JSON body, or what the fault makes of it.
+// plain sends a JSON body, changed as the fault requires.
 func (c *call) plain(body []byte) error {
 	switch c.fault.Mode {
 	case Stall:
@@ -300,7 +301,7 @@ func (c *call) plain(body []byte) error {
 
 func mustJSON(v any) []byte {
 	b, err := json.Marshal(v)
-	if err != nil { // only strings and our own types come here
+	if err != nil { // values are of types that always marshal
 		panic(err)
 	}
 	return b

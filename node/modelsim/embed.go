@@ -13,8 +13,8 @@ import (
 
 const maxInputs = 2048
 
-// embed answers POST /embeddings: a unit vector for each input, which follows
-// from the input's bytes alone.
+// embed answers POST /embeddings with a unit vector for each input, which depends only on
+// the input's bytes.
 func (c *call) embed() error {
 	inputs, ok := splitInput(c.q.Input)
 	if !ok {
@@ -53,7 +53,7 @@ func (c *call) embed() error {
 	}))
 }
 
-// splitInput gives the raw JSON of each input.
+// splitInput returns the raw JSON of each input.
 func splitInput(raw json.RawMessage) ([]json.RawMessage, bool) {
 	raw = bytes.TrimSpace(raw)
 	if len(raw) == 0 {

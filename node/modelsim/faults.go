@@ -11,53 +11,51 @@ import (
 	"time"
 )
 
-// Mode is a way to fail. "after n" is Fault.After: tokens of a stream that
-// come first.
+// Mode is a kind of fault. "After n tokens" is Fault.After, the tokens of a stream that
+// are sent before the fault.
 type Mode string
 
 const (
-	// Refuse resets new and idle connections before a request is answered.
-	// /sim/ stays reachable: a connection is cut when its first bytes are not
-	// a request for it.
+	// Refuse resets new and idle connections before a request is answered. /sim/ stays
+	// reachable: a connection is only reset if its first bytes are another request.
 	Refuse Mode = "refuse"
-	// HTTP500, HTTP503, HTTP429, HTTP401 answer with that status and an OpenAI
-	// error; the first three carry Retry-After when RetryAfter is set.
+	// HTTP500, HTTP503, HTTP429 and HTTP401 answer with that status and an OpenAI error
+	// object. The first three have Retry-After when RetryAfter is set.
 	HTTP500 Mode = "http_500"
 	HTTP503 Mode = "http_503"
 	HTTP429 Mode = "http_429"
 	HTTP401 Mode = "http_401"
 	// ResetBefore reads the request, then resets the connection.
 	ResetBefore Mode = "reset_before"
-	// ResetAfter resets after n tokens; plain: after half of the body.
+	// ResetAfter resets the connection after n tokens; plain: after half of the body.
 	ResetAfter Mode = "reset_after"
-	// Stall says nothing more after n tokens until the client goes (with n = 0
-	// the stream's 200 is sent); plain: no byte at all.
+	// Stall sends nothing after n tokens until the client disconnects (with n = 0 it
+	// sends the stream's 200); plain: it sends no byte.
 	Stall Mode = "stall"
-	// StallComments is Stall with ": keep-alive" each Interval; plain: 200 and
-	// an empty line each Interval, as DeepSeek does.
+	// StallComments is Stall with ": keep-alive" each interval; plain: 200 and an empty
+	// line each interval, as DeepSeek does.
 	StallComments Mode = "stall_comments"
-	// SlowDrip sends one token each Interval; plain: one byte each Interval.
+	// SlowDrip sends one token each interval; plain: one byte each interval.
 	SlowDrip Mode = "slow_drip"
-	// BadJSON sends an event that is no JSON after n tokens, then ends with
-	// [DONE]; plain: a complete body that is no JSON.
+	// BadJSON sends an event that is not JSON after n tokens, then [DONE]; plain: a
+	// complete body that is not JSON.
 	BadJSON Mode = "bad_json"
-	// SilentEnd ends cleanly after n tokens without finish_reason and [DONE];
+	// SilentEnd ends the stream cleanly after n tokens without finish_reason and [DONE];
 	// plain: an empty body.
 	SilentEnd Mode = "silent_end"
-	// MissingDone sends all, finish_reason too, without [DONE]; plain: a
-	// correct answer.
+	// MissingDone sends everything except [DONE]; plain: a correct answer.
 	MissingDone Mode = "missing_done"
-	// ErrorEvent sends an error event after n tokens and ends; plain: 200 with
-	// an error object for a body.
+	// ErrorEvent sends an error event after n tokens and ends; plain: 200 with an error
+	// object as body.
 	ErrorEvent Mode = "error_event"
-	// TruncatedBody closes the connection (FIN) in the middle of an event after
-	// n tokens; plain: half of what Content-Length says.
+	// TruncatedBody closes the connection (FIN) within an event after n tokens; plain:
+	// after half of Content-Length.
 	TruncatedBody Mode = "truncated_body"
 	// RoleOnlyThenEnd sends the role chunk and [DONE]; plain: no content and
 	// no finish_reason.
 	RoleOnlyThenEnd Mode = "role_only_then_end"
-	// InsufficientResource ends after n tokens with that finish_reason, as
-	// DeepSeek does under load; plain: the same.
+	// InsufficientResource ends the answer after n tokens with this finish_reason, as
+	// DeepSeek does under load; plain: the same finish_reason.
 	InsufficientResource Mode = "insufficient_system_resource"
 )
 
@@ -66,24 +64,20 @@ var modes = []Mode{
 	BadJSON, SilentEnd, MissingDone, ErrorEvent, TruncatedBody, RoleOnlyThenEnd, InsufficientResource,
 }
 
-// Modes lists all ways to fail.
-func Modes() []Mode { return slices.Clone(modes) }
-
-// Fault is what POST /sim/faults takes.
+// Fault is the body of POST /sim/faults.
 type Fault struct {
 	Mode  Mode `json:"mode"`
-	After int  `json:"after,omitempty"` // tokens of a stream before it fails
+	After int  `json:"after,omitempty"` // tokens of a stream before the fault
 	// RetryAfter in seconds.
 	RetryAfter int `json:"retry_after,omitempty"`
-	// Count is how many requests fail before the fault clears itself; 0 is
-	// until cleared.
+	// Count is how many requests fail before the fault is cleared; 0: no limit.
 	Count int `json:"count,omitempty"`
-	// Probability that a request meets it, in (0, 1]; 0 means 1.
+	// Probability that a request fails, in (0, 1]; 0 means 1.
 	Probability float64 `json:"probability,omitempty"`
-	// IntervalMS is for the drips and comments; 0 means 1000.
+	// IntervalMS is the interval of SlowDrip and StallComments; 0 means 1000.
 	IntervalMS int `json:"interval_ms,omitempty"`
-	// Probes makes refuse, http_*, reset_before and the stalls hit GET /health
-	// and /models too (refuse always does), without counting.
+	// Probes makes http_*, reset_before and the stalls also apply to GET /health and
+	// /models, without using up Count. refuse always applies to them.
 	Probes bool `json:"probes,omitempty"`
 }
 
@@ -108,7 +102,7 @@ func (f Fault) interval() time.Duration {
 
 func (f Fault) stalls() bool { return f.Mode == Stall || f.Mode == StallComments }
 
-// status of the modes that are an HTTP status, else 0.
+// status is the HTTP status of modes that are one, else 0.
 func (f Fault) status() int {
 	switch f.Mode {
 	case HTTP500:
@@ -123,17 +117,17 @@ func (f Fault) status() int {
 	return 0
 }
 
-// faultBox holds the armed fault.
-type faultBox struct {
+// faultState holds the armed fault.
+type faultState struct {
 	mu    sync.Mutex // guards all below
 	armed *Fault
-	left  int // of Count
+	left  int // requests until Count is used up
 	rng   *rand.Rand
 }
 
-func (b *faultBox) seed(n uint64) { b.rng = rand.New(rand.NewPCG(n, 0x5eed)) } //nolint:gosec // repeatable on purpose
+func (b *faultState) seed(n uint64) { b.rng = rand.New(rand.NewPCG(n, 0x5eed)) } //nolint:gosec // repeatable on purpose
 
-func (b *faultBox) get() *Fault {
+func (b *faultState) get() *Fault {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.armed == nil {
@@ -143,9 +137,9 @@ func (b *faultBox) get() *Fault {
 	return &f
 }
 
-// take decides whether this request fails, and uses up one of Count. A probe
-// uses up none.
-func (b *faultBox) take(probe bool) (Fault, bool) {
+// take decides whether this request fails. A request that fails uses up one of Count, a
+// probe does not.
+func (b *faultState) take(probe bool) (Fault, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.armed == nil {
@@ -167,7 +161,7 @@ func (b *faultBox) take(probe bool) (Fault, bool) {
 	return f, true
 }
 
-// SetFault arms f in place of the one before, or says what is wrong with it.
+// SetFault arms f and replaces the previous fault. The error says what is wrong with f.
 func (s *Server) SetFault(f Fault) error {
 	if err := f.check(); err != nil {
 		return err
@@ -179,7 +173,7 @@ func (s *Server) SetFault(f Fault) error {
 	return nil
 }
 
-// ClearFault disarms.
+// ClearFault clears the fault.
 func (s *Server) ClearFault() {
 	s.faults.mu.Lock()
 	s.faults.armed = nil
@@ -198,7 +192,7 @@ func (s *Server) writeStatusFault(w http.ResponseWriter, f Fault) {
 	writeError(w, f.status(), kind, "simulated", "simulated "+string(f.Mode))
 }
 
-// reset answers with RST. What was written and not flushed is lost.
+// reset closes the connection with RST. Data that was not flushed is lost.
 func reset(w http.ResponseWriter) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil { // HTTP/2, or a recorder in a test
@@ -217,7 +211,7 @@ func abort(conn net.Conn) {
 	_ = conn.Close()
 }
 
-// refusingListener cuts connections while Refuse is armed.
+// refusingListener resets connections while Refuse is armed.
 type refusingListener struct {
 	net.Listener
 	s *Server
@@ -231,22 +225,22 @@ func (l refusingListener) Accept() (net.Conn, error) {
 	return &refusingConn{Conn: c, s: l.s}, nil
 }
 
-// refusingConn looks at the first bytes of a new connection before net/http
-// does, so that it is reset without being read further, and /sim/ stays open.
+// refusingConn reads the first bytes of a new connection before net/http does, so that it
+// can be reset without reading more, and /sim/ stays reachable.
 type refusingConn struct {
 	net.Conn
-	s      *Server
-	looked bool
-	held   []byte
+	s       *Server
+	checked bool
+	held    []byte // read by check and not yet by net/http
 }
 
 const controlPath = " /sim/"
 
 func (c *refusingConn) Read(p []byte) (int, error) {
-	if !c.looked && len(p) > 1 { // one byte is net/http waiting in the background
-		c.looked = true
+	if !c.checked && len(p) > 1 { // net/http reads one byte when it only watches an idle connection
+		c.checked = true
 		if f := c.s.faults.get(); f != nil && f.Mode == Refuse {
-			if err := c.look(); err != nil {
+			if err := c.check(); err != nil {
 				return 0, err
 			}
 		}
@@ -259,8 +253,9 @@ func (c *refusingConn) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-// look reads "METHOD /sim/" at most.
-func (c *refusingConn) look() error {
+// check reads at most "METHOD /sim/", and resets the connection if that is not the
+// beginning of the request.
+func (c *refusingConn) check() error {
 	buf := make([]byte, 0, 16)
 	for len(buf) < cap(buf) {
 		n, err := c.Conn.Read(buf[len(buf):cap(buf)])
@@ -276,11 +271,11 @@ func (c *refusingConn) look() error {
 			break
 		}
 	}
-	if _, hit := c.s.faults.take(false); !hit { // its Count was used up meanwhile
+	if _, hit := c.s.faults.take(false); !hit { // Count was used up meanwhile
 		c.held = buf
 		return nil
 	}
-	c.s.book.refused()
+	c.s.record.refused()
 	abort(c.Conn)
 	return net.ErrClosed
 }

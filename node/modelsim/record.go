@@ -7,20 +7,20 @@ import (
 	"time"
 )
 
-// Record is one request as the server got it.
+// Record is one request that the server received.
 type Record struct {
 	ID       uint64            `json:"id"` // counts from 1
 	At       time.Time         `json:"at"`
 	Endpoint string            `json:"endpoint"` // with /v1
 	Model    string            `json:"model"`    // with its "@" settings
 	Stream   bool              `json:"stream"`
-	Header   map[string]string `json:"header"` // those of keptHeaders that came
-	// Body is the request's, cut at 64 KiB.
+	Header   map[string]string `json:"header"` // those of keptHeaders
+	// Body is the request's body, cut at 64 KiB.
 	Body   string `json:"body"`
-	Status int    `json:"status,omitempty"` // answered, 0 while or when nothing was
+	Status int    `json:"status,omitempty"` // of the answer; 0: none was sent
 	Fault  Mode   `json:"fault,omitempty"`
-	// Finished: the answer (or the fault) was given in full. Cancelled: the
-	// client went before; CancelledAt is when the server noticed.
+	// Finished: the answer (or the fault) was sent completely. Cancelled: the client
+	// disconnected before; CancelledAt is when the server noticed.
 	Finished    bool       `json:"finished"`
 	Cancelled   bool       `json:"cancelled"`
 	CancelledAt *time.Time `json:"cancelled_at,omitempty"`
@@ -31,9 +31,9 @@ type Stats struct {
 	Requests  uint64 `json:"requests"`  // POSTs to model endpoints
 	InFlight  int    `json:"in_flight"` // of them, now
 	Finished  uint64 `json:"finished"`  // answered, faults included
-	Cancelled uint64 `json:"cancelled"` // the client went first
-	Faulted   uint64 `json:"faulted"`   // met a fault; refused connections are not requests
-	Refused   uint64 `json:"refused"`   // connections cut by mode refuse
+	Cancelled uint64 `json:"cancelled"` // the client disconnected before
+	Faulted   uint64 `json:"faulted"`   // failed by a fault; refused connections are not requests
+	Refused   uint64 `json:"refused"`   // connections reset by mode refuse
 }
 
 var keptHeaders = []string{
@@ -42,15 +42,15 @@ var keptHeaders = []string{
 
 const keptBody = 64 << 10
 
-// book remembers the newest requests.
-type book struct {
+// recorder keeps the newest requests.
+type recorder struct {
 	mu    sync.Mutex // guards all below and the contents of every Record in ring
 	keep  int
 	ring  []*Record // at most keep, oldest overwritten
 	stats Stats
 }
 
-func (b *book) open(r *http.Request, endpoint string, q *query) *Record {
+func (b *recorder) open(r *http.Request, endpoint string, q *query) *Record {
 	rec := &Record{
 		At: time.Now(), Endpoint: endpoint, Model: q.Model, Stream: q.Stream,
 		Header: make(map[string]string, 4), Body: string(q.body[:min(len(q.body), keptBody)]),
@@ -73,7 +73,7 @@ func (b *book) open(r *http.Request, endpoint string, q *query) *Record {
 	return rec
 }
 
-func (b *book) close(rec *Record, status int, cancelled bool) {
+func (b *recorder) close(rec *Record, status int, cancelled bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.stats.InFlight--
@@ -88,22 +88,22 @@ func (b *book) close(rec *Record, status int, cancelled bool) {
 	b.stats.Finished++
 }
 
-func (b *book) fault(rec *Record, m Mode) {
+func (b *recorder) fault(rec *Record, m Mode) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	rec.Fault = m
 	b.stats.Faulted++
 }
 
-func (b *book) refused() {
+func (b *recorder) refused() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.stats.Refused++
 }
 
-// Requests returns the remembered requests, oldest first.
+// Requests returns the recorded requests, oldest first.
 func (s *Server) Requests() []Record {
-	b := &s.book
+	b := &s.record
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	out := make([]Record, 0, len(b.ring))
@@ -121,14 +121,14 @@ func (s *Server) Requests() []Record {
 
 // Stats returns the counters.
 func (s *Server) Stats() Stats {
-	s.book.mu.Lock()
-	defer s.book.mu.Unlock()
-	return s.book.stats
+	s.record.mu.Lock()
+	defer s.record.mu.Unlock()
+	return s.record.stats
 }
 
-// forget drops the remembered requests and keeps the counters. The ring keeps
-// its length so that ids still find their places.
-func (b *book) forget() {
+// forget deletes the recorded requests and keeps the counters. The ring keeps its length,
+// because a request's ID gives its place in the ring.
+func (b *recorder) forget() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	clear(b.ring)
@@ -139,7 +139,7 @@ func (s *Server) serveControl(w http.ResponseWriter, r *http.Request) {
 	case "GET /sim/requests":
 		writeJSON(w, http.StatusOK, s.Requests())
 	case "DELETE /sim/requests":
-		s.book.forget()
+		s.record.forget()
 		w.WriteHeader(http.StatusNoContent)
 	case "GET /sim/stats":
 		writeJSON(w, http.StatusOK, s.Stats())

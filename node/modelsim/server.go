@@ -1,6 +1,6 @@
-// Package modelsim is a model server that speaks OpenAI's API, answers
-// deterministically and fails on command: for `dsnode dev`, tests and the
-// bench. Start reading at Server.ServeHTTP.
+// Package modelsim is a simulated model server with OpenAI's API. It answers
+// deterministically and can fail on command. `dsnode dev`, tests and the benchmarks use
+// it. Start reading at Server.ServeHTTP.
 //
 // # Model endpoints, with and without /v1
 //
@@ -10,31 +10,29 @@
 //	POST anything else       a small JSON echo: endpoint, model, SHA-256 of the body
 //	GET  /models, /models/{id}, /health
 //
-// The text of an answer depends on the messages (or the prompt) alone, starts
-// with their short hash, and is cut at max_tokens: the same question gets the
-// same text from every simulated server, plain or streamed. One word is one
-// token. A model whose name contains "reasoner" thinks first
-// (reasoning_content); with tools and tool_choice "required" (or a named
-// function) the answer is a tool call.
+// The text of an answer depends only on the messages (or the prompt), starts with their
+// short hash, and is cut at max_tokens. So every simulated server gives the same text to
+// the same question, plain or streamed. One word is one token. A model whose name
+// contains "reasoner" sends reasoning_content first. With tools and tool_choice
+// "required" (or a named function) the answer is a tool call.
 //
 // # Speed
 //
 // Options.FirstToken and Options.Rate set the time to the first token and the
-// tokens per second. A request overrides them, and the number of tokens, in
-// its model name, "m@first=60ms,rate=50,tokens=50", or with the headers
-// X-Sim-First-Token, X-Sim-Rate and X-Sim-Tokens. What stands before the "@" is
-// the model's name.
+// tokens per second. A request can override them, and the number of tokens, in its model
+// name, "m@first=60ms,rate=50,tokens=50", or with the headers X-Sim-First-Token,
+// X-Sim-Rate and X-Sim-Tokens. The model's name is the part before the "@".
 //
 // # Control
 //
 //	GET    /sim/requests   the newest requests, oldest first ([]Record)
 //	GET    /sim/stats      counters (Stats)
 //	GET    /sim/faults     the armed fault, or null
-//	POST   /sim/faults     arms one fault (Fault) in place of the one before
-//	DELETE /sim/faults     clears it; the counters and requests stay
-//	DELETE /sim/requests   forgets the recorded requests
+//	POST   /sim/faults     arms a fault (Fault) and replaces the previous one
+//	DELETE /sim/faults     clears the fault; the counters and requests stay
+//	DELETE /sim/requests   deletes the recorded requests
 //
-// The modes of failure are listed at Mode.
+// The kinds of faults are listed at Mode.
 package modelsim
 
 import (
@@ -49,26 +47,26 @@ import (
 	"time"
 )
 
-// Options are complete when zero.
+// Options configure a Server; the zero value is valid.
 type Options struct {
 	// Models that exist; any other name is a 404. Empty: every name exists.
 	Models []string
-	// APIKey, when set, is asked for as a bearer token.
+	// APIKey, when set, is required as a bearer token.
 	APIKey string
 	// FirstToken is the time from the request to the first token of the
 	// answer (to the whole answer when it is plain and Rate is 0).
 	FirstToken time.Duration
-	// Rate is tokens per second after the first; 0 is all at once.
+	// Rate is tokens per second after the first; 0: all at once.
 	Rate float64
-	// Tokens is the length of an answer that nobody limits; 0 means 32.
+	// Tokens is the length of an answer without max_tokens; 0 means 32.
 	Tokens int
-	// Dimensions of an embedding that asks for none; 0 means 256.
+	// Dimensions of an embedding whose request sets none; 0 means 256.
 	Dimensions int
-	// Keep is how many requests are remembered; 0 means 256.
+	// Keep is how many requests are recorded; 0 means 256.
 	Keep int
-	// Seed makes the probability of faults repeatable.
+	// Seed of the random choice which requests meet a fault with a probability.
 	Seed uint64
-	// Logger gets one line for each fault armed or cleared; nil is silent.
+	// Logger gets one line for each fault that is armed or cleared; nil: discards.
 	Logger *slog.Logger
 }
 
@@ -79,16 +77,15 @@ const (
 	maxChoices   = 128
 )
 
-// Server is the simulated model server, an http.Handler. It starts nothing by
-// itself and opens no listener.
+// Server is the simulated model server, an http.Handler. It starts nothing by itself.
 type Server struct {
 	opts   Options
 	models map[string]bool
-	born   int64 // Unix seconds, "created" of every model
+	start  int64 // Unix seconds, "created" of every model
 	log    *slog.Logger
-	faults faultBox
-	book   book
-	active sync.WaitGroup // requests being handled, waited for by Run
+	faults faultState
+	record recorder
+	active sync.WaitGroup // requests in progress; Run waits for them
 }
 
 // New makes a server.
@@ -105,17 +102,17 @@ func New(o Options) *Server {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{opts: o, models: make(map[string]bool), born: time.Now().Unix(), log: o.Logger}
+	s := &Server{opts: o, models: make(map[string]bool), start: time.Now().Unix(), log: o.Logger}
 	for _, m := range o.Models {
 		s.models[m] = true
 	}
 	s.faults.seed(o.Seed)
-	s.book.keep = o.Keep
+	s.record.keep = o.Keep
 	return s
 }
 
-// Run serves on ln until ctx ends, then cuts what is running: a simulator owes
-// nobody a graceful end. It returns nil after ctx, with no goroutine left.
+// Run serves on ln until ctx ends, then cuts the running requests. It returns nil after
+// ctx has ended, with no goroutine left.
 func (s *Server) Run(ctx context.Context, ln net.Listener) error {
 	base, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -143,7 +140,7 @@ func (s *Server) Run(ctx context.Context, ln net.Listener) error {
 	return err
 }
 
-// ServeHTTP answers the control and the model endpoints.
+// ServeHTTP serves the control and the model endpoints.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.active.Add(1)
 	defer s.active.Done()
@@ -182,11 +179,11 @@ func (s *Server) serveGet(w http.ResponseWriter, r *http.Request, path string) {
 	case path == "/models":
 		list := make([]modelObject, 0, len(s.opts.Models))
 		for _, m := range s.opts.Models {
-			list = append(list, modelObject{m, "model", s.born, "modelsim"})
+			list = append(list, modelObject{m, "model", s.start, "modelsim"})
 		}
 		writeJSON(w, http.StatusOK, map[string]any{"object": "list", "data": list})
 	case one && s.knows(id):
-		writeJSON(w, http.StatusOK, modelObject{id, "model", s.born, "modelsim"})
+		writeJSON(w, http.StatusOK, modelObject{id, "model", s.start, "modelsim"})
 	case one:
 		writeError(w, http.StatusNotFound, "invalid_request_error", "model_not_found", "The model `"+id+"` does not exist")
 	default:
@@ -213,12 +210,12 @@ func (s *Server) authorised(w http.ResponseWriter, r *http.Request) bool {
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	b, err := json.Marshal(v)
-	if err != nil { // only our own types come here
+	if err != nil { // values are of types that always marshal
 		panic(err)
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(append(b, '\n')) // a client that has gone is noticed by its context
+	_, _ = w.Write(append(b, '\n')) // the request's context shows a client that disconnected
 }
 
 func writeError(w http.ResponseWriter, status int, kind, code, message string) {

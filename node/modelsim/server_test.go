@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// start runs a server on a free port and gives its base URL.
+// start runs a server on a free port and returns its base URL.
 func start(t *testing.T, o Options) (*Server, string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -77,7 +77,7 @@ type completion struct {
 	Usage *usage `json:"usage"`
 }
 
-// collected is a stream put together again.
+// collected is the content of a stream.
 type collected struct {
 	text, reasoning, args, finish string
 	usage                         *usage
@@ -257,7 +257,7 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// fault arms f through the HTTP door and clears it with the test.
+// fault arms f over HTTP, and clears it when the test ends.
 func fault(t *testing.T, base, f string) {
 	t.Helper()
 	if status, body, err := post(t, base+"/sim/faults", f); status != 200 || err != nil {
@@ -361,11 +361,11 @@ func TestStallEndsWithTheClientAndIsRecorded(t *testing.T) {
 	}
 	s.ClearFault()
 	if rs := s.Requests(); len(rs) != 2 || rs[0].ID != 3 || rs[1].ID != 4 {
-		t.Errorf("the ring holds %+v", rs)
+		t.Errorf("the recorded requests are %+v", rs)
 	}
 }
 
-// await polls a condition that other goroutines bring about.
+// await polls until a condition holds.
 func await(t *testing.T, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(time.Millisecond)

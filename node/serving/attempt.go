@@ -3,76 +3,74 @@ package serving
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
-const (
-	// maxAnswer bounds a plain body, which is held until it is whole.
-	maxAnswer = 32 << 20
-	// maxRefusal bounds the body of an upstream's error.
-	maxRefusal = 256 << 10
-)
+// maxRefusal bounds the body of an upstream's error.
+const maxRefusal = 256 << 10
 
-// Headers between peers.
-const (
-	// HeaderHops counts the peers that a forwarded request has passed.
-	HeaderHops = "X-Dsnode-Hops"
-	// HeaderPrincipal carries the Principal as JSON.
-	HeaderPrincipal = "X-Dsnode-Principal"
+const headerRequestID = "X-Request-Id"
 
-	headerRequestID = "X-Request-Id"
-	headerUpstream  = "X-Dsnode-Upstream"
-	headerSite      = "X-Dsnode-Site"
-	headerError     = "X-Dsnode-Error" // a door's own code
-	headerAttempts  = "X-Dsnode-Attempts"
-	// HeaderModel tells a peer which model answered, query-escaped: a fallback's
-	// answer is not the asked model's.
-	HeaderModel = "X-Dsnode-Model"
-)
-
-// attempt is one request to one backend.
+// attempt is one request to one server.
 type attempt struct {
-	candidate
-	w     *watch
-	r     *Request
-	sink  Sink
-	held  bool // the sink, a Batcher, holds events
-	now   func() time.Time
-	start time.Time
-	first time.Duration // to the first content, zero before
-	head  Head
-	// usage that was asked for on the client's behalf and is its no business
+	r      Request
+	permit upstream.Permit
+	sink   Sink
+	now    func() time.Time
+	start  time.Time // of the request
+	w      *watch
+	head   Head
+	first  time.Duration // from start to the first content, zero before
+	held   bool          // the sink, a Batcher, holds events
+	// stripUsage: the usage chunk was asked for without the client's knowledge.
 	stripUsage bool
 	in, out    int64 // tokens, as the upstream counted them
 	peerTries  int   // attempts that a peer made
 }
 
-// run asks and passes the answer on. It returns when the answer is complete,
-// has failed, or the client is gone.
-func (a *attempt) run() outcome {
+// run asks the server, passes its answer on, and gives the permit back. It returns
+// when the answer is complete, has failed, or the client is gone.
+func (a *attempt) run(ctx context.Context) outcome {
+	limits := a.permit.Timeouts
+	a.w = newWatch(ctx, limits, a.start.Add(limits.Total.D()), a.permit.Lost(), a.alive())
+	asked := time.Now()
 	o := a.ask()
-	if o.result != resultOK {
+	if o.Result != upstream.OK {
 		a.explain(&o)
 	}
 	o.attempts = a.peerTries
+	a.w.stop()
+	latency := time.Duration(0)
+	if a.first > 0 {
+		latency = max(a.start.Add(a.first).Sub(asked), 1)
+	}
+	a.permit.Done(o.Outcome, latency)
 	return o
 }
 
-// explain finds the true cause: an error of the connection is often only the
-// echo of a timer or of the client's leaving.
+// alive says whether a late answer is worth waiting for; nil: it is not.
+func (a *attempt) alive() func() bool {
+	if a.r.Stream || !a.r.Endpoint.Generates {
+		return nil
+	}
+	return a.permit.Alive
+}
+
+// explain finds the true cause: an error of the connection often only follows from a
+// timer or from the client's leaving.
 func (a *attempt) explain(o *outcome) {
 	var gone *sinkError
-	if errors.As(o.err, &gone) {
-		o.result, o.err = resultCancelled, gone.err
+	if errors.As(o.Err, &gone) {
+		o.Result, o.Err = upstream.Cancelled, gone.err
 		return
 	}
 	cause := context.Cause(a.w)
@@ -82,105 +80,89 @@ func (a *attempt) explain(o *outcome) {
 	var timer *timerError
 	switch {
 	case errors.As(cause, &timer):
-		o.result, o.err = timer.result, timer
+		o.Result, o.Err = timer.result, timer
 	case errors.Is(cause, errPeerGone):
-		o.result, o.err = resultPeerGone, errPeerGone
+		o.Result, o.Err = upstream.PeerGone, errPeerGone
 	default:
-		o.result, o.err = resultCancelled, cause
+		o.Result, o.Err = upstream.Cancelled, cause
 	}
 }
 
+// sinkError marks an error that came from the sink: the client has gone.
+type sinkError struct{ err error }
+
+func (e *sinkError) Error() string { return e.err.Error() }
+func (e *sinkError) Unwrap() error { return e.err }
+
+// ask makes one round trip.
 func (a *attempt) ask() outcome {
 	req, err := a.request()
 	if err != nil {
-		return outcome{result: resultBadAnswer, err: err}
+		return failed(upstream.BadAnswer, err)
 	}
-	resp, err := a.client.RoundTrip(req)
+	resp, err := a.permit.RoundTrip(req)
 	if err != nil {
-		return unreached(err)
+		return failed(upstream.JudgeError(err), err)
 	}
 	defer func() { _ = resp.Body.Close() }() // nothing to learn from it
-	result, ok := judgeStatus(resp.StatusCode)
-	if a.peer != nil {
+	result := upstream.JudgeStatus(resp.StatusCode)
+	if a.permit.Peer != "" {
 		a.peerTries, _ = strconv.Atoi(resp.Header.Get(headerAttempts))
 		if resp.Header.Get(headerUpstream) == "" {
-			result, ok = judgePeerStatus(resp.StatusCode)
+			result = upstream.JudgePeerStatus(resp.StatusCode)
 		}
 	}
-	if !ok {
+	if result != upstream.OK {
 		o := a.refusal(resp, result)
-		if a.refusesUsage(o) {
+		if a.refusesUsage(&o) {
 			return a.ask()
 		}
 		return o
 	}
-	a.setHead(resp)
+	a.head.Status = resp.StatusCode
+	a.head.Length = -1
+	a.head.Header = passedOn(resp.Header)
+	a.head.Stream = isType(resp.Header, "text/event-stream")
+	a.label(resp.Header)
 	if a.head.Stream {
 		return a.stream(resp)
 	}
 	return a.plain(resp)
 }
 
-// refusesUsage finds out that an old server doesn't know the stream_options
-// that it was sent in the client's place. It is asked again without, and from
-// then on.
-func (a *attempt) refusesUsage(o outcome) bool {
-	if !a.stripUsage || o.result != resultClientError || !bytes.Contains(o.status.Body, []byte("stream_options")) {
-		return false
-	}
-	return !a.target.noUsage.Swap(true)
-}
-
-// unreached sorts an error of the transport.
-func unreached(err error) outcome {
-	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "dial" {
-		if op.Timeout() {
-			return outcome{result: resultConnectTimer, err: fmt.Errorf("%w: connect timer: %w", ErrTimeout, err)}
-		}
-		return outcome{result: resultRefused, err: err}
-	}
-	if strings.Contains(err.Error(), "TLS handshake timeout") {
-		return outcome{result: resultConnectTimer, err: fmt.Errorf("%w: connect timer: %w", ErrTimeout, err)}
-	}
-	return outcome{result: resultReset, err: err}
-}
-
-// request builds what is sent. The body is a slice that stays whole, so the
-// transport can send it again on another connection, and the client's
-// connection plays no part in it (golang/go#40747).
+// request builds what is sent. The body is a slice that stays whole, so the transport
+// can send it again on another connection, and the client's connection plays no part
+// in it (golang/go#40747).
 func (a *attempt) request() (*http.Request, error) {
 	h := make(http.Header, len(a.r.Header)+4)
 	for k, v := range a.r.Header {
 		h[k] = v
 	}
-	delete(h, "Accept-Encoding") // what is looked into must come plain
+	delete(h, "Accept-Encoding") // the answer is read on its way, so it must come uncompressed
 	h["Content-Type"] = jsonType
 	if a.r.ID != "" {
 		h[headerRequestID] = []string{a.r.ID}
 	}
 	var body []byte
-	var to *url.URL
-	if a.peer != nil {
+	if a.permit.Peer != "" {
 		var err error
 		if body, err = a.forward(h); err != nil {
 			return nil, err
 		}
-		to = &url.URL{Scheme: "http", Host: a.peer.node, Path: a.r.Endpoint}
 	} else {
-		if key := a.target.key.Load(); key != nil {
-			h["Authorization"] = []string{*key}
+		if key := a.permit.Authorization(); key != "" {
+			h["Authorization"] = []string{key}
 		}
-		a.stripUsage = a.r.Stream && !a.r.WantUsage && completes(a.r.Endpoint)
-		body = upstreamBody(a.r, a.wireModel(), a.stripUsage && !a.target.noUsage.Load())
-		to = a.target.url(a.r.Endpoint)
+		a.stripUsage = a.r.Stream && !a.r.WantUsage && a.r.Endpoint.Completes
+		body = a.r.BodyFor(a.modelName(), a.stripUsage && !a.permit.RefusesUsage())
 	}
 	if h["X-Idempotency-Key"] == nil && h["Idempotency-Key"] == nil {
-		// A name without a value is not sent. It lets the transport ask again when
-		// a connection that it kept turns out to be closed by the server and no
-		// byte of an answer has come: else that is an error for nothing.
+		// A name without a value is not sent. It lets the transport send the request
+		// again when a kept connection turns out to be closed by the server and no
+		// byte of an answer has come.
 		h["X-Idempotency-Key"] = []string{}
 	}
+	to := a.permit.URL(a.r.Endpoint.Path)
 	req := &http.Request{
 		Method: http.MethodPost, URL: to, Host: to.Host,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -193,81 +175,95 @@ func (a *attempt) request() (*http.Request, error) {
 
 var jsonType = []string{"application/json"}
 
-// wireModel is the model's name that the body must carry, nil when the
-// client's stands.
-func (a *attempt) wireModel() []byte {
-	if a.target.serves != nil {
-		return a.target.serves
+// modelName is the quoted name that the body must carry, nil when the client's stays.
+func (a *attempt) modelName() []byte {
+	if a.permit.ServedAs != nil {
+		return a.permit.ServedAs
 	}
-	if a.model.name != a.r.Model {
-		return a.model.quoted
+	if a.permit.Model.Name != a.r.Model {
+		return a.permit.Model.Quoted
 	}
 	return nil
 }
 
-// forward adds what a peer must know. It gets the client's body; only for a
-// fallback the name in it is the fallback's, which the client's key need not
-// allow: the configuration does.
-func (a *attempt) forward(h http.Header) ([]byte, error) {
-	who, body := a.r.Principal, a.r.Body
-	if a.model.name != a.r.Model {
-		body = splice(body, edit{a.r.ModelAt, a.model.quoted})
-		if len(who.Models) > 0 {
-			who.Models = append([]string{a.model.name}, who.Models...)
-		}
-	}
-	principal, err := json.Marshal(who)
-	if err != nil {
-		return nil, fmt.Errorf("encode principal: %w", err)
-	}
-	h[HeaderPrincipal] = []string{string(principal)}
-	h[HeaderHops] = []string{strconv.Itoa(a.r.Hops + 1)}
-	return body, nil
-}
-
-// patience says for how long an answer may stay away after the first token's
-// timer; nil: no longer.
-func (a *attempt) patience() func() bool {
-	switch {
-	case a.r.Stream || !generates(a.r.Endpoint):
+// shownModel is the quoted name that the client sees, nil when the answer's own stays.
+// A server's private name for a model would tell which server answered. The public
+// name of a fallback may be seen.
+func (a *attempt) shownModel() []byte {
+	if a.permit.ServedAs == nil {
 		return nil
-	case a.peer != nil: // whose end ends the attempt, and whose node judges the upstream
-		return func() bool { return true }
 	}
-	return a.target.answersProbes
+	return a.permit.Model.Quoted
 }
 
-// generates reports whether a plain answer takes as long as all of its tokens.
-func generates(endpoint string) bool {
-	return completes(endpoint) || endpoint == "/v1/responses" || endpoint == "/v1/messages"
-}
-
-// completes reports whether the endpoint speaks in choices.
-func completes(endpoint string) bool {
-	return endpoint == "/v1/chat/completions" || endpoint == "/v1/completions"
-}
-
-// setHead prepares what the sink is told before the first data.
-func (a *attempt) setHead(resp *http.Response) {
-	a.head.Status = resp.StatusCode
-	a.head.Length = -1
-	a.head.Header = passedOn(resp.Header)
-	a.head.Stream = isType(resp.Header, "text/event-stream")
-	a.label(resp.Header)
+// refusesUsage finds out that an old server doesn't know the stream_options that it
+// was sent without the client's knowledge. It is asked again without them, and from
+// then on.
+func (a *attempt) refusesUsage(o *outcome) bool {
+	return a.stripUsage && o.Result == upstream.ClientError && bytes.Contains(o.status.Body, []byte("stream_options")) &&
+		a.permit.UsageRefused()
 }
 
 // label says whose answer it is.
 func (a *attempt) label(h http.Header) {
-	if a.peer == nil {
-		a.head.Upstream, a.head.Site, a.head.Model = a.permit.b.name, a.permit.b.site, a.model.name
+	if a.permit.Peer != "" {
+		a.labelPeer(h)
 		return
 	}
-	a.head.Model, _ = url.QueryUnescape(h.Get(HeaderModel)) // "", unknown, when it can't be read
-	a.head.Upstream, a.head.Site, a.head.Node = h.Get(headerUpstream), h.Get(headerSite), a.peer.node
-	if a.head.Site == "" {
-		a.head.Site = a.peer.site
+	a.head.Upstream, a.head.Site, a.head.Model = a.permit.Upstream, a.permit.Site, a.permit.Model.Name
+}
+
+// refusal reads an answer that is no 2xx.
+func (a *attempt) refusal(resp *http.Response, result upstream.Result) outcome {
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
+	if err != nil && result == upstream.ClientError {
+		return failed(upstream.Truncated, err)
 	}
-	a.head.Attempts += max(a.peerTries, 1) - 1
+	o := failed(result, fmt.Errorf("%s: status %d: %s", result, resp.StatusCode, excerpt(body)))
+	o.RetryAfter = upstream.RetryAfter(resp.Header, a.now())
+	o.overloaded = resp.Header.Get(headerError) == "overloaded"
+	if result == upstream.ClientError || result == upstream.NotServed {
+		a.label(resp.Header)
+		o.status = a.statusError(resp.StatusCode, passedOn(resp.Header), body)
+	}
+	return o
+}
+
+func (a *attempt) statusError(status int, h http.Header, body []byte) *StatusError {
+	return &StatusError{
+		Status: status, Header: h, Body: body,
+		Upstream: a.head.Upstream, Site: a.head.Site, Attempts: a.head.Attempts,
+	}
+}
+
+// errorInside judges an error that came under a 200. It is about the request itself,
+// and for the client, or about the server.
+func (a *attempt) errorInside(document, member []byte) outcome {
+	kind, code := openai.ErrorKind(member)
+	numeric := code != "" && strings.Trim(code, "0123456789") == ""
+	refused := strings.HasPrefix(kind, "invalid_request") || kind == "BadRequestError"
+	o := failed(upstream.ErrorEvent, fmt.Errorf("error under a 200: %s", excerpt(member)))
+	switch {
+	case code == "429":
+		o.Result = upstream.RateLimited
+	case code == "400", code == "413", code == "422", !numeric && refused:
+		o.Result = upstream.ClientError
+		o.status = a.statusError(http.StatusBadRequest, http.Header{"Content-Type": jsonType}, bytes.Clone(document))
+	}
+	return o
+}
+
+// content notes the first content.
+func (a *attempt) content() {
+	a.first = time.Since(a.start)
+	a.permit.Content()
+}
+
+// count takes an upstream's own token count. A peer has counted its own.
+func (a *attempt) count(usage []byte) {
+	if a.permit.Peer == "" {
+		a.in, a.out = openai.Usage(usage)
+	}
 }
 
 func isType(h http.Header, want string) bool {
@@ -275,7 +271,7 @@ func isType(h http.Header, want string) bool {
 	return strings.EqualFold(strings.TrimSpace(t), want)
 }
 
-// passedOn keeps what of an answer's header is the client's business.
+// passedOn keeps what of an answer's header is for the client.
 func passedOn(h http.Header) http.Header {
 	kept := make(http.Header, 2)
 	for k, v := range h {
@@ -289,25 +285,6 @@ func passedOn(h http.Header) http.Header {
 	return kept
 }
 
-// refusal reads an answer that is no 2xx.
-func (a *attempt) refusal(resp *http.Response, result result) outcome {
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxRefusal))
-	if err != nil && result == resultClientError {
-		return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
-	}
-	o := outcome{result: result, retryAfter: retryAfter(resp.Header, a.now())}
-	o.overloaded = resp.Header.Get(headerError) == "overloaded"
-	o.err = fmt.Errorf("%s: status %d: %s", result, resp.StatusCode, excerpt(body))
-	if result == resultClientError || result == resultNotServed {
-		a.label(resp.Header)
-		o.status = &StatusError{
-			Status: resp.StatusCode, Header: passedOn(resp.Header), Body: body,
-			Upstream: a.head.Upstream, Site: a.head.Site, Attempts: a.head.Attempts,
-		}
-	}
-	return o
-}
-
 // excerpt is the start of an error body, for the log.
 func excerpt(b []byte) string {
 	const limit = 200
@@ -315,32 +292,4 @@ func excerpt(b []byte) string {
 		b = b[:limit]
 	}
 	return strings.ToValidUTF8(strings.TrimSpace(string(b)), "?")
-}
-
-// retryAfter reads seconds or a date; zero when there is nothing usable.
-func retryAfter(h http.Header, now time.Time) time.Duration {
-	v := h.Get("Retry-After")
-	if v == "" {
-		return 0
-	}
-	if s, err := strconv.ParseFloat(v, 64); err == nil {
-		return time.Duration(min(max(s, 0), maxPause.Seconds()) * float64(time.Second))
-	}
-	if t, err := http.ParseTime(v); err == nil {
-		return min(max(t.Sub(now), 0), maxPause)
-	}
-	return 0
-}
-
-// reached notes the first content.
-func (a *attempt) reached() {
-	a.first = time.Since(a.start)
-	a.permit.prosper(a.now())
-}
-
-// count takes an upstream's own token count. A peer has counted its own.
-func (a *attempt) count(usage []byte) {
-	if a.peer == nil {
-		a.in, a.out = scanUsage(usage)
-	}
 }

@@ -7,7 +7,9 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // canned answers in process, so that only the pipeline is measured.
@@ -31,19 +33,24 @@ func (n *nowhere) Data(b []byte) error {
 	return nil
 }
 
-func benchmark(b *testing.B, upstreams int, c *canned, req *Request) {
-	conf := &cluster.Config{Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{}}
-	m := cluster.Model{}
-	for i := range upstreams {
-		name := string(rune('a' + i))
-		conf.Upstreams[name] = cluster.Upstream{Site: "east", URL: "http://x/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
-	}
-	conf.Models = map[string]cluster.Model{"m": m}
-	p := New(Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
-	if err := p.Configure(conf); err != nil {
+func cannedPipeline(b *testing.B, conf *config.Config, c *canned, kept *cache.Cache) *Pipeline {
+	fleet := upstream.New(upstream.Options{Site: "east", Transport: func(string) http.RoundTripper { return c }})
+	if err := fleet.Configure(conf); err != nil {
 		b.Fatal(err)
 	}
+	return New(Options{Fleet: fleet, Cache: kept})
+}
+
+func benchmark(b *testing.B, upstreams int, c *canned, req Request) {
+	conf := &config.Config{Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{}}
+	m := config.Model{}
+	for i := range upstreams {
+		name := string(rune('a' + i))
+		conf.Upstreams[name] = config.Upstream{Site: "east", URL: "http://x/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: name})
+	}
+	conf.Models = map[string]config.Model{"m": m}
+	p := cannedPipeline(b, conf, c, nil)
 	b.ReportAllocs()
 	sink := &nowhere{}
 	for b.Loop() {
@@ -69,15 +76,4 @@ func BenchmarkServePlainOfThree(b *testing.B) {
 func BenchmarkServeStream50(b *testing.B) {
 	text := roleChunk + strings.Repeat(delta("word "), 50) + finishChunk + usageChunk + doneChunk
 	benchmark(b, 1, &canned{"text/event-stream", []byte(text)}, chat(true))
-}
-
-func BenchmarkScanChunk(b *testing.B) {
-	data := []byte(strings.TrimPrefix(strings.TrimSpace(delta("word ")), "data: "))
-	b.ReportAllocs()
-	b.SetBytes(int64(len(data)))
-	for b.Loop() {
-		if a, ok := scanAnswer(data); !ok || !a.content {
-			b.Fatal("not content")
-		}
-	}
 }

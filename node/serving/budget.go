@@ -8,12 +8,12 @@ import (
 const (
 	budgetWindow = 10 * time.Second
 	budgetShare  = 10 // one retry per so many requests
-	// Retries multiply only where there is traffic; below this many in the
-	// window failover always works.
+	// budgetFloor is how many retries the window always allows: they can't multiply
+	// without traffic.
 	budgetFloor = 30
 )
 
-// budget keeps retries below a share of the traffic of the last window.
+// budget keeps retries below a share of the requests of the last window.
 type budget struct {
 	mu       sync.Mutex // guards all below
 	start    time.Time  // of the current half
@@ -33,7 +33,7 @@ func (b *budget) turn(now time.Time) {
 	}
 }
 
-// deposit counts a request. A client's own retry brings no new allowance.
+// deposit counts a request. A client's own retry allows no further one.
 func (b *budget) deposit(now time.Time, clientRetry bool) {
 	if clientRetry {
 		return

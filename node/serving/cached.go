@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // CacheMode is what a client wants of the cache: X-Dsnode-Cache in a request.
@@ -20,7 +22,7 @@ const (
 	CacheStore   CacheMode = "store"    // look for and keep it, deterministic or not
 	CacheNoStore CacheMode = "no-store" // neither
 	CacheOnly    CacheMode = "only"     // from the cache or not at all
-	CacheRefresh CacheMode = "refresh"  // ask anew, and keep that
+	CacheRefresh CacheMode = "refresh"  // ask an upstream, and keep that answer
 )
 
 // CacheStatus is what the cache had to do with an answer: X-Dsnode-Cache.
@@ -45,31 +47,96 @@ type Cached struct {
 	Left time.Duration // until it expires, negative of a stale one
 }
 
-// cachePlan is what is done for one request.
-type cachePlan struct {
-	lookup, keep, only bool
+// cached answers from the cache, or lets identical requests in flight share one
+// answer, which it keeps.
+type cached struct {
+	next    Server
+	cache   *cache.Cache // nil: none
+	flights *flights
+	log     *slog.Logger
 }
 
-// none: the cache has no part in it.
-func (c cachePlan) none() bool { return !c.lookup && !c.keep }
+// Serve looks for a kept answer first.
+func (s *cached) Serve(ctx context.Context, r Request, sink Sink) error {
+	plan := s.plan(&r)
+	var key cache.Key
+	usable := false
+	if plan.lookup || plan.keep {
+		q := question(&r)
+		key, usable = s.cache.Key(&q)
+	}
+	if !usable {
+		return s.bypass(ctx, r, sink, plan.only)
+	}
+	life := cache.LifeOf(r.model.Cache)
+	var old cache.Found
+	if plan.lookup {
+		found, ok := s.cache.Local(key, r.model.Name, life)
+		if ok && found.Fresh {
+			return replay(sink, key, found, HitLocal)
+		}
+		old = found
+	}
+	if plan.only {
+		if found, ok := s.cache.Shared(ctx, key, r.model.Name, life); ok && found.Fresh {
+			return replay(sink, key, found, HitShared)
+		}
+		return ErrNotCached
+	}
+	r.cached = Miss
+	f, reader, leads := s.flights.join(ctx, key, s.cache.Purges(), plan.lookup, s.cache.EntryBytes())
+	switch {
+	case f == nil: // as many answers are shared as may be
+		return s.next.Serve(ctx, r, sink)
+	case leads:
+		s.begin(f, r, plan, old)
+	default:
+		s.cache.Note(cache.Coalesced)
+	}
+	return f.follow(ctx, reader, sink)
+}
 
-// planCache decides whether a request may be answered from the cache, and its
-// answer kept. A request that a peer passed on is its own node's to keep.
-func planCache(r *Request, m *cluster.ModelCache) cachePlan {
+func (s *cached) bypass(ctx context.Context, r Request, sink Sink, only bool) error {
+	if only {
+		return ErrNotCached
+	}
+	if s.cache != nil && r.Hops == 0 {
+		s.cache.Note(cache.Bypass)
+	}
+	r.cached = Bypass
+	return s.next.Serve(ctx, r, sink)
+}
+
+// cachePlan is what the cache does for one request.
+type cachePlan struct {
+	lookup, keep bool
+	only         bool // the answer comes from the cache or not at all
+}
+
+func (s *cached) plan(r *Request) cachePlan {
+	if s.cache == nil {
+		return cachePlan{only: r.Cache == CacheOnly && r.Hops == 0}
+	}
+	return planCache(r, &r.model.Cache)
+}
+
+// planCache decides whether a request may be answered from the cache, and its answer
+// kept. The answer to a peer's request is kept by the node that the client asked.
+func planCache(r *Request, m *config.ModelCache) cachePlan {
 	only := r.Cache == CacheOnly
-	embeds := r.Endpoint == "/v1/embeddings"
+	embeds := r.Endpoint.Embeds
 	switch {
 	case r.Hops > 0:
 		return cachePlan{}
-	case !m.Enabled, m.Store == cluster.StoreNone, r.Cache == CacheNoStore:
+	case !m.Enabled, m.Store == config.StoreNone, r.Cache == CacheNoStore:
 		return cachePlan{only: only}
-	case !embeds && !completes(r.Endpoint), embeds && r.Stream:
+	case !r.Endpoint.Cacheable, embeds && r.Stream:
 		return cachePlan{only: only}
 	case only:
 		return cachePlan{lookup: true, only: true}
 	case r.Cache == CacheRefresh:
 		return cachePlan{keep: true}
-	case r.Cache == CacheStore, m.Store == cluster.StoreAll, r.Deterministic, embeds:
+	case r.Cache == CacheStore, m.Store == config.StoreAll, r.Deterministic, embeds:
 		return cachePlan{lookup: true, keep: true}
 	}
 	return cachePlan{}
@@ -77,90 +144,45 @@ func planCache(r *Request, m *cluster.ModelCache) cachePlan {
 
 // question is what the answer to a request depends on. Tenants never share
 // answers, keys without a tenant neither.
-func question(r *Request, m *model) cache.Question {
+func question(r *Request) cache.Question {
 	owner := "tenant " + r.Principal.Tenant
 	if r.Principal.Tenant == "" {
 		owner = "key " + r.Principal.KeyID
 	}
 	q := cache.Question{
-		Owner: owner, Endpoint: r.Endpoint, Model: r.Model, Revision: m.revision, Shape: cache.Plain, Body: r.Body,
+		Owner: owner, Endpoint: r.Endpoint.Path, Model: r.model.Name, Revision: r.model.Revision, Shape: cache.Plain, Body: r.Body,
 	}
 	if r.Stream {
 		q.Shape = cache.Stream
 	}
 	for _, name := range [...]string{"Openai-Beta", "Accept-Language"} {
 		if v := r.Header[name]; len(v) > 0 {
-			// No value holds a line's end, so no two sets of lines are one.
+			// No value has a line break, so different values never give the same text.
 			q.Headers = append(q.Headers, name, strings.Join(v, "\n"))
 		}
 	}
 	return q
 }
 
-// cached is the step before the pool: an answer that was kept, or one that is
-// just being fetched for somebody else, or a new one.
-func (p *Pipeline) cached(ctx context.Context, t *table, m *model, r *Request, sink Sink) error {
-	plan := cachePlan{}
-	if p.cache != nil {
-		plan = planCache(r, &m.cache)
-	} else {
-		plan.only = r.Cache == CacheOnly && r.Hops == 0
-	}
-	var key cache.Key
-	usable := false
-	if !plan.none() {
-		q := question(r, m)
-		key, usable = p.cache.Key(&q)
-	}
-	if !usable {
-		if plan.only {
-			return ErrNotCached
-		}
-		if p.cache != nil && r.Hops == 0 {
-			p.cache.Note(cache.Bypass)
-		}
-		return p.fetch(ctx, t, m, r, sink, Bypass)
-	}
-	life := cache.LifeOf(m.cache)
-	var old cache.Found
-	if plan.lookup {
-		found, ok := p.cache.Local(key, r.Model, life)
-		if ok && found.Fresh {
-			return replay(sink, key, found, HitLocal)
-		}
-		old = found
-	}
-	if plan.only {
-		if found, ok := p.cache.Shared(ctx, key, r.Model, life); ok && found.Fresh {
-			return replay(sink, key, found, HitShared)
-		}
-		return ErrNotCached
-	}
-	f, seat, leads := p.flights.board(ctx, key, p.cache.Purges(), plan.lookup, p.cache.EntryBytes())
-	if f == nil { // there is no room to share
-		return p.fetch(ctx, t, m, r, sink, Miss)
-	}
-	if leads {
-		p.flights.work.Go(func() { p.lead(f, t, m, r, plan, old) })
-	} else {
-		p.cache.Note(cache.Coalesced)
-	}
-	return f.follow(ctx, seat, sink)
+// begin fetches the answer of a flight in the background. It goes on after the request
+// that began it has ended, while some other one still reads.
+func (s *cached) begin(f *flight, r Request, plan cachePlan, old cache.Found) {
+	s.flights.work.Go(func() { s.fetch(f, r, plan, old) })
 }
 
-// lead gets the answer of a flight. It outlives the request that began it, as
-// long as somebody waits.
-func (p *Pipeline) lead(f *flight, t *table, m *model, r *Request, plan cachePlan, old cache.Found) {
+// fetch gets the answer from the shared tier or from the next stage, and keeps it. old
+// is an expired answer of the local tier, if there is one.
+func (s *cached) fetch(f *flight, r Request, plan cachePlan, old cache.Found) {
 	err := errFlightLost // unless what follows gets to its end
 	defer func() {
-		if lost := recover(); lost != nil {
-			p.log.Error("a request failed beyond words", "request", r.ID, "panic", lost)
+		if p := recover(); p != nil {
+			s.log.Error("panic while answering a request", "request", r.ID, "panic", p)
 		}
-		p.flights.leave(f)
+		s.flights.remove(f)
 		f.end(err)
 	}()
 	if plan.lookup {
-		found, ok := p.cache.Shared(f.ctx, f.key, r.Model, cache.LifeOf(m.cache))
+		found, ok := s.cache.Shared(f.ctx, f.key, r.model.Name, cache.LifeOf(r.model.Cache))
 		if ok && found.Fresh {
 			err = replay(f, f.key, found, HitShared)
 			return
@@ -169,20 +191,21 @@ func (p *Pipeline) lead(f *flight, t *table, m *model, r *Request, plan cachePla
 			old = found
 		}
 	}
-	err = p.fetch(f.ctx, t, m, r, f, Miss)
+	err = s.next.Serve(f.ctx, r, f)
 	switch {
 	case err == nil:
-		if a := f.answer(r); a != nil {
+		if a := f.answer(&r); a != nil {
 			a.Purge = f.purge
-			p.cache.Keep(f.key, r.Model, a)
+			s.cache.Keep(f.key, r.model.Name, a)
 		}
 	case old.Answer != nil && !f.begun() && excusesStale(err):
-		p.log.Info("nobody can answer, an expired answer is served", "request", r.ID, "model", m.name, "age", old.Age, "err", err)
+		s.log.Info("no upstream can answer, serving an expired answer", "request", r.ID, "model", r.model.Name, "age", old.Age, "err", err)
 		err = replay(f, f.key, old, Stale)
 	}
 }
 
-// excusesStale: nobody could answer, as opposed to somebody who refused.
+// excusesStale reports that no server could answer. A server that refused the request
+// is an answer.
 func excusesStale(err error) bool {
 	var busy *BusyError
 	if errors.As(err, &busy) {
@@ -196,7 +219,7 @@ func excusesStale(err error) bool {
 	return false
 }
 
-// replay gives a kept answer to a sink, a stream with the chunks it had.
+// replay gives a kept answer to a sink, a stream in the events that it had.
 func replay(sink Sink, key cache.Key, found cache.Found, status CacheStatus) error {
 	a := found.Answer
 	h := Head{
@@ -242,14 +265,14 @@ func typed(kind string) http.Header {
 	return http.Header{"Content-Type": {kind}}
 }
 
-// answer is what the flight brought, nil when it must not be kept: when it is
-// too large, not what the asked model says, or not whole.
+// answer is what the flight brought, nil when it must not be kept: it is too large,
+// not the asked model's, or not whole.
 func (f *flight) answer(r *Request) *cache.Answer {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	h := &f.head
 	switch {
-	case !f.whole, !f.headed, h.Status != http.StatusOK, h.Model != r.Model, h.Stream != r.Stream,
+	case !f.whole, !f.headed, h.Status != http.StatusOK, h.Model != r.model.Name, h.Stream != r.Stream,
 		h.Header.Get("X-Dsnode-Degraded") != "":
 		return nil
 	}
@@ -263,20 +286,20 @@ func (f *flight) answer(r *Request) *cache.Answer {
 	if !h.Stream && !completePlain(r.Endpoint, a.Body) {
 		return nil
 	}
-	// What a filter cut off may pass another time.
+	// An answer that a content filter cut off may pass it another time.
 	if bytes.Contains(a.Body, []byte(`"content_filter"`)) {
 		return nil
 	}
 	return a
 }
 
-// completePlain looks once more whether a plain answer says that it is whole.
-// Of a stream the relay has made sure.
-func completePlain(endpoint string, body []byte) bool {
-	if !completes(endpoint) {
-		_, ok := memberSpan(body, "data")
+// completePlain reports whether a plain answer says that it is whole. Of a stream the
+// relay has made sure.
+func completePlain(e *openai.Endpoint, body []byte) bool {
+	if !e.Completes {
+		_, ok := openai.Member(body, "data")
 		return ok
 	}
-	found, ok := scanAnswer(body)
-	return ok && found.finished != 0 && found.seen&^found.finished == 0 && !found.exhausted
+	found, ok := openai.ScanAnswer(body)
+	return ok && found.Complete() && !found.Exhausted
 }

@@ -13,14 +13,16 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
 // keeping gives a rig a cache in memory, with a clock that can be put forward.
 func keeping(ahead *atomic.Int64) rigOption {
-	return func(r *rig, o *Options) {
+	return func(r *rig, _ *upstream.Options) {
 		ring, _ := keyringtest.New(r.t(), 1)
 		c, err := cache.New(cache.Options{Site: "east", Ring: ring, Registerer: r.reg, Now: func() time.Time {
 			if ahead == nil {
@@ -31,10 +33,10 @@ func keeping(ahead *atomic.Int64) rigOption {
 		if err != nil {
 			panic(err)
 		}
-		o.Cache = c
+		r.cache = c
 		for name, m := range r.conf.Models {
-			m.Cache = cluster.ModelCache{
-				Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
+			m.Cache = config.ModelCache{
+				Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600), Stale: seconds(86400),
 			}
 			r.conf.Models[name] = m
 		}
@@ -45,11 +47,9 @@ func keeping(ahead *atomic.Int64) rigOption {
 func (*rig) t() testing.TB { return &testing.T{} }
 
 // cold is a deterministic request.
-func cold(stream bool, extra ...string) *Request {
+func cold(stream bool, extra ...string) Request {
 	body := fmt.Sprintf(`{"model":"m","stream":%t,"temperature":0,"messages":[{"role":"user","content":"hi"}]%s}`, stream, strings.Join(extra, ""))
-	r := request("/v1/chat/completions", body, stream)
-	r.Deterministic = true
-	return r
+	return request("/v1/chat/completions", body, stream)
 }
 
 func cacheStatus(saw *recorder) CacheStatus {
@@ -61,34 +61,39 @@ func cacheStatus(saw *recorder) CacheStatus {
 
 // TestPlanCache is the table of who may be answered from the cache.
 func TestPlanCache(t *testing.T) {
-	on := cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic}
+	on := config.ModelCache{Enabled: true, Store: config.StoreDeterministic}
 	all, none := on, on
-	all.Store, none.Store = cluster.StoreAll, cluster.StoreNone
-	var off cluster.ModelCache
-	const chat, completion, embed, other = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"
+	all.Store, none.Store = config.StoreAll, config.StoreNone
+	var off config.ModelCache
+	endpoint := openai.EndpointAt
+	chat := openai.Request{Endpoint: endpoint("/v1/chat/completions")}
+	cold, completion := chat, openai.Request{Endpoint: endpoint("/v1/completions"), Deterministic: true}
+	cold.Deterministic = true
+	embed, embeds := openai.Request{Endpoint: endpoint("/v1/embeddings")}, openai.Request{Endpoint: endpoint("/v1/embeddings"), Stream: true}
+	other := openai.Request{Endpoint: endpoint("/v1/responses"), Deterministic: true}
 	both, look, keep, no := cachePlan{lookup: true, keep: true}, cachePlan{lookup: true, only: true}, cachePlan{keep: true}, cachePlan{}
 	for _, c := range []struct {
 		name string
 		r    Request
-		m    cluster.ModelCache
+		m    config.ModelCache
 		want cachePlan
 	}{
-		{"temperature 0", Request{Endpoint: chat, Deterministic: true}, on, both},
-		{"temperature 0, completion", Request{Endpoint: completion, Deterministic: true}, on, both},
-		{"any temperature", Request{Endpoint: chat}, on, no},
-		{"any temperature, all are kept", Request{Endpoint: chat}, all, both},
-		{"embeddings", Request{Endpoint: embed}, on, both},
-		{"streamed embeddings", Request{Endpoint: embed, Stream: true}, on, no},
-		{"another endpoint", Request{Endpoint: other, Deterministic: true}, all, no},
-		{"store", Request{Endpoint: chat, Cache: CacheStore}, on, both},
-		{"store, but none are kept", Request{Endpoint: chat, Cache: CacheStore}, none, no},
-		{"no-store", Request{Endpoint: chat, Deterministic: true, Cache: CacheNoStore}, all, no},
-		{"only", Request{Endpoint: chat, Cache: CacheOnly}, on, look},
-		{"only, switched off", Request{Endpoint: chat, Cache: CacheOnly}, off, cachePlan{only: true}},
-		{"only, another endpoint", Request{Endpoint: other, Cache: CacheOnly}, on, cachePlan{only: true}},
-		{"refresh", Request{Endpoint: chat, Cache: CacheRefresh}, on, keep},
-		{"switched off", Request{Endpoint: chat, Deterministic: true}, off, no},
-		{"from a peer", Request{Endpoint: chat, Deterministic: true, Hops: 1}, on, no},
+		{"temperature 0", Request{Request: cold}, on, both},
+		{"temperature 0, completion", Request{Request: completion}, on, both},
+		{"any temperature", Request{Request: chat}, on, no},
+		{"any temperature, all are kept", Request{Request: chat}, all, both},
+		{"embeddings", Request{Request: embed}, on, both},
+		{"streamed embeddings", Request{Request: embeds}, on, no},
+		{"another endpoint", Request{Request: other}, all, no},
+		{"store", Request{Request: chat, Cache: CacheStore}, on, both},
+		{"store, but none are kept", Request{Request: chat, Cache: CacheStore}, none, no},
+		{"no-store", Request{Request: cold, Cache: CacheNoStore}, all, no},
+		{"only", Request{Request: chat, Cache: CacheOnly}, on, look},
+		{"only, switched off", Request{Request: chat, Cache: CacheOnly}, off, cachePlan{only: true}},
+		{"only, another endpoint", Request{Request: other, Cache: CacheOnly}, on, cachePlan{only: true}},
+		{"refresh", Request{Request: chat, Cache: CacheRefresh}, on, keep},
+		{"switched off", Request{Request: cold}, off, no},
+		{"from a peer", Request{Request: cold, Hops: 1}, on, no},
 	} {
 		if got := planCache(&c.r, &c.m); got != c.want {
 			t.Errorf("%s: %+v, want %+v", c.name, got, c.want)
@@ -403,7 +408,7 @@ func TestTheFirstMayLeave(t *testing.T) {
 
 		// All go.
 		up.set(gate(stream, make(chan struct{})))
-		req := func() *Request { return cold(stream, `,"seed":7`) }
+		req := func() Request { return cold(stream, `,"seed":7`) }
 		ctx, cancel := context.WithCancel(t.Context())
 		var group sync.WaitGroup
 		for range 5 {
@@ -495,8 +500,8 @@ func TestASlowReader(t *testing.T) {
 	if _, err := r.serve(t, only); !errors.Is(err, ErrNotCached) {
 		t.Errorf("kept: %v", err)
 	}
-	if r.flights.bytes != 0 || r.flights.aloft != 0 {
-		t.Errorf("%d bytes, %d flights left", r.flights.bytes, r.flights.aloft)
+	if r.flights.bytes != 0 || r.flights.count != 0 {
+		t.Errorf("%d bytes, %d flights left", r.flights.bytes, r.flights.count)
 	}
 	saw, err := r.serve(t, cold(true, `,"seed":1`))
 	if err != nil || saw.text() != long {
@@ -524,18 +529,15 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	conf := &cluster.Config{
-		Sites: map[string]cluster.Site{"east": {}}, Upstreams: map[string]cluster.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
-		Models: map[string]cluster.Model{"m": {
-			Serve: []cluster.Serve{{Upstream: "a"}},
-			Cache: cluster.ModelCache{Enabled: true, Store: cluster.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
+	conf := &config.Config{
+		Sites: map[string]config.Site{"east": {}}, Upstreams: map[string]config.Upstream{"a": {Site: "east", URL: "http://x/v1"}},
+		Models: map[string]config.Model{"m": {
+			Serve: []config.Serve{{Upstream: "a"}},
+			Cache: config.ModelCache{Enabled: true, Store: config.StoreDeterministic, LocalTTL: seconds(600), SharedTTL: seconds(3600)},
 		}},
 	}
 	up := &canned{"application/json", []byte(strings.Replace(plainBody, "hello", strings.Repeat("word ", 160), 1))}
-	p := New(Options{Site: "east", Cache: c, Transport: func(string) http.RoundTripper { return up }})
-	if err := p.Configure(conf); err != nil {
-		b.Fatal(err)
-	}
+	p := cannedPipeline(b, conf, up, c)
 	req := cold(false)
 	sink := &nowhere{}
 	if err := p.Serve(b.Context(), req, sink); err != nil {

@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// What a request can die of before any content. The gateway alone picks
-// status, type and words.
+// What a request can fail with before any content. The gateway alone picks status,
+// type and message.
 var (
 	ErrUnknownModel   = errors.New("unknown model")
 	ErrNoUpstream     = errors.New("no upstream can answer")
@@ -16,10 +16,10 @@ var (
 	ErrHopLimit       = errors.New("hop limit reached")
 	ErrTruncated      = errors.New("upstream ended the answer early")
 	ErrUpstreamFailed = errors.New("upstream failed")
-	ErrNotCached      = errors.New("not in the cache") // of who asked for the cache alone
+	ErrNotCached      = errors.New("not in the cache") // of a request for the cache alone
 )
 
-// BusyError carries when it is worth asking again.
+// BusyError says when it is worth asking again.
 type BusyError struct {
 	Err        error // ErrOverloaded or ErrNoUpstream
 	RetryAfter time.Duration
@@ -31,8 +31,8 @@ func (e *BusyError) Error() string { return fmt.Sprintf("%v, retry after %s", e.
 // Unwrap gives the sentinel.
 func (e *BusyError) Unwrap() error { return e.Err }
 
-// StatusError is an upstream's own refusal of this request (4xx): passed to
-// the client with its status and body, never retried.
+// StatusError is an upstream's own refusal of this request (4xx): passed to the client
+// with its status and body, never retried.
 type StatusError struct {
 	Status int
 	Header map[string][]string

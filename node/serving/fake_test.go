@@ -18,7 +18,10 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // server is a small model server whose answer is a function.
@@ -216,66 +219,86 @@ func (s *recorder) text() string { return strings.Join(s.events, "") }
 // rig is a pipeline over servers.
 type rig struct {
 	*Pipeline
-	reg  *prometheus.Registry
-	logs *bytes.Buffer
-	conf *cluster.Config
-	// choosing leaves the choice between upstreams to the pipeline.
-	choosing bool
-	// tolerant goes on when Configure complains; configured is what it said.
-	tolerant   bool
-	configured error
+	fleet *upstream.Fleet
+	peers func() []upstream.Peer // nil: none
+	cache *cache.Cache           // nil: none
+	now   func() time.Time
+	reg   *prometheus.Registry
+	logs  *bytes.Buffer
+	conf  *config.Config
 }
 
-type rigOption func(*rig, *Options)
+type rigOption func(*rig, *upstream.Options)
 
 // hasty gives the upstream "bad" short timers. All others have long ones, which
 // a busy machine doesn't run into.
-func hasty(r *rig, _ *Options) {
+func hasty(r *rig, _ *upstream.Options) {
 	bad := r.conf.Upstreams["bad"]
-	bad.Timeouts = cluster.Timeouts{FirstToken: seconds(0.25), BetweenTokens: seconds(0.25)}
+	bad.Timeouts = config.Timeouts{FirstToken: seconds(0.25), BetweenTokens: seconds(0.25)}
 	r.conf.Upstreams["bad"] = bad
 }
 
-func seconds(s float64) cluster.Duration { return cluster.Duration(s * float64(time.Second)) }
+// choosing leaves the choice between upstreams to the fleet.
+func choosing(_ *rig, o *upstream.Options) { o.Pick = nil }
+
+func seconds(s float64) config.Duration { return config.Duration(s * float64(time.Second)) }
 
 // newRig makes a pipeline of site "east" whose model "m" is served by the
 // servers, which are asked in this order.
 func newRig(t *testing.T, servers []*server, options ...rigOption) *rig {
 	t.Helper()
-	conf := &cluster.Config{
+	conf := &config.Config{
 		Version: 1,
-		Sites: map[string]cluster.Site{
+		Sites: map[string]config.Site{
 			"east": {City: "x", Priority: 1}, "east2": {City: "x", Priority: 3}, "west": {City: "y", Priority: 2},
 		},
-		Upstreams: map[string]cluster.Upstream{},
-		Models:    map[string]cluster.Model{},
-		Timeouts: cluster.Timeouts{
+		Upstreams: map[string]config.Upstream{},
+		Models:    map[string]config.Model{},
+		Timeouts: config.Timeouts{
 			Connect: seconds(30), FirstToken: seconds(30), BetweenTokens: seconds(30), Total: seconds(60),
 		},
 	}
-	m := cluster.Model{}
+	m := config.Model{}
 	for _, s := range servers {
-		conf.Upstreams[s.name] = cluster.Upstream{Site: "east", Kind: cluster.KindVLLM, URL: s.URL + "/v1"}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: s.name})
+		conf.Upstreams[s.name] = config.Upstream{Site: "east", Kind: config.KindVLLM, URL: s.URL + "/v1"}
+		m.Serve = append(m.Serve, config.Serve{Upstream: s.name})
 	}
 	conf.Models["m"] = m
-	r := &rig{reg: prometheus.NewRegistry(), logs: &bytes.Buffer{}, conf: conf}
-	o := Options{
-		Site: "east", Node: "east-1", Registerer: r.reg,
-		Logger: slog.New(slog.NewTextHandler(&lockedWriter{w: r.logs}, nil)),
+	r := &rig{reg: prometheus.NewRegistry(), logs: &bytes.Buffer{}, conf: conf, now: time.Now}
+	logger := slog.New(slog.NewTextHandler(&lockedWriter{w: r.logs}, nil))
+	o := upstream.Options{
+		Site: "east", Registerer: r.reg, Logger: logger, Pick: func(int) int { return 0 },
+		Now: func() time.Time { return r.now() },
+		Peers: func() []upstream.Peer {
+			if r.peers == nil {
+				return nil
+			}
+			return r.peers()
+		},
 	}
 	for _, f := range options {
 		f(r, &o)
 	}
-	r.Pipeline = New(o)
-	if !r.choosing {
-		r.pick = func(*search, []target) int { return 0 }
-	}
-	if r.configured = r.Configure(conf); r.configured != nil && !r.tolerant {
-		t.Fatalf("configure: %v", r.configured)
-	}
-	t.Cleanup(r.Close)
+	r.fleet = upstream.New(o)
+	r.Pipeline = New(Options{Fleet: r.fleet, Cache: r.cache, Registerer: r.reg, Logger: logger, Now: o.Now})
+	r.configure(t, conf)
+	t.Cleanup(func() {
+		r.Close()
+		r.fleet.Close()
+	})
 	return r
+}
+
+func (r *rig) configure(t *testing.T, conf *config.Config) {
+	t.Helper()
+	if err := r.fleet.Configure(conf); err != nil {
+		t.Fatalf("configure: %v", err)
+	}
+}
+
+// pool is the last stage.
+func (r *rig) pool() *pool {
+	return r.Server.(*resolve).next.(*cached).next.(*pool)
 }
 
 type lockedWriter struct {
@@ -287,16 +310,6 @@ func (l *lockedWriter) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.w.Write(b)
-}
-
-// instance is the only one of an upstream.
-func (r *rig) instance(t *testing.T, name string) *upstream {
-	t.Helper()
-	s := r.table.Load().services[name]
-	if s == nil || len(s.instances) != 1 {
-		t.Fatalf("upstream %s: %+v", name, s)
-	}
-	return s.instances[0]
 }
 
 func (r *rig) results(upstream, result string) float64 {
@@ -332,35 +345,25 @@ func (r *rig) metric(name string, labels ...string) float64 {
 }
 
 // chat is a request for model m.
-func chat(stream bool) *Request {
+func chat(stream bool) Request {
 	return request("/v1/chat/completions", fmt.Sprintf(`{"model":"m","stream":%t,"messages":[{"role":"user","content":"hi"}],"x_extra": {"a":1}}`, stream), stream)
 }
 
-func request(endpoint, body string, stream bool) *Request {
-	at, ok := memberSpan([]byte(body), "model")
-	if !ok {
-		panic("body without model")
-	}
-	var model string
-	if err := json.Unmarshal([]byte(body)[at.From:at.To], &model); err != nil {
+func request(endpoint, body string, stream bool) Request {
+	parsed, err := openai.Parse(openai.EndpointAt(endpoint), []byte(body))
+	if err != nil {
 		panic(err)
 	}
-	r := &Request{
-		ID: "req-1", Endpoint: endpoint, Model: model, Body: []byte(body), ModelAt: at,
-		Stream: stream, Choices: 1, Header: http.Header{},
-	}
+	parsed.Stream = stream // also of bodies that are too short to say it
+	r := Request{Request: parsed, ID: "req-1", Header: http.Header{}}
 	if stream {
 		r.Header.Set("Accept", "text/event-stream")
-		if options, ok := memberSpan([]byte(body), "stream_options"); ok {
-			r.UsageAt = options
-			r.WantUsage = strings.Contains(body, `"include_usage":true`)
-		}
 	}
 	return r
 }
 
 // serve runs one request and returns what the sink saw.
-func (r *rig) serve(t *testing.T, req *Request) (*recorder, error) {
+func (r *rig) serve(t *testing.T, req Request) (*recorder, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // refusing is a server that nobody listens at.
@@ -140,8 +142,8 @@ func TestFaultsBeforeContent(t *testing.T) {
 				// given up.
 				bad.onHit = func() {
 					bad.sick.Store(true)
-					for range probesToDie {
-						r.probeAll(t.Context())
+					for range 2 {
+						r.fleet.Probe(t.Context())
 					}
 				}
 			}
@@ -241,7 +243,7 @@ func TestAnswersThatAreNoFaults(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			up, other := newServer(t, "up", c.answer), newServer(t, "other", well)
-			r := newRig(t, []*server{up, other}, func(r *rig, _ *Options) {
+			r := newRig(t, []*server{up, other}, func(r *rig, _ *upstream.Options) {
 				if strings.HasPrefix(c.name, "slow drip") { // all of it takes longer than each timer
 					r.conf.Timeouts.FirstToken, r.conf.Timeouts.BetweenTokens = seconds(1), seconds(1)
 				}
@@ -314,7 +316,7 @@ func TestAllPaused(t *testing.T) {
 	if a.hits.Load() != 1 || b.hits.Load() != 1 {
 		t.Errorf("hits %d, %d", a.hits.Load(), b.hits.Load())
 	}
-	for _, u := range r.Upstreams() {
+	for _, u := range r.fleet.Status() {
 		if u.Breaker != "closed" || u.PausedUntil.IsZero() {
 			t.Errorf("%+v", u)
 		}
@@ -326,8 +328,14 @@ func TestConnectTimer(t *testing.T) {
 	dead := &server{name: "dead"}
 	good := newServer(t, "good", well)
 	dead.Server = good.Server
-	r := newRig(t, []*server{dead, good})
-	r.instance(t, "dead").client = failing{&net.OpError{Op: "dial", Err: timeoutNow{}}}
+	r := newRig(t, []*server{dead, good}, func(_ *rig, o *upstream.Options) {
+		o.Transport = func(name string) http.RoundTripper {
+			if name == "dead" {
+				return failing{&net.OpError{Op: "dial", Err: timeoutNow{}}}
+			}
+			return nil
+		}
+	})
 	if _, err := r.serve(t, chat(false)); err != nil {
 		t.Fatal(err)
 	}
@@ -351,9 +359,7 @@ func TestTotalTimer(t *testing.T) {
 	r := newRig(t, []*server{up})
 	conf := *r.conf
 	conf.Timeouts.Total = seconds(0.3)
-	if err := r.Configure(&conf); err != nil {
-		t.Fatal(err)
-	}
+	r.configure(t, &conf)
 	saw, err := r.serve(t, chat(true))
 	if !errors.Is(err, ErrTimeout) || r.results("up", "timeout_total") != 1 || len(saw.events) < 3 {
 		t.Errorf("error %v after %d events", err, len(saw.events))

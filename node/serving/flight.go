@@ -10,49 +10,48 @@ import (
 )
 
 const (
-	// maxFlights bounds the answers that are shared at once, and maxAloft the
-	// bytes that all of them hold. Beyond the latter each keeps a little only.
-	maxFlights  = 8192
-	maxAloft    = 256 << 20
-	scarceBytes = 64 << 10
-	// bite is how much a reader takes at once.
-	bite = 64 << 10
-	// blockBytes is what pieces are copied into.
+	// maxFlights bounds the answers that are shared at once, and maxFlightBytes the
+	// memory of all of them together. Beyond the latter each keeps scarceBytes only.
+	maxFlights     = 8192
+	maxFlightBytes = 256 << 20
+	scarceBytes    = 64 << 10
+	// maxStep bounds how much a reader takes at once.
+	maxStep = 64 << 10
+	// blockBytes is the size of the blocks that pieces are copied into.
 	blockBytes = 4 << 10
 )
 
 var (
 	errFlightLost = errors.New("the shared request was lost")
-	// ErrLagging ends the answer of a client that takes it so much more slowly
-	// than others who share it that it can't be held for it any longer.
+	// ErrLagging ends the answer of a client that reads it so much more slowly than
+	// others who share it that it can't be kept for this one any longer.
 	ErrLagging = errors.New("the client reads too slowly")
 )
 
 // flights are the answers that are on their way, by what was asked.
 type flights struct {
-	work sync.WaitGroup // of those who lead
+	work sync.WaitGroup // of their fetches
 
-	mu    sync.Mutex // guards aloft and byKey; taken before a flight's
-	aloft int
+	mu    sync.Mutex // guards count and byKey; taken before a flight's
+	count int
 	byKey map[cache.Key]*flight
 
 	bytesMu sync.Mutex // guards bytes
 	bytes   int
 }
 
-// flight is one answer on its way to all who asked for it. Who leads writes it,
-// as a sink; who follows reads at their own pace. The one that leads has no
-// client of its own: the request that began the flight follows like all others,
-// so it may be slow or leave without harm to them. When the last has left, ctx
-// ends.
+// flight is one answer on its way to all who asked for it. A fetch of its own writes
+// it, as a sink; each request reads it at its own pace. The request that began the
+// flight reads like all others, so it may be slow or leave without harm to them. When
+// the last reader has left, ctx ends.
 //
-// All of the answer is held until it is larger than may be kept. From then on
-// only what some reader has still to take: the fastest one sets the pace, and
-// who falls behind it by more than the bound is cut off.
+// All of the answer is held until it is larger than may be kept, and from then on only
+// what some reader has still to take: the fastest reader sets the pace, and one that
+// falls behind it by more than the bound is cut off.
 type flight struct {
 	of    *flights
 	key   cache.Key
-	purge uint64 // purges that were agreed on when it began
+	purge uint64 // the count of purges when it began
 	limit int
 	ctx   context.Context
 	stop  context.CancelFunc
@@ -65,87 +64,88 @@ type flight struct {
 	head    Head
 	pieces  [][]byte
 	block   []byte // that the next pieces go into
-	base    int    // pieces that are gone
+	base    int    // pieces that were dropped
 	size    int    // bytes of pieces
 	ended   bool
 	err     error
-	seats   map[*seat]struct{}
-	waiting bool // who leads waits for readers
+	readers map[*reader]struct{}
+	waiting bool // the fetch waits for readers
 }
 
-// seat is one reader.
-type seat struct {
-	at     int // next piece, counted from the first of all
-	taken  int // pieces that were taken and may not have been delivered
-	joined bool
-	headed bool
-	cut    bool
+// reader is one request that gets the answer.
+type reader struct {
+	at     int  // next piece, counted from the first of all
+	taken  int  // pieces that were taken and may not have been delivered
+	joined bool // another request began the flight
+	headed bool // it has the head
+	cut    bool // it was too slow
 }
 
-// board finds the flight that brings the answer, or begins one, which the caller
-// must lead. The flight is nil when there is no room for more. With share false
-// nobody else's flight is good enough.
-func (s *flights) board(ctx context.Context, key cache.Key, purge uint64, share bool, limit int) (f *flight, at *seat, leads bool) {
+// join reads along with the flight that brings the answer, or begins one; then leads is
+// true, and the caller must fetch its answer. The flight is nil when there are too many.
+// Without share the request gets a flight that no other one joins.
+func (s *flights) join(ctx context.Context, key cache.Key, purge uint64, share bool, limit int) (f *flight, r *reader, leads bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if f := s.byKey[key]; f != nil && share && f.purge == purge {
-		if at := f.join(); at != nil {
-			return f, at, false
+		if r := f.join(); r != nil {
+			return f, r, false
 		}
 	}
-	if s.aloft >= maxFlights {
+	if s.count >= maxFlights {
 		return nil, nil, false
 	}
-	s.aloft++
-	f = &flight{of: s, key: key, purge: purge, limit: limit, open: true, whole: true, seats: map[*seat]struct{}{}}
+	s.count++
+	f = &flight{of: s, key: key, purge: purge, limit: limit, open: true, whole: true, readers: map[*reader]struct{}{}}
 	f.moved.L = &f.mu
-	// Who asks first may leave first.
+	// The request that begins it may end before the others.
 	f.ctx, f.stop = context.WithCancel(context.WithoutCancel(ctx))
-	at = &seat{}
-	f.seats[at] = struct{}{}
+	r = &reader{}
+	f.readers[r] = struct{}{}
 	if share {
 		if s.byKey == nil {
 			s.byKey = map[cache.Key]*flight{}
 		}
 		s.byKey[key] = f
 	}
-	return f, at, true
+	return f, r, true
 }
 
-// join takes a seat, nil when the beginning is gone or everybody has left.
-func (f *flight) join() *seat {
+// join adds a reader. It is nil when the answer's beginning was dropped or all readers
+// have left.
+func (f *flight) join() *reader {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.open || len(f.seats) == 0 {
+	if !f.open || len(f.readers) == 0 {
 		return nil
 	}
-	at := &seat{joined: true}
-	f.seats[at] = struct{}{}
-	return at
+	r := &reader{joined: true}
+	f.readers[r] = struct{}{}
+	return r
 }
 
-// leave lets nobody else join, before the flight ends.
-func (s *flights) leave(f *flight) {
+// remove ends the joining of a flight, before it ends.
+func (s *flights) remove(f *flight) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.aloft--
+	s.count--
 	if s.byKey[f.key] == f {
 		delete(s.byKey, f.key)
 	}
 }
 
-// hold counts bytes and tells what a flight may hold.
+// hold counts n more bytes, and returns how many a flight may hold.
 func (s *flights) hold(n, limit int) int {
 	s.bytesMu.Lock()
 	defer s.bytesMu.Unlock()
 	s.bytes += n
-	if s.bytes > maxAloft {
+	if s.bytes > maxFlightBytes {
 		return min(limit, scarceBytes)
 	}
 	return limit
 }
 
-// Head implements Sink for who leads.
+// Head implements Sink for the fetch.
 func (f *flight) Head(h Head) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -183,7 +183,7 @@ func (f *flight) Flush() error {
 	return f.ctx.Err()
 }
 
-// put copies a piece, after room was made for it.
+// put makes room for a piece and copies it; f.mu is held.
 func (f *flight) put(b []byte) error {
 	limit := f.of.hold(len(b), f.limit)
 	if f.size+len(b) > limit {
@@ -192,7 +192,7 @@ func (f *flight) put(b []byte) error {
 	for f.size > limit && f.ctx.Err() == nil {
 		if !f.trim() {
 			f.waiting = true
-			f.moved.Broadcast() // they must not wait for Flush
+			f.moved.Broadcast() // the readers must not wait for Flush
 			f.moved.Wait()
 			f.waiting = false
 		}
@@ -211,13 +211,13 @@ func (f *flight) put(b []byte) error {
 	return nil
 }
 
-// trim lets go of what all readers have. When that is nothing, and some reader
-// has everything, those who hold the rest up are cut off. It is false when
-// there is nothing to do but to wait.
+// trim drops what all readers have. When that is nothing, and some reader has
+// everything, the slowest readers are cut off. It is false when there is nothing to do
+// but to wait; f.mu is held.
 func (f *flight) trim() bool {
 	first, last := f.base+len(f.pieces), f.base
-	for s := range f.seats {
-		first, last = min(first, s.at), max(last, s.at)
+	for r := range f.readers {
+		first, last = min(first, r.at), max(last, r.at)
 	}
 	if first > f.base {
 		freed := 0
@@ -234,10 +234,10 @@ func (f *flight) trim() bool {
 		return false
 	}
 	cut := false
-	for s := range f.seats {
-		if s.at == f.base {
-			s.cut, cut = true, true
-			delete(f.seats, s)
+	for r := range f.readers {
+		if r.at == f.base {
+			r.cut, cut = true, true
+			delete(f.readers, r)
 		}
 	}
 	f.moved.Broadcast()
@@ -261,12 +261,12 @@ func (f *flight) end(err error) {
 	f.stop()
 }
 
-// vacate: a reader leaves, and takes the flight with it when it was the last.
-func (f *flight) vacate(s *seat) {
+// leave removes a reader. The last one ends the flight.
+func (f *flight) leave(r *reader) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.seats, s)
-	if len(f.seats) == 0 && !f.ended {
+	delete(f.readers, r)
+	if len(f.readers) == 0 && !f.ended {
 		f.open = false
 		f.stop()
 	}
@@ -279,18 +279,18 @@ func (f *flight) vacate(s *seat) {
 type step struct {
 	head   *Head
 	pieces [][]byte
-	more   bool // there is more at hand
+	more   bool // more is there already
 	ended  bool
 	err    error
 }
 
 // next waits for the reader's next step.
-func (f *flight) next(ctx context.Context, s *seat) step {
+func (f *flight) next(ctx context.Context, r *reader) step {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if s.taken > 0 {
-		s.at += s.taken
-		s.taken = 0
+	if r.taken > 0 {
+		r.at += r.taken
+		r.taken = 0
 		if f.waiting {
 			f.moved.Broadcast()
 		}
@@ -299,23 +299,23 @@ func (f *flight) next(ctx context.Context, s *seat) step {
 		switch {
 		case ctx.Err() != nil:
 			return step{ended: true, err: context.Cause(ctx)}
-		case s.cut:
-			return step{ended: true, err: fmt.Errorf("%w: others who share its answer are %d bytes ahead", ErrLagging, f.size)}
-		case f.headed && !s.headed:
-			s.headed = true
+		case r.cut:
+			return step{ended: true, err: fmt.Errorf("%w: others who share the answer are %d bytes ahead", ErrLagging, f.size)}
+		case f.headed && !r.headed:
+			r.headed = true
 			h := f.head
-			if s.joined && h.Cache.Status == Miss {
+			if r.joined && h.Cache.Status == Miss {
 				h.Cache.Status = Coalesced
 			}
 			return step{head: &h}
-		case s.at < f.base+len(f.pieces):
-			rest := f.pieces[s.at-f.base:]
+		case r.at < f.base+len(f.pieces):
+			rest := f.pieces[r.at-f.base:]
 			n, size := 1, len(rest[0])
-			for n < len(rest) && size+len(rest[n]) <= bite {
+			for n < len(rest) && size+len(rest[n]) <= maxStep {
 				size += len(rest[n])
 				n++
 			}
-			s.taken = n
+			r.taken = n
 			return step{pieces: rest[:n:n], more: n < len(rest)}
 		case f.ended:
 			return step{ended: true, err: f.err}
@@ -324,10 +324,11 @@ func (f *flight) next(ctx context.Context, s *seat) step {
 	}
 }
 
-// follow gives the answer to one reader as it comes.
-func (f *flight) follow(ctx context.Context, s *seat, sink Sink) error {
-	defer f.vacate(s)
-	// A Cond knows no context. The lock orders this with the reader's look at ctx.
+// follow passes the answer on to one reader's sink as it comes.
+func (f *flight) follow(ctx context.Context, r *reader, sink Sink) error {
+	defer f.leave(r)
+	// A Cond knows no context. The lock makes sure that next, which looks at ctx with
+	// the lock held, doesn't miss this call.
 	defer context.AfterFunc(ctx, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -336,7 +337,7 @@ func (f *flight) follow(ctx context.Context, s *seat, sink Sink) error {
 	batch, batches := sink.(Batcher)
 	stream := false
 	for {
-		st := f.next(ctx, s)
+		st := f.next(ctx, r)
 		if st.ended {
 			return st.err
 		}

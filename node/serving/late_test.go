@@ -17,7 +17,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // TestLatePlainAnswers: a plain completion takes as long as all its tokens, and
@@ -34,7 +35,7 @@ func TestLatePlainAnswers(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		sick  bool
-		req   *Request
+		req   Request
 		wants string // who answers
 	}{
 		{"probes answer", false, chat(false), "bad"},
@@ -47,8 +48,8 @@ func TestLatePlainAnswers(t *testing.T) {
 			r := newRig(t, []*server{bad, good}, hasty)
 			bad.onHit = func() {
 				bad.sick.Store(c.sick)
-				for range probesToDie {
-					r.probeAll(t.Context())
+				for range 2 {
+					r.fleet.Probe(t.Context())
 				}
 			}
 			saw, err := r.serve(t, c.req)
@@ -91,8 +92,8 @@ func TestPace(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				limits := timers{firstToken: time.Minute, betweenTokens: 30 * time.Second, total: time.Hour, pace: c.floor}
-				w := newWatch(t.Context(), limits, time.Now().Add(limits.total), nil, nil)
+				limits := config.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: c.floor}
+				w := newWatch(t.Context(), limits, time.Now().Add(limits.Total.D()), nil, nil)
 				defer w.stop()
 				time.Sleep(c.steps[0].after)
 				begun := time.Now()
@@ -116,7 +117,7 @@ func TestPace(t *testing.T) {
 					}
 					return
 				}
-				if timer.result != resultTooSlow || c.end == 0 || ended < c.end-time.Second || ended > c.end+10*time.Second {
+				if timer.result != upstream.TooSlow || c.end == 0 || ended < c.end-time.Second || ended > c.end+10*time.Second {
 					t.Errorf("ended after %s, want %s: %v", ended, c.end, timer)
 				}
 			})
@@ -128,8 +129,8 @@ func TestPace(t *testing.T) {
 // counts neither as silence nor as a slow pace.
 func TestSlowClientsAreNoFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		limits := timers{firstToken: time.Minute, betweenTokens: 30 * time.Second, total: time.Hour, pace: 5}
-		w := newWatch(t.Context(), limits, time.Now().Add(limits.total), nil, nil)
+		limits := config.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: 5}
+		w := newWatch(t.Context(), limits, time.Now().Add(limits.Total.D()), nil, nil)
 		defer w.stop()
 		slow := &recorder{onData: func(int) error { time.Sleep(40 * time.Second); return nil }}
 		a := &attempt{w: w, sink: slow}
@@ -143,7 +144,7 @@ func TestSlowClientsAreNoFault(t *testing.T) {
 		if w.Err() != nil {
 			t.Fatalf("ended: %v", context.Cause(w))
 		}
-		time.Sleep(2 * limits.betweenTokens)
+		time.Sleep(2 * limits.BetweenTokens.D())
 		synctest.Wait()
 		if w.Err() == nil {
 			t.Error("silence after a slow write is never ended")
@@ -172,7 +173,7 @@ func TestSlowDripEndsTheStream(t *testing.T) {
 			}
 		}
 	}))
-	r := newRig(t, []*server{up}, func(r *rig, _ *Options) { r.conf.Timeouts.MinTokensPerSecond = 10 })
+	r := newRig(t, []*server{up}, func(r *rig, _ *upstream.Options) { r.conf.Timeouts.MinTokensPerSecond = 10 })
 	saw, err := r.serve(t, chat(true))
 	if !errors.Is(err, ErrTimeout) || !strings.Contains(err.Error(), "min_tokens_per_second (10)") || r.results("up", "too_slow") != 1 {
 		t.Errorf("%v\n%s", err, r.logs)
@@ -269,81 +270,4 @@ func TestUpstreamWorkStopsWithin100ms(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestReportedLoad: of two servers that look alike, the one is asked that says
-// it has less to do; what this node sent there is not counted twice.
-func TestReportedLoad(t *testing.T) {
-	metrics := func(s *server, kind cluster.UpstreamKind, running, waiting float64) {
-		names := reportNames[kind]
-		next := s.Config.Handler
-		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.URL.Path != "/metrics" {
-				next.ServeHTTP(w, r)
-				return
-			}
-			_, _ = fmt.Fprintf(w, "# HELP %[1]s x\n# TYPE %[1]s gauge\n%[1]s{engine=\"0\",model_name=\"a}b\\\"\"} %[2]v\n%[1]s_total 77\n%[3]s %[4]v 1700000000\n", names[0], running, names[1], waiting)
-		})
-	}
-	a, b := newServer(t, "a", well), newServer(t, "b", well)
-	metrics(a, cluster.KindVLLM, 30, 12)
-	metrics(b, cluster.KindSGLang, 1, 0)
-	now := time.Now()
-	r := newRig(t, []*server{a, b}, func(r *rig, o *Options) {
-		r.choosing = true
-		def := r.conf.Upstreams["b"]
-		def.Kind = cluster.KindSGLang
-		r.conf.Upstreams["b"] = def
-		o.Now = func() time.Time { return now }
-	})
-	r.probeAll(t.Context())
-	for name, want := range map[string]int64{"a": 42, "b": 1} {
-		if got := r.instance(t, name).load(now).inFlight; got != want {
-			t.Errorf("%s: load %d, want %d", name, got, want)
-		}
-	}
-	for range 10 {
-		if _, err := r.serve(t, request("/v1/rerank", `{"model":"m"}`, false)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if a.hits.Load() != 0 || b.hits.Load() != 10 {
-		t.Errorf("hits %d, %d", a.hits.Load(), b.hits.Load())
-	}
-	u := r.instance(t, "a")
-	u.inFlight.Add(40)
-	r.askLoad(t.Context(), u)
-	if got := u.load(now).inFlight; got != 42 {
-		t.Errorf("with 40 of our own: load %d, want 42", got)
-	}
-	u.inFlight.Add(-40)
-	now = now.Add(reportAge)
-	if got := u.load(now).inFlight; got != 0 {
-		t.Errorf("an old report counts: %d", got)
-	}
-
-	// Where there is no choice nobody is asked.
-	alone := newRig(t, []*server{a})
-	alone.probeAll(t.Context())
-	if alone.instance(t, "a").reported.Load() != nil {
-		t.Error("metrics were read for nothing")
-	}
-	// A server without figures is left alone for a while.
-	c := newServer(t, "c", well)
-	silent := newRig(t, []*server{a, c})
-	silent.probeAll(t.Context())
-	if u := silent.instance(t, "c"); u.reports(time.Now()) || !u.reports(time.Now().Add(reportPause)) || u.load(time.Now()).inFlight != 0 {
-		t.Errorf("%+v", u.reported.Load())
-	}
-}
-
-func FuzzSumSeries(f *testing.F) {
-	f.Add("vllm:num_requests_running{a=\"b\"} 3.0\nvllm:num_requests_waiting 1e2 5\n")
-	f.Add("vllm:num_requests_running{a=\"}\\\"\"} NaN\nvllm:num_requests_waiting{ -1\n")
-	f.Fuzz(func(t *testing.T, page string) {
-		n, err := sumSeries(strings.NewReader(page), reportNames[cluster.KindVLLM])
-		if n < 0 || err != nil && n != 0 {
-			t.Errorf("%d, %v", n, err)
-		}
-	})
 }

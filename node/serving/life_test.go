@@ -115,7 +115,7 @@ func TestHangUps(t *testing.T) {
 			if other.hits.Load() != before {
 				t.Error("another upstream was asked for a client that has gone")
 			}
-			s := r.Upstreams()[1]
+			s := r.fleet.Status()[1]
 			if s.Name != "up" || s.Breaker != "closed" || s.LastErr != "" || s.InFlight != 0 {
 				t.Errorf("the upstream is marked: %+v", s)
 			}

@@ -1,6 +1,7 @@
 package serving
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -12,9 +13,9 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // door is what a peer's gateway does: parse, Serve, write.
@@ -47,14 +48,14 @@ type peerSite struct {
 	head atomic.Pointer[http.Header]
 }
 
-func newPeerSite(t *testing.T, site string, conf *cluster.Config) *peerSite {
+func newPeerSite(t *testing.T, site string, conf *config.Config) *peerSite {
 	t.Helper()
-	p := New(Options{Site: site})
-	p.pick = func(*search, []target) int { return 0 }
-	if err := p.Configure(conf); err != nil {
+	fleet := upstream.New(upstream.Options{Site: site, Pick: func(int) int { return 0 }})
+	if err := fleet.Configure(conf); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(p.Close)
+	t.Cleanup(fleet.Close)
+	p := New(Options{Fleet: fleet})
 	s := &peerSite{}
 	s.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		s.hits.Add(1)
@@ -114,31 +115,29 @@ func threeSites(t *testing.T, own, near, far answering, options ...rigOption) (r
 	site := map[string]string{"own": "east", "near": "east2", "far": "west"}
 	r = newRig(t, []*server{up["own"]}, options...)
 	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{}
-	m := cluster.Model{}
+	conf.Upstreams = map[string]config.Upstream{}
+	m := config.Model{}
 	for _, name := range []string{"far", "near", "own"} {
-		conf.Upstreams[name] = cluster.Upstream{Site: site[name], Kind: cluster.KindVLLM, URL: up[name].URL}
-		m.Serve = append(m.Serve, cluster.Serve{Upstream: name})
+		conf.Upstreams[name] = config.Upstream{Site: site[name], Kind: config.KindVLLM, URL: up[name].URL}
+		m.Serve = append(m.Serve, config.Serve{Upstream: name})
 	}
-	conf.Models = map[string]cluster.Model{
+	conf.Models = map[string]config.Model{
 		"m":     m,
-		"other": {Serve: []cluster.Serve{{Upstream: "far", Model: "private/other"}}},
-		"first": {Serve: []cluster.Serve{{Upstream: "own"}}, Fallbacks: []string{"other"}},
+		"other": {Serve: []config.Serve{{Upstream: "far", Model: "private/other"}}},
+		"first": {Serve: []config.Serve{{Upstream: "own"}}, Fallbacks: []string{"other"}},
 	}
 	sites = map[string]*peerSite{"east2": newPeerSite(t, "east2", &conf), "west": newPeerSite(t, "west", &conf)}
-	r.peers = func() []Peer {
-		return []Peer{
+	r.peers = func() []upstream.Peer {
+		return []upstream.Peer{
 			{Node: "west-1", Site: "west", Client: sites["west"].via()},
 			{Node: "east2-1", Site: "east2", Client: sites["east2"].via()},
 		}
 	}
 	for name, m := range conf.Models { // of use to those with a cache
-		m.Cache = cluster.ModelCache{Enabled: true, Store: cluster.StoreAll, LocalTTL: seconds(600), SharedTTL: seconds(600)}
+		m.Cache = config.ModelCache{Enabled: true, Store: config.StoreAll, LocalTTL: seconds(600), SharedTTL: seconds(600)}
 		conf.Models[name] = m
 	}
-	if err := r.Configure(&conf); err != nil {
-		t.Fatal(err)
-	}
+	r.configure(t, &conf)
 	return r, up, sites
 }
 
@@ -239,16 +238,16 @@ func TestPeerNodes(t *testing.T) {
 	refused := failing{&net.OpError{Op: "dial", Err: errors.New("connection refused")}}
 	for _, c := range []struct {
 		name  string
-		peers []Peer
+		peers []upstream.Peer
 		node  string
 	}{
-		{"unreachable first", []Peer{{Node: "n1", Site: "east2", Client: refused}, {Node: "n2", Site: "east2", Client: near}}, "n2"},
-		{"draining last", []Peer{{Node: "n3", Site: "east2", Client: near, Draining: true}, {Node: "n4", Site: "east2", Client: near}}, "n4"},
-		{"only draining", []Peer{{Node: "n5", Site: "east2", Client: near, Draining: true}}, "n5"},
-		{"dead there", []Peer{{Node: "n6", Site: "east2", Client: near, Dead: map[string]bool{"near": true}}, {Node: "w1", Site: "west", Client: sites["west"].via()}}, "w1"},
-		{"dead there, but nothing else", []Peer{{Node: "n7", Site: "east2", Client: near, Dead: map[string]bool{"near": true}}}, "n7"},
+		{"unreachable first", []upstream.Peer{{Node: "n1", Site: "east2", Client: refused}, {Node: "n2", Site: "east2", Client: near}}, "n2"},
+		{"draining last", []upstream.Peer{{Node: "n3", Site: "east2", Client: near, Draining: true}, {Node: "n4", Site: "east2", Client: near}}, "n4"},
+		{"only draining", []upstream.Peer{{Node: "n5", Site: "east2", Client: near, Draining: true}}, "n5"},
+		{"dead there", []upstream.Peer{{Node: "n6", Site: "east2", Client: near, Dead: map[string]bool{"near": true}}, {Node: "w1", Site: "west", Client: sites["west"].via()}}, "w1"},
+		{"dead there, but nothing else", []upstream.Peer{{Node: "n7", Site: "east2", Client: near, Dead: map[string]bool{"near": true}}}, "n7"},
 	} {
-		r.peers = func() []Peer { return c.peers }
+		r.peers = func() []upstream.Peer { return c.peers }
 		saw, err := r.serve(t, chat(false))
 		if err != nil {
 			t.Errorf("%s: %v", c.name, err)
@@ -259,8 +258,8 @@ func TestPeerNodes(t *testing.T) {
 		}
 	}
 	broken := failing{errors.New("connection reset")}
-	r.peers = func() []Peer {
-		return []Peer{{Node: "b1", Site: "east2", Client: broken}, {Node: "b2", Site: "east2", Client: near}}
+	r.peers = func() []upstream.Peer {
+		return []upstream.Peer{{Node: "b1", Site: "east2", Client: broken}, {Node: "b2", Site: "east2", Client: near}}
 	}
 	if _, err := r.serve(t, chat(false)); err == nil {
 		t.Error("a second node was asked although the first had the request")
@@ -272,14 +271,11 @@ func TestLostPeer(t *testing.T) {
 	r, up, _ := threeSites(t, status(500), stall, well)
 	var gone atomic.Bool
 	all := r.peers()
-	r.peers = func() []Peer {
+	r.peers = func() []upstream.Peer {
 		if gone.Load() {
 			return all[:1]
 		}
 		return all
-	}
-	for _, m := range r.table.Load().models {
-		m.timers.firstToken = time.Minute
 	}
 	type answer struct {
 		saw *recorder
@@ -293,20 +289,15 @@ func TestLostPeer(t *testing.T) {
 	}()
 	eventually(t, "the peer is asked", func() bool { return up["near"].hits.Load() == 1 })
 	gone.Store(true)
-	for range lostAfter {
-		r.fleet.check(r.peers())
-	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- r.fleet.Run(ctx) }()
 	a := <-got
 	if a.err != nil || a.saw.heads[0].Node != "west-1" {
-		t.Fatalf("%v\n%s", a.err, r.logs)
+		t.Errorf("%v\n%s", a.err, r.logs)
 	}
-	if !r.fleet.has("west-1") || r.fleet.has("east2-1") {
-		t.Error("the fleet keeps the wrong ones")
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
-}
-
-func (f *fleet) has(node string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.peers[node] != nil
 }

@@ -2,19 +2,29 @@ package serving
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"strings"
 	"sync"
+
+	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
+)
+
+// maxAnswer bounds a plain body, which is held until it is whole.
+const maxAnswer = 32 << 20
+
+var (
+	errTooLong = fmt.Errorf("answer larger than %d bytes", maxAnswer)
+	// errExhausted is DeepSeek's finish_reason insufficient_system_resource.
+	errExhausted = errors.New("insufficient system resource")
 )
 
 var plainBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 16<<10); return &b }}
 
-// plain reads a whole answer before anything is passed on, so that whatever is
-// wrong with it can still be another upstream's turn.
+// plain reads a whole answer before anything is passed on: whatever is wrong with it,
+// another server can still answer.
 func (a *attempt) plain(resp *http.Response) outcome {
 	buf := plainBuffers.Get().(*[]byte) //nolint:errcheck // the pool holds nothing else
 	body, err := a.readBody(resp, (*buf)[:0])
@@ -24,33 +34,31 @@ func (a *attempt) plain(resp *http.Response) outcome {
 			plainBuffers.Put(buf)
 		}
 	}()
+	if errors.Is(err, errTooLong) {
+		return failed(upstream.BadAnswer, err)
+	}
 	if err != nil {
-		if errors.Is(err, errTooLong) {
-			return outcome{result: resultBadAnswer, err: err}
-		}
-		return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
+		return failed(upstream.Truncated, err)
 	}
 	shown, o := a.judgePlain(resp, body)
-	if o.result != resultOK {
+	if o.Result != upstream.OK {
 		return o
 	}
-	a.reached()
+	a.content()
 	a.head.Length = int64(len(shown))
-	if err := a.sink.Head(a.head); err != nil {
-		return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+	o.sent = true
+	err = a.sink.Head(a.head)
+	if err == nil && len(shown) > 0 {
+		err = a.sink.Data(shown)
 	}
-	if len(shown) > 0 {
-		if err := a.sink.Data(shown); err != nil {
-			return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
-		}
+	if err != nil {
+		o.Result, o.Err = upstream.Cancelled, &sinkError{err}
 	}
-	return outcome{result: resultOK, sent: true}
+	return o
 }
 
-var errTooLong = fmt.Errorf("answer larger than %d bytes", maxAnswer)
-
-// readBody reads all of it, bounded. Leading white space is a keep-alive
-// (DeepSeek) and moves no timer.
+// readBody reads all of a body, bounded. DeepSeek sends white space before an answer
+// to keep the connection alive; it moves no timer.
 func (a *attempt) readBody(resp *http.Response, body []byte) ([]byte, error) {
 	if n := resp.ContentLength; n > maxAnswer {
 		return body, errTooLong
@@ -88,72 +96,32 @@ func (a *attempt) readBody(resp *http.Response, body []byte) ([]byte, error) {
 
 // judgePlain looks into a 2xx body and gives what the client is shown.
 func (a *attempt) judgePlain(resp *http.Response, body []byte) ([]byte, outcome) {
-	known := completes(a.r.Endpoint) || a.r.Endpoint == "/v1/embeddings"
-	isJSON := isType(resp.Header, "application/json")
-	if !known && (!isJSON || len(body) == 0) {
+	e := a.r.Endpoint
+	known := e.Completes || e.Embeds
+	if !known && (len(body) == 0 || !isType(resp.Header, "application/json")) {
 		return body, outcome{}
 	}
-	found, ok := scanAnswer(body)
+	found, ok := openai.ScanAnswer(body)
 	switch {
-	case !ok && !known && validJSON(body):
-		return body, outcome{} // a bare list, say
+	case !ok && !known && openai.Valid(body):
+		return body, outcome{} // a bare list, for example
 	case !ok:
-		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: the answer is no JSON object: %s", ErrUpstreamFailed, excerpt(body))}
-	case found.errAt != Span{}:
-		return nil, a.errorInside(body, body[found.errAt.From:found.errAt.To])
-	case !completes(a.r.Endpoint):
+		return nil, failed(upstream.BadAnswer, fmt.Errorf("the answer is no JSON object: %s", excerpt(body)))
+	case found.Error != openai.Span{}:
+		return nil, a.errorInside(body, found.Error.In(body))
+	case !e.Completes:
 	case a.r.Stream:
-		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: a plain answer where a stream was asked for", ErrUpstreamFailed)}
-	case !found.hasChoices || found.choices == 0:
-		return nil, outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an answer without choices", ErrUpstreamFailed)}
-	case found.exhausted:
-		return nil, outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
+		return nil, failed(upstream.BadAnswer, errors.New("a plain answer where a stream was asked for"))
+	case found.Choices == 0:
+		return nil, failed(upstream.BadAnswer, errors.New("an answer without choices"))
+	case found.Exhausted:
+		return nil, failed(upstream.Exhausted, errExhausted)
 	}
-	if found.usage != (Span{}) {
-		a.count(body[found.usage.From:found.usage.To])
+	if found.Usage != (openai.Span{}) {
+		a.count(found.Usage.In(body))
 	}
-	if name := a.shownModel(); name != nil && found.model != (Span{}) {
-		body = splice(body, edit{found.model, name})
+	if name := a.shownModel(); name != nil && found.Model != (openai.Span{}) {
+		body = openai.Splice(body, openai.Edit{At: found.Model, With: name})
 	}
 	return body, outcome{}
-}
-
-// shownModel is the name that the client sees, nil when the answer's own
-// stands. A server's private name for a model would tell which one answered.
-// For a fallback it is the fallback's public name: the client may know.
-func (a *attempt) shownModel() []byte {
-	if a.peer != nil || a.target.serves == nil {
-		return nil
-	}
-	return a.model.quoted
-}
-
-// errorInside judges an error that came under a 200: about the request itself
-// (the client's to see) or about the server.
-func (a *attempt) errorInside(document, member []byte) outcome {
-	var e struct {
-		Type string          `json:"type"`
-		Code json.RawMessage `json:"code"`
-	}
-	// A bare string is an error too; it decodes to nothing.
-	_ = json.Unmarshal(member, &e)
-	err := fmt.Errorf("%w: error under a 200: %s", ErrUpstreamFailed, excerpt(member))
-	status := 0
-	switch code := strings.Trim(string(e.Code), `"`); {
-	case code == "400" || code == "413" || code == "422":
-		status = http.StatusBadRequest
-	case code == "429":
-		return outcome{result: resultRateLimited, err: err}
-	case code == "" || code == "null" || strings.TrimLeft(code, "0123456789") != "":
-		if strings.HasPrefix(e.Type, "invalid_request") || e.Type == "BadRequestError" {
-			status = http.StatusBadRequest
-		}
-	}
-	if status == 0 {
-		return outcome{result: resultErrorEvent, err: err}
-	}
-	return outcome{result: resultClientError, err: err, status: &StatusError{
-		Status: status, Header: http.Header{"Content-Type": jsonType}, Body: bytes.Clone(document),
-		Upstream: a.head.Upstream, Site: a.head.Site, Attempts: a.head.Attempts,
-	}}
 }

@@ -1,25 +1,22 @@
 package serving
 
 import (
-	"encoding/pem"
 	"errors"
-	"io/fs"
 	"net/http"
-	"net/http/httptest"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // breakUpstream opens an upstream's breaker the way traffic does.
 func (r *rig) breakUpstream(t *testing.T, s *server) {
 	t.Helper()
 	s.set(status(500))
-	for range breakerInRow {
+	for range 5 {
 		_, _ = r.serve(t, chat(false))
 	}
 	if st := r.status(t, s.name); st.Breaker != "open" {
@@ -27,15 +24,15 @@ func (r *rig) breakUpstream(t *testing.T, s *server) {
 	}
 }
 
-func (r *rig) status(t *testing.T, name string) UpstreamStatus {
+func (r *rig) status(t *testing.T, name string) upstream.Status {
 	t.Helper()
-	for _, s := range r.Upstreams() {
+	for _, s := range r.fleet.Status() {
 		if s.Name == name {
 			return s
 		}
 	}
 	t.Fatalf("no upstream %s", name)
-	return UpstreamStatus{}
+	return upstream.Status{}
 }
 
 // TestOpenBreakerIsNotAsked while another answers, and nobody pays for it.
@@ -63,15 +60,15 @@ func TestProbesAndTraffic(t *testing.T) {
 	probeWell.Store(true)
 	up.Config.Handler = withProbe(up.Config.Handler, &probeWell)
 	now := time.Now()
-	r := newRig(t, []*server{up}, func(_ *rig, o *Options) { o.Now = func() time.Time { return now } })
-	r.probeAll(t.Context())
+	r := newRig(t, []*server{up}, func(r *rig, _ *upstream.Options) { r.now = func() time.Time { return now } })
+	r.fleet.Probe(t.Context())
 	if st := r.status(t, "up"); !st.Known || !st.Healthy {
 		t.Fatalf("%+v", st)
 	}
 
 	probeWell.Store(false)
 	now = now.Add(time.Minute)
-	r.probeAll(t.Context())
+	r.fleet.Probe(t.Context())
 	if st := r.status(t, "up"); st.Healthy {
 		t.Errorf("a failing probe isn't shown: %+v", st)
 	}
@@ -81,7 +78,7 @@ func TestProbesAndTraffic(t *testing.T) {
 
 	r.breakUpstream(t, up)
 	now = now.Add(time.Millisecond)
-	r.probeAll(t.Context())
+	r.fleet.Probe(t.Context())
 	before := up.hits.Load()
 	_, err := r.serve(t, chat(false))
 	var busy *BusyError
@@ -91,7 +88,7 @@ func TestProbesAndTraffic(t *testing.T) {
 
 	probeWell.Store(true)
 	up.set(well)
-	r.probeAll(t.Context())
+	r.fleet.Probe(t.Context())
 	if st := r.status(t, "up"); st.Breaker != "half-open" {
 		t.Errorf("the probe answers again: %+v", st)
 	}
@@ -104,7 +101,7 @@ func TestProbesAndTraffic(t *testing.T) {
 
 	r.breakUpstream(t, up)
 	up.set(well) // the breaker is wrong, and the probe says so
-	r.probeAll(t.Context())
+	r.fleet.Probe(t.Context())
 	if _, err := r.serve(t, chat(false)); err != nil {
 		t.Errorf("the last resort isn't tried: %v", err)
 	}
@@ -125,14 +122,12 @@ func TestBulkhead(t *testing.T) {
 	a, b := newServer(t, "a", stall), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
 	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{}
+	conf.Upstreams = map[string]config.Upstream{}
 	for name, u := range r.conf.Upstreams {
 		u.MaxConcurrency = 1
 		conf.Upstreams[name] = u
 	}
-	if err := r.Configure(&conf); err != nil {
-		t.Fatal(err)
-	}
+	r.configure(t, &conf)
 	done := make(chan error, 2)
 	ctx := t.Context()
 	go func() { done <- r.Serve(ctx, chat(false), &recorder{}) }()
@@ -161,51 +156,20 @@ func TestBulkhead(t *testing.T) {
 	}
 }
 
-// TestConfigureKeepsState of what didn't change, and only of that.
-func TestConfigureKeepsState(t *testing.T) {
-	a, b := newServer(t, "a", well), newServer(t, "b", well)
-	r := newRig(t, []*server{a, b})
-	r.breakUpstream(t, a)
-	before := r.instance(t, "a")
-	conf := *r.conf
-	conf.Upstreams = map[string]cluster.Upstream{"a": r.conf.Upstreams["a"]}
-	conf.Models = map[string]cluster.Model{"m": {Serve: []cluster.Serve{{Upstream: "a"}}}}
-	if err := r.Configure(&conf); err != nil {
-		t.Fatal(err)
-	}
-	if r.instance(t, "a") != before || r.status(t, "a").Breaker != "open" {
-		t.Error("a lost its state although it didn't change")
-	}
-	if r.metric("dsnode_breaker_state", "upstream", "b") != 0 {
-		t.Error("b has left, its series have not")
-	}
-	changed := conf.Upstreams["a"]
-	changed.MaxConcurrency = 7
-	conf.Upstreams = map[string]cluster.Upstream{"a": changed}
-	if err := r.Configure(&conf); err != nil {
-		t.Fatal(err)
-	}
-	if r.status(t, "a").Breaker != "closed" {
-		t.Error("a changed and kept its breaker")
-	}
-}
-
 func TestDrain(t *testing.T) {
 	a, b := newServer(t, "a", well), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
-	r.SetDrained([]string{"a", "nobody"})
+	r.fleet.SetDrained([]string{"a", "nobody"})
 	saw, err := r.serve(t, chat(false))
 	if err != nil || saw.heads[0].Upstream != "b" || !r.status(t, "a").Drained {
 		t.Errorf("%v %+v", err, saw.heads)
 	}
-	if err := r.Configure(r.conf); err != nil {
-		t.Fatal(err)
-	}
-	r.SetDrained([]string{"a", "b"})
+	r.configure(t, r.conf)
+	r.fleet.SetDrained([]string{"a", "b"})
 	if _, err = r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) {
 		t.Errorf("all drained: %v", err)
 	}
-	r.SetDrained(nil)
+	r.fleet.SetDrained(nil)
 	if saw, err = r.serve(t, chat(false)); err != nil || saw.heads[0].Upstream != "a" {
 		t.Errorf("resumed: %v", err)
 	}
@@ -222,7 +186,7 @@ func TestDrainLetsRunningOnesFinish(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- r.Serve(t.Context(), chat(true), &recorder{}) }()
 	eventually(t, "it runs", func() bool { return up["own"].active.Load() == 1 })
-	r.SetDrained([]string{"own", "near"})
+	r.fleet.SetDrained([]string{"own", "near"})
 	saw, err := r.serve(t, chat(false))
 	if err != nil || saw.heads[0].Site != "west" || saw.heads[0].Attempts != 1 || sites["east2"].hits.Load() != 0 {
 		t.Errorf("%v %+v", err, saw.heads)
@@ -236,88 +200,6 @@ func TestDrainLetsRunningOnesFinish(t *testing.T) {
 	}
 }
 
-// TestKeys: sent as bearer, read again when the file changes or the upstream
-// refuses; nothing is sent without a key that the configuration asks for.
-func TestKeys(t *testing.T) {
-	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Authorization") != "Bearer new" {
-			status(401)(w, r)
-			return
-		}
-		well(w, r)
-	})
-	now := time.Now()
-	key := ""
-	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
-		u := r.conf.Upstreams["up"]
-		u.APIKey = cluster.Secret{File: "/key"}
-		r.conf.Upstreams["up"] = u
-		r.tolerant = true
-		o.Now = func() time.Time { return now }
-		o.ReadFile = func(path string) ([]byte, error) {
-			if path != "/key" || key == "" {
-				return nil, fs.ErrNotExist
-			}
-			return []byte(key + "\n"), nil
-		}
-	})
-	if r.configured == nil || !strings.Contains(r.configured.Error(), "up") {
-		t.Errorf("Configure says %v of a missing key", r.configured)
-	}
-	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) || up.hits.Load() != 0 {
-		t.Errorf("without a key: %v", err)
-	}
-	key = "old"
-	r.probeAll(t.Context())
-	_, err := r.serve(t, chat(false))
-	if !errors.Is(err, ErrNoUpstream) || up.hits.Load() != 1 || r.results("up", "credentials") != 1 {
-		t.Errorf("refused key: %v", err)
-	}
-	if strings.Contains(r.logs.String(), "old") {
-		t.Error("the log has the key")
-	}
-	key = "new"
-	r.probeAll(t.Context())
-	now = now.Add(credentialPause)
-	if _, err := r.serve(t, chat(false)); err != nil {
-		t.Errorf("changed key: %v", err)
-	}
-}
-
-// TestTLS: an own CA, which may come late.
-func TestTLS(t *testing.T) {
-	up := &server{name: "up"}
-	up.Server = httptest.NewTLSServer(http.HandlerFunc(well))
-	t.Cleanup(up.Close)
-	var ca []byte
-	r := newRig(t, []*server{up}, func(r *rig, o *Options) {
-		u := r.conf.Upstreams["up"]
-		u.TLS = cluster.UpstreamTLS{CAFile: "/ca.pem"}
-		r.conf.Upstreams["up"] = u
-		r.tolerant = true
-		o.ReadFile = func(string) ([]byte, error) {
-			if ca == nil {
-				return nil, fs.ErrNotExist
-			}
-			return ca, nil
-		}
-	})
-	if r.configured == nil {
-		t.Error("Configure says nothing of a missing CA")
-	}
-	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrNoUpstream) {
-		t.Errorf("without its CA: %v", err)
-	}
-	if st := r.status(t, "up"); st.Healthy || !strings.Contains(st.LastErr, "ca_file") {
-		t.Errorf("%+v", st)
-	}
-	ca = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: up.Certificate().Raw})
-	r.probeAll(t.Context())
-	if _, err := r.serve(t, chat(false)); err != nil {
-		t.Errorf("with its CA: %v", err)
-	}
-}
-
 // TestRetryBudget: when it is used up, a failure is a failure.
 func TestRetryBudget(t *testing.T) {
 	a, b := newServer(t, "a", status(500)), newServer(t, "b", well)
@@ -325,7 +207,7 @@ func TestRetryBudget(t *testing.T) {
 	if _, err := r.serve(t, chat(false)); err != nil {
 		t.Fatal(err)
 	}
-	for r.budget.withdraw(r.now()) {
+	for r.pool().budget.withdraw(r.now()) {
 	}
 	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrUpstreamFailed) {
 		t.Errorf("without budget: %v", err)
@@ -333,7 +215,7 @@ func TestRetryBudget(t *testing.T) {
 	if r.metric("dsnode_upstream_retries_total", "kind", "refused") != 1 || r.status(t, "b").InFlight != 0 {
 		t.Error("the refused retry isn't counted, or kept its permit")
 	}
-	for range breakerInRow {
+	for range 5 {
 		_, _ = r.serve(t, chat(false))
 	}
 	if _, err := r.serve(t, chat(false)); err != nil {
@@ -352,14 +234,43 @@ func TestAccess(t *testing.T) {
 		if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (err == nil) || !want && !errors.Is(err, ErrUnknownModel) {
 			t.Errorf("%v: %v", who, err)
 		}
-		if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (len(r.Models(who)) == 1) {
-			t.Errorf("%v sees %v", who, r.Models(who))
-		}
 	}
 	if _, err := r.serve(t, request("/v1/chat/completions", `{"model":"M"}`, false)); !errors.Is(err, ErrUnknownModel) {
 		t.Errorf("another case: %v", err)
 	}
-	if err := New(Options{Site: "east"}).Serve(t.Context(), chat(false), &recorder{}); !errors.Is(err, ErrUnknownModel) {
+	if err := New(Options{Fleet: upstream.New(upstream.Options{Site: "east"})}).Serve(t.Context(), chat(false), &recorder{}); !errors.Is(err, ErrUnknownModel) {
 		t.Errorf("unconfigured: %v", err)
+	}
+}
+
+// TestSamePromptSameServer, and another when that one fails.
+func TestSamePromptSameServer(t *testing.T) {
+	var all []*server
+	for _, name := range []string{"a", "b", "c"} {
+		all = append(all, newServer(t, name, well))
+	}
+	r := newRig(t, all, choosing)
+	first := ""
+	for i := range 20 {
+		saw, err := r.serve(t, chat(i%2 == 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == "" {
+			first = saw.heads[0].Upstream
+		}
+		if saw.heads[0].Upstream != first {
+			t.Fatalf("went to %s, then to %s", first, saw.heads[0].Upstream)
+		}
+	}
+	for _, s := range all {
+		if s.name == first {
+			s.set(status(500))
+		}
+	}
+	for range 20 {
+		if _, err := r.serve(t, chat(false)); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

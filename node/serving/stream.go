@@ -8,21 +8,23 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 const (
 	// maxHeld bounds what is kept of a stream before its first content.
 	maxHeld = 256 << 10
-	// afterDone is how long the end of a finished stream is waited for, so that
-	// its connection can be used again.
+	// afterDone is how long the end of a finished stream is waited for, so that its
+	// connection can be used again.
 	afterDone = 50 * time.Millisecond
 )
 
 var (
-	doneData  = []byte("[DONE]")
-	doneEvent = []byte("data: [DONE]\n\n")
-	dataField = []byte("data: ")
-	eventEnd  = []byte("\n\n")
+	errNoContent = errors.New("the stream ended without content")
+	errNoFinish  = errors.New("the stream ended without a finish_reason")
+	errEarlyDone = errors.New("[DONE] came before a finish_reason")
 )
 
 // held are events that wait for the first content.
@@ -33,7 +35,7 @@ type held struct {
 
 var heldBuffers = sync.Pool{New: func() any { return &held{bytes: make([]byte, 0, 1024), ends: make([]int, 0, 4)} }}
 
-// relay passes one stream on.
+// relay passes on one stream of choices.
 type relay struct {
 	*attempt
 	wait    *held // nil once Head was called
@@ -41,25 +43,23 @@ type relay struct {
 	scratch []byte // a rewritten event
 	// What every chunk of one stream must agree on, quoted as it came.
 	id, created, model []byte
-	seen, finished     uint64
-	done               bool // [DONE] came and was passed on
+	all                openai.Answer // the choices of all events
 }
 
 func (a *attempt) stream(resp *http.Response) outcome {
-	events := newEventReader(resp.Body)
-	defer events.release()
-	events.before = a.flush
-	if !completes(a.r.Endpoint) {
-		return a.streamAnything(events)
+	events := openai.NewEventReader(resp.Body, a.flush)
+	defer events.Release()
+	if !a.r.Endpoint.Completes {
+		return a.streamUnknown(events)
 	}
 	s := relay{attempt: a, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
-	defer s.letGo()
+	defer s.releaseHeld()
 	o := s.run(events)
 	o.sent = s.sent
 	return o
 }
 
-func (s *relay) letGo() {
+func (s *relay) releaseHeld() {
 	if s.wait != nil && cap(s.wait.bytes) <= 64<<10 {
 		s.wait.bytes, s.wait.ends = s.wait.bytes[:0], s.wait.ends[:0]
 		heldBuffers.Put(s.wait)
@@ -68,99 +68,101 @@ func (s *relay) letGo() {
 }
 
 // run reads events until the answer is complete or has failed.
-func (s *relay) run(events *eventReader) outcome {
+func (s *relay) run(events *openai.EventReader) outcome {
 	for {
-		ev, err := events.next()
+		ev, err := events.Next()
 		if err != nil {
 			return s.ended(err)
 		}
-		if !ev.has || len(ev.data) == 0 {
-			continue // comments and empty events move no timer and say nothing
+		if len(ev.Data) == 0 {
+			continue // comments and empty events move no timer and are not passed on
 		}
-		if bytes.Equal(ev.data, doneData) {
-			if !s.complete() {
-				return s.truncated(errors.New("[DONE] came before a finish_reason"))
+		if bytes.Equal(ev.Data, openai.DoneData) {
+			if !s.all.Complete() {
+				return failed(upstream.Truncated, errEarlyDone)
 			}
-			if err := s.finish(ev.raw); err != nil {
-				return outcome{result: resultCancelled, err: err}
+			o := s.finish(ev.Raw)
+			if o.Result == upstream.OK {
+				s.w.atMost(afterDone)
+				events.Drain()
 			}
-			s.drain(events)
-			return outcome{result: resultOK}
+			return o
 		}
-		if o := s.chunk(ev); o.result != resultOK {
+		if o := s.chunk(&ev); o.Result != upstream.OK {
 			return o
 		}
 	}
 }
 
 // chunk judges one event and passes it on or holds it.
-func (s *relay) chunk(ev event) outcome {
-	found, ok := scanAnswer(ev.data)
+func (s *relay) chunk(ev *openai.Event) outcome {
+	found, ok := openai.ScanAnswer(ev.Data)
 	switch {
 	case !ok:
-		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: an event is no JSON object: %s", ErrUpstreamFailed, excerpt(ev.data))}
-	case found.errAt != Span{}:
-		return s.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
-	case string(ev.kind) == "error":
-		return s.errorInside(ev.data, ev.data)
-	case found.exhausted:
-		return outcome{result: resultExhausted, err: fmt.Errorf("%w: insufficient system resource", ErrUpstreamFailed)}
+		return failed(upstream.BadAnswer, fmt.Errorf("an event is no JSON object: %s", excerpt(ev.Data)))
+	case found.Error != openai.Span{}:
+		return s.errorInside(ev.Data, found.Error.In(ev.Data))
+	case string(ev.Kind) == "error":
+		return s.errorInside(ev.Data, ev.Data)
+	case found.Exhausted:
+		return failed(upstream.Exhausted, errExhausted)
 	}
-	if found.usage != (Span{}) {
-		s.count(ev.data[found.usage.From:found.usage.To])
-		if found.choices == 0 && found.hasChoices && s.stripUsage {
+	if found.Usage != (openai.Span{}) {
+		s.count(found.Usage.In(ev.Data))
+		if found.Choices == 0 && found.HasChoices && s.stripUsage {
 			return outcome{}
 		}
 	}
-	s.seen |= found.seen
-	s.finished |= found.finished
-	begins := found.content || found.finished != 0
+	s.all.Join(&found)
+	begins := found.Content || found.Finished()
 	if begins {
-		s.w.content(found.tokens())
+		s.w.content(found.Tokens())
 	}
 	raw := s.uniform(ev, &found)
 	if s.wait == nil {
-		return s.pass(raw)
+		return sunk(s.send(raw))
 	}
 	if !begins {
 		if len(s.wait.bytes)+len(raw) > maxHeld {
-			return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %d bytes without content", ErrUpstreamFailed, maxHeld)}
+			return failed(upstream.BadAnswer, fmt.Errorf("%d bytes without content", maxHeld))
 		}
 		s.wait.bytes = append(s.wait.bytes, raw...)
 		s.wait.ends = append(s.wait.ends, len(s.wait.bytes))
 		return outcome{}
 	}
-	return s.begin(raw)
+	return sunk(s.begin(raw))
 }
 
-// begin is the point of no return: the head, what was held, the first content.
-func (s *relay) begin(raw []byte) outcome {
-	s.reached()
+// begin sends the head, what was held, and the first content. From here on no other
+// server can answer.
+func (s *relay) begin(raw []byte) error {
+	s.content()
 	s.w.committed()
 	s.sent = true
 	if err := s.sink.Head(s.head); err != nil {
-		return outcome{result: resultCancelled, err: &sinkError{err}}
+		return err
 	}
 	from := 0
 	for _, to := range s.wait.ends {
-		if o := s.pass(s.wait.bytes[from:to]); o.result != resultOK {
-			return o
+		if err := s.send(s.wait.bytes[from:to]); err != nil {
+			return err
 		}
 		from = to
 	}
-	s.letGo()
-	return s.pass(raw)
+	s.releaseHeld()
+	return s.send(raw)
 }
 
-func (s *relay) pass(raw []byte) outcome {
-	if err := s.send(raw); err != nil {
-		return outcome{result: resultCancelled, err: err}
+// sunk is the outcome of a call of the sink: its error means that the client has gone.
+func sunk(err error) outcome {
+	if err != nil {
+		return failed(upstream.Cancelled, &sinkError{err})
 	}
 	return outcome{}
 }
 
-// send gives an event to the client. Until flush, a sink may keep it for the
-// company of those that came with it.
+// send gives an event to the client. A Batcher may keep it until flush, to send it
+// together with others that came with it.
 func (a *attempt) send(event []byte) (err error) {
 	from := a.w.beginWrite()
 	if b, ok := a.sink.(Batcher); ok {
@@ -170,13 +172,10 @@ func (a *attempt) send(event []byte) (err error) {
 		err = a.sink.Data(event)
 	}
 	a.w.endWrite(from)
-	if err != nil {
-		return &sinkError{err}
-	}
-	return nil
+	return err
 }
 
-// flush lets the client have what was sent, before more is waited for.
+// flush sends what the sink holds, before more is waited for.
 func (a *attempt) flush() error {
 	b, ok := a.sink.(Batcher)
 	if !ok || !a.held {
@@ -192,147 +191,93 @@ func (a *attempt) flush() error {
 	return nil
 }
 
-// uniform gives the event as the client sees it: one id, created and model in
-// the whole stream, and the model under its public name. Mostly that is the
-// event as it came.
-func (s *relay) uniform(ev event, found *answer) []byte {
-	var edits [3]edit
+// uniform gives the event as the client sees it: one id, created and model in the
+// whole stream, and the model under its public name. Mostly that is the event as it
+// came.
+func (s *relay) uniform(ev *openai.Event, found *openai.Answer) []byte {
+	var edits [3]openai.Edit
 	n := 0
-	add := func(at Span, want *[]byte) {
-		if at == (Span{}) {
+	add := func(at openai.Span, want *[]byte) {
+		if at == (openai.Span{}) {
 			return
 		}
-		have := ev.data[at.From:at.To]
+		have := at.In(ev.Data)
 		switch {
 		case *want == nil:
 			*want = bytes.Clone(have)
 		case !bytes.Equal(have, *want):
-			edits[n] = edit{at, *want}
+			edits[n] = openai.Edit{At: at, With: *want}
 			n++
 		}
 	}
-	add(found.id, &s.id)
-	add(found.created, &s.created)
-	add(found.model, &s.model)
+	add(found.ID, &s.id)
+	add(found.Created, &s.created)
+	add(found.Model, &s.model)
 	if n == 0 {
-		return ev.raw
+		return ev.Raw
 	}
-	sortEdits(edits[:n])
-	out := append(s.scratch[:0], dataField...)
-	if len(ev.kind) > 0 {
-		out = append(append(append(out[:0], "event: "...), ev.kind...), '\n')
-		out = append(out, dataField...)
-	}
-	from := len(out)
-	out = spliceInto(out, ev.data, edits[:n]...)
-	// Data of several lines was joined by \n, which JSON takes as white space.
-	for i := from; i < len(out); i++ {
-		if out[i] == '\n' {
-			out[i] = ' '
-		}
-	}
-	s.scratch = append(out, eventEnd...)
+	s.scratch = ev.Append(s.scratch[:0], edits[:n]...)
 	return s.scratch
 }
 
-func sortEdits(e []edit) {
-	for i := 1; i < len(e); i++ {
-		for j := i; j > 0 && e[j].at.From < e[j-1].at.From; j-- {
-			e[j], e[j-1] = e[j-1], e[j]
-		}
-	}
-}
-
-// complete reports whether every choice that was met has a finish_reason.
-func (s *relay) complete() bool { return s.finished != 0 && s.seen&^s.finished == 0 }
-
 // finish ends the answer towards the client.
-func (s *relay) finish(done []byte) error {
-	if err := s.sink.Data(done); err != nil {
-		return &sinkError{err}
-	}
-	s.done = true
-	return nil
-}
+func (s *relay) finish(done []byte) outcome { return sunk(s.sink.Data(done)) }
 
 // ended judges a stream that stopped without [DONE].
 func (s *relay) ended(err error) outcome {
 	switch {
-	case errors.Is(err, errEventTooLarge):
-		return outcome{result: resultBadAnswer, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+	case errors.Is(err, openai.ErrEventTooLarge):
+		return failed(upstream.BadAnswer, err)
+	case !errors.Is(err, io.EOF) && s.wait != nil:
+		return failed(upstream.Reset, err)
 	case !errors.Is(err, io.EOF):
-		if s.wait != nil {
-			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
-		}
-		return s.truncated(err)
-	case !s.complete():
-		return s.truncated(errNoFinish)
+		return failed(upstream.Truncated, err)
+	case !s.all.Complete():
+		return failed(upstream.Truncated, errNoFinish)
 	}
-	if err := s.finish(doneEvent); err != nil { // some servers leave it out
-		return outcome{result: resultCancelled, err: err}
-	}
-	return outcome{result: resultOK}
+	return s.finish(openai.DoneEvent) // some servers leave it out
 }
 
-var errNoFinish = errors.New("the stream ended without a finish_reason")
-
-func (s *relay) truncated(why error) outcome {
-	return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, why)}
-}
-
-// drain reads the rest of a stream that is over, briefly.
-func (a *attempt) drain(events *eventReader) {
-	if events.err != nil {
-		return
-	}
-	a.w.atMost(afterDone)
-	var rest [512]byte
-	for range 8 {
-		if _, err := events.r.Read(rest[:]); err != nil {
-			return
-		}
-	}
-}
-
-// streamAnything passes a stream on whose grammar is not ours to know: its
-// first event is its first content, its end is the end of the body.
-func (a *attempt) streamAnything(events *eventReader) outcome {
+// streamUnknown passes on a stream whose format is not known: its first event is its
+// first content, its end is the end of the body.
+func (a *attempt) streamUnknown(events *openai.EventReader) (o outcome) {
 	sent := false
+	defer func() { o.sent = sent }()
 	for {
-		ev, err := events.next()
+		ev, err := events.Next()
 		switch {
-		case err != nil && !sent && errors.Is(err, io.EOF):
-			return outcome{result: resultTruncated, err: fmt.Errorf("%w: %w", ErrTruncated, errNoContent)}
+		case errors.Is(err, io.EOF) && !sent:
+			return failed(upstream.Truncated, errNoContent)
 		case errors.Is(err, io.EOF):
 			if err := a.flush(); err != nil {
-				return outcome{result: resultCancelled, sent: true, err: err}
+				return failed(upstream.Cancelled, err)
 			}
-			return outcome{result: resultOK, sent: true}
+			return outcome{}
 		case err != nil && !sent:
-			return outcome{result: resultReset, err: fmt.Errorf("%w: %w", ErrUpstreamFailed, err)}
+			return failed(upstream.Reset, err)
 		case err != nil:
-			return outcome{result: resultTruncated, sent: true, err: fmt.Errorf("%w: %w", ErrTruncated, err)}
-		case !ev.has:
+			return failed(upstream.Truncated, err)
+		case !ev.HasData:
 			continue
 		}
 		a.w.progress()
 		if !sent {
-			found, ok := scanAnswer(ev.data)
+			found, ok := openai.ScanAnswer(ev.Data)
 			switch {
-			case ok && found.errAt != Span{}:
-				return a.errorInside(ev.data, ev.data[found.errAt.From:found.errAt.To])
-			case string(ev.kind) == "error":
-				return a.errorInside(ev.data, ev.data)
+			case ok && found.Error != openai.Span{}:
+				return a.errorInside(ev.Data, found.Error.In(ev.Data))
+			case string(ev.Kind) == "error":
+				return a.errorInside(ev.Data, ev.Data)
 			}
 			sent = true
-			a.reached()
+			a.content()
 			a.w.committed()
 			if err := a.sink.Head(a.head); err != nil {
-				return outcome{result: resultCancelled, sent: true, err: &sinkError{err}}
+				return sunk(err)
 			}
 		}
-		if err := a.send(ev.raw); err != nil {
-			return outcome{result: resultCancelled, sent: true, err: err}
+		if err := a.send(ev.Raw); err != nil {
+			return sunk(err)
 		}
 	}
 }

@@ -2,95 +2,80 @@ package serving
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
-
-// timers are the four of one attempt, and the least pace of its stream. Connect
-// is the transport's own.
-//
-// A plain answer has no tokens to watch. A server sends it once all is
-// generated, so a long silence before it is no sign of a fault: when firstToken
-// has passed, the attempt goes on for as long as the server answers its probes
-// (a peer: for as long as it lives), until total. A machine that is gone shows
-// in TCP's own timers before that. White space is no beginning; once the body
-// has begun, betweenTokens runs between its pieces. Plain answers that are not
-// generated (embeddings, tokens) have no excuse to be late: there firstToken is
-// the last word.
-type timers struct {
-	firstToken, betweenTokens, total time.Duration
-	pace                             int // tokens a second, 0: any
-}
-
-func timersOf(t cluster.Timeouts) timers {
-	return timers{t.FirstToken.D(), t.BetweenTokens.D(), t.Total.D(), t.MinTokensPerSecond}
-}
 
 const (
 	// paceWindow is what the pace is measured over, at the least.
 	paceWindow = 10 * time.Second
-	// lookAgain is how often a late plain answer's server is judged anew.
+	// lookAgain is the time between two decisions whether to wait on.
 	lookAgain = time.Second
 )
 
-// timerError is a timer that ran out, by its name.
+// timerError says which timer ended an attempt.
 type timerError struct {
-	result result
-	name   string
-	limit  time.Duration
-	pace   int // of resultTooSlow
+	result upstream.Result
+	text   string
 }
 
-func (e *timerError) Error() string {
-	if e.result == resultTooSlow {
-		return fmt.Sprintf("%v: fewer than min_tokens_per_second (%d) for %s", ErrTimeout, e.pace, paceWindow)
-	}
-	return fmt.Sprintf("%v: %s timer of %s", ErrTimeout, e.name, e.limit)
-}
-func (e *timerError) Unwrap() error { return ErrTimeout }
+func (e *timerError) Error() string { return e.text }
 
-var errPeerGone = fmt.Errorf("%w: the peer was lost while it was asked", ErrNoUpstream)
+var errPeerGone = errors.New("the peer was lost while it was asked")
 
-// watch is the context of one attempt and the one timer that ends it. Only
-// progress moves the timer on: content, never comments, blank lines or empty
-// deltas.
+// watch is the context of one attempt, and runs the timers that end it: first token,
+// between tokens, total, and the least pace of a stream. (Connect is the transport's.)
+// Only progress moves a timer on: content, never comments, blank lines or empty deltas.
+//
+// A plain answer has no tokens to watch. A server sends it once all is generated, so
+// a long silence before it is no sign of a fault: when the first token's timer has run
+// out, the attempt goes on while the server answers its probes (a peer: while it
+// lives), until total. A machine that is gone shows in TCP's own timers before that.
+// White space is not the beginning of an answer; once the body has begun, the timer
+// between tokens runs between its pieces. Plain answers that are not generated
+// (embeddings, tokens) have no reason to be late: the first token's timer ends them.
 type watch struct {
 	context.Context
 	cancel context.CancelCauseFunc
-	limits timers
+	limits config.Timeouts
 	end    time.Time   // when the total timer runs out
-	detach func() bool // from the peer's life, nil for upstreams
-	// alive says whether a late answer is worth waiting for; nil: never.
+	detach func() bool // from the peer's loss, nil for the own site's servers
+	// alive says whether a late answer is worth waiting for; nil: it is not.
 	alive func() bool
 	pace  pace
-	// writing: the client is being written to. How long that takes says nothing
-	// of the upstream; the client's own deadline ends it. missed: a timer ran
-	// out meanwhile, and the upstream gets its time anew.
+	// writing: a write to the client is under way. Its time doesn't count against the
+	// upstream; the client's own deadline ends it. missed: a timer ran out meanwhile,
+	// and the upstream gets its time anew.
 	writing, missed atomic.Bool
 
 	mu      sync.Mutex // guards all below
 	timer   *time.Timer
-	running result // whose timer runs
+	running upstream.Result // whose timer runs
 	due     time.Time
 }
 
-// newWatch starts with the first token's timer.
-func newWatch(parent context.Context, limits timers, end time.Time, gone context.Context, alive func() bool) *watch {
-	w := &watch{limits: limits, end: end, alive: alive, pace: pace{floor: float64(limits.pace)}}
+// newWatch starts with the first token's timer. lost ends when a peer is lost, and is
+// nil for the own site's servers.
+func newWatch(parent context.Context, limits config.Timeouts, end time.Time, lost context.Context, alive func() bool) *watch {
+	w := &watch{limits: limits, end: end, alive: alive, pace: pace{floor: float64(limits.MinTokensPerSecond)}}
 	w.Context, w.cancel = context.WithCancelCause(parent)
-	if gone != nil {
-		w.detach = context.AfterFunc(gone, func() { w.cancel(errPeerGone) })
+	if lost != nil {
+		w.detach = context.AfterFunc(lost, func() { w.cancel(errPeerGone) })
 	}
-	w.arm(resultFirstToken, time.Now().Add(limits.firstToken))
+	w.arm(upstream.FirstTokenTimeout, time.Now().Add(limits.FirstToken.D()))
 	return w
 }
 
-// progress starts the timer between tokens again.
-func (w *watch) progress() { w.arm(resultBetweenTokens, time.Now().Add(w.limits.betweenTokens)) }
+// progress restarts the timer between tokens.
+func (w *watch) progress() {
+	w.arm(upstream.BetweenTokensTimeout, time.Now().Add(w.limits.BetweenTokens.D()))
+}
 
 // content is progress of a stream by so many tokens.
 func (w *watch) content(tokens int) {
@@ -105,14 +90,14 @@ func (w *watch) content(tokens int) {
 
 // await waits for more content, no longer than the pace allows.
 func (w *watch) await(now time.Time) {
-	r, due := resultBetweenTokens, now.Add(w.limits.betweenTokens)
+	r, due := upstream.BetweenTokensTimeout, now.Add(w.limits.BetweenTokens.D())
 	if slow, ok := w.pace.until(); ok && slow.Before(due) {
-		r, due = resultTooSlow, slow
+		r, due = upstream.TooSlow, slow
 	}
 	w.arm(r, due)
 }
 
-// beginWrite says that the client is being written to, endWrite that it was.
+// beginWrite and endWrite enclose a write to the client.
 func (w *watch) beginWrite() (from time.Time) {
 	if w.pace.floor > 0 {
 		from = time.Now()
@@ -132,27 +117,27 @@ func (w *watch) endWrite(from time.Time) {
 	}
 }
 
-// committed says that the client has seen something: no other backend can take
-// over, so a peer that is said to be lost is given its chance.
+// committed says that the client has seen something. No other server can take over
+// then, so a peer that is said to be lost is waited for.
 func (w *watch) committed() {
 	if w.detach != nil {
 		w.detach()
 	}
 }
 
-// atMost bounds what is left to do after the answer's end.
-func (w *watch) atMost(d time.Duration) { w.arm(resultBetweenTokens, time.Now().Add(d)) }
+// atMost bounds what is left to do after the end of the answer.
+func (w *watch) atMost(d time.Duration) { w.arm(upstream.BetweenTokensTimeout, time.Now().Add(d)) }
 
-func (w *watch) arm(r result, due time.Time) {
+func (w *watch) arm(r upstream.Result, due time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.set(r, due)
 }
 
-// set is arm for who holds the lock.
-func (w *watch) set(r result, due time.Time) {
+// set is arm with the lock held.
+func (w *watch) set(r upstream.Result, due time.Time) {
 	if w.end.Before(due) {
-		r, due = resultTotal, w.end
+		r, due = upstream.TotalTimeout, w.end
 	}
 	w.running, w.due = r, due
 	left := time.Until(due)
@@ -172,30 +157,33 @@ func (w *watch) expire() {
 	}
 	e := &timerError{result: w.running}
 	switch w.running {
-	case resultFirstToken:
+	case upstream.FirstTokenTimeout:
 		if w.alive != nil && w.alive() {
-			w.set(resultFirstToken, now.Add(lookAgain))
+			w.set(upstream.FirstTokenTimeout, now.Add(lookAgain))
 			return
 		}
-		e.name, e.limit = "first_token", w.limits.firstToken
-	case resultBetweenTokens, resultTooSlow:
+		e.text = fmt.Sprintf("no first token within first_token (%s)", w.limits.FirstToken.D())
+	case upstream.BetweenTokensTimeout, upstream.TooSlow:
 		switch {
 		case w.writing.Load():
 			w.missed.Store(true)
 			w.set(w.running, now.Add(lookAgain))
 			return
 		case w.missed.Swap(false):
-			w.set(resultBetweenTokens, now.Add(w.limits.betweenTokens))
+			w.set(upstream.BetweenTokensTimeout, now.Add(w.limits.BetweenTokens.D()))
 			return
+		case w.running == upstream.TooSlow:
+			e.text = fmt.Sprintf("fewer than min_tokens_per_second (%d) for %s", w.limits.MinTokensPerSecond, paceWindow)
+		default:
+			e.text = fmt.Sprintf("no token for between_tokens (%s)", w.limits.BetweenTokens.D())
 		}
-		e.name, e.limit, e.pace = "between_tokens", w.limits.betweenTokens, w.limits.pace
 	default:
-		e.name, e.limit = "total", w.limits.total
+		e.text = fmt.Sprintf("not complete within total (%s)", w.limits.Total.D())
 	}
 	w.cancel(e)
 }
 
-// stop ends the attempt: whatever still works for it stops.
+// stop ends the attempt, and whatever still runs for it.
 func (w *watch) stop() {
 	w.mu.Lock()
 	w.timer.Stop()
@@ -206,12 +194,12 @@ func (w *watch) stop() {
 	w.cancel(context.Canceled)
 }
 
-// pace measures how fast a stream's tokens come, over a window that is never
-// shorter than paceWindow. It belongs to who reads the stream.
+// pace measures how fast a stream's tokens come, over a window that is never shorter
+// than paceWindow. One goroutine uses it, the one that reads the stream.
 type pace struct {
 	floor       float64 // tokens a second
 	count       int
-	from, later mark // the window's beginning, and the next one's
+	from, later mark // the beginnings of this window and of the next
 }
 
 type mark struct {
@@ -230,14 +218,14 @@ func (p *pace) add(now time.Time, tokens int) {
 	p.count += tokens
 }
 
-// pause takes time out that the stream is not to blame for.
+// pause takes out time that doesn't count against the stream.
 func (p *pace) pause(d time.Duration) {
 	if !p.from.at.IsZero() {
 		p.from.at, p.later.at = p.from.at.Add(d), p.later.at.Add(d)
 	}
 }
 
-// until is when the window's pace falls below the floor if nothing more comes.
+// until is when the pace falls below the floor if no more tokens come.
 func (p *pace) until() (time.Time, bool) {
 	if p.floor <= 0 || p.from.at.IsZero() {
 		return time.Time{}, false

@@ -6,19 +6,20 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // named makes the upstream serve m under a name of its own, with a key.
 func named(model string) rigOption {
-	return func(r *rig, o *Options) {
+	return func(r *rig, o *upstream.Options) {
 		m := r.conf.Models["m"]
 		for i := range m.Serve {
 			m.Serve[i].Model = model
 		}
 		o.LookupEnv = func(string) (string, bool) { return "sesame", true }
 		for name, u := range r.conf.Upstreams {
-			u.APIKey = cluster.Secret{Env: "KEY"}
+			u.APIKey = config.Secret{Env: "KEY"}
 			r.conf.Upstreams[name] = u
 		}
 	}

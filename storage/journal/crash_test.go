@@ -1,37 +1,26 @@
 package journal
 
 import (
-	"bufio"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// The test binary is its own victim: with this variable set it writes journals
-// in the directory it names, and prints what it did.
-const childEnv = "DSNODE_TEST_JOURNAL_CHILD"
+	"github.com/dsnode/dsnode/test/crash"
+)
 
 // full says that a test may take minutes.
 func full() bool { return os.Getenv("DSNODE_TEST_FULL") != "" }
 
-func TestMain(m *testing.M) {
-	if dir := os.Getenv(childEnv); dir != "" {
-		os.Exit(child(dir))
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { crash.Main(m, child) }
 
 // copied is a stream of another node, all of whose records are known.
 var copied = streamOf(9)
@@ -43,19 +32,13 @@ func copiedRecord(seq uint64) Record {
 	return r
 }
 
-// child appends and copies as fast as it can until it is killed. Lines on
-// stdout, each one write:
+// child appends and copies as fast as it can until it is killed. It prints:
 //
 //	acked STREAM SEQ JOB   an append has returned
 //	copied SEQ             a copy is durable up to SEQ
 //	trimming STREAM SEQ    what is below SEQ may be gone
 func child(dir string) int {
-	var saying sync.Mutex
-	say := func(format string, args ...any) {
-		saying.Lock()
-		defer saying.Unlock()
-		_, _ = fmt.Fprintf(os.Stdout, format+"\n", args...) // the parent has gone, and so do we
-	}
+	say := crash.Say
 	o := testOptions(dir)
 	o.SegmentBytes = 64 << 10
 	l, err := Open(o)
@@ -213,39 +196,7 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	dir := t.TempDir()
 	p := promises{acked: map[string]map[uint64]string{}, trimmed: map[string]uint64{}}
 	for range rounds {
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), childEnv+"="+dir)
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		kill := func() { _ = cmd.Process.Kill() } // it may have ended, which the lines show
-		// Every tenth dies while it opens.
-		lines := rand.IntN(1500)
-		if rand.IntN(10) == 0 {
-			lines = 0
-		}
-		var timer *time.Timer
-		heard := 0
-		for sc := bufio.NewScanner(out); ; heard++ {
-			if heard == lines && timer == nil {
-				timer = time.AfterFunc(time.Duration(rand.IntN(8000))*time.Microsecond, kill)
-			}
-			if !sc.Scan() {
-				break
-			}
-			if err := p.hear(sc.Text()); err != nil {
-				kill()
-				t.Fatal(err)
-			}
-		}
-		var exit *exec.ExitError
-		if err := cmd.Wait(); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-			t.Fatalf("the child ended by itself: %v", err)
-		}
+		crash.Kill(t, dir, 1500, p.hear)
 		p.check(t, dir)
 	}
 	t.Logf("%d kills, %d promises kept", rounds, p.count)
@@ -254,39 +205,9 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 }
 
-// require skips when something is absent, and fails where it must be there.
-func require(t *testing.T, ok bool, why string) {
-	t.Helper()
-	switch {
-	case ok:
-	case os.Getenv("DSNODE_TEST_REQUIRE") == "1":
-		t.Fatal(why)
-	default:
-		t.Skip(why)
-	}
-}
-
-func smallDisk(t *testing.T, size string) (dir string, resize func(string)) {
-	t.Helper()
-	dir = t.TempDir()
-	err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size)
-	require(t, err == nil, fmt.Sprintf("only root may mount a small file system: %v", err))
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount: %v", err)
-		}
-	})
-	return dir, func(size string) {
-		t.Helper()
-		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_REMOUNT, "size="+size); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // A full disk without a floor is like a failing one.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
-	dir, resize := smallDisk(t, "1m")
+	dir, resize := crash.SmallDisk(t, "1m")
 	o := testOptions(dir)
 	l := mustOpen(t, o)
 	id := streamOf(1)

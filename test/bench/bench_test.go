@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// The test binary is what the bench starts itself as.
+// The bench starts its own binary as child processes; in tests that is the test binary.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && slices.Contains([]string{childUpstream, childReverseProxy}, os.Args[1]) {
 		main()
@@ -22,10 +22,10 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// built is dsnode, built once for all tests.
+// built builds dsnode once for all tests.
 func built(t *testing.T) string {
 	t.Helper()
-	s := &stage{dir: t.TempDir()}
+	s := &sandbox{dir: t.TempDir()}
 	binary, err := s.buildNode(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -37,7 +37,7 @@ func TestBench(t *testing.T) {
 	binary := built(t)
 
 	t.Run("compare", func(t *testing.T) {
-		t.Parallel() // no figure is judged here
+		t.Parallel() // the figures do not matter here
 		file := filepath.Join(t.TempDir(), "figures.json")
 		var out, progress strings.Builder
 		err := run(t.Context(), []string{
@@ -110,10 +110,10 @@ func TestBench(t *testing.T) {
 				t.Fatal(err)
 			}
 			if r.Hits == 0 || r.New == 0 || r.P999 <= 0 || r.Anonymous == 0 || r.File == 0 {
-				t.Errorf("nothing was measured: %+v", r)
+				t.Errorf("figures are missing: %+v", r)
 			}
 			if r.File > r.FileBound || r.Evicting && 2*r.Local < r.LocalBound {
-				t.Errorf("a file beyond its bound, or no pressure in memory: %+v", r)
+				t.Errorf("the file exceeds its bound, or the tier in memory was not filled: %+v", r)
 			}
 		}
 	})
@@ -126,7 +126,7 @@ func TestBench(t *testing.T) {
 		}
 		var out, progress strings.Builder
 		if err := run(t.Context(), []string{
-			"idle", "-jobs", "20", "-for", "1s", "-calm", "0s", "-base-port", strconv.Itoa(port), "-binary", binary,
+			"idle", "-jobs", "20", "-for", "1s", "-settle", "0s", "-base-port", strconv.Itoa(port), "-binary", binary,
 		}, &out, &progress); err != nil {
 			t.Fatalf("%v\n%s", err, progress.String())
 		}
@@ -151,8 +151,8 @@ func TestBench(t *testing.T) {
 	})
 }
 
-// wantRuns checks that every request of a load was answered, by a process that
-// worked for it.
+// wantRuns checks that all requests of a load were answered, and that the process's
+// memory was measured.
 func wantRuns(t *testing.T, runs []measurement, name, load string) {
 	t.Helper()
 	n := 0
@@ -249,7 +249,7 @@ Requests/sec:   4474.59
 		t.Errorf("%+v", r)
 	}
 	if _, err := readWrk("unable to connect"); err == nil {
-		t.Error("no error for what wrk did not print")
+		t.Error("no error for output that is not of wrk")
 	}
 }
 
@@ -262,7 +262,7 @@ func TestQuantiles(t *testing.T) {
 		t.Errorf("p50 %v, p99 %v", p50, p99)
 	}
 	if quantile(nil, 0.5) != 0 || median(nil) != 0 || median([]float64{3, 1}) != 2 || median([]float64{9, 1, 2}) != 2 {
-		t.Error("wrong at the edges")
+		t.Error("wrong for empty or short input")
 	}
 }
 

@@ -36,11 +36,11 @@ type cacheRun struct {
 	P50       float64 `json:"p50_seconds"`
 	P99       float64 `json:"p99_seconds"`
 	CPU       float64 `json:"cpu_seconds_per_hit"`
-	Elsewhere float64 `json:"elsewhere_cpus"`
+	Elsewhere float64 `json:"elsewhere_cpus"` // CPUs that other processes kept busy
 }
 
-// nginxCache keeps answers by the whole body of the question. Its workers stay the
-// user that started it, whose directory it is; it only warns where that is not root.
+// nginxCache caches answers by the whole request body. Its workers run as the user that
+// started nginx and owns the directory; for another user than root it logs a warning.
 const nginxCache = `user root; worker_processes 2; daemon off; pid DIR/nginx.pid; worker_rlimit_nofile 16384;
 events { worker_connections 8192; }
 http {
@@ -59,7 +59,7 @@ http {
 }
 `
 
-// question is a request whose answer may be kept, of the usual size.
+// question is a cacheable request body of typical size.
 func question(model, about string) string {
 	return fmt.Sprintf(`{"model":"%s","stream":false,"messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":"Tell me, in about 160 words, what a quick brown fox does all day long, and why the dog is lazy%s."}],"temperature":0,"max_tokens":256}`, model, about)
 }
@@ -70,11 +70,11 @@ func runCache(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	flags.SetOutput(stderr)
 	flags.IntVar(&set.pairs, "pairs", 5, "rounds")
 	flags.Float64Var(&set.seconds, "seconds", 3, "length of each measurement")
-	flags.IntVar(&set.connections, "connections", 64, "of the closed loop")
-	flags.StringVar(&set.binary, "binary", "", "a dsnode that is built already")
-	flags.StringVar(&set.profile, "profile", "", "write a CPU profile of dsnode to a file that begins like this and ends in .hits.pb.gz, in a further round (not counted)")
+	flags.IntVar(&set.connections, "connections", 64, "connections of the closed loop")
+	flags.StringVar(&set.binary, "binary", "", "dsnode binary (default: build it)")
+	flags.StringVar(&set.profile, "profile", "", "write a CPU profile of dsnode to a file with this prefix and the suffix .hits.pb.gz, in another round that is not counted")
 	flags.BoolVar(&set.json, "json", false, "print the measurements as JSON lines")
-	generator := flags.String("generator", "auto", "wrk, own, or auto for wrk where it is installed")
+	generator := flags.String("generator", "auto", "wrk, own, or auto for wrk if it is installed")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func runCache(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return err
 	}
 	set.wrk, set.nginx = tools.wrk, tools.nginx
-	s, err := newStage()
+	s, err := newSandbox()
 	if err != nil {
 		return err
 	}
@@ -97,16 +97,16 @@ func runCache(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	return set.print(stdout, runs)
 }
 
-// keeper is something that keeps answers, and what says so in its answers.
-// Without a header it asks the upstream each time: the upstream itself, which is
-// what net/http alone can do.
-type keeper struct {
+// cacheServer is a target that caches answers and marks hits with a header. The target
+// without a header is the upstream itself, which shows what net/http alone can do.
+type cacheServer struct {
 	target
 	header, value string
 }
 
-// compare takes turns, in an order that turns around from round to round.
-func (set *cacheSettings) compare(ctx context.Context, s *stage, progress io.Writer) (runs []cacheRun, err error) {
+// compare measures the targets in turn. Each round has the reverse order of the one
+// before.
+func (set *cacheSettings) compare(ctx context.Context, s *sandbox, progress io.Writer) (runs []cacheRun, err error) {
 	if set.binary == "" {
 		if set.binary, err = s.buildNode(ctx); err != nil {
 			return nil, err
@@ -120,7 +120,7 @@ func (set *cacheSettings) compare(ctx context.Context, s *stage, progress io.Wri
 	if err != nil {
 		return nil, err
 	}
-	keepers := []keeper{
+	caches := []cacheServer{
 		{target{nameDsnode, n.api, n.key, n.process}, "X-Dsnode-Cache", "hit-local"},
 		{target: target{nameDirect, upstream, n.key, server}},
 	}
@@ -129,27 +129,27 @@ func (set *cacheSettings) compare(ctx context.Context, s *stage, progress io.Wri
 		if err != nil {
 			return nil, err
 		}
-		keepers = append(keepers, keeper{target{nameNginx, addr, n.key, p}, "X-Cache", "HIT"})
+		caches = append(caches, cacheServer{target{nameNginx, addr, n.key, p}, "X-Cache", "HIT"})
 	}
-	for _, k := range keepers {
+	for _, k := range caches {
 		if err := k.proc.until(ctx, func() error { return k.hit(ctx) }); err != nil {
 			return nil, fmt.Errorf("wait for a hit of %s: %w", k.name, err)
 		}
 		closedLoopOf(ctx, k.addr, (*client).ask, k.post(question(modelAtOnce, "")), set.connections, set.length()/5)
 	}
-	m := cacheMeter{set: set, stage: s, node: n, upstream: upstream}
+	m := cacheMeter{set: set, sandbox: s, node: n, upstream: upstream}
 	for round := range set.pairs {
-		for _, k := range keepers {
+		for _, k := range caches {
 			run, err := m.measure(ctx, k)
 			if err != nil {
 				return nil, fmt.Errorf("round %d, %s: %w", round+1, k.name, err)
 			}
 			run.Round = round + 1
 			runs = append(runs, run)
-			fmt.Fprintf(progress, "round %d: %-6s %8.0f/s  p50 %6.2f ms  p99 %6.2f ms  %6.1f µs of CPU each; others kept %.2f CPUs busy\n",
+			fmt.Fprintf(progress, "round %d: %-6s %8.0f/s  p50 %6.2f ms  p99 %6.2f ms  %6.1f µs of CPU per hit; other processes used %.2f CPUs\n",
 				run.Round, run.System, run.PerSecond, run.P50*1e3, run.P99*1e3, run.CPU*1e6, run.Elsewhere)
 		}
-		slices.Reverse(keepers)
+		slices.Reverse(caches)
 	}
 	if set.profile == "" {
 		return runs, nil
@@ -165,10 +165,10 @@ func (set *cacheSettings) length() time.Duration {
 	return time.Duration(set.seconds * float64(time.Second))
 }
 
-// cacheMeter measures, and makes sure that what was measured were hits.
+// cacheMeter measures hits and checks that all answers were hits.
 type cacheMeter struct {
 	set      *cacheSettings
-	stage    *stage
+	sandbox  *sandbox
 	node     *dsnode
 	upstream string
 }
@@ -176,16 +176,16 @@ type cacheMeter struct {
 func (m *cacheMeter) load(ctx context.Context, t target) (result, error) {
 	text := question(modelAtOnce, "")
 	if m.set.wrk != "" {
-		return m.stage.wrk(ctx, m.set.wrk, t, text, m.set.connections, m.set.length())
+		return m.sandbox.wrk(ctx, m.set.wrk, t, text, m.set.connections, m.set.length())
 	}
 	return closedLoopOf(ctx, t.addr, (*client).ask, t.post(text), m.set.connections, m.set.length()), nil
 }
 
 var errNoHit = errors.New("not every answer was a hit")
 
-// measure gives the load to one keeper. Every answer must be a 200, and none may
-// have cost the upstream a request; what dsnode itself counts must agree.
-func (m *cacheMeter) measure(ctx context.Context, k keeper) (cacheRun, error) {
+// measure runs the load on one target. Every answer must be a 200 without a request to
+// the upstream, and dsnode must have counted as many hits.
+func (m *cacheMeter) measure(ctx context.Context, k cacheServer) (cacheRun, error) {
 	run := cacheRun{System: k.name}
 	if err := k.hit(ctx); err != nil {
 		return run, err
@@ -218,15 +218,15 @@ func (m *cacheMeter) measure(ctx context.Context, k keeper) (cacheRun, error) {
 	return run, nil
 }
 
-// cacheLook is what is known of a keeper at a moment.
+// cacheLook is the counters of a target at one moment.
 type cacheLook struct {
 	cpu     time.Duration
-	asked   int64  // requests that the upstream has had
-	hits    uint64 // that dsnode counts
+	asked   int64  // requests to the upstream
+	hits    uint64 // counted by dsnode
 	machine busy
 }
 
-func (m *cacheMeter) look(ctx context.Context, k keeper) (l cacheLook, err error) {
+func (m *cacheMeter) look(ctx context.Context, k cacheServer) (l cacheLook, err error) {
 	if l.asked, err = askedOf(ctx, m.upstream); err != nil {
 		return l, err
 	}
@@ -236,7 +236,7 @@ func (m *cacheMeter) look(ctx context.Context, k keeper) (l cacheLook, err error
 	if l.cpu, err = cpuTime(k.proc.pid()); err != nil {
 		return l, err
 	}
-	l.machine, err = m.stage.busy()
+	l.machine, err = m.sandbox.busy()
 	return l, err
 }
 
@@ -248,7 +248,7 @@ func (n *dsnode) localHits(ctx context.Context) (uint64, error) {
 	return st.Requests["local"]["hit"], nil
 }
 
-// askedOf asks the upstream how many requests it has had.
+// askedOf returns how many requests the upstream has had.
 func askedOf(ctx context.Context, upstream string) (int64, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+upstream+askedPath, nil)
 	if err != nil {
@@ -266,8 +266,8 @@ func askedOf(ctx context.Context, upstream string) (int64, error) {
 	return strconv.ParseInt(string(text), 10, 64)
 }
 
-// hit asks once; the error is nil for a good answer that was kept.
-func (k keeper) hit(ctx context.Context) error {
+// hit sends one request; an answer that is no hit is an error.
+func (k cacheServer) hit(ctx context.Context) error {
 	c, err := dial(ctx, k.addr)
 	if err != nil {
 		return err
@@ -283,7 +283,7 @@ func (k keeper) hit(ctx context.Context) error {
 	return nil
 }
 
-// print shows every round's ratio and their median.
+// print shows the ratio of each round and the median.
 func (set *cacheSettings) print(w io.Writer, runs []cacheRun) error {
 	if set.json {
 		out := json.NewEncoder(w)
@@ -306,7 +306,7 @@ func (set *cacheSettings) print(w io.Writer, runs []cacheRun) error {
 	}
 	rate := func(r cacheRun) float64 { return r.PerSecond }
 	p := &printer{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)}
-	p.f("\thits/s\tp50 ms\tp99 ms\tCPU µs\tdsnode against it\teach round\t\n")
+	p.f("\thits/s\tp50 ms\tp99 ms\tCPU µs\tdsnode / it\tby round\t\n")
 	ours := of(nameDsnode, rate)
 	for _, name := range []string{nameDsnode, nameNginx, nameDirect} {
 		theirs := of(name, rate)
@@ -330,12 +330,12 @@ func (set *cacheSettings) print(w io.Writer, runs []cacheRun) error {
 	if p.err == nil {
 		p.err = p.w.Flush()
 	}
-	generator := "our own generator"
+	generator := "the built-in generator"
 	if set.wrk != "" {
 		generator = "wrk"
 	}
 	if p.err == nil {
-		_, p.err = fmt.Fprintf(w, "1 KiB answers, %d connections, %s, medians of %d rounds; wanted of nginx: 0.7 ×, then 1 ×\n", set.connections, generator, set.pairs)
+		_, p.err = fmt.Fprintf(w, "1 KiB answers, %d connections, %s, medians of %d rounds; target: 0.7 × nginx, later 1 ×\n", set.connections, generator, set.pairs)
 	}
 	return p.err
 }

@@ -9,8 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
-	"os"
 	"path/filepath"
 	"sync"
 	"text/tabwriter"
@@ -22,19 +20,19 @@ type churnSettings struct {
 	pairs      int
 	rate       float64 // hits per second
 	churn      float64 // new questions per second
-	hot        int     // questions that are asked again and again
+	hot        int     // questions that are repeated
 	answer     int     // bytes of a new answer
-	local      int64   // bounds of the tiers under pressure
+	local      int64   // bounds of the tiers that must evict
 	shared     int64
-	times      float64 // of the greater bound, so much goes through
+	times      float64 // multiple of the greater bound that goes through the tiers
 	binary     string
 	json       bool
-	roomLocal  int64 // bounds of the tiers that all of it fits into
+	roomLocal  int64 // bounds of the tiers that need not evict
 	roomShared int64
 }
 
-// Of a new answer, so much comes to the file: noise in base64 packs to three
-// quarters, and less than the whole of each page is used.
+// keptPart is the share of an answer's bytes that reaches the file: base64 of random
+// bytes compresses to three quarters.
 const keptPart = 0.76
 
 // churnRun is one measurement. Times are in seconds, sizes in bytes.
@@ -47,11 +45,11 @@ type churnRun struct {
 	P50      float64 `json:"p50_seconds"`
 	P99      float64 `json:"p99_seconds"`
 	P999     float64 `json:"p999_seconds"`
-	// Shared and Missed are requests for a hot question that memory did not
-	// answer, and of these those that the upstream did.
+	// Shared counts hot questions that the file answered, Missed those that the upstream
+	// answered.
 	Shared int `json:"shared_hits"`
 	Missed int `json:"missed"`
-	// The highest that was seen, and the bounds.
+	// The largest sizes measured, and the bounds.
 	Local       int64   `json:"local_bytes"`
 	LocalBound  int64   `json:"local_bound"`
 	File        int64   `json:"file_bytes"`
@@ -66,15 +64,15 @@ func runChurn(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	var set churnSettings
 	flags := flag.NewFlagSet("bench cache churn", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.IntVar(&set.pairs, "pairs", 5, "rounds; in each a node whose cache must evict and one with room for all take turns")
-	flags.Float64Var(&set.rate, "rate", 1000, "requests per second for questions that are kept")
+	flags.IntVar(&set.pairs, "pairs", 5, "rounds, each with a node whose cache must evict and one whose cache need not")
+	flags.Float64Var(&set.rate, "rate", 1000, "requests per second for cached questions")
 	flags.Float64Var(&set.churn, "churn", 500, "new questions per second")
-	flags.IntVar(&set.hot, "hot", 64, "questions that are asked again and again")
+	flags.IntVar(&set.hot, "hot", 64, "questions that are repeated")
 	flags.IntVar(&set.answer, "answer", 16<<10, "bytes of an answer to a new question")
-	flags.Int64Var(&set.local, "local", 16<<20, "bound in bytes of the tier in memory that must evict")
-	flags.Int64Var(&set.shared, "shared", 16<<20, "bound in bytes of the file that must evict")
-	flags.Float64Var(&set.times, "times", 10, "of the bounds, so much goes through")
-	flags.StringVar(&set.binary, "binary", "", "a dsnode that is built already")
+	flags.Int64Var(&set.local, "local", 16<<20, "bound in bytes of the tier in memory, when it must evict")
+	flags.Int64Var(&set.shared, "shared", 16<<20, "bound in bytes of the file, when it must evict")
+	flags.Float64Var(&set.times, "times", 10, "multiple of the greater bound that goes through the tiers")
+	flags.StringVar(&set.binary, "binary", "", "dsnode binary (default: build it)")
 	flags.BoolVar(&set.json, "json", false, "print the measurements as JSON lines")
 	if err := parse(flags, args); err != nil {
 		return err
@@ -84,7 +82,7 @@ func runChurn(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	through := int64(set.length().Seconds() * set.churn * float64(set.answer+1024))
 	set.roomLocal, set.roomShared = 2*through+set.local, 3*through+set.shared
-	s, err := newStage()
+	s, err := newSandbox()
 	if err != nil {
 		return err
 	}
@@ -95,13 +93,13 @@ func runChurn(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	return set.print(stdout, runs)
 }
 
-// length is how long it takes until enough has gone through both tiers.
+// length returns the time until enough bytes have gone through both tiers.
 func (set *churnSettings) length() time.Duration {
 	through := set.times * float64(max(set.local, int64(float64(set.shared)/keptPart)))
 	return time.Duration(through / (set.churn * float64(set.answer)) * float64(time.Second))
 }
 
-func (set *churnSettings) compare(ctx context.Context, s *stage, progress io.Writer) (runs []churnRun, err error) {
+func (set *churnSettings) compare(ctx context.Context, s *sandbox, progress io.Writer) (runs []churnRun, err error) {
 	if set.binary == "" {
 		if set.binary, err = s.buildNode(ctx); err != nil {
 			return nil, err
@@ -121,7 +119,7 @@ func (set *churnSettings) compare(ctx context.Context, s *stage, progress io.Wri
 			}
 			run.Round = round + 1
 			runs = append(runs, run)
-			fmt.Fprintf(progress, "round %d, evicting %-5v: p50 %.2f ms, p99 %.2f ms, p99.9 %.2f ms of %d hits (%d late, %d from the file, %d missed) beside %d new questions; memory tier %s of %s, file %s of %s, anonymous %s (%s before), %d writes dropped; others kept %.2f CPUs busy\n",
+			fmt.Fprintf(progress, "round %d, evicting %-5v: p50 %.2f ms, p99 %.2f ms, p99.9 %.2f ms of %d hits (%d late, %d from the file, %d missed) with %d new questions; memory tier %s of %s, file %s of %s, anonymous %s (%s before), %d writes dropped; other processes used %.2f CPUs\n",
 				run.Round, evicting, run.P50*1e3, run.P99*1e3, run.P999*1e3, run.Hits, run.Late, run.Shared, run.Missed, run.New,
 				inMiB(run.Local), inMiB(run.LocalBound), inMiB(run.File), inMiB(run.FileBound), inMiB(run.Anonymous), inMiB(run.Idle), run.DroppedFull, run.Elsewhere)
 		}
@@ -129,9 +127,9 @@ func (set *churnSettings) compare(ctx context.Context, s *stage, progress io.Wri
 	return runs, nil
 }
 
-// measure starts a node, asks the hot questions by the clock while the new ones
-// come by theirs, and watches what the node holds.
-func (set *churnSettings) measure(ctx context.Context, s *stage, upstream, name string, evicting bool) (churnRun, error) {
+// measure starts a node, sends hot and new questions at their rates, and watches the
+// sizes of the tiers and of the memory.
+func (set *churnSettings) measure(ctx context.Context, s *sandbox, upstream, name string, evicting bool) (churnRun, error) {
 	run := churnRun{Evicting: evicting, LocalBound: set.roomLocal, FileBound: set.roomShared}
 	if evicting {
 		run.LocalBound, run.FileBound = set.local, set.shared
@@ -200,7 +198,7 @@ func (set *churnSettings) measure(ctx context.Context, s *stage, upstream, name 
 	return run, nil
 }
 
-// warm asks all questions; the error is nil when all answers were kept before.
+// warm sends all questions; an answer that is no hit is an error.
 func warm(ctx context.Context, addr string, questions [][]byte) error {
 	c, err := dial(ctx, addr)
 	if err != nil {
@@ -220,8 +218,8 @@ func warm(ctx context.Context, addr string, questions [][]byte) error {
 	return missed
 }
 
-// watchTiers looks at the two tiers until the function it gives is called, which
-// tells the most bytes of each and how many writes found no room in the queue.
+// watchTiers samples the two tiers until the returned function is called. That returns
+// the largest size of each and how many writes were dropped.
 func (set *churnSettings) watchTiers(ctx context.Context, n *dsnode, dir string) func() (local, file int64, dropped int, err error) {
 	var local, file int64
 	var dropped int
@@ -236,7 +234,7 @@ func (set *churnSettings) watchTiers(ctx context.Context, n *dsnode, dir string)
 			local = max(local, *st.Local.Bytes)
 		}
 		dropped = int(st.Dropped["queue_full"] + st.Dropped["write_failed"]) //nolint:gosec // a few
-		size, err := treeSize(filepath.Join(dir, "data", "cache"))
+		size, err := bytesUnder(filepath.Join(dir, "data", "cache"))
 		if err != nil {
 			failed = err
 		}
@@ -262,25 +260,7 @@ func (set *churnSettings) watchTiers(ctx context.Context, n *dsnode, dir string)
 	}
 }
 
-// treeSize is the size of all files below a directory.
-func treeSize(dir string) (sum int64, err error) {
-	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		info, err := d.Info()
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
-		}
-		if err == nil {
-			sum += info.Size()
-		}
-		return err
-	})
-	return sum, err
-}
-
-// tallyLabels counts where answers came from.
+// tallyLabels counts answers by X-Dsnode-Cache.
 type tallyLabels struct {
 	mu sync.Mutex // guards n
 	n  map[string]int
@@ -301,7 +281,7 @@ func (l *tallyLabels) of(label string) int {
 	return l.n[label]
 }
 
-// print shows every round and the median of the ratios.
+// print shows each round and the median of the ratios.
 func (set *churnSettings) print(w io.Writer, runs []churnRun) error {
 	if set.json {
 		out := json.NewEncoder(w)
@@ -313,7 +293,7 @@ func (set *churnSettings) print(w io.Writer, runs []churnRun) error {
 		return nil
 	}
 	p := &printer{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)}
-	p.f("round\tp99.9 with room\tevicting\tratio\thits from memory\tmemory tier / bound\tfile / bound\tanonymous\t\n")
+	p.f("round\tp99.9 without eviction\twith\tratio\thits from memory\tmemory tier / bound\tfile / bound\tanonymous\t\n")
 	var ratios []float64
 	bounds := true
 	for round := range set.pairs {
@@ -341,7 +321,7 @@ func (set *churnSettings) print(w io.Writer, runs []churnRun) error {
 		within = "NOT within"
 	}
 	if p.err == nil {
-		_, p.err = fmt.Fprintf(w, "p99.9 of %.0f hits/s beside %.0f new questions/s: %.2f × (median) that with room for all, wanted 2 ×; both tiers stayed %s their bounds while %.0f × went through\n",
+		_, p.err = fmt.Fprintf(w, "p99.9 of %.0f hits/s with %.0f new questions/s: %.2f × (median) that without eviction, target 2 ×; both tiers stayed %s their bounds while %.0f × these went through\n",
 			set.rate, set.churn, median(ratios), within, set.times)
 	}
 	return p.err

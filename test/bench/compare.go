@@ -16,13 +16,13 @@ import (
 	"time"
 )
 
-// Names of who is measured.
+// Names of the targets.
 const (
 	nameDirect  = "direct"
 	nameDsnode  = "dsnode"
 	nameGoProxy = "goproxy"
 	nameNginx   = "nginx"
-	nameBeside  = "beside" // another dsnode
+	nameBeside  = "beside" // another dsnode binary
 )
 
 // Names of the loads.
@@ -30,22 +30,22 @@ const (
 	loadClosed  = "closed"
 	loadRate    = "rate"
 	loadStreams = "streams"
-	loadIdle    = "idle" // none: what a fresh process holds
+	loadIdle    = "idle" // no load, right after the start
 )
 
 // settings of a comparison.
 type settings struct {
 	Pairs       int     `json:"pairs"`
-	Seconds     float64 `json:"seconds"` // of each load that has no length of its own
+	Seconds     float64 `json:"seconds"` // length of the closed loop and of the fixed rate
 	Connections int     `json:"connections"`
 	Rate        float64 `json:"rate"`
 	Streams     int     `json:"streams"`
 	Events      int     `json:"events"`
 	what        []string
-	wrk         string // path, empty: our own generator
-	nginx       string // path, empty: left out
-	binary      string // dsnode, empty: build it
-	beside      string // another dsnode, empty: none
+	wrk         string // path; empty: the built-in generator
+	nginx       string // path; empty: not measured
+	binary      string // dsnode; empty: build it
+	beside      string // another dsnode; empty: none
 	profile     string // prefix of CPU profiles of dsnode
 	conf        string // appended to cluster.yaml
 }
@@ -63,11 +63,11 @@ type measurement struct {
 	Load   string `json:"load"`
 	result
 	CPU       float64 `json:"cpu_seconds"`     // of the proxy's process
-	Anonymous int64   `json:"anonymous_bytes"` // its highest
-	Elsewhere float64 `json:"elsewhere_cpus"`  // kept busy by others meanwhile
+	Anonymous int64   `json:"anonymous_bytes"` // its maximum
+	Elsewhere float64 `json:"elsewhere_cpus"`  // CPUs that other processes kept busy
 }
 
-// comparison is all that was measured, as -json writes it.
+// comparison is the whole result, as -json writes it.
 type comparison struct {
 	Machine  machine           `json:"machine"`
 	Settings settings          `json:"settings"`
@@ -82,19 +82,19 @@ func runCompare(ctx context.Context, args []string, stdout, stderr io.Writer) er
 	var s settings
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.IntVar(&s.Pairs, "pairs", 5, "rounds; in each, every proxy is started afresh and takes its turns")
+	flags.IntVar(&s.Pairs, "pairs", 5, "rounds; in each, every proxy is started again and gets each load in turn")
 	flags.Float64Var(&s.Seconds, "seconds", 5, "length of the closed loop and of the fixed rate")
-	flags.IntVar(&s.Connections, "connections", 32, "of the closed loop")
+	flags.IntVar(&s.Connections, "connections", 32, "connections of the closed loop")
 	flags.Float64Var(&s.Rate, "rate", 1000, "requests per second of the fixed rate")
-	flags.IntVar(&s.Streams, "streams", 500, "started within half a second")
-	flags.IntVar(&s.Events, "events", 50, "of each stream, 20 ms apart")
+	flags.IntVar(&s.Streams, "streams", 500, "streams, started within half a second")
+	flags.IntVar(&s.Events, "events", 50, "events of each stream, 20 ms apart")
 	what := flags.String("what", whatAll, "what to measure, separated by commas")
 	file := flags.String("json", "", "also write everything to this file")
 	format := flags.String("o", "table", "table or json")
-	generator := flags.String("generator", "auto", "of the closed loop: wrk, own, or auto for wrk where it is installed")
-	flags.StringVar(&s.binary, "binary", "", "a dsnode that is built already")
-	flags.StringVar(&s.beside, "beside", "", "another dsnode, an older one say, that takes its turns too")
-	flags.StringVar(&s.profile, "profile", "", "write CPU profiles of dsnode to files that begin like this, one for each load (it costs some %)")
+	generator := flags.String("generator", "auto", "of the closed loop: wrk, own, or auto for wrk if it is installed")
+	flags.StringVar(&s.binary, "binary", "", "dsnode binary (default: build it)")
+	flags.StringVar(&s.beside, "beside", "", "another dsnode binary to measure too, such as an older one")
+	flags.StringVar(&s.profile, "profile", "", "write CPU profiles of dsnode to files with this prefix, one per load (slows it down by some %)")
 	flags.StringVar(&s.conf, "cluster", "", "text to append to cluster.yaml")
 	if err := parse(flags, args); err != nil {
 		return err
@@ -147,14 +147,14 @@ func (s *settings) findTools(generator string, stderr io.Writer) error {
 		return fmt.Errorf("%w: -generator %q: write wrk, own or auto", errUsage, generator)
 	}
 	if s.nginx, err = findNginx(); err != nil {
-		fmt.Fprintf(stderr, "%v: it is left out\n", err)
+		fmt.Fprintf(stderr, "%v: not measured\n", err)
 	}
 	return nil
 }
 
 // compare runs the rounds.
 func compare(ctx context.Context, set settings, progress io.Writer) (c *comparison, err error) {
-	s, err := newStage()
+	s, err := newSandbox()
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +171,7 @@ func compare(ctx context.Context, set settings, progress io.Writer) (c *comparis
 		return nil, err
 	}
 	for i := range set.Pairs {
-		r := round{stage: s, set: &set, number: i, upstream: upstream, progress: progress}
+		r := round{sandbox: s, set: &set, number: i, upstream: upstream, progress: progress}
 		runs, err := r.run(ctx)
 		c.Runs = append(c.Runs, runs...)
 		if err != nil {
@@ -185,7 +185,7 @@ func compare(ctx context.Context, set settings, progress io.Writer) (c *comparis
 func versions(ctx context.Context, set settings) map[string]string {
 	found := map[string]string{"generator": "own"}
 	ask := func(name, binary string, args ...string) {
-		// nginx says it to stderr; wrk says it and fails.
+		// nginx prints its version to stderr; wrk prints it and exits with an error.
 		out, _ := exec.CommandContext(ctx, binary, args...).CombinedOutput()
 		line, _, _ := strings.Cut(string(out), "\n")
 		found[name] = strings.TrimPrefix(line, "nginx version: ")

@@ -20,66 +20,66 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Targets of a node that has nothing to do.
+// Targets of an idle node.
 const (
 	idleMemory = 100 << 20
 	idleCPU    = 0.02 // of one core
 )
 
-// idle is three sites with many finished jobs and nothing to do.
+// idle is three sites with many finished jobs and no requests.
 type idle struct {
 	jobs     int
 	length   time.Duration
-	calm     time.Duration
+	settle   time.Duration
 	dir      string
 	basePort int
 	binary   string
 	profile  string
-	stage    *stage
+	sandbox  *sandbox
 	dev      *process
 	nodes    []*idleNode
 	progress io.Writer
 }
 
-// idleNode is one of them.
+// idleNode is the node of one site.
 type idleNode struct {
 	name      string
 	pid       int
-	api, addr string // host:port of clients and of operators
+	api, addr string // host:port for clients and for operators
 	admin     *admin.Client
 }
 
-// idleSites have these names because dsnode dev has.
+// idleSites are the sites of dsnode dev.
 var idleSites = []string{"shanghai-a", "shanghai-b", "beijing"}
 
-// runIdle fills three sites with finished jobs, starts them anew, and measures
-// what they use while nobody asks them for anything.
+// runIdle fills three sites with finished jobs, restarts them, and measures what they
+// use without requests.
 func runIdle(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	b := idle{progress: stderr}
 	flags := flag.NewFlagSet("idle", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.IntVar(&b.jobs, "jobs", 1_000_000, "finished jobs; each is on all three nodes")
 	flags.DurationVar(&b.length, "for", time.Minute, "how long to measure")
-	flags.DurationVar(&b.calm, "calm", time.Minute, "how long to wait before: what starts, settles")
-	flags.StringVar(&b.dir, "data", "", "the cluster's directory, kept for the next time: jobs that are in it already are not made again (empty: a temporary one)")
+	flags.DurationVar(&b.settle, "settle", time.Minute, "how long to wait after the start before measuring")
+	flags.StringVar(&b.dir, "data", "", "the cluster's directory, which is kept; jobs in it are not made again (default: a temporary directory)")
 	flags.IntVar(&b.basePort, "base-port", 18100, "first port")
-	flags.StringVar(&b.binary, "binary", "", "a dsnode that is built already")
-	flags.StringVar(&b.profile, "profile", "", "write CPU and heap profiles of each node to files that begin like this, after the measurement")
+	flags.StringVar(&b.binary, "binary", "", "dsnode binary (default: build it)")
+	flags.StringVar(&b.profile, "profile", "", "write CPU and heap profiles of each node to files with this prefix, after the measurement")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
 	if b.jobs < 0 || b.length < time.Second {
-		return fmt.Errorf("%w: at least no jobs and a second are needed", errUsage)
+		return fmt.Errorf("%w: -jobs must not be negative, and -for be at least a second", errUsage)
 	}
-	if b.stage, err = newStage(); err != nil {
+	if b.sandbox, err = newSandbox(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, b.stage.close()) }()
+	defer func() { err = errors.Join(err, b.sandbox.close()) }()
 	if b.dir == "" {
-		b.dir = filepath.Join(b.stage.dir, "cluster")
+		b.dir = filepath.Join(b.sandbox.dir, "cluster")
 	}
 	if b.binary == "" {
-		if b.binary, err = b.stage.buildNode(ctx); err != nil {
+		if b.binary, err = b.sandbox.buildNode(ctx); err != nil {
 			return err
 		}
 	}
@@ -91,7 +91,7 @@ func runIdle(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 		return err
 	}
 	if filled {
-		b.say("before the restart, with what filling it left in memory:\n")
+		b.say("before the restart, with memory still in use from the submissions:\n")
 		if err := b.measure(ctx, stdout); err != nil {
 			return err
 		}
@@ -100,8 +100,8 @@ func runIdle(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 			return err
 		}
 	}
-	b.say("started anew with %d finished jobs; waiting %v until it is calm\n", b.jobs, b.calm)
-	if err := pause(ctx, b.calm); err != nil {
+	b.say("restarted with %d finished jobs; waiting %v until it has settled\n", b.jobs, b.settle)
+	if err := pause(ctx, b.settle); err != nil {
 		return err
 	}
 	if err := b.measure(ctx, stdout); err != nil {
@@ -111,14 +111,14 @@ func runIdle(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 }
 
 func (b *idle) say(format string, args ...any) {
-	_, _ = fmt.Fprintf(b.progress, format, args...) // nothing depends on it
+	_, _ = fmt.Fprintf(b.progress, format, args...) // only for a person
 }
 
 // start starts the cluster in its directory and waits until it is healthy.
 func (b *idle) start(ctx context.Context) (err error) {
 	args := []string{"dev", "--data-dir", b.dir, "--base-port", fmt.Sprint(b.basePort)}
 	if _, err := os.Stat(b.dir); errors.Is(err, os.ErrNotExist) {
-		file := filepath.Join(b.stage.dir, "cluster.yaml")
+		file := filepath.Join(b.sandbox.dir, "cluster.yaml")
 		if err := os.WriteFile(file, []byte(b.config()), 0o600); err != nil {
 			return fmt.Errorf("write the configuration: %w", err)
 		}
@@ -126,9 +126,9 @@ func (b *idle) start(ctx context.Context) (err error) {
 	}
 	begun := time.Now()
 	cmd := exec.Command(b.binary, args...)
-	// Where dsnode looks for this user's running cluster: that is not this one.
-	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+b.stage.dir)
-	if b.dev, err = b.stage.start("dev", cmd); err != nil {
+	// dsnode dev records the running cluster there; this must not be the user's record.
+	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+b.sandbox.dir)
+	if b.dev, err = b.sandbox.start("dev", cmd); err != nil {
 		return err
 	}
 	b.nodes = nil
@@ -149,24 +149,25 @@ func (b *idle) start(ctx context.Context) (err error) {
 				return err
 			}
 			if !s.Healthy {
-				return fmt.Errorf("%s finds: %s", n.name, strings.Join(s.Reasons, "; "))
+				return fmt.Errorf("%s is not healthy: %s", n.name, strings.Join(s.Reasons, "; "))
 			}
 			i := slices.IndexFunc(s.Nodes, func(other admin.NodeStatus) bool { return other.Name == n.name })
 			if i < 0 || s.Nodes[i].PID == nil {
-				return fmt.Errorf("%s does not know its own process", n.name)
+				return fmt.Errorf("%s does not show its process id", n.name)
 			}
 			n.pid = *s.Nodes[i].PID
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("start three sites: %w\n%s", err, b.dev.lastWords())
+		return fmt.Errorf("start three sites: %w\n%s", err, b.dev.logTail())
 	}
 	b.say("three sites are healthy %.1f s after their start\n", time.Since(begun).Seconds())
 	return nil
 }
 
-// config has model servers that answer at once, and keeps jobs for a long time.
+// config returns a configuration with model servers that answer at once and a long
+// retention of jobs.
 func (b *idle) config() string {
 	var sites, upstreams, serve strings.Builder
 	for i, site := range idleSites {
@@ -179,7 +180,7 @@ func (b *idle) config() string {
 		&sites, &upstreams, strings.TrimSuffix(serve.String(), ", "))
 }
 
-// wait tries again until there is no error.
+// wait calls try until it returns no error.
 func (b *idle) wait(ctx context.Context, most time.Duration, try func() error) error {
 	deadline := time.Now().Add(most)
 	for {
@@ -196,19 +197,19 @@ func (b *idle) wait(ctx context.Context, most time.Duration, try func() error) e
 	}
 }
 
-// finished counts the jobs that a node knows to be done, and those that are not.
+// finished returns how many jobs a node shows as finished, and how many as not finished.
 func (n *idleNode) finished(ctx context.Context) (done, open int, err error) {
 	s, err := n.admin.Status(ctx)
 	if err != nil {
 		return 0, 0, err
 	}
 	if s.Jobs == nil {
-		return 0, 0, fmt.Errorf("%s does not know its jobs", n.name)
+		return 0, 0, fmt.Errorf("%s shows no jobs", n.name)
 	}
 	for to, counts := range map[*int][]*int64{&done: {s.Jobs.Succeeded, s.Jobs.Failed}, &open: {s.Jobs.Queued, s.Jobs.Running}} {
 		for _, c := range counts {
 			if c == nil {
-				return 0, 0, fmt.Errorf("%s does not know all of its jobs", n.name)
+				return 0, 0, fmt.Errorf("%s does not show all counts of jobs", n.name)
 			}
 			*to += int(*c)
 		}
@@ -216,14 +217,14 @@ func (n *idleNode) finished(ctx context.Context) (done, open int, err error) {
 	return done, open, nil
 }
 
-// submitters is how many submissions each node is busy with.
+// submitters is the number of clients per node while the cluster is filled.
 const submitters = 64
 
-// ahead bounds the jobs that wait while the cluster is filled.
-const ahead = 5000
+// maxWaiting bounds the jobs that wait while the cluster is filled.
+const maxWaiting = 5000
 
-// fill submits jobs at all three sites until there are enough, and waits until
-// all of them are done everywhere. It says whether there was anything to do.
+// fill submits jobs to all three sites until there are enough, and waits until every
+// node shows all of them as finished. It returns false if there were enough before.
 func (b *idle) fill(ctx context.Context) (filled bool, err error) {
 	var have int
 	if err := b.wait(ctx, time.Minute, func() error {
@@ -248,7 +249,7 @@ func (b *idle) fill(ctx context.Context) (filled bool, err error) {
 			clients.Go(func() { n.submitAll(fctx, &next, int64(b.jobs), &waiting) })
 		}
 	}
-	for told := time.Now(); ; {
+	for logged := time.Now(); ; {
 		if err := pause(ctx, 250*time.Millisecond); err != nil {
 			return true, err
 		}
@@ -265,19 +266,20 @@ func (b *idle) fill(ctx context.Context) (filled bool, err error) {
 			most = max(most, open)
 			have = done
 		}
-		waiting.Store(most > ahead)
-		if time.Since(told) > 10*time.Second {
-			told = time.Now()
-			b.say("%d jobs submitted, %d done, %d wait\n", min(next.Load(), int64(b.jobs)), have, most)
+		waiting.Store(most > maxWaiting)
+		if time.Since(logged) > 10*time.Second {
+			logged = time.Now()
+			b.say("%d jobs submitted, %d finished, %d waiting\n", min(next.Load(), int64(b.jobs)), have, most)
 		}
 		if all {
-			b.say("%d jobs were done in %.0f s\n", b.jobs, time.Since(begun).Seconds())
+			b.say("%d jobs finished in %.0f s\n", b.jobs, time.Since(begun).Seconds())
 			return true, nil
 		}
 	}
 }
 
-// submitAll submits jobs, of which next counts the whole, while not too many wait.
+// submitAll submits jobs unless too many are waiting. All clients share the counter
+// next.
 func (n *idleNode) submitAll(ctx context.Context, next *atomic.Int64, jobs int64, waiting *atomic.Bool) {
 	var c *client
 	defer func() {
@@ -306,11 +308,11 @@ func (n *idleNode) submitAll(ctx context.Context, next *atomic.Int64, jobs int64
 			c.close()
 			c = nil
 		}
-		_ = pause(ctx, 50*time.Millisecond) // full for a moment, or not there yet
+		_ = pause(ctx, 50*time.Millisecond) // the queue is full, or the node not ready yet
 	}
 }
 
-// job is a request to take a small one.
+// job returns the request that submits a small job.
 func (n *idleNode) job(i int64) []byte {
 	body := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","body":{"model":"deepseek-chat","messages":[{"role":"user","content":"What is the sum of %d and %d, and why is it?"}]}}`, i, i/7)
 	return fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", n.api, len(body), body)

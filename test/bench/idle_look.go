@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// idleLook is what a node has used up to one moment, and what it holds.
+// idleLook is what a node has used up to one moment, and its sizes at that moment.
 type idleLook struct {
 	at                               time.Time
 	user, system                     time.Duration
@@ -26,7 +26,7 @@ type idleLook struct {
 	goroutines                       int64
 }
 
-// measure looks twice and prints what was used in between.
+// measure looks twice and prints what each node used between the looks.
 func (b *idle) measure(ctx context.Context, w io.Writer) error {
 	var before []idleLook
 	for _, n := range b.nodes {
@@ -36,14 +36,14 @@ func (b *idle) measure(ctx context.Context, w io.Writer) error {
 		}
 		before = append(before, l)
 	}
-	machine, err := b.stage.busy()
+	machine, err := b.sandbox.busy()
 	if err != nil {
 		return err
 	}
 	if err := pause(ctx, b.length); err != nil {
 		return err
 	}
-	end, err := b.stage.busy()
+	end, err := b.sandbox.busy()
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func (b *idle) measure(ctx context.Context, w io.Writer) error {
 		p.f("%s\t%.2f%%\t%.2f%%\t%.2f%%\t%.0f\t%.1f MiB\t%.1f MiB\t%d\t%.1f MiB\t%.1f MiB\n", n.name, 100*(user+system), 100*user, 100*system,
 			float64(l.switches-before[i].switches)/took, mib(l.anonymous), mib(l.heap), l.goroutines, mib(l.table), mib(l.journals))
 	}
-	p.f("target: %.0f%% of a core, %s; %d MiB of anonymous memory, %s; others kept %.2f CPUs busy\n", 100*idleCPU, word(worst < idleCPU),
+	p.f("target: %.0f%% of a core, %s; %d MiB of anonymous memory, %s; other processes used %.2f CPUs\n", 100*idleCPU, word(worst < idleCPU),
 		idleMemory>>20, word(most <= idleMemory), elsewhere(machine, end))
 	if p.err == nil {
 		p.err = p.w.Flush()
@@ -69,7 +69,7 @@ func (b *idle) measure(ctx context.Context, w io.Writer) error {
 	return p.err
 }
 
-// look reads what the kernel and the node itself say of it.
+// look reads a node's figures from /proc, its metrics and its files.
 func (b *idle) look(ctx context.Context, n *idleNode) (l idleLook, err error) {
 	metrics, err := fetch(ctx, "http://"+n.addr+"/metrics")
 	if err != nil {
@@ -121,13 +121,13 @@ func (b *idle) writeProfiles(ctx context.Context) error {
 	return errors.Join(failed...)
 }
 
-// userAndSystem are the two parts of a process's CPU time.
+// userAndSystem returns the two parts of a process's CPU time.
 func userAndSystem(pid int) (user, system time.Duration, err error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, 0, fmt.Errorf("read the CPU time: %w", err)
 	}
-	// The second field is the name, in brackets, with any character in it.
+	// The second field is the name in parentheses, which may contain any character.
 	_, rest, _ := strings.Cut(string(text), ") ")
 	fields := strings.Fields(rest)
 	if len(fields) < 13 {
@@ -142,9 +142,8 @@ func userAndSystem(pid int) (user, system time.Duration, err error) {
 	return time.Duration(ticks[0]) * tick, time.Duration(ticks[1]) * tick, nil
 }
 
-// switches counts how often the threads of a process stopped running: nearly
-// all of them because they had nothing more to do. Those of threads that have
-// ended are lost.
+// switches returns the number of context switches of a process's threads, nearly all
+// of which are voluntary. Those of threads that have ended are not counted.
 func switches(pid int) (int64, error) {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	if err != nil {
@@ -166,7 +165,7 @@ func switches(pid int) (int64, error) {
 	return sum, nil
 }
 
-// bytesUnder is the size of all files in a directory.
+// bytesUnder returns the size of all files below a directory.
 func bytesUnder(dir string) (int64, error) {
 	sum := int64(0)
 	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {

@@ -25,11 +25,11 @@ type jobsSettings struct {
 	pairs    int
 	seconds  float64
 	inFlight []int
-	// durability of the submissions, and the nodes of the one site.
+	// durability of the submissions, and the number of nodes of the only site
 	durability string
 	nodes      int
-	peer       string // a command that prints "N msg/s", instead of RabbitMQ; peerNone: nothing
-	binary     string // dsnode, empty: build it
+	peer       string // command that prints "N msg/s", in place of RabbitMQ; peerNone: nothing
+	binary     string // dsnode; empty: build it
 	profile    string // prefix of profiles of dsnode's first node
 	json       bool
 }
@@ -43,7 +43,7 @@ type jobsRun struct {
 	P50       float64 `json:"p50_seconds,omitempty"`
 	P99       float64 `json:"p99_seconds,omitempty"`
 	CPU       float64 `json:"cpu_seconds_per_1000,omitempty"`
-	// Publisher is the CPU time that publishing took on this side, for 1000.
+	// Publisher is the CPU time of this process for 1000 submissions.
 	Publisher float64 `json:"publisher_cpu_seconds_per_1000,omitempty"`
 	Failed    int     `json:"failed,omitempty"`
 }
@@ -61,11 +61,11 @@ func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	flags.IntVar(&set.pairs, "pairs", 5, "rounds")
 	flags.Float64Var(&set.seconds, "seconds", 3, "length of each measurement")
 	flags.StringVar(&inFlight, "in-flight", "1,64", "submissions in flight")
-	flags.StringVar(&set.durability, "durability", "node", "what the submissions ask for: node or site")
+	flags.StringVar(&set.durability, "durability", "node", "of the submissions: node or site")
 	flags.IntVar(&set.nodes, "nodes", 1, "nodes of the site")
-	flags.StringVar(&set.peer, "peer", "", `a command to measure beside dsnode instead of RabbitMQ; {n} stands for the number in flight, {s} for the seconds, and it prints "N msg/s", and p50=1.2ms and p99=3ms if it knows; none measures dsnode alone`)
-	flags.StringVar(&set.binary, "binary", "", "a dsnode that is built already")
-	flags.StringVar(&set.profile, "profile", "", "write CPU and allocation profiles of dsnode's first node to files that begin like this, one for each number in flight (it costs some %)")
+	flags.StringVar(&set.peer, "peer", "", `command to measure in place of RabbitMQ; {n} is replaced by the number in flight, {s} by the seconds; it must print "N msg/s", and may print p50=1.2ms and p99=3ms; none measures dsnode alone`)
+	flags.StringVar(&set.binary, "binary", "", "dsnode binary (default: build it)")
+	flags.StringVar(&set.profile, "profile", "", "write CPU and allocation profiles of dsnode's first node to files with this prefix, one per number in flight (slows it down by some %)")
 	flags.BoolVar(&set.json, "json", false, "print the measurements as JSON lines")
 	if err := parse(flags, args); err != nil {
 		return err
@@ -73,11 +73,11 @@ func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	for text := range strings.SplitSeq(inFlight, ",") {
 		n, err := strconv.Atoi(text)
 		if err != nil || n < 1 {
-			return fmt.Errorf("%w: -in-flight %q is no list of numbers", errUsage, inFlight)
+			return fmt.Errorf("%w: -in-flight %q is not a list of numbers", errUsage, inFlight)
 		}
 		set.inFlight = append(set.inFlight, n)
 	}
-	s, err := newStage()
+	s, err := newSandbox()
 	if err != nil {
 		return err
 	}
@@ -91,9 +91,9 @@ func runJobs(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	return set.print(stdout, runs)
 }
 
-// compare takes turns: in each round every number in flight is asked of both, in
-// an order that turns around.
-func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writer) ([]jobsRun, error) {
+// compare measures both systems in turn with each number in flight. Each round has the
+// reverse order of the one before.
+func (set *jobsSettings) compare(ctx context.Context, s *sandbox, progress io.Writer) ([]jobsRun, error) {
 	ours, err := s.startJobNodes(ctx, set)
 	if err != nil {
 		return nil, err
@@ -121,7 +121,7 @@ func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writ
 				run.Publisher = (ownCPU() - publishing).Seconds() / (run.PerSecond * set.seconds) * 1000
 				run.Round, run.InFlight = round+1, n
 				runs = append(runs, run)
-				if _, err := fmt.Fprintf(progress, "round %d: %-12s %3d in flight: %8.0f/s  p50 %6.2f ms  p99 %6.2f ms  CPU %3.0f µs and the publisher's %3.0f µs\n",
+				if _, err := fmt.Fprintf(progress, "round %d: %-12s %3d in flight: %8.0f/s  p50 %6.2f ms  p99 %6.2f ms  CPU %3.0f µs, of the publisher %3.0f µs\n",
 					run.Round, run.System, n, run.PerSecond, run.P50*1e3, run.P99*1e3, run.CPU*1e3, run.Publisher*1e3); err != nil {
 					return nil, err
 				}
@@ -131,9 +131,9 @@ func (set *jobsSettings) compare(ctx context.Context, s *stage, progress io.Writ
 	return runs, nil
 }
 
-// startJobNodes starts dsnode with an executor that stands still: what is
-// measured is the submission.
-func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(context.Context, int) (jobsRun, error), error) {
+// startJobNodes starts dsnode with job execution paused, so that only submissions are
+// measured.
+func (s *sandbox) startJobNodes(ctx context.Context, set *jobsSettings) (func(context.Context, int) (jobsRun, error), error) {
 	binary := set.binary
 	if binary == "" {
 		var err error
@@ -152,7 +152,7 @@ func (s *stage) startJobNodes(ctx context.Context, set *jobsSettings) (func(cont
 	job += strings.Repeat("x", jobBytes-len(job)-6) + `"}]}}`
 	request := fmt.Appendf(nil, "POST /v1/jobs HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s",
 		first.api, first.key, len(job), job)
-	if err := first.until(ctx, func() error { // the keys have to be agreed on first
+	if err := first.until(ctx, func() error { // succeeds once the cluster has agreed on a data key
 		c, err := dial(ctx, first.api)
 		if err != nil {
 			return err
@@ -190,8 +190,8 @@ func (set *jobsSettings) length() time.Duration {
 	return time.Duration(set.seconds * float64(time.Second))
 }
 
-// profileOf has a node write profiles of itself until the returned func is
-// called, if that was asked for.
+// profileOf writes profiles of a node during a measurement if -profile is set. The
+// returned function waits for them.
 func (set *jobsSettings) profileOf(ctx context.Context, n *dsnode, inFlight int) (done func() error) {
 	if set.profile == "" {
 		return func() error { return nil }
@@ -217,8 +217,8 @@ func cpuOf(nodes []*dsnode) (time.Duration, error) {
 	return all, nil
 }
 
-// submit sends one job and reads the 202. It takes no more of an HTTP answer
-// than a publisher has to: what the others publish with has little to read.
+// submit sends one job and reads the 202. It parses as little of the HTTP response as
+// possible, since the client of the other system has little to parse too.
 func (c *client) submit(request []byte) error {
 	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
 		return err
@@ -270,11 +270,11 @@ var (
 
 var messagesPerSecond = regexp.MustCompile(`([0-9.]+) msg/s`)
 
-// startPeer gives what is measured beside: RabbitMQ, a command, or nil.
-func (set *jobsSettings) startPeer(ctx context.Context, s *stage) (func(context.Context, int) (jobsRun, error), error) {
+// startPeer returns the measurement of the other system: RabbitMQ, a command, or nil.
+func (set *jobsSettings) startPeer(ctx context.Context, s *sandbox) (func(context.Context, int) (jobsRun, error), error) {
 	switch set.peer {
 	case peerNone:
-		return nil, nil //nolint:nilnil // nobody is no error
+		return nil, nil //nolint:nilnil // no peer is no error
 	case "":
 		r, err := s.startRabbit(ctx)
 		if err != nil {
@@ -292,12 +292,12 @@ func (set *jobsSettings) startPeer(ctx context.Context, s *stage) (func(context.
 			return jobsRun{}, fmt.Errorf("%s: %w: %s", set.peer, err, out)
 		}
 		rate, err := strconv.ParseFloat(string(found[1]), 64)
-		return jobsRun{System: "peer", PerSecond: rate, P50: said(out, "p50="), P99: said(out, "p99=")}, err
+		return jobsRun{System: "peer", PerSecond: rate, P50: printed(out, "p50="), P99: printed(out, "p99=")}, err
 	}, nil
 }
 
-// said gives a time that a command has printed, in seconds; 0 when it did not.
-func said(out []byte, name string) float64 {
+// printed returns a time that a command has printed, in seconds, 0 without one.
+func printed(out []byte, name string) float64 {
 	_, rest, _ := strings.Cut(string(out), name)
 	word, _, _ := strings.Cut(rest, " ")
 	d, err := time.ParseDuration(word)
@@ -307,7 +307,7 @@ func said(out []byte, name string) float64 {
 	return d.Seconds()
 }
 
-// print shows every round's ratio and their median.
+// print shows the ratio of each round and the median.
 func (set *jobsSettings) print(w io.Writer, runs []jobsRun) error {
 	if set.json {
 		out := json.NewEncoder(w)
@@ -339,7 +339,7 @@ func (set *jobsSettings) print(w io.Writer, runs []jobsRun) error {
 		if set.peer != peerNone {
 			beside = fmt.Sprintf("%.2f × the peer (rounds %.2f)", median(ratios), ratios)
 		}
-		p.f("%d in flight, durability %s: %s; %.0f/s, p50 %.2f ms, p99 %.2f ms, %.0f µs of CPU a job\n",
+		p.f("%d in flight, durability %s: %s; %.0f/s, p50 %.2f ms, p99 %.2f ms, %.0f µs of CPU per job\n",
 			n, set.durability, beside, median(rates), median(p50), median(p99), median(cpu))
 	}
 	if p.err == nil {

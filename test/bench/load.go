@@ -10,23 +10,23 @@ import (
 	"time"
 )
 
-// result is what one load saw. Times are in seconds.
+// result is the outcome of one load. Times are in seconds.
 type result struct {
 	Done    int            `json:"done"`
 	Failed  int            `json:"failed"`
-	Late    int            `json:"late,omitempty"` // open loop: started after their time
+	Late    int            `json:"late,omitempty"` // open loop: started too late
 	Errors  map[string]int `json:"errors,omitempty"`
 	Seconds float64        `json:"seconds"`
-	P50     float64        `json:"p50"` // of the whole answer
+	P50     float64        `json:"p50"` // of whole answers
 	P99     float64        `json:"p99"`
 	P999    float64        `json:"p999,omitempty"`
-	// Of streams: from the request to the first event, and between events.
+	// Of streams: time to the first event, and between events.
 	FirstP50 float64 `json:"first_p50,omitempty"`
 	FirstP99 float64 `json:"first_p99,omitempty"`
 	GapP99   float64 `json:"gap_p99,omitempty"`
 }
 
-// tally gathers what many clients saw.
+// tally collects the outcomes of many clients.
 type tally struct {
 	mu           sync.Mutex // guards all below
 	took         []time.Duration
@@ -35,7 +35,7 @@ type tally struct {
 	errors       map[string]int
 }
 
-// differentErrors bounds what is told of failures.
+// differentErrors bounds the error texts that are kept.
 const differentErrors = 8
 
 func (t *tally) fail(err error) {
@@ -71,7 +71,7 @@ func (t *tally) result(took time.Duration) result {
 	}
 }
 
-// quantile of sorted times, in seconds; 0 of none.
+// quantile of sorted times, in seconds; 0 without any.
 func quantile(sorted []time.Duration, q float64) float64 {
 	if len(sorted) == 0 {
 		return 0
@@ -79,7 +79,7 @@ func quantile(sorted []time.Duration, q float64) float64 {
 	return sorted[int(q*float64(len(sorted)-1)+0.5)].Seconds()
 }
 
-// median of values, 0 of none.
+// median of values; 0 without any.
 func median(values []float64) float64 {
 	if len(values) == 0 {
 		return 0
@@ -91,18 +91,18 @@ func median(values []float64) float64 {
 	return v[len(v)/2]
 }
 
-// connection is a client that dials anew after a failure.
+// connection is a client that dials again after a failure.
 type connection struct {
 	addr string
 	c    *client
 }
 
-// do sends a request over a connection that works.
+// do sends a request, after dialling if there is no connection.
 func (k *connection) do(ctx context.Context, send func(*client) error) error {
 	if k.c == nil {
 		c, err := dial(ctx, k.addr)
 		if err != nil {
-			_ = pause(ctx, 10*time.Millisecond) // or the loop would only dial
+			_ = pause(ctx, 10*time.Millisecond) // the caller tries again at once
 			return err
 		}
 		k.c = c
@@ -121,13 +121,13 @@ func (k *connection) close() {
 	}
 }
 
-// closedLoop keeps a number of connections busy: each sends its next request
-// when it has the answer to the one before.
+// closedLoop keeps a number of connections busy: each sends its next request after the
+// answer to the one before.
 func closedLoop(ctx context.Context, t target, model string, connections int, d time.Duration) result {
 	return closedLoopOf(ctx, t.addr, (*client).ask, t.request(model, false), connections, d)
 }
 
-// closedLoopOf is closedLoop for any request and way to send it.
+// closedLoopOf is closedLoop for any request, sent by any function.
 func closedLoopOf(ctx context.Context, addr string, send func(*client, []byte) error, request []byte, connections int, d time.Duration) result {
 	var all tally
 	begun := time.Now()
@@ -156,14 +156,14 @@ func closedLoopOf(ctx context.Context, addr string, send func(*client, []byte) e
 }
 
 // openLoop starts requests by the clock, whether or not earlier ones have been
-// answered. One that no connection was free for starts late, and its time
-// counts from when it should have.
+// answered. A request for which no connection was free starts late; its latency counts
+// from the time when it was due.
 func openLoop(ctx context.Context, t target, model string, rate float64, connections int, d time.Duration) result {
 	request := t.request(model, false)
 	return openLoopOf(ctx, t.addr, func(c *client, _ int64) error { return c.ask(request) }, rate, connections, d)
 }
 
-// openLoopOf is openLoop for any requests: send is told which in the order.
+// openLoopOf is openLoop for any requests. Send gets the request's number.
 func openLoopOf(ctx context.Context, addr string, send func(*client, int64) error, rate float64, connections int, d time.Duration) result {
 	var all tally
 	var next atomic.Int64
@@ -186,7 +186,7 @@ func openLoopOf(ctx context.Context, addr string, send func(*client, int64) erro
 					if pause(ctx, wait) != nil {
 						break
 					}
-					start = time.Now() // how late the timer woke us is not the proxy's fault
+					start = time.Now() // the timer's delay does not count
 				} else {
 					late++
 				}
@@ -203,18 +203,18 @@ func openLoopOf(ctx context.Context, addr string, send func(*client, int64) erro
 	return all.result(time.Since(begun))
 }
 
-// burst of streams.
+// burst is a number of streams that start within a time.
 type burst struct {
 	streams int
-	within  time.Duration // they start evenly in this time
+	within  time.Duration // their starts are evenly spread
 	events  int
 	every   time.Duration
 }
 
-// length is how long the burst takes at least.
+// length returns the least time that the burst takes.
 func (b burst) length() time.Duration { return b.within + time.Duration(b.events)*b.every }
 
-// streams starts a burst, each stream on a new connection, and reads all to
+// streams starts a burst, each stream on a new connection, and reads all streams to
 // their ends.
 func streams(ctx context.Context, t target, b burst) result {
 	request := t.request(modelStream(b.events, b.every), true)
@@ -245,7 +245,7 @@ func streams(ctx context.Context, t target, b burst) result {
 	return all.result(time.Since(begun))
 }
 
-// stream adds one that was complete.
+// stream adds a complete stream.
 func (t *tally) stream(start time.Time, arrived []time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -1,17 +1,17 @@
 //go:build linux
 
-// Bench measures a dsnode beside what people would otherwise put in front of a
-// model server: nginx, and a tuned Go reverse proxy that decides nothing. All
-// of them run on this machine, in front of the same upstream, and take turns,
-// so that only figures of the same round are compared.
+// Bench compares dsnode with other proxies in front of a model server: nginx, and a
+// tuned Go reverse proxy that only forwards. All of them run on this machine in front of
+// the same upstream and are measured in turn, so that only figures of the same round
+// are compared.
 //
 //	go run ./test/bench                     # five rounds, about five minutes
 //	go run ./test/bench -pairs 1 -what cpu  # one figure, quickly
-//	go run ./test/bench soak -for 10m       # clients that hang up, then a look for what they left
-//	go run ./test/bench jobs                # durable jobs beside a RabbitMQ quorum queue
-//	go run ./test/bench idle                # what three nodes with a million finished jobs use when nobody asks
-//	go run ./test/bench cache               # cache hits beside nginx's proxy_cache keyed by body
-//	go run ./test/bench cache churn         # hits while ten times the cache's size goes through it
+//	go run ./test/bench soak -for 10m       # clients that disconnect, then a search for leaks
+//	go run ./test/bench jobs                # durable jobs, compared with a RabbitMQ quorum queue
+//	go run ./test/bench idle                # what three nodes with a million finished jobs use without requests
+//	go run ./test/bench cache               # cache hits, compared with nginx's proxy_cache keyed by body
+//	go run ./test/bench cache churn         # hits while new answers of ten times the cache's size are stored
 //
 // Start reading at compare (compare.go) and at soak (soak.go).
 package main
@@ -44,8 +44,8 @@ func main() {
 
 var errUsage = errors.New("wrong usage")
 
-// run does what the arguments ask for. A figure that misses its target is no
-// error; something that did not run, or leaked, is.
+// run executes the command line. A figure that misses its target is no error; a failed
+// measurement or a leak is.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) > 0 {
 		switch args[0] {
@@ -69,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return runCompare(ctx, args, stdout, stderr)
 }
 
-// parse reads flags; whatever is wrong with them wraps errUsage.
+// parse reads flags. Errors wrap errUsage.
 func parse(flags *flag.FlagSet, args []string) error {
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -78,7 +78,7 @@ func parse(flags *flag.FlagSet, args []string) error {
 		return fmt.Errorf("%w: %w", errUsage, err)
 	}
 	if flags.NArg() > 0 {
-		return fmt.Errorf("%w: %q is no flag", errUsage, flags.Arg(0))
+		return fmt.Errorf("%w: %q is not a flag", errUsage, flags.Arg(0))
 	}
 	return nil
 }

@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// nginxProxy has buffering off, as streams need it.
+// nginxProxy turns buffering off, since streams must not be delayed.
 const nginxProxy = `worker_processes auto; daemon off; pid DIR/nginx.pid; worker_rlimit_nofile 16384;
 events { worker_connections 8192; }
 http {
@@ -27,7 +27,7 @@ http {
 
 var errNoNginx = errors.New("nginx is not installed (Debian: apt-get install nginx-light)")
 
-// findNginx looks where Debian puts it too, which is in root's path alone.
+// findNginx also looks in /usr/sbin, where Debian installs it; only root's PATH has that.
 func findNginx() (string, error) {
 	for _, name := range []string{"nginx", "/usr/sbin/nginx"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -37,9 +37,9 @@ func findNginx() (string, error) {
 	return "", errNoNginx
 }
 
-// startNginx starts nginx with a configuration in which the words DIR, LISTEN
-// and UPSTREAM are filled in.
-func (s *stage) startNginx(name, binary, conf, upstream string) (*process, string, error) {
+// startNginx starts nginx with a configuration in which DIR, LISTEN and UPSTREAM are
+// replaced.
+func (s *sandbox) startNginx(name, binary, conf, upstream string) (*process, string, error) {
 	dir := filepath.Join(s.dir, name)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, "", fmt.Errorf("configure nginx: %w", err)

@@ -15,7 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -28,8 +28,9 @@ const (
 	keysValid   = 24 * time.Hour
 )
 
-// buildNode builds the program as users run it, whatever GOFLAGS says of races.
-func (s *stage) buildNode(ctx context.Context) (string, error) {
+// buildNode builds dsnode as users run it, without the race detector also when GOFLAGS
+// enables it.
+func (s *sandbox) buildNode(ctx context.Context) (string, error) {
 	binary := filepath.Join(s.dir, "dsnode.built") // a node's directory is called dsnode
 	cmd := exec.CommandContext(ctx, "go", "build", "-race=false", "-o", binary, "github.com/dsnode/dsnode/cmd/dsnode")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -38,7 +39,7 @@ func (s *stage) buildNode(ctx context.Context) (string, error) {
 	return binary, nil
 }
 
-// dsnode is a cluster of one node in front of one upstream.
+// dsnode is a node in front of one upstream.
 type dsnode struct {
 	*process
 	api   string // host:port
@@ -47,24 +48,24 @@ type dsnode struct {
 	key   string // an API key
 }
 
-// startNode writes what one node needs, starts it and founds its cluster with
-// the text of a cluster.yaml, whose one site is siteName.
-func (s *stage) startNode(ctx context.Context, name, binary, text string) (*dsnode, error) {
+// startNode writes the files of a node, starts it and bootstraps a cluster with a
+// cluster.yaml whose only site is siteName.
+func (s *sandbox) startNode(ctx context.Context, name, binary, text string) (*dsnode, error) {
 	common, err := newCommonFiles()
 	if err != nil {
 		return nil, fmt.Errorf("configure dsnode: %w", err)
 	}
-	return s.foundNode(ctx, name, binary, text, common)
+	return s.bootstrapNode(ctx, name, binary, text, common)
 }
 
-// startSite starts some nodes of the one site, the first of which founds the
-// cluster, and waits until all are members.
-func (s *stage) startSite(ctx context.Context, binary, text string, count int) ([]*dsnode, error) {
+// startSite starts several nodes of the site, bootstraps the cluster at the first, and
+// waits until all are members.
+func (s *sandbox) startSite(ctx context.Context, binary, text string, count int) ([]*dsnode, error) {
 	common, err := newCommonFiles()
 	if err != nil {
 		return nil, fmt.Errorf("configure dsnode: %w", err)
 	}
-	first, err := s.foundNode(ctx, "dsnode", binary, text, common)
+	first, err := s.bootstrapNode(ctx, "dsnode", binary, text, common)
 	if err != nil {
 		return nil, err
 	}
@@ -88,14 +89,14 @@ func (s *stage) startSite(ctx context.Context, binary, text string, count int) (
 			}
 		}
 		if alive != count {
-			return fmt.Errorf("%d of %d nodes are there", alive, count)
+			return fmt.Errorf("%d of %d nodes are alive", alive, count)
 		}
 		return nil
 	})
 }
 
-// runNode starts a node that joins those at the seeds.
-func (s *stage) runNode(name, node, binary string, common *commonFiles, seeds ...string) (*dsnode, error) {
+// runNode starts a node that joins the cluster of the seeds.
+func (s *sandbox) runNode(name, node, binary string, common *commonFiles, seeds ...string) (*dsnode, error) {
 	dir := filepath.Join(s.dir, name)
 	conf, err := common.nodeFiles(dir, node, seeds)
 	if err != nil {
@@ -109,15 +110,15 @@ func (s *stage) runNode(name, node, binary string, common *commonFiles, seeds ..
 	return n, err
 }
 
-func (s *stage) foundNode(ctx context.Context, name, binary, text string, common *commonFiles) (*dsnode, error) {
+func (s *sandbox) bootstrapNode(ctx context.Context, name, binary, text string, common *commonFiles) (*dsnode, error) {
 	n, err := s.runNode(name, nodeName, binary, common)
 	if err != nil {
 		return nil, err
 	}
 	if err := n.until(ctx, func() error { return n.admin.Bootstrap(ctx, []byte(text), "bench") }); err != nil {
-		return nil, fmt.Errorf("found the cluster: %w", err)
+		return nil, fmt.Errorf("bootstrap the cluster: %w", err)
 	}
-	// With a key, because that is how people run it.
+	// With an API key, as in production.
 	key, err := n.admin.CreateAPIKey(ctx, admin.APIKeyRequest{Tenant: "bench", Note: "bench"})
 	if err != nil {
 		return nil, fmt.Errorf("make an API key: %w", err)
@@ -126,7 +127,7 @@ func (s *stage) foundNode(ctx context.Context, name, binary, text string, common
 	return n, nil
 }
 
-// profile has the node write a profile of some time to a file.
+// profile writes a profile of the node to a file.
 func (n *dsnode) profile(ctx context.Context, kind string, d time.Duration, file string) error {
 	url := fmt.Sprintf("%s/debug/pprof/%s?seconds=%d", n.admin.URLs()[0], kind, max(1, int(d.Seconds())))
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
@@ -145,7 +146,7 @@ func (n *dsnode) profile(ctx context.Context, kind string, d time.Duration, file
 	return os.WriteFile(file, text, 0o644)
 }
 
-// until tries again until there is no error, for 20 s at most.
+// until calls try until it returns no error, for 20 s at most.
 func (p *process) until(ctx context.Context, try func() error) error {
 	deadline := time.Now().Add(20 * time.Second)
 	for {
@@ -157,7 +158,7 @@ func (p *process) until(ctx context.Context, try func() error) error {
 			return gone
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%w\n%s said last: %s", err, p.name, p.lastWords())
+			return fmt.Errorf("%w\nend of the log of %s: %s", err, p.name, p.logTail())
 		}
 		if err := pause(ctx, 20*time.Millisecond); err != nil {
 			return err
@@ -174,13 +175,13 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// commonFiles is what the nodes of one cluster share.
+// commonFiles are the files that all nodes of a cluster share.
 type commonFiles struct {
 	caCert, caKey, gossip, operator []byte
 }
 
 func newCommonFiles() (*commonFiles, error) {
-	caCert, caKey, err := cluster.NewCA(clusterName, keysValid+time.Hour)
+	caCert, caKey, err := mesh.NewCA(clusterName, keysValid+time.Hour)
 	if err != nil {
 		return nil, err
 	}
@@ -192,13 +193,13 @@ func newCommonFiles() (*commonFiles, error) {
 	}, nil
 }
 
-// nodeFiles makes a node's certificate and node.yaml in a directory.
+// nodeFiles writes a node's certificate, keys and node.yaml to a directory.
 func (f *commonFiles) nodeFiles(dir, name string, seeds []string) (*node.Config, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "data"), 0o700); err != nil {
 		return nil, err
 	}
-	id := cluster.Identity{Cluster: clusterName, Site: siteName, Node: name}
-	cert, key, err := cluster.Issue(f.caCert, f.caKey, id, []string{"127.0.0.1"}, keysValid)
+	id := mesh.Identity{Cluster: clusterName, Site: siteName, Node: name}
+	cert, key, err := mesh.Issue(f.caCert, f.caKey, id, []string{"127.0.0.1"}, keysValid)
 	if err != nil {
 		return nil, err
 	}

@@ -16,12 +16,12 @@ import (
 	"time"
 )
 
-// tick is the unit of times in /proc: USER_HZ, 100 on every machine that Go
-// runs on.
+// tick is the unit of times in /proc: 1/USER_HZ, which is 1/100 s on all machines that
+// Go supports.
 const tick = 10 * time.Millisecond
 
-// family is a process and all that it started.
-func family(pid int) []int {
+// processTree returns a process and its descendants.
+func processTree(pid int) []int {
 	all := []int{pid}
 	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 	if err != nil {
@@ -30,26 +30,26 @@ func family(pid int) []int {
 	for _, t := range tasks {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, t.Name()))
 		if err != nil {
-			continue // a thread that has ended
+			continue // the thread has ended
 		}
 		for child := range strings.FieldsSeq(string(text)) {
 			if id, err := strconv.Atoi(child); err == nil {
-				all = append(all, family(id)...)
+				all = append(all, processTree(id)...)
 			}
 		}
 	}
 	return all
 }
 
-// cpuTime is the user and system time of a process and of all that it started.
+// cpuTime returns the user and system time of a process and its descendants.
 func cpuTime(pid int) (time.Duration, error) {
 	var sum time.Duration
-	for _, p := range family(pid) {
+	for _, p := range processTree(pid) {
 		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p))
 		if err != nil {
 			return 0, fmt.Errorf("read the CPU time: %w", err)
 		}
-		// The second field is the name, in brackets, with any character in it.
+		// The second field is the name in parentheses, which may contain any character.
 		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 		if len(fields) < 13 {
 			return 0, fmt.Errorf("read the CPU time: /proc/%d/stat has %d fields", p, len(fields))
@@ -65,11 +65,11 @@ func cpuTime(pid int) (time.Duration, error) {
 	return sum, nil
 }
 
-// anonymous is the anonymous memory of a process and of all that it started,
-// in bytes. What several of them share counts once for each.
+// anonymous returns the anonymous memory of a process and its descendants in bytes.
+// Memory that several of them share is counted for each.
 func anonymous(pid int) (int64, error) {
 	var sum int64
-	for _, p := range family(pid) {
+	for _, p := range processTree(pid) {
 		n, err := field(fmt.Sprintf("/proc/%d/smaps_rollup", p), "Anonymous:")
 		if err != nil {
 			return 0, fmt.Errorf("read the memory: %w", err)
@@ -119,14 +119,14 @@ func sockets(pid int) (int, error) {
 	return n, nil
 }
 
-// busy is the CPU time that the whole machine has spent, and the part of it
-// that was ours: this process, what it has waited for, and the stage's.
+// busy is the CPU time that the machine has spent, and the part of it that this
+// process, its ended children and the processes of the sandbox have spent.
 type busy struct {
 	at        time.Time
 	all, ours time.Duration
 }
 
-func (s *stage) busy() (busy, error) {
+func (s *sandbox) busy() (busy, error) {
 	b := busy{at: time.Now()}
 	f, err := os.ReadFile("/proc/stat")
 	if err != nil {
@@ -158,7 +158,7 @@ func (s *stage) busy() (busy, error) {
 	return b, nil
 }
 
-// ownCPU is the CPU time of this process and of what it has waited for.
+// ownCPU returns the CPU time of this process and its ended children.
 func ownCPU() (all time.Duration) {
 	for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
 		var u syscall.Rusage
@@ -170,8 +170,8 @@ func ownCPU() (all time.Duration) {
 	return all
 }
 
-// elsewhere is how many CPUs others kept busy between two looks; 0 when these
-// are too close for the unit of time.
+// elsewhere returns how many CPUs other processes kept busy between two times, or 0 when
+// the times are too close to measure that.
 func elsewhere(from, to busy) float64 {
 	if to.at.Sub(from.at) < 20*tick {
 		return 0
@@ -179,7 +179,7 @@ func elsewhere(from, to busy) float64 {
 	return max(0, ((to.all-from.all)-(to.ours-from.ours)).Seconds()/to.at.Sub(from.at).Seconds())
 }
 
-// machine is where figures come from.
+// machine describes the machine of the figures.
 type machine struct {
 	Time   time.Time `json:"time"`
 	CPU    string    `json:"cpu"`

@@ -16,29 +16,29 @@ import (
 	"time"
 )
 
-// Names under which this program starts itself.
+// Commands with which this program starts itself as a child.
 const (
 	childUpstream     = "child-upstream"
 	childReverseProxy = "child-reverseproxy"
 )
 
-// stage is where one run happens: a temporary directory and the processes that
-// were started. close ends and removes it all.
-type stage struct {
+// sandbox is a temporary directory and the processes of one run. close ends the
+// processes and removes the directory.
+type sandbox struct {
 	dir       string
 	processes []*process
-	starts    chan func() // run on the one thread that starts processes
+	starts    chan func() // for the thread that starts all processes
 }
 
-// newStage makes a stage. Linux ends a process with the thread that started it
-// (Pdeathsig), so one thread starts them all and lives as long as the stage:
-// nothing outlives a bench that was killed.
-func newStage() (*stage, error) {
+// newSandbox makes a sandbox. Linux kills a process with Pdeathsig when the thread that
+// started it ends. So one thread starts all processes and lasts as long as the sandbox,
+// and no process outlives a bench that was killed.
+func newSandbox() (*sandbox, error) {
 	dir, err := os.MkdirTemp("", "dsnode-bench-")
 	if err != nil {
 		return nil, fmt.Errorf("make a temporary directory: %w", err)
 	}
-	s := &stage{dir: dir, starts: make(chan func())}
+	s := &sandbox{dir: dir, starts: make(chan func())}
 	go func() {
 		runtime.LockOSThread()
 		for f := range s.starts {
@@ -48,7 +48,7 @@ func newStage() (*stage, error) {
 	return s, nil
 }
 
-func (s *stage) close() error {
+func (s *sandbox) close() error {
 	for i := len(s.processes) - 1; i >= 0; i-- {
 		s.processes[i].stop()
 	}
@@ -59,7 +59,7 @@ func (s *stage) close() error {
 	return nil
 }
 
-// process is something that was started and is ended by stop.
+// process is a child process; stop ends it.
 type process struct {
 	name string
 	log  string // file with its output
@@ -69,8 +69,8 @@ type process struct {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// start starts a command; its output goes to a file in the stage.
-func (s *stage) start(name string, cmd *exec.Cmd) (*process, error) {
+// start starts a command. Its output goes to a file in the sandbox.
+func (s *sandbox) start(name string, cmd *exec.Cmd) (*process, error) {
 	p := &process{name: name, log: filepath.Join(s.dir, name+".log"), cmd: cmd, done: make(chan struct{})}
 	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -78,7 +78,8 @@ func (s *stage) start(name string, cmd *exec.Cmd) (*process, error) {
 	}
 	defer func() { _ = log.Close() }() // the process has its own descriptor
 	cmd.Stdout, cmd.Stderr = log, log
-	// A group of its own: Ctrl-C is for the bench, which then ends the others.
+	// In another process group, so that Ctrl-C reaches only the bench, which then stops
+	// its children.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	started := make(chan error)
 	s.starts <- func() { started <- cmd.Start() }
@@ -86,16 +87,16 @@ func (s *stage) start(name string, cmd *exec.Cmd) (*process, error) {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
 	go func() {
-		_ = cmd.Wait() // how it ended is in its log, and stop kills it
+		_ = cmd.Wait() // its log tells how it ended
 		close(p.done)
 	}()
 	s.processes = append(s.processes, p)
 	return p, nil
 }
 
-// startSelf starts this program as a child that serves on a listener, which is
-// open before the child runs: nobody else can take the port.
-func (s *stage) startSelf(name string, args ...string) (*process, string, error) {
+// startSelf starts this program as a child that serves on a listener. The listener is
+// opened before the child starts, so no other process can take the port.
+func (s *sandbox) startSelf(name string, args ...string) (*process, string, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, "", fmt.Errorf("find this program: %w", err)
@@ -120,14 +121,14 @@ func (s *stage) startSelf(name string, args ...string) (*process, string, error)
 func inherited() (net.Listener, error) {
 	ln, err := net.FileListener(os.NewFile(3, "listener"))
 	if err != nil {
-		return nil, fmt.Errorf("this command is for the bench itself: %w", err)
+		return nil, fmt.Errorf("only the bench itself may start this command: %w", err)
 	}
 	return ln, nil
 }
 
-// stop asks the process to end, then ends it.
+// stop sends SIGTERM, and SIGKILL after 10 s.
 func (p *process) stop() {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended by itself
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
 	select {
 	case <-p.done:
 	case <-time.After(10 * time.Second):
@@ -136,20 +137,20 @@ func (p *process) stop() {
 	}
 }
 
-var errEnded = errors.New("it ended")
+var errEnded = errors.New("the process has ended")
 
-// alive says whether the process still runs; the error shows what it said last.
+// alive returns an error with the end of the log if the process has ended.
 func (p *process) alive() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s: %w: %s", p.name, errEnded, p.lastWords())
+		return fmt.Errorf("%s: %w: %s", p.name, errEnded, p.logTail())
 	default:
 		return nil
 	}
 }
 
-// lastWords is the end of the log.
-func (p *process) lastWords() string {
+// logTail returns the end of the log.
+func (p *process) logTail() string {
 	text, err := os.ReadFile(p.log)
 	if err != nil {
 		return err.Error()
@@ -161,8 +162,8 @@ func (p *process) lastWords() string {
 	return string(bytes.TrimSpace(text))
 }
 
-// freePort finds a port that tcp and udp may have now, below those that the
-// kernel gives to connections.
+// freePort finds a port that is free for TCP and UDP, below the kernel's range of
+// ephemeral ports.
 func freePort() (int, error) {
 	for range 200 {
 		port := 20000 + rand.IntN(12000)

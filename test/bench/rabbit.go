@@ -14,7 +14,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// rabbit is a RabbitMQ of its own, with one quorum queue.
+// rabbit is a RabbitMQ with one quorum queue.
 type rabbit struct {
 	conn    *amqp.Connection
 	channel *amqp.Channel
@@ -22,12 +22,12 @@ type rabbit struct {
 
 const (
 	rabbitQueue  = "jobs"
-	rabbitServer = "/usr/lib/rabbitmq/bin/rabbitmq-server" // Debian's, without the change of user
+	rabbitServer = "/usr/lib/rabbitmq/bin/rabbitmq-server" // Debian's, without its wrapper that changes the user
 )
 
-// startRabbit starts a broker with all its files in the stage. The name server
-// of Erlang that it starts too listens on loopback, and stays.
-func (s *stage) startRabbit(ctx context.Context) (*rabbit, error) {
+// startRabbit starts a broker with all its files in the sandbox. It also starts Erlang's
+// port mapper daemon, which listens on loopback and keeps running.
+func (s *sandbox) startRabbit(ctx context.Context) (*rabbit, error) {
 	if _, err := os.Stat(rabbitServer); err != nil {
 		return nil, fmt.Errorf("RabbitMQ is not installed (Debian: apt-get install rabbitmq-server): %w", err)
 	}
@@ -76,8 +76,8 @@ func (s *stage) startRabbit(ctx context.Context) (*rabbit, error) {
 	return r, nil
 }
 
-// publish keeps n persistent messages unconfirmed, on one channel, as RabbitMQ
-// is quickest.
+// publish keeps n persistent messages unconfirmed on one channel, which is the fastest
+// way to publish to RabbitMQ.
 func (r *rabbit) publish(ctx context.Context, n int, d time.Duration) (jobsRun, error) {
 	body := make([]byte, jobBytes)
 	var all tally

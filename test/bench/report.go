@@ -12,21 +12,21 @@ import (
 	"text/tabwriter"
 )
 
-// figure is one thing that is compared, with the targets of the design.
+// figure is a compared quantity with the targets of the design.
 type figure struct {
 	what  string // of -what
 	title string
 	load  string
 	unit  string
 	of    func(m measurement) float64
-	// against: dsnode's value is divided by this one's (ratio), this one's is
-	// taken from it (added), or it stands alone ("").
+	// against is the target that dsnode is compared with: its value divides dsnode's if
+	// ratio is set, else it is subtracted. If empty, dsnode's value is taken as it is.
 	against string
 	ratio   bool
-	atLeast bool
-	ofProxy bool    // it says nothing of the upstream itself
-	first   float64 // the target of the first complete version
-	then    float64 // where it is to go
+	atLeast bool    // more is better
+	ofProxy bool    // not for the upstream itself
+	first   float64 // target of the first complete version
+	then    float64 // later target
 }
 
 func figures(set *settings) []figure {
@@ -53,17 +53,17 @@ func figures(set *settings) []figure {
 	}
 }
 
-// verdict is a figure of all rounds.
+// verdict is a figure with the values of all rounds.
 type verdict struct {
 	What   string               `json:"what"`
 	Title  string               `json:"title"`
 	Unit   string               `json:"unit,omitempty"`
-	Values map[string][]float64 `json:"values"` // of each target, by round
-	// Judged is what the target is for: dsnode against the other, by round.
+	Values map[string][]float64 `json:"values"` // of each target by round
+	// Judged is the value that is compared with First and Then, by round.
 	Judged  []float64 `json:"judged"`
 	Against string    `json:"against,omitempty"` // "" or "× goproxy", "− direct"
 	Median  float64   `json:"median"`
-	// First and Then are the targets, absent when there is none.
+	// First and Then are absent for a figure without targets.
 	First        float64 `json:"first,omitempty"`
 	Then         float64 `json:"then,omitempty"`
 	AtLeast      bool    `json:"at_least,omitempty"`
@@ -71,7 +71,7 @@ type verdict struct {
 	ReachedThen  bool    `json:"reached_then"`
 }
 
-// judge compares within rounds and takes the median of the rounds.
+// judge compares within each round and takes the median of the rounds.
 func judge(runs []measurement, set *settings) []verdict {
 	var verdicts []verdict
 	for _, f := range figures(set) {
@@ -106,7 +106,7 @@ func judge(runs []measurement, set *settings) []verdict {
 		if f.first != 0 {
 			v.ReachedFirst, v.ReachedThen = reached(f.first), reached(f.then)
 		}
-		if f.what == "streams" && f.atLeast { // every round counts, not the median
+		if f.what == "streams" && f.atLeast { // the worst round counts
 			v.ReachedFirst = slices.Min(v.Judged) >= f.first
 			v.ReachedThen = v.ReachedFirst
 		}
@@ -115,7 +115,7 @@ func judge(runs []measurement, set *settings) []verdict {
 	return verdicts
 }
 
-// print writes the tables for people.
+// print writes the tables.
 func (c *comparison) print(w io.Writer) error {
 	m := c.Machine
 	p := &printer{w: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)}
@@ -126,7 +126,7 @@ func (c *comparison) print(w io.Writer) error {
 			others = append(others, r.Elsewhere)
 		}
 	}
-	p.f("load average at the start %s; others kept %.2f CPUs busy meanwhile (median; %.2f at most)\n", m.Load, median(others), slices.Max(others))
+	p.f("load average at the start %s; other processes used %.2f CPUs (median; %.2f at most)\n", m.Load, median(others), slices.Max(others))
 	for _, name := range slices.Sorted(maps.Keys(c.Versions)) {
 		p.f("%s: %s\n", name, c.Versions[name])
 	}
@@ -146,7 +146,7 @@ func (c *comparison) print(w io.Writer) error {
 		}
 		p.f("\n")
 	}
-	p.f("\ndsnode against its targets\tmedian\tby round\ttarget\tthen\n")
+	p.f("\ndsnode and its targets\tmedian\tby round\ttarget\tlater\n")
 	for _, v := range c.Verdicts {
 		if v.First == 0 {
 			continue
@@ -195,7 +195,8 @@ func word(reached bool) string {
 	return "not yet"
 }
 
-// show writes three digits, or all that stand before the point.
+// show formats a value with three significant digits, or with all digits before the
+// decimal point.
 func show(v float64, unit string) string {
 	digits := 0
 	for size := math.Abs(v); digits < 2 && size < 100; size *= 10 {

@@ -14,22 +14,22 @@ import (
 	"time"
 )
 
-// target is what is asked: a proxy, or the upstream itself.
+// target is a proxy or the upstream itself.
 type target struct {
 	name string
 	addr string   // host:port
 	key  string   // API key
-	proc *process // nil: the upstream itself, which is measured with none
+	proc *process // nil for the upstream, whose process is not measured
 }
 
 const chatPath = "/v1/chat/completions"
 
-// body is a request of the usual size: 350 bytes.
+// body is a request body of typical size, 350 bytes.
 func body(model string, stream bool) string {
 	return fmt.Sprintf(`{"model":"%s","stream":%v,"messages":[{"role":"system","content":"You are a helpful assistant."},{"role":"user","content":"Tell me, in about 160 words, what a quick brown fox does all day long, and why the dog is lazy."}],"temperature":0.7,"max_tokens":256}`, model, stream)
 }
 
-// request is the bytes of a request, made once and sent often.
+// request returns the bytes of a whole request.
 func (t target) request(model string, stream bool) []byte { return t.post(body(model, stream)) }
 
 func (t target) post(b string) []byte {
@@ -45,7 +45,7 @@ type client struct {
 
 var errWrong = errors.New("wrong answer")
 
-// answerWithin is far above what any request here takes.
+// answerWithin is far above the time that any request here takes.
 const answerWithin = 20 * time.Second
 
 func dial(ctx context.Context, addr string) (*client, error) {
@@ -56,16 +56,15 @@ func dial(ctx context.Context, addr string) (*client, error) {
 	return &client{conn: conn, in: bufio.NewReaderSize(conn, 8<<10)}, nil
 }
 
-func (c *client) close() { _ = c.conn.Close() } // whatever it still has to say
+func (c *client) close() { _ = c.conn.Close() }
 
-// ask sends one request and reads the whole answer, which must be the one that
-// the upstream gives.
+// ask sends a request and reads the whole answer, which must be the upstream's.
 func (c *client) ask(request []byte) error {
 	_, err := c.answer(request)
 	return err
 }
 
-// answer is ask for those who want the header too.
+// answer is ask, and returns the header.
 func (c *client) answer(request []byte) (http.Header, error) {
 	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
 		return nil, err
@@ -96,8 +95,8 @@ var (
 	finishText = []byte(`"finish_reason":"stop"`)
 )
 
-// stream asks for a stream and reads it to its end. Every event must come once,
-// in order, then a finish reason and [DONE]. arrived gets the time of each.
+// stream asks for a stream and reads it to its end: each event once and in order, then
+// a finish reason and [DONE]. It appends the time of each event to arrived.
 func (c *client) stream(request []byte, events int, arrived []time.Time) ([]time.Time, error) {
 	if err := c.conn.SetDeadline(time.Now().Add(answerWithin)); err != nil {
 		return arrived, err
@@ -111,7 +110,7 @@ func (c *client) stream(request []byte, events int, arrived []time.Time) ([]time
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
-		text, _ := io.ReadAll(io.LimitReader(resp.Body, 100)) // the status says it already
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 100)) // the status is reported anyway
 		return arrived, fmt.Errorf("%w: status %d: %s", errWrong, resp.StatusCode, text)
 	}
 	lines := bufio.NewReaderSize(resp.Body, 1<<10)
@@ -134,12 +133,12 @@ func (c *client) stream(request []byte, events int, arrived []time.Time) ([]time
 		case bytes.Contains(data, []byte(eventText(len(arrived)))):
 			arrived = append(arrived, time.Now())
 		default:
-			return arrived, fmt.Errorf("%w: instead of event %d: %.100s", errWrong, len(arrived), data)
+			return arrived, fmt.Errorf("%w: in place of event %d: %.100s", errWrong, len(arrived), data)
 		}
 	}
 }
 
-// answers waits until the target gives its first good answer.
+// answers waits for the target's first correct answer.
 func (t target) answers(ctx context.Context, p *process) error {
 	request := t.request(modelAtOnce, false)
 	err := p.until(ctx, func() error {

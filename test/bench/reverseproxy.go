@@ -13,10 +13,9 @@ import (
 	"time"
 )
 
-// runReverseProxy is the other side: what a Go program can do that forwards and
-// decides nothing, with the settings that people arrive at: many idle
-// connections, buffers from a pool, every write flushed. It truncates some
-// streams in a burst (golang/go#40747), which is a part of what it is.
+// runReverseProxy shows what a Go program can do that only forwards, with the usual
+// tuning: many idle connections, a pool of buffers, a flush after every write. It
+// truncates some streams of a burst (golang/go#40747).
 func runReverseProxy(ctx context.Context, args []string) error {
 	if len(args) != 1 {
 		return fmt.Errorf("%w: %s takes the upstream's URL", errUsage, childReverseProxy)

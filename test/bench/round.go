@@ -12,14 +12,13 @@ import (
 	"time"
 )
 
-// slowUpstream is the model server of the fixed rate.
+// slowUpstream is the response time of the model server for the fixed rate.
 const slowUpstream = 60 * time.Millisecond
 
-// round starts every proxy afresh and gives each load to one after the other,
-// so that what is compared was measured seconds apart. The order turns around
-// from round to round.
+// round starts all proxies and runs each load on one after the other, so that compared
+// figures are measured within seconds. Every second round has the reverse order.
 type round struct {
-	stage    *stage
+	sandbox  *sandbox
 	set      *settings
 	number   int
 	upstream string
@@ -55,17 +54,17 @@ func (r *round) run(ctx context.Context) ([]measurement, error) {
 	return r.runs, nil
 }
 
-// load is what one target is given before the next one's turn.
+// load is what runs on one target at a time.
 type load struct {
 	name   string
-	length time.Duration // 0: not worth a profile
+	length time.Duration // 0: too short for a profile
 	run    func(context.Context, target) (result, error)
 }
 
 func (r *round) loads() []load {
 	closed, rate, streaming := r.set.length(), r.set.length(), r.burst()
 	all := []load{
-		// Before anything has asked for memory.
+		// First, before requests have grown the memory.
 		{loadIdle, 0, func(context.Context, target) (result, error) { return result{}, nil }},
 		{"warm-up", 0, func(ctx context.Context, t target) (result, error) {
 			return closedLoop(ctx, t, modelAtOnce, r.set.Connections, closed/5), nil
@@ -89,16 +88,16 @@ func (r *round) loads() []load {
 	return all
 }
 
-// start starts the proxies and waits until each answers.
+// start starts the proxies and waits until each of them answers.
 func (r *round) start(ctx context.Context) error {
 	name := func(n string) string { return fmt.Sprintf("%s-%d", n, r.number+1) }
 	models := []string{modelAtOnce, modelAfter(slowUpstream), modelStream(r.set.Events, r.burst().every)}
 	text := clusterText(r.upstream, models) + r.set.conf + "\n"
 	var err error
-	if r.node, err = r.stage.startNode(ctx, name(nameDsnode), r.set.binary, text); err != nil {
+	if r.node, err = r.sandbox.startNode(ctx, name(nameDsnode), r.set.binary, text); err != nil {
 		return err
 	}
-	proxy, addr, err := r.stage.startSelf(name(nameGoProxy), childReverseProxy, "http://"+r.upstream)
+	proxy, addr, err := r.sandbox.startSelf(name(nameGoProxy), childReverseProxy, "http://"+r.upstream)
 	if err != nil {
 		return err
 	}
@@ -108,14 +107,14 @@ func (r *round) start(ctx context.Context) error {
 		{name: nameGoProxy, addr: addr, proc: proxy},
 	}
 	if r.set.beside != "" {
-		n, err := r.stage.startNode(ctx, name(nameBeside), r.set.beside, text)
+		n, err := r.sandbox.startNode(ctx, name(nameBeside), r.set.beside, text)
 		if err != nil {
 			return err
 		}
 		r.targets = append(r.targets, target{name: nameBeside, addr: n.api, key: n.key, proc: n.process})
 	}
 	if r.set.nginx != "" {
-		p, addr, err := r.stage.startNginx(name(nameNginx), r.set.nginx, nginxProxy, r.upstream)
+		p, addr, err := r.sandbox.startNginx(name(nameNginx), r.set.nginx, nginxProxy, r.upstream)
 		if err != nil {
 			return err
 		}
@@ -124,7 +123,7 @@ func (r *round) start(ctx context.Context) error {
 	for i := range r.targets {
 		t := &r.targets[i]
 		if t.key == "" {
-			t.key = r.node.key // they don't look at it
+			t.key = r.node.key // they ignore it
 		}
 		if t.proc == nil {
 			continue
@@ -139,7 +138,7 @@ func (r *round) start(ctx context.Context) error {
 	return nil
 }
 
-// clusterText serves models under the names that the upstream knows them by.
+// clusterText returns a cluster.yaml that serves the upstream's models by their names.
 func clusterText(upstream string, models []string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "version: 1\nsites: {%s: {city: here, priority: 1}}\n", siteName)
@@ -158,16 +157,15 @@ func (r *round) stop() {
 	}
 }
 
-// closed is the closed loop, with wrk where it is installed.
+// closed is the closed loop, with wrk if it is installed.
 func (r *round) closed(ctx context.Context, t target) (result, error) {
 	if r.set.wrk != "" {
-		return r.stage.wrk(ctx, r.set.wrk, t, body(modelAtOnce, false), r.set.Connections, r.set.length())
+		return r.sandbox.wrk(ctx, r.set.wrk, t, body(modelAtOnce, false), r.set.Connections, r.set.length())
 	}
 	return closedLoop(ctx, t, modelAtOnce, r.set.Connections, r.set.length()), nil
 }
 
-// profiled runs a load while the node writes a CPU profile of itself to
-// PREFIX.LOAD.pb.gz.
+// profiled runs a load while a CPU profile of the node is written to PREFIX.LOAD.pb.gz.
 func (r *round) profiled(l load) func(context.Context, target) (result, error) {
 	return func(ctx context.Context, t target) (result, error) {
 		var wait sync.WaitGroup
@@ -185,11 +183,11 @@ func (r *round) profile(ctx context.Context, l load) error {
 	return r.node.profile(ctx, "profile", l.length, fmt.Sprintf("%s.%s.pb.gz", r.set.profile, l.name))
 }
 
-// measure gives a load to a target and looks at its process before and after,
-// and at its memory meanwhile.
+// measure runs a load on a target and measures the CPU time of its process and the
+// maximum of its memory.
 func (r *round) measure(ctx context.Context, t target, load string, run func(context.Context, target) (result, error)) (measurement, error) {
 	m := measurement{Round: r.number + 1, Target: t.name, Load: load}
-	machineBefore, err := r.stage.busy()
+	machineBefore, err := r.sandbox.busy()
 	if err != nil {
 		return m, err
 	}
@@ -218,20 +216,20 @@ func (r *round) measure(ctx context.Context, t target, load string, run func(con
 		}
 		m.CPU = (after - before).Seconds()
 	}
-	machineAfter, err := r.stage.busy()
+	machineAfter, err := r.sandbox.busy()
 	if err != nil {
 		return m, err
 	}
 	m.Elsewhere = elsewhere(machineBefore, machineAfter)
 	if load != loadIdle {
-		fmt.Fprintf(r.progress, "round %d, %s: %-8s %d done, %d failed in %.1f s; others kept %.2f CPUs busy\n",
+		fmt.Fprintf(r.progress, "round %d, %s: %-8s %d done, %d failed in %.1f s; other processes used %.2f CPUs\n",
 			m.Round, load, t.name, m.Done, m.Failed, m.Seconds, m.Elsewhere)
 	}
 	return m, nil
 }
 
-// watchMemory looks at a process's anonymous memory ten times a second until
-// the function it gives is called, which tells the highest.
+// watchMemory samples the anonymous memory of the target's process ten times a second
+// until the returned function is called, which returns the maximum.
 func (t target) watchMemory() func() (int64, error) {
 	if t.proc == nil {
 		return func() (int64, error) { return 0, nil }

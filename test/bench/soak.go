@@ -17,42 +17,42 @@ import (
 	"github.com/dsnode/dsnode/node/modelsim"
 )
 
-// Models of the soak, each on an upstream of its own.
+// Models of the soak, each with its own upstream.
 const (
 	modelBusy = "busy" // answers in about 120 ms
-	modelSlow = "slow" // answers nobody who hangs up in time
+	modelSlow = "slow" // clients disconnect before it answers
 )
 
-// soak is one node, two simulated model servers in this process, and clients
-// that leave when it suits them.
+// soak is one node, two simulated model servers in this process, and clients that
+// disconnect at any time.
 type soak struct {
-	stage   *stage
+	sandbox *sandbox
 	node    *dsnode
 	slow    *modelsim.Server
 	clients int
-	calm    time.Duration // before a look: idle connections to upstreams close after seconds
-	before  look          // when it was warm and quiet
+	settle  time.Duration // time before a look; idle connections to upstreams close after seconds
+	before  look          // after the warm-up
 	counts  counts
-	stops   []time.Duration // how long the slow upstream worked on after a hang-up
+	stops   []time.Duration // how long the slow upstream worked after its clients disconnected
 	marked  atomic.Pointer[string]
 }
 
-// counts of what clients did.
+// counts of requests by outcome.
 type counts struct {
 	served, aborted, hungUp atomic.Int64
-	wronged                 tally // patient clients who got something else than an answer
+	failures                tally // of patient clients
 }
 
 var (
-	errLeft   = errors.New("something was left behind")
-	errMarked = errors.New("an upstream was marked for what its clients did")
+	errLeft   = errors.New("a leak")
+	errMarked = errors.New("an upstream was marked as failed because of its clients")
 )
 
 const (
-	// stopWithin is how soon an upstream must be free of clients that are gone.
+	// stopWithin is the target for an upstream to stop work for disconnected clients.
 	stopWithin = 100 * time.Millisecond
-	// settleWithin is what the last connection may take to be closed: idle ones
-	// to an upstream stay for seconds.
+	// settleWithin bounds the time until all connections are closed. Idle connections to
+	// an upstream stay open for seconds.
 	settleWithin = 30 * time.Second
 )
 
@@ -60,19 +60,19 @@ func runSoak(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	flags := flag.NewFlagSet("soak", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	length := flags.Duration("for", 10*time.Minute, "how long")
-	clients := flags.Int("clients", 256, "that hang up at once, every other second; a quarter as many come and go at random")
-	binary := flags.String("binary", "", "a dsnode that is built already")
+	clients := flags.Int("clients", 256, "clients that disconnect together, every two seconds; a quarter as many disconnect at random")
+	binary := flags.String("binary", "", "dsnode binary (default: build it)")
 	if err := parse(flags, args); err != nil {
 		return err
 	}
 	if *clients < 4 || *length <= 0 {
 		return fmt.Errorf("%w: at least 4 clients and some time are needed", errUsage)
 	}
-	s := &soak{clients: *clients, calm: max(time.Second/2, min(6*time.Second, *length/10))}
-	if s.stage, err = newStage(); err != nil {
+	s := &soak{clients: *clients, settle: max(time.Second/2, min(6*time.Second, *length/10))}
+	if s.sandbox, err = newSandbox(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.stage.close()) }()
+	defer func() { err = errors.Join(err, s.sandbox.close()) }()
 	simCtx, stopSims := context.WithCancel(ctx)
 	var sims sync.WaitGroup
 	defer sims.Wait()
@@ -94,7 +94,7 @@ func runSoak(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	if s.before, err = s.settled(ctx, look{}); err != nil {
 		return err
 	}
-	fmt.Fprintf(stderr, "clients come, go and hang up for %v\n", *length)
+	fmt.Fprintf(stderr, "clients connect and disconnect for %v\n", *length)
 	if err := s.load(ctx, *length); err != nil {
 		return err
 	}
@@ -127,15 +127,15 @@ func (s *soak) start(ctx context.Context, binary string, serve func(*modelsim.Se
 		models += fmt.Sprintf("  %s: {serve: [{upstream: %s-server}]}\n", name, name)
 	}
 	if binary == "" {
-		if binary, err = s.stage.buildNode(ctx); err != nil {
+		if binary, err = s.sandbox.buildNode(ctx); err != nil {
 			return err
 		}
 	}
-	s.node, err = s.stage.startNode(ctx, nameDsnode, binary, text+models)
+	s.node, err = s.sandbox.startNode(ctx, nameDsnode, binary, text+models)
 	return err
 }
 
-// load lets clients come and go for a while; all have gone when it returns.
+// load runs clients for a time. When it returns all of them have disconnected.
 func (s *soak) load(ctx context.Context, d time.Duration) error {
 	during, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
@@ -152,8 +152,7 @@ func (s *soak) load(ctx context.Context, d time.Duration) error {
 	return errors.Join(err, s.node.alive())
 }
 
-// hangUps lets many clients ask a slow model, and hang up together when all of
-// them are being served; again and again.
+// hangUps repeats hangUp until ctx ends.
 func (s *soak) hangUps(ctx context.Context) error {
 	for i := 0; ctx.Err() == nil; i++ {
 		took, err := s.hangUp(ctx, i%2 == 0)
@@ -169,6 +168,8 @@ func (s *soak) hangUps(ctx context.Context) error {
 	return nil
 }
 
+// hangUp lets many clients ask a slow model and closes all connections at once. It
+// returns the time until the upstream works for none of them.
 func (s *soak) hangUp(ctx context.Context, streamed bool) (time.Duration, error) {
 	request := s.target().request(modelSlow, streamed)
 	var all []*client
@@ -188,20 +189,20 @@ func (s *soak) hangUp(ctx context.Context, streamed bool) (time.Duration, error)
 		}
 	}
 	if err := s.slowHas(ctx, len(all)); err != nil {
-		return 0, fmt.Errorf("not all of %d requests came through: %w", len(all), err)
+		return 0, fmt.Errorf("not all of %d requests reached the upstream: %w", len(all), err)
 	}
 	begun := time.Now()
 	for _, c := range all {
 		c.close()
 	}
 	if err := s.slowHas(ctx, 0); err != nil {
-		return 0, fmt.Errorf("an upstream works on for clients that are gone: %w", err)
+		return 0, fmt.Errorf("an upstream still works for clients that are gone: %w", err)
 	}
 	s.counts.hungUp.Add(int64(len(all)))
 	return time.Since(begun), nil
 }
 
-// slowHas waits until the slow model works on so many requests.
+// slowHas waits until the slow model works on that many requests.
 func (s *soak) slowHas(ctx context.Context, want int) error {
 	return s.node.until(ctx, func() error {
 		if have := s.slow.Stats().InFlight; have != want {
@@ -215,11 +216,11 @@ func (s *soak) target() target {
 	return target{name: nameDsnode, addr: s.node.api, key: s.node.key, proc: s.node.process}
 }
 
-// report tells what happened; the error says what is not as it was.
+// report prints the outcome. The error lists leaks and failures.
 func (s *soak) report(w io.Writer, after look) error {
 	slices.Sort(s.stops)
-	wronged := s.counts.wronged.result(0)
-	_, err := fmt.Fprintf(w, `%d requests served, %d aborted at random, %d hung up together; %d patient clients wronged
+	failures := s.counts.failures.result(0)
+	_, err := fmt.Fprintf(w, `%d requests served, %d aborted at random, %d aborted together; %d patient clients failed
 upstreams were free of %d clients that hung up after %.0f ms (median), %.0f ms at most (target: %d ms, %s)
                       before     after
 goroutines        %10d%10d
@@ -229,7 +230,7 @@ live heap, MiB    %10.1f%10.1f
 anonymous, MiB    %10.1f%10.1f
 breakers opened   %10d%10d
 `,
-		s.counts.served.Load(), s.counts.aborted.Load(), s.counts.hungUp.Load(), wronged.Failed,
+		s.counts.served.Load(), s.counts.aborted.Load(), s.counts.hungUp.Load(), failures.Failed,
 		s.clients, 1e3*quantile(s.stops, 0.5), 1e3*quantile(s.stops, 1), stopWithin.Milliseconds(),
 		word(quantile(s.stops, 1) <= stopWithin.Seconds()),
 		s.before.goroutines, after.goroutines, s.before.sockets, after.sockets, s.before.inFlight, after.inFlight,
@@ -244,8 +245,8 @@ breakers opened   %10d%10d
 	if why := s.marked.Load(); why != nil {
 		problems = append(problems, fmt.Errorf("%w: %s", errMarked, *why))
 	}
-	for text, n := range wronged.Errors {
-		problems = append(problems, fmt.Errorf("%d patient clients were wronged: %s", n, text))
+	for text, n := range failures.Errors {
+		problems = append(problems, fmt.Errorf("%d patient clients failed: %s", n, text))
 	}
 	return errors.Join(problems...)
 }

@@ -13,21 +13,21 @@ import (
 	"time"
 )
 
-// comeAndGo is one client after another until ctx ends. One in four is patient
-// and must get what it came for.
+// comeAndGo runs one client after another until ctx ends. One in four is patient and
+// must get a correct answer.
 func (s *soak) comeAndGo(ctx context.Context) {
 	for pause(ctx, rand.N(200*time.Millisecond)) == nil {
-		// Not ctx: a dial that is cut short by its end would look like a wrong.
+		// The end of ctx must not cut off the dial, which would count as a failure.
 		c, err := dial(context.WithoutCancel(ctx), s.node.api)
 		if err != nil {
-			s.counts.wronged.fail(err)
+			s.counts.failures.fail(err)
 			continue
 		}
 		streamed := rand.IntN(2) == 0
 		request := s.target().request(modelBusy, streamed)
 		if rand.IntN(4) == 0 {
 			if err := c.patient(request, streamed); err != nil {
-				s.counts.wronged.fail(err)
+				s.counts.failures.fail(err)
 			}
 			s.counts.served.Add(1)
 		} else {
@@ -72,7 +72,7 @@ func (c *client) impatient(ctx context.Context, request []byte) {
 			_ = tcp.SetLinger(0) // else it just closes
 		}
 	}
-	// It leaves whatever happens: no error here is anybody's fault.
+	// The client disconnects whatever happens, so errors don't matter.
 	switch rand.IntN(4) {
 	case 0:
 		_, _ = c.conn.Write(request[:rand.IntN(len(request))])
@@ -89,17 +89,17 @@ func (c *client) impatient(ctx context.Context, request []byte) {
 	}
 }
 
-// watchUpstreams looks once a second whether some upstream is said to be
-// unhealthy, and keeps the first such word.
+// watchUpstreams checks once a second whether the node shows an upstream as unhealthy,
+// and keeps the first such reason.
 func (s *soak) watchUpstreams(ctx context.Context) {
 	for pause(ctx, time.Second) == nil {
 		all, err := s.node.admin.Upstreams(ctx)
 		if err != nil {
-			continue // a node that is gone is noticed by others
+			continue // load reports a node that has ended
 		}
 		for _, u := range all {
 			if u.State == "unhealthy" {
-				why := fmt.Sprintf("%s is said to be unhealthy: %s", u.Name, u.Reason)
+				why := fmt.Sprintf("%s was shown as unhealthy: %s", u.Name, u.Reason)
 				s.marked.CompareAndSwap(nil, &why)
 			}
 		}

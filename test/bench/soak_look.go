@@ -13,26 +13,26 @@ import (
 	"time"
 )
 
-// look is what a node holds at one moment.
+// look is what a node uses at one moment.
 type look struct {
 	goroutines, sockets, inFlight int64
 	heap, anonymous               int64 // bytes; the heap after a collection
-	opened                        int64 // breakers, since the start
+	opened                        int64 // breakers since the start
 }
 
-// Some of what a node holds comes and goes by itself.
+// What a node uses varies by this much without requests.
 const (
 	spareGoroutines = 4
 	spareSockets    = 2
 	spareMemory     = 8 << 20
 )
 
-// returned compares with an earlier look.
+// returned returns an error for each figure that exceeds that of an earlier look.
 func (l look) returned(before look) error {
 	var left []error
 	check := func(what string, have, most int64) {
 		if have > most {
-			left = append(left, fmt.Errorf("%w: %d %s, at most %d were expected", errLeft, have, what, most))
+			left = append(left, fmt.Errorf("%w: %d %s, want %d at most", errLeft, have, what, most))
 		}
 	}
 	check("requests in flight", l.inFlight, 0)
@@ -43,13 +43,12 @@ func (l look) returned(before look) error {
 	return errors.Join(left...)
 }
 
-// settled waits until the node holds no more than before, or, where there is
-// nothing to compare with, until it holds no more than a moment ago. It gives
-// the last look when that takes too long.
+// settled waits until the node uses no more than before or, without an earlier look,
+// no more than a second ago. After settleWithin it returns the last look in any case.
 func (s *soak) settled(ctx context.Context, before look) (look, error) {
 	deadline := time.Now().Add(settleWithin)
 	first := before == look{}
-	for wait := s.calm; ; wait = time.Second {
+	for wait := s.settle; ; wait = time.Second {
 		if err := pause(ctx, wait); err != nil {
 			return look{}, err
 		}
@@ -66,7 +65,7 @@ func (s *soak) settled(ctx context.Context, before look) (look, error) {
 	}
 }
 
-// look asks the node for its own figures, after a garbage collection.
+// look asks the node for its figures, after a garbage collection.
 func (s *soak) look(ctx context.Context) (l look, err error) {
 	heap, err := fetch(ctx, s.node.admin.URLs()[0]+"/debug/pprof/heap?gc=1&debug=1")
 	if err != nil {
@@ -100,7 +99,7 @@ func (s *soak) look(ctx context.Context) (l look, err error) {
 	return l, err
 }
 
-// fetch asks an admin port, at url, for a text.
+// fetch returns the body of a GET.
 func fetch(ctx context.Context, url string) (string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -121,7 +120,7 @@ func fetch(ctx context.Context, url string) (string, error) {
 	return string(text), nil
 }
 
-// number reads what follows a name at the start of a line.
+// number returns the number after a name at the start of a line.
 func number(text, name string) (int64, error) {
 	for line := range strings.Lines(text) {
 		if rest, ok := strings.CutPrefix(line, name); ok {
@@ -135,8 +134,8 @@ func number(text, name string) (int64, error) {
 	return 0, fmt.Errorf("%w: no %q", errWrong, name)
 }
 
-// breakersOpened counts the lines of the node's log that say so: one that opened
-// and closed between two looks at the metrics would be missed there.
+// breakersOpened counts the openings of breakers in the node's log. The metrics would
+// not show a breaker that opened and closed between two looks.
 func breakersOpened(log string) (int64, error) {
 	text, err := os.ReadFile(log)
 	if err != nil {

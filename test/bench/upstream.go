@@ -19,15 +19,15 @@ import (
 	"time"
 )
 
-// The upstream is as cheap as a model server can be, because it shares the
-// machine with what is measured. A model's name is its behaviour:
+// The upstream uses as little CPU as possible, because it shares the machine with what
+// is measured. A model's name says how it answers:
 //
 //	at-once          1 KiB of answer
 //	after-60ms       the same, 60 ms later
 //	stream-50x20ms   50 events 20 ms apart, each with its number
-//	noise-8192       so many bytes of answer that are never the same twice
+//	noise-8192       an answer of that many random bytes
 //
-// GET /asked tells how many requests there were.
+// GET /asked returns the number of requests.
 const modelAtOnce = "at-once"
 
 func modelAfter(d time.Duration) string              { return "after-" + d.String() }
@@ -41,7 +41,7 @@ const maxEvents = 1000
 
 type upstream struct {
 	asked   atomic.Int64
-	noise   []byte // text that does not compress below three quarters
+	noise   []byte // base64 of random bytes
 	plain   []byte
 	length  []string
 	events  [maxEvents][]byte
@@ -89,7 +89,7 @@ func serveInherited(ctx context.Context, h http.Handler) error {
 }
 
 func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.Method != http.MethodPost { // a gateway's sign of life
+	if r.Method != http.MethodPost { // a probe
 		w.Header().Set("Content-Type", "application/json")
 		if r.URL.Path == askedPath {
 			_, _ = io.WriteString(w, strconv.FormatInt(u.asked.Load(), 10))
@@ -105,7 +105,7 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, err := body.ReadFrom(r.Body)
 	model := modelOf(body.Bytes())
 	if err != nil || model == nil {
-		http.Error(w, "the request did not come whole", http.StatusBadRequest)
+		http.Error(w, "the request is not complete", http.StatusBadRequest)
 		return
 	}
 	if bytes.HasPrefix(model, []byte("stream-")) {
@@ -127,12 +127,12 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h["Content-Type"] = jsonType
 	h["Content-Length"] = u.length
-	_, _ = w.Write(u.plain) // a client that has gone misses nothing here
+	_, _ = w.Write(u.plain) // fails if the client is gone
 }
 
 const askedPath = "/asked"
 
-// answerNoise gives a plain answer that the mark begins and noise fills.
+// answerNoise sends a plain answer: answerMark and then noise.
 func (u *upstream) answerNoise(w http.ResponseWriter, size string) {
 	n, err := strconv.Atoi(size)
 	if err != nil || n < 1 || n > len(u.noise)/2 {
@@ -152,7 +152,7 @@ func randomBytes(n int) []byte {
 
 var jsonType = []string{"application/json"}
 
-// modelOf finds the model's name in a body of ours, nil when the body is not whole.
+// modelOf finds the model's name in a body of the bench, nil if the body is not complete.
 func modelOf(body []byte) []byte {
 	const key = `"model":"`
 	at := bytes.Index(body, []byte(key))
@@ -174,7 +174,7 @@ func (u *upstream) pace(model []byte) pace {
 		return p
 	}
 	events, every, _ := strings.Cut(strings.TrimPrefix(string(model), "stream-"), "x")
-	// A name that can't be read streams nothing, which clients count as failed.
+	// A name that can't be parsed streams nothing, which clients count as failed.
 	p.events, _ = strconv.Atoi(events)
 	p.events = min(p.events, maxEvents)
 	p.every, _ = time.ParseDuration(every)
@@ -203,5 +203,5 @@ func (u *upstream) stream(w http.ResponseWriter, r *http.Request, p pace) {
 			return
 		}
 	}
-	_, _ = w.Write(u.last) // a client that has gone misses nothing here
+	_, _ = w.Write(u.last) // fails if the client is gone
 }

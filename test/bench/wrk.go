@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// wrk is a generator in C: it leaves more of the machine to the proxy than ours
-// does. It does not look at bodies, so a run with ours goes first.
+// wrk is a load generator in C, which uses less CPU than the built-in one. It does not
+// check bodies, so a warm-up with the built-in one runs first.
 
 const wrkScript = `wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -27,12 +27,12 @@ wrk.body = os.getenv("BENCH_BODY")
 var errWrk = errors.New("wrk")
 
 // wrk posts the same body over some connections for whole seconds.
-func (s *stage) wrk(ctx context.Context, binary string, t target, body string, connections int, d time.Duration) (result, error) {
+func (s *sandbox) wrk(ctx context.Context, binary string, t target, body string, connections int, d time.Duration) (result, error) {
 	script := filepath.Join(s.dir, "wrk.lua")
 	if err := os.WriteFile(script, []byte(wrkScript), 0o600); err != nil {
 		return result{}, fmt.Errorf("write wrk's script: %w", err)
 	}
-	seconds := max(1, int(d.Round(time.Second)/time.Second)) // it knows no parts of a second
+	seconds := max(1, int(d.Round(time.Second)/time.Second)) // it takes whole seconds
 	cmd := exec.CommandContext(ctx, binary, "-t", strconv.Itoa(min(2, connections)), "-c", strconv.Itoa(connections),
 		"-d", strconv.Itoa(seconds)+"s", "--latency", "-s", script, "http://"+t.addr+chatPath)
 	cmd.Env = append(os.Environ(), "BENCH_KEY="+t.key, "BENCH_BODY="+body)
@@ -56,7 +56,7 @@ var wrkUnits = map[string]float64{"us": 1e-6, "ms": 1e-3, "s": 1, "m": 60}
 func readWrk(out string) (result, error) {
 	var r result
 	number := func(text string) float64 {
-		f, _ := strconv.ParseFloat(text, 64) // the expressions match numbers alone
+		f, _ := strconv.ParseFloat(text, 64) // the expressions match only numbers
 		return f
 	}
 	total := wrkTotal.FindStringSubmatch(out)

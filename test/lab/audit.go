@@ -8,65 +8,59 @@ import (
 	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Audit compares what every node says with the truth, which only the test
-// knows: who can't hear whom, and since when.
+// Audit compares the status of every node with what the test knows: which nodes
+// can't hear each other, and since when.
 type Audit struct {
 	lab      *Lab
-	stop     context.CancelFunc
-	wg       sync.WaitGroup
 	patience time.Duration
 
 	mu     sync.Mutex // guards all below
-	deaf   []deafness
-	broken []string
-	read   int
-	late   time.Duration
+	faults []fault
+	broken []string      // statuses that can't be true
+	read   int           // statuses compared
+	late   time.Duration // the longest time after a fault at which a status was still healthy
 }
 
-// deafness: an observer hears none of a site's nodes. Without a site it is only
-// that something is wrong.
-type deafness struct {
-	observer string
+// fault is a time in which a node hears no node of a site. Without a site it is a
+// time in which the cluster is not healthy though all nodes hear each other.
+type fault struct {
+	observer string // node
 	site     string
 	from, to time.Time // to is zero while it lasts
 }
 
 const (
 	auditEvery = 200 * time.Millisecond
-	// statusWithin is how long a status may stay healthy after a fault, on top of
-	// the patience.
+	// statusWithin is how long after the patience a status may still be healthy.
 	statusWithin = 2 * time.Second
-	// onTheWay is how old an answer may be that arrives just as a fault begins.
-	onTheWay = 500 * time.Millisecond
+	// inFlight is the greatest age of a packet that arrives just as a fault begins.
+	inFlight = 500 * time.Millisecond
 )
 
-// StartAudit begins at once, and ends with the test: then what was found false
-// fails it.
+// StartAudit begins at once and ends with the test. The test fails when a status
+// was false.
 func (l *Lab) StartAudit() *Audit {
 	l.t.Helper()
-	ctx, stop := context.WithCancel(context.Background())
-	a := &Audit{lab: l, stop: stop, patience: cluster.TimingFrom(0).Patience}
-	for _, n := range l.Nodes() {
-		a.wg.Go(func() { a.watch(ctx, n) })
-	}
+	a := &Audit{lab: l, patience: config.TimingFrom(0).Patience}
+	stop := l.watchNodes(auditEvery, a.look)
 	l.t.Cleanup(func() {
-		a.stop()
-		a.wg.Wait()
+		stop()
 		for _, broken := range a.Broken() {
-			l.t.Errorf("a status lied: %s", broken)
+			l.t.Errorf("a status was false: %s", broken)
 		}
-		l.t.Logf("%d statuses compared with the truth; the last healthy one came %v after its fault", a.read, a.late.Round(time.Millisecond))
+		l.t.Logf("%d statuses compared; the latest healthy one came %v after a fault", a.read, a.late.Round(time.Millisecond))
 	})
 	return a
 }
 
-// Lost says that from now on no node of the other sites hears this one, and,
-// when it lives, that it hears none of them. It is called as soon as it is true.
-func (a *Audit) Lost(site *Site, lives bool) {
+// Unreachable says that from now on no node of the other sites hears this one and,
+// if the site's nodes run, that they hear no other site. Call it as soon as that
+// is so.
+func (a *Audit) Unreachable(site *Site, running bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
@@ -75,96 +69,88 @@ func (a *Audit) Lost(site *Site, lives bool) {
 			continue
 		}
 		for _, n := range other.Nodes {
-			a.deaf = append(a.deaf, deafness{observer: n.Name, site: site.Name, from: now})
+			a.faults = append(a.faults, fault{observer: n.Name, site: site.Name, from: now})
 		}
-		if lives {
+		if running {
 			for _, n := range site.Nodes {
-				a.deaf = append(a.deaf, deafness{observer: n.Name, site: other.Name, from: now})
+				a.faults = append(a.faults, fault{observer: n.Name, site: other.Name, from: now})
 			}
 		}
 	}
 }
 
-// Hurt says that from now on something is wrong, though everybody hears everybody.
-func (a *Audit) Hurt() {
+// Unhealthy says that from now on the cluster is not healthy, though all nodes hear
+// each other.
+func (a *Audit) Unhealthy() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, n := range a.lab.Nodes() {
-		a.deaf = append(a.deaf, deafness{observer: n.Name, from: time.Now()})
+		a.faults = append(a.faults, fault{observer: n.Name, from: time.Now()})
 	}
 }
 
-// Found ends all that Lost and Hurt said. It is called right before it ends.
-func (a *Audit) Found() {
+// Heal ends what Unreachable and Unhealthy said. Call it right before the test
+// ends the faults.
+func (a *Audit) Heal() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
-	for i := range a.deaf {
-		if a.deaf[i].to.IsZero() {
-			a.deaf[i].to = now
+	for i := range a.faults {
+		if a.faults[i].to.IsZero() {
+			a.faults[i].to = now
 		}
 	}
 }
 
-// Broken is what was found false so far, in words.
+// Broken describes the false statuses so far.
 func (a *Audit) Broken() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return append([]string(nil), a.broken...)
 }
 
-func (a *Audit) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(auditEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			continue
-		}
-		ask, cancel := context.WithTimeout(ctx, time.Second)
-		asked := time.Now()
-		status, err := n.Status(ask)
-		cancel()
-		if err == nil {
-			a.compare(status, asked, time.Now())
-		}
+func (a *Audit) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	asked := time.Now()
+	if status, err := n.Status(ctx); err == nil {
+		a.compare(status, asked, time.Now())
 	}
 }
 
-// compare holds one status against the truth; it is about some moment from
-// asked to answered.
+// compare checks one status, which is of some moment between asked and answered.
 func (a *Audit) compare(s admin.Status, asked, answered time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.read++
 	for _, n := range s.Nodes {
 		if n.Name != s.Observer.Node && n.LastHeardSeconds != nil && *n.LastHeardSeconds == 0 {
-			a.lie(s, asked, "it heard %s exactly now", n.Name)
+			a.report(s, asked, "it heard %s exactly now", n.Name)
 		}
 	}
-	for _, d := range a.deaf {
-		if d.observer != s.Observer.Node || asked.Before(d.from) || (!d.to.IsZero() && answered.After(d.to)) {
+	for _, f := range a.faults {
+		if f.observer != s.Observer.Node || asked.Before(f.from) || (!f.to.IsZero() && answered.After(f.to)) {
 			continue
 		}
-		a.compareDeaf(s, d, asked)
+		a.compareDuring(f, s, asked)
 	}
 }
 
-func (a *Audit) compareDeaf(s admin.Status, d deafness, asked time.Time) {
-	since := asked.Sub(d.from)
+// compareDuring checks a status that a node gave during a fault.
+func (a *Audit) compareDuring(f fault, s admin.Status, asked time.Time) {
+	since := asked.Sub(f.from)
 	for _, n := range s.Nodes {
-		if n.Site != d.site {
+		if n.Site != f.site {
 			continue
 		}
-		if n.LastHeardSeconds != nil && *n.LastHeardSeconds < (since-onTheWay).Seconds() {
-			a.lie(s, asked, "it heard %s %.2f s ago, which has been impossible for %v", n.Name, *n.LastHeardSeconds, since)
+		if n.LastHeardSeconds != nil && *n.LastHeardSeconds < (since-inFlight).Seconds() {
+			a.report(s, asked, "it heard %s %.2f s ago, which has been impossible for %v", n.Name, *n.LastHeardSeconds, since)
 		}
 		if since > a.patience+statusWithin && n.State == admin.NodeAlive {
-			a.lie(s, asked, "%s is alive, unheard for %v", n.Name, since)
+			a.report(s, asked, "it shows %s as alive, %v after the last packet", n.Name, since)
 		}
 	}
 	if s.Healthy {
@@ -174,25 +160,25 @@ func (a *Audit) compareDeaf(s admin.Status, d deafness, asked time.Time) {
 		return
 	}
 	if s.Healthy {
-		a.lie(s, asked, "healthy, %v after a fault (site lost: %q)", since, d.site)
+		a.report(s, asked, "it is healthy, %v after a fault (unreachable site: %q)", since, f.site)
 	}
 	for _, site := range s.Sites {
-		if site.Name != d.site {
+		if site.Name != f.site {
 			continue
 		}
 		if site.State == admin.SiteHealthy || site.State == admin.SiteDegraded {
-			a.lie(s, asked, "site %s is %s, unheard for %v", d.site, site.State, since)
+			a.report(s, asked, "it shows site %s as %s, %v after the last packet", f.site, site.State, since)
 		}
 		if site.UpstreamsHealthy != nil {
-			a.lie(s, asked, "site %s has %d healthy upstreams, but it has been unheard for %v", d.site, *site.UpstreamsHealthy, since)
+			a.report(s, asked, "it shows %d healthy upstreams of site %s, %v after the last packet", *site.UpstreamsHealthy, f.site, since)
 		}
-		if r := site.Replication; r != nil && r.LagSeconds != nil && *r.LagSeconds < (since-onTheWay).Seconds() {
-			a.lie(s, asked, "the copy of site %s is %.2f s behind, but it has been unheard for %v", d.site, *r.LagSeconds, since)
+		if r := site.Replication; r != nil && r.LagSeconds != nil && *r.LagSeconds < (since-inFlight).Seconds() {
+			a.report(s, asked, "its lag behind site %s is %.2f s, %v after the last packet", f.site, *r.LagSeconds, since)
 		}
 	}
 }
 
-func (a *Audit) lie(s admin.Status, asked time.Time, format string, args ...any) {
+func (a *Audit) report(s admin.Status, asked time.Time, format string, args ...any) {
 	if len(a.broken) < maxBroken {
 		a.broken = append(a.broken, fmt.Sprintf("%s said at %s: ", s.Observer.Node, asked.Format("15:04:05.000"))+fmt.Sprintf(format, args...))
 	}

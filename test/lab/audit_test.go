@@ -10,13 +10,13 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// What a status may say six seconds after its observer has lost a site, and
-// what is found false.
-func TestAuditFindsLies(t *testing.T) {
+// Statuses at some time after their observer has lost contact with a site, true and
+// false ones.
+func TestAuditFindsFalseStatuses(t *testing.T) {
 	lost := time.Unix(1000, 0)
 	seconds := func(f float64) *float64 { return &f }
 	count := func(n int) *int { return &n }
-	honest := func() admin.Status {
+	correct := func() admin.Status {
 		return admin.Status{
 			Observer: admin.Observer{Node: "a-1", Site: "a"},
 			Nodes: []admin.NodeStatus{
@@ -31,10 +31,10 @@ func TestAuditFindsLies(t *testing.T) {
 		after  time.Duration
 		want   string
 	}{
-		"the truth":          {func(*admin.Status) {}, 6 * time.Second, ""},
+		"correct":            {func(*admin.Status) {}, 6 * time.Second, ""},
 		"healthy":            {func(s *admin.Status) { s.Healthy = true }, 6 * time.Second, "healthy"},
 		"healthy, but early": {func(s *admin.Status) { s.Healthy = true }, 4 * time.Second, ""},
-		"after it was found": {func(s *admin.Status) { s.Healthy = true }, 11 * time.Second, ""},
+		"after the fault":    {func(s *admin.Status) { s.Healthy = true }, 11 * time.Second, ""},
 		"alive":              {func(s *admin.Status) { s.Nodes[1].State = admin.NodeAlive }, 6 * time.Second, "alive"},
 		"heard lately":       {func(s *admin.Status) { s.Nodes[1].LastHeardSeconds = seconds(1) }, 6 * time.Second, "impossible"},
 		"heard exactly now":  {func(s *admin.Status) { s.Nodes[1].LastHeardSeconds = seconds(0) }, 0, "exactly now"},
@@ -45,11 +45,11 @@ func TestAuditFindsLies(t *testing.T) {
 		}, 6 * time.Second, "behind"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			a := &Audit{patience: 2500 * time.Millisecond, deaf: []deafness{
+			a := &Audit{patience: 2500 * time.Millisecond, faults: []fault{
 				{observer: "a-1", site: "b", from: lost, to: lost.Add(10 * time.Second)},
 				{observer: "c-1", site: "a", from: lost},
 			}}
-			s := honest()
+			s := correct()
 			c.change(&s)
 			a.compare(s, lost.Add(c.after), lost.Add(c.after+time.Millisecond))
 			got := strings.Join(a.Broken(), "; ")

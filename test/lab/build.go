@@ -12,16 +12,16 @@ import (
 	"testing"
 )
 
-// built is the binary of this test process.
+// built is the binary that this test process has built.
 var built struct {
 	once sync.Once
 	dir  string
 	err  error
 }
 
-// Build builds dsnode once in a test process and gives the binary's path. With
-// LAB_RACE=1 it has the race detector; with LAB_BINARY it is that file instead.
-// A package whose tests call it ends its TestMain with Main.
+// Build builds dsnode once in a test process and returns the binary's path. With
+// LAB_RACE=1 the binary has the race detector. With LAB_BINARY set Build returns
+// that path and builds nothing. A package whose tests call it needs Main.
 func Build(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv("LAB_BINARY"); path != "" {
@@ -31,15 +31,11 @@ func Build(t testing.TB) string {
 		if built.dir, built.err = os.MkdirTemp("", "dsnode-lab-"); built.err != nil {
 			return
 		}
-		args := []string{"build", "-o", built.dir + "/dsnode"}
+		var flags []string
 		if os.Getenv("LAB_RACE") == "1" {
-			args = append(args, "-race")
+			flags = append(flags, "-race")
 		}
-		cmd := exec.Command("go", append(args, "github.com/dsnode/dsnode/cmd/dsnode")...)
-		cmd.Env = append(os.Environ(), "GOFLAGS="+plainFlags(os.Getenv("GOFLAGS")))
-		if out, err := cmd.CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("build dsnode: %w\n%s", err, out)
-		}
+		built.err = goBuild("", filepath.Join(built.dir, "dsnode"), flags...)
 	})
 	if built.err != nil {
 		t.Fatal(built.err)
@@ -47,19 +43,58 @@ func Build(t testing.TB) string {
 	return filepath.Join(built.dir, "dsnode")
 }
 
-// BuildTagged builds dsnode with build tags, for one test.
+// BuildTagged builds dsnode with build tags. The binary lasts as long as the test.
 func BuildTagged(t testing.TB, tags string) string {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "dsnode-"+tags)
-	cmd := exec.Command("go", "build", "-tags", tags, "-o", binary, "github.com/dsnode/dsnode/cmd/dsnode")
-	cmd.Env = append(os.Environ(), "GOFLAGS="+plainFlags(os.Getenv("GOFLAGS")))
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build dsnode with %s: %v\n%s", tags, err, out)
+	if err := goBuild("", binary, "-tags", tags); err != nil {
+		t.Fatal(err)
 	}
 	return binary
 }
 
-// Main runs a package's tests and removes what Build made.
+// BuildCommit builds dsnode as it was at a commit of this repository. The binary
+// lasts as long as the test. It returns false when this clone lacks the commit.
+func BuildCommit(t testing.TB, commit string) (string, bool) {
+	t.Helper()
+	top, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
+	if err != nil {
+		return "", false // not a clone
+	}
+	git := []string{"-C", strings.TrimSpace(string(top))}
+	if exec.Command("git", append(git, "cat-file", "-e", commit+"^{commit}")...).Run() != nil {
+		return "", false
+	}
+	dir := t.TempDir()
+	archive := filepath.Join(dir, "tree.tar")
+	source := filepath.Join(dir, "tree")
+	for _, command := range [][]string{
+		append(append([]string{"git"}, git...), "archive", "--prefix=tree/", "-o", archive, commit),
+		{"tar", "-xf", archive, "-C", dir},
+	} {
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", strings.Join(command, " "), err, out)
+		}
+	}
+	binary := filepath.Join(dir, "dsnode-"+commit)
+	if err := goBuild(source, binary); err != nil {
+		t.Fatal(err)
+	}
+	return binary, true
+}
+
+// goBuild builds the program in a source tree; "" is the present one.
+func goBuild(dir, binary string, flags ...string) error {
+	cmd := exec.Command("go", append(append([]string{"build", "-o", binary}, flags...), "github.com/dsnode/dsnode/cmd/dsnode")...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GOFLAGS="+plainFlags(os.Getenv("GOFLAGS")))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build dsnode: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// Main is the TestMain of a package: it runs the tests and removes Build's binary.
 func Main(m *testing.M) {
 	code := m.Run()
 	if built.dir != "" {
@@ -70,8 +105,8 @@ func Main(m *testing.M) {
 	os.Exit(code)
 }
 
-// plainFlags drops -race: times are measured on the program as users run it,
-// whatever the tests themselves are built with.
+// plainFlags drops -race: tests promise times of the program as users run it, also
+// when the tests themselves are built with the race detector.
 func plainFlags(flags string) string {
 	var kept []string
 	for f := range strings.FieldsSeq(flags) {

@@ -12,10 +12,12 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dsnode/dsnode/test/skip"
 )
 
-// Disk is a file system of its own that can hang: what is written then waits,
-// and so does fsync, until it goes on. Reading works all the time.
+// Disk is a file system that can hang: then writes and fsync wait until Resume,
+// while reads work.
 type Disk struct {
 	t   testing.TB
 	dir string
@@ -26,25 +28,21 @@ type Disk struct {
 
 const (
 	diskBytes = 128 << 20
-	// From linux/fs.h: _IOWR('X', 119, int) and its undoing.
+	// FIFREEZE and FITHAW of linux/fs.h.
 	fiFreeze = 0xc0045877
 	fiThaw   = 0xc0045878
 )
 
-// NewDisk makes one in a file, and unmounts it at the end of the test. Make it
-// before Start, so that it outlives the nodes, and defer Resume: a process
-// that waits for its disk can't even be killed. Where the kernel mounts no
-// files the test is skipped, like a lab without networks.
+// NewDisk makes a Disk in a file and unmounts it at the end of the test. Call it
+// before Start, so that it outlives the nodes, and defer Resume: a process that
+// waits for its disk can't be killed. Where files can't be mounted the test is
+// skipped or fails, as with Require.
 func NewDisk(t testing.TB) *Disk {
 	t.Helper()
 	Require(t)
 	d := &Disk{t: t, dir: filepath.Join(t.TempDir(), "disk")}
-	if err := d.mount(d.dir + ".img"); err != nil {
-		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-			t.Fatalf("no disk of a test's own here: %v", err)
-		}
-		t.Skipf("no disk of a test's own here: %v", err)
-	}
+	err := d.mount(d.dir + ".img")
+	skip.Unless(t, err == nil, fmt.Sprintf("the test needs a file system of its own: %v", err))
 	t.Cleanup(func() {
 		d.Resume()
 		if err := unix.Unmount(d.dir, 0); err != nil {
@@ -79,10 +77,10 @@ func (d *Disk) mount(image string) error {
 	return nil
 }
 
-// Dir is where it is mounted: a node's data_dir.
+// Dir is the mount point, for use as a node's data_dir.
 func (d *Disk) Dir() string { return d.dir }
 
-// Hang begins at once.
+// Hang freezes the file system.
 func (d *Disk) Hang() {
 	d.t.Helper()
 	d.mu.Lock()
@@ -100,7 +98,7 @@ func (d *Disk) Hang() {
 	d.hung = f
 }
 
-// Resume ends a Hang, and does nothing when there is none.
+// Resume ends a Hang. Without one it does nothing.
 func (d *Disk) Resume() {
 	d.t.Helper()
 	d.mu.Lock()

@@ -20,7 +20,7 @@ func TestDiskHangsAndGoesOn(t *testing.T) {
 	written := make(chan error, 1)
 	go func() { written <- os.WriteFile(file, []byte("meanwhile"), 0o600) }()
 	if text, err := os.ReadFile(file); err != nil || len(text) == 0 {
-		t.Errorf("reading while it hangs: %q, %v", text, err)
+		t.Errorf("read while the disk hangs: %q, %v", text, err)
 	}
 	select {
 	case err := <-written:
@@ -34,9 +34,9 @@ func TestDiskHangsAndGoesOn(t *testing.T) {
 			t.Error(err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("it hangs still")
+		t.Fatal("the write still waits 10 s after Resume")
 	}
 	if text, err := os.ReadFile(file); string(text) != "meanwhile" || err != nil {
-		t.Errorf("in the end it holds %q, %v", text, err)
+		t.Errorf("the file holds %q, %v", text, err)
 	}
 }

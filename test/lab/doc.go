@@ -1,12 +1,12 @@
-// Package lab runs sites as real processes on links that delay, lose and cut.
+// Package lab runs sites as real processes on links with delay, loss and cuts.
 //
-// Each site lives in a network namespace of its own. Its only way to the other
-// sites is a TUN device whose other end is this process: Network (network.go)
-// carries IP packets from site to site and does to them, per ordered pair of
-// sites, what Link (link.go) says. So loss is loss of packets, a cut in one
-// direction is one, and the program under test knows nothing of all this.
+// Each site has a network namespace. Its only route to the other sites is a TUN
+// device whose other end is this process. Network (network.go) carries IP packets
+// from site to site; Link (link.go) says, for each ordered pair of sites, how
+// packets are delayed and dropped. So packets are really lost, a link can be cut in
+// one direction only, and the program under test contains no code for tests.
 //
-// Start builds the binary, writes certificates, keys and node.yaml files,
-// starts and bootstraps the nodes, and checks the laws at the end of every test.
-// Start reading there (lab.go).
+// Start (lab.go) is where to begin reading: it builds the binary, writes
+// certificates, keys and node.yaml files, starts the nodes, bootstraps the cluster,
+// and checks the design's laws at the end of every test.
 package lab

@@ -11,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -21,14 +22,14 @@ const (
 	validFor    = 24 * time.Hour
 )
 
-// Model names of the generated cluster.yaml.
+// Models of the generated cluster.yaml.
 const (
 	FastModel = "deepseek-chat" // answers at once
 	// SlowModel streams 60 tokens in about three seconds.
 	SlowModel = "deepseek-slow"
 )
 
-// writeFiles makes certificates, keys, cluster.yaml and every node.yaml.
+// writeFiles writes certificates, keys, cluster.yaml and every node.yaml.
 func (l *Lab) writeFiles() {
 	l.t.Helper()
 	l.text = l.ConfigFor(l.Sites...)
@@ -38,7 +39,7 @@ func (l *Lab) writeFiles() {
 	if l.top.Cluster != nil {
 		l.text = l.top.Cluster(l.text)
 	}
-	caCert, caKey, err := cluster.NewCA(clusterName, validFor+time.Hour)
+	caCert, caKey, err := mesh.NewCA(clusterName, validFor+time.Hour)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -50,8 +51,8 @@ func (l *Lab) writeFiles() {
 	l.write("operator.key", []byte(keyring.GenerateOperatorKey().Encode()))
 	l.write("cluster.yaml", []byte(l.text))
 	for _, n := range l.Nodes() {
-		id := cluster.Identity{Cluster: clusterName, Site: n.Site.Name, Node: n.Name}
-		cert, key, err := cluster.Issue(caCert, caKey, id, []string{l.Net.Addr(n.Site.Index)}, validFor)
+		id := mesh.Identity{Cluster: clusterName, Site: n.Site.Name, Node: n.Name}
+		cert, key, err := mesh.Issue(caCert, caKey, id, []string{l.Net.Addr(n.Site.Index)}, validFor)
 		if err != nil {
 			l.t.Fatal(err)
 		}
@@ -72,19 +73,19 @@ func (l *Lab) write(name string, content []byte) {
 	}
 }
 
-// ConfigFor is a cluster.yaml for these sites, each with its model server.
+// ConfigFor returns a cluster.yaml for these sites, each with its model server.
 func (l *Lab) ConfigFor(sites ...*Site) string {
 	var b strings.Builder
 	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	line("version: 1")
-	line("access: {anonymous: true} # nobody else is in these networks")
+	line("access: {anonymous: true} # only the test is in these networks")
 	line("sites:")
 	for _, s := range sites {
 		line("  %s: {city: %s, priority: %d}", s.Name, s.City, s.Index+1)
 	}
 	line("upstreams:")
 	for _, s := range sites {
-		// A machine that stands still for a second must not look like overload.
+		// A pause of the machine for a second must not look like overload.
 		line("  %s: {site: %s, url: %q, max_concurrency: 4000}", s.Model.name(), s.Name, s.Model.url())
 	}
 	line("models:")
@@ -98,7 +99,7 @@ func (l *Lab) ConfigFor(sites ...*Site) string {
 	return b.String()
 }
 
-// writeConfig writes the node's node.yaml for its present ports.
+// writeConfig writes node.yaml with the node's current ports.
 func (n *Node) writeConfig() {
 	l := n.lab
 	l.t.Helper()
@@ -110,8 +111,8 @@ func (n *Node) writeConfig() {
 	c.Gossip = node.GossipConfig{Bind: at(n.ports.gossip), KeyFile: "../gossip.key"}
 	c.RPC = node.RPCConfig{Bind: at(n.ports.rpc), TLS: node.PeerTLS{CertFile: "cert.pem", KeyFile: "key.pem", CAFile: "../ca.pem"}}
 	c.OperatorKey.File = "../operator.key"
-	c.Shutdown = node.ShutdownConfig{Grace: cluster.Duration(10 * time.Second)}
-	for _, s := range l.Sites { // the first node of each site, as people do
+	c.Shutdown = node.ShutdownConfig{Grace: config.Duration(10 * time.Second)}
+	for _, s := range l.Sites { // the first node of each site
 		if first := s.Nodes[0]; first != n {
 			c.Seeds = append(c.Seeds, fmt.Sprintf("%s:%d", l.Net.Addr(s.Index), first.ports.rpc))
 		}

@@ -19,32 +19,32 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// JobLoad is what clients hand in while a test makes trouble.
+// JobLoad says which jobs clients submit while a test causes faults.
 type JobLoad struct {
 	// Clients of each site; each has one submission in flight.
 	Clients int
-	// Durabilities are asked for in turn; "" takes the default.
+	// Durabilities are asked for in turn; "" is the default.
 	Durabilities []string
-	// Sites are those whose clients submit; all when empty.
+	// Sites whose clients submit; all when empty.
 	Sites []*Site
 	// Model answers the jobs; FastModel when empty.
 	Model string
-	// Every is the least time between two submissions of a client; 0: none.
+	// Every is the least time between two submissions of a client.
 	Every time.Duration
 }
 
-// Job is one submission, as its client knows it.
+// Job is one submission as its client knows it.
 type Job struct {
 	Number     int64
 	ID         string
 	Asked      string // durability asked for
-	Durability string // what the 202 names
-	Site, Node string // where it was submitted
+	Durability string // durability that the 202 promises
+	Site, Node string // that it was submitted to
 	Key        string // Idempotency-Key, if any
-	// Acknowledged is when the 202 arrived; zero: it did not.
+	// Acknowledged is when the 202 arrived, zero if it did not.
 	Acknowledged time.Time
 	Took         time.Duration // until the answer
-	// Code is the answer's status, 0 when there was none.
+	// Code is the answer's status, 0 without an answer.
 	Code int
 	Err  error
 }
@@ -61,7 +61,7 @@ type JobView struct {
 	Error      json.RawMessage `json:"error"`
 }
 
-// Final reports whether nothing comes after the status.
+// Final reports whether the status can't change any more.
 func (v JobView) Final() bool {
 	switch v.Status {
 	case "succeeded", "failed", "cancelled", "expired":
@@ -70,7 +70,7 @@ func (v JobView) Final() bool {
 	return false
 }
 
-// JobLedger is a load of jobs under way, and the book of what was promised.
+// JobLedger is a running JobLoad with a record of what was acknowledged.
 type JobLedger struct {
 	lab    *Lab
 	load   JobLoad
@@ -81,16 +81,16 @@ type JobLedger struct {
 
 	mu   sync.Mutex // guards what follows
 	jobs []Job
-	// finals is what a node has shown as final, by node and job; gone back is
-	// what it must never show again.
+	// finals are the final views that nodes have shown, by node and job. A node must
+	// not show another view of the job after that.
 	finals map[string]JobView
 	broken []string
 }
 
-// ErrNoSuchJob is what a node answers that does not know a job.
+// ErrNoSuchJob is the error for a node's 404.
 var ErrNoSuchJob = errors.New("no such job")
 
-// StartJobs begins at once. Stop it before looking at what it holds.
+// StartJobs begins at once. Stop it before reading the record.
 func (l *Lab) StartJobs(load JobLoad) *JobLedger {
 	l.t.Helper()
 	if len(load.Sites) == 0 {
@@ -126,7 +126,7 @@ func (b *JobLedger) submitAll(s *Site) {
 		b.mu.Unlock()
 		rest := b.load.Every - time.Since(begun)
 		if j.Err != nil {
-			rest = max(rest, 20*time.Millisecond) // who is refused does not hammer
+			rest = max(rest, 20*time.Millisecond) // a refused client does not retry at once
 		}
 		if rest > 0 {
 			sleep(b.ctx, rest)
@@ -134,7 +134,7 @@ func (b *JobLedger) submitAll(s *Site) {
 	}
 }
 
-// QuestionOf is the prompt of a job, which no other has.
+// QuestionOf returns a job's prompt, which is unique.
 func QuestionOf(number int64) string { return fmt.Sprintf("Job %d: what is carried?", number) }
 
 func (b *JobLedger) submit(s *Site) Job {
@@ -151,7 +151,7 @@ func (b *JobLedger) submit(s *Site) Job {
 	return j
 }
 
-// send submits the job to a node and notes the answer.
+// send submits the job to a node and records the answer.
 func (j *Job) send(ctx context.Context, n *Node, model string) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -197,7 +197,7 @@ func (j *Job) send(ctx context.Context, n *Node, model string) {
 	}
 }
 
-// Job asks a node for a job; ErrNoSuchJob when it answers 404.
+// Job asks a node for a job. The error is ErrNoSuchJob when it answers 404.
 func (n *Node) Job(ctx context.Context, id string) (JobView, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -236,7 +236,8 @@ func (n *Node) CheckJobs(ctx context.Context) error {
 	return err
 }
 
-// JobStreams asks a node who executes what, by its copy of the agreed state.
+// JobStreams asks a node which node executes each stream, by its copy of the agreed
+// state.
 func (n *Node) JobStreams(ctx context.Context) (admin.JobStreams, error) {
 	var s admin.JobStreams
 	text, err := n.get(ctx, n.AdminURL()+"/admin/v1/jobs/streams")
@@ -249,7 +250,7 @@ func (n *Node) JobStreams(ctx context.Context) (admin.JobStreams, error) {
 	return s, nil
 }
 
-// watch asks for acknowledged jobs of all ages, to catch one that goes back.
+// watch asks for acknowledged jobs of all ages, to find a final status that changes.
 func (b *JobLedger) watch(s *Site) {
 	for turn := 0; sleep(b.ctx, 25*time.Millisecond); turn++ {
 		id, ok := b.sample(turn)
@@ -263,7 +264,7 @@ func (b *JobLedger) watch(s *Site) {
 	}
 }
 
-// sample is a recent job or, each other time, any.
+// sample returns an acknowledged job: in odd turns a recent one, in even turns any.
 func (b *JobLedger) sample(turn int) (string, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -282,8 +283,8 @@ func (b *JobLedger) sample(turn int) (string, bool) {
 	return "", false
 }
 
-// Seen notes what a node shows of a job. What it has shown as final it must not
-// show otherwise.
+// Seen records a node's view of a job. A view that differs from an earlier final
+// view of the same node is a violation.
 func (b *JobLedger) Seen(n *Node, v JobView) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -301,14 +302,15 @@ func describe(v JobView) string {
 	return fmt.Sprintf("%s (result of %d bytes)", v.Status, len(v.Result))
 }
 
-// Forget is for a node whose disk was lost: it may know less than it has shown.
+// Forget drops what a node has shown. It is for a node that has lost its disk and
+// with it what it knew.
 func (b *JobLedger) Forget(n *Node) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	maps.DeleteFunc(b.finals, func(key string, _ JobView) bool { return len(key) > len(n.Name) && key[:len(n.Name)+1] == n.Name+"/" })
 }
 
-// Count is how many jobs were acknowledged so far.
+// Count returns how many jobs were acknowledged so far.
 func (b *JobLedger) Count() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -321,7 +323,7 @@ func (b *JobLedger) Count() int {
 	return count
 }
 
-// Stop ends the submissions and gives all of them.
+// Stop ends the submissions and returns all of them.
 func (b *JobLedger) Stop() []Job {
 	b.cancel()
 	b.work.Wait()
@@ -330,14 +332,14 @@ func (b *JobLedger) Stop() []Job {
 	return slices.Clone(b.jobs)
 }
 
-// Broken is what was seen to go back.
+// Broken describes final views that changed.
 func (b *JobLedger) Broken() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return slices.Clone(b.broken)
 }
 
-// CacheEntries is how many answers are in the node's shared tier.
+// CacheEntries returns the number of answers in the node's shared tier.
 func (n *Node) CacheEntries(ctx context.Context) (int64, error) {
 	text, err := n.get(ctx, n.AdminURL()+"/admin/v1/cache")
 	if err != nil {
@@ -352,12 +354,12 @@ func (n *Node) CacheEntries(ctx context.Context) (int64, error) {
 		return 0, err
 	}
 	if stats.Shared.Entries == nil {
-		return 0, errors.New("how many entries there are is not known yet")
+		return 0, errors.New("the number of entries is not known yet")
 	}
 	return *stats.Shared.Entries, nil
 }
 
-// Post sends a body to a node as a client of its site does.
+// Post sends a body to a node from a client in the node's site.
 func (n *Node) Post(ctx context.Context, path string, body []byte, header map[string]string) (status int, got http.Header, answer []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, n.API()+path, bytes.NewReader(body))
 	if err != nil {

@@ -23,46 +23,48 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Topology says what to start. The zero value is 1+1+1 on perfect links.
+// Topology says what to start. The zero value is three sites with one node each, on
+// links without delay and loss.
 type Topology struct {
-	// Nodes of each site: {2, 2, 1}. The first site is the primary at first, the
-	// second in the same city, all others in cities of their own.
+	// Nodes of each site, such as {2, 2, 1}. The first site begins as the primary. The
+	// second is in the same city, each other in another city.
 	Nodes []int
-	// Link is every link between two sites at the start. RoundTrip makes one.
+	// Link is the initial state of every link between two sites.
 	Link Link
-	// Cluster changes the generated cluster.yaml.
+	// Cluster edits the generated cluster.yaml.
 	Cluster func(text string) string
-	// Node changes a node.yaml before it is written.
+	// Node edits each node.yaml before it is written.
 	Node func(*node.Config)
-	// Alone starts the first node of the first site only, with a configuration
-	// that knows no other site: what a cluster grows from.
+	// Binary that all nodes begin with; Build's when empty.
+	Binary string
+	// Alone starts only the first node of the first site, with a configuration
+	// without other sites, for tests that let a cluster grow.
 	Alone bool
 }
 
-// RoundTrip is a link with half of a round trip's time in each direction.
+// RoundTrip returns a link that takes half of a round trip's time.
 func RoundTrip(d time.Duration) Link { return Link{Delay: d / 2} }
 
-// siteNames and their cities, in the order of Topology.Nodes.
+// siteNames are the sites in the order of Topology.Nodes.
 var siteNames = []struct{ name, city string }{
 	{"shanghai-a", "shanghai"}, {"shanghai-b", "shanghai"}, {"beijing", "beijing"}, {"guangzhou", "guangzhou"}, {"chengdu", "chengdu"},
 }
 
-// Lab is a running cluster on a network of its own.
+// Lab is a running cluster with its network.
 type Lab struct {
 	Net   *Network
 	Sites []*Site
-	// Random is seeded by LAB_SEED, or else by a number that is in the test's log.
+	// Random is seeded with LAB_SEED or with a random number that the test logs.
 	Random   *rand.Rand
 	Observer *Observer
 
-	t      testing.TB
-	dir    string
-	binary string
-	text   string // cluster.yaml
-	top    Topology
+	t    testing.TB
+	dir  string
+	text string // cluster.yaml
+	top  Topology
 }
 
-// Site is a data centre: its nodes and its simulated model server.
+// Site is a data centre with nodes and a simulated model server.
 type Site struct {
 	Index int
 	Name  string
@@ -75,24 +77,27 @@ type Site struct {
 }
 
 const (
-	startWithin   = 20 * time.Second
+	startWithin   = time.Minute // a machine that builds and tests at once is slow
 	pollEvery     = 50 * time.Millisecond
 	clientTimeout = 60 * time.Second
 )
 
-// Start builds the binary, starts the sites, bootstraps the cluster, and waits
-// until it is healthy. At the end of the test it checks the laws, ends all
-// processes and, when the test failed, shows the end of their logs.
+// Start builds the binary, starts the sites, bootstraps the cluster and waits until
+// it is healthy. At the end of the test the laws are checked and all processes are
+// killed; a failed test logs the last lines of the nodes' logs.
 func Start(t testing.TB, top Topology) *Lab {
 	t.Helper()
 	Require(t)
 	if raceDetector && os.Getenv("LAB_RACE") != "1" {
-		t.Skip("clients and links that the race detector slows down say nothing about times: run without -race, or with LAB_RACE=1")
+		t.Skip("the race detector slows clients and links down too much for promised times: run without -race, or with LAB_RACE=1")
 	}
 	if len(top.Nodes) == 0 {
 		top.Nodes = []int{1, 1, 1}
 	}
-	l := &Lab{t: t, top: top, binary: Build(t), dir: t.TempDir()}
+	if top.Binary == "" {
+		top.Binary = Build(t)
+	}
+	l := &Lab{t: t, top: top, dir: t.TempDir()}
 	seed := seedFor(t)
 	l.Random = rand.New(rand.NewPCG(seed, 1))
 	network, err := NewNetwork(len(top.Nodes), seed)
@@ -109,8 +114,7 @@ func Start(t testing.TB, top Topology) *Lab {
 	for _, s := range l.Sites {
 		s.Model.Start()
 	}
-	l.Observer = newObserver(l)
-	l.Observer.start()
+	l.Observer = l.observe()
 	if top.Alone {
 		l.Sites[0].Nodes[0].Start()
 	} else {
@@ -141,14 +145,14 @@ func newSite(l *Lab, index, nodes int) *Site {
 	return s
 }
 
-// Client is an HTTP client inside the site. What it asks of its own site passes
-// no link.
+// Client returns an HTTP client in the site. Its requests to nodes of the same site
+// pass no link.
 func (s *Site) Client() *http.Client { return s.http }
 
-// Kill kills all nodes of the site at once. Its model server lives.
+// Kill kills all nodes of the site at once. Its model server goes on.
 func (s *Site) Kill() { each(s.Nodes, (*Node).Kill) }
 
-// Stop freezes all nodes of the site at once.
+// Stop sends SIGSTOP to all nodes of the site at once.
 func (s *Site) Stop() { each(s.Nodes, (*Node).Stop) }
 
 // Continue ends a Stop.
@@ -157,7 +161,7 @@ func (s *Site) Continue() { each(s.Nodes, (*Node).Continue) }
 // Start starts all nodes of the site.
 func (s *Site) Start() { each(s.Nodes, (*Node).Start) }
 
-// Nodes are all nodes, site by site.
+// Nodes returns all nodes, site by site.
 func (l *Lab) Nodes() []*Node {
 	var all []*Node
 	for _, s := range l.Sites {
@@ -166,7 +170,7 @@ func (l *Lab) Nodes() []*Node {
 	return all
 }
 
-// Running are the nodes whose process lives, stopped or not.
+// Running returns the nodes with a process, also a stopped one.
 func (l *Lab) Running() []*Node {
 	var all []*Node
 	for _, n := range l.Nodes() {
@@ -177,7 +181,7 @@ func (l *Lab) Running() []*Node {
 	return all
 }
 
-// Site finds one by name.
+// Site finds a site by name.
 func (l *Lab) Site(name string) *Site {
 	l.t.Helper()
 	for _, s := range l.Sites {
@@ -189,7 +193,7 @@ func (l *Lab) Site(name string) *Site {
 	return nil
 }
 
-// ClusterYAML is the configuration that the cluster was founded with.
+// ClusterYAML returns the configuration that the cluster was bootstrapped with.
 func (l *Lab) ClusterYAML() string { return l.text }
 
 func (l *Lab) bootstrap() {
@@ -205,8 +209,8 @@ func (l *Lab) bootstrap() {
 	})
 }
 
-// WaitHealthy waits until every running node says that the cluster is healthy,
-// sees every running node as the process that it is now, and all name one leader.
+// WaitHealthy waits until every running node reports a healthy cluster, shows every
+// running node as alive with its current process id, and all name the same leader.
 func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 	l.t.Helper()
 	return l.WaitFor(within, "the cluster to be healthy", func(ctx context.Context) error {
@@ -234,7 +238,7 @@ func (l *Lab) WaitHealthy(within time.Duration) time.Duration {
 	})
 }
 
-// sees compares what a node says of the others with what is.
+// sees checks that a node shows every running node as alive, with its process id.
 func (l *Lab) sees(observer *Node, status admin.Status) error {
 	for _, n := range l.Running() {
 		i := slices.IndexFunc(status.Nodes, func(s admin.NodeStatus) bool { return s.Name == n.Name })
@@ -243,14 +247,14 @@ func (l *Lab) sees(observer *Node, status admin.Status) error {
 		}
 		seen := status.Nodes[i]
 		if seen.State != admin.NodeAlive || seen.PID == nil || *seen.PID != n.PID() {
-			return fmt.Errorf("%s sees %s as %s, its process is %d: %+v", observer.Name, n.Name, seen.State, n.PID(), seen)
+			return fmt.Errorf("%s shows %s as %s, want alive with process %d: %+v", observer.Name, n.Name, seen.State, n.PID(), seen)
 		}
 	}
 	return nil
 }
 
-// WaitPrimary waits until every running node of the sites named (all when none
-// is) holds that site for the primary, and gives what they agree on.
+// WaitPrimary waits until every running node reports that site as the primary, and
+// returns what they report.
 func (l *Lab) WaitPrimary(within time.Duration, site string) admin.Primary {
 	l.t.Helper()
 	var primary admin.Primary
@@ -270,8 +274,8 @@ func (l *Lab) WaitPrimary(within time.Duration, site string) admin.Primary {
 	return primary
 }
 
-// WaitFor asks again and again until there is no error, and gives the time that
-// took. When it takes too long the test ends with the last error.
+// WaitFor calls condition until it returns no error, and returns how long that took.
+// After the limit the test fails with the last error.
 func (l *Lab) WaitFor(within time.Duration, what string, condition func(context.Context) error) time.Duration {
 	l.t.Helper()
 	begun := time.Now()
@@ -290,7 +294,7 @@ func (l *Lab) WaitFor(within time.Duration, what string, condition func(context.
 	}
 }
 
-// pause is between two looks at a condition.
+// pause waits before a condition is checked again.
 func pause(d time.Duration) { <-time.After(d) }
 
 func (l *Lab) close() {
@@ -322,7 +326,7 @@ func (l *Lab) close() {
 	}
 }
 
-// seedFor is LAB_SEED, or a new number; a failed test tells it.
+// seedFor returns LAB_SEED or a random number, and logs it.
 func seedFor(t testing.TB) uint64 {
 	t.Helper()
 	seed := rand.Uint64()
@@ -336,7 +340,7 @@ func seedFor(t testing.TB) uint64 {
 	return seed
 }
 
-// each runs f for all nodes at the same time and waits.
+// each calls f for all nodes at the same time and waits.
 func each(nodes []*Node, f func(*Node)) {
 	var wg sync.WaitGroup
 	for _, n := range nodes {

@@ -8,45 +8,45 @@ import (
 	"time"
 )
 
-// Link is how packets fare from one site to another, in that direction alone.
-// The zero Link carries everything at once.
+// Link describes one direction between two sites. The zero Link delivers every
+// packet at once.
 type Link struct {
-	// Delay is added to each packet, one way: half of a round trip's.
+	// Delay of each packet, one way.
 	Delay time.Duration
-	// Jitter is the most that is added on top. How much of it changes ten times
-	// a second, and packets stay in order, as behind a queue that fills and
-	// drains: jitter drawn per packet would either reorder all of them or, kept
-	// in order, wait for the slowest nearly always.
+	// Jitter is the upper bound of an additional delay, which is drawn ten times a
+	// second. Packets stay in order, as behind a queue that fills and drains. Drawn
+	// for each packet, it would reorder packets all the time or, in order, delay
+	// nearly each of them by the maximum.
 	Jitter time.Duration
-	// Loss is the share of packets that vanish, 0 to 1.
+	// Loss is the share of packets that are dropped, 0 to 1.
 	Loss float64
-	// Bandwidth is in bytes per second; 0 is without limit.
+	// Bandwidth in bytes per second; 0 is no limit.
 	Bandwidth int64
-	// Cut drops everything, also what is under way.
+	// Cut drops all packets, also those in the queue.
 	Cut bool
 }
 
 const (
 	// jitterEvery is how long a drawn jitter lasts.
 	jitterEvery = 100 * time.Millisecond
-	// maxQueued packets wait on a link: 60 MB in the largest case, a second of
-	// 200 Mbit/s in full packets. What comes on top is dropped, as by a router.
+	// maxQueued packets wait on a link: up to 60 MB, which at full packet size is 2.4 s
+	// of 200 Mbit/s. Further packets are dropped, as by a router.
 	maxQueued = 40000
-	// maxBacklog is the longest that a packet waits for its turn on a link with
-	// a bandwidth limit; then the tail is dropped.
+	// maxBacklog is how long a packet waits for the bandwidth at most; further packets
+	// are dropped.
 	maxBacklog = 500 * time.Millisecond
 )
 
-// LinkCount is what a link did with packets so far.
+// LinkCount counts the packets of a link so far.
 type LinkCount struct {
 	Carried, Bytes uint64
-	Lost           uint64 // by Loss
-	Cut            uint64 // by Cut
-	Overflowed     uint64 // by a full queue
+	Lost           uint64 // dropped by Loss
+	Cut            uint64 // dropped by Cut
+	Overflowed     uint64 // dropped by a full queue
 }
 
-// pipe is one direction between two sites: a queue in order of arrival, each
-// packet with the time when it is due.
+// pipe carries packets in one direction: a queue in order of arrival, in which each
+// packet has the time of its delivery.
 type pipe struct {
 	deliver func(packet []byte)
 	wake    chan struct{} // a packet was queued
@@ -55,8 +55,8 @@ type pipe struct {
 	link      Link
 	random    *rand.Rand
 	queue     []queued
-	lastDue   time.Time // packets stay in order
-	free      time.Time // when the line has sent all it was given
+	lastDue   time.Time // no later packet is due earlier
+	free      time.Time // when the bandwidth has sent all packets so far
 	jitter    time.Duration
 	jitterEnd time.Time
 	count     LinkCount
@@ -91,7 +91,7 @@ func (p *pipe) get() (Link, LinkCount) {
 	return p.link, p.count
 }
 
-// send takes a packet, which from now on is the pipe's.
+// send takes over the packet.
 func (p *pipe) send(packet []byte) {
 	switch p.schedule(packet) {
 	case atOnce:
@@ -105,16 +105,16 @@ func (p *pipe) send(packet []byte) {
 	}
 }
 
-// fate is what becomes of a packet.
-type fate int
+// delivery says when a packet is delivered.
+type delivery int
 
 const (
-	never  fate = iota // lost, cut or overflowed, and counted as such
-	later              // queued
-	atOnce             // the caller delivers it
+	never  delivery = iota // dropped and counted
+	later                  // queued
+	atOnce                 // by the caller
 )
 
-func (p *pipe) schedule(packet []byte) fate {
+func (p *pipe) schedule(packet []byte) delivery {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
@@ -167,7 +167,7 @@ func (p *pipe) drawJitter(now time.Time) time.Duration {
 	return p.jitter
 }
 
-// run delivers what is due until done is closed.
+// run delivers queued packets when they are due, until done is closed.
 func (p *pipe) run(done <-chan struct{}) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -187,7 +187,7 @@ func (p *pipe) run(done <-chan struct{}) {
 	}
 }
 
-// next takes the first packet if it is due, else says how long until it is.
+// next takes the first packet if it is due, else returns the time until then.
 func (p *pipe) next() ([]byte, time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// arrivals records what a pipe delivers and when, since its start.
+// arrivals records which packets a pipe delivers, and when.
 type arrivals struct {
 	mu    sync.Mutex
 	begun time.Time
@@ -31,7 +31,7 @@ func packet(id, size int) []byte {
 	return p
 }
 
-// inBubble runs a pipe in virtual time.
+// inBubble runs f with a pipe in virtual time.
 func inBubble(t *testing.T, l Link, f func(p *pipe, a *arrivals)) {
 	synctest.Test(t, func(t *testing.T) {
 		a := &arrivals{begun: time.Now()}
@@ -45,7 +45,7 @@ func inBubble(t *testing.T, l Link, f func(p *pipe, a *arrivals)) {
 	})
 }
 
-// settle lets virtual time pass and everything due in it happen.
+// settle lets virtual time pass and waits until the pipe has nothing more to do.
 func settle(d time.Duration) {
 	time.Sleep(d)
 	synctest.Wait()
@@ -89,7 +89,7 @@ func TestJitterStaysInBoundsAndOrder(t *testing.T) {
 			t.Errorf("packets took %v to %v, want 10 ms to 210 ms", least, most)
 		}
 		if mean := sum / n; mean < 70*time.Millisecond || mean > 190*time.Millisecond {
-			t.Errorf("packets took %v in the mean: the jitter does not vary", mean)
+			t.Errorf("packets took %v on average: the jitter does not vary", mean)
 		}
 	})
 }

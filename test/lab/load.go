@@ -18,46 +18,47 @@ import (
 	"time"
 )
 
-// Load is what clients do while a test makes trouble. Requests start by the
-// clock, whether or not earlier ones were answered: a closed loop would hide
-// queueing. Nothing is retried.
+// Load says which requests clients send while a test causes faults. The load is
+// open-loop: requests start by the clock, whether or not earlier ones were answered,
+// because a closed loop would hide queueing. No request is retried.
 type Load struct {
-	// Rate is plain requests per second, of each site.
+	// Rate is the number of plain requests per second and site.
 	Rate float64
-	// Streams that run at any time, of each site; each takes some three seconds.
+	// Streams is the number of streams per site at any time. Each takes about three
+	// seconds.
 	Streams int
-	// Balanced clients stand behind a load balancer that asks /healthz/ready of
-	// all nodes ten times a second and prefers those of the client's site. Others
-	// know the nodes of their site alone, in turn.
+	// Balanced clients use a load balancer that asks every node for /healthz/ready ten
+	// times a second and prefers ready nodes of the client's site. Other clients use
+	// the nodes of their site in turn.
 	Balanced bool
-	// Sites are those whose clients are busy; all when empty.
+	// Sites whose clients send requests; all when empty.
 	Sites []*Site
 }
 
-// Result is what one client saw of one request.
+// Result is the outcome of one request, as its client saw it.
 type Result struct {
 	At     time.Time // sent
 	Took   time.Duration
-	Site   string // the client's
+	Site   string // of the client
 	Node   string // asked
 	Stream bool
-	// ServedBy is the site whose model server answered, empty when none did.
+	// ServedBy is the site of the model server that answered, if any.
 	ServedBy string
 	Attempts string // X-Dsnode-Attempts
 	Err      error  // nil: a complete and correct answer
 }
 
-// Running is a load that is under way.
+// Running is a load that has been started.
 type Running struct {
 	lab      *Lab
 	load     Load
-	stop     context.CancelFunc // of new requests
-	abort    context.CancelFunc // of running ones
+	stop     context.CancelFunc // ends new requests
+	abort    context.CancelFunc // ends running requests
 	arrivals sync.WaitGroup
 	requests sync.WaitGroup
-	started  atomic.Int64
+	started  atomic.Int64 // plain requests without a result yet
 	turn     atomic.Uint64
-	want     map[string]string // the one correct text, by model
+	want     map[string]string // correct answer by model
 	ready    atomic.Pointer[map[string]bool]
 
 	mu      sync.Mutex // guards results
@@ -65,7 +66,7 @@ type Running struct {
 }
 
 const (
-	// maxOutstanding bounds the open loop: what comes on top is a failed request.
+	// maxOutstanding bounds the open loop. A request beyond it counts as failed.
 	maxOutstanding = 20000
 	loadQuestion   = "What is carried between the sites?"
 	drainWithin    = 30 * time.Second
@@ -73,7 +74,7 @@ const (
 
 var errOutstanding = errors.New("too many requests are outstanding")
 
-// StartLoad begins at once. Stop it before reading the results.
+// StartLoad begins at once. Stop returns the results.
 func (l *Lab) StartLoad(load Load) *Running {
 	l.t.Helper()
 	if len(load.Sites) == 0 {
@@ -90,7 +91,7 @@ func (l *Lab) StartLoad(load Load) *Running {
 	arrive, stop := context.WithCancel(context.Background())
 	ask, abort := context.WithCancel(context.Background())
 	r.stop, r.abort = stop, abort
-	// A test that ends early must not leave its clients to the next one.
+	// The clients of a test that fails early must not run on in the next test.
 	l.t.Cleanup(func() {
 		stop()
 		abort()
@@ -111,7 +112,7 @@ func (l *Lab) StartLoad(load Load) *Running {
 		}
 		for i := range load.Streams {
 			r.requests.Go(func() {
-				// Spread over the length of one, so that not all start together.
+				// Starts are spread over the length of a stream.
 				for sleep(arrive, time.Duration(i)*3*time.Second/time.Duration(load.Streams)); arrive.Err() == nil; {
 					r.one(ask, s, true)
 				}
@@ -121,7 +122,7 @@ func (l *Lab) StartLoad(load Load) *Running {
 	return r
 }
 
-// Stop lets what runs finish and gives all results in the order of sending.
+// Stop waits for running requests and returns all results in the order of sending.
 func (r *Running) Stop() []Result {
 	r.stop()
 	r.arrivals.Wait()
@@ -134,21 +135,21 @@ func (r *Running) Stop() []Result {
 	return results
 }
 
-// Count is how many requests have ended so far.
+// Count returns how many requests have ended so far.
 func (r *Running) Count() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.results)
 }
 
-// snapshot is what has ended so far.
+// snapshot returns the results so far.
 func (r *Running) snapshot() []Result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return slices.Clone(r.results)
 }
 
-// Failed are the results with an error, of the sites named or of all.
+// Failed returns the results with an error, of these sites or, without any, of all.
 func Failed(results []Result, sites ...string) []Result {
 	var failed []Result
 	for _, r := range results {
@@ -159,7 +160,7 @@ func Failed(results []Result, sites ...string) []Result {
 	return failed
 }
 
-// Summary tells results in a few lines: counts, the slowest, the first errors.
+// Summary describes results in a few lines: counts, latencies, the first errors.
 func Summary(results []Result) string {
 	var plain, streams, failed int
 	var took []time.Duration
@@ -231,7 +232,7 @@ func (r *Running) one(ctx context.Context, s *Site, stream bool) {
 	}
 	r.add(result)
 	if err != nil && stream {
-		sleep(ctx, 100*time.Millisecond) // a client that fails at once does not spin
+		sleep(ctx, 100*time.Millisecond) // a client that fails at once must not spin
 	}
 }
 
@@ -241,7 +242,7 @@ func (r *Running) add(result Result) {
 	r.results = append(r.results, result)
 }
 
-// choose is what stands between a client and the nodes.
+// choose picks the node for a client's request.
 func (r *Running) choose(s *Site) *Node {
 	nodes := s.Nodes
 	if ready := r.ready.Load(); r.load.Balanced && ready != nil {
@@ -257,7 +258,7 @@ func (r *Running) choose(s *Site) *Node {
 	return nodes[r.turn.Add(1)%uint64(len(nodes))]
 }
 
-// probe asks every node whether it is ready, as a load balancer does.
+// probe asks every node for its readiness, as a load balancer does.
 func (r *Running) probe(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
@@ -278,20 +279,20 @@ func (r *Running) probe(ctx context.Context) {
 	r.ready.Store(&ready)
 }
 
-// Ask asks one plain question from within the node's site.
+// Ask sends one plain request from within the node's site and returns the answer.
 func (l *Lab) Ask(ctx context.Context, n *Node, model, question string) (string, error) {
 	_, text, err := complete(ctx, n.Site.http, n.API(), model, question, false)
 	return text, err
 }
 
-// AskStream is Ask, streamed and put together again.
+// AskStream is Ask with a stream.
 func (l *Lab) AskStream(ctx context.Context, n *Node, model, question string) (string, error) {
 	_, text, err := complete(ctx, n.Site.http, n.API(), model, question, true)
 	return text, err
 }
 
-// complete asks for a chat completion and gives its text. A stream must end
-// with a finish reason and [DONE]; anything else is an error.
+// complete asks for a chat completion and returns its text. A stream that does not
+// end with a finish reason and [DONE] is an error.
 func complete(ctx context.Context, client *http.Client, base, model, question string, stream bool) (http.Header, string, error) {
 	body, err := json.Marshal(map[string]any{
 		"model": model, "stream": stream,
@@ -333,7 +334,7 @@ func complete(ctx context.Context, client *http.Client, base, model, question st
 	return resp.Header, answer.Choices[0].Message.Content, nil
 }
 
-// sleep waits, and reports false when ctx ended first.
+// sleep waits and reports false when ctx ends first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -10,11 +10,11 @@ import (
 	"github.com/dsnode/dsnode/node/modelsim"
 )
 
-// modelPort is the same in every site; each has a network of its own.
+// modelPort is the same in every site, since each has its own namespace.
 const modelPort = 9000
 
-// ModelServer is a site's simulated model server. It runs in the test's
-// process, so that a test can read what it was asked, and listens in the site.
+// ModelServer is a site's simulated model server. It listens in the site and runs
+// in the test's process, so that a test can read the requests that it got.
 type ModelServer struct {
 	*modelsim.Server
 
@@ -50,8 +50,8 @@ func (m *ModelServer) Start() {
 	}()
 }
 
-// Kill cuts all connections and closes the port, as when the process is killed.
-// Start brings it back.
+// Kill closes the port and all connections, as the end of a process does. Start
+// starts the server again.
 func (m *ModelServer) Kill() { m.end() }
 
 func (m *ModelServer) end() {

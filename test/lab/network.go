@@ -17,10 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mtu of the links between sites: the internet's.
+// mtu of the links between sites, as on the internet.
 const mtu = 1500
 
-// Network is a handful of sites that reach each other only through it.
+// Network is a few sites that reach each other only through it.
 type Network struct {
 	places []*place
 	pipes  [][]*pipe // [from][to], nil on the diagonal
@@ -30,17 +30,17 @@ type Network struct {
 	tap    atomic.Pointer[func(packet []byte)]
 }
 
-// place is one site's namespace: a thread that lives in it, and the near end of
-// its TUN device. The namespace is anonymous, so it ends with the last process
-// in it and nothing can be left behind.
+// place is one site: a network namespace, a thread that stays in it, and this
+// process's end of its TUN device. The namespace is anonymous, so it disappears with
+// its last process.
 type place struct {
 	addr  net.IP
 	tun   *os.File
-	calls chan func() // run on the thread inside the namespace
-	ns    int         // descriptor of the namespace
+	calls chan func() // for the thread in the namespace
+	ns    int         // file descriptor of the namespace
 }
 
-// Reachable says why this machine can't have a Network, nil when it can.
+// Reachable returns the reason why this machine can't have a Network, if any.
 func Reachable() error {
 	if os.Geteuid() != 0 {
 		return errors.New("network namespaces need root")
@@ -52,8 +52,8 @@ func Reachable() error {
 	return f.Close()
 }
 
-// NewNetwork makes n sites with perfect links. The seed decides what is lost
-// and how much jitter there is. The caller closes it.
+// NewNetwork makes n sites; their links have no delay and no loss. The seed decides
+// which packets are lost later on, and the jitter. The caller closes the network.
 func NewNetwork(n int, seed uint64) (*Network, error) {
 	w := &Network{done: make(chan struct{})}
 	for i := range n {
@@ -81,10 +81,10 @@ func NewNetwork(n int, seed uint64) (*Network, error) {
 	return w, nil
 }
 
-// Addr is the site's address, reachable from all sites.
+// Addr returns the site's address, which all sites can reach.
 func (w *Network) Addr(site int) string { return w.places[site].addr.String() }
 
-// Set changes the link from one site to another, that direction alone.
+// Set changes the link from one site to another, in that direction only.
 func (w *Network) Set(from, to int, l Link) { w.pipes[from][to].set(l) }
 
 // SetAll gives every link the same settings.
@@ -92,16 +92,16 @@ func (w *Network) SetAll(l Link) {
 	w.each(func(from, to int) { w.Set(from, to, l) })
 }
 
-// Link is how packets fare from one site to another now, and how they fared.
+// Link returns the state and the counters of the link from one site to another.
 func (w *Network) Link(from, to int) (Link, LinkCount) { return w.pipes[from][to].get() }
 
-// Cut drops everything from one site to another, that direction alone.
+// Cut drops all packets from one site to another, in that direction only.
 func (w *Network) Cut(from, to int) { w.cut(from, to, true) }
 
-// Mend ends a cut; the link is as it was before.
+// Mend ends a Cut. The link is as before it.
 func (w *Network) Mend(from, to int) { w.cut(from, to, false) }
 
-// Isolate cuts a site off from all others, both ways.
+// Isolate cuts all links of a site, in both directions.
 func (w *Network) Isolate(site int) {
 	w.each(func(from, to int) {
 		if from == site || to == site {
@@ -149,27 +149,28 @@ func (w *Network) ListenPacket(site, port int) (net.PacketConn, error) {
 	return c, err
 }
 
-// Start starts a process in a site. It is killed when this process ends.
+// Start starts a process in a site. The kernel kills it when this process ends.
 func (w *Network) Start(site int, cmd *exec.Cmd) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	// The signal comes when the starting thread ends, which is the site's own
-	// and lives as long as the Network.
+	// The kernel sends it when the starting thread ends, which is the site's thread
+	// and lasts as long as the Network.
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	cmd.SysProcAttr.Setpgid = true
 	return w.places[site].do(cmd.Start)
 }
 
-// Dial opens a TCP connection from within a site, as a client there would.
+// Dial opens a TCP connection as a client in the site does.
 func (w *Network) Dial(ctx context.Context, site int, addr string) (net.Conn, error) {
 	type result struct {
 		conn net.Conn
 		err  error
 	}
 	got := make(chan result, 1)
-	// Connecting blocks, so it takes a thread of its own; the site's own thread
-	// stays free. A thread that can't go back home ends with its goroutine.
+	// Connecting blocks, so it must not happen on the site's thread. A thread that
+	// can't return to the namespace of this process ends with its goroutine, which then
+	// does not unlock it.
 	go func() {
 		runtime.LockOSThread()
 		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -177,7 +178,7 @@ func (w *Network) Dial(ctx context.Context, site int, addr string) (net.Conn, er
 			got <- result{err: err}
 			return
 		}
-		defer func() { _ = unix.Close(home) }() // a descriptor of a namespace has nothing to flush
+		defer func() { _ = unix.Close(home) }() // nothing is written to it
 		if err := unix.Setns(w.places[site].ns, unix.CLONE_NEWNET); err != nil {
 			got <- result{err: fmt.Errorf("enter the site's namespace: %w", err)}
 			return
@@ -193,13 +194,13 @@ func (w *Network) Dial(ctx context.Context, site int, addr string) (net.Conn, er
 	return r.conn, r.err
 }
 
-// Close ends the links and the sites' threads, and with these every process
-// that was started there and still runs.
+// Close ends the links and the sites' threads. With its thread, the processes of a
+// site are killed.
 func (w *Network) Close() {
 	w.close.Do(func() {
 		close(w.done)
 		for _, p := range w.places {
-			_ = p.tun.Close() // ends route's read; packets have nothing to flush
+			_ = p.tun.Close() // ends the read of route
 			close(p.calls)
 			_ = unix.Close(p.ns)
 		}
@@ -207,7 +208,7 @@ func (w *Network) Close() {
 	})
 }
 
-// route carries what a site sends to where it belongs.
+// route hands each packet that a site sends to the pipe to its destination.
 func (w *Network) route(from int, p *place) {
 	buf := make([]byte, mtu+64)
 	for {
@@ -227,8 +228,8 @@ func (w *Network) route(from int, p *place) {
 	}
 }
 
-// Tap shows every packet that goes from one site to another; nil ends it. The
-// function may be called by several goroutines at once.
+// Tap calls a function with every packet between sites, possibly from several
+// goroutines at once. Nil ends that.
 func (w *Network) Tap(see func(packet []byte)) {
 	if see == nil {
 		w.tap.Store(nil)
@@ -237,7 +238,8 @@ func (w *Network) Tap(see func(packet []byte)) {
 	w.tap.Store(&see)
 }
 
-// destination reads which site an IPv4 packet goes to: 10.99.<site+1>.x.
+// destination returns the site that an IPv4 packet is for. Site s has the addresses
+// 10.99.<s+1>.x.
 func (w *Network) destination(packet []byte) (int, bool) {
 	if len(packet) < 20 || packet[0]>>4 != 4 || packet[16] != 10 || packet[17] != 99 {
 		return 0, false
@@ -256,8 +258,8 @@ func newPlace(index int) (*place, error) {
 	return p, nil
 }
 
-// live is the site's thread: it enters a new namespace, sets it up, and then
-// runs what it is given. It never unlocks, so the thread ends with it.
+// live is the site's thread: it sets up a new namespace and then runs the calls. It
+// never unlocks the thread, so the thread ends with it.
 func (p *place) live(ready chan<- error) {
 	runtime.LockOSThread()
 	err := p.enter()
@@ -305,7 +307,7 @@ func (p *place) enter() error {
 }
 
 func (p *place) write(packet []byte) {
-	// A full or closed device drops the packet, as a network may.
+	// A packet for a full or closed device is lost.
 	_, _ = p.tun.Write(packet)
 }
 

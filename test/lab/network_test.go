@@ -24,7 +24,7 @@ func network(t *testing.T, sites int) *Network {
 	return w
 }
 
-// echo answers everything with itself in a site until the test ends.
+// echo starts a server in a site that sends back what it receives.
 func echo(t *testing.T, w *Network, site int) (addr string) {
 	t.Helper()
 	l, err := w.Listen(site, 0)
@@ -71,18 +71,30 @@ func roundTrip(t *testing.T, c net.Conn) time.Duration {
 	return time.Since(begun)
 }
 
+// quickest repeats a round trip until one is quick enough, since a busy machine
+// delays packets too, and returns the shortest.
+func quickest(t *testing.T, c net.Conn, enough time.Duration) time.Duration {
+	t.Helper()
+	least := time.Hour
+	within(30*time.Second, func() bool {
+		least = min(least, roundTrip(t, c))
+		return least <= enough
+	})
+	return least
+}
+
 func TestRoundTripTakesTheDelayOfBothWays(t *testing.T) {
 	w := network(t, 3)
 	addr := echo(t, w, 1)
-	near := dial(t, w, 1, addr) // a client in the site itself passes no link
+	near := dial(t, w, 1, addr) // from the same site, which passes no link
 	far := dial(t, w, 0, addr)
 	w.Set(0, 1, Link{Delay: 40 * time.Millisecond})
 	w.Set(1, 0, Link{Delay: 20 * time.Millisecond})
-	if took := roundTrip(t, far); took < 60*time.Millisecond || took > 160*time.Millisecond {
-		t.Errorf("round trip between sites took %v, want about 60 ms", took)
+	if took := quickest(t, far, 80*time.Millisecond); took < 60*time.Millisecond || took > 80*time.Millisecond {
+		t.Errorf("the quickest round trip between sites took %v, want about 60 ms", took)
 	}
-	if took := roundTrip(t, near); took > 50*time.Millisecond {
-		t.Errorf("round trip within the site took %v", took)
+	if took := quickest(t, near, 20*time.Millisecond); took > 20*time.Millisecond {
+		t.Errorf("the quickest round trip within the site took %v", took)
 	}
 }
 
@@ -104,11 +116,12 @@ func TestOneWayCutOfDatagrams(t *testing.T) {
 	w.Mend(0, 1)
 	send(t, a, b, "through")
 	if got := receive(t, b); got != "through" {
-		t.Errorf("after the cut %q came, want only what was sent after it", got)
+		t.Errorf("after the cut %q arrived, want only what was sent after it", got)
 	}
 }
 
-// A cut holds new connections: no refusal, no answer; when it ends they go on.
+// During a cut new connections are neither refused nor opened, and connections that
+// exist wait. After it both go on.
 func TestCutHoldsDials(t *testing.T) {
 	w := network(t, 3)
 	addr := echo(t, w, 1)
@@ -166,9 +179,17 @@ func TestThroughput(t *testing.T) {
 		}
 		return float64(size) / time.Since(begun).Seconds() / 1e6
 	}
-	free := transfer(32 << 20)
+	// A busy machine slows transfers down, so only the fastest counts.
+	fastest := func(size int, enough float64) (most float64) {
+		within(30*time.Second, func() bool {
+			most = max(most, transfer(size))
+			return most >= enough
+		})
+		return most
+	}
+	free := fastest(32<<20, 5)
 	w.Set(0, 1, Link{Bandwidth: 1e6})
-	limited := transfer(1 << 20)
+	limited := fastest(1<<20, 0.5)
 	t.Logf("echoed %.0f MB/s without a limit, %.2f MB/s with 1 MB/s", free, limited)
 	if free < 5 {
 		t.Errorf("links without a limit carry %.1f MB/s: they would be the bottleneck", free)
@@ -195,7 +216,7 @@ func TestProcessesEndWithTheNetwork(t *testing.T) {
 	}
 }
 
-// within asks again and again until the condition holds or the time is over.
+// within waits until the condition holds, and reports false when time runs out.
 func within(d time.Duration, condition func() bool) bool {
 	for over := time.Now().Add(d); !condition(); pause(5 * time.Millisecond) {
 		if time.Now().After(over) {

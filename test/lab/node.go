@@ -4,6 +4,7 @@ package lab
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,14 +24,14 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Node is one dsnode process that can be hurt.
+// Node is one dsnode, with its process and its disk.
 type Node struct {
 	Name string
 	Site *Site
 
 	lab   *Lab
 	ports ports
-	// binary is another build than the lab has; see Use.
+	// binary overrides Topology.Binary if set; see Use.
 	binary string
 
 	mu   sync.Mutex // guards cmd, done
@@ -40,7 +41,7 @@ type Node struct {
 
 type ports struct{ api, admin, gossip, rpc int }
 
-// newPorts is how far RestartWithNewPorts moves.
+// newPorts is what RestartWithNewPorts adds to each port.
 const newPorts = 1000
 
 func newNode(l *Lab, s *Site, index int) *Node {
@@ -51,7 +52,7 @@ func newNode(l *Lab, s *Site, index int) *Node {
 	}
 }
 
-// Start starts the process. It is an error of the test when it runs already.
+// Start starts the process. The test fails when it runs already.
 func (n *Node) Start() {
 	t := n.lab.t
 	t.Helper()
@@ -65,7 +66,7 @@ func (n *Node) Start() {
 		t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }() // the process has its own descriptor
-	cmd := exec.Command(n.program(), "run", "--config", filepath.Join(n.dir(), "node.yaml"))
+	cmd := exec.Command(cmp.Or(n.binary, n.lab.top.Binary), "run", "--config", filepath.Join(n.dir(), "node.yaml"))
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := n.lab.Net.Start(n.Site.Index, cmd); err != nil {
 		t.Fatalf("start %s: %v", n.Name, err)
@@ -73,35 +74,27 @@ func (n *Node) Start() {
 	done := make(chan struct{})
 	n.cmd, n.done = cmd, done
 	go func() {
-		_ = cmd.Wait() // how it ended is in the log, and most are killed
+		_ = cmd.Wait() // most are killed; for others the log has the reason
 		close(done)
 	}()
 }
 
-// Use makes the node run another build from its next start on; "" is the one
-// that the lab has built.
+// Use makes the node run another binary from its next start on.
 func (n *Node) Use(binary string) { n.binary = binary }
 
-func (n *Node) program() string {
-	if n.binary != "" {
-		return n.binary
-	}
-	return n.lab.binary
-}
-
-// Kill ends the process as a power failure does, and waits until it is gone.
+// Kill sends SIGKILL and waits until the process has ended.
 func (n *Node) Kill() { n.signal(syscall.SIGKILL, 10*time.Second) }
 
-// Terminate asks the process to drain and leave, and waits until it is gone.
+// Terminate sends SIGTERM, on which the process drains, and waits until it has ended.
 func (n *Node) Terminate(within time.Duration) { n.signal(syscall.SIGTERM, within) }
 
-// Stop freezes the process; its kernel still acknowledges what peers send.
+// Stop sends SIGSTOP. The kernel still acknowledges what peers send to the process.
 func (n *Node) Stop() { n.signal(syscall.SIGSTOP, 0) }
 
-// Continue ends a Stop.
+// Continue sends SIGCONT.
 func (n *Node) Continue() { n.signal(syscall.SIGCONT, 0) }
 
-// Restart kills the process, if it lives, and starts it with the same files.
+// Restart kills the process if it runs, and starts it again with the same files.
 func (n *Node) Restart() {
 	if n.Running() {
 		n.Kill()
@@ -109,7 +102,7 @@ func (n *Node) Restart() {
 	n.Start()
 }
 
-// RestartWithNewPorts comes back under the same name at other addresses.
+// RestartWithNewPorts restarts the node under the same name on other ports.
 func (n *Node) RestartWithNewPorts() {
 	if n.Running() {
 		n.Kill()
@@ -122,12 +115,12 @@ func (n *Node) RestartWithNewPorts() {
 	n.Start()
 }
 
-// WipeDisk removes all that a node that does not run has kept.
+// WipeDisk removes the data of a node that does not run.
 func (n *Node) WipeDisk() {
 	t := n.lab.t
 	t.Helper()
 	if n.Running() {
-		t.Fatalf("%s runs: a disk is lost with its node down", n.Name)
+		t.Fatalf("%s runs: kill it before its disk is wiped", n.Name)
 	}
 	if err := os.RemoveAll(n.DataDir()); err != nil {
 		t.Fatal(err)
@@ -159,7 +152,7 @@ func (n *Node) signal(sig syscall.Signal, within time.Duration) {
 	}
 }
 
-// Running is whether the process lives, stopped or not.
+// Running reports whether the process exists, also a stopped one.
 func (n *Node) Running() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -178,7 +171,7 @@ func (n *Node) runningLocked() bool {
 	}
 }
 
-// PID of the process, 0 before the first start.
+// PID returns the process id, 0 before the first start.
 func (n *Node) PID() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -188,34 +181,34 @@ func (n *Node) PID() int {
 	return n.cmd.Process.Pid
 }
 
-// end kills without a word; for the end of a test.
+// end kills the process at the end of a test, if it runs.
 func (n *Node) end() {
 	n.mu.Lock()
 	cmd, done := n.cmd, n.done
 	n.mu.Unlock()
 	if cmd != nil {
-		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Process.Kill() // fails if it has ended
 		<-done
 	}
 }
 
-// API is the node's base URL for clients of any site.
+// API returns the node's base URL for clients of all sites.
 func (n *Node) API() string {
 	return fmt.Sprintf("http://%s:%d", n.lab.Net.Addr(n.Site.Index), n.ports.api)
 }
 
-// AdminURL is for clients in the node's own site.
+// AdminURL returns the base URL of the admin port, for clients in the node's site.
 func (n *Node) AdminURL() string { return fmt.Sprintf("http://127.0.0.1:%d", n.ports.admin) }
 
-// DataDir is the node's disk.
+// DataDir returns the directory with the node's data.
 func (n *Node) DataDir() string { return filepath.Join(n.dir(), "data") }
 
-// LogFile holds what the process wrote, all its starts.
+// LogFile returns the file with the output of all the node's processes.
 func (n *Node) LogFile() string { return filepath.Join(n.dir(), "node.log") }
 
 func (n *Node) dir() string { return filepath.Join(n.lab.dir, n.Name) }
 
-// LogTail is the last lines of the log.
+// LogTail returns the last lines of the log.
 func (n *Node) LogTail(lines int) string {
 	text, err := os.ReadFile(n.LogFile())
 	if err != nil {
@@ -225,7 +218,7 @@ func (n *Node) LogTail(lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// Status asks the node's admin port how the cluster is.
+// Status asks the node's admin port for the status.
 func (n *Node) Status(ctx context.Context) (admin.Status, error) {
 	var s admin.Status
 	text, err := n.get(ctx, n.AdminURL()+"/admin/v1/status")
@@ -248,7 +241,7 @@ func (n *Node) ApplyConfig(ctx context.Context, text string) error {
 	return err
 }
 
-// Metrics are the node's samples by series, as on the page:
+// Metrics returns the node's samples by series, such as
 // `dsnode_primary{site="beijing"}`.
 func (n *Node) Metrics(ctx context.Context) (map[string]float64, error) {
 	text, err := n.get(ctx, n.AdminURL()+"/metrics")
@@ -276,7 +269,8 @@ func (n *Node) get(ctx context.Context, url string) ([]byte, error) {
 	return n.ask(req)
 }
 
-// ask sends a request from within the node's site; anything but 2xx is an error.
+// ask sends a request from within the node's site. A status other than 2xx is an
+// error.
 func (n *Node) ask(req *http.Request) ([]byte, error) {
 	resp, err := n.Site.http.Do(req)
 	if err != nil {
@@ -293,7 +287,7 @@ func (n *Node) ask(req *http.Request) ([]byte, error) {
 	return text, nil
 }
 
-// AnonMemory is what the process holds in memory that no file backs, in bytes.
+// AnonMemory returns the process's anonymous memory in bytes.
 func (n *Node) AnonMemory(t testing.TB) int64 {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", n.PID()))
@@ -313,14 +307,14 @@ func (n *Node) AnonMemory(t testing.TB) int64 {
 	return 0
 }
 
-// CPU is the user and system time that the process has used.
+// CPU returns the user and system time that the process has used.
 func (n *Node) CPU(t testing.TB) time.Duration {
 	t.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", n.PID()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// After the name in parentheses, utime and stime are the 12th and 13th.
+	// utime and stime are fields 12 and 13 after the name, which is in parentheses.
 	_, rest, _ := cutLast(string(text), ")")
 	f := strings.Fields(rest)
 	if len(f) < 13 {
@@ -334,7 +328,7 @@ func (n *Node) CPU(t testing.TB) time.Duration {
 		}
 		ticks += v
 	}
-	return time.Duration(ticks) * 10 * time.Millisecond // Linux counts in 100ths for users
+	return time.Duration(ticks) * 10 * time.Millisecond // the kernel reports hundredths of a second
 }
 
 func cutLast(s, sep string) (before, after string, found bool) {

@@ -12,33 +12,31 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// observeEvery is how often every node is asked how the cluster is.
+// observeEvery is the interval at which every node is asked for its status.
 const observeEvery = 100 * time.Millisecond
 
-// maxObservations bounds the record: five nodes for five hours.
+// maxObservations bounds the record. It suffices for five nodes and five hours.
 const maxObservations = 1 << 20
 
-// Observer asks every running node for its status, from within its own site, so
-// that cuts don't blind it. Its record is what tests compare with the truth
-// that they made.
+// Observer asks every running node for its status from within the node's site, so
+// that cut links don't matter, records the answers and checks the laws.
 type Observer struct {
-	lab    *Lab
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	lab  *Lab
+	stop func()
 
 	mu      sync.Mutex // guards all below
 	seen    []Observation
 	dropped int
-	laws    lawBook
+	laws    lawCheck
 }
 
-// Observation is one answer of one node, or none.
+// Observation is one question to a node with its answer, if any.
 type Observation struct {
 	Node string
 	PID  int // of the process that answered
-	// Asked and Answered bracket the moment that the answer is about.
+	// The answer describes a moment between Asked and Answered.
 	Asked, Answered time.Time
-	Err             error // no answer; all below is zero
+	Err             error // there was no answer; all below is zero
 
 	Healthy    bool
 	Quorum     bool
@@ -49,44 +47,25 @@ type Observation struct {
 	Reasons    []string
 }
 
-func newObserver(l *Lab) *Observer { return &Observer{lab: l, laws: newLawBook()} }
-
-func (o *Observer) start() {
-	ctx, cancel := context.WithCancel(context.Background())
-	o.cancel = cancel
-	for _, n := range o.lab.Nodes() {
-		o.wg.Go(func() { o.watch(ctx, n) })
-	}
+// observe starts an Observer.
+func (l *Lab) observe() *Observer {
+	o := &Observer{lab: l, laws: newLawCheck()}
+	o.stop = l.watchNodes(observeEvery, o.look)
+	return o
 }
 
-func (o *Observer) stop() {
-	if o.cancel != nil {
-		o.cancel()
-		o.wg.Wait()
+func (o *Observer) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		return
 	}
-}
-
-func (o *Observer) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(observeEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			continue
-		}
-		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-		asked, pid := time.Now(), n.PID()
-		status, err := n.Status(ask)
-		cancel()
-		if ctx.Err() == nil {
-			seen := observation(n.Name, asked, status, err)
-			seen.PID = pid
-			o.note(seen)
-		}
+	ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	asked, pid := time.Now(), n.PID()
+	status, err := n.Status(ask)
+	if ctx.Err() == nil {
+		seen := observation(n.Name, asked, status, err)
+		seen.PID = pid
+		o.note(seen)
 	}
 }
 
@@ -119,7 +98,7 @@ func (o *Observer) note(seen Observation) {
 	o.seen = append(o.seen, seen)
 }
 
-// Between gives what was answered from one time to another, in order.
+// Between returns the observations answered from one time to another, in order.
 func (o *Observer) Between(from, to time.Time) []Observation {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -132,62 +111,62 @@ func (o *Observer) Between(from, to time.Time) []Observation {
 	return some
 }
 
-// Laws gives the laws that were broken so far, in words.
+// Laws describes the violations of laws so far.
 func (o *Observer) Laws() []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	broken := append([]string(nil), o.laws.broken...)
 	for leader, by := range o.laws.leaders {
 		if !slices.ContainsFunc(o.lab.Nodes(), func(n *Node) bool { return n.Name == leader }) {
-			broken = append(broken, fmt.Sprintf("law 5: %s named %q for Raft's leader, which is no node", by, leader))
+			broken = append(broken, fmt.Sprintf("law 5: %s named %q as the Raft leader, and there is no such node", by, leader))
 		}
 	}
 	if o.dropped > 0 {
-		broken = append(broken, fmt.Sprintf("the record was full: %d observations were checked and not kept", o.dropped))
+		broken = append(broken, fmt.Sprintf("the record was full: %d observations were checked but not kept", o.dropped))
 	}
 	return broken
 }
 
-// lawBook holds what can be broken by what nodes say of each other. Law 1: at
-// most one primary per (generation, epoch), and both only rise. Law 5, as far as it
-// goes by names.
-type lawBook struct {
-	primaries map[term]string   // which site it is
-	last      map[int]term      // what each process said last; a new one may know less at first
-	leaders   map[string]string // named as Raft's, and by whom first
+// lawCheck checks what statuses can show of the laws. Law 1: there is at most one
+// primary per (generation, epoch), and both only rise. Law 5 (a status is true): the
+// Raft leader that a status names is a node.
+type lawCheck struct {
+	primaries map[term]string   // site by term
+	last      map[int]term      // latest term that each process reported; a new process may start lower
+	leaders   map[string]string // Raft leaders named, each with the node that first named it
 	broken    []string
 }
 
 type term struct{ generation, epoch uint64 }
 
-const maxBroken = 100 // one is enough to fail; more help to understand
+const maxBroken = 100 // one fails the test; the others help to understand
 
-func newLawBook() lawBook {
-	return lawBook{primaries: map[term]string{}, last: map[int]term{}, leaders: map[string]string{}}
+func newLawCheck() lawCheck {
+	return lawCheck{primaries: map[term]string{}, last: map[int]term{}, leaders: map[string]string{}}
 }
 
-func (b *lawBook) check(s Observation) {
-	if _, known := b.leaders[s.Leader]; !known && s.Leader != "" && len(b.leaders) < maxBroken {
-		b.leaders[s.Leader] = s.Node
+func (c *lawCheck) check(s Observation) {
+	if _, known := c.leaders[s.Leader]; !known && s.Leader != "" && len(c.leaders) < maxBroken {
+		c.leaders[s.Leader] = s.Node
 	}
 	if s.Err != nil || s.Primary == "" || s.Generation == 0 {
 		return
 	}
 	now := term{s.Generation, s.Epoch}
-	if other, known := b.primaries[now]; known && other != s.Primary {
-		b.breaks("law 1: generation %d, epoch %d has two primaries, %s and (says %s) %s", now.generation, now.epoch, other, s.Node, s.Primary)
+	if other, known := c.primaries[now]; known && other != s.Primary {
+		c.violated("law 1: generation %d, epoch %d has two primaries, %s and (says %s) %s", now.generation, now.epoch, other, s.Node, s.Primary)
 	} else if !known {
-		b.primaries[now] = s.Primary
+		c.primaries[now] = s.Primary
 	}
-	before := b.last[s.PID]
+	before := c.last[s.PID]
 	if now.generation < before.generation || now.generation == before.generation && now.epoch < before.epoch {
-		b.breaks("law 1: %s went back from generation %d, epoch %d to %d, %d", s.Node, before.generation, before.epoch, now.generation, now.epoch)
+		c.violated("law 1: %s went back from generation %d, epoch %d to %d, %d", s.Node, before.generation, before.epoch, now.generation, now.epoch)
 	}
-	b.last[s.PID] = now
+	c.last[s.PID] = now
 }
 
-func (b *lawBook) breaks(format string, args ...any) {
-	if len(b.broken) < maxBroken {
-		b.broken = append(b.broken, fmt.Sprintf(format, args...))
+func (c *lawCheck) violated(format string, args ...any) {
+	if len(c.broken) < maxBroken {
+		c.broken = append(c.broken, fmt.Sprintf(format, args...))
 	}
 }

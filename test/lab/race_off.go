@@ -2,5 +2,5 @@
 
 package lab
 
-// raceDetector is whether this test binary has it.
+// raceDetector reports whether this binary is built with it.
 const raceDetector = false

@@ -3,21 +3,16 @@
 package lab
 
 import (
-	"os"
+	"fmt"
 	"testing"
+
+	"github.com/dsnode/dsnode/test/skip"
 )
 
-// Require skips the test where sites can't have networks of their own, with the
-// reason. With DSNODE_TEST_REQUIRE=1, as on a machine that must run everything,
-// it fails instead.
+// Require skips the test, or with DSNODE_TEST_REQUIRE=1 fails it, where sites
+// can't have networks of their own.
 func Require(t testing.TB) {
 	t.Helper()
 	err := Reachable()
-	if err == nil {
-		return
-	}
-	if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-		t.Fatalf("the lab can't run here: %v", err)
-	}
-	t.Skipf("the lab can't run here: %v", err)
+	skip.Unless(t, err == nil, fmt.Sprintf("the lab needs network namespaces: %v", err))
 }

@@ -12,24 +12,19 @@ import (
 	"time"
 )
 
-// RoleWatch asks nodes for /healthz/primary every few milliseconds, each from
-// within its own site, and keeps when they answered 200. It is how a load
-// balancer sees the role, so it tells how long the role was idle and whether two
-// sites had it.
+// RoleWatch asks every node for /healthz/primary every few milliseconds, from
+// within the node's site, and records when it answered 200. A load balancer sees
+// the role in the same way, so the record shows for how long no site acted as
+// primary, and whether two did at once.
 type RoleWatch struct {
-	lab   *Lab
-	every time.Duration
-	stop  context.CancelFunc
-	wg    sync.WaitGroup
-
 	mu      sync.Mutex // guards all below
 	acting  []Acting
-	current map[string]int // a node's run that goes on, as index of acting
+	current map[string]int // index in acting of each node's unfinished run
 	samples int
 	dropped int
 }
 
-// Look brackets the moment that an answer is about.
+// Look is one question; its answer describes a moment between the two times.
 type Look struct{ Asked, Answered time.Time }
 
 // Acting is an unbroken run of 200 answers by one process in one epoch.
@@ -42,24 +37,21 @@ type Acting struct {
 	Count      int
 }
 
-// maxActing bounds the record: changes of the role, and breaks of an answer.
+// maxActing bounds the record. A run ends with a change of the role or with a
+// question that gets no 200.
 const maxActing = 1 << 16
 
-// roleTimeout bounds a look, so that looking goes on soon after a node was
-// stopped and continued. The one under way then is answered first of all.
+// roleTimeout bounds a question, so that a node is asked again soon after it was
+// stopped and continued. The node then answers the pending question first.
 const roleTimeout = 250 * time.Millisecond
 
-// WatchRole begins at once, and ends with the test: then the law is checked.
+// WatchRole begins at once and ends with the test, which fails when law 1 was broken.
 func (l *Lab) WatchRole(every time.Duration) *RoleWatch {
 	l.t.Helper()
-	ctx, stop := context.WithCancel(context.Background())
-	w := &RoleWatch{lab: l, every: every, stop: stop, current: map[string]int{}}
-	for _, n := range l.Nodes() {
-		w.wg.Go(func() { w.watch(ctx, n) })
-	}
+	w := &RoleWatch{current: map[string]int{}}
+	stop := l.watchNodes(every, w.look)
 	l.t.Cleanup(func() {
-		w.stop()
-		w.wg.Wait()
+		stop()
 		for _, broken := range w.Laws() {
 			l.t.Errorf("a law was broken: %s", broken)
 		}
@@ -67,29 +59,20 @@ func (l *Lab) WatchRole(every time.Duration) *RoleWatch {
 	return w
 }
 
-func (w *RoleWatch) watch(ctx context.Context, n *Node) {
-	tick := time.NewTicker(w.every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if !n.Running() {
-			w.end(n)
-			continue
-		}
-		look, pid := Look{Asked: time.Now()}, n.PID()
-		epoch, acts := askRole(ctx, n)
-		look.Answered = time.Now()
-		if ctx.Err() == nil {
-			w.note(n, pid, epoch, acts, look)
-		}
+func (w *RoleWatch) look(ctx context.Context, n *Node) {
+	if !n.Running() {
+		w.end(n)
+		return
+	}
+	look, pid := Look{Asked: time.Now()}, n.PID()
+	epoch, acts := askRole(ctx, n)
+	look.Answered = time.Now()
+	if ctx.Err() == nil {
+		w.note(n, pid, epoch, acts, look)
 	}
 }
 
-// askRole is whether the node says that it acts as primary, and in which epoch.
+// askRole reports whether the node says that it acts as primary, and its epoch.
 func askRole(ctx context.Context, n *Node) (epoch uint64, acts bool) {
 	ctx, cancel := context.WithTimeout(ctx, roleTimeout)
 	defer cancel()
@@ -136,14 +119,15 @@ func (w *RoleWatch) note(n *Node, pid int, epoch uint64, acts bool, look Look) {
 	w.acting = append(w.acting, Acting{Site: n.Site.Name, Node: n.Name, PID: pid, Epoch: epoch, First: look, Last: look, Count: 1})
 }
 
-// Runs are all runs so far, in the order of their beginning.
+// Runs returns all runs so far in the order of their first answers.
 func (w *RoleWatch) Runs() []Acting {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.acting)
 }
 
-// Begun is the first look at which an epoch's primary acted, false while none has.
+// Begun returns the first look at which a node acted as the epoch's primary, and
+// false while none has.
 func (w *RoleWatch) Begun(epoch uint64) (Look, bool) {
 	var first Look
 	for _, a := range w.Runs() {
@@ -154,9 +138,9 @@ func (w *RoleWatch) Begun(epoch uint64) (Look, bool) {
 	return first, !first.Asked.IsZero()
 }
 
-// Idle is how long at most nobody acted before an epoch: from the last question
-// that an earlier epoch's primary answered with 200 to the first such answer of
-// this one. False when one of them was not seen.
+// Idle is an upper bound of the time without an acting primary before an epoch: from
+// the last question that a primary of an earlier epoch answered with 200 to the
+// first such answer in this epoch. It is false when one of the two is missing.
 func (w *RoleWatch) Idle(epoch uint64) (time.Duration, bool) {
 	begun, ok := w.Begun(epoch)
 	if !ok {
@@ -171,14 +155,14 @@ func (w *RoleWatch) Idle(epoch uint64) (time.Duration, bool) {
 	return begun.Answered.Sub(last), !last.IsZero()
 }
 
-// Laws gives what breaks law 1, in words: a site that acted after a higher epoch's
-// primary did, or two sites in one epoch.
+// Laws describes violations of law 1: two sites acted in one epoch, or a site acted
+// after another had acted in a higher epoch.
 func (w *RoleWatch) Laws() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	broken := twoActed(w.acting)
 	if w.dropped > 0 {
-		broken = append(broken, fmt.Sprintf("the record of the role was full: %d runs were not kept", w.dropped))
+		broken = append(broken, fmt.Sprintf("the record of the role was full: %d runs are missing", w.dropped))
 	}
 	return broken
 }
@@ -191,7 +175,7 @@ func twoActed(runs []Acting) []string {
 			case old.Epoch == next.Epoch && old.Site < next.Site:
 				broken = append(broken, fmt.Sprintf("law 1: %s and %s both acted as primary in epoch %d", old.Node, next.Node, old.Epoch))
 			case old.Epoch < next.Epoch && old.Last.Asked.After(next.First.Answered):
-				broken = append(broken, fmt.Sprintf("law 1: %s acted in epoch %d, asked %v after %s was seen to act in epoch %d",
+				broken = append(broken, fmt.Sprintf("law 1: %s acted in epoch %d when asked %v after %s had acted in epoch %d",
 					old.Node, old.Epoch, old.Last.Asked.Sub(next.First.Answered), next.Node, next.Epoch))
 			}
 			if len(broken) >= maxBroken {

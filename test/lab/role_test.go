@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-func TestTwoActed(t *testing.T) {
+func TestTwoActingPrimariesAreFound(t *testing.T) {
 	at := func(s float64) time.Time { return time.Unix(0, int64(s*1e9)) }
 	run := func(site string, epoch uint64, from, to float64) Acting {
 		return Acting{
@@ -23,7 +23,7 @@ func TestTwoActed(t *testing.T) {
 		"nodes of one site":           {[]Acting{run("a", 1, 0, 5), run("a", 1, 1, 9)}, 0},
 		"asked before, answered late": {[]Acting{run("a", 1, 0, 6.1), run("b", 2, 6, 9)}, 0},
 		"both at once":                {[]Acting{run("a", 1, 0, 7), run("b", 2, 6, 9)}, 1},
-		"the old one once more":       {[]Acting{run("a", 1, 0, 5), run("b", 2, 6, 9), run("a", 1, 8, 8.2)}, 1},
+		"the old primary again":       {[]Acting{run("a", 1, 0, 5), run("b", 2, 6, 9), run("a", 1, 8, 8.2)}, 1},
 		"a site again, later":         {[]Acting{run("a", 1, 0, 5), run("b", 2, 6, 9), run("a", 3, 10, 12)}, 0},
 		"two in one epoch":            {[]Acting{run("a", 2, 0, 5), run("b", 2, 6, 9)}, 1},
 	} {
@@ -35,7 +35,7 @@ func TestTwoActed(t *testing.T) {
 	}
 }
 
-func TestIdleIsTheLongestThatItCanHaveBeen(t *testing.T) {
+func TestIdleIsAnUpperBound(t *testing.T) {
 	at := func(ms int) time.Time { return time.Unix(0, int64(ms)*1e6) }
 	w := &RoleWatch{acting: []Acting{
 		{Site: "a", Epoch: 1, First: Look{at(0), at(1)}, Last: Look{at(100), at(102)}},
@@ -47,9 +47,9 @@ func TestIdleIsTheLongestThatItCanHaveBeen(t *testing.T) {
 		t.Errorf("idle %v, %v, want 75 ms", idle, ok)
 	}
 	if idle, ok := w.Idle(3); ok {
-		t.Errorf("idle before an epoch that nobody saw: %v", idle)
+		t.Errorf("idle before an epoch without a look: %v", idle)
 	}
 	if idle, ok := w.Idle(1); ok {
-		t.Errorf("idle before the first epoch that was seen: %v", idle)
+		t.Errorf("idle before the first epoch: %v", idle)
 	}
 }

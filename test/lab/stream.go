@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// What a stream can end in besides [DONE]. The law allows the first, an
-// explicit error, and never the others.
+// What a stream can end in other than a finish reason and [DONE]. Law 9 allows the
+// first, an explicit error, and forbids the others.
 var (
 	errStreamError     = errors.New("the stream ended in an error event")
 	errStreamTruncated = errors.New("the stream ended without [DONE]")
@@ -20,7 +20,7 @@ var (
 	errAfterDone       = errors.New("the stream goes on after [DONE]")
 )
 
-// readStream puts a streamed chat completion together.
+// readStream returns the text of a streamed chat completion.
 func readStream(r io.Reader) (string, error) {
 	var text strings.Builder
 	var finished, done bool
@@ -53,7 +53,7 @@ func readStream(r io.Reader) (string, error) {
 			}
 		}
 		if err := json.Unmarshal([]byte(data), &event); err != nil {
-			return text.String(), fmt.Errorf("an event is no JSON: %w", err)
+			return text.String(), fmt.Errorf("an event is not JSON: %w", err)
 		}
 		if event.Error != nil {
 			return text.String(), fmt.Errorf("%w: %s", errStreamError, event.Error)
@@ -77,6 +77,6 @@ func readStream(r io.Reader) (string, error) {
 	return text.String(), nil
 }
 
-// LawfulEnd reports whether a result's stream ended as law 9 allows: complete,
-// or in an explicit error.
+// LawfulEnd reports whether a stream ended as law 9 allows: complete or with an
+// explicit error.
 func LawfulEnd(r Result) bool { return r.Err == nil || errors.Is(r.Err, errStreamError) }

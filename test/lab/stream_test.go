@@ -38,25 +38,25 @@ func TestReadStream(t *testing.T) {
 	}
 	other := `data: {"id":"2","choices":[{"delta":{"content":"x"}}]}` + "\n\n"
 	if _, err := readStream(strings.NewReader(hello + other)); err == nil {
-		t.Error("a stream whose id changes was taken for one answer")
+		t.Error("a stream whose id changes was accepted")
 	}
 }
 
-func TestLawOneIsNoticed(t *testing.T) {
-	b := newLawBook()
+func TestTwoPrimariesAreNoticed(t *testing.T) {
+	b := newLawCheck()
 	say := func(pid int, generation, epoch uint64, site string) {
 		b.check(Observation{Node: "n", PID: pid, Generation: generation, Epoch: epoch, Primary: site})
 	}
 	say(1, 1, 1, "a")
 	say(2, 1, 1, "a")
 	say(2, 1, 2, "b")
-	say(3, 1, 1, "a") // one that is behind is no offence
+	say(3, 1, 1, "a") // another process may be behind
 	if len(b.broken) != 0 {
-		t.Fatalf("broken without cause: %v", b.broken)
+		t.Fatalf("reported without a violation: %v", b.broken)
 	}
 	say(3, 1, 2, "c")
 	say(2, 1, 1, "a")
 	if len(b.broken) != 2 {
-		t.Errorf("two primaries of one epoch and a node that went back: noticed %v", b.broken)
+		t.Errorf("reported %v, want two primaries of one epoch and a node that went back", b.broken)
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Refused is an error answer of a node's admin port.
+// Refused is an error object from a node's admin port.
 type Refused struct {
 	Status  int    `json:"-"`
 	Code    string `json:"code"`
@@ -24,8 +24,9 @@ func (r *Refused) Error() string {
 	return fmt.Sprintf("answered %d %s: %s", r.Status, r.Code, r.Message)
 }
 
-// Switchover asks this node to move the primary and waits for the outcome. An
-// error is a *Refused when the node gave one; otherwise nobody knows.
+// Switchover asks this node to move the primary, and waits for the outcome. The error
+// is a *Refused when the node answered with one; after any other error the outcome is
+// unknown.
 func (n *Node) Switchover(ctx context.Context, to string) (admin.FailoverResult, error) {
 	var result admin.FailoverResult
 	answer, err := n.post(ctx, "/admin/v1/failover?author=lab", admin.FailoverRequest{To: to})

@@ -1,6 +1,6 @@
-// Package openai runs OpenAI's own Go client against a gateway with the real
-// pipeline and a simulated model server. It is a module of its own, so that
-// nobody who builds dsnode needs the client.
+// Package openai runs OpenAI's Go client against a gateway with the real pipeline
+// and a simulated model server. It is a separate module, so that building dsnode does
+// not need the client.
 package openai
 
 import (
@@ -18,10 +18,12 @@ import (
 	"github.com/openai/openai-go/v3/option"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/modelsim"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
 )
 
 // oneKey knows the key "secret", and "narrow" which may use one model only.
@@ -34,20 +36,20 @@ func (oneKey) Authenticate(token string, _ bool) (serving.Principal, error) {
 	case "narrow":
 		return serving.Principal{KeyID: "n", Models: []string{"deepseek-reasoner"}}, nil
 	}
-	return serving.Principal{}, cluster.ErrKeyUnknown
+	return serving.Principal{}, agreed.ErrKeyUnknown
 }
 
-type well struct{}
+type healthy struct{}
 
-func (well) Health() gateway.Report { return gateway.Report{Role: "primary", Epoch: 1, Ready: true} }
+func (healthy) Health() gateway.Report { return gateway.Report{Role: "primary", Epoch: 1, Ready: true} }
 
-// house is a gateway on a port in front of one simulated server.
-type house struct {
+// rig is a gateway on a port in front of one simulated server.
+type rig struct {
 	sim *modelsim.Server
 	url string
 }
 
-func start(t *testing.T) *house {
+func start(t *testing.T) *rig {
 	t.Helper()
 	serve := func(run func(context.Context, net.Listener) error) string {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -64,23 +66,23 @@ func start(t *testing.T) *house {
 		t.Cleanup(func() { stop(); done.Wait() })
 		return "http://" + ln.Addr().String() + "/v1"
 	}
-	h := &house{sim: modelsim.New(modelsim.Options{Tokens: 12})}
+	h := &rig{sim: modelsim.New(modelsim.Options{Tokens: 12})}
 	models := []string{"deepseek-chat", "deepseek-reasoner", "text-embedding"}
-	cfg := &cluster.Config{
-		Version: 1, Sites: map[string]cluster.Site{"here": {City: "x", Priority: 1}}, Limits: cluster.DefaultLimits(), Timeouts: cluster.DefaultTimeouts(),
-		Upstreams: map[string]cluster.Upstream{"sim": {Site: "here", Kind: cluster.KindDeepSeek, URL: serve(h.sim.Run)}},
-		Models:    map[string]cluster.Model{},
+	cfg := &config.Config{
+		Version: 1, Sites: map[string]config.Site{"here": {City: "x", Priority: 1}}, Limits: config.DefaultLimits(), Timeouts: config.DefaultTimeouts(),
+		Upstreams: map[string]config.Upstream{"sim": {Site: "here", Kind: config.KindDeepSeek, URL: serve(h.sim.Run)}},
+		Models:    map[string]config.Model{},
 	}
 	for _, m := range models {
-		cfg.Models[m] = cluster.Model{Serve: []cluster.Serve{{Upstream: "sim"}}}
+		cfg.Models[m] = config.Model{Serve: []config.Serve{{Upstream: "sim"}}}
 	}
-	p := serving.New(serving.Options{Site: "here", Registerer: prometheus.NewRegistry()})
-	if err := p.Configure(cfg); err != nil {
+	fleet := upstream.New(upstream.Options{Site: "here"})
+	if err := fleet.Configure(cfg); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(p.Close)
+	t.Cleanup(fleet.Close)
 	g := gateway.New(gateway.Options{
-		Server: p, Config: func() *cluster.Config { return cfg }, Auth: oneKey{}, Health: well{},
+		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: oneKey{}, Health: healthy{},
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
 	h.url = serve(func(ctx context.Context, ln net.Listener) error {
@@ -91,7 +93,7 @@ func start(t *testing.T) *house {
 	return h
 }
 
-func (h *house) client(key string) openai.Client {
+func (h *rig) client(key string) openai.Client {
 	return openai.NewClient(option.WithBaseURL(h.url), option.WithAPIKey(key))
 }
 
@@ -205,7 +207,7 @@ func TestEmbeddingsAndModels(t *testing.T) {
 			ids = append(ids, m.ID)
 		}
 		if strings.Join(ids, " ") != want {
-			t.Errorf("%s sees %v", key, ids)
+			t.Errorf("models for key %s: %v", key, ids)
 		}
 	}
 	if m, err := c.Models.Get(t.Context(), "deepseek-chat"); err != nil || m.ID != "deepseek-chat" {
@@ -213,8 +215,8 @@ func TestEmbeddingsAndModels(t *testing.T) {
 	}
 }
 
-// TestErrors: the client reads status, code and message, and does not ask
-// again where that is of no use.
+// The client reads status, code and message of an error, and does not retry a request
+// that would fail again.
 func TestErrors(t *testing.T) {
 	h := start(t)
 	for name, tc := range map[string]struct {
@@ -250,7 +252,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestBrokenStream ends in an error that the client sees.
+// The client sees that a stream has failed.
 func TestBrokenStream(t *testing.T) {
 	h := start(t)
 	if err := h.sim.SetFault(modelsim.Fault{Mode: modelsim.SilentEnd, After: 3}); err != nil {
@@ -282,7 +284,7 @@ func TestCancellation(t *testing.T) {
 		t.Fatal(stream.Err())
 	}
 	cancel()
-	for stream.Next() { // what was under way
+	for stream.Next() { // events that had arrived
 	}
 	if err := stream.Err(); !errors.Is(err, context.Canceled) {
 		t.Error(err)
@@ -292,7 +294,7 @@ func TestCancellation(t *testing.T) {
 		select {
 		case <-tick.C:
 		case <-limit:
-			t.Fatal("the server works on for a client that has gone")
+			t.Fatal("the model server still works for a client that is gone")
 		}
 	}
 }

@@ -1,0 +1,322 @@
+package agreed
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+// Bounds of the agreed state: it is copied to every voter, kept in memory and
+// written whole into each snapshot.
+const (
+	MaxNodes        = 256
+	maxAPIKeys      = 10_000
+	maxConfigBytes  = 1 << 20
+	maxHistory      = 32
+	maxHistoryBytes = 4 << 20
+	maxDrills       = 50
+	maxDrillReport  = 256 << 10
+)
+
+// Refusals of Apply. They are answers, the same on every node, not failures.
+var (
+	ErrAlreadyFounded  = errors.New("the cluster is already bootstrapped")
+	ErrNotFounded      = errors.New("the cluster is not bootstrapped yet")
+	ErrVersionConflict = errors.New("the configuration has changed since it was read")
+	ErrUnknownNode     = errors.New("no such node")
+	ErrUnknownKey      = errors.New("no such API key")
+	ErrStateFull       = errors.New("the agreed state has reached its bound")
+	ErrStaleEpoch      = errors.New("stale epoch")
+	ErrStaleTerm       = errors.New("decided by a raft leader of another term")
+	ErrSwitchover      = errors.New("a switchover is in progress")
+	ErrNoSwitchover    = errors.New("that switchover is no longer in progress")
+	ErrDrillRunning    = errors.New("another drill is running")
+	ErrDrillEnded      = errors.New("that drill has ended")
+	ErrLastVoter       = errors.New("the last voter can't be removed")
+)
+
+// Apply is the whole state machine: pure, total, and the same on every node.
+// It never reads a clock, a parser or anything but its two arguments. A refusal
+// leaves the state as it was (the same pointer); an error that is
+// ErrUnknownCommand must stop the node.
+func Apply(s *State, c Command) (*State, error) {
+	if c.Type == CmdTick {
+		return s, nil
+	}
+	if c.Type == CmdInit {
+		return applyInit(s, c)
+	}
+	if s.ClusterID == "" {
+		return s, ErrNotFounded
+	}
+	next := *s // what follows replaces fields, never changes what they point to
+	var err error
+	switch c.Type {
+	case CmdNodePut:
+		err = with(c, func(n Node) error { return next.putNode(n, c.At) })
+	case CmdNodeRemove:
+		err = with(c, next.removeNode)
+	case CmdConfigSet:
+		err = with(c, func(d ConfigSet) error { return next.setConfig(d, c.At) })
+	case CmdAPIKeyPut:
+		err = with(c, next.putKey)
+	case CmdAPIKeyRevoke:
+		err = with(c, func(d APIKeyRevoke) error { return next.revokeKey(d, c.At) })
+	case CmdFeatureRaise:
+		err = with(c, func(d FeatureRaise) error {
+			next.FeatureLevel = max(next.FeatureLevel, d.Level)
+			return nil
+		})
+	case CmdPromote:
+		err = with(c, func(d Promote) error { return next.promote(d, c) })
+	case CmdSwitchover:
+		err = with(c, func(d SwitchoverSet) error { return next.setSwitchover(d, c.At) })
+	case CmdFailoverAck:
+		err = with(c, next.acknowledge)
+	case CmdFailoverHold:
+		err = with(c, func(d FailoverHold) error {
+			next.Hold = nil
+			if d.Held {
+				next.Hold = &Hold{Reason: d.Reason, By: d.By, At: c.At}
+			}
+			return nil
+		})
+	case CmdUpstreamDrain:
+		err = with(c, func(d UpstreamDrain) error { return next.drainUpstream(d, c.At) })
+	case CmdCachePurge:
+		err = with(c, func(d CachePurge) error { return next.purgeCache(d, c.At) })
+	case CmdStreamOpen:
+		err = with(c, func(d StreamOpen) error { return next.openStream(d, c) })
+	case CmdStreamOwn:
+		err = with(c, func(d StreamOwn) error { return next.ownStream(d, c) })
+	case CmdStreamDrop:
+		err = with(c, func(d StreamDrop) error { return next.dropStreams(d, c) })
+	case CmdStreamInherit:
+		err = with(c, func(d StreamInherit) error { return next.inheritStream(d, c) })
+	case CmdDrillPut:
+		err = with(c, func(d DrillRecord) error { return next.putDrill(d, c.At) })
+	case CmdDataKeyAdd, CmdDataKeyConfirm, CmdDataKeyActivate, CmdDataKeyDrop, CmdDataKeyRewrap:
+		err = next.applyDataKey(c)
+	default:
+		err = fmt.Errorf("%w: %q", ErrUnknownCommand, c.Type)
+	}
+	if err != nil {
+		return s, err
+	}
+	return &next, nil
+}
+
+func with[T any](c Command, f func(T) error) error {
+	var d T
+	if err := json.Unmarshal(c.Data, &d); err != nil {
+		return fmt.Errorf("decode %s: %w", c.Type, err)
+	}
+	return f(d)
+}
+
+func applyInit(s *State, c Command) (*State, error) {
+	if s.ClusterID != "" {
+		return s, ErrAlreadyFounded
+	}
+	next := &State{}
+	err := with(c, func(d Init) error {
+		if len(d.Config.Text) > maxConfigBytes {
+			return fmt.Errorf("%w: configuration of %d bytes", ErrStateFull, len(d.Config.Text))
+		}
+		d.Node.JoinedAt = c.At
+		d.Config.Version, d.Config.Time = 1, c.At
+		*next = State{
+			Format: stateFormat, FeatureLevel: 1,
+			ClusterID: d.ClusterID, Name: d.Name, Generation: d.Generation, CreatedAt: c.At,
+			Primary: Primary{Site: d.Node.Site, Epoch: 1, Since: c.At, Reason: "bootstrap"},
+			Nodes:   map[string]Node{d.Node.Name: d.Node},
+			APIKeys: map[string]APIKey{},
+			Config:  d.Config,
+		}
+		return nil
+	})
+	if err != nil {
+		return s, err
+	}
+	return next, nil
+}
+
+func (s *State) putNode(n Node, at time.Time) error {
+	old, known := s.Nodes[n.Name]
+	if !known && len(s.Nodes) >= MaxNodes {
+		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
+	}
+	n.JoinedAt = at
+	if known {
+		n.JoinedAt = old.JoinedAt
+	}
+	s.Nodes = maps.Clone(s.Nodes)
+	s.Nodes[n.Name] = n
+	return nil
+}
+
+func (s *State) removeNode(d NodeRemove) error {
+	if _, known := s.Nodes[d.Name]; !known {
+		return fmt.Errorf("%w: %s", ErrUnknownNode, d.Name)
+	}
+	s.Nodes = maps.Clone(s.Nodes)
+	delete(s.Nodes, d.Name)
+	s.forgetConfirmations(d.Name)
+	return nil
+}
+
+func (s *State) setConfig(d ConfigSet, at time.Time) error {
+	if d.Expect != s.Config.Version {
+		return fmt.Errorf("%w: it is at version %d, not %d", ErrVersionConflict, s.Config.Version, d.Expect)
+	}
+	if len(d.Text) > maxConfigBytes {
+		return fmt.Errorf("%w: configuration of %d bytes", ErrStateFull, len(d.Text))
+	}
+	s.History = trimHistory(append(slices.Clone(s.History), s.Config))
+	s.Config = ConfigVersion{Version: s.Config.Version + 1, Hash: d.Hash, Author: d.Author, Time: at, Text: d.Text}
+	return nil
+}
+
+// trimHistory drops the oldest versions beyond either bound.
+func trimHistory(h []ConfigVersion) []ConfigVersion {
+	size := 0
+	for i := len(h) - 1; i >= 0; i-- {
+		size += len(h[i].Text)
+		if len(h)-i > maxHistory || size > maxHistoryBytes {
+			return h[i+1:]
+		}
+	}
+	return h
+}
+
+func (s *State) putKey(k APIKey) error {
+	if _, known := s.APIKeys[k.ID]; !known && len(s.APIKeys) >= maxAPIKeys {
+		return fmt.Errorf("%w: %d API keys", ErrStateFull, maxAPIKeys)
+	}
+	s.APIKeys = maps.Clone(s.APIKeys)
+	s.APIKeys[k.ID] = k
+	return nil
+}
+
+func (s *State) revokeKey(d APIKeyRevoke, at time.Time) error {
+	k, known := s.APIKeys[d.ID]
+	if !known {
+		return fmt.Errorf("%w: %s", ErrUnknownKey, d.ID)
+	}
+	if k.RevokedAt.IsZero() {
+		k.RevokedAt = at
+	}
+	return s.putKey(k)
+}
+
+func (s *State) promote(d Promote, c Command) error {
+	at := c.At
+	if d.Term != 0 && d.Term != c.Term {
+		return fmt.Errorf("%w: the promotion of %s was decided in term %d, it came in term %d", ErrStaleTerm, d.Site, d.Term, c.Term)
+	}
+	if d.Generation != s.Generation.Number || d.ExpectEpoch != s.Primary.Epoch {
+		return fmt.Errorf("%w: generation %d epoch %d, expected %d and %d", ErrStaleEpoch,
+			s.Generation.Number, s.Primary.Epoch, d.Generation, d.ExpectEpoch)
+	}
+	if s.Switchover != nil && s.Switchover.ID != d.SwitchoverID && at.Before(s.Switchover.Deadline) && d.Kind != FailoverUnplanned {
+		return fmt.Errorf("%w: to %s since %s", ErrSwitchover, s.Switchover.To, s.Switchover.At.Format(time.RFC3339))
+	}
+	if d.SwitchoverID != "" && (s.Switchover == nil || s.Switchover.ID != d.SwitchoverID || !at.Before(s.Switchover.Deadline)) {
+		return ErrNoSwitchover
+	}
+	s.LastFailover = &FailoverRecord{
+		From: s.Primary.Site, To: d.Site, Kind: d.Kind, Epoch: d.ExpectEpoch + 1, At: at,
+		Reason: d.Reason, RTOSeconds: d.RTOSeconds,
+		// Only what happened by itself asks for a person's attention.
+		Acknowledged: d.Kind != FailoverUnplanned,
+	}
+	s.Primary = Primary{Site: d.Site, Epoch: d.ExpectEpoch + 1, Since: at, Reason: d.Reason, Released: d.Released}
+	s.Switchover = nil
+	return nil
+}
+
+func (s *State) setSwitchover(d SwitchoverSet, at time.Time) error {
+	current := ""
+	if s.Switchover != nil && at.Before(s.Switchover.Deadline) {
+		current = s.Switchover.ID
+	}
+	if d.Next == nil {
+		if s.Switchover == nil || s.Switchover.ID != d.Expect {
+			return ErrNoSwitchover
+		}
+		s.Switchover = nil
+		return nil
+	}
+	if current != d.Expect {
+		return fmt.Errorf("%w: to %s", ErrSwitchover, s.Switchover.To)
+	}
+	w := *d.Next
+	if w.From != s.Primary.Site {
+		return fmt.Errorf("%w: the primary is %s, not %s", ErrStaleEpoch, s.Primary.Site, w.From)
+	}
+	s.Switchover = &w
+	return nil
+}
+
+func (s *State) acknowledge(d FailoverAck) error {
+	if s.LastFailover == nil || s.LastFailover.Epoch != d.Epoch {
+		return fmt.Errorf("%w: no failover with epoch %d to acknowledge", ErrStaleEpoch, d.Epoch)
+	}
+	f := *s.LastFailover
+	f.Acknowledged = true
+	s.LastFailover = &f
+	return nil
+}
+
+// putDrill begins a drill, when no other runs, or says how one ended. One that
+// has ended never runs again.
+func (s *State) putDrill(d DrillRecord, at time.Time) error {
+	if len(d.Report) > maxDrillReport {
+		return fmt.Errorf("%w: drill report of %d bytes", ErrStateFull, len(d.Report))
+	}
+	for _, o := range s.Drills {
+		switch {
+		case d.Verdict != "":
+		case o.ID == d.ID && o.Verdict != "":
+			return fmt.Errorf("%w: %s", ErrDrillEnded, o.ID)
+		case o.ID != d.ID && o.Running(at):
+			return fmt.Errorf("%w: %s of %s, until %s at the latest", ErrDrillRunning, o.ID, o.Site, o.Deadline.Format(time.RFC3339))
+		}
+	}
+	drills := slices.Clone(s.Drills)
+	if i := slices.IndexFunc(drills, func(o DrillRecord) bool { return o.ID == d.ID }); i >= 0 {
+		drills[i] = d
+	} else {
+		drills = append(drills, d)
+	}
+	s.Drills = drills[max(0, len(drills)-maxDrills):]
+	return nil
+}
+
+// stateFormat is the version of State in a snapshot.
+const stateFormat = 1
+
+// Encode is the state in a snapshot.
+func (s *State) Encode() ([]byte, error) {
+	b, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("encode state: %w", err)
+	}
+	return b, nil
+}
+
+// DecodeState reads what Encode wrote. ErrUnknownCommand when a newer version
+// wrote it.
+func DecodeState(b []byte) (*State, error) {
+	s := &State{}
+	if err := json.Unmarshal(b, s); err != nil {
+		return nil, fmt.Errorf("decode state: %w", err)
+	}
+	if s.Format > stateFormat {
+		return nil, fmt.Errorf("%w: state format %d, this version reads up to %d", ErrUnknownCommand, s.Format, stateFormat)
+	}
+	return s, nil
+}

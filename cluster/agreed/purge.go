@@ -1,0 +1,108 @@
+package agreed
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
+)
+
+// Bounds of the purges that are remembered.
+const (
+	maxPurgedModels = config.MaxModels
+	maxPurgedKeys   = 1024
+	maxPurgeKey     = 128
+)
+
+// ErrBadPurge: a purge names everything, one model or one key.
+var ErrBadPurge = errors.New("a purge is of everything, of one model or of one key")
+
+// CachePurges says which kept answers must not be used any more, wherever they
+// are and whenever a site that was away hears of it. An answer carries what
+// Count was before its upstream was asked; no clock is involved.
+type CachePurges struct {
+	// Count is one higher after each purge.
+	Count uint64 `json:"count,omitempty"`
+	// All, and those of a model or a key, are what Count became with their
+	// newest purge.
+	All    uint64              `json:"all,omitempty"`
+	Models map[string]uint64   `json:"models,omitempty"`
+	Keys   map[string]KeyPurge `json:"keys,omitempty"`
+}
+
+// KeyPurge is the purge of one answer. It is forgotten when no node can still
+// have what it was about.
+type KeyPurge struct {
+	Count uint64    `json:"count"`
+	Until time.Time `json:"until"`
+}
+
+// Least is the Count that an answer of a model must carry to be used. key is
+// asked for its name only when some key was purged.
+func (p *CachePurges) Least(model string, key func() string) uint64 {
+	least := p.All
+	if len(p.Models) > 0 {
+		least = max(least, p.Models[model])
+	}
+	if len(p.Keys) > 0 {
+		least = max(least, p.Keys[key()].Count)
+	}
+	return least
+}
+
+// CachePurge makes kept answers unusable: all of them, those of a model, or one.
+type CachePurge struct {
+	All   bool   `json:"all,omitempty"`
+	Model string `json:"model,omitempty"`
+	Key   string `json:"key,omitempty"`
+	// Until is when no answer from before this purge is kept any longer, by the
+	// proposer's configuration.
+	Until time.Time `json:"until"`
+	By    string    `json:"by,omitempty"`
+}
+
+func (s *State) purgeCache(d CachePurge, at time.Time) error {
+	named := 0
+	for _, is := range []bool{d.All, d.Model != "", d.Key != ""} {
+		if is {
+			named++
+		}
+	}
+	if named != 1 || len(d.Key) > maxPurgeKey || len(d.Model) > 256 {
+		return ErrBadPurge
+	}
+	p := s.Purges
+	p.Count++
+	if d.All {
+		// Nothing before it matters any more.
+		s.Purges = CachePurges{Count: p.Count, All: p.Count}
+		return nil
+	}
+	if d.Model != "" {
+		p.Models = maps.Clone(p.Models)
+		if p.Models == nil {
+			p.Models = map[string]uint64{}
+		}
+		p.Models[d.Model] = p.Count
+		if len(p.Models) > maxPurgedModels {
+			return fmt.Errorf("%w: %d purged models; purge everything instead", ErrStateFull, maxPurgedModels)
+		}
+		s.Purges = p
+		return nil
+	}
+	keys := make(map[string]KeyPurge, len(p.Keys)+1)
+	for k, was := range p.Keys {
+		if at.Before(was.Until) {
+			keys[k] = was
+		}
+	}
+	keys[d.Key] = KeyPurge{Count: p.Count, Until: d.Until}
+	if len(keys) > maxPurgedKeys {
+		return fmt.Errorf("%w: %d purged keys; purge their model instead", ErrStateFull, maxPurgedKeys)
+	}
+	p.Keys = keys
+	s.Purges = p
+	return nil
+}

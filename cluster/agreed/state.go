@@ -1,0 +1,191 @@
+// Package agreed is the state that all nodes agree on through Raft, and the pure
+// function Apply that changes it: the primary, the nodes, the configuration with its
+// history, API-key hashes, data keys, owners of job streams, purges and drills. It
+// knows no log, no clock and no connection. Start at State, then Apply.
+package agreed
+
+import (
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/config"
+)
+
+// State is everything the cluster has agreed on. A *State that was published
+// is immutable: readers hold it without a lock, Apply makes a new one and
+// shares what did not change. Well under a few MB by design (see the bounds in
+// apply.go).
+type State struct {
+	Format       int        `json:"format"` // of this struct on disk
+	FeatureLevel int        `json:"feature_level"`
+	ClusterID    string     `json:"cluster_id"` // 32 hex digits, random
+	Name         string     `json:"name"`
+	Generation   Generation `json:"generation"`
+	CreatedAt    time.Time  `json:"created_at"`
+
+	Primary Primary           `json:"primary"`
+	Nodes   map[string]Node   `json:"nodes"` // by name
+	APIKeys map[string]APIKey `json:"api_keys"`
+
+	// LastFailover is the newest change of the primary, nil before the first.
+	LastFailover *FailoverRecord `json:"last_failover,omitempty"`
+	// Switchover is the planned change in progress. It counts as abandoned
+	// after its deadline, so that a coordinator that died blocks nobody.
+	Switchover *Switchover `json:"switchover,omitempty"`
+	// Hold stops automatic promotions while it is set.
+	Hold *Hold `json:"hold,omitempty"`
+	// Drained holds the upstreams that get no new request, by name; every one
+	// was configured when it was drained.
+	Drained map[string]DrainedUpstream `json:"drained,omitempty"`
+	// Purges says which kept answers must not be used any more.
+	Purges CachePurges `json:"cache_purges,omitzero"`
+	// Streams are the job journals that somebody has to execute, by StreamKey.
+	Streams map[string]JobStream `json:"streams,omitempty"`
+	// DoneStreams are the newest of those that were dropped, oldest first: nobody
+	// needs to keep their records.
+	DoneStreams []string `json:"done_streams,omitempty"`
+	// Ownership is the raft index of the newest change of Streams; it only rises.
+	Ownership uint64 `json:"ownership,omitempty"`
+	// DataKeys are what records are sealed with, oldest first, bounded.
+	DataKeys []DataKey `json:"data_keys,omitempty"`
+	// DataKeysVersion is one higher after each command about data keys: a node
+	// that replays its log tells by it which of two lists is the newer.
+	DataKeysVersion uint64 `json:"data_keys_version,omitempty"`
+	// Drills are the newest rehearsals, oldest first, bounded.
+	Drills []DrillRecord `json:"drills,omitempty"`
+
+	Config  ConfigVersion   `json:"config"`
+	History []ConfigVersion `json:"history"` // oldest first, without the current one
+
+	// Parsed is Config.Text parsed; rebuilt on restore, never encoded.
+	Parsed *config.Config `json:"-"`
+}
+
+// NewState is the state before the first command: nothing is agreed on.
+func NewState() *State { return &State{Format: stateFormat} }
+
+// Generation is one higher each time the cluster is recovered by hand after
+// losing its quorum for good. The random ID tells two such recoveries apart.
+type Generation struct {
+	Number uint64 `json:"number"`
+	ID     string `json:"id"`
+}
+
+// Primary is the site in charge. Epoch rises by one at every change.
+type Primary struct {
+	Site   string    `json:"site"`
+	Epoch  uint64    `json:"epoch"`
+	Since  time.Time `json:"since"`
+	Reason string    `json:"reason"`
+	// Released: every node of the site before had confirmed that it let go, so
+	// this one need not wait until their leases have ended.
+	Released bool `json:"released,omitempty"`
+}
+
+// Node is a member as agreed: who it is and where it was last reachable.
+type Node struct {
+	Name      string    `json:"name"`
+	Site      string    `json:"site"`
+	RPC       string    `json:"rpc"` // host:port, advertised
+	Gossip    string    `json:"gossip"`
+	API       string    `json:"api"`
+	Admin     string    `json:"admin"`
+	Version   string    `json:"version"`
+	Feature   int       `json:"feature"`  // the highest feature level it supports
+	Instance  string    `json:"instance"` // random per process start
+	StartedAt time.Time `json:"started_at"`
+	JoinedAt  time.Time `json:"joined_at"`
+	// OperatorKey is the fingerprint of the operator key that the process was
+	// started with, OperatorKeyPrevious of the one that it can still open things
+	// with. Neither says anything about the key.
+	OperatorKey         string `json:"operator_key,omitempty"`
+	OperatorKeyPrevious string `json:"operator_key_previous,omitempty"`
+}
+
+// ConfigVersion is a cluster.yaml as it was written, and who wrote it.
+type ConfigVersion struct {
+	Version uint64    `json:"version"`
+	Hash    string    `json:"hash"` // SHA-256 of Text, hex
+	Author  string    `json:"author"`
+	Time    time.Time `json:"time"`
+	Text    string    `json:"text"`
+}
+
+// APIKey is a client's key without its secret.
+type APIKey struct {
+	ID        string    `json:"id"`
+	Hash      string    `json:"hash"` // SHA-256 of the secret part, hex
+	Tenant    string    `json:"tenant"`
+	Note      string    `json:"note,omitempty"`
+	Models    []string  `json:"models,omitempty"` // empty: all
+	CreatedAt time.Time `json:"created_at"`
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+	RevokedAt time.Time `json:"revoked_at,omitzero"`
+}
+
+// FailoverKind says why the primary changed.
+type FailoverKind string
+
+// The kinds of failover.
+const (
+	FailoverUnplanned FailoverKind = "unplanned"
+	FailoverPlanned   FailoverKind = "planned"
+	FailoverDrill     FailoverKind = "drill"
+)
+
+// FailoverRecord is one change of the primary, as the status shows it. Figures
+// that nobody measured are nil.
+type FailoverRecord struct {
+	From          string       `json:"from"`
+	To            string       `json:"to"`
+	Kind          FailoverKind `json:"kind"`
+	Epoch         uint64       `json:"epoch"`
+	At            time.Time    `json:"at"`
+	Reason        string       `json:"reason"`
+	RTOSeconds    *float64     `json:"rto_seconds"`
+	RPOSeconds    *float64     `json:"rpo_seconds"`
+	RecordsAtRisk *int64       `json:"records_at_risk"`
+	Acknowledged  bool         `json:"acknowledged"`
+}
+
+// Switchover is a planned change of the primary while it is under way. The
+// primary lets go of its role as soon as it sees one.
+type Switchover struct {
+	ID       string       `json:"id"`
+	From     string       `json:"from"`
+	To       string       `json:"to"`
+	Kind     FailoverKind `json:"kind"`
+	By       string       `json:"by"`
+	At       time.Time    `json:"at"`
+	Deadline time.Time    `json:"deadline"`
+}
+
+// Hold is a pause of automatic promotions.
+type Hold struct {
+	Reason string    `json:"reason"`
+	By     string    `json:"by"`
+	At     time.Time `json:"at"`
+}
+
+// DrillRecord is a rehearsal as agreed: who ran what when, and how it ended.
+// Report is the drill package's own document, opaque here and bounded.
+type DrillRecord struct {
+	ID        string    `json:"id"`
+	Kind      string    `json:"kind"`
+	Site      string    `json:"site"`
+	By        string    `json:"by"`
+	StartedAt time.Time `json:"started_at"`
+	// Deadline is when the dead-man timer heals the site, whatever happens.
+	Deadline time.Time `json:"deadline"`
+	// AbandonedAt is when a drill without a verdict counts as aborted: its runner
+	// has died.
+	AbandonedAt time.Time `json:"abandoned_at,omitzero"`
+	EndedAt     time.Time `json:"ended_at,omitzero"`
+	Verdict     string    `json:"verdict,omitempty"` // empty: running
+	Report      []byte    `json:"report,omitempty"`
+}
+
+// Running reports whether the drill goes on at a time. One whose runner died
+// ends by itself.
+func (d DrillRecord) Running(at time.Time) bool {
+	return d.Verdict == "" && (at.Before(d.Deadline) || at.Before(d.AbandonedAt))
+}

@@ -1,0 +1,259 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// Bounds of a cluster. They are far above what anybody runs, and keep the
+// agreed state small.
+const (
+	MaxSites     = 16
+	MaxUpstreams = 1024
+	MaxModels    = 1024
+	maxServe     = 64
+	maxFallbacks = 16
+)
+
+// configCheck is the list of rules for cluster.yaml. Each rule looks at the
+// Config and points at the source.
+type checker struct {
+	*Config
+	src *Source
+}
+
+func (c *checker) all() {
+	c.version()
+	c.sites()
+	c.upstreams()
+	c.models()
+	if len(c.Upstreams) <= MaxUpstreams && len(c.Models) <= MaxModels {
+		c.fallbackCycles()
+		c.timeouts()
+	}
+	c.limits()
+	c.cache()
+	c.jobs()
+	c.timing()
+}
+
+func (c *checker) reject(p Path, hint, format string, args ...any) {
+	c.src.Reject(p, fmt.Sprintf(format, args...), hint)
+}
+
+// missing tells of a required value that is absent or empty.
+func (c *checker) missing(p Path, hint string) {
+	what := "is missing"
+	if c.src.Has(p) {
+		what = "is empty"
+	}
+	c.src.Reject(p, what, hint)
+}
+
+func (c *checker) version() {
+	switch {
+	case !c.src.Has(At("version")):
+		c.missing(At("version"), "write version: 1")
+	case c.Version != 1:
+		c.reject(At("version"), "write version: 1", "version %d is not supported", c.Version)
+	}
+}
+
+// tooMany rejects a list that is over its bound. Its entries are then not
+// looked at: there may be a hundred thousand.
+func (c *checker) tooMany(p Path, n, most int) bool {
+	if n > most {
+		c.reject(p, "", "has %d entries, more than the limit of %d", n, most)
+	}
+	return n > most
+}
+
+func (c *checker) sites() {
+	if len(c.Sites) == 0 {
+		c.missing(At("sites"), "write at least one, such as shanghai-a: {city: shanghai, priority: 1}")
+		return
+	}
+	if c.tooMany(At("sites"), len(c.Sites), MaxSites) {
+		return
+	}
+	taken := map[int]string{}
+	for _, name := range c.inFileOrder("sites", slices.Collect(maps.Keys(c.Sites))) {
+		s, at := c.Sites[name], At("sites", name)
+		if !ValidName(name) {
+			c.reject(at, NameHint, "%s cannot be a site's name", quoted(name))
+			continue
+		}
+		switch {
+		case s.City == "":
+			c.missing(at.At("city"), "write the city's name: sites of one city stand in for each other first")
+		case len(s.City) > 64 || !isPrintable(s.City):
+			c.reject(at.At("city"), "write a name of up to 64 printable characters", "%s cannot be a city", quoted(s.City))
+		}
+		switch other, twice := taken[s.Priority]; {
+		case !c.src.Has(at.At("priority")):
+			c.missing(at.At("priority"), "write priority: 1 for the site that is to be primary first, then 2, 3 …")
+		case s.Priority < 1 || s.Priority > 1000:
+			c.reject(at.At("priority"), "write a number from 1 (first) to 1000", "priority %d is out of range", s.Priority)
+		case twice:
+			c.reject(at.At("priority"), "give each site its own", "priority %d is already that of the site %s", s.Priority, other)
+		default:
+			taken[s.Priority] = name
+		}
+		c.within(at.At("rpo_target"), s.RPOTarget, time.Second, 30*24*time.Hour)
+		c.within(at.At("rto_target"), s.RTOTarget, time.Second, 30*24*time.Hour)
+	}
+}
+
+// inFileOrder sorts names as they stand in the file, so that "already taken by"
+// points upwards.
+func (c *checker) inFileOrder(parent string, names []string) []string {
+	slices.SortFunc(names, func(a, b string) int {
+		if d := c.src.Line(At(parent, a)) - c.src.Line(At(parent, b)); d != 0 {
+			return d
+		}
+		return strings.Compare(a, b)
+	})
+	return names
+}
+
+func (c *checker) within(p Path, d Duration, least, most time.Duration) {
+	if d.D() < least || d.D() > most {
+		c.reject(p, fmt.Sprintf("write a time from %s to %s", Duration(least), Duration(most)), "%s is out of range", d)
+	}
+}
+
+func (c *checker) upstreams() {
+	if c.tooMany(At("upstreams"), len(c.Upstreams), MaxUpstreams) {
+		return
+	}
+	for _, name := range c.inFileOrder("upstreams", slices.Collect(maps.Keys(c.Upstreams))) {
+		at := At("upstreams", name)
+		if !ValidName(name) {
+			c.reject(at, NameHint, "%s cannot be an upstream's name", quoted(name))
+			continue
+		}
+		c.upstream(at, c.Upstreams[name])
+	}
+	for name, u := range c.Upstreams {
+		if u.MaxConcurrency == 0 {
+			u.MaxConcurrency = DefaultMaxConcurrency
+			c.Upstreams[name] = u
+		}
+	}
+}
+
+func (c *checker) upstream(at Path, u Upstream) {
+	sites := slices.Sorted(maps.Keys(c.Sites))
+	_, known := c.Sites[u.Site]
+	switch {
+	case u.Site == "":
+		c.missing(at.At("site"), "write the site whose nodes reach it: "+wordChoices(sites))
+	case !known && !c.src.Broken(At("sites")):
+		c.reject(at.At("site"), c.src.suggest(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
+	}
+	kinds := []string{string(KindVLLM), string(KindSGLang), string(KindLlamaCPP), string(KindOllama), string(KindDeepSeek), string(KindOpenAI)}
+	if !slices.Contains(kinds, string(u.Kind)) {
+		c.reject(at.At("kind"), c.src.suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
+	}
+	c.upstreamURL(at.At("url"), u.URL)
+	c.upstreamTLS(at.At("tls"), u.TLS)
+	c.secret(at.At("api_key"), u.APIKey)
+	if u.MaxConcurrency < 0 || u.MaxConcurrency > 65536 {
+		c.reject(at.At("max_concurrency"), "write a number from 1 to 65536, or 0 for the default of 256", "%d is out of range", u.MaxConcurrency)
+	}
+	switch u.Discover {
+	case DiscoverOff:
+	case DiscoverDNS:
+	case DiscoverSRV:
+		if to, err := url.Parse(u.URL); err == nil && to.Port() != "" {
+			c.reject(at.At("url"), "remove it", "the URL has a port, but with discover: srv the ports come from the records")
+		}
+	default:
+		modes := []string{string(DiscoverOff), string(DiscoverDNS), string(DiscoverSRV)}
+		c.reject(at.At("discover"), c.src.suggest(string(u.Discover), modes, ""), "%s is not a way to discover", quoted(string(u.Discover)))
+	}
+}
+
+func (c *checker) upstreamURL(at Path, raw string) {
+	const sample = "write it like http://vllm:8000/v1"
+	if raw == "" {
+		c.missing(at, sample)
+		return
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		// The text may hold a password, so it is not repeated.
+		c.reject(at, sample, "is not a URL")
+		return
+	}
+	if len(raw) > 2048 {
+		c.reject(at, sample, "the URL has more than 2048 characters")
+	}
+	switch u.Scheme {
+	case "http", "https":
+	default:
+		c.reject(at, sample, "the URL is not one of http or https")
+		return
+	}
+	port, err := strconv.Atoi(u.Port())
+	switch {
+	case u.User != nil:
+		c.reject(at, "remove it and write api_key: {env: NAME}", "the URL holds a user or password")
+	case u.Hostname() == "":
+		c.reject(at, sample, "the URL has no host")
+	case u.Port() != "" && (err != nil || port < 1 || port > 65535), strings.HasSuffix(u.Host, ":"):
+		c.reject(at, "write a port from 1 to 65535, or none", "the URL's port is not one")
+	case u.RawQuery != "" || u.ForceQuery:
+		c.reject(at, "remove what follows the ?", "the URL has a query")
+	case u.Fragment != "" || strings.Contains(raw, "#"):
+		c.reject(at, "remove what follows the #", "the URL has a fragment")
+	case strings.HasSuffix(strings.TrimSuffix(u.Path, "/"), "/completions"):
+		c.reject(at, "end it before /chat/completions, as clients of OpenAI do: "+sample[len("write it like "):], "the URL is an endpoint, not the base of all endpoints")
+	}
+}
+
+// upstreamTLS checks the settings themselves. With an http url they are unused,
+// and no fault: the url may be about to change.
+func (c *checker) upstreamTLS(at Path, t UpstreamTLS) {
+	if (t.CertFile == "") != (t.KeyFile == "") {
+		c.reject(at, "write both, or none", "cert_file and key_file go together")
+	}
+	if t.InsecureSkipVerify && (t.CAFile != "" || t.ServerName != "") {
+		c.reject(at.At("insecure_skip_verify"), "keep ca_file and server_name, and remove insecure_skip_verify", "contradicts ca_file and server_name: nothing would be verified")
+	}
+}
+
+func (c *checker) secret(at Path, s Secret) {
+	message, hint := s.wrong()
+	if message != "" && (c.src.Has(at) || !s.IsZero()) {
+		c.reject(at, hint, "%s", message)
+	}
+}
+
+func (c *checker) limits() {
+	l, at := c.Limits, At("limits")
+	bound := func(key string, v, least, most int64) {
+		if v < least || v > most {
+			c.reject(at.At(key), fmt.Sprintf("write a number from %d to %d", least, most), "%d is out of range", v)
+		}
+	}
+	bound("body_bytes", l.BodyBytes, 1<<10, 1<<30)
+	bound("in_flight", int64(l.InFlight), 1, 1<<20)
+	bound("connections", int64(l.Connections), 1, 1<<20)
+	bound("header_bytes", int64(l.HeaderBytes), 4<<10, 1<<20)
+}
+
+func (c *checker) timing() {
+	c.within(At("timing", "heartbeat"), c.Timing.Heartbeat, 100*time.Millisecond, 10*time.Second)
+}
+
+// isPrintable: no control characters, no line ends, no spaces at the ends.
+func isPrintable(s string) bool {
+	return strings.TrimSpace(s) == s && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) })
+}

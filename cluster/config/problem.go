@@ -1,0 +1,210 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// maxProblems bounds how much a hopeless file can say at once.
+const maxProblems = 100
+
+// Problem is one thing that is wrong with a configuration file.
+type Problem struct {
+	File    string `json:"file,omitempty"`
+	Line    int    `json:"line,omitempty"` // 1-based, 0 when there is no line to show
+	Path    string `json:"path,omitempty"` // upstreams.a-vllm.site
+	Message string `json:"message"`        // what is wrong
+	Hint    string `json:"hint,omitempty"` // what to write instead
+}
+
+// String is one line: "cluster.yaml:7: upstreams.a.site: message; hint".
+func (p Problem) String() string {
+	var b strings.Builder
+	switch {
+	case p.File != "" && p.Line > 0:
+		fmt.Fprintf(&b, "%s:%d: ", p.File, p.Line)
+	case p.File != "":
+		fmt.Fprintf(&b, "%s: ", p.File)
+	case p.Line > 0:
+		fmt.Fprintf(&b, "line %d: ", p.Line)
+	}
+	if p.Path != "" {
+		b.WriteString(p.Path + ": ")
+	}
+	b.WriteString(p.Message)
+	if p.Hint != "" {
+		b.WriteString("; " + p.Hint)
+	}
+	return b.String()
+}
+
+// Problems is everything wrong with a file, in the order of its lines. As an
+// error it has one line for each; errors.As finds it for those who show them
+// otherwise.
+type Problems []Problem
+
+func (ps Problems) Error() string {
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		lines[i] = p.String()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// ConfigPath leads to a value in a configuration file: a string for a key, an
+// int for a place in a list.
+type Path []any
+
+// At is a path from the top of the file.
+func At(elems ...any) Path { return elems }
+
+// At goes further down. The receiver stays as it is.
+func (p Path) At(elems ...any) Path {
+	return append(slices.Clip(slices.Clone(p)), elems...)
+}
+
+// String is the path as people write it. Keys that could be misread (a model
+// name with a dot or a slash) are quoted, so that no two paths look the same.
+func (p Path) String() string {
+	var b strings.Builder
+	for i, e := range p {
+		switch e := e.(type) {
+		case int:
+			fmt.Fprintf(&b, "[%d]", e)
+		case string:
+			if i > 0 {
+				b.WriteByte('.')
+			}
+			if isPlainKey(e) {
+				b.WriteString(e)
+			} else {
+				b.WriteString(strconv.Quote(clipWord(e)))
+			}
+		}
+	}
+	return b.String()
+}
+
+func isPlainKey(s string) bool {
+	for _, r := range s {
+		if !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_') {
+			return false
+		}
+	}
+	return s != "" && len(s) <= maxShown
+}
+
+// Source remembers which key stands on which line of a decoded file and
+// collects what is wrong with it, so that the checks that follow decoding can
+// point at lines too and everything is told at once.
+type Source struct {
+	file     string
+	lines    map[string]int  // by ConfigPath.String()
+	told     map[string]bool // paths that have a problem already
+	problems Problems
+	left     int // problems beyond maxProblems
+}
+
+func newSource(file string) *Source {
+	return &Source{file: file, lines: map[string]int{}, told: map[string]bool{}}
+}
+
+// Has reports whether the file itself gives this value, as opposed to a default.
+func (s *Source) Has(p Path) bool {
+	if s == nil {
+		return false
+	}
+	_, ok := s.lines[p.String()]
+	return ok
+}
+
+// Line is where the value stands, or the nearest thing around it; 0 when unknown.
+func (s *Source) Line(p Path) int {
+	if s == nil {
+		return 0
+	}
+	for ; len(p) > 0; p = p[:len(p)-1] {
+		if line, ok := s.lines[p.String()]; ok {
+			return line
+		}
+	}
+	return s.lines[""]
+}
+
+// Broken reports whether this value, or what it stands in, was already found
+// wrong: then what follows from it is noise.
+func (s *Source) Broken(p Path) bool {
+	for ; len(p) > 0; p = p[:len(p)-1] {
+		if s.told[p.String()] {
+			return true
+		}
+	}
+	return s.told[""]
+}
+
+// Reject notes a problem at a path. One value has one problem: the first.
+func (s *Source) Reject(p Path, message, hint string) {
+	if s.Broken(p) {
+		return
+	}
+	s.told[p.String()] = true
+	s.note(s.Line(p), p.String(), message, hint)
+}
+
+// full reports that no further problem is shown: then no work should go into
+// finding words for it.
+func (s *Source) full() bool { return len(s.problems) >= maxProblems }
+
+func (s *Source) note(line int, path, message, hint string) {
+	if s.full() {
+		s.left++
+		return
+	}
+	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: clipText(message, maxMessage), Hint: clipText(hint, maxMessage)})
+}
+
+// Err is nil when nothing was rejected, else a Problems.
+func (s *Source) Err() error {
+	if len(s.problems) == 0 {
+		return nil
+	}
+	ps := slices.Clone(s.problems)
+	slices.SortStableFunc(ps, func(a, b Problem) int {
+		if a.Line != b.Line {
+			return cmp.Compare(a.Line, b.Line)
+		}
+		return cmp.Compare(a.Path, b.Path)
+	})
+	if s.left > 0 {
+		ps = append(ps, Problem{File: s.file, Message: fmt.Sprintf("%d more problems are not shown", s.left), Hint: "repair these first"})
+	}
+	return ps
+}
+
+// again is a source for a later round of checks on the same file.
+func (s *Source) again() *Source {
+	if s == nil {
+		return newSource("")
+	}
+	return &Source{file: s.file, lines: s.lines, told: map[string]bool{}}
+}
+
+const (
+	maxShown   = 64   // bytes of a user's word in a message
+	maxMessage = 1000 // bytes of a message
+)
+
+func clipWord(s string) string { return clipText(s, maxShown) }
+
+func clipText(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "") + "…"
+}
+
+// quoted is the user's text as it stands in a message.
+func quoted(s string) string { return strconv.Quote(clipWord(s)) }

@@ -1,0 +1,192 @@
+package drill
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+)
+
+// cutWorld is a node's Isolator with a state that a test changes.
+type cutWorld struct {
+	*Isolator
+	state   atomic.Pointer[agreed.State]
+	news    atomic.Pointer[chan struct{}]
+	severed atomic.Int32
+	start   time.Time
+}
+
+// newCutWorld must be called in a synctest bubble; the clocks are its own.
+func newCutWorld() *cutWorld {
+	w := &cutWorld{start: time.Now()}
+	w.Isolator = NewIsolator("a", func() { w.severed.Add(1) }, func() time.Duration { return time.Since(w.start) }, time.Now, slog.New(slog.DiscardHandler))
+	w.agree()
+	return w
+}
+
+func (w *cutWorld) agree(drills ...agreed.DrillRecord) {
+	w.state.Store(&agreed.State{Drills: drills})
+	next := make(chan struct{})
+	if old := w.news.Swap(&next); old != nil {
+		close(*old)
+	}
+}
+
+// run follows the state until the test ends.
+func (w *cutWorld) run(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := w.Run(ctx, w.state.Load, func() <-chan struct{} { return *w.news.Load() }); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(func() { cancel(); <-done })
+}
+
+func (w *cutWorld) isCut() bool { return w.Admit("b") != nil }
+
+// begun is a drill that was agreed on now.
+func begun(site string, length time.Duration) agreed.DrillRecord {
+	return agreed.DrillRecord{ID: "drill-1", Kind: "isolation", Site: site, StartedAt: time.Now(), Deadline: time.Now().Add(500*time.Millisecond + length)}
+}
+
+func TestIsolationBeginsAndHealsByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newCutWorld()
+		w.run(t)
+		w.agree(begun("a", 10*time.Second))
+		time.Sleep(200 * time.Millisecond)
+		if w.isCut() {
+			t.Fatal("cut off before the others could hear of it")
+		}
+		time.Sleep(700 * time.Millisecond)
+		if !w.isCut() || w.Admit("") == nil || w.severed.Load() != 1 {
+			t.Fatalf("not cut off: %v, unknown addresses %v, severed %d times", w.Admit("b"), w.Admit(""), w.severed.Load())
+		}
+		if err := w.Admit("a"); err != nil {
+			t.Errorf("its own site: %v", err)
+		}
+		time.Sleep(9 * time.Second)
+		if !w.isCut() {
+			t.Error("healed before its time")
+		}
+		time.Sleep(time.Second)
+		if w.isCut() || w.cut.Load() != nil {
+			t.Error("not healed in time")
+		}
+		time.Sleep(time.Minute) // the record still says that the drill runs
+		if w.isCut() || w.severed.Load() != 1 {
+			t.Error("it began again")
+		}
+	})
+}
+
+// The timer is in Admit: nothing else of the process has to work.
+func TestIsolationHealsThoughNobodyLooks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newCutWorld()
+		w.look([]agreed.DrillRecord{begun("a", 10*time.Second)})
+		time.Sleep(time.Second)
+		if !w.isCut() {
+			t.Fatal("not cut off")
+		}
+		time.Sleep(9500 * time.Millisecond)
+		if w.isCut() {
+			t.Error("not healed by the clock alone")
+		}
+	})
+}
+
+func TestIsolationEndsWithItsDrill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newCutWorld()
+		w.run(t)
+		d := begun("a", time.Minute)
+		w.agree(d)
+		time.Sleep(2 * time.Second)
+		if !w.isCut() {
+			t.Fatal("not cut off")
+		}
+		d.Verdict = "aborted"
+		w.agree(d)
+		time.Sleep(200 * time.Millisecond)
+		if w.isCut() {
+			t.Error("the drill has ended, the cut has not")
+		}
+	})
+}
+
+func TestIsolationIsEndedByHand(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newCutWorld()
+		w.run(t)
+		w.agree(begun("a", time.Minute))
+		time.Sleep(2 * time.Second)
+		if w.Heal("another") || !w.isCut() {
+			t.Error("another drill's end was taken for this one's")
+		}
+		if !w.Heal("drill-1") || w.isCut() {
+			t.Error("not healed")
+		}
+		time.Sleep(2 * time.Second)
+		if w.isCut() {
+			t.Error("it began again")
+		}
+	})
+}
+
+// A restarted node has the wall clock alone to know how much is left.
+func TestIsolationAfterARestart(t *testing.T) {
+	for _, tc := range []struct {
+		name          string
+		after, length time.Duration
+		cut           bool
+		healed        time.Duration // after the restart
+	}{
+		{"in the middle", 30 * time.Second, time.Minute, true, 31 * time.Second},
+		{"when it was over", 2 * time.Minute, time.Minute, false, 0},
+		{"never longer than the bound", 0, 5 * time.Hour, true, 10*time.Minute + time.Second},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := begun("a", tc.length)
+				time.Sleep(tc.after)
+				w := newCutWorld()
+				w.agree(d)
+				w.run(t)
+				if tc.after == 0 {
+					time.Sleep(Lead)
+				}
+				time.Sleep(150 * time.Millisecond) // no more than a look or two
+				if w.isCut() != tc.cut {
+					t.Fatalf("cut off %v, want %v", w.isCut(), tc.cut)
+				}
+				time.Sleep(tc.healed)
+				if w.isCut() {
+					t.Error("not healed in time")
+				}
+			})
+		})
+	}
+}
+
+func TestIsolationOfOthersIsNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newCutWorld()
+		w.run(t)
+		other, planned, over := begun("b", time.Minute), begun("a", time.Minute), begun("a", time.Minute)
+		planned.ID, planned.Kind = "drill-2", "switchover"
+		over.ID, over.Verdict = "drill-3", "pass"
+		w.agree(other, planned, over)
+		time.Sleep(5 * time.Second)
+		if w.cut.Load() != nil || w.severed.Load() != 0 {
+			t.Error("cut off by a drill that is another's, of another kind, or over")
+		}
+	})
+}

@@ -1,0 +1,125 @@
+package jobs
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/upstream"
+	"github.com/dsnode/dsnode/storage/journal"
+)
+
+const (
+	// findWait bounds the search at all peers, relayWait a change at one of them.
+	findWait  = 300 * time.Millisecond
+	relayWait = 5 * time.Second
+	// maxAsked bounds the peers that are asked for one job.
+	maxAsked = 16
+	// maxRelayed bounds a peer's answer: the largest result and the job's other fields.
+	maxRelayed = MaxResult + 1<<20
+)
+
+// Relayed is the answer of another node.
+type Relayed struct {
+	Node   string
+	Status int
+	Header http.Header
+	Body   []byte
+}
+
+// Elsewhere asks the other nodes for a job, all at once, for at most 300 ms. It returns the
+// answer of a node that has the job; for a change (another method than GET) that node gets
+// a second request. path is the path of the client API, such as "/v1/jobs/{id}/cancel". The error
+// is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
+// this node may lack rows that is ErrPartial.
+func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+	if !j.ready.Load() {
+		return nil, ErrNotReady
+	}
+	there, err := j.askPeers(ctx, who, method, path, id)
+	if errors.Is(err, ErrNotFound) && j.o.Table.Partial() {
+		err = ErrPartial
+	}
+	return there, err
+}
+
+func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
+	if who.Operator {
+		return nil, ErrNotFound // operators can ask each node themselves
+	}
+	principal, err := json.Marshal(who.Principal)
+	if err != nil {
+		return nil, fmt.Errorf("encode the principal: %w", err)
+	}
+	found, peer := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String())
+	if found == nil {
+		return nil, ErrNotFound
+	}
+	if method == http.MethodGet || method == http.MethodHead {
+		return found, nil
+	}
+	ctx, done := context.WithTimeout(ctx, relayWait)
+	defer done()
+	return relay(ctx, peer, string(principal), method, path)
+}
+
+func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *upstream.Peer) {
+	ctx, done := context.WithTimeout(ctx, findWait)
+	defer done()
+	type reply struct {
+		answer *Relayed
+		peer   *upstream.Peer
+	}
+	peers := j.o.Peers()
+	if len(peers) > maxAsked {
+		peers = peers[:maxAsked]
+	}
+	replies := make(chan reply, len(peers))
+	for i := range peers {
+		go func() {
+			answer, err := relay(ctx, &peers[i], principal, http.MethodGet, path)
+			if err != nil || answer.Status != http.StatusOK {
+				answer = nil
+			}
+			replies <- reply{answer, &peers[i]}
+		}()
+	}
+	var first reply
+	for range peers { // done ends the requests that are still running
+		if r := <-replies; r.answer != nil && first.answer == nil {
+			first = r
+			done()
+		}
+	}
+	return first.answer, first.peer
+}
+
+func relay(ctx context.Context, p *upstream.Peer, principal, method, path string) (*Relayed, error) {
+	u := url.URL{Scheme: "http", Host: p.Node, Path: path}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(nil))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(serving.HeaderHops, "1")
+	req.Header.Set(serving.HeaderPrincipal, principal)
+	resp, err := p.Client.RoundTrip(req)
+	if err != nil {
+		return nil, fmt.Errorf("ask %s: %w", p.Node, err)
+	}
+	defer func() { _ = resp.Body.Close() }() // only read from
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxRelayed+1))
+	if err == nil && len(body) > maxRelayed {
+		err = errors.New("the answer is too long")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask %s: %w", p.Node, err)
+	}
+	return &Relayed{Node: p.Node, Status: resp.StatusCode, Header: resp.Header, Body: body}, nil
+}

@@ -1,0 +1,28 @@
+package serving
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/dsnode/dsnode/node/upstream"
+)
+
+// resolve takes the configuration for a request, once, and finds its model.
+type resolve struct {
+	next  Server
+	fleet *upstream.Fleet
+}
+
+// Serve refuses models that don't exist for who asks: a model that the key doesn't
+// allow looks unknown. The node that a peer's request came to has checked the key.
+func (s *resolve) Serve(ctx context.Context, r Request, sink Sink) error {
+	if r.Hops > MaxHops {
+		return ErrHopLimit
+	}
+	r.table = s.fleet.Table()
+	r.model = r.table.Model(r.Model)
+	if r.model == nil || r.Hops == 0 && !r.Principal.Allows(r.Model) {
+		return fmt.Errorf("%w: %q", ErrUnknownModel, r.Model)
+	}
+	return s.next.Serve(ctx, r, sink)
+}
