@@ -26,22 +26,21 @@ import (
 
 func TestMain(m *testing.M) { crash.Main(m, child) }
 
-// child works on the stores like raft would, for ever or until something fails.
-// It prints:
+// child works on the stores like raft, until something fails. It prints:
 //
-//	stored LAST TERM     entries up to LAST are promised
-//	term T               the term is promised
-//	compacting MAX       entries up to MAX may be gone from now on
-//	cutting MIN          entries from MIN may be gone from now on
-//	cut MIN TERM         they are; the next ones have TERM
-//	snapshot INDEX       a snapshot is promised
-//	no snapshot: ERR     none is, and the log goes on
-//	failed: ERR          the store refused; exit code 3
+//	stored LAST TERM     entries up to LAST are acknowledged
+//	term T               the term is acknowledged
+//	compacting MAX       entries up to MAX may be missing from now on
+//	cutting MIN          entries from MIN may be missing from now on
+//	cut MIN TERM         they are removed; the next ones have TERM
+//	snapshot INDEX       a snapshot is acknowledged
+//	no snapshot: ERR     the snapshot failed; the log continues
+//	failed: ERR          the store failed; exit code 3
 func child(dir string) int {
-	// strace counts the calls of each thread by itself.
+	// strace counts the calls of each thread separately.
 	runtime.LockOSThread()
 	say := crash.Say
-	t := &testing.B{} // for the helpers' signatures; none of them fails here
+	t := &testing.B{} // for the helpers' signatures; no helper fails here
 	metrics := NewMetrics(prometheus.NewRegistry())
 	o := Options{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
 	s, err := OpenRaftStore(o)
@@ -238,8 +237,8 @@ func (p *promises) check(t *testing.T, dir string) {
 	p.first, p.last, p.doubtful, p.term = got.first, got.last, 0, term
 }
 
-// A node is killed a hundred times at random moments; whatever it had
-// acknowledged is there each time.
+// A process is killed a hundred times at random moments. Each time everything that it
+// acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	rounds := 40
 	switch {
@@ -256,12 +255,12 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 	t.Logf("%d kills, %d promises kept", rounds, p.acks)
 	if p.acks < 10*rounds {
-		t.Fatalf("only %d promises in %d lives: nothing was tested", p.acks, rounds)
+		t.Fatalf("only %d acknowledgements in %d runs: the test does too little", p.acks, rounds)
 	}
 }
 
-// The n-th and all later syncs or writes fail below the store: it says so,
-// acknowledges nothing from then on, and all promises hold after a restart.
+// The n-th and all later syncs or writes fail: the store reports it and acknowledges
+// nothing afterwards. After a restart everything acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	skip.Unless(t, err == nil, "strace is not installed; it injects the faults")
@@ -306,12 +305,12 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 				deadline.Stop()
 				var exit *exec.ExitError
 				if !errors.As(err, &exit) {
-					t.Fatalf("call %d failed and nobody noticed: %v\n%s%s", when, err, text, stderr.String())
+					t.Fatalf("call %d failed, but the store did not: %v\n%s%s", when, err, text, stderr.String())
 				}
 				switch code := exit.ExitCode(); code {
 				case 3:
 					failed++
-				case 4: // it failed while opening, which promises nothing
+				case 4: // it failed while opening, before any acknowledgement
 				default:
 					t.Fatalf("exit code %d\n%s%s", code, text, stderr.String())
 				}
@@ -327,13 +326,13 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 			}
 			t.Logf("%d promises kept, %d failures while working", p.acks, failed)
 			if failed < 2 || p.acks < 20 {
-				t.Fatalf("%d failures, %d promises: nothing was tested", failed, p.acks)
+				t.Fatalf("%d failures, %d acknowledgements: the test does too little", failed, p.acks)
 			}
 		})
 	}
 }
 
-// A full file system is like a failing one.
+// A full file system has the same effect as a failing one.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	dir, resize := crash.SmallDisk(t, "1m")
 	data := filepath.Join(dir, "data")
@@ -355,18 +354,18 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	}
 	<-s.Failed()
 	if err := s.StoreLog(entry(stored+1, 1)); !errors.Is(err, ErrFailed) {
-		t.Fatalf("acknowledged after the failure: %v", err)
+		t.Fatalf("storing after the failure: %v", err)
 	}
 	closeRaft(t, s)
 
-	// It can't be written anew without room, says so, and spoils nothing.
+	// Opening must rewrite the file. Without space it fails and leaves the file unchanged.
 	if _, err := OpenRaftStore(storeOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("open on a full disk: %v", err)
 	}
 	resize("8m")
 	s = openRaft(t, data)
 	if last, err := s.LastIndex(); last < stored || err != nil {
-		t.Fatalf("entries up to %d, promised were %d: %v", last, stored, err)
+		t.Fatalf("entries up to %d, %d were acknowledged: %v", last, stored, err)
 	}
 	for i := uint64(1); i <= stored; i++ {
 		var l raft.Log
