@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// BenchmarkCatchUp is how fast a node that was away gets the records of 1 KiB
-// that it missed.
+// BenchmarkCatchUp measures how fast a node that was away receives the records of
+// 1 KiB that it missed.
 func BenchmarkCatchUp(b *testing.B) {
 	for name, noTable := range map[string]bool{"journal": true, "journal+table": false} {
 		b.Run(name, func(b *testing.B) {
@@ -24,15 +24,15 @@ func BenchmarkCatchUp(b *testing.B) {
 			b.SetBytes(1000)
 			b.ResetTimer()
 			b1.start()
-			eventually(b, "all is there", func() bool { return b1.holds(a1.stream) == seq })
+			eventually(b, "b1 holds all records", func() bool { return b1.holds(a1.stream) == seq })
 			b.StopTimer()
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "records/s")
 		})
 	}
 }
 
-// BenchmarkTwoCities is how long one submission takes to be in two cities with
-// 30 ms of round trip between them, and what of it is the own disk's.
+// BenchmarkTwoCities measures how long a submission takes to be in two cities with a
+// round trip of 30 ms between them, and the part of the local disk.
 func BenchmarkTwoCities(b *testing.B) {
 	for name, clients := range map[string]int{"1": 1, "64": 64} {
 		b.Run(name, func(b *testing.B) {

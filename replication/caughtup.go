@@ -16,17 +16,17 @@ const (
 	holdsAgain   = 250 * time.Millisecond
 )
 
-// AwaitCaughtUp asks every living node what it holds, and blocks until this one
-// holds as much, of all streams: what an earlier owner wrote of a stream's jobs
-// stands in streams of its own. Nodes that cease to be heard are not waited for. A
-// table that was made anew has to be whole. The error is that of ctx.
+// AwaitCaughtUp asks every living node what it holds, and blocks until this node holds as
+// much, of all streams: an earlier owner of a stream has written records about its jobs to
+// other streams. It does not wait for nodes that are no longer heard. A table that is being
+// rebuilt must be whole first. The error is that of ctx.
 func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
-	told := map[string]map[journal.Stream]uint64{}
+	reported := map[string]map[journal.Stream]uint64{}
 	for {
-		changed := r.ledger.watch()
+		changed := r.tracker.watch()
 		_, living := r.members(func(m Member) bool { return m.Heard })
-		r.askHolders(ctx, living, told)
-		if r.caughtUp(living, told) && !r.opts.Table.Partial() {
+		r.askHolders(ctx, living, reported)
+		if r.caughtUp(living, reported) && !r.opts.Table.Partial() {
 			return nil
 		}
 		again := time.NewTimer(holdsAgain)
@@ -41,20 +41,20 @@ func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
-// caughtUp reports whether all living nodes have told what they held when they
-// were asked, and this one holds it. Streams that were given up don't count.
-func (r *Replication) caughtUp(living []Member, told map[string]map[journal.Stream]uint64) bool {
+// caughtUp reports whether all living nodes have reported what they hold, and this node
+// holds it too. Retired streams don't count.
+func (r *Replication) caughtUp(living []Member, reported map[string]map[journal.Stream]uint64) bool {
 	own := r.opts.Log.Ends()
 	for _, m := range living {
 		if m.Node == r.opts.Self {
 			continue
 		}
-		ends, asked := told[m.Node]
+		ends, asked := reported[m.Node]
 		if !asked {
 			return false
 		}
 		for s, seq := range ends {
-			if own[s].Durable < seq && (r.opts.Retired == nil || !r.opts.Retired(s)) {
+			if own[s].Durable < seq && !r.opts.Retired(s) {
 				return false
 			}
 		}
@@ -62,29 +62,29 @@ func (r *Replication) caughtUp(living []Member, told map[string]map[journal.Stre
 	return true
 }
 
-// askHolders asks each living node that has not told yet.
-func (r *Replication) askHolders(ctx context.Context, living []Member, told map[string]map[journal.Stream]uint64) {
+// askHolders asks the living nodes that have not answered yet.
+func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]map[journal.Stream]uint64) {
 	answers := map[string]map[journal.Stream]uint64{}
 	var mu sync.Mutex // guards answers
 	var wg sync.WaitGroup
 	for _, m := range living {
-		if _, asked := told[m.Node]; asked || m.Node == r.opts.Self {
+		if _, asked := reported[m.Node]; asked || m.Node == r.opts.Self {
 			continue
 		}
 		wg.Go(func() {
 			held, err := r.holds(ctx, m.Node)
 			if err != nil {
-				r.opts.Logger.Debug("a node doesn't say what it holds", "peer", m.Node, "err", err)
+				r.opts.Logger.Debug("a node does not report what it holds", "peer", m.Node, "err", err)
 				return
 			}
-			r.ledger.hear(m.Node, Marks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
+			r.tracker.merge(m.Node, Watermarks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
 			mu.Lock()
 			defer mu.Unlock()
 			answers[m.Node] = held.Ends
 		})
 	}
 	wg.Wait()
-	maps.Copy(told, answers)
+	maps.Copy(reported, answers)
 }
 
 func (r *Replication) holds(ctx context.Context, node string) (Held, error) {
@@ -110,10 +110,10 @@ func (s *server) Holds(ctx context.Context, q *replicationpb.HoldsRequest) (*rep
 	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
 		return nil, err
 	}
-	// The log knows before the ledger does, and never says too much.
+	// The log is ahead of the tracker, but never of the disk.
 	own := durable(s.r.opts.Log.Ends())
-	s.r.ledger.setOwn(own)
-	s.r.ledger.mu.Lock()
-	defer s.r.ledger.mu.Unlock()
-	return &replicationpb.HoldsResponse{Format: wireFormat, Held: wireEnds(own), Epoch: s.r.ledger.marks[s.r.opts.Self].Epoch}, nil
+	s.r.tracker.setOwn(own)
+	s.r.tracker.mu.Lock()
+	defer s.r.tracker.mu.Unlock()
+	return &replicationpb.HoldsResponse{Format: wireFormat, Held: wireEnds(own), Epoch: s.r.tracker.marks[s.r.opts.Self].Epoch}, nil
 }

@@ -18,8 +18,9 @@ var (
 	chaosSteps = flag.Int("chaos.steps", 60, "steps of a run")
 )
 
-// What was said to be durable beyond its node is everywhere in the end, whatever
-// is cut, stopped and, for one node, wiped meanwhile; and all nodes have the same.
+// Records that were acknowledged as durable beyond their node reach every node in the end,
+// although links are cut, nodes are stopped and one node is wiped meanwhile. All nodes end
+// with the same content.
 func TestAcknowledgedRecordsSurvive(t *testing.T) {
 	seed := *chaosSeed
 	if seed == 0 {
@@ -102,7 +103,7 @@ func TestAcknowledgedRecordsSurvive(t *testing.T) {
 	got := most()
 	for s, seq := range acked {
 		if got[s] < seq {
-			t.Errorf("stream %s: acknowledged to %d, there is %d", s, seq, got[s])
+			t.Errorf("stream %s: acknowledged up to %d, but nodes hold %d", s, seq, got[s])
 		}
 	}
 	t.Logf("%d streams, acknowledged: %v", len(got), durable)
@@ -130,8 +131,8 @@ func TestAcknowledgedRecordsSurvive(t *testing.T) {
 	}
 }
 
-// A backlog that is sent slowly doesn't hold up what is new.
-func TestBacklogDelaysNothingNew(t *testing.T) {
+// A backlog that is sent slowly does not delay new records.
+func TestBacklogDoesNotDelayNewRecords(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	w.tune = func(n *node) { n.limits.BulkBytesPerSecond = 256 << 10 }
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
@@ -140,16 +141,16 @@ func TestBacklogDelaysNothingNew(t *testing.T) {
 	a1.halt()
 	a1.start()
 	b1.start()
-	eventually(t, "the backlog is on its way", func() bool { return b1.holds(old) > 0 })
+	eventually(t, "b1 receives the backlog", func() bool { return b1.holds(old) > 0 })
 	for range 20 {
 		await(t, a1, a1.submit(1, 1000), journal.DurableTwoSites)
 	}
 	if got := b1.holds(old); got == backlog {
-		t.Fatal("the backlog was there before what is new")
+		t.Fatal("the backlog arrived before the new record")
 	}
 }
 
-// describe says what each node holds, and whom it pulls from.
+// describe logs what each node holds, and from which nodes it pulls.
 func (w *world) describe() {
 	if err := pprof.Lookup("goroutine").WriteTo(os.Stderr, 1); err != nil {
 		w.t.Log(err)
@@ -158,12 +159,12 @@ func (w *world) describe() {
 		n := w.nodes[name]
 		w.t.Logf("%s pulls from %v", name, n.repl.sources())
 		for s, e := range n.log.Ends() {
-			w.t.Logf("  holds %s to %d, of %d; applied to %d; known: %v", s, e.Durable, n.repl.ledger.snapshot().MostHeld(s), n.table.Applied(s), n.repl.Holders(s))
+			w.t.Logf("  holds %s to %d, of %d; applied to %d; known: %v", s, e.Durable, n.repl.tracker.snapshot().MostHeld(s), n.table.Applied(s), n.repl.Holders(s))
 		}
 	}
 }
 
-func (l *ledger) snapshot() Marks {
+func (l *tracker) snapshot() Watermarks {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.marks.Clone()

@@ -18,8 +18,8 @@ import (
 
 const (
 	compareEvery = time.Minute
-	// compareTries and compareAgain: two tables can be compared only when both
-	// have applied the same, which under load is a matter of luck.
+	// compareTries and compareAgain: two tables can only be compared at a moment when both
+	// have applied the same records, which is a matter of chance under load.
 	compareTries   = 10
 	compareAgain   = time.Second
 	compareTimeout = 10 * time.Second
@@ -28,14 +28,15 @@ const (
 
 const buckets = 256
 
-// compareAll compares the table with those of the nodes that are pulled from,
-// until ctx ends. A bucket that differs twice in a row is repaired by joining its
-// rows both ways; once may be an expiry that one node was a little earlier with.
+// compareAll compares the table with those of the nodes that are pulled from, until ctx
+// ends. A bucket that differs in two comparisons in a row is repaired by merging its rows
+// in both directions. A single difference may come from a job that one node expired a
+// little earlier.
 func (r *Replication) compareAll(ctx context.Context) error {
 	differed := map[string][buckets]bool{}
 	for pause(ctx, compareEvery) {
 		if r.opts.Table.Partial() {
-			continue // that it differs is known
+			continue // a partial table differs anyway
 		}
 		now := map[string][buckets]bool{}
 		for _, peer := range r.sources() {
@@ -52,8 +53,8 @@ func (r *Replication) compareAll(ctx context.Context) error {
 	return nil
 }
 
-// compare gives the buckets that differ; false when there was no moment at which
-// both nodes had applied the same.
+// compare returns the buckets that differ; false when there was no moment at which both
+// nodes had applied the same records.
 func (r *Replication) compare(ctx context.Context, peer string) (differ [buckets]bool, ok bool) {
 	for try := range compareTries {
 		if try > 0 && !pause(ctx, compareAgain) {
@@ -61,7 +62,7 @@ func (r *Replication) compare(ctx context.Context, peer string) (differ [buckets
 		}
 		applied, digests, steady, err := r.digests()
 		if err != nil {
-			r.opts.Logger.Error("the table has no digests", "err", err)
+			r.opts.Logger.Error("can't read the table's digests", "err", err)
 			return differ, false
 		}
 		if !steady {
@@ -69,7 +70,7 @@ func (r *Replication) compare(ctx context.Context, peer string) (differ [buckets
 		}
 		theirs, err := r.askDigests(ctx, peer)
 		if err != nil {
-			r.opts.Logger.Debug("tables are not compared", "peer", peer, "err", err)
+			r.opts.Logger.Debug("can't compare tables", "peer", peer, "err", err)
 			return differ, false
 		}
 		ends, err := readEnds(theirs.GetApplied())
@@ -86,7 +87,8 @@ func (r *Replication) compare(ctx context.Context, peer string) (differ [buckets
 	return differ, false
 }
 
-// digests are the table's, with what it had applied of the streams that are held.
+// digests returns the table's digests, with what it has applied of the held streams; steady
+// is false if that changed meanwhile.
 func (r *Replication) digests() (applied map[journal.Stream]uint64, digests [buckets][16]byte, steady bool, err error) {
 	before := r.applied()
 	digests, err = r.opts.Table.Digests()
@@ -124,14 +126,13 @@ func (r *Replication) repair(ctx context.Context, peer string, differ, before [b
 			continue
 		}
 		r.metrics.diverged.Inc()
-		err := r.joinBucket(ctx, peer, i)
-		r.opts.Logger.Error("the tables of two nodes that have the same journals differ; the rows are joined both ways", "peer", peer, "bucket", i, "err", err)
+		err := r.exchangeBucket(ctx, peer, i)
+		r.opts.Logger.Error("the tables of two nodes with the same journals differ; merging the rows of a bucket both ways", "peer", peer, "bucket", i, "err", err)
 	}
 }
 
-// joinBucket sends the rows of a bucket to a peer, which joins them, and joins
-// the peer's.
-func (r *Replication) joinBucket(ctx context.Context, peer string, bucket int) error {
+// exchangeBucket sends the rows of a bucket to a peer and merges the peer's rows.
+func (r *Replication) exchangeBucket(ctx context.Context, peer string, bucket int) error {
 	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
 	defer cancel()
 	conn, err := r.opts.Dial(peer)
@@ -154,7 +155,7 @@ func (r *Replication) joinBucket(ctx context.Context, peer string, bucket int) e
 	return nil
 }
 
-// sendBucket sends all rows of a bucket, at least one message.
+// sendBucket sends all rows of a bucket, in at least one message.
 func (r *Replication) sendBucket(ctx context.Context, bucket int, send func(*replicationpb.BucketRows) error) error {
 	after := journal.JobID{}
 	for more := true; more; {
@@ -182,7 +183,7 @@ func (r *Replication) sendBucket(ctx context.Context, bucket int, send func(*rep
 	return nil
 }
 
-// receiveBucket joins rows until the sender ends, and gives the bucket.
+// receiveBucket merges rows until the sender ends, and returns the bucket.
 func (r *Replication) receiveBucket(ctx context.Context, recv func() (*replicationpb.BucketRows, error), first *replicationpb.BucketRows) (bucket int, err error) {
 	var page []byte
 	for m := first; ; m = nil {
@@ -195,7 +196,7 @@ func (r *Replication) receiveBucket(ctx context.Context, recv func() (*replicati
 		}
 		bucket = int(m.GetBucket())
 		if page = append(page, m.GetRows()...); len(page) > maxRow {
-			return bucket, fmt.Errorf("%w: a page of a bucket", errFlooded)
+			return bucket, fmt.Errorf("%w: a page of a bucket", errWindowExceeded)
 		}
 		if m.GetMore() || len(page) == 0 {
 			continue
@@ -207,7 +208,7 @@ func (r *Replication) receiveBucket(ctx context.Context, recv func() (*replicati
 	}
 }
 
-// Digests answers with those of this node's table.
+// Digests answers with the digests of this node's table.
 func (s *server) Digests(ctx context.Context, q *replicationpb.DigestsRequest) (*replicationpb.DigestsResponse, error) {
 	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
 		return nil, err
@@ -226,7 +227,7 @@ func (s *server) Digests(ctx context.Context, q *replicationpb.DigestsRequest) (
 	return out, nil
 }
 
-// Bucket joins a caller's rows and gives this node's.
+// Bucket merges a caller's rows and sends this node's.
 func (s *server) Bucket(stream grpc.BidiStreamingServer[replicationpb.BucketRows, replicationpb.BucketRows]) error {
 	first, err := stream.Recv()
 	if err != nil {

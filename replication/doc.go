@@ -1,7 +1,8 @@
-// Package replication carries journals between nodes and knows who holds what.
+// Package replication copies journals between nodes and tracks which node holds
+// which records.
 //
-// Who pulls what from whom is a pure decision (plan.go), and so is what makes a
-// record durable (durability.go); marks.go says what is known of the other
-// nodes' disks. Around them: link.go pulls from one node, source.go answers one
-// that pulls. Start at Replication.Run.
+// Two decisions are pure functions: which node pulls what from which other node
+// (plan.go), and what makes a record durable (durability.go). watermarks.go holds what
+// is known of the nodes' disks. pull.go is the client side of a pull, send.go the
+// server side. Start at Replication.Run.
 package replication

@@ -7,17 +7,17 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// ErrImpossible means that the cluster as configured can't give a durability,
-// whoever is alive.
+// ErrImpossible means that the configured nodes can't provide a durability, even if all
+// of them are alive.
 var ErrImpossible = errors.New("not enough sites or nodes")
 
 // Member is a node of the cluster as this node sees it.
 type Member struct {
 	Node, Site, City string
-	// Heard says whether the node answers pings at present. The node itself is
-	// always heard.
+	// Heard reports whether the node answers pings at present. It is always true for this
+	// node itself.
 	Heard bool
-	// Hears are the nodes that it hears in turn, as far as it has said so.
+	// Hears are the nodes whose pings it receives, by its own report.
 	Hears map[string]bool
 }
 
@@ -35,8 +35,8 @@ func levelIndex(level journal.Durability) int {
 	return -1
 }
 
-// counts reports whether a copy at other makes a record of writer durable to the
-// level, beside the writer's own.
+// counts reports whether a copy on node other, together with the writer's own, gives a
+// record the durability.
 func counts(level journal.Durability, writer, other Member) bool {
 	switch level {
 	case journal.DurableNode:
@@ -51,8 +51,8 @@ func counts(level journal.Durability, writer, other Member) bool {
 	return false
 }
 
-// Satisfied reports whether a record that writer and the holders have on their
-// disks is durable to the level. The writer's own copy is part of each level.
+// Satisfied reports whether a record that is on the disks of the writer and of the holders
+// has the durability. Every durability needs the writer's own copy.
 func Satisfied(level journal.Durability, writer Member, holders []Member) bool {
 	own, other := false, false
 	for _, h := range holders {
@@ -62,12 +62,11 @@ func Satisfied(level journal.Durability, writer Member, holders []Member) bool {
 	return own && other
 }
 
-// possible says whether some of the members can make a record of self durable to
-// the level.
+// possible returns nil if some of the members can give a record of self the durability.
 func possible(level journal.Durability, self Member, members []Member) error {
 	switch {
 	case levelIndex(level) < 0:
-		return fmt.Errorf("%w: %q is none", ErrImpossible, level)
+		return fmt.Errorf("%w: unknown durability %q", ErrImpossible, level)
 	case Satisfied(level, self, append(members[:len(members):len(members)], self)):
 		return nil
 	case level == journal.DurableSite:

@@ -17,54 +17,53 @@ import (
 )
 
 const (
-	// MaxFeedItem bounds an item of the feed, in bytes: half of what a message of
-	// the mesh may have.
+	// MaxFeedItem bounds an item of the feed: half of the maximum message size of the mesh.
 	MaxFeedItem = 2 << 20
-	// feedQueue and feedItems bound what waits for one site or neighbour, also for
-	// one that is away; the oldest goes first.
+	// feedQueue and feedItems bound the bytes and items that wait for one site or neighbour,
+	// even while it is away. Beyond them the oldest items are dropped.
 	feedQueue = 16 << 20
 	feedItems = 16384
-	// feedWindow bounds what is on its way to one node: on a slow link, that is how
-	// much the journals may have to wait for.
-	feedWindow = 512 << 10
-	feedPlan   = 250 * time.Millisecond
+	// feedWindow bounds the unacknowledged bytes to one node. On a slow link the journals may
+	// have to wait for that many bytes.
+	feedWindow    = 512 << 10
+	feedPlanEvery = 250 * time.Millisecond
 )
 
 // ErrFeedItem means that an item is larger than MaxFeedItem.
 var ErrFeedItem = errors.New("the item is too large for the feed")
 
-// Offer sends an item to every site, once, where one node passes it on to the
-// others; for a site that is away it waits in memory. It may be lost, come twice or
-// out of order. The item must not be changed afterwards. It never blocks: where too
-// much waits the oldest items are dropped. Nothing is kept or sent before Run.
+// Offer sends an item to every site once; the receiving node forwards it within its site.
+// For a site that is away the item waits in memory. Items may be lost, duplicated or
+// reordered. The caller must not change the item afterwards. Offer never blocks: beyond the
+// limits the oldest items are dropped. Before Run nothing is queued or sent.
 func (r *Replication) Offer(item []byte) error {
 	if len(item) > MaxFeedItem {
 		return fmt.Errorf("%w: %d bytes", ErrFeedItem, len(item))
 	}
-	r.feed.pass(item, true)
+	r.feed.enqueue(item, true)
 	return nil
 }
 
-// feed carries items that may be lost.
+// feed sends items that may be lost.
 type feed struct {
 	r    *Replication
 	pace pacer
 
-	mu    sync.Mutex // guards lanes, and to and stop of each
-	lanes map[receiver]*lane
+	mu       sync.Mutex // guards outboxes, and the fields to and stop of each
+	outboxes map[feedTarget]*outbox
 }
 
-// receiver is who gets the feed from here: a neighbour, or another site.
-type receiver struct{ site, neighbour string }
+// feedTarget is a receiver of this node's feed: a neighbour, or another site.
+type feedTarget struct{ site, neighbour string }
 
-// lane is what waits for one receiver. It outlives that one's absence.
-type lane struct {
-	near bool               // a node of this site
-	to   string             // the node that is sent to, "" while none is heard
-	stop context.CancelFunc // ends the sending to it
-	wake chan struct{}      // has room for one
+// outbox holds the items for one target. It stays while the target is away.
+type outbox struct {
+	neighbour bool               // the target is a node of this site
+	to        string             // node to send to, "" while none is heard
+	stop      context.CancelFunc // stops sending to it
+	wake      chan struct{}      // capacity 1
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	items []feedItem
 	bytes int
 }
@@ -75,23 +74,22 @@ type feedItem struct {
 }
 
 func newFeed(r *Replication) *feed {
-	return &feed{r: r, pace: pacer{now: r.opts.Boottime, perSecond: r.opts.Limits.FeedBytesPerSecond}, lanes: map[receiver]*lane{}}
+	return &feed{r: r, pace: pacer{now: r.opts.Boottime, perSecond: r.opts.Limits.FeedBytesPerSecond}, outboxes: map[feedTarget]*outbox{}}
 }
 
-// pass queues an item for the neighbours, and for the other sites when it is
-// this node's own.
-func (f *feed) pass(item []byte, own bool) {
+// enqueue queues an item for the neighbours and, if own is true, for the other sites.
+func (f *feed) enqueue(item []byte, own bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, l := range f.lanes {
-		if l.near || own {
-			f.r.metrics.feedDropped.Add(float64(l.push(feedItem{data: item, relay: !l.near})))
+	for _, l := range f.outboxes {
+		if l.neighbour || own {
+			f.r.metrics.feedDropped.Add(float64(l.push(feedItem{data: item, relay: !l.neighbour})))
 		}
 	}
 }
 
-// push gives how many items had to go.
-func (l *lane) push(item feedItem) (dropped int) {
+// push returns the number of dropped items.
+func (l *outbox) push(item feedItem) (dropped int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.items = append(l.items, item)
@@ -102,13 +100,13 @@ func (l *lane) push(item feedItem) (dropped int) {
 		l.items = l.items[1:]
 		dropped++
 	}
-	ring(l.wake)
+	notify(l.wake)
 	return dropped
 }
 
-// back takes items that may not have arrived, oldest first, to be sent again before
-// all others. It gives how many there is no room for.
-func (l *lane) back(items []feedItem) (dropped int) {
+// requeue puts back items that may not have arrived, oldest first, in front of all others.
+// It returns the number of items for which there is no space.
+func (l *outbox) requeue(items []feedItem) (dropped int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	first := len(items)
@@ -117,11 +115,11 @@ func (l *lane) back(items []feedItem) (dropped int) {
 		l.bytes += len(items[first].data)
 	}
 	l.items = append(slices.Clone(items[first:]), l.items...)
-	ring(l.wake)
+	notify(l.wake)
 	return first
 }
 
-func (l *lane) pop() (feedItem, bool) {
+func (l *outbox) pop() (feedItem, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if len(l.items) == 0 {
@@ -134,15 +132,15 @@ func (l *lane) pop() (feedItem, bool) {
 	return item, true
 }
 
-// targets are the nodes to send to: the neighbours, and one of each other site, ""
-// for those of whom none is heard.
-func (f *feed) targets() map[receiver]string {
-	heard := map[receiver][]string{}
+// targets returns the node to send to for each target: the neighbours, and one node of each
+// other site; "" if none is heard.
+func (f *feed) targets() map[feedTarget]string {
+	heard := map[feedTarget][]string{}
 	for _, m := range f.r.opts.Members() {
 		if m.Node == f.r.opts.Self {
 			continue
 		}
-		to := receiver{site: m.Site}
+		to := feedTarget{site: m.Site}
 		if m.Site == f.r.opts.Site {
 			to.neighbour = m.Node
 		}
@@ -152,7 +150,7 @@ func (f *feed) targets() map[receiver]string {
 		}
 		heard[to] = nodes
 	}
-	targets := make(map[receiver]string, len(heard))
+	targets := make(map[feedTarget]string, len(heard))
 	for to, nodes := range heard {
 		targets[to] = ""
 		if len(nodes) > 0 {
@@ -162,30 +160,30 @@ func (f *feed) targets() map[receiver]string {
 	return targets
 }
 
-// run keeps a lane for each receiver until ctx ends.
+// run sends the outboxes until ctx ends.
 func (f *feed) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	serve := func(node string, l *lane) context.CancelFunc {
+	serve := func(node string, l *outbox) context.CancelFunc {
 		lctx, stop := context.WithCancel(ctx)
 		wg.Go(func() { f.serve(lctx, node, l) })
 		return stop
 	}
-	defer f.retarget(nil, serve)
+	defer f.setTargets(nil, serve)
 	for {
-		f.retarget(f.targets(), serve)
-		if !pause(ctx, clock.UntilTick(f.r.opts.Boottime(), feedPlan)) {
+		f.setTargets(f.targets(), serve)
+		if !pause(ctx, clock.UntilTick(f.r.opts.Boottime(), feedPlanEvery)) {
 			return nil
 		}
 	}
 }
 
-// retarget forgets the receivers that are no members any more, and lets serve send
-// to the nodes that are new.
-func (f *feed) retarget(targets map[receiver]string, serve func(node string, l *lane) context.CancelFunc) {
+// setTargets removes the outboxes of former targets, and calls serve for each new node to
+// send to.
+func (f *feed) setTargets(targets map[feedTarget]string, serve func(node string, l *outbox) context.CancelFunc) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	maps.DeleteFunc(f.lanes, func(to receiver, l *lane) bool {
+	maps.DeleteFunc(f.outboxes, func(to feedTarget, l *outbox) bool {
 		_, wanted := targets[to]
 		if !wanted && l.to != "" {
 			l.stop()
@@ -193,10 +191,10 @@ func (f *feed) retarget(targets map[receiver]string, serve func(node string, l *
 		return !wanted
 	})
 	for to, node := range targets {
-		l := f.lanes[to]
+		l := f.outboxes[to]
 		if l == nil {
-			l = &lane{near: to.neighbour != "", wake: make(chan struct{}, 1)}
-			f.lanes[to] = l
+			l = &outbox{neighbour: to.neighbour != "", wake: make(chan struct{}, 1)}
+			f.outboxes[to] = l
 		}
 		if l.to == node {
 			continue
@@ -206,20 +204,20 @@ func (f *feed) retarget(targets map[receiver]string, serve func(node string, l *
 		}
 		if l.to = node; node != "" {
 			l.stop = serve(node, l)
-			ring(l.wake)
+			notify(l.wake)
 		}
 	}
 }
 
-// serve sends what is in a lane, in one call after the other.
-func (f *feed) serve(ctx context.Context, node string, l *lane) {
+// serve sends the items of an outbox, and repeats the call when it breaks.
+func (f *feed) serve(ctx context.Context, node string, l *outbox) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-l.wake:
 		}
-		ring(l.wake)
+		notify(l.wake)
 		if err := f.call(ctx, node, l); err != nil && ctx.Err() == nil {
 			f.r.opts.Logger.Debug("the feed to a peer broke off", "peer", node, "err", err)
 			if !pause(ctx, backoffMax) {
@@ -230,7 +228,7 @@ func (f *feed) serve(ctx context.Context, node string, l *lane) {
 }
 
 // call sends until the call breaks.
-func (f *feed) call(ctx context.Context, node string, l *lane) error {
+func (f *feed) call(ctx context.Context, node string, l *outbox) error {
 	conn, err := f.r.opts.Dial(node)
 	if err != nil {
 		return err
@@ -242,7 +240,7 @@ func (f *feed) call(ctx context.Context, node string, l *lane) error {
 	if err != nil {
 		return err
 	}
-	taken := make(chan uint64, 1) // the newest word of the peer
+	taken := make(chan uint64, 1) // the peer's newest acknowledgement
 	g.Go(func() error {
 		for {
 			t, err := stream.Recv()
@@ -260,11 +258,11 @@ func (f *feed) call(ctx context.Context, node string, l *lane) error {
 	return g.Wait()
 }
 
-func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replicationpb.FeedItem, replicationpb.FeedTaken], l *lane, taken <-chan uint64) error {
-	var flight []feedItem // on their way
-	var done uint64       // items that were taken
+func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replicationpb.FeedItem, replicationpb.FeedTaken], l *outbox, taken <-chan uint64) error {
+	var flight []feedItem // sent and not acknowledged
+	var done uint64       // acknowledged items
 	out := 0
-	defer func() { f.r.metrics.feedDropped.Add(float64(l.back(flight))) }()
+	defer func() { f.r.metrics.feedDropped.Add(float64(l.requeue(flight))) }()
 	for {
 		wake := l.wake
 		if out >= feedWindow {
@@ -285,7 +283,7 @@ func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replica
 		if !ok {
 			continue
 		}
-		ring(l.wake) // there may be more
+		notify(l.wake) // there may be more
 		flight, out = append(flight, item), out+len(item.data)
 		if err := stream.Send(&replicationpb.FeedItem{Format: wireFormat, Item: item.data, Relay: item.relay}); err != nil {
 			return err
@@ -297,7 +295,7 @@ func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replica
 	}
 }
 
-// Feed takes a peer's items.
+// Feed receives a peer's items.
 func (s *server) Feed(stream grpc.BidiStreamingServer[replicationpb.FeedItem, replicationpb.FeedTaken]) error {
 	first, err := stream.Recv()
 	if err != nil {
@@ -311,15 +309,13 @@ func (s *server) Feed(stream grpc.BidiStreamingServer[replicationpb.FeedItem, re
 		return err
 	}
 	defer leave()
-	// Recv has no context but the call's, and ends when this handler returns.
+	// Recv only ends with the call, after this handler has returned.
 	failed := make(chan error, 1)
-	s.r.life.calls.Go(func() {
+	s.r.lifecycle.calls.Go(func() {
 		for item, n := first, uint64(1); ; n++ {
-			if s.r.opts.Deliver != nil {
-				s.r.opts.Deliver(item.GetItem())
-			}
+			s.r.opts.Deliver(item.GetItem())
 			if item.GetRelay() {
-				s.r.feed.pass(item.GetItem(), false)
+				s.r.feed.enqueue(item.GetItem(), false)
 			}
 			err := stream.Send(&replicationpb.FeedTaken{Items: n})
 			if err == nil {

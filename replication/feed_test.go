@@ -8,24 +8,24 @@ import (
 	"testing"
 )
 
-// Every item reaches every node and comes back to none. It comes once, unless a
-// call broke with items on their way: those are sent again.
+// Every item reaches every other node and does not return to its sender. It arrives once,
+// unless a call broke with unacknowledged items: those are sent again.
 func TestFeedReachesEveryNode(t *testing.T) {
 	w := newWorld(t, "a1", "a2", "b1", "b2", "c1")
 	got, mu := w.collect()
 	w.start()
 	feed := w.nodes["a1"].repl.feed
-	eventually(t, "there are lanes to a neighbour and two sites", func() bool {
+	eventually(t, "a1 has outboxes for a neighbour and two sites", func() bool {
 		feed.mu.Lock()
 		defer feed.mu.Unlock()
-		return len(feed.lanes) == 3
+		return len(feed.outboxes) == 3
 	})
 	for _, name := range []string{"b1", "b2"} {
 		other := w.nodes[name].repl.feed
-		eventually(t, "b can pass on", func() bool {
+		eventually(t, "b can forward", func() bool {
 			other.mu.Lock()
 			defer other.mu.Unlock()
-			return len(other.lanes) == 3
+			return len(other.outboxes) == 3
 		})
 	}
 	want := map[byte]bool{}
@@ -36,22 +36,22 @@ func TestFeedReachesEveryNode(t *testing.T) {
 		want[i] = true
 	}
 	for _, name := range []string{"a2", "b1", "b2", "c1"} {
-		eventually(t, name+" has all", func() bool {
+		eventually(t, name+" has all items", func() bool {
 			mu.Lock()
 			defer mu.Unlock()
 			return maps.Equal(got[name], want)
 		})
 	}
 	if n := len(got["a1"]); n != 0 {
-		t.Errorf("%d items came back", n)
+		t.Errorf("%d items returned to their sender", n)
 	}
 	if err := w.nodes["a1"].repl.Offer(make([]byte, MaxFeedItem+1)); !errors.Is(err, ErrFeedItem) {
-		t.Errorf("too large: %v", err)
+		t.Errorf("offering an item that is too large: %v", err)
 	}
 }
 
-// collect notes what is delivered to each node, by the first byte; the lock guards
-// it. The nodes start afterwards.
+// collect records the items delivered to each node, by their first byte; the lock guards
+// the result. Call it before the nodes start.
 func (w *world) collect() (map[string]map[byte]bool, *sync.Mutex) {
 	var mu sync.Mutex
 	got := map[string]map[byte]bool{}
@@ -66,9 +66,9 @@ func (w *world) collect() (map[string]map[byte]bool, *sync.Mutex) {
 	return got, &mu
 }
 
-// TestFeedOfASiteThatWasAway: what was offered meanwhile waits for it, within the
-// bound, and what was on its way when it went is sent again.
-func TestFeedOfASiteThatWasAway(t *testing.T) {
+// Items offered while a site is away wait for it, within the limit, and items that were
+// unacknowledged when it left are sent again.
+func TestFeedWaitsForASiteThatIsAway(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "c1")
 	got, mu := w.collect()
 	w.start()
@@ -76,13 +76,13 @@ func TestFeedOfASiteThatWasAway(t *testing.T) {
 	sendsTo := func(site string) string {
 		feed.mu.Lock()
 		defer feed.mu.Unlock()
-		if l := feed.lanes[receiver{site: site}]; l != nil {
+		if l := feed.outboxes[feedTarget{site: site}]; l != nil {
 			return l.to
 		}
 		return ""
 	}
 	to := w.nodes["c1"].site
-	eventually(t, "the site is sent to", func() bool { return sendsTo(to) == "c1" })
+	eventually(t, "a1 sends to the site", func() bool { return sendsTo(to) == "c1" })
 	w.isolate(to, true)
 	for i := range byte(200) {
 		if err := w.nodes["a1"].repl.Offer(bytes.Repeat([]byte{i}, 5000)); err != nil {
@@ -96,20 +96,20 @@ func TestFeedOfASiteThatWasAway(t *testing.T) {
 			return len(got[name]) == 200
 		}
 	}
-	eventually(t, "the other site has all", all("b1"))
-	eventually(t, "it is known to be away", func() bool { return sendsTo(to) == "" })
+	eventually(t, "the other site has all items", all("b1"))
+	eventually(t, "a1 knows that the site is away", func() bool { return sendsTo(to) == "" })
 	w.isolate(to, false)
-	eventually(t, "the site that was away has all", all("c1"))
+	eventually(t, "the site that was away has all items", all("c1"))
 }
 
-// TestWhatDidNotArrive goes before what is new, oldest first; without room for all
-// the oldest are lost.
-func TestWhatDidNotArrive(t *testing.T) {
-	l := &lane{wake: make(chan struct{}, 1)}
+// Requeued items go before new ones, oldest first; without space for all, the oldest are
+// dropped.
+func TestRequeue(t *testing.T) {
+	l := &outbox{wake: make(chan struct{}, 1)}
 	item := func(n byte, size int) feedItem { return feedItem{data: bytes.Repeat([]byte{n}, size)} }
 	l.push(item(4, feedQueue-2000))
-	if n := l.back([]feedItem{item(1, 1000), item(2, 1000), item(3, 1000)}); n != 1 {
-		t.Errorf("%d lost", n)
+	if n := l.requeue([]feedItem{item(1, 1000), item(2, 1000), item(3, 1000)}); n != 1 {
+		t.Errorf("%d items were dropped", n)
 	}
 	for _, want := range []byte{2, 3, 4} {
 		if got, ok := l.pop(); !ok || got.data[0] != want {
@@ -121,8 +121,8 @@ func TestWhatDidNotArrive(t *testing.T) {
 	}
 }
 
-func TestLaneDropsTheOldest(t *testing.T) {
-	l := &lane{wake: make(chan struct{}, 1)}
+func TestOutboxDropsTheOldest(t *testing.T) {
+	l := &outbox{wake: make(chan struct{}, 1)}
 	dropped := 0
 	const items = feedQueue/(1<<20) + 5
 	for i := range items {
@@ -133,7 +133,7 @@ func TestLaneDropsTheOldest(t *testing.T) {
 	}
 	for i := 5; i < items; i++ {
 		if item, ok := l.pop(); !ok || item.data[0] != byte(i) {
-			t.Fatalf("item %d is not where it belongs", i)
+			t.Fatalf("item %d is in the wrong place", i)
 		}
 	}
 	for range feedItems + 7 {

@@ -10,56 +10,55 @@ import (
 )
 
 const (
-	// known is how old the newest word of an origin's end may be for a count of
-	// the records behind to mean anything.
+	// knownFor is how old the newest report of an origin's end may be for a count of missing
+	// records to be meaningful.
 	knownFor = 5 * time.Second
-	// maxProofs bounds the answers that wait until their records are here, for
-	// each origin.
-	maxProofs = 32
+	// maxPendingAnswers bounds the answers of each origin whose records are not all here yet.
+	maxPendingAnswers = 32
 )
 
-// freshness measures how old copies are. Whoever holds all that an origin had on
-// its disk at some moment has a copy that is as old as that moment; the moment
-// is when the question was sent that the origin answered, on the asker's clock.
-// Nothing else tells: when no answer comes, the age grows by itself.
+// freshness measures the age of copies. A copy that contains all records that an origin had
+// on its disk at some moment is as old as that moment. The moment is when the probe was
+// sent that the origin answered, by the prober's clock. There is no other evidence: without
+// answers the age grows.
 type freshness struct {
 	now func() time.Duration // Boottime
 
-	mu     sync.Mutex // guards what follows
-	own    map[string]*copyOf
-	copies map[copyAt]copySeen // of other nodes
+	mu     sync.Mutex // guards the fields below
+	own    map[string]*originCopy
+	copies map[siteCopyKey]siteCopyAge // of other nodes
 }
 
-// copyOf is this node's copy of an origin's journals.
-type copyOf struct {
-	fresh  time.Duration // holds all that the origin had then
-	known  time.Duration // knows what the origin had then
-	proofs []proof       // oldest first
-	any    bool          // fresh was ever set
+// originCopy is this node's copy of an origin's journals.
+type originCopy struct {
+	fresh   time.Duration   // the copy contains all that the origin had at this time
+	known   time.Duration   // this node knows what the origin had at this time
+	pending []pendingAnswer // oldest first
+	any     bool            // fresh is set
 }
 
-// proof is an answer whose records are not all here yet.
-type proof struct {
+// pendingAnswer is an answer whose records are not all here yet.
+type pendingAnswer struct {
 	at    time.Duration
 	lacks map[journal.Stream]uint64
 }
 
-type copyAt struct{ holder, originSite string }
+type siteCopyKey struct{ holder, originSite string }
 
-type copySeen struct{ fresh, heard time.Duration }
+type siteCopyAge struct{ fresh, heard time.Duration }
 
 func newFreshness(now func() time.Duration) *freshness {
-	return &freshness{now: now, own: map[string]*copyOf{}, copies: map[copyAt]copySeen{}}
+	return &freshness{now: now, own: map[string]*originCopy{}, copies: map[siteCopyKey]siteCopyAge{}}
 }
 
-// answered takes in that an origin had these ends at the moment at, or later.
-// held gives what this node has of a stream.
+// answered handles an answer: at the time at, or later, the origin had these ends. held
+// returns what this node has of a stream.
 func (f *freshness) answered(origin string, at time.Duration, ends map[journal.Stream]uint64, held func(journal.Stream) uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.own[origin]
 	if c == nil {
-		c = &copyOf{known: at}
+		c = &originCopy{known: at}
 		f.own[origin] = c
 	}
 	c.known = max(c.known, at)
@@ -74,21 +73,21 @@ func (f *freshness) answered(origin string, at time.Duration, ends map[journal.S
 	}
 	switch {
 	case lacks == nil:
-		c.prove(at)
-	case len(c.proofs) < maxProofs:
-		c.proofs = append(c.proofs, proof{at: at, lacks: lacks})
+		c.setFresh(at)
+	case len(c.pending) < maxPendingAnswers:
+		c.pending = append(c.pending, pendingAnswer{at: at, lacks: lacks})
 	default:
-		c.proofs[maxProofs-1] = proof{at: at, lacks: lacks}
+		c.pending[maxPendingAnswers-1] = pendingAnswer{at: at, lacks: lacks}
 	}
 }
 
-func (c *copyOf) prove(at time.Duration) {
+func (c *originCopy) setFresh(at time.Duration) {
 	if !c.any || at > c.fresh {
 		c.fresh, c.any = at, true
 	}
 }
 
-// advanced takes in that this node holds more of a stream.
+// advanced handles that this node holds more of a stream.
 func (f *freshness) advanced(s journal.Stream, held func(journal.Stream) uint64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -96,24 +95,24 @@ func (f *freshness) advanced(s journal.Stream, held func(journal.Stream) uint64)
 	if c == nil {
 		return
 	}
-	left := c.proofs[:0]
-	for _, p := range c.proofs {
+	left := c.pending[:0]
+	for _, p := range c.pending {
 		for s, end := range p.lacks {
 			if held(s) >= end {
 				delete(p.lacks, s)
 			}
 		}
 		if len(p.lacks) == 0 {
-			c.prove(p.at)
+			c.setFresh(p.at)
 		} else {
 			left = append(left, p)
 		}
 	}
-	clear(c.proofs[len(left):])
-	c.proofs = left
+	clear(c.pending[len(left):])
+	c.pending = left
 }
 
-// age of this node's copy of an origin; false when it is not known.
+// age returns the age of this node's copy of an origin; false when it is not known.
 func (f *freshness) age(origin string) (time.Duration, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -128,8 +127,8 @@ func (f *freshness) ageOf(origin string) (time.Duration, bool) {
 	return max(0, f.now()-c.fresh), true
 }
 
-// aware reports whether the end of each origin is known as of a moment ago.
-func (f *freshness) aware(origins []string) bool {
+// endsKnown reports whether the ends of all the origins were reported recently.
+func (f *freshness) endsKnown(origins []string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, o := range origins {
@@ -140,7 +139,7 @@ func (f *freshness) aware(origins []string) bool {
 	return true
 }
 
-// lag is the greatest age of the origins; false when one is not known.
+// lag returns the greatest age of the origins; false when one is not known.
 func (f *freshness) lag(origins []string) (time.Duration, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -155,29 +154,29 @@ func (f *freshness) lag(origins []string) (time.Duration, bool) {
 	return worst, len(origins) > 0
 }
 
-// told takes in how old another node's copy of a site is, as it said itself some
-// time ago.
-func (f *freshness) told(holder, originSite string, age, said time.Duration) {
+// recordReported stores the age of another node's copy of a site, as that node reported it
+// the time reportedAgo ago.
+func (f *freshness) recordReported(holder, originSite string, age, reportedAgo time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	at := copyAt{holder, originSite}
+	at := siteCopyKey{holder, originSite}
 	seen, ok := f.copies[at]
 	now := f.now()
 	if !ok || now-age > seen.fresh {
 		seen.fresh = now - age
 	}
-	if !ok || now-said > seen.heard {
-		seen.heard = now - said
+	if !ok || now-reportedAgo > seen.heard {
+		seen.heard = now - reportedAgo
 	}
 	f.copies[at] = seen
 }
 
-// elsewhere is how old another node's copy of a site is now, and whether that
-// node was heard of lately; false when it is not known.
-func (f *freshness) elsewhere(holder, originSite string) (age time.Duration, lately, ok bool) {
+// reportedAge returns the present age of another node's copy of a site, and whether that
+// node reported it recently; ok is false when it is not known.
+func (f *freshness) reportedAge(holder, originSite string) (age time.Duration, lately, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	seen, ok := f.copies[copyAt{holder, originSite}]
+	seen, ok := f.copies[siteCopyKey{holder, originSite}]
 	if !ok {
 		return 0, false, false
 	}
@@ -185,7 +184,7 @@ func (f *freshness) elsewhere(holder, originSite string) (age time.Duration, lat
 	return max(0, now-seen.fresh), now-seen.heard <= knownFor, true
 }
 
-// retain forgets nodes and sites that are no more.
+// retain removes former nodes and sites.
 func (f *freshness) retain(members []Member) {
 	nodes, sites := map[string]bool{}, map[string]bool{}
 	for _, m := range members {
@@ -205,7 +204,7 @@ func (f *freshness) retain(members []Member) {
 	}
 }
 
-// originsOf are the members of a site but this node.
+// originsOf returns the members of a site except this node.
 func originsOf(members []Member, site, self string) []string {
 	var out []string
 	for _, m := range members {
@@ -216,21 +215,21 @@ func originsOf(members []Member, site, self string) []string {
 	return out
 }
 
-// Lag is how old this node's copy of the journals of a site is, in seconds: the
-// oldest of its nodes'. False: not known, because some were never heard.
+// Lag returns the age in seconds of this node's copy of a site's journals: that of the
+// oldest of its nodes. known is false if some of them have never answered.
 func (r *Replication) Lag(originSite string) (seconds float64, known bool) {
 	lag, ok := r.fresh.lag(originsOf(r.opts.Members(), originSite, r.opts.Self))
 	return lag.Seconds(), ok
 }
 
-// Behind is how many records of a site this node is known to lack. False: not
-// known, because some of the site's nodes can't be heard at present.
+// Behind returns how many records of a site this node is known to lack. known is false if
+// some of the site's nodes do not answer at present.
 func (r *Replication) Behind(originSite string) (records int64, known bool) {
 	origins := originsOf(r.opts.Members(), originSite, r.opts.Self)
-	if len(origins) == 0 || !r.fresh.aware(origins) {
+	if len(origins) == 0 || !r.fresh.endsKnown(origins) {
 		return 0, false
 	}
-	return r.ledger.behind(origins, []string{r.opts.Self}), true
+	return r.tracker.behind(origins, []string{r.opts.Self}), true
 }
 
 // Copy says how far a site's copy of the other sites' journals is behind.
@@ -239,11 +238,11 @@ type Copy struct {
 	LagSeconds    *float64 // nil: not known
 }
 
-// Copy is a site's, as this node knows it: what one node of the site holds the
-// site holds.
+// Copy returns that of a site, as far as this node knows. A site holds what one of its nodes
+// holds.
 func (r *Replication) Copy(peerSite string) Copy {
 	members := r.opts.Members()
-	var holders, origins, foreign []string // origins without this node are foreign
+	var holders, origins, foreign []string // foreign: the origins without this node
 	sites := map[string]bool{}
 	for _, m := range members {
 		if m.Site == peerSite {
@@ -259,7 +258,7 @@ func (r *Replication) Copy(peerSite string) Copy {
 	if len(holders) == 0 || len(sites) == 0 {
 		return Copy{}
 	}
-	worst, aware := time.Duration(0), r.fresh.aware(foreign)
+	worst, aware := time.Duration(0), r.fresh.endsKnown(foreign)
 	for site := range sites {
 		age, lately, ok := r.siteAge(members, holders, site)
 		if !ok {
@@ -270,20 +269,20 @@ func (r *Replication) Copy(peerSite string) Copy {
 	lag := worst.Seconds()
 	c := Copy{LagSeconds: &lag}
 	if aware {
-		behind := r.ledger.behind(origins, holders)
+		behind := r.tracker.behind(origins, holders)
 		c.RecordsBehind = &behind
 	}
 	return c
 }
 
-// siteAge is the age of the best copy of a site that some nodes have.
+// siteAge returns the age of the best copy of a site among the holders.
 func (r *Replication) siteAge(members []Member, holders []string, originSite string) (best time.Duration, lately, known bool) {
 	for _, h := range holders {
 		age, late, ok := time.Duration(0), true, false
 		if h == r.opts.Self {
 			age, ok = r.fresh.lag(originsOf(members, originSite, r.opts.Self))
 		} else {
-			age, late, ok = r.fresh.elsewhere(h, originSite)
+			age, late, ok = r.fresh.reportedAge(h, originSite)
 		}
 		if ok && (!known || age < best) {
 			best = age
@@ -293,7 +292,7 @@ func (r *Replication) siteAge(members []Member, holders []string, originSite str
 	return best, lately, known
 }
 
-// originSites are the sites that other nodes are in.
+// originSites returns the sites of the other nodes.
 func (r *Replication) originSites() []string {
 	var sites []string
 	for _, m := range r.opts.Members() {
@@ -304,10 +303,10 @@ func (r *Replication) originSites() []string {
 	return sites
 }
 
-// maxAges bounds the ages of one message.
+// maxAges bounds the ages in one message.
 const maxAges = 1024
 
-// ages tells peers how old the copies are that this node knows of, its own first.
+// ages returns the ages of copies to send to peers, this node's own first.
 func (r *Replication) ages() []*replicationpb.SiteAge {
 	var out []*replicationpb.SiteAge
 	for _, site := range r.originSites() {
@@ -319,7 +318,7 @@ func (r *Replication) ages() []*replicationpb.SiteAge {
 	defer r.fresh.mu.Unlock()
 	now := r.fresh.now()
 	for at, seen := range r.fresh.copies {
-		// What nobody has confirmed for long is not passed on: it would seem new.
+		// Don't forward an age that its holder has not reported for long: it would seem new.
 		if now-seen.heard > knownFor || len(out) >= maxAges {
 			continue
 		}
@@ -331,9 +330,9 @@ func (r *Replication) ages() []*replicationpb.SiteAge {
 	return out
 }
 
-// hearAges takes in what a peer knows of other nodes' copies. The message may
-// have been on its way for as long as a round trip.
-func (r *Replication) hearAges(ages []*replicationpb.SiteAge, trip time.Duration) {
+// mergeAges stores the ages of other nodes' copies that a peer sent. The message may have
+// been on its way for up to a round trip.
+func (r *Replication) mergeAges(ages []*replicationpb.SiteAge, trip time.Duration) {
 	if len(ages) == 0 {
 		return
 	}
@@ -343,15 +342,15 @@ func (r *Replication) hearAges(ages []*replicationpb.SiteAge, trip time.Duration
 	}
 	for _, a := range ages {
 		if a.GetHolder() != r.opts.Self && nodes[a.GetHolder()] && sites[a.GetOriginSite()] {
-			r.fresh.told(a.GetHolder(), a.GetOriginSite(), duration(a.GetAgeUs())+trip, duration(a.GetSaidUs())+trip)
+			r.fresh.recordReported(a.GetHolder(), a.GetOriginSite(), duration(a.GetAgeUs())+trip, duration(a.GetSaidUs())+trip)
 		}
 	}
 }
 
-// micros rounds up: a copy is never said to be younger than it is.
+// micros rounds up, so that a copy never seems younger than it is.
 func micros(d time.Duration) uint64 { return uint64(max(0, d)/time.Microsecond) + 1 }
 
-// duration is the other way; a year stands for whatever is more.
+// duration is the inverse of micros; values above a year are cut to a year.
 func duration(us uint64) time.Duration {
 	return time.Duration(min(us, uint64(365*24*time.Hour/time.Microsecond))) * time.Microsecond
 }

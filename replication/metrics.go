@@ -24,28 +24,28 @@ func newMetrics(reg prometheus.Registerer, r *Replication) *metrics {
 	return &metrics{
 		sent:        counter("sent_bytes_total", "Bytes of records and rows sent to peers."),
 		received:    counter("received_bytes_total", "Bytes of peers' records made durable here."),
-		breaks:      counter("breaks_total", "Calls to pull from a peer that broke off or failed."),
-		refused:     counter("refused_streams_total", "Streams of peers that can't be stored: another record is in the place, or there are too many streams."),
-		snapshots:   counter("snapshots_total", "Tables sent to peers that lack records which are trimmed here."),
-		skipped:     counter("skipped_streams_total", "Streams that go on after what came as rows of a peer's table."),
+		breaks:      counter("breaks_total", "Pull calls to a peer that broke or failed."),
+		refused:     counter("refused_streams_total", "Streams of peers that can't be stored: a different record is in its place, or there are too many streams."),
+		snapshots:   counter("snapshots_total", "Table snapshots sent to peers that lack records which are trimmed here."),
+		skipped:     counter("skipped_streams_total", "Streams that resumed after records that arrived as rows of a peer's table."),
 		compared:    counter("comparisons_total", "Comparisons of the table with a peer's."),
-		uncompared:  counter("comparisons_missed_total", "Comparisons with a peer that found no moment at which both tables had applied the same."),
-		diverged:    counter("diverged_buckets_total", "Buckets in which two tables differed that had applied the same; their rows were joined."),
+		uncompared:  counter("comparisons_missed_total", "Comparisons with a peer that found no moment at which both tables had applied the same records."),
+		diverged:    counter("diverged_buckets_total", "Buckets that differed between two tables with the same applied records; their rows were merged."),
 		fed:         counter("feed_sent_bytes_total", "Bytes of the feed sent to peers."),
-		feedDropped: counter("feed_dropped_total", "Items of the feed dropped because a peer took them too slowly."),
+		feedDropped: counter("feed_dropped_total", "Items of the feed dropped because a peer received them too slowly."),
 		keyWaits: f.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_replication_key_waits",
-			Help: "Streams that wait because their next record is sealed with a key that this node can't open.",
+			Help: "Streams that wait because their next record is sealed with a key that this node does not have.",
 		}),
 	}
 }
 
-// lagCollector gives what is known at the moment, and nothing of what is not.
+// lagCollector reports the present values; it omits unknown ones.
 type lagCollector struct{ r *Replication }
 
 var (
 	lagDesc = prometheus.NewDesc("dsnode_replication_lag_seconds",
-		"Age of this node's copy of a site's journals: the site is known to have had nothing more, this long ago.",
+		"Age of this node's copy of a site's journals: how long ago the site is known to have had no more records.",
 		[]string{"origin_site", "peer_site"}, nil)
 	behindDesc = prometheus.NewDesc("dsnode_replication_records_behind",
 		"Records of a site that this node is known to lack.",

@@ -5,20 +5,20 @@ import (
 	"time"
 )
 
-// pacerBurst is how much time's worth of bytes may go at once after a pause.
+// pacerBurst is how much time's worth of bytes may be sent at once after a pause.
 const pacerBurst = 50 * time.Millisecond
 
-// pacer holds a rate over all who take from it. Taking never blocks: who took
-// waits afterwards, so that a piece larger than any burst needs no rule of its own.
+// pacer limits the rate of all callers together. take never blocks; the caller pauses
+// afterwards, so a piece may be larger than any burst.
 type pacer struct {
 	now       func() time.Duration
 	perSecond int
 
 	mu   sync.Mutex    // guards free
-	free time.Duration // when all that was taken is paid for
+	free time.Duration // when the rate allows the next bytes
 }
 
-// take notes n bytes and says how long to pause after them.
+// take accounts for n bytes and returns how long to pause after them.
 func (p *pacer) take(n int) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()

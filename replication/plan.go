@@ -6,22 +6,22 @@ import (
 	"slices"
 )
 
-// View is what a node decides on from whom it pulls.
+// View is the input of Plan.
 type View struct {
 	Self    string
 	Members []Member
 	// Gain is how many records each node holds that this one lacks, by origin.
 	Gain map[string]map[string]uint64
-	// Stalled are the origins of which this node lacks records for some time
-	// without getting on: they are pulled from a second node too.
+	// Stalled are the origins of which this node has lacked records for some time without
+	// receiving any. They are pulled from a second node too.
 	Stalled map[string]bool
-	// Current are the sources at present, by origin; the choice stays where it can.
+	// Current are the present sources, by origin; Plan keeps them where possible.
 	Current map[string][]string
 }
 
-// Plan says whom a node pulls from, and which origins. Nodes that see the same
-// agree without a word: each origin of another site has one relay in this site,
-// which pulls it from there; the others pull it from the relay. So a record
+// Plan returns the nodes to pull from, with the origins to pull from each. Nodes with the
+// same view agree without communicating: each origin of another site has one relay in this
+// site, which pulls it from there, and the others pull it from the relay. So each record
 // crosses the link between two sites once.
 func Plan(v View) map[string][]string {
 	origins := map[string]bool{}
@@ -29,7 +29,7 @@ func Plan(v View) map[string][]string {
 		origins[m.Node] = true
 	}
 	for o := range v.Gain {
-		origins[o] = true // of a node that was removed, or this node's own of an earlier life
+		origins[o] = true // origins that are no longer members, or this node's own earlier streams
 	}
 	plan := map[string][]string{}
 	for o := range origins {
@@ -47,10 +47,10 @@ func Plan(v View) map[string][]string {
 	return plan
 }
 
-// source is the node to pull an origin from, empty for none.
+// source returns the node to pull an origin from, "" for none.
 func (v *View) source(origin string) string {
 	if origin == v.Self {
-		return "" // what this node lacks of its own is fetched like what stalls
+		return "" // its own missing records are pulled like those of a stalled origin
 	}
 	self, o := v.member(v.Self), v.member(origin)
 	if o.Heard && o.Site == self.Site {
@@ -68,8 +68,8 @@ func (v *View) source(origin string) string {
 	return v.best(self, o, origin)
 }
 
-// relay is the node of this site that fetches an origin for all of it: one that
-// hears the origin, else one that hears another site at all.
+// relay returns the node of this site that pulls an origin for the whole site: one that
+// hears the origin or, if there is none, one that hears any node of another site.
 func (v *View) relay(self, o Member, origin string) string {
 	hears := func(m Member, node string) bool {
 		if m.Node == v.Self || m.Hears == nil {
@@ -95,11 +95,11 @@ func (v *View) relay(self, o Member, origin string) string {
 	return rendezvous(origin, far)
 }
 
-// best is where to pull an origin from that can't be heard itself.
+// best returns the node to pull an origin from that this node does not hear.
 func (v *View) best(self, o Member, origin string) string {
 	var heard []Member
 	for _, m := range v.Members {
-		// A neighbour pulls from this node: it is of use when it holds more.
+		// A neighbour pulls from this node, so it is only useful if it holds more.
 		if m.Node != v.Self && m.Node != origin && m.Heard && (m.Site != self.Site || v.Gain[origin][m.Node] > 0) {
 			heard = append(heard, m)
 		}
@@ -122,8 +122,8 @@ func (v *View) best(self, o Member, origin string) string {
 	return most
 }
 
-// most is the living node with the most that is lacking of an origin, apart from
-// the one that it is pulled from; empty when none has any.
+// most returns the living node, other than but, that holds most of the records that this
+// node lacks of an origin; "" if none holds any.
 func (v *View) most(origin, but string) string {
 	self := v.member(v.Self)
 	best, found := Member{}, false
@@ -154,8 +154,8 @@ func (v *View) member(node string) Member {
 	return Member{}
 }
 
-// rendezvous chooses one of the nodes for a key. Who sees the same nodes chooses
-// the same, and when one goes only its keys move.
+// rendezvous chooses one of the nodes for a key. Callers with the same nodes choose the same
+// one; when a node disappears only its keys move.
 func rendezvous(key string, nodes []string) string {
 	if len(nodes) == 0 {
 		return ""
@@ -168,7 +168,7 @@ func rendezvous(key string, nodes []string) string {
 func weight(key, node string) uint64 {
 	h := fnv.New64a()
 	_, _ = h.Write([]byte(key + "\x00" + node)) // never fails
-	// FNV's high bits hardly depend on the last bytes.
+	// The high bits of FNV hardly depend on the last bytes, so mix them.
 	x := h.Sum64()
 	x ^= x >> 33
 	x *= 0xff51afd7ed558ccd

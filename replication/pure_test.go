@@ -79,25 +79,25 @@ func TestPossible(t *testing.T) {
 		}
 	}
 	if err := possible("galaxy", member("a1"), memberList("a1")); !errors.Is(err, ErrImpossible) {
-		t.Errorf("a level that is none: %v", err)
+		t.Errorf("an unknown durability: %v", err)
 	}
 }
 
-// reached must be what Satisfied says of each number.
-func TestReachedIsSatisfied(t *testing.T) {
+// durableTo must agree with Satisfied for each sequence number.
+func TestDurableToAgreesWithSatisfied(t *testing.T) {
 	names := []string{"a1", "a2", "b1", "b2", "c1", "d1"}
 	s := journal.Stream{Origin: "a1"}
 	rapid.Check(t, func(t *rapid.T) {
 		present := rapid.SliceOfNDistinct(rapid.SampledFrom(names[1:]), 0, 5, rapid.ID).Draw(t, "members")
 		members := memberList(append(present, "a1")...)
-		l := newLedger("a1", 1, 10, nil)
+		l := newTracker("a1", 1, 10, nil)
 		l.setMembers(members)
 		held := map[string]uint64{}
 		for _, m := range members {
 			held[m.Node] = rapid.Uint64Range(0, 6).Draw(t, m.Node)
 			l.marks[m.Node] = Held{Epoch: 1, Ends: map[journal.Stream]uint64{s: held[m.Node]}}
 		}
-		through := l.reached(s)
+		through := l.durableTo(s)
 		for i, level := range levels {
 			for seq := uint64(1); seq <= 7; seq++ {
 				var holders []Member
@@ -107,37 +107,37 @@ func TestReachedIsSatisfied(t *testing.T) {
 					}
 				}
 				if want := Satisfied(level, member("a1"), holders); want != (through[i] >= seq) {
-					t.Fatalf("%s of record %d, held %v: reached to %d", level, seq, held, through[i])
+					t.Fatalf("%s of record %d, held %v: durable up to %d", level, seq, held, through[i])
 				}
 			}
 		}
 	})
 }
 
-func genMarks() *rapid.Generator[Marks] {
+func genMarks() *rapid.Generator[Watermarks] {
 	stream := rapid.Custom(func(t *rapid.T) journal.Stream {
 		return journal.Stream{Origin: rapid.SampledFrom([]string{"a1", "b1"}).Draw(t, "origin"), Incarnation: journal.Incarnation{rapid.ByteRange(0, 1).Draw(t, "inc")}}
 	})
 	held := rapid.Custom(func(t *rapid.T) Held {
 		return Held{Epoch: rapid.Uint64Range(1, 3).Draw(t, "epoch"), Ends: rapid.MapOfN(stream, rapid.Uint64Range(0, 5), 0, 3).Draw(t, "ends")}
 	})
-	return rapid.Custom(func(t *rapid.T) Marks {
+	return rapid.Custom(func(t *rapid.T) Watermarks {
 		return rapid.MapOfN(rapid.SampledFrom([]string{"a1", "a2", "b1"}), held, 0, 3).Draw(t, "marks")
 	})
 }
 
-func merged(all ...Marks) Marks {
-	out := Marks{}
+func merged(all ...Watermarks) Watermarks {
+	out := Watermarks{}
 	for _, m := range all {
 		out.Merge(m.Clone(), nil)
 	}
 	return out
 }
 
-func TestMarksMergeInAnyOrder(t *testing.T) {
+func TestWatermarksMergeInAnyOrder(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a, b, c := genMarks().Draw(t, "a"), genMarks().Draw(t, "b"), genMarks().Draw(t, "c")
-		same := func(law string, x, y Marks) {
+		same := func(law string, x, y Watermarks) {
 			if diff := cmp.Diff(x, y); diff != "" {
 				t.Fatalf("%s: %s", law, diff)
 			}
@@ -148,20 +148,20 @@ func TestMarksMergeInAnyOrder(t *testing.T) {
 	})
 }
 
-// What Merge says has changed is all that differs from before.
-func TestMarksMergeSaysWhatChanged(t *testing.T) {
+// Merge reports exactly the watermarks that change.
+func TestMergeReportsChanges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := genMarks().Draw(t, "a"), genMarks().Draw(t, "b")
 		before, after := a.Clone(), a.Clone()
-		said := map[place]bool{}
-		after.Merge(b, func(holder string, s journal.Stream) { said[place{holder, s}] = true })
-		for _, m := range []Marks{before, after} {
+		said := map[markKey]bool{}
+		after.Merge(b, func(holder string, s journal.Stream) { said[markKey{holder, s}] = true })
+		for _, m := range []Watermarks{before, after} {
 			for holder, h := range m {
 				for s := range h.Ends {
 					was, had := before[holder].Ends[s]
 					is, has := after[holder].Ends[s]
-					if (was != is || had != has) && !said[place{holder, s}] {
-						t.Fatalf("%s of %s went from %d to %d unsaid", s, holder, was, is)
+					if (was != is || had != has) && !said[markKey{holder, s}] {
+						t.Fatalf("%s of %s changed from %d to %d without being reported", s, holder, was, is)
 					}
 				}
 			}
@@ -187,31 +187,31 @@ func TestPlan(t *testing.T) {
 		want string // the sources of origin, sorted
 		of   string
 	}{
-		{"of the own site directly", View{Self: "a1", Members: memberList(all...)}, "[a2]", "a2"},
-		{"the relay of a site asks the origin", View{Self: relay, Members: memberList(all...)}, "[c1]", "c1"},
-		{"the others ask the relay", View{Self: neighbour, Members: memberList(all...)}, "[" + relay + "]", "c1"},
-		{"another relay when that is dead", View{Self: neighbour, Members: dead(memberList(all...), relay)}, "[c1]", "c1"},
-		{"who holds most stands in for a dead origin", View{
+		{"an origin of the own site, directly", View{Self: "a1", Members: memberList(all...)}, "[a2]", "a2"},
+		{"the relay of a site pulls from the origin", View{Self: relay, Members: memberList(all...)}, "[c1]", "c1"},
+		{"the others pull from the relay", View{Self: neighbour, Members: memberList(all...)}, "[" + relay + "]", "c1"},
+		{"another relay when the first is dead", View{Self: neighbour, Members: dead(memberList(all...), relay)}, "[c1]", "c1"},
+		{"the node that holds most replaces a dead origin", View{
 			Self: relay, Members: dead(memberList(all...), "c1"),
 			Gain: map[string]map[string]uint64{"c1": {"b1": 3, neighbour: 1}},
 		}, "[b1]", "c1"},
-		{"a neighbour that holds more than anybody", View{
+		{"a neighbour that holds more than any other node", View{
 			Self: relay, Members: dead(memberList(all...), "c1"),
 			Gain: map[string]map[string]uint64{"c1": {"b1": 1, neighbour: 3}},
 		}, "[" + neighbour + "]", "c1"},
-		{"nobody has more: some other site", View{Self: relay, Members: dead(memberList(all...), "c1")}, "[b1]", "c1"},
-		{"own records of an earlier life", View{
+		{"no node has more: some other site", View{Self: relay, Members: dead(memberList(all...), "c1")}, "[b1]", "c1"},
+		{"own records from before the disk was lost", View{
 			Self: "a1", Members: memberList(all...), Gain: map[string]map[string]uint64{"a1": {"b1": 7}},
 		}, "[b1]", "a1"},
-		{"nothing of its own is lacking", View{Self: "a1", Members: memberList(all...)}, "[]", "a1"},
-		{"of a node that was removed", View{
+		{"no own records are missing", View{Self: "a1", Members: memberList(all...)}, "[]", "a1"},
+		{"an origin that was removed", View{
 			Self: "a1", Members: memberList("a1", "b1"), Gain: map[string]map[string]uint64{"z9": {"b1": 2}},
 		}, "[b1]", "z9"},
-		{"a second source for what stalls", View{
+		{"a second source for a stalled origin", View{
 			Self: relay, Members: memberList(all...), Stalled: map[string]bool{"c1": true},
 			Gain: map[string]map[string]uint64{"c1": {"b1": 2}},
 		}, "[b1 c1]", "c1"},
-		{"no second source while it gets on", View{
+		{"no second source while records arrive", View{
 			Self: relay, Members: memberList(all...), Gain: map[string]map[string]uint64{"c1": {"b1": 2}},
 		}, "[c1]", "c1"},
 	} {
@@ -228,10 +228,10 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// Whoever is dead, and whichever sites are cut from each other, what a living
-// node wrote reaches every node that it can reach at all; and while all sites
-// hear each other it enters each of them once.
-func TestPlansReachEverybodyOnce(t *testing.T) {
+// With any dead nodes and any cut links between sites, the records of a living node reach
+// every node that is connected to it. While all sites hear each other, the records enter
+// each site once.
+func TestPlansReachEveryNodeOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var names []string
 		for _, site := range []string{"a", "b", "c", "d"}[:rapid.IntRange(1, 4).Draw(t, "sites")] {
@@ -300,67 +300,67 @@ func TestPlansReachEverybodyOnce(t *testing.T) {
 				has = now
 			}
 			if diff := cmp.Diff(want, has); diff != "" {
-				t.Fatalf("%s reaches not all that it could: %s", origin, diff)
+				t.Fatalf("%s does not reach all connected nodes: %s", origin, diff)
 			}
 			for site, n := range entered {
 				if n > 1 && whole {
-					t.Fatalf("%s was fetched into site %s by %d nodes", origin, site, n)
+					t.Fatalf("%s is pulled into site %s by %d nodes", origin, site, n)
 				}
 			}
 		}
 	})
 }
 
-func TestOutflowKeepsTheNewBeforeTheOld(t *testing.T) {
-	o := newOutflow()
+func TestSendQueuePrefersNewRecords(t *testing.T) {
+	o := newSendQueue()
 	old, fresh := journal.Stream{Origin: "old"}, journal.Stream{Origin: "fresh"}
 	o.add(old, 0, 1_000_000)
 	for range liveBatches {
-		c := o.choose(true)
+		c := o.next(true)
 		if c == nil || c.stream != old {
-			t.Fatalf("chose %v", c)
+			t.Fatalf("next returned %v", c)
 		}
 		o.sent(c, c.next+100, liveBatch)
 	}
 	if !o.cursors[old].bulk {
-		t.Fatal("a stream with a backlog counts as one that keeps up")
+		t.Fatal("a stream with a backlog is not in the bulk class")
 	}
-	for o.out[1] < bulkWindow {
-		c := o.choose(true)
+	for o.inFlight[1] < bulkWindow {
+		c := o.next(true)
 		o.sent(c, c.next+100, bulkBatch)
 	}
-	if c := o.choose(true); c != nil {
-		t.Fatalf("%v beyond the window", c.stream)
+	if c := o.next(true); c != nil {
+		t.Fatalf("next returned %v although the window is full", c.stream)
 	}
 	o.add(fresh, 0, 1)
-	if c := o.choose(true); c == nil || c.stream != fresh {
-		t.Fatal("what is new waits for a backlog")
+	if c := o.next(true); c == nil || c.stream != fresh {
+		t.Fatal("a live stream waits for a backlog")
 	} else {
 		o.sent(c, 2, 1000)
 	}
 	o.acked(old, o.cursors[old].next-1)
 	o.acked(fresh, 1)
-	if o.out != [2]int{} {
-		t.Fatalf("in flight after all was acknowledged: %v", o.out)
+	if o.inFlight != [2]int{} {
+		t.Fatalf("bytes in flight after everything was acknowledged: %v", o.inFlight)
 	}
-	if c := o.choose(false); c != nil {
-		t.Fatal("bulk although it is held back")
+	if c := o.next(false); c != nil {
+		t.Fatal("next returned a bulk stream although bulk is off")
 	}
-	if c := o.choose(true); c == nil || c.stream != old {
-		t.Fatal("the backlog doesn't go on")
+	if c := o.next(true); c == nil || c.stream != old {
+		t.Fatal("the backlog does not continue")
 	} else {
 		o.sent(c, 1_000_001, bulkBatch)
 	}
 	if o.cursors[old].bulk {
-		t.Fatal("a stream that has caught up is still one that catches up")
+		t.Fatal("a stream that has caught up is still in the bulk class")
 	}
 }
 
-// Whatever is done to an outflow, its counts are those of what is in flight, and
-// what is queued has something to send.
-func TestOutflowCounts(t *testing.T) {
+// After any calls, the counts of a send queue equal the bytes in flight, and every queued
+// stream has something to send.
+func TestSendQueueCounts(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		o := newOutflow()
+		o := newSendQueue()
 		streams := []journal.Stream{{Origin: "x"}, {Origin: "y"}, {Origin: "z"}}
 		for range rapid.IntRange(1, 80).Draw(t, "steps") {
 			s := rapid.SampledFrom(streams).Draw(t, "stream")
@@ -374,14 +374,14 @@ func TestOutflowCounts(t *testing.T) {
 			case 3:
 				o.remove(s)
 			case 4:
-				o.covered(map[journal.Stream]uint64{s: rapid.Uint64Range(0, 100).Draw(t, "applied")})
+				o.resumeAfter(map[journal.Stream]uint64{s: rapid.Uint64Range(0, 100).Draw(t, "applied")})
 			default:
-				c := o.choose(rapid.Bool().Draw(t, "bulk"))
+				c := o.next(rapid.Bool().Draw(t, "bulk"))
 				if c == nil {
 					continue
 				}
 				if c.next > c.end || o.cursors[c.stream] != c {
-					t.Fatalf("chose %+v", *c)
+					t.Fatalf("next returned %+v", *c)
 				}
 				if rapid.IntRange(0, 9).Draw(t, "trimmed") == 0 {
 					o.park(c)
@@ -392,17 +392,17 @@ func TestOutflowCounts(t *testing.T) {
 			var out [2]int
 			queued := 0
 			for _, c := range o.cursors {
-				for _, f := range c.flight {
+				for _, f := range c.inFlight {
 					out[f.class] += f.bytes
 				}
 				if c.queued {
 					queued++
 				} else if !c.parked && c.next <= c.end {
-					t.Fatalf("%+v is forgotten", *c)
+					t.Fatalf("%+v is not queued", *c)
 				}
 			}
-			if out != o.out || queued != len(o.live)+len(o.bulk) {
-				t.Fatalf("in flight %v, counted %v; queued %d, in queues %d", out, o.out, queued, len(o.live)+len(o.bulk))
+			if out != o.inFlight || queued != len(o.live)+len(o.bulk) {
+				t.Fatalf("in flight %v, counted %v; queued %d, in queues %d", out, o.inFlight, queued, len(o.live)+len(o.bulk))
 			}
 		}
 	})

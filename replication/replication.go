@@ -16,7 +16,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Log is what replication needs of the journals; *journal.Log is one.
+// Log is the part of *journal.Log that replication needs.
 type Log interface {
 	StoreEpoch() uint64
 	Ends() map[journal.Stream]journal.End
@@ -30,8 +30,7 @@ type Log interface {
 	Drop(s journal.Stream) error
 }
 
-// Table is what replication needs of the jobs' table; *jobtable.Table is one.
-// Rows are opaque here.
+// Table is the part of *jobtable.Table that replication needs. It does not decode rows.
 type Table interface {
 	Applied(s journal.Stream) uint64
 	AppliedAll() map[journal.Stream]uint64
@@ -40,58 +39,57 @@ type Table interface {
 	SetApplied(ctx context.Context, s journal.Stream, seq uint64) error
 	Digests() ([256][16]byte, error)
 	Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
-	// Partial is true while the table, made anew, may lack rows of trimmed records;
+	// Partial reports whether the table was discarded and may lack rows of trimmed records;
 	// SetWhole ends that.
 	Partial() bool
 	SetWhole() error
 }
 
-// Ring tells which data keys this node can open.
+// Ring reports which data keys this node can open.
 type Ring interface {
 	Has(id keyring.KeyID) bool
 	Changed() <-chan struct{}
 }
 
-// Limits bound what replication takes. Zero is the default.
+// Limits of what replication uses. Zero means the default.
 type Limits struct {
-	// BulkBytesPerSecond bounds what this node sends to those that catch up, and
-	// of snapshots, to all together (64 MiB). What is new is not bounded by it.
+	// BulkBytesPerSecond bounds what this node sends to all peers together for catching up,
+	// including snapshots (64 MiB). New records are not limited.
 	BulkBytesPerSecond int
 	// FeedBytesPerSecond bounds what this node sends of the feed (8 MiB).
 	FeedBytesPerSecond int
-	// Waiting bounds the calls of Await that wait at one time (65536).
+	// Waiting bounds the concurrent calls of Await that wait (65536).
 	Waiting int
 }
 
-// Options are what a Replication is made of. All but Current, Caller, Retired,
-// Deliver and Limits are needed.
+// Options of a Replication. Current, Caller, Retired, Deliver and Limits are optional.
 type Options struct {
 	Self string // this node's name
-	Dir  string // exists, and holds one file of replication's own
+	Dir  string // an existing directory, for durable.json
 	Site string
 
 	Log   Log
 	Table Table
 	Ring  Ring
-	// Members are the agreed nodes, this one among them. Called several times a
-	// second; must not block.
+	// Members returns the agreed nodes, including this one. It is called several times a
+	// second and must not block.
 	Members func() []Member
-	// Current reports whether Members are what is agreed on now, not what was when
-	// this node last heard. Nil: they always are.
+	// Current reports whether Members is up to date, as opposed to the state of the node's
+	// last contact with others. Nil: it always is.
 	Current func() bool
-	// Dial gives the channel to a node; it stays the giver's.
+	// Dial returns the connection to a node, which the callee owns.
 	Dial func(node string) (grpc.ClientConnInterface, error)
-	// Caller names the node that calls, from a gRPC handler's context. Nil: as
-	// cluster's mesh knows it.
+	// Caller returns the name of the calling node from a gRPC handler's context. Nil: that
+	// of the mesh connection.
 	Caller func(ctx context.Context) (node string, ok bool)
-	// Retired reports whether a stream was given up by all: nothing of it is wanted
-	// or offered any more. Nil: none is.
+	// Retired reports whether the owner has retired a stream: it is neither pulled nor sent
+	// any more. Nil: none is.
 	Retired func(s journal.Stream) bool
-	// Boottime is a clock that never goes back.
+	// Boottime is a clock that never goes back, and runs during suspend.
 	Boottime func() time.Duration
 
-	// Deliver takes items of the feed that other nodes offered; it must be quick.
-	// Nil: they are dropped.
+	// Deliver is called with items of the feed from other nodes; it must be quick. Nil:
+	// they are dropped.
 	Deliver func(item []byte)
 
 	Limits     Limits
@@ -99,25 +97,24 @@ type Options struct {
 	Registerer prometheus.Registerer
 }
 
-// Replication is one node's part in carrying journals. It does nothing before
-// Run.
+// Replication is the replication of journals on one node. It does nothing before Run.
 type Replication struct {
-	opts    Options
-	ledger  *ledger
-	fresh   *freshness
-	metrics *metrics
-	bulk    pacer
-	news    news
-	life    life
-	feed    *feed
-	reached *reachedNote
-	pulled  atomic.Value // []string, the nodes pulled from
+	opts      Options
+	tracker   *tracker
+	fresh     *freshness
+	metrics   *metrics
+	bulk      pacer
+	changes   streamChanges
+	lifecycle lifecycle
+	feed      *feed
+	note      *durableNote
+	pulled    atomic.Value // []string, the nodes pulled from
 }
 
-// ErrTooManyWaiting means that more calls wait for durability than are allowed.
-var ErrTooManyWaiting = errors.New("too many wait for durability")
+// ErrTooManyWaiting means that Limits.Waiting calls already wait for durability.
+var ErrTooManyWaiting = errors.New("too many calls wait for durability")
 
-// New makes a Replication that Register offers to peers and Run sets going.
+// New makes a Replication. Register it for peers, then call Run.
 func New(o Options) (*Replication, error) {
 	if o.Limits.Waiting == 0 {
 		o.Limits.Waiting = 65536
@@ -134,78 +131,83 @@ func New(o Options) (*Replication, error) {
 	if o.Caller == nil {
 		o.Caller = callerOf
 	}
+	if o.Retired == nil {
+		o.Retired = func(journal.Stream) bool { return false }
+	}
+	if o.Deliver == nil {
+		o.Deliver = func([]byte) {}
+	}
 	r := &Replication{
-		opts: o, ledger: newLedger(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),
-		fresh: newFreshness(o.Boottime),
-		bulk:  pacer{now: o.Boottime, perSecond: o.Limits.BulkBytesPerSecond},
-		news:  news{subs: map[*headlines]struct{}{}},
-		life:  life{pulls: map[string]*context.CancelFunc{}},
+		opts: o, tracker: newTracker(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),
+		fresh:     newFreshness(o.Boottime),
+		bulk:      pacer{now: o.Boottime, perSecond: o.Limits.BulkBytesPerSecond},
+		changes:   streamChanges{subs: map[*changeSub]struct{}{}},
+		lifecycle: lifecycle{pulls: map[string]*context.CancelFunc{}},
 	}
 	var damaged, err error
-	if r.reached, damaged, err = openReached(o.Dir); err != nil {
+	if r.note, damaged, err = openDurableNote(o.Dir); err != nil {
 		return nil, err
 	}
 	if damaged != nil {
-		o.Logger.Error("what was known of the durability of jobs is lost, and learned anew", "err", damaged)
+		o.Logger.Error("the note of durable records is damaged; records are shown as less durable until peers report theirs", "err", damaged)
 	}
 	r.metrics = newMetrics(o.Registerer, r)
 	r.feed = newFeed(r)
-	r.ledger.setOwn(durable(o.Log.Ends()))
-	r.ledger.setMembers(o.Members())
+	r.tracker.setOwn(durable(o.Log.Ends()))
+	r.tracker.setMembers(o.Members())
 	return r, nil
 }
 
-// Register offers the journals to peers. They are refused until Run.
+// Register registers the rpc service. Calls are refused until Run.
 func (r *Replication) Register(s grpc.ServiceRegistrar) {
 	replicationpb.RegisterReplicationServer(s, &server{r: r})
 }
 
-// Await blocks until record seq of a stream that this node writes is durable to
-// the level. The error is that of ctx, ErrTooManyWaiting or ErrImpossible (for
-// what is no level; what the topology can't give is waited for: it may change).
+// Await blocks until record seq of a stream that this node writes has the durability. The
+// error is that of ctx, ErrTooManyWaiting, or ErrImpossible for an unknown durability. It
+// also waits for a durability that the present nodes can't provide, since they may change.
 func (r *Replication) Await(ctx context.Context, s journal.Stream, seq uint64, level journal.Durability) error {
 	i := levelIndex(level)
 	if i < 0 {
-		return fmt.Errorf("%w: %q is none", ErrImpossible, level)
+		return fmt.Errorf("%w: unknown durability %q", ErrImpossible, level)
 	}
-	return r.ledger.await(ctx, s, seq, i)
+	return r.tracker.await(ctx, s, seq, i)
 }
 
-// Reached is the strongest durability that a record is known to have, and will
-// be known to have: what it says of a record never gets weaker, also after a
-// restart, so it comes a moment later than Await returns. Empty when the record is
-// not on this node's disk. A stream that this node holds no more was given up by
-// all, once all had it.
-func (r *Replication) Reached(s journal.Stream, seq uint64) journal.Durability {
-	best := r.reached.best(s, seq)
+// DurabilityOf returns the strongest durability that a record is known to have. It never
+// decreases for a record, not even after a restart, because it is noted on disk first; so
+// it rises a moment after Await returns. It is empty when the record is not on this node's
+// disk. A stream that this node no longer holds was retired, after all nodes had it.
+func (r *Replication) DurabilityOf(s journal.Stream, seq uint64) journal.Durability {
+	best := r.note.best(s, seq)
 	if best == "" {
 		end, held := r.opts.Log.End(s)
 		switch {
 		case !held && r.onTheWay(s):
-			return "" // its row was faster
+			return "" // a row of the table arrived before the record
 		case !held:
 			return levels[len(levels)-1]
 		case end.Durable >= seq:
-			return journal.DurableNode // with or without a note
+			return journal.DurableNode // does not depend on the note
 		}
 	}
 	return best
 }
 
-// onTheWay reports whether a stream that is not held here is held by others,
-// and not given up by all.
+// onTheWay reports whether a stream that this node does not hold is held by others and not
+// retired.
 func (r *Replication) onTheWay(s journal.Stream) bool {
-	return (r.opts.Retired == nil || !r.opts.Retired(s)) && r.ledger.elsewhere(s)
+	return !r.opts.Retired(s) && r.tracker.heldElsewhere(s)
 }
 
-// Possible is nil when the agreed nodes, alive or not, can give the durability,
+// Possible returns nil if the agreed nodes, when all are alive, can provide the durability,
 // else ErrImpossible with what is missing.
 func (r *Replication) Possible(level journal.Durability) error {
 	self, members := r.members(func(Member) bool { return true })
 	return possible(level, self, members)
 }
 
-// Reachable reports whether the nodes that are heard now can give the durability.
+// Reachable reports whether the nodes that are heard now can provide the durability.
 func (r *Replication) Reachable(level journal.Durability) bool {
 	self, members := r.members(func(m Member) bool { return m.Heard })
 	return possible(level, self, members) == nil
@@ -224,22 +226,22 @@ func (r *Replication) members(keep func(Member) bool) (self Member, kept []Membe
 	return self, kept
 }
 
-// HeldByAll is up to where every member holds a stream on its disk, as far as
-// this node knows: what is up to there may be trimmed.
-func (r *Replication) HeldByAll(s journal.Stream) uint64 { return r.ledger.heldByAll(s) }
+// HeldByAll returns up to where every member holds a stream on its disk, as far as this
+// node knows. Records up to there may be trimmed.
+func (r *Replication) HeldByAll(s journal.Stream) uint64 { return r.tracker.heldByAll(s) }
 
-// Holders is up to where each member holds a stream, as far as this node knows.
+// Holders returns up to where each member holds a stream, as far as this node knows.
 func (r *Replication) Holders(s journal.Stream) map[string]uint64 {
-	r.ledger.mu.Lock()
-	defer r.ledger.mu.Unlock()
+	r.tracker.mu.Lock()
+	defer r.tracker.mu.Unlock()
 	held := map[string]uint64{}
-	for _, n := range r.ledger.nodes {
-		held[n] = r.ledger.marks[n].Ends[s]
+	for _, n := range r.tracker.nodes {
+		held[n] = r.tracker.marks[n].Ends[s]
 	}
 	return held
 }
 
-// durable is the ends alone.
+// durable returns only the durable end of each stream.
 func durable(ends map[journal.Stream]journal.End) map[journal.Stream]uint64 {
 	out := make(map[journal.Stream]uint64, len(ends))
 	for s, e := range ends {

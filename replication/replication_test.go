@@ -36,13 +36,13 @@ func TestRecordsReachEveryNode(t *testing.T) {
 	}
 	for _, name := range w.order {
 		n := w.nodes[name]
-		eventually(t, "everybody knows that all hold all", func() bool { return n.repl.HeldByAll(n.stream) == 10 })
+		eventually(t, n.name+" knows that all nodes hold everything", func() bool { return n.repl.HeldByAll(n.stream) == 10 })
 	}
 	if err := w.nodes["a1"].repl.Possible(journal.DurableSite); err != nil {
 		t.Error(err)
 	}
 	if err := w.nodes["b1"].repl.Possible(journal.DurableSite); err == nil {
-		t.Error("one node is enough for two of a site")
+		t.Error("two nodes of a site are possible with one node")
 	}
 }
 
@@ -64,7 +64,7 @@ func (w *world) connected() {
 	}
 }
 
-func TestEachLinkIsCrossedOnce(t *testing.T) {
+func TestRecordsCrossALinkBetweenSitesOnce(t *testing.T) {
 	w := newWorld(t, "a1", "a2", "a3", "b1", "b2", "b3").start()
 	w.connected()
 	a1 := w.nodes["a1"]
@@ -84,10 +84,10 @@ func TestEachLinkIsCrossedOnce(t *testing.T) {
 	w.wantEverywhere(a1.stream, seq)
 	times := 1
 	if time.Since(began) >= stallAfter {
-		times = 2 // on a machine that stands still, a second source is right
+		times = 2 // on a machine that stalls, a second source is correct
 	}
 	if got := crossed() - before; got < records*size || got > times*records*size*13/10 {
-		t.Errorf("%d bytes of records made %d bytes on the link between the sites", records*size, got)
+		t.Errorf("%d bytes of records caused %d bytes on the link between the sites", records*size, got)
 	}
 }
 
@@ -102,7 +102,7 @@ func TestDeadRelayIsReplaced(t *testing.T) {
 	seq := a1.submit(10, 100)
 	await(t, a1, seq, journal.DurableTwoSites)
 	t.Logf("the relay was replaced within %s", time.Since(began))
-	eventually(t, "the other node holds it", func() bool { return left.holds(a1.stream) == seq })
+	eventually(t, "the other node holds the record", func() bool { return left.holds(a1.stream) == seq })
 	w.nodes[relay].start()
 	seq = a1.submit(10, 100)
 	w.wantEverywhere(a1.stream, seq)
@@ -112,7 +112,7 @@ func TestRecordsOfADeadNodeSpread(t *testing.T) {
 	w := newWorld(t, "a1", "a2", "b1", "c1").start()
 	w.connected()
 	a1 := w.nodes["a1"]
-	// Only c1 gets the last ones.
+	// Only c1 receives the last records.
 	w.sever("a1", "a2", true)
 	w.sever("a1", "b1", true)
 	w.sever("b1", "c1", true)
@@ -145,11 +145,11 @@ func TestCutSiteCatchesUp(t *testing.T) {
 	await(t, a1, fromA, journal.DurableSite)
 	await(t, b1, fromB, journal.DurableTwoCities)
 	if a1.repl.Reachable(journal.DurableTwoSites) {
-		t.Error("a site that is cut off believes that it can reach another")
+		t.Error("Reachable is true on a site that is cut off")
 	}
-	eventually(t, "what is in a2 too is noted", func() bool { return a1.repl.Reached(a1.stream, fromA) == journal.DurableSite })
+	eventually(t, "the note contains what a2 has", func() bool { return a1.repl.DurabilityOf(a1.stream, fromA) == journal.DurableSite })
 	if got := b1.repl.HeldByAll(b1.stream); got >= fromB {
-		t.Errorf("all are said to hold %d records", got)
+		t.Errorf("HeldByAll is %d while a site is cut off", got)
 	}
 	w.isolate("a", false)
 	w.wantEverywhere(a1.stream, fromA)
@@ -157,7 +157,7 @@ func TestCutSiteCatchesUp(t *testing.T) {
 	await(t, a1, fromA, journal.DurableTwoCities)
 }
 
-func TestWipedNodeIsFilledAgain(t *testing.T) {
+func TestWipedNodeGetsEverythingAgain(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "b2").start()
 	w.connected()
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
@@ -165,20 +165,20 @@ func TestWipedNodeIsFilledAgain(t *testing.T) {
 	old := a1.stream
 	w.wantEverywhere(old, fromA)
 	w.wantEverywhere(b1.stream, fromB)
-	eventually(t, "b1 knows that a1 holds all", func() bool { return b1.repl.HeldByAll(b1.stream) == fromB })
+	eventually(t, "b1 knows that a1 holds everything", func() bool { return b1.repl.HeldByAll(b1.stream) == fromB })
 	a1.halt()
 	a1.wipe()
 	a1.start()
-	// Its own records of the life before come back too.
+	// Its own records from before the disk was wiped come back too.
 	w.wantEverywhere(old, fromA)
 	w.wantEverywhere(b1.stream, fromB)
 	w.wantEverywhere(a1.stream, a1.submit(10, 100))
-	eventually(t, "everybody knows that a1 holds all", func() bool {
+	eventually(t, "all nodes know that a1 holds everything", func() bool {
 		return b1.repl.HeldByAll(b1.stream) == fromB && b1.repl.HeldByAll(old) == fromA
 	})
 }
 
-func TestLargeRecordsComeInPieces(t *testing.T) {
+func TestLargeRecordsAreSentInPieces(t *testing.T) {
 	w := newWorld(t, "a1", "b1").start()
 	w.connected()
 	a1 := w.nodes["a1"]
@@ -193,46 +193,46 @@ func TestLargeRecordsComeInPieces(t *testing.T) {
 	w.wantEverywhere(a1.stream, seq)
 }
 
-func TestTrimmedRecordsComeAsRows(t *testing.T) {
+func TestTrimmedRecordsArriveAsSnapshot(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	w.tune = func(n *node) { n.segment, n.budget = 64<<10, 128<<10 }
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
 	a1.start()
 	const jobs = 400
 	seq := a1.submit(jobs, 1000)
-	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "the table has applied everything", func() bool { return a1.table.Applied(a1.stream) == seq })
 	a1.repl.trim()
 	stream := a1.stream
-	a1.halt() // the newest records are in memory as well
+	a1.halt() // so that no records are cached in memory
 	a1.start()
 	if e, _ := a1.log.End(stream); e.First == 1 {
-		t.Fatal("nothing was trimmed")
+		t.Fatal("no records were trimmed")
 	}
 	b1.start()
 	w.wantEverywhere(stream, seq)
 	if e, _ := b1.log.End(stream); e.First == 1 {
-		t.Error("the records came although they are trimmed")
+		t.Error("the records arrived although they are trimmed")
 	}
-	eventually(t, "the rows are at b1", func() bool { return b1.table.Counts()[journal.Queued] == jobs })
+	eventually(t, "b1 has the rows", func() bool { return b1.table.Counts()[journal.Queued] == jobs })
 	w.wantEverywhere(a1.stream, a1.submit(10, 100))
-	eventually(t, "new rows are at b1", func() bool { return b1.table.Counts()[journal.Queued] == jobs+10 })
+	eventually(t, "b1 has the new rows", func() bool { return b1.table.Counts()[journal.Queued] == jobs+10 })
 	w.wantEverywhere(b1.stream, b1.submit(10, 100))
 }
 
-func TestLoneNodeKeepsItsJournals(t *testing.T) {
+func TestNodeWithoutPeersKeepsItsJournals(t *testing.T) {
 	w := newWorld(t, "a1")
 	w.tune = func(n *node) { n.segment = 64 << 10 }
 	w.start()
 	a1 := w.nodes["a1"]
 	seq := a1.submit(400, 1000)
-	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "the table has applied everything", func() bool { return a1.table.Applied(a1.stream) == seq })
 	a1.repl.trim()
 	if e, _ := a1.log.End(a1.stream); e.First != 1 {
-		t.Errorf("trimmed to %d, though nobody else has what went", e.First)
+		t.Errorf("trimmed to %d, although no other node has the records", e.First)
 	}
 }
 
-func TestTrimmingWaitsForEverybody(t *testing.T) {
+func TestTrimmingWaitsForAllMembers(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "c1")
 	w.tune = func(n *node) { n.segment = 64 << 10 }
 	w.start().connected()
@@ -240,16 +240,16 @@ func TestTrimmingWaitsForEverybody(t *testing.T) {
 	w.nodes["c1"].halt()
 	seq := a1.submit(400, 1000)
 	await(t, a1, seq, journal.DurableTwoSites)
-	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "the table has applied everything", func() bool { return a1.table.Applied(a1.stream) == seq })
 	a1.repl.trim()
-	if e, _ := a1.log.End(a1.stream); e.First > 2 { // all have the first one
-		t.Fatalf("trimmed to %d, and c1 lacks it", e.First)
+	if e, _ := a1.log.End(a1.stream); e.First > 2 { // all nodes have the first record
+		t.Fatalf("trimmed to %d, but c1 lacks the records", e.First)
 	}
 	w.nodes["c1"].start()
-	eventually(t, "all hold all", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
+	eventually(t, "all nodes hold everything", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
 	a1.repl.trim()
 	if e, _ := a1.log.End(a1.stream); e.First <= 2 {
-		t.Error("nothing is trimmed that everybody holds")
+		t.Error("records that all nodes hold were not trimmed")
 	}
 }
 
@@ -270,21 +270,20 @@ func TestUnknownKeyIsNotAcknowledged(t *testing.T) {
 	keys := keyringtest.Rotate(t, w.ring, w.keys)
 	sealed := a1.submit(5, 100)
 	await(t, a1, sealed, journal.DurableTwoSites)
-	eventually(t, "c1 has what it can open", func() bool { return c1.holds(a1.stream) == known })
-	eventually(t, "what is in b1 too is noted", func() bool { return a1.repl.Reached(a1.stream, sealed) == journal.DurableTwoSites })
-	eventually(t, "c1 says that it waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 1 })
+	eventually(t, "c1 has the records that it can open", func() bool { return c1.holds(a1.stream) == known })
+	eventually(t, "the note contains what b1 has", func() bool { return a1.repl.DurabilityOf(a1.stream, sealed) == journal.DurableTwoSites })
+	eventually(t, "c1 counts a waiting stream", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 1 })
 	if got := c1.holds(a1.stream); got != known {
-		t.Errorf("c1 stored to %d what it can open to %d", got, known)
+		t.Errorf("c1 stored records up to %d, but can open them only up to %d", got, known)
 	}
 	if err := theirs.Set(keys[2].ID(), keys...); err != nil {
 		t.Fatal(err)
 	}
 	await(t, a1, sealed, journal.DurableTwoCities)
-	eventually(t, "nobody waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 0 })
+	eventually(t, "no stream waits", func() bool { return testutil.ToFloat64(c1.repl.metrics.keyWaits) == 0 })
 }
 
-// What comes as rows is held to the same: a node that can't open them does not
-// have them.
+// Rows of a snapshot are not acknowledged either by a node that can't open them.
 func TestUnknownKeyOfRows(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	theirs := keyring.NewRing()
@@ -301,15 +300,15 @@ func TestUnknownKeyOfRows(t *testing.T) {
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
 	a1.start()
 	seq := a1.submit(400, 1000)
-	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "the table has applied everything", func() bool { return a1.table.Applied(a1.stream) == seq })
 	a1.repl.trim()
 	stream := a1.stream
 	a1.halt()
 	a1.start()
 	b1.start()
-	eventually(t, "b1 waits", func() bool { return testutil.ToFloat64(b1.repl.metrics.keyWaits) >= 1 })
+	eventually(t, "a stream of b1 waits", func() bool { return testutil.ToFloat64(b1.repl.metrics.keyWaits) >= 1 })
 	if got := b1.holds(stream); got != 0 {
-		t.Errorf("b1 acknowledged to %d what it can't open", got)
+		t.Errorf("b1 acknowledged up to %d records that it can't open", got)
 	}
 	if err := theirs.Set(keys[2].ID(), keys...); err != nil {
 		t.Fatal(err)
@@ -322,13 +321,13 @@ func TestLag(t *testing.T) {
 	b1, b2 := w.nodes["b1"], w.nodes["b2"]
 	b1.start()
 	if _, known := b1.repl.Lag("a"); known {
-		t.Error("a lag is known of a site that was never heard")
+		t.Error("Lag is known for a site that has never answered")
 	}
 	if _, known := b1.repl.Behind("a"); known {
-		t.Error("records behind are known of a site that was never heard")
+		t.Error("Behind is known for a site that has never answered")
 	}
 	if c := b1.repl.Copy("b"); c.LagSeconds != nil || c.RecordsBehind != nil {
-		t.Errorf("known: %+v", c)
+		t.Errorf("Copy is known before any answer: %+v", c)
 	}
 	for _, name := range []string{"a1", "b2", "c1"} {
 		w.nodes[name].start()
@@ -347,7 +346,7 @@ func TestLag(t *testing.T) {
 			eventually(t, n.name+" knows its lag behind "+site, small(n, site))
 		}
 	}
-	eventually(t, "c1 knows of the copies of the others", func() bool {
+	eventually(t, "c1 knows the copies of the other sites", func() bool {
 		for _, site := range []string{"a", "b", "c"} {
 			c := w.nodes["c1"].repl.Copy(site)
 			if c.LagSeconds == nil || *c.LagSeconds > 5 || c.RecordsBehind == nil || *c.RecordsBehind != 0 {
@@ -359,7 +358,7 @@ func TestLag(t *testing.T) {
 	w.isolate("a", true)
 	seq := w.nodes["a1"].submit(7, 100)
 	eventually(t, "the lag grows", func() bool { lag, known := b1.repl.Lag("a"); return known && lag > 3 })
-	eventually(t, "nobody knows what a has", func() bool { _, known := b1.repl.Behind("a"); return !known })
+	eventually(t, "Behind of a is unknown", func() bool { _, known := b1.repl.Behind("a"); return !known })
 	w.isolate("a", false)
 	w.wantEverywhere(w.nodes["a1"].stream, seq)
 	eventually(t, "the lag is small again", small(b1, "a"))
@@ -375,7 +374,7 @@ func TestOnlyMembersAreServed(t *testing.T) {
 		"Digests": func() error { _, err := s.Digests(ctx, &replicationpb.DigestsRequest{}); return err },
 	} {
 		if err := call(); status.Code(err) != codes.PermissionDenied {
-			t.Errorf("%s for a stranger: %v", name, err)
+			t.Errorf("%s by a node that is not a member: %v", name, err)
 		}
 	}
 	ctx = metadata.NewIncomingContext(t.Context(), metadata.Pairs("node", "b1"))
@@ -384,12 +383,12 @@ func TestOnlyMembersAreServed(t *testing.T) {
 	}
 }
 
-func TestDifferingTablesAreJoined(t *testing.T) {
+func TestDifferingTablesAreRepaired(t *testing.T) {
 	w := newWorld(t, "a1", "b1").start()
 	w.connected()
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
 	w.wantEverywhere(a1.stream, a1.submit(20, 100))
-	// A row that only one of them has, as if the other had lost it.
+	// A row that only one of the tables has, as if the other had lost it.
 	lost := b1.submission(3 << 20)
 	lost.Stream, lost.Seq, lost.Clock = journal.Stream{Origin: "z9"}, 1, journal.ClockAt(time.Now())
 	frames, err := journal.AppendFrame(nil, &lost)
@@ -414,21 +413,21 @@ func TestDifferingTablesAreJoined(t *testing.T) {
 	}
 	a1.repl.repair(t.Context(), "b1", differ, [buckets]bool{})
 	if _, found, err := a1.table.Get(lost.Job); found || err != nil {
-		t.Fatalf("repaired at first sight: %v %v", found, err)
+		t.Fatalf("repaired after the first comparison: %v %v", found, err)
 	}
 	a1.repl.repair(t.Context(), "b1", differ, differ)
 	if _, found, err := a1.table.Get(lost.Job); !found || err != nil {
 		t.Errorf("found %v %v", found, err)
 	}
-	eventually(t, "they don't differ any more", func() bool {
+	eventually(t, "the tables are equal", func() bool {
 		differ, ok := b1.repl.compare(t.Context(), "a1")
 		return ok && differ == [buckets]bool{}
 	})
 }
 
-// TestRowBeforeItsStream: a row can come before the stream of its records does,
-// in a snapshot or a repair. That stream is not one that all have given up.
-func TestRowBeforeItsStream(t *testing.T) {
+// A row can arrive, in a snapshot or a repair, before the stream of its records does.
+// Such a stream is not a retired one.
+func TestRowArrivesBeforeItsStream(t *testing.T) {
 	w := newWorld(t, "a1", "b1")
 	b := w.nodes["b1"]
 	gone := map[journal.Stream]bool{}
@@ -436,33 +435,33 @@ func TestRowBeforeItsStream(t *testing.T) {
 	b.start()
 	s, done := journal.Stream{Origin: "a1", Incarnation: journal.Incarnation{1}}, journal.Stream{Origin: "a1", Incarnation: journal.Incarnation{2}}
 	gone[done] = true
-	b.repl.ledger.hear("a1", Marks{"a1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: 9, done: 9}}})
-	if got := b.repl.Reached(s, 3); got != "" {
-		t.Errorf("what only one other node has is shown as %s", got)
+	b.repl.tracker.merge("a1", Watermarks{"a1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: 9, done: 9}}})
+	if got := b.repl.DurabilityOf(s, 3); got != "" {
+		t.Errorf("a record that only one other node has is shown as %s", got)
 	}
-	if got := b.repl.Reached(done, 3); got != journal.DurableTwoCities {
-		t.Errorf("what all had and gave up is shown as %q", got)
+	if got := b.repl.DurabilityOf(done, 3); got != journal.DurableTwoCities {
+		t.Errorf("a record of a retired stream is shown as %q", got)
 	}
 }
 
-// TestStaleMarksOfAPuller: a stream that comes to a source while the puller's call
-// runs is sent from where the puller has it. What others remember of the puller
-// from before it lost its disk must not stop that for good.
-func TestStaleMarksOfAPuller(t *testing.T) {
+// A stream that is new on a source while the puller's call runs is sent from where the
+// puller has it. Watermarks of the puller from before it lost its disk must not prevent
+// that permanently.
+func TestStaleWatermarksOfAPuller(t *testing.T) {
 	w := newWorld(t, "a1", "b1", "b2")
 	a1, b2 := w.nodes["a1"], w.nodes["b2"]
 	a1.start()
 	b2.start()
 	s, end := a1.stream, a1.submit(5, 100)
-	old := Marks{"b1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: end}}}
-	b2.repl.ledger.hear("a1", old.Clone())
-	c := &source{
-		r: b2.repl, peer: "b1", wake: make(chan struct{}, 1), out: newOutflow(),
-		wanted: map[string]bool{}, changed: map[journal.Stream]struct{}{},
+	old := Watermarks{"b1": {Epoch: 1, Ends: map[journal.Stream]uint64{s: end}}}
+	b2.repl.tracker.merge("a1", old.Clone())
+	c := &sender{
+		r: b2.repl, peer: "b1", wake: make(chan struct{}, 1), queue: newSendQueue(),
+		wanted: map[string]bool{}, unreported: map[journal.Stream]struct{}{},
 	}
 	take := func(q *replicationpb.PullRequest) {
 		t.Helper()
-		if err := c.take(q); err != nil {
+		if err := c.handle(q); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -473,10 +472,10 @@ func TestStaleMarksOfAPuller(t *testing.T) {
 	c.follow(s)
 	c.mu.Unlock()
 	own := journal.Stream{Origin: "b1", Incarnation: journal.Incarnation{1}}
-	take(&replicationpb.PullRequest{Marks: wireMarks(Marks{"b1": {Epoch: 2, Ends: map[journal.Stream]uint64{own: 0}}})})
+	take(&replicationpb.PullRequest{Marks: wireMarks(Watermarks{"b1": {Epoch: 2, Ends: map[journal.Stream]uint64{own: 0}}})})
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if cur := c.out.cursors[s]; cur.next != 1 || !cur.queued {
+	if cur := c.queue.cursors[s]; cur.next != 1 || !cur.queued {
 		t.Errorf("the next record to send is %d", cur.next)
 	}
 }
@@ -491,19 +490,19 @@ func TestAwaitEnds(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error)
 	go func() { done <- a1.repl.Await(ctx, a1.stream, seq, journal.DurableTwoSites) }()
-	eventually(t, "it waits", func() bool {
-		a1.repl.ledger.mu.Lock()
-		defer a1.repl.ledger.mu.Unlock()
-		return a1.repl.ledger.waiters == 1
+	eventually(t, "the calls wait", func() bool {
+		a1.repl.tracker.mu.Lock()
+		defer a1.repl.tracker.mu.Unlock()
+		return a1.repl.tracker.waiters == 1
 	})
 	if err := a1.repl.Await(ctx, a1.stream, seq, journal.DurableTwoSites); !errors.Is(err, ErrTooManyWaiting) {
-		t.Errorf("one too many: %v", err)
+		t.Errorf("one call too many: %v", err)
 	}
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	if n := len(a1.repl.ledger.waits); n != 0 || a1.repl.ledger.waiters != 0 {
-		t.Errorf("%d streams are waited for, %d wait", n, a1.repl.ledger.waiters)
+	if n := len(a1.repl.tracker.waits); n != 0 || a1.repl.tracker.waiters != 0 {
+		t.Errorf("calls wait for %d streams, %d calls are counted", n, a1.repl.tracker.waiters)
 	}
 }

@@ -18,82 +18,81 @@ import (
 )
 
 const (
-	// planEvery bounds how long a dead relay stays one after it isn't heard.
+	// planEvery bounds how long a relay that is no longer heard is still used.
 	planEvery = 125 * time.Millisecond
-	// stallAfter is how long a stream may lack records that a living node has
-	// without getting on, before a second source is asked.
+	// stallAfter is how long a stream may lack records that a living node has, without any
+	// arriving, before a second node is pulled from.
 	stallAfter = 2 * time.Second
 )
 
-// Run pulls and serves until ctx ends, and waits for all that it started.
+// Run pulls and serves until ctx ends, and waits for everything that it started.
 func (r *Replication) Run(ctx context.Context) error {
-	r.open(ctx)
-	defer r.shut()
+	r.allowCalls(ctx)
+	defer r.endCalls()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return r.watchLog(ctx) })
 	g.Go(func() error { return r.pullAll(ctx) })
 	g.Go(func() error { return r.trimAll(ctx) })
-	g.Go(func() error { return r.keepReached(ctx) })
-	g.Go(func() error { return r.refill(ctx) })
+	g.Go(func() error { return r.keepDurableNote(ctx) })
+	g.Go(func() error { return r.rebuildTable(ctx) })
 	g.Go(func() error { return r.compareAll(ctx) })
 	g.Go(func() error { return r.feed.run(ctx) })
 	return g.Wait()
 }
 
-// life lets calls of peers in while Run runs, and waits for them after.
-type life struct {
+// lifecycle admits calls of peers while Run runs, and waits for them afterwards.
+type lifecycle struct {
 	mu    sync.Mutex // guards ctx, pulls
 	ctx   context.Context
-	pulls map[string]*context.CancelFunc // one call of Pull for each peer
+	pulls map[string]*context.CancelFunc // one Pull call per peer
 	calls sync.WaitGroup
 }
 
-func (r *Replication) open(ctx context.Context) {
-	r.life.mu.Lock()
-	defer r.life.mu.Unlock()
-	r.life.ctx = ctx
+func (r *Replication) allowCalls(ctx context.Context) {
+	r.lifecycle.mu.Lock()
+	defer r.lifecycle.mu.Unlock()
+	r.lifecycle.ctx = ctx
 }
 
-func (r *Replication) shut() {
-	r.life.mu.Lock()
-	r.life.ctx = nil
-	r.life.mu.Unlock()
-	r.life.calls.Wait()
+func (r *Replication) endCalls() {
+	r.lifecycle.mu.Lock()
+	r.lifecycle.ctx = nil
+	r.lifecycle.mu.Unlock()
+	r.lifecycle.calls.Wait()
 }
 
-// enter begins a peer's call: its context ends with Run. leave must be called.
+// enter admits a peer's call. Its context ends with Run; leave must be called.
 func (r *Replication) enter(ctx context.Context) (_ context.Context, leave func(), err error) {
-	r.life.mu.Lock()
-	defer r.life.mu.Unlock()
-	if r.life.ctx == nil || r.life.ctx.Err() != nil {
-		return nil, nil, status.Error(codes.Unavailable, "replication does not run here")
+	r.lifecycle.mu.Lock()
+	defer r.lifecycle.mu.Unlock()
+	if r.lifecycle.ctx == nil || r.lifecycle.ctx.Err() != nil {
+		return nil, nil, status.Error(codes.Unavailable, "replication is not running on this node")
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	stop := context.AfterFunc(r.life.ctx, cancel)
-	r.life.calls.Add(1)
-	return ctx, func() { stop(); cancel(); r.life.calls.Done() }, nil
+	stop := context.AfterFunc(r.lifecycle.ctx, cancel)
+	r.lifecycle.calls.Add(1)
+	return ctx, func() { stop(); cancel(); r.lifecycle.calls.Done() }, nil
 }
 
-// replace ends the call of Pull that a peer made before: it has a new one. gone
-// must be called when that ends.
-func (r *Replication) replace(peer string, cancel context.CancelFunc) (gone func()) {
-	r.life.mu.Lock()
-	defer r.life.mu.Unlock()
-	if old := r.life.pulls[peer]; old != nil {
+// replacePull cancels the previous Pull call of a peer, which has made another one. gone
+// must be called when the new call ends.
+func (r *Replication) replacePull(peer string, cancel context.CancelFunc) (gone func()) {
+	r.lifecycle.mu.Lock()
+	defer r.lifecycle.mu.Unlock()
+	if old := r.lifecycle.pulls[peer]; old != nil {
 		(*old)()
 	}
-	r.life.pulls[peer] = &cancel
+	r.lifecycle.pulls[peer] = &cancel
 	return func() {
-		r.life.mu.Lock()
-		defer r.life.mu.Unlock()
-		if r.life.pulls[peer] == &cancel {
-			delete(r.life.pulls, peer)
+		r.lifecycle.mu.Lock()
+		defer r.lifecycle.mu.Unlock()
+		if r.lifecycle.pulls[peer] == &cancel {
+			delete(r.lifecycle.pulls, peer)
 		}
 	}
 }
 
-// watchLog tells the ledger and those who serve pullers what is new on this
-// node's disk.
+// watchLog passes changes of this node's journals to the tracker and the senders.
 func (r *Replication) watchLog(ctx context.Context) error {
 	for {
 		changed := r.opts.Log.Changed()
@@ -106,39 +105,39 @@ func (r *Replication) watchLog(ctx context.Context) error {
 	}
 }
 
-// advanced takes in what is durable here now.
+// advanced handles a change of what is durable on this node.
 func (r *Replication) advanced(ends map[journal.Stream]uint64) {
-	streams := r.ledger.setOwn(ends)
+	streams := r.tracker.setOwn(ends)
 	for _, s := range streams {
 		r.fresh.advanced(s, r.heldHere)
 	}
-	r.news.give(streams)
+	r.changes.publish(streams)
 }
 
-func (r *Replication) heldHere(s journal.Stream) uint64 { return r.ledger.held(r.opts.Self, s) }
+func (r *Replication) heldHere(s journal.Stream) uint64 { return r.tracker.held(r.opts.Self, s) }
 
-// news tells those who serve pullers which streams went on.
-type news struct {
-	mu   sync.Mutex // guards subs and what they collect
-	subs map[*headlines]struct{}
+// streamChanges notifies the senders of the streams that advanced.
+type streamChanges struct {
+	mu   sync.Mutex // guards subs and the streams of each
+	subs map[*changeSub]struct{}
 }
 
-// headlines are the streams that went on since they were last taken.
-type headlines struct {
-	n       *news
+// changeSub collects the streams that advanced since they were last taken.
+type changeSub struct {
+	n       *streamChanges
 	streams map[journal.Stream]struct{} // guarded by n.mu
-	wake    chan struct{}               // has room for one
+	wake    chan struct{}               // capacity 1
 }
 
-func (n *news) subscribe(wake chan struct{}) *headlines {
-	h := &headlines{n: n, streams: map[journal.Stream]struct{}{}, wake: wake}
+func (n *streamChanges) subscribe(wake chan struct{}) *changeSub {
+	h := &changeSub{n: n, streams: map[journal.Stream]struct{}{}, wake: wake}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.subs[h] = struct{}{}
 	return h
 }
 
-func (n *news) give(streams []journal.Stream) {
+func (n *streamChanges) publish(streams []journal.Stream) {
 	if len(streams) == 0 {
 		return
 	}
@@ -148,11 +147,11 @@ func (n *news) give(streams []journal.Stream) {
 		for _, s := range streams {
 			h.streams[s] = struct{}{}
 		}
-		ring(h.wake)
+		notify(h.wake)
 	}
 }
 
-func (h *headlines) take() []journal.Stream {
+func (h *changeSub) take() []journal.Stream {
 	h.n.mu.Lock()
 	defer h.n.mu.Unlock()
 	if len(h.streams) == 0 {
@@ -163,23 +162,23 @@ func (h *headlines) take() []journal.Stream {
 	return out
 }
 
-func (h *headlines) close() {
+func (h *changeSub) close() {
 	h.n.mu.Lock()
 	defer h.n.mu.Unlock()
 	delete(h.n.subs, h)
 }
 
-// ring wakes who waits on a channel with room for one.
-func ring(wake chan struct{}) {
+// notify signals a channel with a capacity of 1.
+func notify(wake chan struct{}) {
 	select {
 	case wake <- struct{}{}:
 	default:
 	}
 }
 
-// pullAll keeps one link for each node that this one pulls from.
+// pullAll keeps one puller for each node that this node pulls from.
 func (r *Replication) pullAll(ctx context.Context) error {
-	links := map[string]*link{}
+	links := map[string]*puller{}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer func() {
@@ -187,19 +186,19 @@ func (r *Replication) pullAll(ctx context.Context) error {
 			k.stop()
 		}
 	}()
-	var lack lacking
+	var stalls stallDetector
 	var members []Member
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	var marks <-chan struct{}
 	for {
-		beat.Reset(clock.UntilTick(r.opts.Boottime(), planEvery))
-		now := slices.Clone(r.opts.Members()) // in whatever order
+		tick.Reset(clock.UntilTick(r.opts.Boottime(), planEvery))
+		now := slices.Clone(r.opts.Members()) // in any order
 		slices.SortFunc(now, func(a, b Member) int { return strings.Compare(a.Node, b.Node) })
 		same := slices.EqualFunc(now, members, sameMember)
 		if !same {
 			members = now
-			r.ledger.setMembers(members)
+			r.tracker.setMembers(members)
 			r.fresh.retain(members)
 		}
 		select {
@@ -209,19 +208,19 @@ func (r *Replication) pullAll(ctx context.Context) error {
 			same = false
 		default:
 		}
-		if same && len(lack.since) == 0 && marks != nil { // nothing to decide on is new
+		if same && len(stalls.streams) == 0 && marks != nil { // nothing that Plan depends on has changed
 			select {
 			case <-ctx.Done():
 				return nil
-			case <-beat.C:
+			case <-tick.C:
 			}
 			continue
 		}
-		marks = r.ledger.watch()
-		plan := Plan(r.view(members, links, &lack))
+		marks = r.tracker.watch()
+		plan := Plan(r.view(members, links, &stalls))
 		for source, k := range links {
 			if _, wanted := plan[source]; !wanted {
-				r.opts.Logger.Info("no longer pulled from", "source", source)
+				r.opts.Logger.Info("stopped pulling", "source", source)
 				k.stop()
 				delete(links, source)
 			}
@@ -229,21 +228,21 @@ func (r *Replication) pullAll(ctx context.Context) error {
 		for source, origins := range plan {
 			k := links[source]
 			if k == nil {
-				k = newLink(r, source)
+				k = newPuller(r, source)
 				links[source] = k
 				lctx, stop := context.WithCancel(ctx)
 				k.stop = stop
 				wg.Go(func() { k.run(lctx) })
 			}
 			if k.want(origins) {
-				r.opts.Logger.Info("pulled from", "source", source, "origins", origins)
+				r.opts.Logger.Info("pulling", "source", source, "origins", origins)
 			}
 		}
 		r.pulled.Store(slices.Sorted(maps.Keys(plan)))
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-beat.C:
+		case <-tick.C:
 		}
 	}
 }
@@ -252,8 +251,8 @@ func sameMember(a, b Member) bool {
 	return a.Node == b.Node && a.Site == b.Site && a.City == b.City && a.Heard == b.Heard && maps.Equal(a.Hears, b.Hears)
 }
 
-// view is what Plan decides on.
-func (r *Replication) view(members []Member, links map[string]*link, lack *lacking) View {
+// view returns the input of Plan.
+func (r *Replication) view(members []Member, links map[string]*puller, stalls *stallDetector) View {
 	v := View{Self: r.opts.Self, Members: members, Current: map[string][]string{}}
 	for source, k := range links {
 		for _, o := range k.wanted() {
@@ -261,7 +260,7 @@ func (r *Replication) view(members []Member, links map[string]*link, lack *lacki
 		}
 	}
 	v.Gain = map[string]map[string]uint64{}
-	gains := r.ledger.gains()
+	gains := r.tracker.gains()
 	for s, nodes := range gains {
 		if r.unwanted(s) {
 			delete(gains, s)
@@ -274,48 +273,47 @@ func (r *Replication) view(members []Member, links map[string]*link, lack *lacki
 			v.Gain[s.Origin][node] += n
 		}
 	}
-	v.Stalled = lack.stalled(r.opts.Boottime(), maps.Keys(gains), r.heldHere)
+	v.Stalled = stalls.stalled(r.opts.Boottime(), maps.Keys(gains), r.heldHere)
 	return v
 }
 
-// unwanted says of a stream that it is written here or was given up by all.
+// unwanted reports whether a stream is written by this node, or is retired.
 func (r *Replication) unwanted(s journal.Stream) bool {
 	if s.Origin == r.opts.Self {
 		if e, ok := r.opts.Log.End(s); ok && e.Own {
 			return true
 		}
 	}
-	return r.opts.Retired != nil && r.opts.Retired(s)
+	return r.opts.Retired(s)
 }
 
-// lacking remembers since when records of a stream are missing without any
-// having come.
-type lacking struct {
-	since map[journal.Stream]lack
+// stallDetector tracks since when a stream lacks records without any arriving.
+type stallDetector struct {
+	streams map[journal.Stream]progress
 }
 
-type lack struct {
+type progress struct {
 	held  uint64
 	since time.Duration
 }
 
-// stalled gives the origins of which a stream gets on no more.
-func (l *lacking) stalled(now time.Duration, streams iter.Seq[journal.Stream], held func(journal.Stream) uint64) map[string]bool {
-	since := map[journal.Stream]lack{}
+// stalled returns the origins with a stalled stream.
+func (l *stallDetector) stalled(now time.Duration, streams iter.Seq[journal.Stream], held func(journal.Stream) uint64) map[string]bool {
+	since := map[journal.Stream]progress{}
 	out := map[string]bool{}
 	for s := range streams {
-		is := lack{held: held(s), since: now}
-		if was, before := l.since[s]; before && was.held == is.held {
+		is := progress{held: held(s), since: now}
+		if was, before := l.streams[s]; before && was.held == is.held {
 			is.since = was.since
 		}
 		since[s] = is
 		out[s.Origin] = out[s.Origin] || now-is.since >= stallAfter
 	}
-	l.since = since
+	l.streams = since
 	return out
 }
 
-// sources are the nodes that are pulled from at present.
+// sources returns the nodes that this node pulls from at present.
 func (r *Replication) sources() []string {
 	sources, _ := r.pulled.Load().([]string)
 	return sources

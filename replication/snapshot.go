@@ -15,71 +15,71 @@ import (
 
 const (
 	pageBytes = 512 << 10
-	// maxPages bounds the pages that are on their way.
+	// maxPages bounds the unacknowledged pages.
 	maxPages = 4
-	// maxRow bounds a page of one row: a row has at most four submissions and
-	// three results.
+	// maxRow bounds a page with one row: a row has at most four submissions and three
+	// results.
 	maxRow = 8 * (journal.MaxPayload + 1<<20)
-	// snapshotPause is how long a source waits with the next snapshot when one
-	// didn't cover all that was missing, because its table is behind its journals.
+	// snapshotPause is how long a sender waits for its table to catch up with its journals
+	// when a snapshot did not cover all missing records.
 	snapshotPause = time.Second
 )
 
-// snapshot is the table as it is sent to a puller that lacks trimmed records.
-// The puller joins it to what it has. It begins at the first row in each call;
-// rows that come twice change nothing.
+// snapshot is the table as it is sent to a puller that lacks trimmed records. The puller
+// merges it into its own table. Each call begins with the first row; merging a row again
+// changes nothing.
 type snapshot struct {
-	covers map[journal.Stream]uint64 // what was applied before the first row was read
+	covers map[journal.Stream]uint64 // the table's AppliedAll before the first row was read
 	after  journal.JobID
 	page   uint64
-	held   uint64 // by the puller, of the pages
+	held   uint64 // last page that the puller has acknowledged
 }
 
 func (s *snapshot) acked(page uint64) { s.held = max(s.held, min(page, s.page)) }
 
-// sendSnapshot sends the next page, if streams wait for one.
-func (c *source) sendSnapshot(ctx context.Context) (did bool, slow time.Duration, err error) {
+// sendSnapshot sends the next page if streams wait for a snapshot.
+func (c *sender) sendSnapshot(ctx context.Context) (did bool, slow time.Duration, err error) {
 	c.mu.Lock()
-	if c.shot == nil && c.out.waiting() {
+	if c.snapshot == nil && c.queue.anyParked() {
 		c.mu.Unlock()
 		if c.r.opts.Table.Partial() {
-			// It would claim to cover what it lacks. The puller asks others meanwhile.
+			// This table lacks rows that its AppliedAll includes. The puller asks other nodes.
 			return false, snapshotPause, nil
 		}
 		covers := c.r.opts.Table.AppliedAll()
 		c.mu.Lock()
-		c.shot = &snapshot{covers: covers} // only this goroutine makes them
+		c.snapshot = &snapshot{covers: covers} // only this goroutine sets it
 		c.r.metrics.snapshots.Inc()
-		c.r.opts.Logger.Warn("a peer lacks records that are trimmed here; it gets the table", "peer", c.peer)
+		c.r.opts.Logger.Warn("a peer lacks records that are trimmed here; sending it a table snapshot", "peer", c.peer)
 	}
-	shot := c.shot
-	if shot == nil || shot.page-shot.held >= maxPages || ctx.Err() != nil {
+	snap := c.snapshot
+	if snap == nil || snap.page-snap.held >= maxPages || ctx.Err() != nil {
 		c.mu.Unlock()
 		return false, 0, nil
 	}
-	shot.page++
+	snap.page++
 	c.mu.Unlock()
 
-	rows, last, more, err := c.r.opts.Table.Rows(shot.after, pageBytes)
+	rows, last, more, err := c.r.opts.Table.Rows(snap.after, pageBytes)
 	if err != nil {
 		return false, 0, status.Error(codes.Unavailable, fmt.Sprintf("read the table: %v", err))
 	}
-	shot.after = last
+	snap.after = last
 	slow = c.r.bulk.take(len(rows))
 	c.r.metrics.sent.Add(float64(len(rows)))
 	for len(rows) > maxPiece {
-		piece := &replicationpb.SnapshotPage{Page: shot.page, Rows: rows[:maxPiece], More: true}
+		piece := &replicationpb.SnapshotPage{Page: snap.page, Rows: rows[:maxPiece], More: true}
 		if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Snapshot: piece}); err != nil {
 			return true, slow, err
 		}
 		rows = rows[maxPiece:]
 	}
-	page := &replicationpb.SnapshotPage{Page: shot.page, Rows: rows}
+	page := &replicationpb.SnapshotPage{Page: snap.page, Rows: rows}
 	if !more {
 		c.mu.Lock()
-		page.Last, page.Covers = true, wireEnds(c.out.covered(shot.covers))
-		c.shot = nil
-		if c.out.waiting() {
+		page.Last, page.Covers = true, wireEnds(c.queue.resumeAfter(snap.covers))
+		c.snapshot = nil
+		if c.queue.anyParked() {
 			slow = max(slow, snapshotPause)
 		}
 		c.mu.Unlock()
@@ -87,24 +87,23 @@ func (c *source) sendSnapshot(ctx context.Context) (did bool, slow time.Duration
 	return true, slow, c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Snapshot: page})
 }
 
-// rowsIntake merges a snapshot's pages, apart from the records that go on
-// arriving meanwhile.
-type rowsIntake struct {
-	c       *session
-	partial []byte // of the page that comes in pieces; the receiver's alone
+// rowReceiver merges the pages of snapshots, concurrently with the records that arrive.
+type rowReceiver struct {
+	c       *pullSession
+	partial []byte // of a page in several messages; only the receiving goroutine uses it
 	pages   chan *replicationpb.SnapshotPage
 }
 
-func newRowsIntake(c *session) *rowsIntake {
-	return &rowsIntake{c: c, pages: make(chan *replicationpb.SnapshotPage, maxPages)}
+func newRowReceiver(c *pullSession) *rowReceiver {
+	return &rowReceiver{c: c, pages: make(chan *replicationpb.SnapshotPage, maxPages)}
 }
 
-func (in *rowsIntake) take(p *replicationpb.SnapshotPage) error {
+func (in *rowReceiver) take(p *replicationpb.SnapshotPage) error {
 	if p == nil {
 		return nil
 	}
 	if len(in.partial)+len(p.GetRows()) > maxRow {
-		return fmt.Errorf("%w: a page of a snapshot", errFlooded)
+		return fmt.Errorf("%w: a page of a snapshot", errWindowExceeded)
 	}
 	if p.GetMore() || len(in.partial) > 0 {
 		in.partial = append(in.partial, p.GetRows()...)
@@ -117,12 +116,12 @@ func (in *rowsIntake) take(p *replicationpb.SnapshotPage) error {
 	case in.pages <- p:
 		return nil
 	default:
-		return fmt.Errorf("%w: %d pages of a snapshot", errFlooded, maxPages)
+		return fmt.Errorf("%w: %d pages of a snapshot", errWindowExceeded, maxPages)
 	}
 }
 
-// merge joins pages until the session ends.
-func (in *rowsIntake) merge() error {
+// merge merges pages until the session ends.
+func (in *rowReceiver) merge() error {
 	c := in.c
 	for {
 		var p *replicationpb.SnapshotPage
@@ -144,13 +143,13 @@ func (in *rowsIntake) merge() error {
 				return err
 			}
 		}
-		c.merged(p.GetPage())
+		c.acknowledgePage(p.GetPage())
 	}
 }
 
-// awaitKeys waits until this node can open all of some rows: what covers them is
-// acknowledged like the records themselves.
-func (in *rowsIntake) awaitKeys(rows []byte) error {
+// awaitKeys waits until this node can open all of the rows, as for records: the rows are
+// acknowledged like the records that they cover.
+func (in *rowReceiver) awaitKeys(rows []byte) error {
 	c := in.c
 	for {
 		_, rest, err := c.r.openable(rows)
@@ -168,8 +167,8 @@ func (in *rowsIntake) awaitKeys(rows []byte) error {
 	}
 }
 
-// cover goes on with the streams after what the snapshot held of them.
-func (in *rowsIntake) cover(p *replicationpb.SnapshotPage) error {
+// cover continues the streams after the records that the snapshot covers.
+func (in *rowReceiver) cover(p *replicationpb.SnapshotPage) error {
 	c := in.c
 	covers, err := readEnds(p.GetCovers())
 	if err != nil {
@@ -177,21 +176,21 @@ func (in *rowsIntake) cover(p *replicationpb.SnapshotPage) error {
 	}
 	for s, through := range covers {
 		if e, ok := c.r.opts.Log.End(s); ok && (e.Own || e.Durable >= through) {
-			c.stored(s)
+			c.acknowledge(s)
 			continue
 		}
-		// In this order: a journal that goes on after records which the table doesn't
-		// know would lose them.
+		// In this order: if the journal continued after records that the table doesn't have,
+		// they would be lost.
 		if err := c.r.opts.Table.SetApplied(c.ctx, s, through); err != nil {
-			return fmt.Errorf("go on with stream %s after a snapshot: %w", s, err)
+			return fmt.Errorf("resume stream %s after a snapshot: %w", s, err)
 		}
 		if err := c.r.opts.Log.ReceiveFrom(s, through+1); err != nil && !errors.Is(err, journal.ErrFrozen) {
-			return fmt.Errorf("go on with stream %s after a snapshot: %w", s, err)
+			return fmt.Errorf("resume stream %s after a snapshot: %w", s, err)
 		}
-		c.r.opts.Logger.Warn("a stream goes on after what came as rows of the table", "stream", s.String(), "source", c.source, "through", through)
+		c.r.opts.Logger.Warn("a stream resumes after records that arrived as rows of a table snapshot", "stream", s.String(), "source", c.source, "through", through)
 		c.r.metrics.skipped.Inc()
 		c.r.advanced(map[journal.Stream]uint64{s: through})
-		c.stored(s)
+		c.acknowledge(s)
 	}
 	return nil
 }

@@ -12,22 +12,22 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// wireFormat is the version of the messages that this build speaks.
+// wireFormat is the version of the messages that this version sends and reads.
 const wireFormat = 1
 
-// server is the rpc face of a Replication.
+// server implements the rpc service of a Replication.
 type server struct {
 	replicationpb.UnimplementedReplicationServer
 	r *Replication
 }
 
-// callerOf names a peer as cluster's mesh knows it.
+// callerOf returns the peer's name from the mesh connection.
 func callerOf(ctx context.Context) (string, bool) {
 	id, ok := mesh.PeerFromContext(ctx)
 	return id.Node, ok
 }
 
-// caller gives the member that calls.
+// caller returns the calling member.
 func (s *server) caller(ctx context.Context, format uint32) (string, error) {
 	node, ok := s.r.opts.Caller(ctx)
 	if !ok {
@@ -37,7 +37,7 @@ func (s *server) caller(ctx context.Context, format uint32) (string, error) {
 		return "", status.Errorf(codes.FailedPrecondition, "replication format %d, this node reads %d", format, wireFormat)
 	}
 	if !slices.ContainsFunc(s.r.opts.Members(), func(m Member) bool { return m.Node == node }) {
-		return "", status.Errorf(codes.PermissionDenied, "node %s is no member", node)
+		return "", status.Errorf(codes.PermissionDenied, "node %s is not a member", node)
 	}
 	return node, nil
 }
@@ -49,7 +49,7 @@ func wireStream(s journal.Stream) *replicationpb.Stream {
 func readStream(s *replicationpb.Stream) (journal.Stream, error) {
 	origin, inc := s.GetOrigin(), s.GetIncarnation()
 	if origin == "" || len(origin) > journal.MaxOrigin || len(inc) != len(journal.Incarnation{}) {
-		return journal.Stream{}, status.Error(codes.InvalidArgument, "a stream without a name")
+		return journal.Stream{}, status.Error(codes.InvalidArgument, "invalid stream name")
 	}
 	return journal.Stream{Origin: origin, Incarnation: journal.Incarnation(inc)}, nil
 }
@@ -74,7 +74,7 @@ func readEnds(ends []*replicationpb.StreamSeq) (map[journal.Stream]uint64, error
 	return out, nil
 }
 
-func wireMarks(m Marks) []*replicationpb.HolderMarks {
+func wireMarks(m Watermarks) []*replicationpb.HolderMarks {
 	out := make([]*replicationpb.HolderMarks, 0, len(m))
 	for holder, h := range m {
 		out = append(out, &replicationpb.HolderMarks{Holder: holder, Epoch: h.Epoch, Marks: wireEnds(h.Ends)})
@@ -82,9 +82,9 @@ func wireMarks(m Marks) []*replicationpb.HolderMarks {
 	return out
 }
 
-func readMarks(told []*replicationpb.HolderMarks) (Marks, error) {
-	out := make(Marks, len(told))
-	for _, h := range told {
+func readMarks(marks []*replicationpb.HolderMarks) (Watermarks, error) {
+	out := make(Watermarks, len(marks))
+	for _, h := range marks {
 		ends, err := readEnds(h.GetMarks())
 		if err != nil {
 			return nil, err

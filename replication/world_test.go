@@ -28,8 +28,8 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
-// world is a cluster of nodes with real journals and tables in one process, on
-// links that can be cut and slowed.
+// world is a cluster of nodes with real journals and tables in one process, whose links
+// can be cut and slowed.
 type world struct {
 	t     testing.TB
 	ring  *keyring.Ring
@@ -42,7 +42,7 @@ type world struct {
 	order []string
 	cut   map[[2]string]bool
 	conns map[[2]string][]net.Conn
-	bytes map[[2]string]int // that crossed each link, towards the second
+	bytes map[[2]string]int // by (from, to): bytes sent over the link
 }
 
 type node struct {
@@ -57,7 +57,7 @@ type node struct {
 	retired    func(journal.Stream) bool
 	deliver    func([]byte)
 	current    func() bool
-	noTable    bool // the records are not applied: what is measured is carrying alone
+	noTable    bool // records are not applied, to measure replication alone
 
 	alive  bool // guarded by w.mu
 	log    *journal.Log
@@ -70,8 +70,8 @@ type node struct {
 	dialed map[string]*grpc.ClientConn // guarded by w.mu
 }
 
-// newWorld makes nodes of names like "a1": the site is the letter. The cities
-// are "east" for the sites a and b, "west" for the others.
+// newWorld makes nodes with names like "a1", where the letter is the site. The sites a and
+// b are in the city "east", the others in "west".
 func newWorld(t testing.TB, names ...string) *world {
 	w := &world{
 		t: t, nodes: map[string]*node{}, cut: map[[2]string]bool{},
@@ -104,7 +104,7 @@ func (w *world) start() *world {
 
 func link2(a, b string) [2]string { return [2]string{min(a, b), max(a, b)} }
 
-// heard says whether two nodes can hear each other; w.mu is held.
+// heard reports whether two nodes hear each other. The caller holds w.mu.
 func (w *world) heard(a, b string) bool {
 	return a == b || w.nodes[a].alive && w.nodes[b].alive && !w.cut[link2(a, b)]
 }
@@ -124,7 +124,7 @@ func (w *world) members(self string) []Member {
 	return out
 }
 
-// sever cuts or heals the link between two nodes.
+// sever cuts or restores the link between two nodes.
 func (w *world) sever(a, b string, cut bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -138,7 +138,7 @@ func (w *world) sever(a, b string, cut bool) {
 	}
 }
 
-// isolate cuts or heals all links of a site to the others.
+// isolate cuts or restores all links of a site to the others.
 func (w *world) isolate(site string, cut bool) {
 	for _, a := range w.order {
 		for _, b := range w.order {
@@ -301,7 +301,7 @@ func (n *node) start() {
 	}
 }
 
-// halt ends a node that runs.
+// halt stops a running node.
 func (n *node) halt() {
 	if n.stop != nil {
 		n.stop()
@@ -316,7 +316,7 @@ func (n *node) wipe() {
 	}
 }
 
-// submit appends jobs, each with a body of so many bytes, and gives the last seq.
+// submit appends jobs, each with a body of the given size, and returns the last seq.
 func (n *node) submit(jobs, bytes int) uint64 {
 	n.w.t.Helper()
 	var last uint64
@@ -356,7 +356,7 @@ func (n *node) holds(s journal.Stream) uint64 {
 	return e.Durable
 }
 
-// patience is for a machine that does much else, with the race detector.
+// patience is long enough for a busy machine and the race detector.
 const patience = 2 * time.Minute
 
 // eventually waits for a condition.

@@ -26,22 +26,21 @@ import (
 
 func TestMain(m *testing.M) { crash.Main(m, child) }
 
-// child works on the stores like raft would, for ever or until something fails.
-// It prints:
+// child works on the stores like raft, until something fails. It prints:
 //
-//	stored LAST TERM     entries up to LAST are promised
-//	term T               the term is promised
-//	compacting MAX       entries up to MAX may be gone from now on
-//	cutting MIN          entries from MIN may be gone from now on
-//	cut MIN TERM         they are; the next ones have TERM
-//	snapshot INDEX       a snapshot is promised
-//	no snapshot: ERR     none is, and the log goes on
-//	failed: ERR          the store refused; exit code 3
+//	stored LAST TERM     entries up to LAST are acknowledged
+//	term T               the term is acknowledged
+//	compacting MAX       entries up to MAX may be missing from now on
+//	cutting MIN          entries from MIN may be missing from now on
+//	cut MIN TERM         they are removed; the next ones have TERM
+//	snapshot INDEX       a snapshot is acknowledged
+//	no snapshot: ERR     the snapshot failed; the log continues
+//	failed: ERR          the store failed; exit code 3
 func child(dir string) int {
-	// strace counts the calls of each thread by itself.
+	// strace counts the calls of each thread separately.
 	runtime.LockOSThread()
 	say := crash.Say
-	t := &testing.B{} // for the helpers' signatures; none of them fails here
+	t := &testing.B{} // for the helpers' signatures; no helper fails here
 	metrics := NewMetrics(prometheus.NewRegistry())
 	o := Options{Dir: dir, Sealer: testSealer(t, 1), Logger: slog.New(slog.DiscardHandler), Metrics: metrics}
 	s, err := OpenRaftStore(o)
@@ -56,7 +55,7 @@ func child(dir string) int {
 	}
 	say("open")
 	if err := work(s, snaps, say); err != nil {
-		// From here on nothing may be acknowledged, and the node is told.
+		// From here on nothing may be acknowledged, and Failed must be closed.
 		select {
 		case <-s.Failed():
 		default:
@@ -76,7 +75,7 @@ func child(dir string) int {
 			}
 		}
 		say("failed: %v", err)
-		_ = s.Close() // must not hang; what it says is of no use any more
+		_ = s.Close() // must not hang; its error does not matter
 		return 3
 	}
 	return 0
@@ -100,7 +99,7 @@ func work(s *RaftStore, snaps *SnapshotStore, say func(string, ...any)) error {
 		case rand.IntN(100) == 0 && last > first+100:
 			to := last - 50
 			if err := snapshot(snaps, to, term); err != nil {
-				// Raft goes on without, and so do we until the log fails, too.
+				// Raft continues without a snapshot, and so does this until the log fails too.
 				say("no snapshot: %v", err)
 				continue
 			}
@@ -140,11 +139,11 @@ func snapshot(snaps *SnapshotStore, index, term uint64) error {
 	return sink.Close()
 }
 
-// promises is what a child has acknowledged, over all its lives.
+// promises is what the child processes have acknowledged, over all restarts.
 type promises struct {
 	first, last uint64            // entries that must be there
 	terms       map[uint64]uint64 // term of each entry from first to last
-	doubtful    uint64            // entries from here on may be gone; 0 for none
+	doubtful    uint64            // entries from here on may be missing; 0 for none
 	term        uint64
 	snapshot    uint64
 	acks        int
@@ -191,9 +190,9 @@ func (p *promises) hear(line string) error {
 	return nil
 }
 
-// check opens the stores that a dead child left, compares them with its
-// promises, and takes what is there as the new truth: what was not promised may
-// be there or not, and stays.
+// check opens the stores of a dead child, compares them with its promises, and takes
+// their content as the new promises: what was not acknowledged may exist or not, and
+// then stays so.
 func (p *promises) check(t *testing.T, dir string) {
 	t.Helper()
 	s, err := OpenRaftStore(storeOptions(t, dir))
@@ -207,7 +206,7 @@ func (p *promises) check(t *testing.T, dir string) {
 	}
 	got := *s.entries.Load()
 	if got.last < must || must > 0 && must >= p.first && got.first > p.first {
-		t.Fatalf("entries %d to %d are there, promised were %d to %d", got.first, got.last, p.first, must)
+		t.Fatalf("the store has entries %d to %d, %d to %d were acknowledged", got.first, got.last, p.first, must)
 	}
 	for i := got.first; i <= got.last && got.last > 0; i++ {
 		var l raft.Log
@@ -215,21 +214,21 @@ func (p *promises) check(t *testing.T, dir string) {
 			t.Fatalf("entry %d: %v", i, err)
 		}
 		if !sameEntry(&l, entry(i, l.Term)) {
-			t.Fatalf("entry %d has another content", i)
+			t.Fatalf("entry %d has different content", i)
 		}
 		if want, ok := p.terms[i]; ok && i <= must && l.Term != want {
-			t.Fatalf("entry %d is of term %d, promised was %d", i, l.Term, want)
+			t.Fatalf("entry %d is of term %d, %d was acknowledged", i, l.Term, want)
 		}
 		p.terms[i] = l.Term
 	}
 	term, err := s.GetUint64([]byte("CurrentTerm"))
 	if err != nil || term < p.term || term > p.term+1 {
-		t.Fatalf("term %d, promised was %d: %v", term, p.term, err)
+		t.Fatalf("term %d, %d was acknowledged: %v", term, p.term, err)
 	}
 	snaps := openSnapshots(t, dir)
 	if p.snapshot > 0 {
 		if l := listed(t, snaps); len(l) == 0 || l[0] < p.snapshot {
-			t.Fatalf("snapshots %v, promised was %d", l, p.snapshot)
+			t.Fatalf("snapshots %v, %d was acknowledged", l, p.snapshot)
 		}
 	}
 	if err := CheckTogether(s, snaps); err != nil {
@@ -238,8 +237,8 @@ func (p *promises) check(t *testing.T, dir string) {
 	p.first, p.last, p.doubtful, p.term = got.first, got.last, 0, term
 }
 
-// A node is killed a hundred times at random moments; whatever it had
-// acknowledged is there each time.
+// A process is killed a hundred times at random moments. Each time everything that it
+// acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	rounds := 40
 	switch {
@@ -256,12 +255,12 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 	t.Logf("%d kills, %d promises kept", rounds, p.acks)
 	if p.acks < 10*rounds {
-		t.Fatalf("only %d promises in %d lives: nothing was tested", p.acks, rounds)
+		t.Fatalf("only %d acknowledgements in %d runs: the test does too little", p.acks, rounds)
 	}
 }
 
-// The n-th and all later syncs or writes fail below the store: it says so,
-// acknowledges nothing from then on, and all promises hold after a restart.
+// The n-th and all later syncs or writes fail: the store reports it and acknowledges
+// nothing afterwards. After a restart everything acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	skip.Unless(t, err == nil, "strace is not installed; it injects the faults")
@@ -306,12 +305,12 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 				deadline.Stop()
 				var exit *exec.ExitError
 				if !errors.As(err, &exit) {
-					t.Fatalf("call %d failed and nobody noticed: %v\n%s%s", when, err, text, stderr.String())
+					t.Fatalf("call %d failed, but the store did not: %v\n%s%s", when, err, text, stderr.String())
 				}
 				switch code := exit.ExitCode(); code {
 				case 3:
 					failed++
-				case 4: // it failed while opening, which promises nothing
+				case 4: // it failed while opening, before any acknowledgement
 				default:
 					t.Fatalf("exit code %d\n%s%s", code, text, stderr.String())
 				}
@@ -327,13 +326,13 @@ func TestNothingAcknowledgedIsLostWhenTheDiskFails(t *testing.T) {
 			}
 			t.Logf("%d promises kept, %d failures while working", p.acks, failed)
 			if failed < 2 || p.acks < 20 {
-				t.Fatalf("%d failures, %d promises: nothing was tested", failed, p.acks)
+				t.Fatalf("%d failures, %d acknowledgements: the test does too little", failed, p.acks)
 			}
 		})
 	}
 }
 
-// A full file system is like a failing one.
+// A full file system has the same effect as a failing one.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	dir, resize := crash.SmallDisk(t, "1m")
 	data := filepath.Join(dir, "data")
@@ -355,18 +354,18 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	}
 	<-s.Failed()
 	if err := s.StoreLog(entry(stored+1, 1)); !errors.Is(err, ErrFailed) {
-		t.Fatalf("acknowledged after the failure: %v", err)
+		t.Fatalf("storing after the failure: %v", err)
 	}
 	closeRaft(t, s)
 
-	// It can't be written anew without room, says so, and spoils nothing.
+	// Opening must rewrite the file. Without space it fails and leaves the file unchanged.
 	if _, err := OpenRaftStore(storeOptions(t, data)); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("open on a full disk: %v", err)
 	}
 	resize("8m")
 	s = openRaft(t, data)
 	if last, err := s.LastIndex(); last < stored || err != nil {
-		t.Fatalf("entries up to %d, promised were %d: %v", last, stored, err)
+		t.Fatalf("entries up to %d, %d were acknowledged: %v", last, stored, err)
 	}
 	for i := uint64(1); i <= stored; i++ {
 		var l raft.Log

@@ -68,7 +68,7 @@ func (s *RaftStore) openEntry(dst, key, record []byte, l *raft.Log) (before uint
 	}
 	before, err = decodeEntry(plain, l)
 	if err == nil && l.Index != binary.BigEndian.Uint64(key) {
-		err = fmt.Errorf("%w: entry %d stands at %x", ErrDamaged, l.Index, key)
+		err = fmt.Errorf("%w: entry %d is stored under the key %x", ErrDamaged, l.Index, key)
 	}
 	return before, plain, err
 }

@@ -42,7 +42,7 @@ func (a *alone) Possible(journal.Durability) error       { return nil }
 func (a *alone) Spread(journal.Stream) bool              { return true }
 func (a *alone) Reachable(d journal.Durability) bool     { return d == journal.DurableNode }
 func (a *alone) AwaitCaughtUp(ctx context.Context) error { return ctx.Err() }
-func (a *alone) Reached(journal.Stream, uint64) journal.Durability {
+func (a *alone) DurabilityOf(journal.Stream, uint64) journal.Durability {
 	return journal.DurableNode
 }
 

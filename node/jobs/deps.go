@@ -43,8 +43,8 @@ type Replication interface {
 	Reachable(level journal.Durability) bool
 	// Await blocks until the record is that durable, or ctx ends.
 	Await(ctx context.Context, s journal.Stream, seq uint64, level journal.Durability) error
-	// Reached is the highest level that the record is known to have.
-	Reached(s journal.Stream, seq uint64) journal.Durability
+	// DurabilityOf is the highest level that the record is known to have.
+	DurabilityOf(s journal.Stream, seq uint64) journal.Durability
 	// AwaitCaughtUp blocks until this node's table has every record that a living node
 	// holds.
 	AwaitCaughtUp(ctx context.Context) error

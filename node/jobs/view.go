@@ -154,7 +154,7 @@ func (j *Jobs) view(row jobtable.Row, full bool) (*View, *journal.Submission, er
 // reached is how durable a record is known to be: at least node, because it is in the
 // table.
 func (j *Jobs) reached(s journal.Stream, seq uint64) journal.Durability {
-	if d := j.o.Replication.Reached(s, seq); levelOf(d) > 0 {
+	if d := j.o.Replication.DurabilityOf(s, seq); levelOf(d) > 0 {
 		return d
 	}
 	return journal.DurableNode

@@ -175,7 +175,7 @@ func (c *copies) Reachable(level journal.Durability) bool {
 	return c.reachable[level]
 }
 
-func (c *copies) Reached(s journal.Stream, _ uint64) journal.Durability {
+func (c *copies) DurabilityOf(s journal.Stream, _ uint64) journal.Durability {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if d, told := c.of[s.Origin]; told {

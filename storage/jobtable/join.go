@@ -74,8 +74,8 @@ func Join(a, b []journal.Record) []journal.Record {
 	if canonical(a) && addsNothing(a, b) {
 		return a
 	}
-	var room [2 * maxRecords]*journal.Record
-	all := room[:0]
+	var space [2 * maxRecords]*journal.Record
+	all := space[:0]
 	for i := range a {
 		all = append(all, &a[i])
 	}

@@ -91,7 +91,7 @@ func (t *Table) cursor(f Filter) (*listed, error) {
 	id := f.After
 	switch zero := (journal.JobID{}); {
 	case f.Before != zero && f.After != zero:
-		return nil, errors.New("a list goes on after a job or before one, not both")
+		return nil, errors.New("a list has a cursor to go on after or before, not both")
 	case f.Before != zero:
 		id = f.Before
 	case f.After == zero:

@@ -26,19 +26,19 @@ func newMetrics() *metrics {
 		}),
 		pending: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_job_table_pending_bytes",
-			Help: "Changes of rows in memory that the table's file does not hold yet. The journals do.",
+			Help: "Changed rows in memory that are not yet in the table's file. The journals have them.",
 		}),
 		forgotten: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_job_table_forgotten_total",
-			Help: "Rows forgotten, by what: a job's content after its retention, later its id, or records whose submission never came.",
+			Help: "Removals, by what was removed: a job's content after its retention, its id later, or records whose submission never arrived.",
 		}, []string{"what"}),
 		unreadable: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_unreadable_total",
-			Help: "Submissions that could not be opened: their jobs are in no list of a tenant until they can.",
+			Help: "Submissions that could not be opened: until they can, their jobs are in no list of a tenant.",
 		}),
 		resealed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_resealed_total",
-			Help: "Rows sealed anew with the current key.",
+			Help: "Rows re-sealed with the current key.",
 		}),
 		failures: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_job_table_failures_total",
@@ -47,7 +47,7 @@ func newMetrics() *metrics {
 	}
 }
 
-// register makes the metrics known; to a nil registry it does nothing.
+// register registers the metrics, unless reg is nil.
 func (m *metrics) register(reg prometheus.Registerer) {
 	if reg != nil {
 		reg.MustRegister(m.commit, m.rows, m.pending, m.forgotten, m.unreadable, m.resealed, m.failures)

@@ -172,9 +172,9 @@ func (t *Table) join(id journal.JobID, records []journal.Record, seen absence) e
 	})
 }
 
-// change replaces a row's state by the result of f; tell says whether to notify
+// change replaces a row's state by the result of f; notify says whether to call
 // watchers.
-func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) (state, bool)) error {
+func (t *Table) change(id journal.JobID, notify bool, seen absence, f func(state) (state, bool)) error {
 	s := t.stripe(id)
 	s.mu.Lock()
 	e := s.entries[id]
@@ -210,7 +210,7 @@ func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) 
 	row := next.row(id)
 	watchers := t.watch.Load()
 	var ticket uint64
-	if tell && watchers != nil && row.visible() {
+	if notify && watchers != nil && row.visible() {
 		s.tickets++
 		ticket = s.tickets
 	}

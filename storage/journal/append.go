@@ -70,7 +70,7 @@ func (q *queue) add(ctx context.Context, records []Record, bytes int) (b *batch,
 				case <-first.done:
 					continue
 				case <-ctx.Done():
-					return nil, 0, fmt.Errorf("wait for room in the journal: %w", ctx.Err())
+					return nil, 0, fmt.Errorf("wait for space in the journal's queue: %w", ctx.Err())
 				}
 			}
 		}

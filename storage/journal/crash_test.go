@@ -17,7 +17,7 @@ import (
 	"github.com/dsnode/dsnode/test/crash"
 )
 
-// full says that a test may take minutes.
+// full reports whether a test may take minutes.
 func full() bool { return os.Getenv("DSNODE_TEST_FULL") != "" }
 
 func TestMain(m *testing.M) { crash.Main(m, child) }
@@ -36,7 +36,7 @@ func copiedRecord(seq uint64) Record {
 //
 //	acked STREAM SEQ JOB   an append has returned
 //	copied SEQ             a copy is durable up to SEQ
-//	trimming STREAM SEQ    what is below SEQ may be gone
+//	trimming STREAM SEQ    records below SEQ may be missing
 func child(dir string) int {
 	say := crash.Say
 	o := testOptions(dir)
@@ -177,14 +177,14 @@ func (p *promises) check(t *testing.T, dir string) {
 		}
 	}
 	for id := range p.acked {
-		t.Fatalf("%s is gone", id)
+		t.Fatalf("%s is missing", id)
 	}
 	if ends[copied].Durable < p.copied {
 		t.Fatalf("the copy ends with %d, but %d was durable", ends[copied].Durable, p.copied)
 	}
 }
 
-// A node is killed at random moments; whatever it had acknowledged is there.
+// A process is killed at random moments. Everything that it acknowledged is there.
 func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	rounds := 15
 	switch {
@@ -201,11 +201,11 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 	t.Logf("%d kills, %d promises kept", rounds, p.count)
 	if p.count < 100*rounds {
-		t.Fatalf("only %d promises in %d lives: nothing was tested", p.count, rounds)
+		t.Fatalf("only %d acknowledgements in %d runs: the test does too little", p.count, rounds)
 	}
 }
 
-// A full disk without a floor is like a failing one.
+// A full disk without a floor has the same effect as a failing one.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	dir, resize := crash.SmallDisk(t, "1m")
 	o := testOptions(dir)
@@ -225,24 +225,24 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	}
 	<-l.Failed()
 	if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); !errors.Is(err, ErrFailed) {
-		t.Fatalf("acknowledged after the failure: %v", err)
+		t.Fatalf("append after the failure: %v", err)
 	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
 	resize("8m")
 	l = mustOpen(t, o)
-	defer mustClose(t, l) // before the file system goes
+	defer mustClose(t, l) // before the file system is unmounted
 	if e, _ := l.End(id); e.Durable < acked || e.Damaged != 0 {
-		t.Fatalf("%+v, acknowledged were %d", e, acked)
+		t.Fatalf("%+v, %d records were acknowledged", e, acked)
 	}
 	if got := recordsOf(t, l, id, 1); len(got) < int(acked) {
 		t.Fatalf("%d records of %d", len(got), acked)
 	}
 }
 
-// With a floor nothing fails: jobs are refused in time, what is in flight can
-// end, and it recovers when there is room.
+// With a floor the log does not fail: submissions are refused early, running jobs can
+// finish, and submissions are accepted again when there is space.
 func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
 	o, d := testOptions(t.TempDir()), newFaultDisk()
 	o.FreeFloor = 4 << 20

@@ -41,7 +41,7 @@ type Options struct {
 
 	// Durable is called with records that have become durable, in order for each stream,
 	// before Append returns them. It may keep the records, and must not change them.
-	// While it blocks, the stream takes no more. It may call Read and Trim, but must not
+	// While it blocks, nothing more is written to the stream. It may call Read and Trim, but must not
 	// wait for a call that writes to the same stream.
 	Durable func(Stream, []Record)
 }
@@ -259,7 +259,7 @@ func (l *Log) find(id Stream) (*stream, error) {
 	return s, nil
 }
 
-// StoreEpoch increases each time the directory is created anew or loses records to
+// StoreEpoch increases each time the directory is created again or loses records to
 // damage: it is the Unix milliseconds of that moment, or more. What peers recorded
 // about this node's streams under a lower epoch is obsolete.
 func (l *Log) StoreEpoch() uint64 { return l.store.epoch }

@@ -24,7 +24,7 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 	f := promauto.With(reg)
 	records := f.NewCounterVec(prometheus.CounterOpts{
 		Name: "dsnode_journal_records_total",
-		Help: "Records made durable, own ones and copies of other nodes'.",
+		Help: "Records made durable: own ones, and copies of other nodes'.",
 	}, []string{"origin"})
 	bytes := f.NewCounterVec(prometheus.CounterOpts{
 		Name: "dsnode_journal_written_bytes_total",
@@ -36,7 +36,7 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 		fsync: f.NewHistogram(prometheus.HistogramOpts{
 			Name: "dsnode_journal_fsync_seconds",
 			Help: "Time to write and sync one batch of records.",
-			// 0.1 ms (a disk with a battery) to 3.3 s (a disk that hangs).
+			// 0.1 ms (a disk with a battery-backed cache) to 3.3 s (a disk that hangs).
 			Buckets: prometheus.ExponentialBuckets(0.0001, 2, 16),
 		}),
 		batch: f.NewHistogram(prometheus.HistogramOpts{
@@ -54,15 +54,15 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 		}),
 		refused: f.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_journal_full_total",
-			Help: "Appends refused because the disk has less room than the floor.",
+			Help: "Appends refused because the disk has less free space than the floor.",
 		}),
 		diverged: f.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_journal_diverged_total",
-			Help: "Records received that differ from the ones held in their place.",
+			Help: "Records received that differ from the ones held in the same place.",
 		}),
 		ahead: f.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_journal_clock_ahead_total",
-			Help: "Batches received with a clock too far ahead of this node's to be believed.",
+			Help: "Batches received with a clock too far ahead of this node's to follow it.",
 		}),
 	}
 	f.NewGaugeFunc(prometheus.GaugeOpts{
@@ -75,7 +75,7 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 	}, func() float64 { return float64(l.segments.Load()) })
 	f.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "dsnode_journal_streams",
-		Help: "Streams held, own ones and copies.",
+		Help: "Streams held: own ones, and copies.",
 	}, func() float64 { return float64(l.streamCount()) })
 	return m
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// spySealer keeps what it was given to seal. It is how a test gets at keys.
+// spySealer records the plaintext of Seal, so that a test can read keys.
 type spySealer struct{ seen []byte }
 
 func (s *spySealer) Seal(dst, plaintext, _ []byte) []byte {
@@ -65,7 +65,7 @@ func NoneIn(t testing.TB, secrets [][]byte, where string, b []byte) {
 	t.Helper()
 	for _, s := range secrets {
 		if bytes.Contains(b, s) {
-			t.Errorf("%s holds a key in clear", where)
+			t.Errorf("%s contains a key as plaintext", where)
 		}
 	}
 }

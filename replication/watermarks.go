@@ -6,29 +6,28 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Held is what one node has on its disk: the last record of each stream. Epoch
-// rises when the node lost something, so that what it holds may go down.
+// Held is what one node has on its disk: the last record of each stream. The epoch
+// rises when the node lost records; only then may a number decrease.
 type Held struct {
 	Epoch uint64
 	Ends  map[journal.Stream]uint64
 }
 
-// Marks is what is known of the nodes' disks, by node. Each is told by its node
-// alone and passed on by the others, late, twice and in any order: so they merge
-// by taking the higher epoch and under the same epoch the higher number.
-type Marks map[string]Held
+// Watermarks is what is known of the nodes' disks, by node. Only the node itself
+// reports its watermarks; other nodes forward them, late, repeatedly and in any order.
+// So they are merged by the higher epoch and, within one epoch, the higher number.
+type Watermarks map[string]Held
 
-// Merge takes in what another node knows and calls changed, which may be nil,
-// for each number that is new. Merging is commutative, idempotent and
-// associative.
-func (m Marks) Merge(o Marks, changed func(holder string, s journal.Stream)) {
+// Merge merges what another node knows, and calls changed, which may be nil, for each
+// number that changes. It is commutative, idempotent and associative.
+func (m Watermarks) Merge(o Watermarks, changed func(holder string, s journal.Stream)) {
 	for holder, theirs := range o {
 		ours, known := m[holder]
 		switch {
 		case known && theirs.Epoch < ours.Epoch:
 			continue
 		case !known || theirs.Epoch > ours.Epoch:
-			// What is gone under the new epoch has changed as well.
+			// Streams that are missing under the new epoch have changed too.
 			if changed != nil {
 				for s := range ours.Ends {
 					if _, still := theirs.Ends[s]; !still {
@@ -50,17 +49,17 @@ func (m Marks) Merge(o Marks, changed func(holder string, s journal.Stream)) {
 	}
 }
 
-// Clone copies the marks.
-func (m Marks) Clone() Marks {
-	c := make(Marks, len(m))
+// Clone copies the watermarks.
+func (m Watermarks) Clone() Watermarks {
+	c := make(Watermarks, len(m))
 	for holder, h := range m {
 		c[holder] = Held{Epoch: h.Epoch, Ends: maps.Clone(h.Ends)}
 	}
 	return c
 }
 
-// HeldByAll is up to where every one of the nodes holds a stream.
-func (m Marks) HeldByAll(s journal.Stream, nodes []string) uint64 {
+// HeldByAll returns up to where all of the nodes hold a stream.
+func (m Watermarks) HeldByAll(s journal.Stream, nodes []string) uint64 {
 	if len(nodes) == 0 {
 		return 0
 	}
@@ -71,8 +70,8 @@ func (m Marks) HeldByAll(s journal.Stream, nodes []string) uint64 {
 	return least
 }
 
-// MostHeld is up to where any node holds a stream.
-func (m Marks) MostHeld(s journal.Stream) uint64 {
+// MostHeld returns up to where any node holds a stream.
+func (m Watermarks) MostHeld(s journal.Stream) uint64 {
 	most := uint64(0)
 	for _, h := range m {
 		most = max(most, h.Ends[s])

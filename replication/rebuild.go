@@ -17,26 +17,27 @@ import (
 )
 
 const (
-	refillAgain = time.Second
-	// refillStall bounds how long a peer's rows stand still.
-	refillStall = 30 * time.Second
-	// appliedWait bounds how long a table may be behind its journals.
+	rebuildRetry = time.Second
+	// rebuildStall bounds the time without any rows from a peer.
+	rebuildStall = 30 * time.Second
+	// appliedWait bounds the wait for a table that is behind its journals.
 	appliedWait  = 10 * time.Second
 	appliedAgain = 50 * time.Millisecond
 )
 
-var errPartial = status.Error(codes.Unavailable, "this node's table was damaged and is made anew")
+var errPartial = status.Error(codes.Unavailable, "this node's table was damaged and is being rebuilt")
 
-// refill makes a table whole that was discarded; it ends at once for any other.
-// The journals are applied before Run; rows of what they had trimmed stand in other
-// nodes' tables alone. With all rows of one node whose table is whole and goes
-// as far as what was trimmed here, it is whole. With those of every other member
-// nobody has more, whatever was lost: that is what a lone node starts with.
+// rebuildTable completes a table that was discarded; for any other it returns at once.
+// The journals were applied before Run. The rows of records that they had trimmed exist
+// only in other nodes' tables. The table is whole when it has all rows of one node whose
+// table is whole and includes everything that was trimmed here. With the rows of every
+// other member it has all that still exists, even if records were lost; that is the case
+// of a node without peers.
 //
-// Digests would not do: under load no two nodes have applied the same for long,
-// and nearly all buckets differ, each of which costs reading the whole table.
-func (r *Replication) refill(ctx context.Context) error {
-	f := refill{r: r, joined: map[string]bool{}, said: map[string]string{}}
+// Comparing digests is not enough: under load two nodes rarely have applied the same
+// records, and nearly all buckets differ, each of which costs reading the whole table.
+func (r *Replication) rebuildTable(ctx context.Context) error {
+	f := rebuild{r: r, joined: map[string]bool{}, lastErrors: map[string]string{}}
 	before := ""
 	for r.opts.Table.Partial() {
 		from, whole := f.join(ctx)
@@ -44,14 +45,14 @@ func (r *Replication) refill(ctx context.Context) error {
 		now := fmt.Sprint(others)
 		switch {
 		case whole:
-			r.opts.Logger.Warn("the job table that was damaged has all rows again", "from", from)
-		// Twice: the first look after a start can be at members of long ago.
-		case r.opts.Current() && f.all(others) && now == before:
-			r.opts.Logger.Error("the job table that was damaged has what this node's journals and all other nodes hold; nobody can know whether older jobs are lost",
+			r.opts.Logger.Warn("the job table has been rebuilt and is complete", "from", from)
+		// Check twice: right after a start, Members may be an old list.
+		case r.opts.Current() && f.allJoined(others) && now == before:
+			r.opts.Logger.Error("the job table has been rebuilt from this node's journals and all other nodes; older jobs may be lost",
 				"other_nodes", others)
 		default:
 			before = now
-			if !pause(ctx, refillAgain) {
+			if !pause(ctx, rebuildRetry) {
 				return nil
 			}
 			continue
@@ -63,13 +64,13 @@ func (r *Replication) refill(ctx context.Context) error {
 	return nil
 }
 
-type refill struct {
-	r      *Replication
-	joined map[string]bool   // nodes whose rows are all here
-	said   map[string]string // why those of a node are not
+type rebuild struct {
+	r          *Replication
+	joined     map[string]bool   // nodes whose rows have all been merged
+	lastErrors map[string]string // by node; to log each error once
 }
 
-func (f *refill) others() []string {
+func (f *rebuild) others() []string {
 	var others []string
 	for _, m := range f.r.opts.Members() {
 		if m.Node != f.r.opts.Self {
@@ -80,13 +81,13 @@ func (f *refill) others() []string {
 	return others
 }
 
-func (f *refill) all(others []string) bool {
+func (f *rebuild) allJoined(others []string) bool {
 	return !slices.ContainsFunc(others, func(node string) bool { return !f.joined[node] })
 }
 
-// join takes the tables of the nodes that are heard, until one of them was all
-// that is needed.
-func (f *refill) join(ctx context.Context) (from string, whole bool) {
+// join merges the tables of the nodes that are heard, until one of them makes this
+// node's table whole.
+func (f *rebuild) join(ctx context.Context) (from string, whole bool) {
 	_, heard := f.r.members(func(m Member) bool { return m.Heard })
 	for _, m := range heard {
 		if m.Node == f.r.opts.Self {
@@ -95,9 +96,9 @@ func (f *refill) join(ctx context.Context) (from string, whole bool) {
 		whole, err := f.r.joinTable(ctx, m.Node, f.joined[m.Node])
 		if err == nil {
 			f.joined[m.Node] = true
-		} else if ctx.Err() == nil && f.said[m.Node] != err.Error() {
-			f.said[m.Node] = err.Error()
-			f.r.opts.Logger.Warn("the rows that this node's job table lacks don't come; it is tried again", "peer", m.Node, "err", err)
+		} else if ctx.Err() == nil && f.lastErrors[m.Node] != err.Error() {
+			f.lastErrors[m.Node] = err.Error()
+			f.r.opts.Logger.Warn("can't get the job table of a peer for the rebuild; retrying", "peer", m.Node, "err", err)
 		}
 		if whole {
 			return m.Node, true
@@ -106,13 +107,12 @@ func (f *refill) join(ctx context.Context) (from string, whole bool) {
 	return "", false
 }
 
-// joinTable merges all rows of a peer's table, and says whether nothing can be
-// missing then. When that can't be and the peer's rows were merged before, it
-// leaves them.
+// joinTable merges all rows of a peer's table, and reports whether this node's table is
+// whole then. It skips a peer that can't achieve that and whose rows were merged before.
 func (r *Replication) joinTable(ctx context.Context, peer string, before bool) (whole bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stalled := time.AfterFunc(refillStall, cancel)
+	stalled := time.AfterFunc(rebuildStall, cancel)
 	defer stalled.Stop()
 	conn, err := r.opts.Dial(peer)
 	if err != nil {
@@ -130,15 +130,15 @@ func (r *Replication) joinTable(ctx context.Context, peer string, before bool) (
 	if err != nil {
 		return false, fmt.Errorf("table of %s: %w", peer, err)
 	}
-	whole = !m.GetPartial() && r.reaches(applied)
+	whole = !m.GetPartial() && r.coversTrimmed(applied)
 	if before && !whole {
 		return false, nil
 	}
-	r.opts.Logger.Info("taking the rows of a peer's job table", "peer", peer, "enough", whole)
+	r.opts.Logger.Info("receiving the rows of a peer's job table", "peer", peer, "enough", whole)
 	var page []byte
 	for {
 		if page = append(page, m.GetRows()...); len(page) > maxRow {
-			return false, fmt.Errorf("%w: a page of the table of %s", errFlooded, peer)
+			return false, fmt.Errorf("%w: a page of the table of %s", errWindowExceeded, peer)
 		}
 		if !m.GetMore() && len(page) > 0 {
 			if err := r.opts.Table.Merge(ctx, page); err != nil {
@@ -146,7 +146,7 @@ func (r *Replication) joinTable(ctx context.Context, peer string, before bool) (
 			}
 			page = nil
 		}
-		stalled.Reset(refillStall)
+		stalled.Reset(rebuildStall)
 		if m, err = stream.Recv(); errors.Is(err, io.EOF) {
 			return whole, nil
 		} else if err != nil {
@@ -155,18 +155,18 @@ func (r *Replication) joinTable(ctx context.Context, peer string, before bool) (
 	}
 }
 
-// reaches reports whether a table that had applied so much holds all that was
-// trimmed here.
-func (r *Replication) reaches(applied map[journal.Stream]uint64) bool {
+// coversTrimmed reports whether a table that has applied these records includes everything
+// that was trimmed on this node.
+func (r *Replication) coversTrimmed(applied map[journal.Stream]uint64) bool {
 	for s, e := range r.opts.Log.Ends() {
-		if e.First > applied[s]+1 && (r.opts.Retired == nil || !r.opts.Retired(s)) {
+		if e.First > applied[s]+1 && !r.opts.Retired(s) {
 			return false
 		}
 	}
 	return true
 }
 
-// Table gives all rows, of all that is on this node's disk.
+// Table sends all rows of this node's table.
 func (s *server) Table(q *replicationpb.TableRequest, stream grpc.ServerStreamingServer[replicationpb.TableRows]) error {
 	if _, err := s.caller(stream.Context(), q.GetFormat()); err != nil {
 		return err
@@ -179,7 +179,7 @@ func (s *server) Table(q *replicationpb.TableRequest, stream grpc.ServerStreamin
 	if err := s.r.awaitApplied(ctx); err != nil {
 		return err
 	}
-	// Both before the first row is read: more may come in, nothing goes.
+	// Before the first row is read: later rows may include more, but not less.
 	m := &replicationpb.TableRows{Format: wireFormat, Applied: wireEnds(s.r.applied()), Partial: s.r.opts.Table.Partial()}
 	after := journal.JobID{}
 	for more := true; more; {
@@ -188,7 +188,7 @@ func (s *server) Table(q *replicationpb.TableRequest, stream grpc.ServerStreamin
 			return status.Error(codes.Unavailable, fmt.Sprintf("read the table: %v", err))
 		}
 		if !pause(ctx, s.r.bulk.take(len(rows))) {
-			return status.Error(codes.Unavailable, "the call was given up")
+			return status.Error(codes.Unavailable, "the call was cancelled")
 		}
 		s.r.metrics.sent.Add(float64(len(rows)))
 		for len(rows) > maxPiece {
@@ -207,15 +207,16 @@ func (s *server) Table(q *replicationpb.TableRequest, stream grpc.ServerStreamin
 	return nil
 }
 
-// awaitApplied waits until the table has all that was on the disk when it was
-// called: what a peer lets go because this node holds it must not be between the two.
+// awaitApplied waits until the table includes all records that were durable when it was
+// called. Otherwise a record that a peer trims because this node holds it could be missing
+// from the rows.
 func (r *Replication) awaitApplied(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, appliedWait)
 	defer cancel()
 	for s, seq := range durable(r.opts.Log.Ends()) {
 		for r.opts.Table.Applied(s) < seq {
 			if !pause(ctx, appliedAgain) {
-				return status.Error(codes.Unavailable, "the table is behind the journals")
+				return status.Error(codes.Unavailable, "this node's table is behind its journals")
 			}
 		}
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// discard makes a node that is halted begin its table anew.
+// discard discards the table of a halted node.
 func (n *node) discard() {
 	n.w.t.Helper()
 	if err := jobtable.Discard(n.dir); err != nil {
@@ -27,8 +27,8 @@ func (n *node) discard() {
 
 const trimmedJobs = 400
 
-// trimmedWorld is nodes that all have the same jobs, all of a1, whose journal has
-// let go of nearly all of them; a1 is halted then.
+// trimmedWorld makes nodes with the same jobs, all from a1, whose journal has trimmed
+// nearly all of them, and halts a1.
 func trimmedWorld(t *testing.T, names ...string) (w *world, stream journal.Stream, seq uint64) {
 	t.Helper()
 	w = newWorld(t, names...)
@@ -37,21 +37,22 @@ func trimmedWorld(t *testing.T, names ...string) (w *world, stream journal.Strea
 	a1 := w.nodes["a1"]
 	seq = a1.submit(trimmedJobs, 1000)
 	w.wantEverywhere(a1.stream, seq)
-	eventually(t, "the table has all", func() bool { return a1.table.Applied(a1.stream) == seq })
-	eventually(t, "all are known to hold all", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
+	eventually(t, "the table has applied everything", func() bool { return a1.table.Applied(a1.stream) == seq })
+	eventually(t, "a1 knows that all nodes hold everything", func() bool { return a1.repl.HeldByAll(a1.stream) == seq })
 	a1.repl.trim()
 	stream = a1.stream
 	a1.halt()
 	return w, stream, seq
 }
 
-// startAndStayPartial starts a node and sees it look for rows several times in vain.
+// startAndStayPartial starts a node and waits until it has looked for rows several times
+// without becoming whole.
 func (n *node) startAndStayPartial() {
 	n.w.t.Helper()
 	var looks atomic.Int64
 	n.current = func() bool { looks.Add(1); return true }
 	n.start()
-	eventually(n.w.t, "it looked for rows several times", func() bool { return looks.Load() > 3 || !n.table.Partial() })
+	eventually(n.w.t, "it has looked for rows several times", func() bool { return looks.Load() > 3 || !n.table.Partial() })
 	if !n.table.Partial() {
 		n.w.t.Fatalf("%s is whole with %d jobs", n.name, n.queued())
 	}
@@ -66,19 +67,19 @@ func TestDiscardedTableIsFilledFromPeers(t *testing.T) {
 	a1.discard()
 	a1.start()
 	if e, _ := a1.log.End(stream); e.First == 1 {
-		t.Fatal("nothing was trimmed")
+		t.Fatal("no records were trimmed")
 	}
 	if n := a1.queued(); n == trimmedJobs || !a1.table.Partial() {
 		t.Fatalf("%d jobs without a peer, partial %v", n, a1.table.Partial())
 	}
 	ctx := metadata.NewIncomingContext(t.Context(), metadata.Pairs("node", "b1"))
 	if _, err := (&server{r: a1.repl}).Digests(ctx, &replicationpb.DigestsRequest{}); status.Code(err) != codes.Unavailable {
-		t.Errorf("digests of a table that lacks rows: %v", err)
+		t.Errorf("digests of a partial table: %v", err)
 	}
-	a1.halt() // what it was made anew for is not forgotten
+	a1.halt() // it stays partial over a restart
 	a1.start()
 	if !a1.table.Partial() {
-		t.Fatal("whole by a restart")
+		t.Fatal("the table is whole after a restart")
 	}
 	w.sever("a1", "b1", false)
 	eventually(t, "the table is whole", func() bool { return !a1.table.Partial() })
@@ -88,13 +89,13 @@ func TestDiscardedTableIsFilledFromPeers(t *testing.T) {
 	a1.halt()
 	a1.start()
 	if a1.table.Partial() {
-		t.Error("partial again after a restart")
+		t.Error("the table is partial again after a restart")
 	}
 }
 
-// TestPartialTableIsNoSnapshot: a node that lost its disk gets the rows from a node
-// that has them, not from one that lacks them itself.
-func TestPartialTableIsNoSnapshot(t *testing.T) {
+// A node that lost its disk gets the rows from a node that has them, not from one whose
+// table is partial.
+func TestPartialTableSendsNoSnapshot(t *testing.T) {
 	w, stream, seq := trimmedWorld(t, "a1", "b1", "c1")
 	a1, c1 := w.nodes["a1"], w.nodes["c1"]
 	w.sever("a1", "b1", true)
@@ -104,12 +105,12 @@ func TestPartialTableIsNoSnapshot(t *testing.T) {
 	a1.discard()
 	a1.start()
 	c1.start()
-	for range 2 { // the second goes out when the first was sent, and a snapshot with it
+	for range 2 { // a snapshot would be sent before the second record
 		last := a1.submit(1, 100)
-		eventually(t, "a new record is at c1", func() bool { return c1.holds(a1.stream) == last })
+		eventually(t, "c1 has a new record", func() bool { return c1.holds(a1.stream) == last })
 	}
 	if n := testutil.ToFloat64(a1.repl.metrics.snapshots); n != 0 || c1.holds(stream) != 0 {
-		t.Fatalf("%v snapshots of a table that lacks rows; c1 holds up to %d", n, c1.holds(stream))
+		t.Fatalf("%v snapshots of a partial table were sent; c1 holds up to %d", n, c1.holds(stream))
 	}
 	w.sever("a1", "b1", false)
 	w.sever("b1", "c1", false)
@@ -119,10 +120,10 @@ func TestPartialTableIsNoSnapshot(t *testing.T) {
 	})
 }
 
-// TestWhenNobodyHasMore: tables that are damaged everywhere become whole with what
-// all nodes together have, and not before.
-func TestWhenNobodyHasMore(t *testing.T) {
-	for name, names := range map[string][]string{"alone": {"a1"}, "two": {"a1", "b1"}} {
+// When the tables of all nodes are damaged they become whole with the rows of all nodes
+// together, and not before.
+func TestRebuildWhenAllTablesAreDamaged(t *testing.T) {
+	for name, names := range map[string][]string{"one node": {"a1"}, "two nodes": {"a1", "b1"}} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, names...).start()
 			a1 := w.nodes["a1"]
@@ -147,9 +148,8 @@ func TestWhenNobodyHasMore(t *testing.T) {
 	}
 }
 
-// TestANodeThatLacksTheSameIsNotEnough: a table that was never damaged can lack the
-// rows as well, if its node is new.
-func TestANodeThatLacksTheSameIsNotEnough(t *testing.T) {
+// A table that was never damaged may lack the rows too, if its node is new.
+func TestRebuildNeedsATableThatCoversTheTrimmedRecords(t *testing.T) {
 	w, _, _ := trimmedWorld(t, "a1", "b1", "c1")
 	a1, b1 := w.nodes["a1"], w.nodes["b1"]
 	w.isolate("c", true)
@@ -165,9 +165,8 @@ func TestANodeThatLacksTheSameIsNotEnough(t *testing.T) {
 	}
 }
 
-// TestMembersOfLongAgo: a node that has not heard yet who the members are doesn't
-// take itself for a lone one.
-func TestMembersOfLongAgo(t *testing.T) {
+// A node that does not know the present members yet must not assume that it has no peers.
+func TestRebuildWaitsForCurrentMembers(t *testing.T) {
 	w := newWorld(t, "a1")
 	a1 := w.nodes["a1"]
 	if err := os.MkdirAll(a1.dir, 0o700); err != nil {
@@ -178,17 +177,17 @@ func TestMembersOfLongAgo(t *testing.T) {
 	var heard atomic.Bool
 	a1.current = func() bool { looks.Add(1); return heard.Load() }
 	a1.start()
-	eventually(t, "it looked several times", func() bool { return looks.Load() > 2 })
+	eventually(t, "it has looked for rows several times", func() bool { return looks.Load() > 2 })
 	if !a1.table.Partial() {
-		t.Fatal("whole before it heard who else there is")
+		t.Fatal("the table is whole before the members are known")
 	}
 	heard.Store(true)
-	eventually(t, "it is whole", func() bool { return !a1.table.Partial() })
+	eventually(t, "the table is whole", func() bool { return !a1.table.Partial() })
 }
 
-// TestAbsentRowsAreNotCaughtUp: jobs of earlier are not executed by a table that
-// may lack their ends.
-func TestAbsentRowsAreNotCaughtUp(t *testing.T) {
+// A node with a partial table is not caught up: it might execute jobs whose end is
+// missing in its table.
+func TestPartialTableIsNotCaughtUp(t *testing.T) {
 	w, _, _ := trimmedWorld(t, "a1", "b1")
 	a1 := w.nodes["a1"]
 	w.sever("a1", "b1", true)
@@ -197,7 +196,7 @@ func TestAbsentRowsAreNotCaughtUp(t *testing.T) {
 	ctx, stop := context.WithTimeout(t.Context(), 2*holdsAgain)
 	defer stop()
 	if err := a1.repl.AwaitCaughtUp(ctx); !errors.Is(err, context.DeadlineExceeded) {
-		t.Fatalf("caught up with nobody: %v", err)
+		t.Fatalf("caught up without a peer: %v", err)
 	}
 	w.sever("a1", "b1", false)
 	if err := a1.repl.AwaitCaughtUp(t.Context()); err != nil || a1.table.Partial() || a1.queued() != trimmedJobs {

@@ -16,29 +16,29 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// maxPiece bounds the data of one message, far below what gRPC takes.
+// maxPiece bounds the data of one message, far below gRPC's limit.
 const maxPiece = 1 << 20
 
-// source serves one puller.
-type source struct {
-	r      *Replication
-	peer   string
-	stream grpc.BidiStreamingServer[replicationpb.PullRequest, replicationpb.PullResponse]
-	wake   chan struct{} // has room for one
-	tell   *tell
-	news   *headlines
+// sender serves one puller.
+type sender struct {
+	r       *Replication
+	peer    string
+	stream  grpc.BidiStreamingServer[replicationpb.PullRequest, replicationpb.PullResponse]
+	wake    chan struct{} // capacity 1
+	updates *markUpdates
+	changes *changeSub
 
-	mu      sync.Mutex // guards what follows
-	out     *outflow
-	epoch   uint64 // of the puller's marks that cursors were begun by
-	wanted  map[string]bool
-	probes  []uint64
-	changed map[journal.Stream]struct{} // ends that the puller wasn't told
-	shot    *snapshot                   // being sent
-	agesAt  time.Duration               // when to tell ages again
+	mu         sync.Mutex // guards the fields below
+	queue      *sendQueue
+	epoch      uint64 // of the puller's watermarks, by which the cursors were placed
+	wanted     map[string]bool
+	probes     []uint64
+	unreported map[journal.Stream]struct{} // ends that changed since the last answer to a probe
+	snapshot   *snapshot                   // being sent
+	nextAges   time.Duration               // when to send ages again
 }
 
-// Pull serves one puller until it goes, or calls again.
+// Pull serves one puller until its call ends, or it makes another call.
 func (s *server) Pull(stream grpc.BidiStreamingServer[replicationpb.PullRequest, replicationpb.PullResponse]) error {
 	first, err := stream.Recv()
 	if err != nil {
@@ -55,46 +55,46 @@ func (s *server) Pull(stream grpc.BidiStreamingServer[replicationpb.PullRequest,
 	defer leave()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer s.r.replace(peer, cancel)()
+	defer s.r.replacePull(peer, cancel)()
 
-	src := &source{
+	src := &sender{
 		r: s.r, peer: peer, stream: stream, wake: make(chan struct{}, 1),
-		out: newOutflow(), wanted: map[string]bool{}, changed: map[journal.Stream]struct{}{},
-		tell: s.r.ledger.subscribe(peer),
+		queue: newSendQueue(), wanted: map[string]bool{}, unreported: map[journal.Stream]struct{}{},
+		updates: s.r.tracker.subscribe(peer),
 	}
-	defer src.tell.close()
-	src.news = s.r.news.subscribe(src.wake)
-	defer src.news.close()
-	if err := src.take(first); err != nil {
+	defer src.updates.close()
+	src.changes = s.r.changes.subscribe(src.wake)
+	defer src.changes.close()
+	if err := src.handle(first); err != nil {
 		return err
 	}
-	// Recv ends when this handler has returned, so nobody waits for it here.
-	s.r.life.calls.Go(func() {
+	// Recv returns when this handler has returned, so don't wait for it here.
+	s.r.lifecycle.calls.Go(func() {
 		defer cancel()
-		s.r.opts.Logger.Debug("a puller has gone", "peer", peer, "err", src.receive())
+		s.r.opts.Logger.Debug("a puller has disconnected", "peer", peer, "err", src.receive())
 	})
 	err = src.send(ctx)
 	if ctx.Err() != nil {
-		return status.Error(codes.Unavailable, "the call was given up")
+		return status.Error(codes.Unavailable, "the call was cancelled")
 	}
 	return err
 }
 
-// receive takes what the puller says until the call breaks, and gives the reason.
-func (c *source) receive() error {
+// receive handles the puller's messages until the call breaks, and returns the reason.
+func (c *sender) receive() error {
 	for {
 		q, err := c.stream.Recv()
 		if err != nil {
 			return err
 		}
-		if err := c.take(q); err != nil {
+		if err := c.handle(q); err != nil {
 			return err
 		}
 	}
 }
 
-// take does what a puller asks.
-func (c *source) take(q *replicationpb.PullRequest) error {
+// handle handles one message of the puller.
+func (c *sender) handle(q *replicationpb.PullRequest) error {
 	marks, err := readMarks(q.GetMarks())
 	if err != nil {
 		return err
@@ -104,17 +104,17 @@ func (c *source) take(q *replicationpb.PullRequest) error {
 		return err
 	}
 	acks := maps.Clone(marks[c.peer].Ends)
-	c.r.ledger.hear(c.peer, marks)
-	c.r.hearAges(q.GetAges(), duration(q.GetRoundTripUs()))
+	c.r.tracker.merge(c.peer, marks)
+	c.r.mergeAges(q.GetAges(), duration(q.GetRoundTripUs()))
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for s, held := range acks {
-		c.out.acked(s, held)
+		c.queue.acked(s, held)
 	}
-	c.recall()
-	if c.shot != nil && q.GetSnapshotPage() > 0 {
-		c.shot.acked(q.GetSnapshotPage())
+	c.rewind()
+	if c.snapshot != nil && q.GetSnapshotPage() > 0 {
+		c.snapshot.acked(q.GetSnapshotPage())
 	}
 	if q.GetProbe() != 0 && len(c.probes) < maxProbes {
 		c.probes = append(c.probes, q.GetProbe())
@@ -124,18 +124,18 @@ func (c *source) take(q *replicationpb.PullRequest) error {
 	} else {
 		for s, held := range resume {
 			if e, ok := c.r.opts.Log.End(s); ok && c.wanted[s.Origin] {
-				c.out.add(s, held, e.Durable)
+				c.queue.add(s, held, e.Durable)
 			}
 		}
 	}
-	ring(c.wake)
+	notify(c.wake)
 	return nil
 }
 
-// recall begins the streams again when the puller's marks are of a new epoch: by
-// the old ones it has what its disk has lost. mu is held.
-func (c *source) recall() {
-	epoch := c.r.ledger.epoch(c.peer)
+// rewind places the cursors again when the puller's watermarks are of a new epoch: under
+// the old epoch they included records that its disk has lost. The caller holds mu.
+func (c *sender) rewind() {
+	epoch := c.r.tracker.epoch(c.peer)
 	if epoch == c.epoch {
 		return
 	}
@@ -144,38 +144,34 @@ func (c *source) recall() {
 	if first {
 		return
 	}
-	for s, cur := range c.out.cursors {
-		if held := c.r.ledger.held(c.peer, s); held+1 < cur.next && cur.next != never {
-			c.out.add(s, held, cur.end)
+	for s, cur := range c.queue.cursors {
+		if held := c.r.tracker.held(c.peer, s); held+1 < cur.next && cur.next != never {
+			c.queue.add(s, held, cur.end)
 		}
 	}
 }
 
-// want changes the origins to send; with mu held.
-func (c *source) want(origins []string, resume map[journal.Stream]uint64) {
+// want changes the origins to send. The caller holds mu.
+func (c *sender) want(origins []string, resume map[journal.Stream]uint64) {
 	before := c.wanted
 	c.wanted = make(map[string]bool, len(origins))
 	for _, o := range origins {
 		c.wanted[o] = true
 	}
-	c.out.want(c.wanted)
-	clear(c.changed)
+	c.queue.keepOrigins(c.wanted)
+	clear(c.unreported)
 	for s, e := range c.r.opts.Log.Ends() {
-		if c.wanted[s.Origin] && !c.retired(s) {
-			c.changed[s] = struct{}{}
+		if c.wanted[s.Origin] && !c.r.opts.Retired(s) {
+			c.unreported[s] = struct{}{}
 			if held, named := resume[s]; named || !before[s.Origin] {
-				c.out.add(s, held, e.Durable)
+				c.queue.add(s, held, e.Durable)
 			}
 		}
 	}
 }
 
-func (c *source) retired(s journal.Stream) bool {
-	return c.r.opts.Retired != nil && c.r.opts.Retired(s)
-}
-
 // send sends until ctx ends or the call breaks.
-func (c *source) send(ctx context.Context) error {
+func (c *sender) send(ctx context.Context) error {
 	var flush, bulk <-chan time.Time
 	bulkOpen := true
 	for {
@@ -183,16 +179,16 @@ func (c *source) send(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-c.wake:
-		case <-c.tell.wake:
+		case <-c.updates.wake:
 			if flush == nil {
-				flush = time.After(tellEvery)
+				flush = time.After(updateEvery)
 			}
 			continue
 		case <-flush:
 			flush = nil
-			marks, more := c.tell.take()
+			marks, more := c.updates.take()
 			if more {
-				ring(c.tell.wake)
+				notify(c.updates.wake)
 			}
 			if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Marks: wireMarks(marks)}); err != nil {
 				return err
@@ -215,21 +211,21 @@ func (c *source) send(ctx context.Context) error {
 	}
 }
 
-// step sends one message, if there is one to send. slow is how long to send no
-// more of the bulk after it.
-func (c *source) step(ctx context.Context, bulk bool) (did bool, slow time.Duration, err error) {
+// step sends one message if there is one. slow is how long to wait afterwards before more
+// bulk data is sent.
+func (c *sender) step(ctx context.Context, bulk bool) (did bool, slow time.Duration, err error) {
 	c.mu.Lock()
-	for _, s := range c.news.take() {
+	for _, s := range c.changes.take() {
 		if c.wanted[s.Origin] {
 			c.follow(s)
 		}
 	}
 	if len(c.probes) > 0 {
-		answer := c.answer()
+		answer := c.answerProbe()
 		c.mu.Unlock()
 		return true, 0, c.stream.Send(answer)
 	}
-	cur := c.out.choose(bulk)
+	cur := c.queue.next(bulk)
 	if cur == nil {
 		c.mu.Unlock()
 		if !bulk {
@@ -245,15 +241,15 @@ func (c *source) step(ctx context.Context, bulk bool) (did bool, slow time.Durat
 		size = bulkBatch
 	}
 	frames, next, err := c.r.opts.Log.Read(cur.stream, from, size)
-	if err := c.sendable(cur, err); err != nil || len(frames) == 0 {
+	if err := c.checkRead(cur, err); err != nil || len(frames) == 0 {
 		return true, 0, err
 	}
 	c.mu.Lock()
-	if c.out.cursors[cur.stream] != cur { // not wanted any more, or begun elsewhere
+	if c.queue.cursors[cur.stream] != cur { // removed or placed again meanwhile
 		c.mu.Unlock()
 		return true, 0, nil
 	}
-	c.out.sent(cur, next, len(frames))
+	c.queue.sent(cur, next, len(frames))
 	c.mu.Unlock()
 	if isBulk {
 		slow = c.r.bulk.take(len(frames))
@@ -262,44 +258,44 @@ func (c *source) step(ctx context.Context, bulk bool) (did bool, slow time.Durat
 	return true, slow, c.sendFrames(cur.stream, from, next-1, frames)
 }
 
-// follow takes in that a wanted stream went on; with mu held.
-func (c *source) follow(s journal.Stream) {
+// follow updates the queue for a wanted stream that advanced. The caller holds mu.
+func (c *sender) follow(s journal.Stream) {
 	e, ok := c.r.opts.Log.End(s)
-	if !ok || c.retired(s) {
+	if !ok || c.r.opts.Retired(s) {
 		return
 	}
-	if len(c.changed) < maxMarks {
-		c.changed[s] = struct{}{}
+	if len(c.unreported) < maxMarks {
+		c.unreported[s] = struct{}{}
 	}
-	if c.out.cursors[s] == nil {
-		// New here, but the puller may have it from elsewhere.
-		c.out.add(s, c.r.ledger.held(c.peer, s), e.Durable)
+	if c.queue.cursors[s] == nil {
+		// The stream is new on this node, but the puller may have it from another one.
+		c.queue.add(s, c.r.tracker.held(c.peer, s), e.Durable)
 	} else {
-		c.out.advance(s, e.Durable)
+		c.queue.advance(s, e.Durable)
 	}
 }
 
-// sendable judges what reading gave: trimmed records come as a snapshot instead.
-func (c *source) sendable(cur *cursor, err error) error {
+// checkRead handles an error of reading a stream: trimmed records need a snapshot.
+func (c *sender) checkRead(cur *cursor, err error) error {
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, journal.ErrTrimmed):
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.out.park(cur)
-		ring(c.wake)
+		c.queue.park(cur)
+		notify(c.wake)
 		return nil
 	case errors.Is(err, journal.ErrNoStream), errors.Is(err, journal.ErrGap):
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.out.remove(cur.stream)
+		c.queue.remove(cur.stream)
 		return nil
 	}
 	return status.Error(codes.Unavailable, fmt.Sprintf("read stream %s: %v", cur.stream, err))
 }
 
-func (c *source) sendFrames(s journal.Stream, first, last uint64, frames []byte) error {
+func (c *sender) sendFrames(s journal.Stream, first, last uint64, frames []byte) error {
 	for {
 		f := &replicationpb.Frames{Stream: wireStream(s), First: first, Last: last, Data: frames}
 		if len(frames) > maxPiece {
@@ -314,11 +310,11 @@ func (c *source) sendFrames(s journal.Stream, first, last uint64, frames []byte)
 	}
 }
 
-// answer says what this node has, for the oldest probe; with mu held.
-func (c *source) answer() *replicationpb.PullResponse {
+// answerProbe answers the oldest probe. The caller holds mu.
+func (c *sender) answerProbe() *replicationpb.PullResponse {
 	a := &replicationpb.ProbeAnswer{Probe: c.probes[0]}
 	c.probes = c.probes[1:]
-	// The ages first: what came in between only makes the copies younger.
+	// Read the ages first: records that arrive in between only make the copies younger.
 	for o := range c.wanted {
 		if o == c.r.opts.Self {
 			a.Ages = append(a.Ages, &replicationpb.OriginAge{Origin: o})
@@ -326,15 +322,15 @@ func (c *source) answer() *replicationpb.PullResponse {
 			a.Ages = append(a.Ages, &replicationpb.OriginAge{Origin: o, AgeUs: micros(age)})
 		}
 	}
-	for s := range c.changed {
+	for s := range c.unreported {
 		if e, ok := c.r.opts.Log.End(s); ok {
 			a.Ends = append(a.Ends, &replicationpb.StreamSeq{Stream: wireStream(s), Seq: e.Durable})
 		}
 	}
-	clear(c.changed)
+	clear(c.unreported)
 	p := &replicationpb.PullResponse{Format: wireFormat, Probe: a}
-	if now := c.r.opts.Boottime(); now >= c.agesAt {
-		c.agesAt = now + agesEvery
+	if now := c.r.opts.Boottime(); now >= c.nextAges {
+		c.nextAges = now + agesEvery
 		p.Ages = c.r.ages()
 	}
 	return p

@@ -13,39 +13,39 @@ import (
 )
 
 const (
-	// maxQueued bounds the bytes of one session that wait for the disk: the
-	// source's windows, and the largest record beyond each.
+	// maxQueued bounds the bytes of one session that wait to be written: the source's
+	// windows, and the largest record beyond each.
 	maxQueued = liveWindow + bulkWindow + 2*(journal.MaxPayload+(1<<20))
-	// maxStored bounds what one sync takes of a stream.
+	// maxStored bounds the bytes of one stream that are written by one sync.
 	maxStored = 4 << 20
 	fullPause = time.Second
 )
 
 var (
-	errFlooded   = errors.New("the source sent more than its windows allow")
-	errNotFrames = errors.New("the source sent what are no frames")
+	errWindowExceeded  = errors.New("the source sent more than its windows allow")
+	errMalformedFrames = errors.New("the source sent malformed frames")
 )
 
-// intake writes what a source sends. Each stream is written by a goroutine of
-// its own while there is something to write, so that a large backlog of one
-// doesn't hold up another; what has gathered during one sync goes into the next.
-type intake struct {
-	c       *session
+// recordReceiver writes the records that a source sends. Each stream has a goroutine while
+// there is something to write, so that a large backlog of one stream doesn't delay
+// others. Records that arrive during one sync are written together by the next.
+type recordReceiver struct {
+	c       *pullSession
 	workers sync.WaitGroup
-	failed  chan error // has room for one: the session can't go on
+	failed  chan error // capacity 1: why the session must end
 
-	mu      sync.Mutex // guards what follows
-	streams map[journal.Stream]*inbox
+	mu      sync.Mutex // guards the fields below
+	streams map[journal.Stream]*receiveBuffer
 	queued  int
 }
 
-// inbox is what has come of one stream and isn't durable.
-type inbox struct {
-	batches []batch
-	partial []byte // of a record that comes in pieces
-	busy    bool
-	refused bool // nothing of it is taken in this session
-	asked   bool // the source was asked to go on elsewhere
+// receiveBuffer holds the records of one stream that are not durable yet.
+type receiveBuffer struct {
+	batches   []batch
+	partial   []byte // of a record in several messages
+	busy      bool   // a goroutine is writing
+	refused   bool   // the stream is ignored for the rest of the session
+	requested bool   // the source was asked to continue after another record
 }
 
 type batch struct {
@@ -53,19 +53,19 @@ type batch struct {
 	frames      []byte
 }
 
-func newIntake(c *session) *intake {
-	return &intake{c: c, streams: map[journal.Stream]*inbox{}, failed: make(chan error, 1)}
+func newRecordReceiver(c *pullSession) *recordReceiver {
+	return &recordReceiver{c: c, streams: map[journal.Stream]*receiveBuffer{}, failed: make(chan error, 1)}
 }
 
-func (in *intake) fail(err error) {
+func (in *recordReceiver) fail(err error) {
 	select {
 	case in.failed <- err:
 	default:
 	}
 }
 
-// put takes a message's frames.
-func (in *intake) put(f *replicationpb.Frames) error {
+// put adds the frames of one message.
+func (in *recordReceiver) put(f *replicationpb.Frames) error {
 	s, err := readStream(f.GetStream())
 	if err != nil {
 		return err
@@ -76,16 +76,16 @@ func (in *intake) put(f *replicationpb.Frames) error {
 	b := in.streams[s]
 	if b == nil {
 		if len(in.streams) >= maxMarks {
-			return fmt.Errorf("%w: too many streams", errFlooded)
+			return fmt.Errorf("%w: too many streams", errWindowExceeded)
 		}
-		b = &inbox{}
+		b = &receiveBuffer{}
 		in.streams[s] = b
 	}
 	if b.refused {
 		return nil
 	}
 	if in.queued += len(data); in.queued > maxQueued {
-		return fmt.Errorf("%w: %d bytes wait", errFlooded, in.queued)
+		return fmt.Errorf("%w: %d bytes wait", errWindowExceeded, in.queued)
 	}
 	if f.GetMore() || len(b.partial) > 0 {
 		b.partial = append(b.partial, data...)
@@ -95,7 +95,7 @@ func (in *intake) put(f *replicationpb.Frames) error {
 		data, b.partial = b.partial, nil
 	}
 	if f.GetFirst() == 0 || f.GetLast() < f.GetFirst() || len(data) == 0 {
-		return fmt.Errorf("%w: %s from %d to %d", errNotFrames, s, f.GetFirst(), f.GetLast())
+		return fmt.Errorf("%w: %s from %d to %d", errMalformedFrames, s, f.GetFirst(), f.GetLast())
 	}
 	b.batches = append(b.batches, batch{f.GetFirst(), f.GetLast(), data})
 	if !b.busy {
@@ -105,8 +105,8 @@ func (in *intake) put(f *replicationpb.Frames) error {
 	return nil
 }
 
-// write stores what has come of a stream until nothing is left.
-func (in *intake) write(s journal.Stream, b *inbox) {
+// write stores the records of a stream until none are left.
+func (in *recordReceiver) write(s journal.Stream, b *receiveBuffer) {
 	for {
 		next, ok := in.next(s, b)
 		if !ok {
@@ -122,8 +122,8 @@ func (in *intake) write(s journal.Stream, b *inbox) {
 	}
 }
 
-// next is what one sync takes: batches that join without a gap.
-func (in *intake) next(s journal.Stream, b *inbox) (batch, bool) {
+// next returns the batches for one sync, joined as long as there is no gap.
+func (in *recordReceiver) next(s journal.Stream, b *receiveBuffer) (batch, bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(b.batches) == 0 || in.c.ctx.Err() != nil {
@@ -147,15 +147,15 @@ func (in *intake) next(s journal.Stream, b *inbox) (batch, bool) {
 	return out, true
 }
 
-// refuse takes no more of a stream in this session, or ends the session; with
-// mu held.
-func (in *intake) refuse(s journal.Stream, b *inbox, err error) {
+// refuse ignores the stream for the rest of the session, or ends the session. The caller
+// holds mu.
+func (in *recordReceiver) refuse(s journal.Stream, b *receiveBuffer, err error) {
 	switch {
 	case errors.Is(err, journal.ErrFrozen):
-		// The source has a copy of what this node writes; nothing is lacking.
+		// The source has a copy of a stream that this node writes; it is not needed.
 	case errors.Is(err, journal.ErrDiverged), errors.Is(err, journal.ErrTooManyStreams):
 		in.c.r.metrics.refused.Inc()
-		in.c.r.opts.Logger.Error("a stream can't be stored; it is left alone until the call is made again", "stream", s.String(), "source", in.c.source, "err", err)
+		in.c.r.opts.Logger.Error("a stream can't be stored; ignoring it until the next pull call", "stream", s.String(), "source", in.c.source, "err", err)
 	default:
 		in.fail(fmt.Errorf("store stream %s: %w", s, err))
 		return
@@ -164,11 +164,11 @@ func (in *intake) refuse(s journal.Stream, b *inbox, err error) {
 		in.queued -= len(x.frames)
 	}
 	b.batches, b.refused = nil, true
-	in.c.again(s, never) // else what is on its way fills the source's window
+	in.c.requestAfter(s, never) // otherwise unacknowledged batches would fill the source's window
 }
 
 // store makes one batch durable and acknowledges it.
-func (in *intake) store(ctx context.Context, s journal.Stream, b *inbox, x batch) error {
+func (in *recordReceiver) store(ctx context.Context, s journal.Stream, b *receiveBuffer, x batch) error {
 	r := in.c.r
 	for {
 		held, rest, err := r.openable(x.frames)
@@ -179,15 +179,15 @@ func (in *intake) store(ctx context.Context, s journal.Stream, b *inbox, x batch
 			durable, err := r.opts.Log.Receive(ctx, s, held)
 			switch {
 			case errors.Is(err, journal.ErrGap):
-				// Something before it was lost on the way, or here: once is asked for it.
-				if !b.asked {
-					b.asked = true
-					r.opts.Logger.Info("records are missing in front of those that came", "stream", s.String(), "source", in.c.source, "held", durable, "came", x.first)
-					in.c.again(s, durable)
+				// Earlier records were lost, on the way or here. Request them once.
+				if !b.requested {
+					b.requested = true
+					r.opts.Logger.Info("records are missing before those received; requesting them", "stream", s.String(), "source", in.c.source, "held", durable, "came", x.first)
+					in.c.requestAfter(s, durable)
 				}
 				return nil
 			case errors.Is(err, journal.ErrFull):
-				r.opts.Logger.Warn("no room for the copy of a stream; it waits", "stream", s.String(), "err", err)
+				r.opts.Logger.Warn("no disk space for the copy of a stream; waiting", "stream", s.String(), "err", err)
 				if !pause(ctx, fullPause) {
 					return ctx.Err()
 				}
@@ -195,10 +195,10 @@ func (in *intake) store(ctx context.Context, s journal.Stream, b *inbox, x batch
 			case err != nil:
 				return err
 			}
-			b.asked = false
+			b.requested = false
 			r.metrics.received.Add(float64(len(held)))
 			r.advanced(map[journal.Stream]uint64{s: durable})
-			in.c.stored(s)
+			in.c.acknowledge(s)
 			held = nil
 		}
 		if len(rest) == 0 {
@@ -222,20 +222,20 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// openable splits frames before the first record that is sealed with a key this
-// node doesn't have: a copy that nobody here can open would be acknowledged in
-// vain.
+// openable splits frames before the first record that is sealed with a key this node
+// doesn't have. Acknowledging a record that this node can't open would be wrong: its copy
+// would be useless.
 func (r *Replication) openable(frames []byte) (can, rest []byte, err error) {
 	var known keyring.KeyID
 	for rest = frames; len(rest) > 0; {
 		rec, after, err := journal.NextFrame(rest)
 		if err != nil {
-			return nil, nil, fmt.Errorf("%w: %w", errNotFrames, err)
+			return nil, nil, fmt.Errorf("%w: %w", errMalformedFrames, err)
 		}
 		if len(rec.Payload) > 0 {
 			id, err := keyring.SealedWith(rec.Payload)
 			if err != nil {
-				return nil, nil, fmt.Errorf("%w: %w", errNotFrames, err)
+				return nil, nil, fmt.Errorf("%w: %w", errMalformedFrames, err)
 			}
 			if id != known && !r.opts.Ring.Has(id) {
 				return frames[:len(frames)-len(rest)], rest, nil
@@ -251,16 +251,16 @@ func (r *Replication) openable(frames []byte) (can, rest []byte, err error) {
 func (r *Replication) awaitKey(ctx context.Context, s journal.Stream, source string, frames []byte) error {
 	r.metrics.keyWaits.Inc()
 	defer r.metrics.keyWaits.Dec()
-	said := false
+	logged := false
 	for {
 		changed := r.opts.Ring.Changed()
 		can, _, err := r.openable(frames)
 		if err != nil || len(can) > 0 {
 			return err
 		}
-		if !said {
-			said = true
-			r.opts.Logger.Error("a stream waits: its next record is sealed with a key that this node can't open", "stream", s.String(), "source", source)
+		if !logged {
+			logged = true
+			r.opts.Logger.Error("a stream waits: its next record is sealed with a key that this node does not have", "stream", s.String(), "source", source)
 		}
 		select {
 		case <-ctx.Done():
