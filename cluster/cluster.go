@@ -332,7 +332,7 @@ func (c *Cluster) Run(ctx context.Context) error {
 	defer stop()
 	g, carriage := errgroup.WithContext(carriage)
 	g.Go(func() error { return c.mesh.Serve(carriage, c.opts.Listener) })
-	g.Go(func() error { return c.mesh.KeepWays(carriage) })
+	g.Go(func() error { return c.mesh.MonitorRoutes(carriage) })
 	g.Go(func() error { return c.serveRPC(carriage) })
 	g.Go(func() error { return c.opts.Credentials.Run(carriage) })
 	g.Go(func() error {

@@ -212,7 +212,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 			n.RPC, n.API, n.Admin, n.Gossip = known.RPC, known.API, known.Admin, known.Gossip
 			n.Instance, n.StartedAt, n.Version = known.Instance, known.StartedAt, known.Version
 		}
-		v := PeerView{Name: name, Site: n.Site, Info: n, Via: c.mesh.Way(name)}
+		v := PeerView{Name: name, Site: n.Site, Info: n, Via: c.mesh.Via(name)}
 		if a, ok := c.peers.get(name); ok {
 			v.fill(a, now)
 		}

@@ -4,6 +4,7 @@ package clock
 
 import "time"
 
-// Boottime is the wall clock where there is no CLOCK_BOOTTIME: it goes on in
-// suspend, which a lease needs more than it needs smoothness.
+// Boottime is the wall clock on systems without CLOCK_BOOTTIME. It may jump when it
+// is set, but it advances while the machine is suspended, which matters more for a
+// lease.
 func Boottime() time.Duration { return time.Duration(time.Now().UnixNano()) }

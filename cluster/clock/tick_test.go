@@ -7,19 +7,19 @@ import (
 	"pgregory.net/rapid"
 )
 
-// Loops that wait for one beat, each a little late or early, wake together, none
-// of them twice, and none waits for much longer than a beat.
-func TestBeat(t *testing.T) {
+// Loops that wait for a tick, each a little late or early, wake at the same time,
+// none of them twice for one tick, and none waits for much longer than one interval.
+func TestUntilTick(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		every := time.Duration(rapid.IntRange(1, 4).Draw(t, "eighths")) * 125 * time.Millisecond
+		interval := time.Duration(rapid.IntRange(1, 4).Draw(t, "eighths")) * 125 * time.Millisecond
 		now := time.Duration(rapid.Int64Range(0, int64(time.Hour)).Draw(t, "now"))
-		left := UntilTick(now, every)
-		if (now+left)%every != 0 || left < every/8 || left > every+every/8 {
-			t.Fatalf("at %s the next beat of %s is in %s", now, every, left)
+		left := UntilTick(now, interval)
+		if (now+left)%interval != 0 || left < interval/8 || left > interval+interval/8 {
+			t.Fatalf("at %s the next tick of %s is in %s", now, interval, left)
 		}
-		late := time.Duration(rapid.Int64Range(int64(-every/9), int64(every*7/8)).Draw(t, "late"))
-		if again := now + left + late + UntilTick(now+left+late, every); again != now+left+every {
-			t.Fatalf("%s after a beat of %s the next is after %s", late, every, again-now-left)
+		late := time.Duration(rapid.Int64Range(int64(-interval/9), int64(interval*7/8)).Draw(t, "late"))
+		if next := now + left + late + UntilTick(now+left+late, interval); next != now+left+interval {
+			t.Fatalf("%s after a tick of %s the next one is %s after that tick, want one interval", late, interval, next-now-left)
 		}
 	})
 }

@@ -1,3 +1,13 @@
+// Package gossip keeps the list of the cluster's members, with hashicorp/memberlist:
+// their addresses, versions, and whether they are alive. It is fast and proves
+// nothing: an overloaded node reports healthy ones as dead. So the list is one source
+// of addresses and a part of the status, and no decision may depend on it alone.
+//
+// The package owns the metadata that a node publishes about itself (meta.go), the
+// table that memberlist's callbacks fill (table.go), the loop that joins seeds and
+// lost members again (join.go), and a transport with bounds (transport.go).
+//
+// Start reading at Gossip.Run.
 package gossip
 
 import (
@@ -19,13 +29,13 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// MemberState is what gossip believes of a member. Nothing may be decided on it
-// alone: a starved node accuses healthy ones, and in a small cluster one
-// accuser is enough.
+// MemberState is a member's state according to gossip. No decision may depend on it
+// alone: an overloaded node suspects healthy ones, and in a small cluster a single
+// suspicion is enough to declare a member dead.
 type MemberState string
 
-// The states of a member. Suspect is this node's own probe without an answer;
-// left is a member that said goodbye, dead one that did not.
+// The states of a member. Suspect: it did not answer this node's own probe. Left: it
+// announced that it leaves. Dead: it is gone without that.
 const (
 	MemberAlive   MemberState = "alive"
 	MemberSuspect MemberState = "suspect"
@@ -33,12 +43,11 @@ const (
 	MemberLeft    MemberState = "left"
 )
 
-// Member is a node as gossip knows it: what it says of itself, and whether it
-// is heard.
+// Member is a node as gossip knows it: the metadata that it publishes and its state.
 type Member struct {
 	Name      string
 	Site      string
-	RPC       string // host:port as advertised; the host may be a DNS name
+	RPC       string // host:port as advertised, and so are API, Admin and Gossip; the host may be a DNS name
 	API       string
 	Admin     string
 	Gossip    string
@@ -49,57 +58,58 @@ type Member struct {
 	StartedAt time.Time
 	Draining  bool
 	State     MemberState
-	Since     time.Time // of the state, on this node's clock
+	Since     time.Time // when State began, on this node's clock
 }
 
-// GossipOptions are what Gossip needs of its node.
+// Options are what Gossip needs of its node.
 type Options struct {
 	Name string
-	// Bind is host:port, for TCP and UDP; port 0 takes a free one.
+	// Bind is host:port, for TCP and UDP; port 0 chooses a free port.
 	Bind string
-	// Advertise is host:port where the others reach this node; the host may be
-	// a DNS name, port 0 means the bound one, "" the bound address.
+	// Advertise is the host:port at which other nodes reach this one; the host may be
+	// a DNS name. Port 0 means the bound port, "" the bound address.
 	Advertise string
 	// Key encrypts and authenticates all gossip: 16, 24 or 32 bytes.
 	Key []byte
-	// Label keeps clusters and generations apart: up to 255 bytes, and members
-	// with another label are not heard.
+	// Label keeps clusters and generations apart: members with another label are
+	// ignored. At most 255 bytes.
 	Label string
-	// Self is what this node says of itself, asked from several goroutines.
-	// Name, State and Since are ignored; an empty Gossip becomes Advertise.
+	// Self returns what this node publishes about itself. It is called from several
+	// goroutines. Name, State and Since are ignored; an empty Gossip becomes Advertise.
 	Self func() Member
-	// Seeds are host:port of nodes to meet, asked at every attempt.
+	// Seeds returns host:port of nodes to join. It is called at every attempt.
 	Seeds func() []string
-	// OnChange hears of a member that came, went or says something new, in its
-	// latest state (changes in between may be left out). It is called from Run,
-	// one at a time, and delays gossip's own view only when it blocks. May be nil.
+	// OnChange is called with the latest value of a member that is new or has changed;
+	// values in between may be skipped. Run makes the calls, one at a time, and a call
+	// that blocks delays only the next ones. May be nil.
 	OnChange func(Member)
-	// Admit refuses the packets and streams of a site with an error, "" being
-	// addresses that are nobody's: refused while any site is. Nil admits all.
+	// Admit returns an error for a site whose packets and streams must be refused. It
+	// must return one for "", which stands for addresses of unknown nodes, while it
+	// refuses any site: as long as Admit("") is nil, all are admitted. Nil admits all.
 	Admit func(site string) error
-	// LeaveOnStop says goodbye when Run ends, so that nobody suspects anything.
+	// LeaveOnStop announces this node's leaving when Run ends, so that other members
+	// see it as left, not dead.
 	LeaveOnStop bool
 	Logger      *slog.Logger
 	Registerer  prometheus.Registerer
 }
 
-// Timing for sites up to 60 ms apart: memberlist's LAN profile, whose probe
-// timeout of 500 ms is many round trips, with the memory of a WAN.
+// Timing for sites up to 60 ms apart: memberlist's LAN profile, whose probe timeout
+// of 500 ms is many round trips, but dead members are remembered for longer.
 const (
 	probeInterval    = time.Second
 	probeTimeout     = 500 * time.Millisecond
 	streamTimeout    = 5 * time.Second
 	pushPullInterval = 15 * time.Second
-	sendInterval     = 200 * time.Millisecond // a goodbye takes a few of them
+	sendInterval     = 200 * time.Millisecond // announcing a leave takes a few of them
 	deadMemory       = time.Hour              // memberlist's GossipToTheDeadTime
 	deadReclaim      = 30 * time.Second
 	leaveTimeout     = time.Second
 	updateTimeout    = time.Second
-	rejoinTick       = time.Second
+	runTick          = time.Second // of Run: metrics, and removing dead members
 )
 
-// Gossip tells who is there, quickly and without proof: a phone book and a
-// hint. It never decides anything. Start at Run.
+// Gossip is this node's part in the gossip of the cluster.
 type Gossip struct {
 	opts    Options
 	table   *table
@@ -108,19 +118,19 @@ type Gossip struct {
 
 	mu        sync.Mutex // guards transport
 	transport *transport
-	addr      atomic.Pointer[string]
-	meta      atomic.Pointer[[]byte] // what memberlist is given as metadata
+	addr      atomic.Pointer[string] // bound
+	meta      atomic.Pointer[[]byte] // the metadata that memberlist publishes
 	timing    timing
 	faults    faults
 }
 
-// timing is what tests shorten.
+// timing are the times that tests shorten.
 type timing struct {
 	probeInterval, probeTimeout, reclaim time.Duration
-	rejoin                               rejoinTiming
+	join                                 joinTiming
 }
 
-// NewGossip makes a Gossip. Nothing is bound before Listen or Run.
+// New makes a Gossip. It binds its port in Listen or Run.
 func New(o Options) *Gossip {
 	metrics := newMetrics(o.Registerer)
 	return &Gossip{
@@ -130,13 +140,13 @@ func New(o Options) *Gossip {
 		update:  make(chan struct{}, 1),
 		timing: timing{
 			probeInterval: probeInterval, probeTimeout: probeTimeout, reclaim: deadReclaim,
-			rejoin: defaultRejoinTiming,
+			join: defaultJoinTiming,
 		},
 	}
 }
 
-// Listen binds the gossip port, so that Addr is known before Run, which would
-// do it otherwise. Run must follow: it closes what was bound.
+// Listen binds the gossip port, so that Addr is known before Run. It is optional:
+// Run binds too. Run must follow, because Run closes the port.
 func (g *Gossip) Listen() error {
 	_, err := g.listen()
 	return err
@@ -158,9 +168,10 @@ func (g *Gossip) listen() (*transport, error) {
 	return t, nil
 }
 
-// admits asks Admit for the site behind an address. A stream that was accepted
-// comes from any port, so there every site at that IP must be admitted: rather a
-// neighbour unheard for a while than a leak in a cut.
+// admits reports whether packets and streams of an address are admitted. An accepted
+// stream comes from any port, so with anyPort every site at that IP address must be
+// admitted. This may ignore an admitted site at the same IP address, but it never
+// lets an isolated one through.
 func (g *Gossip) admits(remote netip.AddrPort, anyPort bool) bool {
 	if g.opts.Admit == nil || g.opts.Admit("") == nil {
 		return true
@@ -174,7 +185,7 @@ func (g *Gossip) admits(remote netip.AddrPort, anyPort bool) bool {
 	return len(sites) > 0
 }
 
-// sever closes the streams that are no longer admitted.
+// CloseRefused closes the streams that Admit refuses now.
 func (g *Gossip) CloseRefused() {
 	g.mu.Lock()
 	t := g.transport
@@ -184,7 +195,7 @@ func (g *Gossip) CloseRefused() {
 	}
 }
 
-func (g *Gossip) unlisten(t *transport) {
+func (g *Gossip) closeTransport(t *transport) {
 	_ = t.Shutdown() // never fails
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -199,12 +210,12 @@ func (g *Gossip) Addr() string {
 	return ""
 }
 
-// Members is everybody gossip knows, this node included, ordered by name: the
-// dead and the gone ones too, for an hour.
+// Members returns all known members, including this node, ordered by name. Members
+// that are dead or have left stay in the list for an hour.
 func (g *Gossip) Members() []Member { return g.table.snapshot(time.Now()) }
 
-// Update has Self asked again and told to the others, if it says something new.
-func (g *Gossip) Update() { poke(g.update) }
+// Update calls Options.Self again, and publishes the result if it has changed.
+func (g *Gossip) Update() { notify(g.update) }
 
 func (g *Gossip) validate() error {
 	switch len(g.opts.Key) {
@@ -218,14 +229,14 @@ func (g *Gossip) validate() error {
 	return config.CheckIdentityPart("node", g.opts.Name)
 }
 
-// Run gossips until ctx ends. It meets the seeds and everybody it knew again
-// and again: memberlist by itself never returns to those it gave up.
+// Run gossips until ctx ends. It joins the seeds and lost members again and again:
+// memberlist by itself never contacts a dead member again.
 func (g *Gossip) Run(ctx context.Context) error {
 	transport, err := g.listen()
 	if err != nil {
 		return err
 	}
-	defer g.unlisten(transport)
+	defer g.closeTransport(transport)
 	if err := g.validate(); err != nil {
 		return fmt.Errorf("gossip: %w", err)
 	}
@@ -246,15 +257,15 @@ func (g *Gossip) Run(ctx context.Context) error {
 
 	inner, cancel := context.WithCancel(ctx)
 	var loops sync.WaitGroup
-	loops.Go(func() { g.keepMeeting(inner, list, transport) })
-	loops.Go(func() { g.keepTelling(inner, list) })
+	loops.Go(func() { g.joinLoop(inner, list, transport) })
+	loops.Go(func() { g.publishLoop(inner, list) })
 
-	tick := time.NewTicker(rejoinTick)
+	tick := time.NewTicker(runTick)
 	defer tick.Stop()
 	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
-		case <-g.table.wake:
+		case <-g.table.wakeRun:
 		case <-tick.C:
 			g.metrics.health.Set(float64(list.GetHealthScore()))
 		}
@@ -265,7 +276,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 		}
 	}
 	cancel()
-	transport.stopStreams() // a join under way would hold up the end
+	transport.stopStreams() // a join under way would delay the end
 	loops.Wait()
 	if g.opts.LeaveOnStop {
 		g.leave(list)
@@ -273,21 +284,21 @@ func (g *Gossip) Run(ctx context.Context) error {
 	return nil
 }
 
-// leave says goodbye. Memberlist's events don't tell the gone from the dead, so
-// the metadata says it first.
+// leave announces that this node leaves. memberlist reports a member that left and a
+// dead one with the same event, so the metadata is published with a flag first.
 func (g *Gossip) leave(list *memberlist.Memberlist) {
 	if _, err := g.refreshMeta(true); err == nil {
 		if err := list.UpdateNode(leaveTimeout); err != nil {
-			g.opts.Logger.Debug("gossip: leaving was not announced to anybody", "error", err)
+			g.opts.Logger.Debug("gossip: could not publish the leaving flag; members may see this node as dead", "err", err)
 		}
 	}
 	if err := list.Leave(leaveTimeout); err != nil {
-		g.opts.Logger.Warn("gossip: nobody heard the goodbye, the others will find out by themselves", "error", err)
+		g.opts.Logger.Warn("gossip: could not announce the leave; members will detect that this node is gone", "err", err)
 	}
 }
 
-// keepTelling publishes this node's metadata when it changes.
-func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
+// publishLoop publishes this node's metadata when Update is called and it has changed.
+func (g *Gossip) publishLoop(ctx context.Context, list *memberlist.Memberlist) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -296,14 +307,14 @@ func (g *Gossip) keepTelling(ctx context.Context, list *memberlist.Memberlist) {
 		}
 		changed, err := g.refreshMeta(false)
 		if err != nil {
-			g.opts.Logger.Error("gossip: the others keep the old word of this node", "error", err)
+			g.opts.Logger.Error("gossip: could not publish metadata; peers keep the previous version", "err", err)
 			continue
 		}
 		if !changed {
 			continue
 		}
-		// Its error is that nobody was there to be told in time; whoever comes
-		// later is told.
+		// An error means that no member received it in time. Members that are alive
+		// later receive it then.
 		_ = list.UpdateNode(updateTimeout)
 	}
 }
@@ -321,7 +332,7 @@ func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
 	return old == nil || string(*old) != string(meta), nil
 }
 
-// advertised is Advertise with the bound port where it leaves that open.
+// advertised is Advertise, with the bound port in place of port 0.
 func (g *Gossip) advertised() string {
 	if g.opts.Advertise == "" {
 		return g.Addr()
@@ -334,13 +345,14 @@ func (g *Gossip) advertised() string {
 	return g.opts.Advertise
 }
 
-// resolveAdvertise finds the IP address that memberlist must tell the others.
-// A name service that is down delays it and doesn't stop the node.
+// resolveAdvertise finds the IP address that memberlist publishes. It retries while
+// the name can't be resolved: a failed name service delays the node but doesn't end
+// it.
 func (g *Gossip) resolveAdvertise(ctx context.Context, t *transport) error {
 	bound := t.listener.Addr().(*net.TCPAddr).AddrPort()
 	if g.opts.Advertise == "" {
 		if bound.Addr().IsUnspecified() {
-			return fmt.Errorf("gossip: bound to %s, so it must be told which address to advertise", g.opts.Bind)
+			return fmt.Errorf("gossip: bound to %s, so the address to advertise must be configured", g.opts.Bind)
 		}
 		t.setAdvertise(bound)
 		return nil
@@ -359,7 +371,7 @@ func (g *Gossip) resolveAdvertise(ctx context.Context, t *transport) error {
 		if errors.As(err, &bad) {
 			return fmt.Errorf("gossip: advertise address: %w", err)
 		}
-		g.opts.Logger.Warn("gossip: the advertised address can't be resolved yet", "address", g.opts.Advertise, "error", err)
+		g.opts.Logger.Warn("gossip: could not resolve the advertised address, retrying", "address", g.opts.Advertise, "err", err)
 		select {
 		case <-ctx.Done():
 			return nil // Create fails on a transport without an address
@@ -382,16 +394,16 @@ func (g *Gossip) config(t *transport) *memberlist.Config {
 	c.SuspicionMult = 4
 	c.GossipToTheDeadTime = deadMemory
 	c.DeadNodeReclaimTime = g.timing.reclaim
-	c.EnableCompression = false           // a few hundred bytes, encrypted after it
-	c.QueueCheckInterval = math.MaxInt64  // only feeds a metrics sink that nobody installs
-	c.Delegate = delegate{meta: &g.meta}  // metadata out
-	c.Events, c.Alive = g.table, g.table  // members in
-	c.Conflict, c.Ping = g.table, g.table // a name with two addresses; probes answered
+	c.EnableCompression = false           // messages have a few hundred bytes
+	c.QueueCheckInterval = math.MaxInt64  // it only feeds a metrics sink, and none is installed
+	c.Delegate = delegate{meta: &g.meta}  // metadata to publish
+	c.Events, c.Alive = g.table, g.table  // members heard
+	c.Conflict, c.Ping = g.table, g.table // names with two addresses; answered probes
 	c.Logger = log.New(newLogWriter(g.opts.Logger, g.table), "", 0)
 	return c
 }
 
-// delegate gives memberlist this node's metadata and wants nothing else.
+// delegate gives memberlist this node's metadata and uses none of its messages.
 type delegate struct{ meta *atomic.Pointer[[]byte] }
 
 func (d delegate) NodeMeta(int) []byte             { return *d.meta.Load() }

@@ -22,7 +22,7 @@ import (
 
 var testKey = []byte("0123456789abcdef")
 
-// testGossip is a member of a test, with everything ten times faster.
+// testGossip is a member in a test, with all times about ten times shorter.
 type testGossip struct {
 	*Gossip
 	stop func()
@@ -32,17 +32,17 @@ type testGossip struct {
 	changes []Member
 }
 
-var testStarts atomic.Int64 // so that each start is later than the one before
+var testStarts atomic.Int64 // makes each member's start time later than the one before
 
 func startGossip(t *testing.T, name string, seeds []string, change func(*Options)) *testGossip {
 	t.Helper()
 	return startGossipIn(t, testNet{}, name, seeds, change)
 }
 
-// testNet is what a member's surroundings are like.
+// testNet is the network of a member.
 type testNet struct {
 	faults
-	steady time.Duration // 0: an hour, so that only what happens causes meetings
+	steady time.Duration // joinTiming.steady; 0: an hour, so that only changes cause joins
 }
 
 func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change func(*Options)) *testGossip {
@@ -76,7 +76,7 @@ func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change 
 	m.faults = n.faults
 	m.timing = timing{
 		probeInterval: 100 * time.Millisecond, probeTimeout: 50 * time.Millisecond, reclaim: time.Second,
-		rejoin: rejoinTiming{
+		join: joinTiming{
 			first: 20 * time.Millisecond, steady: n.steady,
 			lost: 100 * time.Millisecond, recent: time.Minute, conflict: 100 * time.Millisecond,
 		},
@@ -88,7 +88,7 @@ func startGossipIn(t *testing.T, n testNet, name string, seeds []string, change 
 	return m
 }
 
-func (m *testGossip) sees(name string) (Member, bool) {
+func (m *testGossip) member(name string) (Member, bool) {
 	for _, other := range m.Members() {
 		if other.Name == name {
 			return other, true
@@ -99,17 +99,18 @@ func (m *testGossip) sees(name string) (Member, bool) {
 
 func (m *testGossip) seesAs(name string, state MemberState) func() bool {
 	return func() bool {
-		other, ok := m.sees(name)
+		other, ok := m.member(name)
 		return ok && other.State == state
 	}
 }
 
-func (m *testGossip) changed(name string, what func(Member) bool) func() bool {
+// changed reports whether OnChange was called with such a member.
+func (m *testGossip) changed(name string, matches func(Member) bool) func() bool {
 	return func() bool {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		for _, c := range m.changes {
-			if c.Name == name && what(c) {
+			if c.Name == name && matches(c) {
 				return true
 			}
 		}
@@ -117,7 +118,7 @@ func (m *testGossip) changed(name string, what func(Member) bool) func() bool {
 	}
 }
 
-func TestMembersComeChangeAndGo(t *testing.T) {
+func TestMembersJoinChangeAndLeave(t *testing.T) {
 	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
 	_, port, err := net.SplitHostPort(a.Addr())
@@ -132,24 +133,24 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 			async.Await(t, m.opts.Name+" to see "+name, m.seesAs(name, MemberAlive))
 		}
 	}
-	got, _ := a.sees("b")
+	got, _ := a.member("b")
 	want := b.self
 	want.Name, want.State, want.Since, want.Gossip = "b", MemberAlive, got.Since, b.Addr()
 	if !got.equal(want) || time.Since(got.Since) > time.Minute {
 		t.Errorf("a sees %+v, want %+v", got, want)
 	}
-	async.Await(t, "a to be told of b", a.changed("b", func(m Member) bool { return m.equal(want) }))
+	async.Await(t, "a's OnChange to be called for b", a.changed("b", func(m Member) bool { return m.equal(want) }))
 
 	b.mu.Lock()
 	b.self.Draining = true
 	b.mu.Unlock()
 	b.Update()
-	async.Await(t, "c to hear that b drains", c.changed("b", func(m Member) bool { return m.Draining && m.State == MemberAlive }))
+	async.Await(t, "c to see b draining", c.changed("b", func(m Member) bool { return m.Draining && m.State == MemberAlive }))
 
 	c.stop()
 	async.Await(t, "a to see that c left", a.changed("c", func(m Member) bool { return m.State == MemberLeft }))
 
-	b.stop() // without a word
+	b.stop() // without announcing it
 	async.Await(t, "a to suspect b", a.changed("b", func(m Member) bool { return m.State == MemberSuspect }))
 	async.Await(t, "a to see b dead", a.seesAs("b", MemberDead))
 	async.Await(t, "the metrics", func() bool {
@@ -160,8 +161,8 @@ func TestMembersComeChangeAndGo(t *testing.T) {
 	})
 }
 
-// A node that was killed and comes back under its name with other ports is
-// known by its new address at once, and taken in by memberlist in the end.
+// A node that was killed and restarts with other ports is known by its new address at
+// once; memberlist accepts it later.
 func TestRestartWithNewPorts(t *testing.T) {
 	async.NoLeaks(t)
 	a := startGossip(t, "a", nil, nil)
@@ -173,45 +174,44 @@ func TestRestartWithNewPorts(t *testing.T) {
 
 	again := startGossip(t, "c", []string{a.Addr()}, nil)
 	for _, m := range []*testGossip{a, b} {
-		async.Await(t, m.opts.Name+" to hear the new address", m.changed("c", func(c Member) bool {
+		async.Await(t, m.opts.Name+" to see the new address", m.changed("c", func(c Member) bool {
 			return c.RPC == again.self.RPC && c.State == MemberAlive
 		}))
-		async.Await(t, m.opts.Name+"'s memberlist to take it in", func() bool {
+		async.Await(t, m.opts.Name+"'s memberlist to accept the new address", func() bool {
 			m.table.mu.Lock()
 			defer m.table.mu.Unlock()
 			e := m.table.entries["c"]
 			return e.addr.String() == again.Addr() && e.member.State == MemberAlive
 		})
-		if got, _ := m.sees("c"); got.RPC != again.self.RPC || got.State != MemberAlive {
+		if got, _ := m.member("c"); got.RPC != again.self.RPC || got.State != MemberAlive {
 			t.Errorf("%s sees %+v", m.opts.Name, got)
 		}
 	}
 }
 
-func TestPartitionHealsByItself(t *testing.T) {
+func TestMembersRejoinAfterAPartition(t *testing.T) {
 	async.NoLeaks(t)
 	var cut atomic.Bool
 	a := startGossip(t, "a", nil, nil)
-	b := startGossipIn(t, testNet{faults: faults{losePacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
+	b := startGossipIn(t, testNet{faults: faults{dropPacket: cut.Load, refuseStream: cut.Load}}, "b", []string{a.Addr()}, nil)
 	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	async.Await(t, "b to see a", b.seesAs("a", MemberAlive))
 	cut.Store(true)
-	async.Await(t, "a to give b up", a.seesAs("b", MemberDead))
-	async.Await(t, "b to give a up", b.seesAs("a", MemberDead))
+	async.Await(t, "a to see b dead", a.seesAs("b", MemberDead))
+	async.Await(t, "b to see a dead", b.seesAs("a", MemberDead))
 	cut.Store(false)
 	async.Await(t, "a to see b again", a.seesAs("b", MemberAlive))
 	async.Await(t, "b to see a again", b.seesAs("a", MemberAlive))
 }
 
-// A firewall that drops UDP leaves everybody alive, and somebody must say so.
-// A site that cuts itself off hears its own nodes and nobody else, though all of
-// them are at the same IP address.
-func TestSiteCutsItselfOff(t *testing.T) {
+// A site that refuses the others sees only its own nodes alive, although all nodes
+// have the same IP address.
+func TestIsolatedSite(t *testing.T) {
 	async.NoLeaks(t)
-	var cut atomic.Bool
+	var isolated atomic.Bool
 	admit := func(site string) error {
-		if cut.Load() && site != "site-of-a" {
-			return errors.New("cut off")
+		if isolated.Load() && site != "site-of-a" {
+			return errors.New("isolated")
 		}
 		return nil
 	}
@@ -226,44 +226,45 @@ func TestSiteCutsItselfOff(t *testing.T) {
 		}
 	})
 	far := startGossipIn(t, testNet{steady: 200 * time.Millisecond}, "far", []string{a.Addr()}, nil)
-	all := func(state MemberState) {
+	awaitState := func(state MemberState) {
 		t.Helper()
 		for _, m := range []*testGossip{a, near} {
 			async.Await(t, m.opts.Name+" to see far as "+string(state), m.seesAs("far", state))
 			async.Await(t, "far to see "+m.opts.Name+" as "+string(state), far.seesAs(m.opts.Name, state))
 		}
 	}
-	all(MemberAlive)
-	cut.Store(true)
+	awaitState(MemberAlive)
+	isolated.Store(true)
 	a.CloseRefused()
 	near.CloseRefused()
-	all(MemberDead)
+	awaitState(MemberDead)
 	if !a.seesAs("near", MemberAlive)() || !near.seesAs("a", MemberAlive)() {
-		t.Error("neighbours of one site lost each other")
+		t.Error("nodes of the isolated site do not see each other alive")
 	}
-	cut.Store(false)
-	all(MemberAlive)
+	isolated.Store(false)
+	awaitState(MemberAlive)
 }
 
+// A firewall that drops UDP leaves all members alive, so only a metric shows it.
 func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	async.NoLeaks(t)
 	var blocked atomic.Bool
 	blocked.Store(true)
 	a := startGossip(t, "a", nil, nil)
-	b := startGossipIn(t, testNet{faults: faults{losePacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
+	b := startGossipIn(t, testNet{faults: faults{dropPacket: blocked.Load}}, "b", []string{a.Addr()}, nil)
 	async.Await(t, "a to see b", a.seesAs("b", MemberAlive))
 	async.Await(t, "the metric to rise", func() bool {
 		return testutil.ToFloat64(a.metrics.udpBlocked) == 1 && testutil.ToFloat64(a.metrics.tcpOnly) >= 1
 	})
-	if got, _ := b.sees("a"); got.State != MemberAlive {
-		t.Errorf("b sees a as %s", got.State)
+	if got, _ := b.member("a"); got.State != MemberAlive {
+		t.Errorf("b sees a as %s, want alive", got.State)
 	}
 	blocked.Store(false)
 	async.Await(t, "the metric to fall", func() bool { return testutil.ToFloat64(a.metrics.udpBlocked) == 0 })
 }
 
-// Another generation's label, and another key, are another world.
-func TestOthersAreNotHeard(t *testing.T) {
+// Nodes with another generation's label or another key do not become members.
+func TestNodesWithAnotherLabelOrKeyAreIgnored(t *testing.T) {
 	async.NoLeaks(t)
 	var log lockedBuffer
 	a := startGossip(t, "a", nil, func(o *Options) {
@@ -272,26 +273,26 @@ func TestOthersAreNotHeard(t *testing.T) {
 	b := startGossip(t, "b", []string{a.Addr()}, func(o *Options) { o.Label = "dev/2" })
 	c := startGossip(t, "c", []string{a.Addr()}, func(o *Options) { o.Key = []byte("another key, 16!") })
 	for _, m := range []*testGossip{b, c} {
-		async.Await(t, m.opts.Name+" to fail", func() bool {
+		async.Await(t, m.opts.Name+"'s joins to fail", func() bool {
 			return testutil.ToFloat64(m.metrics.joins.WithLabelValues("failed")) >= 2
 		})
 	}
 	for _, m := range []*testGossip{a, b, c} {
 		if n := len(m.Members()); n != 1 {
-			t.Errorf("%s sees %d members", m.opts.Name, n)
+			t.Errorf("%s sees %d members, want only itself", m.opts.Name, n)
 		}
 	}
 	if text := log.String(); !strings.Contains(text, "unacceptable label") || !strings.Contains(text, "level=WARN") {
-		t.Errorf("nothing about the label in the log:\n%s", text)
+		t.Errorf("the log has no warning about the label:\n%s", text)
 	}
 	for _, secret := range []string{string(testKey), hex.EncodeToString(testKey), fmt.Sprint(testKey)} {
 		if strings.Contains(log.String(), secret) {
-			t.Error("the key is in the log")
+			t.Error("the log contains the key")
 		}
 	}
 }
 
-// lockedBuffer takes log lines of many goroutines.
+// lockedBuffer is a bytes.Buffer for concurrent use.
 type lockedBuffer struct {
 	mu  sync.Mutex // guards buf
 	buf bytes.Buffer
@@ -309,8 +310,8 @@ func (b *lockedBuffer) String() string {
 	return b.buf.String()
 }
 
-// Nodes start in any order: a seed that is not there yet is found later.
-func TestSeedsMayComeLater(t *testing.T) {
+// Nodes may start in any order: a seed that does not run yet is joined later.
+func TestSeedIsJoinedWhenItStartsLater(t *testing.T) {
 	async.NoLeaks(t)
 	reserved, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -329,11 +330,11 @@ func TestSeedsMayComeLater(t *testing.T) {
 		return testutil.ToFloat64(b.metrics.joins.WithLabelValues("unresolved")) >= 3
 	})
 	if got := testutil.ToFloat64(b.metrics.joins.WithLabelValues("met")); got != joins {
-		t.Errorf("a seed that is heard was met %v times more", got-joins)
+		t.Errorf("a seed that is alive was joined %v times more", got-joins)
 	}
 }
 
-func TestRefusesToRun(t *testing.T) {
+func TestRunRefusesInvalidOptions(t *testing.T) {
 	async.NoLeaks(t)
 	for _, tc := range []struct {
 		name   string
@@ -342,15 +343,15 @@ func TestRefusesToRun(t *testing.T) {
 	}{
 		{"no key", func(o *Options) { o.Key = nil }, "must have 16, 24 or 32"},
 		{"long label", func(o *Options) { o.Label = strings.Repeat("x", 256) }, "at most 255"},
-		{"odd name", func(o *Options) { o.Name = "a b" }, "may hold letters"},
-		{"nothing to advertise", func(o *Options) { o.Bind = ":0" }, "which address to advertise"},
+		{"invalid name", func(o *Options) { o.Name = "a b" }, "may hold letters"},
+		{"nothing to advertise", func(o *Options) { o.Bind = ":0" }, "the address to advertise"},
 		{"no port to advertise", func(o *Options) { o.Advertise = "example.com" }, "missing port"},
-		{"too much to say", func(o *Options) {
+		{"metadata too long", func(o *Options) {
 			o.Self = func() Member {
 				return Member{RPC: strings.Repeat("r", 250), API: strings.Repeat("r", 250), Admin: strings.Repeat("r", 250)}
 			}
 		}, "shorten the advertised addresses"},
-		{"no address", func(o *Options) { o.Bind = "256.256.256.256:1" }, "gossip:"},
+		{"a bind address that does not exist", func(o *Options) { o.Bind = "256.256.256.256:1" }, "gossip:"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			o := Options{
@@ -371,13 +372,13 @@ func TestStreamsAreBounded(t *testing.T) {
 	var mu sync.Mutex
 	closed := 0
 	var readers sync.WaitGroup
-	for range gossipStreamsMax + 10 {
+	for range maxStreams + 10 {
 		raw, err := net.Dial("tcp", a.Addr())
 		if err != nil {
 			t.Fatal(err)
 		}
 		readers.Go(func() {
-			_, _ = io.Copy(io.Discard, raw) // says nothing, like a scanner
+			_, _ = io.Copy(io.Discard, raw) // sends nothing, like a port scanner
 			mu.Lock()
 			closed++
 			mu.Unlock()
@@ -385,32 +386,32 @@ func TestStreamsAreBounded(t *testing.T) {
 		t.Cleanup(func() { _ = raw.Close() })
 	}
 	t.Cleanup(readers.Wait)
-	async.Await(t, "ten to be refused", func() bool {
+	async.Await(t, "ten streams to be refused", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		return closed == 10 && testutil.ToFloat64(a.metrics.streamsRefused) == 10
 	})
 	a.stop()
-	readers.Wait() // the end of gossip is the end of the others
+	readers.Wait() // the other streams end with gossip
 }
 
-func TestPauseBetweenMeetings(t *testing.T) {
-	r := defaultRejoinTiming
+func TestDelayBetweenJoins(t *testing.T) {
+	timing := defaultJoinTiming
 	for _, tc := range []struct {
 		name string
-		v    meeting
+		s    joinState
 		last time.Duration
 		want time.Duration
 	}{
-		{"everybody is heard", meeting{}, time.Second, 30 * time.Second},
-		{"alone, at first", meeting{alone: true}, 0, time.Second},
-		{"alone, later", meeting{alone: true}, 4 * time.Second, 8 * time.Second},
-		{"alone for long", meeting{alone: true}, 20 * time.Second, 30 * time.Second},
-		{"somebody was lost", meeting{newly: true}, 30 * time.Second, 5 * time.Second},
-		{"everybody was lost", meeting{newly: true, alone: true}, 30 * time.Second, 5 * time.Second},
-		{"the own name in dispute", meeting{conflict: true, alone: true, newly: true}, 30 * time.Second, 3 * time.Second},
+		{"all members alive", joinState{}, time.Second, 30 * time.Second},
+		{"alone, first attempt", joinState{alone: true}, 0, time.Second},
+		{"alone, later attempt", joinState{alone: true}, 4 * time.Second, 8 * time.Second},
+		{"alone, longest delay", joinState{alone: true}, 20 * time.Second, 30 * time.Second},
+		{"a member was lost", joinState{recentlyLost: true}, 30 * time.Second, 5 * time.Second},
+		{"all members were lost", joinState{recentlyLost: true, alone: true}, 30 * time.Second, 5 * time.Second},
+		{"name conflict", joinState{conflict: true, alone: true, recentlyLost: true}, 30 * time.Second, 3 * time.Second},
 	} {
-		if got := r.pause(tc.v, tc.last); got != tc.want {
+		if got := timing.delay(tc.s, tc.last); got != tc.want {
 			t.Errorf("%s: %s, want %s", tc.name, got, tc.want)
 		}
 	}
@@ -430,18 +431,19 @@ func TestLogLines(t *testing.T) {
 		{"Err: Could not set the deadline: x", slog.LevelWarn, "Err: Could not set the deadline: x", "Err"},
 		{"", slog.LevelWarn, "", ""},
 	} {
-		level, text := splitLogLine(tc.line)
+		level, text := parseLogLine(tc.line)
 		if level != tc.level || text != tc.text || logKind(text) != tc.kind {
-			t.Errorf("%q: %v %q %q", tc.line, level, text, logKind(text))
+			t.Errorf("%q: got level %v, text %q, kind %q", tc.line, level, text, logKind(text))
 		}
 	}
-	if _, text := splitLogLine(strings.Repeat("ü", 1000)); len(text) > gossipLogMax+10 {
-		t.Errorf("a line of %d bytes", len(text))
+	if _, text := parseLogLine(strings.Repeat("ü", 1000)); len(text) > maxLogLine+10 {
+		t.Errorf("a long line was cut to %d bytes, want at most %d", len(text), maxLogLine+10)
 	}
 }
 
-// A stop in the middle of a name that does not resolve is a stop.
-func TestStopsBeforeItBegan(t *testing.T) {
+// Run ends without an error when it is stopped while it can't resolve the advertised
+// name.
+func TestStopWhileResolvingTheAdvertisedName(t *testing.T) {
 	async.NoLeaks(t)
 	g := New(Options{
 		Name: "a", Bind: "127.0.0.1:0", Advertise: "no-such-host.invalid:7956", Key: testKey, Logger: slog.New(slog.DiscardHandler),
@@ -450,7 +452,7 @@ func TestStopsBeforeItBegan(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- g.Run(ctx) }()
-	async.Await(t, "it to be bound", func() bool { return g.Addr() != "" })
+	async.Await(t, "the port to be bound", func() bool { return g.Addr() != "" })
 	cancel()
 	if err := <-done; err != nil {
 		t.Fatal(err)

@@ -10,13 +10,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// A member's metadata travels in every alive message of memberlist, which gives
-// it 512 bytes. It is protobuf's wire form: a reader skips fields that it does
-// not know, so a later format keeps these numbers and adds others.
+// A member's metadata is part of every alive message of memberlist, at most 512
+// bytes. It is in protobuf's wire format: a reader skips unknown fields, so a later
+// format keeps these field numbers and adds others.
 const (
-	gossipMetaFormat = 1
-	gossipMetaMax    = 512
-	gossipTextMax    = 255 // a DNS name, the longest thing in it
+	metaFormatVersion = 1
+	maxMeta           = 512
+	maxText           = 255 // bytes; the longest text is a DNS name
 
 	metaFormat    protowire.Number = 1
 	metaSite      protowire.Number = 2
@@ -32,13 +32,13 @@ const (
 	metaFlags     protowire.Number = 12
 
 	metaFlagDraining = 1
-	metaFlagLeaving  = 2 // the next thing heard of this instance is that it left
+	metaFlagLeaving  = 2 // this instance is about to leave
 )
 
-var errMeta = errors.New("gossip metadata can't be read")
+var errMeta = errors.New("invalid gossip metadata")
 
-// appendGossipMeta encodes what a member says of itself, without its name,
-// which memberlist carries. It refuses, with words, what doesn't fit.
+// appendMeta encodes a member's metadata, without its name, which memberlist sends
+// itself. It returns an error if the metadata is too long or not printable.
 func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 	start := len(to)
 	number := func(field protowire.Number, v uint64) {
@@ -53,7 +53,7 @@ func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 			to = protowire.AppendString(to, v)
 		}
 	}
-	number(metaFormat, gossipMetaFormat)
+	number(metaFormat, metaFormatVersion)
 	for _, f := range m.metaTexts() {
 		if err := checkText(*f.value); err != nil {
 			return nil, fmt.Errorf("the %s of a member %w", f.what, err)
@@ -73,9 +73,9 @@ func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 		flags |= metaFlagLeaving
 	}
 	number(metaFlags, flags)
-	if size := len(to) - start; size > gossipMetaMax {
-		return nil, fmt.Errorf("what this node says of itself takes %d bytes, gossip carries %d: shorten the advertised addresses (rpc %q, api %q, admin %q, gossip %q)",
-			size, gossipMetaMax, m.RPC, m.API, m.Admin, m.Gossip)
+	if size := len(to) - start; size > maxMeta {
+		return nil, fmt.Errorf("this node's gossip metadata has %d bytes, at most %d are allowed: shorten the advertised addresses (rpc %q, api %q, admin %q, gossip %q)",
+			size, maxMeta, m.RPC, m.API, m.Admin, m.Gossip)
 	}
 	return to, nil
 }
@@ -86,7 +86,7 @@ type metaText struct {
 	value *string
 }
 
-// metaTexts pairs the fields of the wire with those of the struct.
+// metaTexts maps the wire's text fields to those of the struct.
 func (m *Member) metaTexts() []metaText {
 	return []metaText{
 		{metaSite, "site", &m.Site},
@@ -99,16 +99,16 @@ func (m *Member) metaTexts() []metaText {
 	}
 }
 
-// decodeGossipMeta reads a member's metadata, of this format or a later one,
-// of which it keeps what it understands. Nothing of buf is kept.
+// decodeMeta parses a member's metadata, of this format or a later one, whose unknown
+// fields it skips. The result does not refer to buf.
 func decodeMeta(name string, buf []byte) (m Member, leaving bool, err error) {
 	m.Name = name
 	texts := m.metaTexts()
 	fail := func(format string, args ...any) (Member, bool, error) {
 		return Member{}, false, fmt.Errorf("%w: "+format, append([]any{errMeta}, args...)...)
 	}
-	if len(buf) > gossipMetaMax {
-		return fail("%d bytes, at most %d are allowed", len(buf), gossipMetaMax)
+	if len(buf) > maxMeta {
+		return fail("%d bytes, at most %d are allowed", len(buf), maxMeta)
 	}
 	var format uint64
 	for len(buf) > 0 {
@@ -132,7 +132,7 @@ func decodeMeta(name string, buf []byte) (m Member, leaving bool, err error) {
 			case metaFeature:
 				m.Feature = int(v & (1<<31 - 1))
 			case metaStartedAt:
-				// Masked to what time.Time and its JSON bear: before the year 10000.
+				// Reduced to times before the year 10000, which JSON can represent.
 				m.StartedAt = time.UnixMilli(int64(v % 253402300800000)).UTC()
 			case metaFlags:
 				m.Draining = v&metaFlagDraining != 0
@@ -161,22 +161,22 @@ func decodeMeta(name string, buf []byte) (m Member, leaving bool, err error) {
 		}
 	}
 	if format == 0 {
-		return fail("it carries no format")
+		return fail("it has no format")
 	}
 	return m, leaving, nil
 }
 
-// checkGossipText keeps what another node says fit for a terminal and a log.
+// checkText refuses texts of other nodes that could harm a terminal or a log.
 func checkText(s string) error {
-	if len(s) > gossipTextMax {
-		return fmt.Errorf("has %d bytes, at most %d are allowed", len(s), gossipTextMax)
+	if len(s) > maxText {
+		return fmt.Errorf("has %d bytes, at most %d are allowed", len(s), maxText)
 	}
 	if !utf8.ValidString(s) {
 		return errors.New("is not valid UTF-8")
 	}
 	for _, r := range s {
 		if !unicode.IsPrint(r) {
-			return errors.New("holds characters that can't be printed")
+			return errors.New("contains characters that can't be printed")
 		}
 	}
 	return nil

@@ -18,7 +18,7 @@ func testMember() Member {
 	}
 }
 
-func TestMetaComesBack(t *testing.T) {
+func TestMetaRoundTrip(t *testing.T) {
 	text := rapid.StringMatching(`[a-z0-9.:\[\]-]{0,40}`)
 	rapid.Check(t, func(t *rapid.T) {
 		m := Member{
@@ -33,9 +33,9 @@ func TestMetaComesBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, gone, err := decodeMeta("n", wire)
-		if err != nil || got != m || gone != leaving {
-			t.Fatalf("got %+v, leaving %v, %v; want %+v", got, gone, err, m)
+		got, gotLeaving, err := decodeMeta("n", wire)
+		if err != nil || got != m || gotLeaving != leaving {
+			t.Fatalf("got %+v, leaving %v, %v; want %+v, leaving %v", got, gotLeaving, err, m, leaving)
 		}
 	})
 }
@@ -48,7 +48,7 @@ func TestMetaOfALaterFormat(t *testing.T) {
 	wire = protowire.AppendTag(wire, metaFormat, protowire.VarintType)
 	wire = protowire.AppendVarint(wire, 9)
 	wire = protowire.AppendTag(wire, 77, protowire.BytesType)
-	wire = protowire.AppendString(wire, "\xff unheard of")
+	wire = protowire.AppendString(wire, "\xff unknown")
 	wire = protowire.AppendTag(wire, 78, protowire.Fixed64Type)
 	wire = protowire.AppendFixed64(wire, 1)
 	wire = protowire.AppendTag(wire, metaSite, protowire.Fixed32Type) // a known field of another type
@@ -59,7 +59,7 @@ func TestMetaOfALaterFormat(t *testing.T) {
 	}
 }
 
-func TestMetaIsRefused(t *testing.T) {
+func TestInvalidMetaIsRefused(t *testing.T) {
 	field := func(n protowire.Number, text string) []byte {
 		wire := protowire.AppendVarint(protowire.AppendTag(nil, metaFormat, protowire.VarintType), 1)
 		return protowire.AppendString(protowire.AppendTag(wire, n, protowire.BytesType), text)
@@ -73,14 +73,14 @@ func TestMetaIsRefused(t *testing.T) {
 		wire []byte
 		err  string
 	}{
-		{"nothing", nil, "no format"},
-		{"cut off", whole[:len(whole)-20], "field"},
-		{"not this at all", []byte("hello, gossip"), ""},
-		{"too long", make([]byte, gossipMetaMax+1), "at most 512"},
-		{"a terminal's escape", field(metaVersion, "1.0\x1b[2J"), "can't be printed"},
+		{"empty", nil, "no format"},
+		{"truncated", whole[:len(whole)-20], "field"},
+		{"other data", []byte("hello, gossip"), ""},
+		{"too long", make([]byte, maxMeta+1), "at most 512"},
+		{"a terminal escape sequence", field(metaVersion, "1.0\x1b[2J"), "can't be printed"},
 		{"a line break", field(metaSite, "a\nb"), "can't be printed"},
-		{"no UTF-8", field(metaRPC, "\xff"), "not valid UTF-8"},
-		{"a long text", field(metaRPC, strings.Repeat("x", gossipTextMax+1)), "at most 255"},
+		{"invalid UTF-8", field(metaRPC, "\xff"), "not valid UTF-8"},
+		{"a long text", field(metaRPC, strings.Repeat("x", maxText+1)), "at most 255"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if _, _, err := decodeMeta("n", tc.wire); !errors.Is(err, errMeta) || !strings.Contains(err.Error(), tc.err) {
@@ -92,12 +92,12 @@ func TestMetaIsRefused(t *testing.T) {
 	long := testMember()
 	long.RPC, long.API, long.Admin = strings.Repeat("r", 200), strings.Repeat("p", 200), strings.Repeat("d", 200)
 	if _, err := appendMeta(nil, long, false); err == nil || !strings.Contains(err.Error(), "shorten the advertised addresses") {
-		t.Errorf("got %v, want words on what to shorten", err)
+		t.Errorf("got %v, want an error that says what to shorten", err)
 	}
-	odd := testMember()
-	odd.Version = "1.0\n"
-	if _, err := appendMeta(nil, odd, false); err == nil {
-		t.Error("what nobody would read was written")
+	invalid := testMember()
+	invalid.Version = "1.0\n"
+	if _, err := appendMeta(nil, invalid, false); err == nil {
+		t.Error("metadata that decodeMeta refuses was encoded")
 	}
 }
 
@@ -116,11 +116,11 @@ func FuzzMeta(f *testing.F) {
 			return
 		}
 		if _, err := m.StartedAt.MarshalJSON(); err != nil {
-			t.Fatalf("a time that JSON can't hold: %v", err)
+			t.Fatalf("decoded a time that JSON can't represent: %v", err)
 		}
 		again, err := appendMeta(nil, m, leaving)
 		if err != nil {
-			t.Fatalf("what was read can't be written: %v", err)
+			t.Fatalf("decoded metadata can't be encoded: %v", err)
 		}
 		second, secondLeaving, err := decodeMeta("n", again)
 		if err != nil || second != m || secondLeaving != leaving {

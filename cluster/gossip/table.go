@@ -14,36 +14,37 @@ import (
 )
 
 const (
-	gossipMembersMax = 1024
-	// gossipClaimLife is how long a restarted node is believed under its new
-	// address before memberlist takes it in: it repeats itself every few seconds.
-	gossipClaimLife = 15 * time.Second
+	maxMembers = 1024
+	// claimLifetime is how long an entry's claim is valid after it was last heard. A
+	// restarted node repeats it every few seconds until memberlist accepts it.
+	claimLifetime = 15 * time.Second
 )
 
-// table is what memberlist's callbacks say, put together. They come under
-// memberlist's lock, so they only change the table and wake Run; what changed is
-// found by comparing, and nothing can overflow or be lost.
+// table holds the members as memberlist's callbacks report them. The callbacks run
+// under memberlist's lock, so they only change the table and wake Run. Run finds
+// the changes by comparing with what it has published, so there is no queue that
+// could overflow.
 type table struct {
-	self    string
-	metrics *metrics
-	wake    chan struct{}
-	stir    chan struct{} // somebody was lost, or this node's name is in dispute
+	self     string
+	metrics  *metrics
+	wakeRun  chan struct{}
+	wakeJoin chan struct{} // a member was lost, or this node's name is in conflict
 
 	mu           sync.Mutex // guards what follows
 	entries      map[string]*entry
-	published    map[string]Member
-	selfConflict time.Time // when another address was last heard for this node's own name
+	published    map[string]Member // as last returned by changes
+	selfConflict time.Time         // when this node's name was last heard with another address
 }
 
 type entry struct {
-	member     Member // as last taken in by memberlist, state and since included
+	member     Member // as memberlist last accepted it, with State and Since
 	addr       netip.AddrPort
-	leaving    bool // it announced that it would go
+	leaving    bool // it announced that it leaves
 	udpBlocked bool
 
-	// A node that comes back under its name with other ports is not taken in by
-	// memberlist before its old self is dead for DeadNodeReclaimTime. It is
-	// heard meanwhile, and its word is authenticated by the key.
+	// A node that restarts with other ports is not accepted by memberlist until its
+	// old address has been dead for DeadNodeReclaimTime. Until then the claim is what
+	// the restarted node announces, authenticated by the gossip key.
 	claim      Member
 	claimAddr  netip.AddrPort
 	claimSince time.Time
@@ -53,15 +54,14 @@ type entry struct {
 func newTable(self string, metrics *metrics) *table {
 	return &table{
 		self: self, metrics: metrics,
-		wake:    make(chan struct{}, 1),
-		stir:    make(chan struct{}, 1),
-		entries: map[string]*entry{}, published: map[string]Member{},
+		wakeRun:  make(chan struct{}, 1),
+		wakeJoin: make(chan struct{}, 1),
+		entries:  map[string]*entry{}, published: map[string]Member{},
 	}
 }
 
-// view is the member as it stands at a time: the claim while it lives, else
-// what memberlist holds.
-func (e *entry) view(now time.Time) Member {
+// current is the claim while that is valid, else the member as memberlist holds it.
+func (e *entry) current(now time.Time) Member {
 	if e.claimed(now) {
 		return e.claim
 	}
@@ -69,7 +69,7 @@ func (e *entry) view(now time.Time) Member {
 }
 
 func (e *entry) claimed(now time.Time) bool {
-	return e.claim.StartedAt.After(e.member.StartedAt) && now.Sub(e.claimAt) < gossipClaimLife
+	return e.claim.StartedAt.After(e.member.StartedAt) && now.Sub(e.claimAt) < claimLifetime
 }
 
 func (e *entry) set(state MemberState, now time.Time) {
@@ -78,18 +78,17 @@ func (e *entry) set(state MemberState, now time.Time) {
 	}
 }
 
-func (t *table) signal() { poke(t.wake) }
-
-// poke wakes a loop that looks at everything when it wakes.
-func poke(c chan struct{}) {
+// notify wakes a loop. It never blocks: c has a buffer of one, and the loop looks at
+// everything when it wakes.
+func notify(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
 	}
 }
 
-// NotifyAlive refuses, before memberlist takes it in, a member that this node
-// could not tell anybody about.
+// NotifyAlive refuses a member with an invalid name or invalid metadata, before
+// memberlist accepts it.
 func (t *table) NotifyAlive(n *memberlist.Node) error {
 	if err := config.CheckIdentityPart("node", n.Name); err != nil {
 		return err
@@ -100,25 +99,25 @@ func (t *table) NotifyAlive(n *memberlist.Node) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	e, ok := t.entries[n.Name]
-	if !ok && len(t.entries) >= gossipMembersMax {
-		return fmt.Errorf("%d members are known, more are not taken in", len(t.entries))
+	if !ok && len(t.entries) >= maxMembers {
+		return fmt.Errorf("%d members are known, no more are accepted", len(t.entries))
 	}
 	if ok && e.member.State == MemberSuspect && e.addr == nodeAddr(n) {
-		// A refutation, or somebody who still believes in it. If it is neither,
-		// the next probe says so.
+		// The member refutes the suspicion, or another one still reports it as alive.
+		// If it is dead all the same, the next probe fails again.
 		e.set(MemberAlive, time.Now())
-		t.signal()
+		notify(t.wakeRun)
 	}
 	return nil
 }
 
-// NotifyJoin hears of a member that is new, or back from the dead.
-func (t *table) NotifyJoin(n *memberlist.Node) { t.take(n) }
+// NotifyJoin is called for a member that is new, or alive again.
+func (t *table) NotifyJoin(n *memberlist.Node) { t.update(n) }
 
-// NotifyUpdate hears of a member that says something new of itself.
-func (t *table) NotifyUpdate(n *memberlist.Node) { t.take(n) }
+// NotifyUpdate is called when a member has published new metadata.
+func (t *table) NotifyUpdate(n *memberlist.Node) { t.update(n) }
 
-func (t *table) take(n *memberlist.Node) {
+func (t *table) update(n *memberlist.Node) {
 	m, leaving, err := decodeMeta(n.Name, n.Meta)
 	if err != nil {
 		return // NotifyAlive has refused it
@@ -134,11 +133,11 @@ func (t *table) take(n *memberlist.Node) {
 	m.State, m.Since = e.member.State, e.member.Since
 	e.member, e.addr, e.leaving = m, nodeAddr(n), leaving
 	e.set(MemberAlive, now)
-	t.signal()
+	notify(t.wakeRun)
 }
 
-// NotifyLeave hears that a member is dead or gone; the event doesn't tell
-// which, but who goes has said so before.
+// NotifyLeave is called when a member is dead or has left. memberlist does not tell
+// which of the two, but a member that leaves has announced it in its metadata.
 func (t *table) NotifyLeave(n *memberlist.Node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -152,11 +151,12 @@ func (t *table) NotifyLeave(n *memberlist.Node) {
 	}
 	e.set(state, time.Now())
 	e.udpBlocked = false
-	t.signal()
-	poke(t.stir)
+	notify(t.wakeRun)
+	notify(t.wakeJoin)
 }
 
-// NotifyConflict hears a name under another address than memberlist holds.
+// NotifyConflict is called when a name is heard with another address than the one
+// that memberlist holds.
 func (t *table) NotifyConflict(_, other *memberlist.Node) {
 	t.metrics.conflicts.Inc()
 	now := time.Now()
@@ -165,25 +165,25 @@ func (t *table) NotifyConflict(_, other *memberlist.Node) {
 	defer t.mu.Unlock()
 	if other.Name == t.self {
 		t.selfConflict = now
-		poke(t.stir)
+		notify(t.wakeJoin)
 		return
 	}
 	e, ok := t.entries[other.Name]
 	if err != nil || !ok || leaving || !m.StartedAt.After(e.member.StartedAt) {
-		return // the old self, still told by somebody
+		return // the node before its restart, still reported by another member
 	}
 	if !e.claimed(now) {
 		e.claimSince = now
 	}
 	m.State, m.Since = MemberAlive, e.claimSince
 	e.claim, e.claimAddr, e.claimAt = m, nodeAddr(other), now
-	t.signal()
+	notify(t.wakeRun)
 }
 
-// AckPayload adds nothing to answers to probes.
+// AckPayload adds nothing to the answers to probes.
 func (t *table) AckPayload() []byte { return nil }
 
-// NotifyPingComplete hears of a probe that was answered over UDP.
+// NotifyPingComplete is called when a probe was answered over UDP.
 func (t *table) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -194,32 +194,33 @@ func (t *table) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte
 	e.udpBlocked = false
 	if e.member.State == MemberSuspect {
 		e.set(MemberAlive, time.Now())
-		t.signal()
+		notify(t.wakeRun)
 	}
 }
 
-// suspect marks a member whose probe by this node went unanswered.
+// suspect marks a member that did not answer this node's probe.
 func (t *table) suspect(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok && e.member.State == MemberAlive {
 		e.set(MemberSuspect, time.Now())
-		t.signal()
+		notify(t.wakeRun)
 	}
 }
 
-// udpIsBlocked marks a member that answers probes over TCP only.
-func (t *table) udpIsBlocked(name string) {
+// setUDPBlocked marks a member that answers probes over TCP only.
+func (t *table) setUDPBlocked(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok {
 		e.udpBlocked = true
-		t.signal()
+		notify(t.wakeRun)
 	}
 }
 
-// changes is what differs from the last call, ordered by name. It also forgets
-// who has been dead for as long as memberlist remembers the dead.
+// changes returns the members that differ from the last call, ordered by name. It
+// also removes members that have been dead or have left for longer than deadMemory:
+// memberlist no longer remembers them either.
 func (t *table) changes(now time.Time) []Member {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -227,8 +228,8 @@ func (t *table) changes(now time.Time) []Member {
 	counts := map[MemberState]int{}
 	blocked := 0
 	for name, e := range t.entries {
-		m := e.view(now)
-		if m.gone() && now.Sub(m.Since) > deadMemory {
+		m := e.current(now)
+		if m.down() && now.Sub(m.Since) > deadMemory {
 			delete(t.entries, name)
 			delete(t.published, name)
 			continue
@@ -255,68 +256,69 @@ func (t *table) snapshot(now time.Time) []Member {
 	defer t.mu.Unlock()
 	all := make([]Member, 0, len(t.entries))
 	for _, e := range t.entries {
-		all = append(all, e.view(now))
+		all = append(all, e.current(now))
 	}
 	slices.SortFunc(all, func(a, b Member) int { return strings.Compare(a.Name, b.Name) })
 	return all
 }
 
-// sitesAt are the sites of the members at an address, or, with anyPort, at its IP.
+// sitesAt returns the sites of the members with that address, or, with anyPort, with
+// that IP address.
 func (t *table) sitesAt(a netip.AddrPort, anyPort bool) []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var sites []string
-	is := func(b netip.AddrPort) bool { return b == a || anyPort && b.Addr() == a.Addr() }
+	matches := func(b netip.AddrPort) bool { return b == a || anyPort && b.Addr() == a.Addr() }
 	for _, e := range t.entries {
-		if is(e.addr) {
+		if matches(e.addr) {
 			sites = append(sites, e.member.Site)
 		}
-		if e.claimAddr.IsValid() && is(e.claimAddr) {
+		if e.claimAddr.IsValid() && matches(e.claimAddr) {
 			sites = append(sites, e.claim.Site)
 		}
 	}
 	return sites
 }
 
-// meeting is what there is to know before meeting others.
-type meeting struct {
-	lost     []netip.AddrPort // members that memberlist has given up
-	live     map[netip.AddrPort]bool
-	newly    bool // some of them only a short while ago
-	alone    bool
-	conflict bool // this node's own name is known elsewhere under another address
+// joinState is what joinLoop decides on.
+type joinState struct {
+	lost         []netip.AddrPort // of the dead members
+	alive        map[netip.AddrPort]bool
+	recentlyLost bool // a member died a short time ago
+	alone        bool // no other member is alive
+	conflict     bool // other members know this node's name with another address
 }
 
-func (t *table) meeting(now time.Time, recent time.Duration) meeting {
+func (t *table) joinState(now time.Time, recent time.Duration) joinState {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	v := meeting{
-		live: map[netip.AddrPort]bool{}, alone: true,
-		conflict: !t.selfConflict.IsZero() && now.Sub(t.selfConflict) < gossipClaimLife,
+	s := joinState{
+		alive: map[netip.AddrPort]bool{}, alone: true,
+		conflict: !t.selfConflict.IsZero() && now.Sub(t.selfConflict) < claimLifetime,
 	}
 	for name, e := range t.entries {
 		switch {
 		case name == t.self:
-		case !e.member.gone():
-			v.alone = false
-			v.live[e.addr] = true
+		case !e.member.down():
+			s.alone = false
+			s.alive[e.addr] = true
 		case e.member.State == MemberDead:
-			v.lost = append(v.lost, e.addr)
-			v.newly = v.newly || now.Sub(e.member.Since) < recent
+			s.lost = append(s.lost, e.addr)
+			s.recentlyLost = s.recentlyLost || now.Sub(e.member.Since) < recent
 		}
-		if e.claimed(now) && !e.member.gone() {
-			v.live[e.claimAddr] = true
+		if e.claimed(now) && !e.member.down() {
+			s.alive[e.claimAddr] = true
 		}
 	}
-	return v
+	return s
 }
 
 func nodeAddr(n *memberlist.Node) netip.AddrPort {
-	ip, _ := netip.AddrFromSlice(n.Addr) // an invalid one is equal to no other
+	ip, _ := netip.AddrFromSlice(n.Addr) // an invalid address equals no member's
 	return netip.AddrPortFrom(ip.Unmap(), n.Port)
 }
 
-func (m Member) gone() bool { return m.State == MemberDead || m.State == MemberLeft }
+func (m Member) down() bool { return m.State == MemberDead || m.State == MemberLeft }
 
 func (m Member) equal(o Member) bool {
 	if !m.StartedAt.Equal(o.StartedAt) || !m.Since.Equal(o.Since) {

@@ -15,14 +15,14 @@ import (
 )
 
 const (
-	gossipStreamsMax  = 64      // accepted at once; a push/pull takes a few round trips
-	gossipPacketBytes = 1 << 16 // the largest UDP datagram
-	gossipReadBuffer  = 1 << 20
-	gossipBindTries   = 10
+	maxStreams   = 64      // accepted and open at once; a push/pull takes a few round trips
+	maxPacket    = 1 << 16 // the largest UDP datagram
+	readBuffer   = 1 << 20
+	bindAttempts = 10
 )
 
-// transport is memberlist's way to the network. Memberlist's own one
-// takes any number of streams at once and allocates 64 KiB for every packet.
+// transport implements memberlist.NodeAwareTransport. memberlist's own transport
+// accepts any number of streams at once and allocates 64 KiB for every packet.
 type transport struct {
 	metrics  *metrics
 	listener *net.TCPListener
@@ -35,28 +35,27 @@ type transport struct {
 
 	advertise atomic.Pointer[netip.AddrPort]
 
-	mu      sync.Mutex // guards open, halted
-	open    map[*stream]struct{}
-	halted  bool
-	dialCtx context.Context //nolint:containedctx // memberlist's interface passes none
-	halt    context.CancelFunc
+	mu          sync.Mutex // guards open, stopped
+	open        map[*stream]struct{}
+	stopped     bool
+	dialCtx     context.Context // memberlist's interface passes none
+	cancelDials context.CancelFunc
 
 	faults faults
-	// admits is asked for each packet and stream; anyPort when the remote port
-	// is not the one that the other listens on.
+	// admits is called for each packet and stream. anyPort means that the remote port
+	// is not the one on which that node listens.
 	admits func(remote netip.AddrPort, anyPort bool) bool
 }
 
-// errGossipRefused is why nothing is sent to a site that is cut off.
-var errRefused = errors.New("gossip with this address is cut off")
+var errRefused = errors.New("gossip with this address is not admitted")
 
-// faults are what tests do to the network; nil does nothing.
+// faults are network faults that tests inject; a nil function injects none.
 type faults struct {
-	losePacket   func() bool // on its way in
+	dropPacket   func() bool // a received one
 	refuseStream func() bool // in either direction
 }
 
-// newGossipTransport binds TCP and UDP to the same port.
+// newTransport binds TCP and UDP to the same port.
 func newTransport(bind string, metrics *metrics, faults faults, admits func(netip.AddrPort, bool) bool) (*transport, error) {
 	t := &transport{
 		metrics: metrics,
@@ -67,19 +66,20 @@ func newTransport(bind string, metrics *metrics, faults faults, admits func(neti
 		done:    make(chan struct{}),
 		open:    map[*stream]struct{}{},
 	}
-	t.dialCtx, t.halt = context.WithCancel(context.Background())
+	t.dialCtx, t.cancelDials = context.WithCancel(context.Background())
 	var err error
-	for range gossipBindTries {
+	for range bindAttempts {
 		if err = t.bind(bind); err == nil {
 			break
 		}
-		// Only a port of the kernel's choice can be free for one and not the other.
+		// Only with port 0 does a retry help: the port that the kernel chose for TCP may
+		// be in use for UDP.
 		if _, port, split := net.SplitHostPort(bind); split != nil || port != "0" {
 			break
 		}
 	}
 	if err != nil {
-		t.halt()
+		t.cancelDials()
 		return nil, err
 	}
 	t.loops.Go(t.acceptStreams)
@@ -92,14 +92,14 @@ func (t *transport) bind(bind string) error {
 	if err != nil {
 		return err
 	}
-	listener := tcp.(*net.TCPListener) // what "tcp" gives
-	at := listener.Addr().(*net.TCPAddr)
-	udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: at.IP, Port: at.Port, Zone: at.Zone})
+	listener := tcp.(*net.TCPListener) // net.Listen returns this type for "tcp"
+	bound := listener.Addr().(*net.TCPAddr)
+	udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: bound.IP, Port: bound.Port, Zone: bound.Zone})
 	if err != nil {
 		_ = listener.Close() // the reason is err
 		return err
 	}
-	_ = udp.SetReadBuffer(gossipReadBuffer) // bursts fare worse with the kernel's own size, no more
+	_ = udp.SetReadBuffer(readBuffer) // on an error the kernel's default size is used, which loses more of a burst
 	t.listener, t.udp = listener, udp
 	return nil
 }
@@ -111,7 +111,7 @@ func (t *transport) setAdvertise(a netip.AddrPort) {
 	t.advertise.Store(&a)
 }
 
-// FinalAdvertiseAddr is where the others reach this node.
+// FinalAdvertiseAddr is the address at which other members reach this node.
 func (t *transport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 	a := t.advertise.Load()
 	if a == nil {
@@ -127,7 +127,7 @@ func (t *transport) acceptStreams() {
 			select {
 			case <-t.done:
 				return
-			case <-time.After(100 * time.Millisecond): // out of file descriptors, mostly
+			case <-time.After(100 * time.Millisecond): // mostly a lack of file descriptors
 				continue
 			}
 		}
@@ -140,17 +140,17 @@ func (t *transport) acceptStreams() {
 		select {
 		case t.streams <- stream:
 		case <-t.done:
-			_ = stream.Close() // never used
+			_ = stream.Close() // memberlist has stopped
 			return
 		}
 	}
 }
 
 func (t *transport) readPackets() {
-	buf := make([]byte, gossipPacketBytes)
+	buf := make([]byte, maxPacket)
 	for {
 		n, from, err := t.udp.ReadFromUDPAddrPort(buf)
-		at := time.Now()
+		received := time.Now()
 		if err != nil {
 			select {
 			case <-t.done:
@@ -159,7 +159,7 @@ func (t *transport) readPackets() {
 				continue
 			}
 		}
-		if n == 0 || t.faults.losePacket != nil && t.faults.losePacket() {
+		if n == 0 || t.faults.dropPacket != nil && t.faults.dropPacket() {
 			continue
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
@@ -170,7 +170,7 @@ func (t *transport) readPackets() {
 		packet := &memberlist.Packet{
 			Buf:       append([]byte(nil), buf[:n]...),
 			From:      net.UDPAddrFromAddrPort(from),
-			Timestamp: at,
+			Timestamp: received,
 		}
 		select {
 		case t.packets <- packet:
@@ -180,27 +180,27 @@ func (t *transport) readPackets() {
 	}
 }
 
-// PacketCh gives memberlist the datagrams.
+// PacketCh delivers the received packets to memberlist.
 func (t *transport) PacketCh() <-chan *memberlist.Packet { return t.packets }
 
-// StreamCh gives memberlist the accepted streams.
+// StreamCh delivers the accepted streams to memberlist.
 func (t *transport) StreamCh() <-chan net.Conn { return t.streams }
 
-// WriteTo sends a datagram to an IP address and port.
+// WriteTo sends a packet to an IP address and port.
 func (t *transport) WriteTo(b []byte, addr string) (time.Time, error) {
 	to, err := netip.ParseAddrPort(addr)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("gossip address: %w", err)
 	}
 	if !t.admits(to, false) {
-		return time.Now(), nil // lost on the way, as far as memberlist is concerned
+		return time.Now(), nil // for memberlist the packet is lost
 	}
 	t.metrics.packetsOut.Inc()
 	_, err = t.udp.WriteToUDPAddrPort(b, to)
 	return time.Now(), err
 }
 
-// WriteToAddress is WriteTo; the name is not needed.
+// WriteToAddress is WriteTo; the node's name is not needed.
 func (t *transport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
 	return t.WriteTo(b, a.Addr)
 }
@@ -217,18 +217,18 @@ func (t *transport) DialTimeout(addr string, timeout time.Duration) (net.Conn, e
 	}
 	stream, ok := t.track(raw, false)
 	if !ok {
-		_ = raw.Close() // the transport has ended, or the site was cut off meanwhile
+		_ = raw.Close() // the transport has stopped, or the site is refused since
 		return nil, net.ErrClosed
 	}
 	return stream, nil
 }
 
-// DialAddressTimeout is DialTimeout; the name is not needed.
+// DialAddressTimeout is DialTimeout; the node's name is not needed.
 func (t *transport) DialAddressTimeout(a memberlist.Address, timeout time.Duration) (net.Conn, error) {
 	return t.DialTimeout(a.Addr, timeout)
 }
 
-// stream is a stream that the transport can end.
+// stream is a TCP connection that the transport can close.
 type stream struct {
 	net.Conn
 	transport *transport
@@ -242,12 +242,13 @@ func (s *stream) Close() error {
 	return s.Conn.Close()
 }
 
-// track refuses streams beyond the bound. Those that memberlist dials are as
-// many as its loops and don't count.
+// track adds a stream to the open ones, or refuses it: more than maxStreams accepted
+// ones are open, or its site is not admitted. Dialled streams don't count, because
+// memberlist's loops open few of them.
 func (t *transport) track(raw net.Conn, accepted bool) (*stream, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.halted || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), accepted) {
+	if t.stopped || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), accepted) {
 		return nil, false
 	}
 	if accepted {
@@ -257,7 +258,7 @@ func (t *transport) track(raw net.Conn, accepted bool) (*stream, bool) {
 				n++
 			}
 		}
-		if n >= gossipStreamsMax {
+		if n >= maxStreams {
 			return nil, false
 		}
 	}
@@ -266,8 +267,8 @@ func (t *transport) track(raw net.Conn, accepted bool) (*stream, bool) {
 	return s, true
 }
 
-// closeRefused ends the streams that are no longer admitted. One that is being
-// opened is either listed here already or asks for admission after this.
+// closeRefused closes the streams that are no longer admitted. A stream that is being
+// opened is either in the list already, or track calls admits after this.
 func (t *transport) closeRefused() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -278,7 +279,7 @@ func (t *transport) closeRefused() {
 	}
 }
 
-// remoteOf is the other end of a stream.
+// remoteOf is the remote address of a stream.
 func remoteOf(c net.Conn) netip.AddrPort {
 	a, ok := c.RemoteAddr().(*net.TCPAddr)
 	if !ok {
@@ -288,43 +289,44 @@ func remoteOf(c net.Conn) netip.AddrPort {
 	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 
-// stopStreams ends all streams and dials, and allows no more. Datagrams go on:
-// a goodbye needs them.
+// stopStreams ends all streams and dials, and allows no new ones. Packets are still
+// sent: announcing a leave needs them.
 func (t *transport) stopStreams() {
-	t.halt()
+	t.cancelDials()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.halted = true
+	t.stopped = true
 	for s := range t.open {
 		_ = s.Conn.Close() // its user sees an error and closes it too
 	}
 }
 
-// Shutdown ends everything and waits for it. It may be called more than once.
+// Shutdown closes the port and all streams and waits for the loops. It may be called
+// more than once.
 func (t *transport) Shutdown() error {
 	t.stop.Do(func() {
 		close(t.done)
 		t.stopStreams()
-		_ = t.listener.Close() // nothing is lost with either
+		_ = t.listener.Close() // an error of either close loses nothing
 		_ = t.udp.Close()
 	})
 	t.loops.Wait()
 	return nil
 }
 
-// lookUpTimeout bounds one question to the resolver.
+// lookUpTimeout bounds one DNS lookup.
 const lookUpTimeout = 2 * time.Second
 
-// resolveHostPort turns host:port into addresses, where host may be a DNS name.
-// What is not host:port at all is a *net.AddrError.
+// resolveHostPort resolves host:port, where host may be a DNS name. The error is a
+// *net.AddrError if the text is not host:port.
 func resolveHostPort(ctx context.Context, hostport string) ([]netip.AddrPort, error) {
-	host, text, err := net.SplitHostPort(hostport)
+	host, portText, err := net.SplitHostPort(hostport)
 	if err != nil {
 		return nil, err
 	}
-	port, err := strconv.ParseUint(text, 10, 16)
+	port, err := strconv.ParseUint(portText, 10, 16)
 	if err != nil {
-		return nil, &net.AddrError{Err: "the port is no number", Addr: hostport}
+		return nil, &net.AddrError{Err: "the port is not a number", Addr: hostport}
 	}
 	if ip, err := netip.ParseAddr(host); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), uint16(port))}, nil

@@ -12,18 +12,18 @@ import (
 	"time"
 )
 
-// Serve accepts peers until ctx ends or the listener fails, and hands each to
-// the listener of its kind. It closes the listener, ends the tunnels that this
-// node relays, and waits for them and for the handshakes under way;
-// connections that were handed over stay.
+// Serve accepts peers until ctx ends or the listener fails, and hands each
+// connection to the listener of its kind. Before it returns it closes ln and the
+// tunnels that this node relays, and waits for those and for the handshakes under
+// way. Connections that were handed over stay open.
 func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = ln.Close() }) // Accept then fails
 	defer stop()
 
-	var handshakes sync.WaitGroup
-	defer handshakes.Wait()
+	var running sync.WaitGroup // handshakes and relayed tunnels
+	defer running.Wait()
 	defer cancel() // before the wait
 	var pause time.Duration
 	for {
@@ -36,42 +36,43 @@ func (m *Mesh) Serve(ctx context.Context, ln net.Listener) error {
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("accept peers: %w", err)
 		default:
-			// Out of file descriptors, mostly: peers retry, and so do we.
+			// Mostly a lack of file descriptors. Peers retry, so this does too.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			m.opts.Logger.Warn("accepting peers failed, trying again", "error", err, "pause", pause)
+			m.opts.Logger.Warn("could not accept a peer's connection, retrying", "err", err, "pause", pause)
 			select {
 			case <-ctx.Done():
 			case <-time.After(pause):
 			}
 			continue
 		}
-		arrival := m.arrivals.enter(ctx)
-		handshakes.Go(func() {
-			if tunnel := m.accept(arrival, raw); tunnel != nil {
+		slot := m.handshakes.acquire(ctx)
+		running.Go(func() {
+			if tunnel := m.accept(slot, raw); tunnel != nil {
 				m.relay(ctx, tunnel)
 			}
 		})
 	}
 }
 
-// accept takes one connection from TCP to its kind's listener, or closes it. A
-// peer that wants a tunnel is given to the caller.
-func (m *Mesh) accept(arrival *arrival, tcp net.Conn) (tunnel *PeerConn) {
+// accept does the handshake on a TCP connection and hands the connection to its
+// kind's listener, or closes it. A connection of KindTunnel is returned: the
+// caller relays it.
+func (m *Mesh) accept(slot *handshakeSlot, tcp net.Conn) (tunnel *PeerConn) {
 	m.metrics.handshakes.Inc()
 	defer m.metrics.handshakes.Dec()
-	defer m.arrivals.leave(arrival)
-	ctx := arrival.ctx
+	defer m.handshakes.release(slot)
+	ctx := slot.ctx
 	stop := context.AfterFunc(ctx, func() { _ = tcp.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	tunePeerConn(tcp)
 
 	raw := tcp
-	conn, err := m.receive(ctx, raw)
+	conn, err := m.serverHandshake(ctx, raw)
 	if err == nil && conn.kind == KindRelayed {
-		// The node that the tunnel is for now shakes hands inside it, within the
-		// same bounds, and is then a peer like any other.
+		// A relay speaks for another node. That node now does its own handshake
+		// inside the tunnel, under the same limits, and is then treated as any peer.
 		raw = conn
-		conn, err = m.receive(ctx, raw)
+		conn, err = m.serverHandshake(ctx, raw)
 	}
 	if err == nil {
 		if stop() {
@@ -87,7 +88,7 @@ func (m *Mesh) accept(arrival *arrival, tcp net.Conn) (tunnel *PeerConn) {
 				return nil
 			}
 		}
-		conn.forget()
+		conn.unregister()
 	}
 	if ctx.Err() != nil {
 		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
@@ -96,36 +97,38 @@ func (m *Mesh) accept(arrival *arrival, tcp net.Conn) (tunnel *PeerConn) {
 	}
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
-	m.reportUnaccepted(tcp.RemoteAddr(), m.countFailure("accepted", err), err)
+	m.logNotAccepted(tcp.RemoteAddr(), m.countFailure("accepted", err), err)
 	return nil
 }
 
-func (m *Mesh) reportUnaccepted(remote net.Addr, reason string, err error) {
+func (m *Mesh) logNotAccepted(remote net.Addr, reason string, err error) {
 	switch reason {
 	case "closed", "cancelled":
-		// A load balancer's look at the port, a dialler that gave up, or our own end.
-		m.opts.Logger.Debug("a peer's connection ended before it was accepted", "remote", remote.String(), "error", err)
+		// A load balancer's health check, a dialler that gave up, or this node's shutdown.
+		m.opts.Logger.Debug("a peer's connection ended during the handshake", "remote", remote.String(), "err", err)
 		return
 	}
 	if unreported, ok := m.acceptLog.Allow(reason); ok {
 		m.opts.Logger.Warn("a peer's connection was not accepted", "remote", remote.String(),
-			"reason", reason, "error", err, "unreported", unreported)
+			"reason", reason, "err", err, "unreported", unreported)
 	}
 }
 
-// linger lets a peer read the alert or the refusal that it was sent: closing a
-// socket that still holds unread bytes resets it, and the reason is lost.
+// linger gives the peer time to read the TLS alert or the refusal. Closing a
+// socket that holds unread bytes resets the connection, and the peer would lose
+// the reason.
 func linger(raw net.Conn) {
-	half, ok := raw.(interface{ CloseWrite() error })
-	if !ok || half.CloseWrite() != nil || raw.SetDeadline(time.Now().Add(lingerTimeout)) != nil {
+	writer, ok := raw.(interface{ CloseWrite() error })
+	if !ok || writer.CloseWrite() != nil || raw.SetDeadline(time.Now().Add(lingerTimeout)) != nil {
 		return
 	}
-	_, _ = io.CopyN(io.Discard, raw, prefaceMax) // whatever it is
+	_, _ = io.CopyN(io.Discard, raw, prefaceMax) // any end of it will do
 }
 
-// receive is the acceptor's side of a handshake, in a tunnel too: then raw is
-// the tunnel's half here. The caller closes raw on an error.
-func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
+// serverHandshake is the acceptor's side of a handshake, over TCP or inside a
+// tunnel; in a tunnel raw is the connection from the relay. The caller closes raw
+// on an error.
+func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 	secure := tls.Server(raw, m.serverTLS)
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, err
@@ -134,36 +137,36 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := readPreface(secure)
+	preface, err := readPreface(secure)
 	if err != nil {
 		return nil, err
 	}
 	self := m.opts.Membership()
-	request, refused := decodeRequest(text, peer)
-	theirs := Membership{ClusterID: request.ClusterID, Generation: request.Generation}
+	request, refused := decodeRequest(preface, peer)
 	if refused == nil {
-		m.noticeGeneration(self, theirs, peer)
-		refused = judge(self, theirs, request.Kind)
+		theirs := Membership{ClusterID: request.ClusterID, Generation: request.Generation}
+		m.reportNewerGeneration(self, theirs, peer)
+		refused = checkMembership(self, theirs, request.Kind)
 	}
-	conn := newPeerConn(secure, raw, m, "accepted")
-	conn.peer, conn.membership, conn.kind, conn.target = peer, theirs, request.Kind, request.Target
+	conn := newPeerConn(m, secure, raw, "accepted", peer, request.Kind)
+	conn.target = request.Target
 	switch {
 	case refused != nil:
 	case request.Kind.ofTunnel() && conn.via != "":
-		refused = &RefusedError{Code: CodeNoTunnel, Message: "a tunnel leads to a node and not into another tunnel"}
-	case !request.Kind.ofTunnel() && !m.listening(request.Kind):
-		refused = &RefusedError{Code: CodeKindClosed, Message: fmt.Sprintf("this node takes no %s connections now", request.Kind)}
+		refused = &RefusedError{Code: CodeNoTunnel, Message: "a tunnel must not run inside another tunnel"}
+	case !request.Kind.ofTunnel() && m.openListener(request.Kind) == nil:
+		refused = &RefusedError{Code: CodeKindClosed, Message: fmt.Sprintf("this node accepts no %s connections now", request.Kind)}
 	}
 	if refused == nil {
-		err := m.settle(conn)
+		err := m.register(conn)
 		if err != nil && !errors.As(err, &refused) {
 			return nil, err
 		}
 	}
-	// The answer goes out before the refusal, so that both sides learn why.
+	// The reply is sent on a refusal too, so that both sides know the reason.
 	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
 	if refused != nil {
-		// "this node" is the other one to whoever reads it there.
+		// The message says "this node", so the peer must see whose message it is.
 		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
 	}
 	answer, err := appendPreface(nil, reply)
@@ -171,65 +174,67 @@ func (m *Mesh) receive(ctx context.Context, raw net.Conn) (*PeerConn, error) {
 		_, err = secure.Write(answer)
 	}
 	if refused != nil {
-		_ = secure.CloseWrite() // so that the answer is not lost to a reset
+		_ = secure.CloseWrite() // a reset could destroy the reply
 		return nil, refused
 	}
 	if err != nil {
-		conn.forget()
+		conn.unregister()
 		return nil, fmt.Errorf("answer preface: %w", err)
 	}
 	return conn, nil
 }
 
-// arrivals bounds the accepted connections that are not yet known peers. When
-// it is full the oldest one goes: a peer is through in a few round trips, so
-// what has waited longest is a scanner that says nothing.
-type arrivals struct {
+// handshakeLimiter bounds the number of accepted connections whose handshake has
+// not ended. When all slots are taken, the oldest handshake is aborted: a peer
+// needs only a few round trips, so the oldest is most likely a client that sends
+// nothing.
+type handshakeLimiter struct {
 	slots chan struct{}
 	limit time.Duration // from accept to hand-over
 	mu    *sync.Mutex   // guards order
-	order *list.List    // of *arrival, oldest first
+	order *list.List    // of *handshakeSlot, the oldest first
 }
 
-type arrival struct {
+type handshakeSlot struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	place  *list.Element
 }
 
-var errCrowded = errors.New("too many connections are shaking hands, the oldest was dropped")
+var errTooManyHandshakes = errors.New("too many handshakes at once, the oldest was aborted")
 
-func newArrivals(count int, limit time.Duration) arrivals {
-	return arrivals{slots: make(chan struct{}, count), limit: limit, mu: new(sync.Mutex), order: list.New()}
+func newHandshakeLimiter(count int, limit time.Duration) handshakeLimiter {
+	return handshakeLimiter{slots: make(chan struct{}, count), limit: limit, mu: new(sync.Mutex), order: list.New()}
 }
 
-// enter waits for a slot, which the oldest arrival gives up if need be. The
-// arrival's context ends with ctx, at its deadline, or when it is pushed out.
-func (a arrivals) enter(ctx context.Context) *arrival {
+// acquire waits for a slot; if none is free it aborts the oldest handshake. The
+// slot's context ends with ctx, after the time limit, or when the handshake is
+// aborted in favour of a newer one.
+func (h handshakeLimiter) acquire(ctx context.Context) *handshakeSlot {
 	select {
-	case a.slots <- struct{}{}:
+	case h.slots <- struct{}{}:
 	default:
-		a.mu.Lock()
-		if oldest := a.order.Front(); oldest != nil {
-			oldest.Value.(*arrival).cancel(errCrowded)
-			a.order.Remove(oldest)
+		h.mu.Lock()
+		if oldest := h.order.Front(); oldest != nil {
+			oldest.Value.(*handshakeSlot).cancel(errTooManyHandshakes)
+			h.order.Remove(oldest)
 		}
-		a.mu.Unlock()
-		a.slots <- struct{}{} // the one pushed out, or another, is on its way
+		h.mu.Unlock()
+		h.slots <- struct{}{} // the aborted handshake, or another one, frees a slot soon
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	timer := time.AfterFunc(a.limit, func() { cancel(context.DeadlineExceeded) })
-	one := &arrival{ctx: ctx, cancel: func(cause error) { timer.Stop(); cancel(cause) }}
-	a.mu.Lock()
-	one.place = a.order.PushBack(one)
-	a.mu.Unlock()
-	return one
+	timer := time.AfterFunc(h.limit, func() { cancel(context.DeadlineExceeded) })
+	slot := &handshakeSlot{ctx: ctx, cancel: func(cause error) { timer.Stop(); cancel(cause) }}
+	h.mu.Lock()
+	slot.place = h.order.PushBack(slot)
+	h.mu.Unlock()
+	return slot
 }
 
-func (a arrivals) leave(one *arrival) {
-	one.cancel(context.Canceled)
-	a.mu.Lock()
-	a.order.Remove(one.place) // does nothing when it was pushed out
-	a.mu.Unlock()
-	<-a.slots
+func (h handshakeLimiter) release(slot *handshakeSlot) {
+	slot.cancel(context.Canceled)
+	h.mu.Lock()
+	h.order.Remove(slot.place) // a no-op if acquire has removed it
+	h.mu.Unlock()
+	<-h.slots
 }

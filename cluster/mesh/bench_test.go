@@ -7,7 +7,7 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// BenchmarkDial is the price of a new connection, both sides: TCP, mutual TLS
+// BenchmarkDial measures a new connection, both sides included: TCP, mutual TLS
 // and preface.
 func BenchmarkDial(b *testing.B) {
 	ca, book := newTLSAuthority(b, "dev"), newTestBook()
@@ -36,8 +36,8 @@ func BenchmarkDial(b *testing.B) {
 	}
 }
 
-// BenchmarkHTTPBetweenPeers is the price of one small request over a
-// connection that stands, both sides.
+// BenchmarkHTTPBetweenPeers measures one small request over an open connection,
+// both sides included.
 func BenchmarkHTTPBetweenPeers(b *testing.B) {
 	ca, book := newTLSAuthority(b, "dev"), newTestBook()
 	hub := newTestPeer(b, ca, book, Identity{"dev", "a", "a-1"}, nil)

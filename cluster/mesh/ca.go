@@ -17,18 +17,18 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// certificateBackdate forgives a peer whose clock is behind: a certificate is
-// valid this long before it was made.
+// certificateBackdate is how long before its creation a certificate is valid
+// already, for peers whose clock is behind.
 const certificateBackdate = time.Hour
 
 // NewCA makes a private certificate authority (ECDSA P-256) for one cluster.
-// Both results are PEM; the key must stay off the nodes.
+// Both results are PEM. The key must not be stored on the nodes.
 func NewCA(clusterName string, validFor time.Duration) (certPEM, keyPEM []byte, err error) {
 	if err := config.CheckIdentityPart("cluster", clusterName); err != nil {
 		return nil, nil, err
 	}
 	if validFor <= 0 {
-		return nil, nil, fmt.Errorf("a CA must be valid for some time, not %s", validFor)
+		return nil, nil, fmt.Errorf("the validity of a CA must be positive, not %s", validFor)
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -51,12 +51,12 @@ func NewCA(clusterName string, validFor time.Duration) (certPEM, keyPEM []byte, 
 	return encodePair(der, key)
 }
 
-// Issue makes a node's certificate, good as client and as server. hosts are the
-// DNS names and IP addresses that other programs may check (peers don't: they
-// check the identity). It refuses to outlive the CA.
+// Issue makes a node's certificate, for client and for server use. hosts are the
+// DNS names and IP addresses that other programs may verify; peers verify the
+// identity instead. It is an error if the certificate would outlive the CA.
 func Issue(caCertPEM, caKeyPEM []byte, id Identity, hosts []string, validFor time.Duration) (certPEM, keyPEM []byte, err error) {
 	if validFor <= 0 {
-		return nil, nil, fmt.Errorf("a certificate must be valid for some time, not %s", validFor)
+		return nil, nil, fmt.Errorf("the validity of a certificate must be positive, not %s", validFor)
 	}
 	now := time.Now()
 	return issueBetween(caCertPEM, caKeyPEM, id, hosts, now.Add(-certificateBackdate), now.Add(validFor))
@@ -116,7 +116,7 @@ func parseCA(certPEM, keyPEM []byte) (*x509.Certificate, crypto.Signer, error) {
 	}
 	var parsed any
 	if parsed, err = x509.ParsePKCS8PrivateKey(block.Bytes); err != nil {
-		// OpenSSL still writes this older form for elliptic curves.
+		// OpenSSL still writes this older format for elliptic curves.
 		var older error
 		if parsed, older = x509.ParseECPrivateKey(block.Bytes); older != nil {
 			return nil, nil, fmt.Errorf("read the CA's key: %w", err)

@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-func TestIssuedCertificateIsGoodForBothSides(t *testing.T) {
+func TestIssuedCertificateIsValidForClientAndServer(t *testing.T) {
 	caCert, caKey, err := NewCA("dev", time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -36,7 +36,7 @@ func TestIssuedCertificateIsGoodForBothSides(t *testing.T) {
 		}
 	}
 	if _, err := verifyPeer([]*x509.Certificate{pair.Leaf}, roots, time.Now().Add(2*time.Minute), x509.ExtKeyUsageServerAuth, "dev", ""); err == nil {
-		t.Error("a certificate is good after its end")
+		t.Error("an expired certificate was accepted")
 	}
 }
 
@@ -61,8 +61,8 @@ func TestIssueRefuses(t *testing.T) {
 		valid     time.Duration
 		err       string
 	}{
-		{"outliving the CA", caCert, caKey, id, 2 * time.Hour, "the CA expires on"},
-		{"no time at all", caCert, caKey, id, 0, "valid for some time"},
+		{"would outlive the CA", caCert, caKey, id, 2 * time.Hour, "the CA expires on"},
+		{"no validity", caCert, caKey, id, 0, "must be positive"},
 		{"a bad name", caCert, caKey, Identity{"dev", "a b", "n"}, time.Minute, "may hold letters"},
 		{"another CA's key", caCert, otherKey, id, time.Minute, "does not belong"},
 		{"a leaf as CA", leaf, leafKey, id, time.Minute, "is not a CA"},
@@ -76,9 +76,9 @@ func TestIssueRefuses(t *testing.T) {
 		})
 	}
 	if _, _, err := NewCA("dev/x", time.Hour); err == nil {
-		t.Error("a CA for a name that no certificate can carry")
+		t.Error("a CA was made for a name that no certificate can carry")
 	}
 	if _, _, err := NewCA("dev", -time.Hour); err == nil {
-		t.Error("a CA that has expired")
+		t.Error("a CA was made that has expired already")
 	}
 }

@@ -20,22 +20,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promauto"
 )
 
-var (
-	// ErrForeignCluster means that a peer's certificate is for another cluster.
-	ErrForeignCluster = errors.New("certificate is for another cluster")
-	// ErrWrongNode means that another node answered than the one that was dialled.
-	ErrWrongNode = errors.New("certificate is for another node")
-)
-
 const (
-	credentialFileMax      = 1 << 20
+	credentialFileMax      = 1 << 20 // bytes
 	credentialPollInterval = 5 * time.Second
 )
 
-// Credentials are the certificate, key and CA by which this node and its peers
-// know each other. They follow their files: a changed and sound set is used
-// from the next handshake on, a broken one is reported and the last good one
-// stays. Connections that stand are left alone.
+// Credentials are the certificate, key and CA with which this node and its peers
+// authenticate each other. They follow their files: a changed valid set is used
+// from the next handshake on; an invalid one is reported, and the last valid set
+// stays in use. Open connections are not affected.
 type Credentials struct {
 	certFile, keyFile, caFile string
 	log                       *slog.Logger
@@ -45,11 +38,11 @@ type Credentials struct {
 	current atomic.Pointer[credentialSet]
 
 	mu      sync.Mutex        // guards pending and refused, and makes reloads one at a time
-	pending [sha256.Size]byte // seen once and different from the one in use
-	refused [sha256.Size]byte // already reported as broken
+	pending [sha256.Size]byte // differs from the set in use and was read once
+	refused [sha256.Size]byte // reported as invalid already
 }
 
-// credentialSet is one consistent reading of the three files.
+// credentialSet is one parsed and verified version of the three files.
 type credentialSet struct {
 	leaf     tls.Certificate
 	identity Identity
@@ -63,18 +56,19 @@ type credentialMetrics struct {
 	stale   prometheus.Gauge
 }
 
-// credentialFiles are the bytes of one look at the files.
+// credentialFiles are the bytes of one read of the files.
 type credentialFiles struct {
 	cert, key, ca []byte
 	sum           [sha256.Size]byte
 }
 
-// LoadCredentials reads and checks the files. It refuses, in words, a
-// certificate that the CA did not sign, that has expired, whose key is another
-// one, or that carries no node identity. Run follows later changes.
+// LoadCredentials reads and checks the files. It returns an error for a
+// certificate that the CA did not sign, that has expired, that does not match the
+// key, or that carries no node identity. Run follows later changes.
 func LoadCredentials(certFile, keyFile, caFile string, log *slog.Logger, reg prometheus.Registerer) (*Credentials, error) {
 	f := promauto.With(reg)
-	// The node's other certificates have the same metric with another label.
+	// The certificates of the node's other ports use the same metrics with another
+	// label.
 	label := prometheus.Labels{"certificate": "rpc"}
 	c := &Credentials{
 		certFile: certFile, keyFile: keyFile, caFile: caFile,
@@ -87,11 +81,11 @@ func LoadCredentials(certFile, keyFile, caFile string, log *slog.Logger, reg pro
 			}),
 			reloads: f.NewCounterVec(prometheus.CounterOpts{
 				Name: "dsnode_certificate_reloads_total", ConstLabels: label,
-				Help: "Changed certificate files, by whether they could be used.",
+				Help: "Changed certificate files, by result: used or refused.",
 			}, []string{"result"}),
 			stale: f.NewGauge(prometheus.GaugeOpts{
 				Name: "dsnode_certificate_files_broken", ConstLabels: label,
-				Help: "1 while the files on disk can't be used and the last good ones are.",
+				Help: "1 while the files on disk are invalid and the last valid ones are in use.",
 			}),
 		},
 	}
@@ -107,9 +101,9 @@ func LoadCredentials(certFile, keyFile, caFile string, log *slog.Logger, reg pro
 	return c, nil
 }
 
-// Run follows the files until ctx ends. A change is used when two looks in a
-// row saw the same bytes: a CA bundle that was cut between two of its
-// certificates looks like a sound, shorter one.
+// Run polls the files until ctx ends. A change is used once two polls in a row
+// have read the same bytes: a CA bundle that is half written, up to the end of
+// one of its certificates, looks like a valid, shorter bundle.
 func (c *Credentials) Run(ctx context.Context) error {
 	tick := time.NewTicker(c.poll)
 	defer tick.Stop()
@@ -118,56 +112,60 @@ func (c *Credentials) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			// Reported by reload; the next look tries again.
+			// reload has logged the error; the next poll tries again.
 			_ = c.reload(true)
 		}
 	}
 }
 
-// Reload reads the files now (SIGHUP). On an error the last good set stays.
+// Reload reads the files now (SIGHUP) and uses a change at once. On an error the
+// last valid set stays in use.
 func (c *Credentials) Reload() error { return c.reload(false) }
 
-func (c *Credentials) reload(settle bool) error {
+// reload reads the files. With twice set it uses a change only after two reads in a
+// row with the same bytes.
+func (c *Credentials) reload(twice bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 
 	old := c.current.Load()
 	files, err := c.read()
 	if err != nil {
-		return c.report(sha256.Sum256([]byte(err.Error())), err)
+		return c.reportInvalid(sha256.Sum256([]byte(err.Error())), err)
 	}
 	if files.sum == old.sum {
 		c.pending, c.refused = [sha256.Size]byte{}, [sha256.Size]byte{}
 		c.metrics.stale.Set(0)
 		return nil
 	}
-	if settle && files.sum != c.pending {
+	if twice && files.sum != c.pending {
 		c.pending = files.sum
 		return nil
 	}
 	set, err := c.parse(files)
 	if err == nil && set.identity != old.identity {
-		err = fmt.Errorf("%s is now the certificate of %s: a node that becomes another one must be restarted (it is %s)",
+		err = fmt.Errorf("%s is now the certificate of %s, but this node is %s: to change a node's identity, restart it",
 			c.certFile, set.identity, old.identity)
 	}
 	if err != nil {
-		return c.report(files.sum, err)
+		return c.reportInvalid(files.sum, err)
 	}
 	c.use(set)
 	c.pending, c.refused = [sha256.Size]byte{}, [sha256.Size]byte{}
 	c.metrics.reloads.WithLabelValues("used").Inc()
-	c.log.Info("certificate files changed and are in use", "certificate", c.certFile,
+	c.log.Info("changed certificate files are in use", "certificate", c.certFile,
 		"identity", set.identity.String(), "expires", set.leaf.Leaf.NotAfter)
 	return nil
 }
 
-// report says once for each broken content that it can't be used.
-func (c *Credentials) report(sum [sha256.Size]byte, err error) error {
+// reportInvalid logs and counts an invalid version of the files, once for each
+// version, and returns err.
+func (c *Credentials) reportInvalid(sum [sha256.Size]byte, err error) error {
 	c.metrics.stale.Set(1)
 	if sum != c.refused {
 		c.refused = sum
 		c.metrics.reloads.WithLabelValues("refused").Inc()
-		c.log.Error("certificate files can't be used, the last good ones stay", "error", err,
+		c.log.Error("certificate files are invalid, the last valid ones stay in use", "err", err,
 			"expires", c.NotAfter())
 	}
 	return err
@@ -182,16 +180,16 @@ func (c *Credentials) use(set *credentialSet) {
 func (c *Credentials) read() (credentialFiles, error) {
 	var f credentialFiles
 	hash := sha256.New()
-	for _, one := range []struct {
+	for _, file := range []struct {
 		path string
 		to   *[]byte
 	}{{c.certFile, &f.cert}, {c.keyFile, &f.key}, {c.caFile, &f.ca}} {
-		text, err := readBounded(one.path)
+		content, err := readBounded(file.path)
 		if err != nil {
 			return credentialFiles{}, fmt.Errorf("read TLS file: %w", err)
 		}
-		*one.to = text
-		part := sha256.Sum256(text)
+		*file.to = content
+		part := sha256.Sum256(content)
 		hash.Write(part[:])
 	}
 	hash.Sum(f.sum[:0])
@@ -204,14 +202,14 @@ func readBounded(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer func() { _ = file.Close() }() // nothing was written
-	text, err := io.ReadAll(io.LimitReader(file, credentialFileMax+1))
+	content, err := io.ReadAll(io.LimitReader(file, credentialFileMax+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(text) > credentialFileMax {
+	if len(content) > credentialFileMax {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, credentialFileMax)
 	}
-	return text, nil
+	return content, nil
 }
 
 func (c *Credentials) parse(f credentialFiles) (*credentialSet, error) {
@@ -221,7 +219,7 @@ func (c *Credentials) parse(f credentialFiles) (*credentialSet, error) {
 	}
 	leaf, err := tls.X509KeyPair(f.cert, f.key)
 	if err != nil {
-		return nil, fmt.Errorf("%s and %s don't make a pair: %w", c.certFile, c.keyFile, err)
+		return nil, fmt.Errorf("the certificate %s and the key %s don't match: %w", c.certFile, c.keyFile, err)
 	}
 	authorities, err := parseCertificates(f.ca)
 	if err != nil {
@@ -238,26 +236,26 @@ func (c *Credentials) parse(f credentialFiles) (*credentialSet, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", c.certFile, err)
 	}
-	// A node is client and server: a certificate that is good for one only
-	// would fail much later, at somebody else.
+	// A node is client and server. A certificate that is valid for one use only
+	// would fail much later, and on another node.
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
 		if _, err := verifyPeer(chain, roots, time.Now(), usage, identity.Cluster, ""); err != nil {
-			return nil, fmt.Errorf("%s does not hold against %s: %w", c.certFile, c.caFile, err)
+			return nil, fmt.Errorf("%s can't be verified with the CA in %s: %w", c.certFile, c.caFile, err)
 		}
 	}
 	return &credentialSet{leaf: leaf, identity: identity, roots: roots, sum: f.sum}, nil
 }
 
-// parseCertificates reads every certificate of a PEM file and refuses one that
-// ends in the middle: x509.CertPool would take the whole ones and be silent.
-func parseCertificates(text []byte) ([]*x509.Certificate, error) {
+// parseCertificates reads every certificate of a PEM file. It refuses a file that
+// ends inside a PEM block: x509.CertPool would ignore that block silently.
+func parseCertificates(file []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	for {
-		block, rest := pem.Decode(text)
+		block, rest := pem.Decode(file)
 		if block == nil {
 			break
 		}
-		text = rest
+		file = rest
 		if block.Type != "CERTIFICATE" {
 			continue
 		}
@@ -267,24 +265,24 @@ func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 		}
 		certs = append(certs, cert)
 	}
-	if bytes.Contains(text, []byte("-----BEGIN")) {
-		return nil, errors.New("a PEM block is cut off or broken")
+	if bytes.Contains(file, []byte("-----BEGIN")) {
+		return nil, errors.New("a PEM block is truncated or invalid")
 	}
 	if len(certs) == 0 {
-		return nil, errors.New("no PEM certificate in it")
+		return nil, errors.New("it holds no PEM certificate")
 	}
 	return certs, nil
 }
 
-// Identity is who this node is. It never changes while the process lives.
+// Identity is this node's identity. It never changes while the process runs.
 func (c *Credentials) Identity() Identity { return c.current.Load().identity }
 
 // NotAfter is when the certificate in use expires.
 func (c *Credentials) NotAfter() time.Time { return c.current.Load().leaf.Leaf.NotAfter }
 
-// ServerTLS is how this node accepts peers: TLS 1.3, a certificate demanded and
-// checked against the CA of this moment. There is no resumption, which would
-// trust what an earlier CA said.
+// ServerTLS is the configuration for accepting peers: TLS 1.3 with a required
+// client certificate, which is verified with the CA in use at that moment. Session
+// resumption is off, because it would trust a verification by an earlier CA.
 func (c *Credentials) ServerTLS() *tls.Config {
 	return &tls.Config{
 		MinVersion:             tls.VersionTLS13,
@@ -297,13 +295,14 @@ func (c *Credentials) ServerTLS() *tls.Config {
 	}
 }
 
-// ClientTLS is how this node dials the peer of that name; "" takes any node of
-// the cluster. Host names don't matter: the identity in the certificate does.
+// ClientTLS is the configuration for dialling the peer of that name; "" accepts
+// any node of the cluster. It verifies the identity in the certificate, not the
+// host name.
 func (c *Credentials) ClientTLS(node string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
-		// Switches off the host name check and the check against fixed roots;
-		// VerifyConnection does more than both.
+		// Switches off the checks of the host name and of the chain. VerifyConnection
+		// checks the chain with the CA in use now, and the identity.
 		InsecureSkipVerify: true, //nolint:gosec // see above
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			return &c.current.Load().leaf, nil
@@ -320,18 +319,18 @@ func (c *Credentials) verifier(usage x509.ExtKeyUsage, node string) func(tls.Con
 	}
 }
 
-// verifyPeer decides whether the holder of a chain is a node of the cluster,
-// and of that name unless it is "".
+// verifyPeer checks that a certificate chain belongs to a node of the cluster, and
+// to the node of that name unless it is "".
 func verifyPeer(chain []*x509.Certificate, roots *x509.CertPool, now time.Time, usage x509.ExtKeyUsage, cluster, node string) (Identity, error) {
 	if len(chain) == 0 {
-		return Identity{}, fmt.Errorf("%w: no certificate was shown", ErrNoIdentity)
+		return Identity{}, fmt.Errorf("%w: the peer sent no certificate", ErrNoIdentity)
 	}
-	between := x509.NewCertPool()
+	intermediates := x509.NewCertPool()
 	for _, cert := range chain[1:] {
-		between.AddCert(cert)
+		intermediates.AddCert(cert)
 	}
 	if _, err := chain[0].Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage},
+		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{usage},
 	}); err != nil {
 		return Identity{}, err
 	}
@@ -340,10 +339,10 @@ func verifyPeer(chain []*x509.Certificate, roots *x509.CertPool, now time.Time, 
 		return Identity{}, err
 	}
 	if id.Cluster != cluster {
-		return Identity{}, fmt.Errorf("%w: it says %s, this is cluster %q", ErrForeignCluster, id, cluster)
+		return Identity{}, fmt.Errorf("%w: it names %s, this is cluster %q", ErrForeignCluster, id, cluster)
 	}
 	if node != "" && id.Node != node {
-		return Identity{}, fmt.Errorf("%w: it says %s, node %q was dialled", ErrWrongNode, id, node)
+		return Identity{}, fmt.Errorf("%w: it names %s, node %q was dialled", ErrWrongNode, id, node)
 	}
 	return id, nil
 }

@@ -15,7 +15,7 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// tlsAuthority is a CA of a test.
+// tlsAuthority is the CA of a test.
 type tlsAuthority struct{ cert, key []byte }
 
 func newTLSAuthority(t testing.TB, cluster string) tlsAuthority {
@@ -49,9 +49,9 @@ func newTLSFiles(t testing.TB) tlsFiles {
 	return tlsFiles{filepath.Join(dir, "node.pem"), filepath.Join(dir, "node.key"), filepath.Join(dir, "ca.pem")}
 }
 
-func writeTLSFile(t testing.TB, path string, text []byte) {
+func writeTLSFile(t testing.TB, path string, content []byte) {
 	t.Helper()
-	if err := os.WriteFile(path, text, 0o600); err != nil {
+	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -83,16 +83,16 @@ func TestLoadCredentialsRefuses(t *testing.T) {
 		cert, key, ca []byte
 		err           string
 	}{
-		{"another node's key", cert, key2, ours.cert, "don't make a pair"},
-		{"another CA", cert, key, other.cert, "does not hold against"},
+		{"another node's key", cert, key2, ours.cert, "don't match"},
+		{"another CA", cert, key, other.cert, "can't be verified"},
 		{"expired", expired, expiredKey, ours.cert, "expired"},
-		{"half a certificate", cert[:len(cert)/2], key, ours.cert, "cut off"},
-		{"half a key", cert, key[:len(key)/2], ours.cert, "don't make a pair"},
-		{"half of the second CA", cert, key, append(bytes.Clone(ours.cert), other.cert[:len(other.cert)/2]...), "cut off"},
+		{"half a certificate", cert[:len(cert)/2], key, ours.cert, "truncated"},
+		{"half a key", cert, key[:len(key)/2], ours.cert, "don't match"},
+		{"half of the second CA", cert, key, append(bytes.Clone(ours.cert), other.cert[:len(other.cert)/2]...), "truncated"},
 		{"an empty file", nil, key, ours.cert, "no PEM certificate"},
 		{"a leaf as CA", cert, key, cert2, "is not a CA"},
 		{"a CA as leaf", ours.cert, ours.key, ours.cert, "no node identity"},
-		{"a file without end", cert, key, bytes.Repeat([]byte("#"), credentialFileMax+1), "larger than"},
+		{"a file that is too large", cert, key, bytes.Repeat([]byte("#"), credentialFileMax+1), "larger than"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newTLSFiles(t)
@@ -106,7 +106,7 @@ func TestLoadCredentialsRefuses(t *testing.T) {
 	t.Run("a missing file", func(t *testing.T) {
 		f := newTLSFiles(t)
 		if _, err := LoadCredentials(f.cert, f.key, f.ca, slog.New(slog.DiscardHandler), nil); !os.IsNotExist(unwrapAll(err)) {
-			t.Fatalf("got %v, want that the file does not exist", err)
+			t.Fatalf("got %v, want an error that says that the file does not exist", err)
 		}
 	})
 }
@@ -124,7 +124,7 @@ func unwrapAll(err error) error {
 	}
 }
 
-func TestReloadKeepsTheLastGoodSet(t *testing.T) {
+func TestReloadKeepsTheLastValidSet(t *testing.T) {
 	ours := newTLSAuthority(t, "dev")
 	id := Identity{"dev", "a", "a-1"}
 	cert, key := ours.issue(t, id)
@@ -144,15 +144,15 @@ func TestReloadKeepsTheLastGoodSet(t *testing.T) {
 
 	later := time.Now().Add(3 * time.Hour)
 	newCert, newKey := ours.issueUntil(t, id, later)
-	stranger, strangerKey := ours.issue(t, Identity{"dev", "a", "a-2"})
+	otherNode, otherNodeKey := ours.issue(t, Identity{"dev", "a", "a-2"})
 	for _, step := range []struct {
 		name      string
 		cert, key []byte
 		err       string
 	}{
-		{"half written", newCert[:200], key, "cut off"},
-		{"the key not there yet", newCert, key, "don't make a pair"},
-		{"another node", stranger, strangerKey, "must be restarted"},
+		{"half written", newCert[:200], key, "truncated"},
+		{"new certificate, old key", newCert, key, "don't match"},
+		{"another node", otherNode, otherNodeKey, "restart it"},
 		{"emptied", nil, key, "no PEM certificate"},
 	} {
 		writeTLSFile(t, f.cert, step.cert)
@@ -167,10 +167,10 @@ func TestReloadKeepsTheLastGoodSet(t *testing.T) {
 			t.Errorf("%s: %d log lines, want one:\n%s", step.name, n, &lines)
 		}
 		if strings.Contains(lines.String(), "PRIVATE") {
-			t.Errorf("%s: a key in the log", step.name)
+			t.Errorf("%s: the log contains a private key", step.name)
 		}
 		if !c.NotAfter().Equal(before) || testutil.ToFloat64(c.metrics.stale) != 1 {
-			t.Errorf("%s: the last good set did not stay, or nobody can see it", step.name)
+			t.Errorf("%s: the last valid set is not in use, or the metric does not show invalid files", step.name)
 		}
 	}
 
@@ -180,7 +180,7 @@ func TestReloadKeepsTheLastGoodSet(t *testing.T) {
 		t.Fatal(err)
 	}
 	if d := c.NotAfter().Sub(later).Abs(); d > time.Second || testutil.ToFloat64(c.metrics.stale) != 0 {
-		t.Errorf("the new certificate is not in use: it ends %s", c.NotAfter())
+		t.Errorf("the new certificate is not in use, or the metric shows invalid files: the one in use expires at %s", c.NotAfter())
 	}
 	if c.Identity() != id {
 		t.Errorf("identity %v, want %v", c.Identity(), id)
@@ -204,8 +204,8 @@ func TestRunFollowsTheFiles(t *testing.T) {
 	later := time.Now().Add(3 * time.Hour)
 	cert, key = ours.issueUntil(t, id, later)
 	writeTLSFile(t, f.cert, cert[:100])
-	async.Await(t, "the half file to be noticed", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
+	async.Await(t, "the invalid file to be reported", func() bool { return testutil.ToFloat64(c.metrics.stale) == 1 })
 	writeTLSFile(t, f.cert, cert)
 	writeTLSFile(t, f.key, key)
-	async.Await(t, "the new certificate", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
+	async.Await(t, "the new certificate to be in use", func() bool { return c.NotAfter().Sub(later).Abs() < time.Second })
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// testBook is the address book of a test, shared by all its nodes.
+// testBook is a test's address book, shared by all its nodes.
 type testBook struct {
 	mu    sync.Mutex // guards addrs
 	addrs map[string]string
@@ -42,7 +42,7 @@ func (b *testBook) address(node string) (string, bool) {
 	return addr, ok
 }
 
-// testPeer is a node of a test: a mesh and the file-backed credentials of it.
+// testPeer is a node of a test: a mesh with credentials in files.
 type testPeer struct {
 	*Mesh
 	id    Identity
@@ -53,13 +53,13 @@ type testPeer struct {
 	membership Membership
 }
 
-func (p *testPeer) is(m Membership) {
+func (p *testPeer) setMembership(m Membership) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.membership = m
 }
 
-// newTestPeer makes a node that dials; serve has it accept too.
+// newTestPeer makes a node that only dials; serve makes it accept as well.
 func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, change func(*Options)) *testPeer {
 	t.Helper()
 	p := &testPeer{id: id, files: newTLSFiles(t), membership: first}
@@ -74,7 +74,7 @@ func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, cha
 		},
 		Address:     book.address,
 		Logger:      slog.New(slog.DiscardHandler),
-		DialTimeout: 10 * time.Second, // a busy machine is no fault
+		DialTimeout: 10 * time.Second, // a slow test machine must not fail the test
 	}
 	if change != nil {
 		change(&o)
@@ -88,7 +88,7 @@ func newTestPeer(t testing.TB, ca tlsAuthority, book *testBook, id Identity, cha
 	return p
 }
 
-// serve has the node accept peers at a new address, which the book learns.
+// serve accepts peers at a new address, which it enters in the book.
 func (p *testPeer) serve(t testing.TB, book *testBook) (stop func()) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -100,7 +100,7 @@ func (p *testPeer) serve(t testing.TB, book *testBook) (stop func()) {
 	return async.Run(t, func(ctx context.Context) error { return p.Serve(ctx, ln) })
 }
 
-// serveGRPC answers health checks and records who asked.
+// serveGRPC answers health checks and records the callers.
 func (p *testPeer) serveGRPC(t testing.TB) (callers func() []Identity) {
 	t.Helper()
 	var mu sync.Mutex
@@ -129,7 +129,8 @@ func (p *testPeer) serveGRPC(t testing.TB) (callers func() []Identity) {
 	}
 }
 
-// serveHTTP answers with the name of whoever asks, and the body it sent.
+// serveHTTP answers with the names of the caller and of this node, and the body
+// that it was sent.
 func (p *testPeer) serveHTTP(t testing.TB) {
 	t.Helper()
 	server := &http.Server{
@@ -155,7 +156,7 @@ func (p *testPeer) serveHTTP(t testing.TB) {
 	})
 }
 
-// serveRaft answers AppendEntries with the term it was sent.
+// serveRaft answers AppendEntries with the term that it was sent.
 func (p *testPeer) serveRaft(t testing.TB) *raft.NetworkTransport {
 	t.Helper()
 	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
@@ -176,6 +177,7 @@ func (p *testPeer) serveRaft(t testing.TB) *raft.NetworkTransport {
 	return transport
 }
 
+// check does a gRPC health check of a node.
 func (p *testPeer) check(ctx context.Context, node string) error {
 	client, err := p.ClientConn(node)
 	if err != nil {

@@ -15,40 +15,41 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// Keepalive of both sides. The server forgives pings that come twice as fast
-// as they are sent: its default, five minutes, would answer ours with
-// ENHANCE_YOUR_CALM.
+// Keepalive of both sides. The server tolerates pings twice as often as this
+// client sends them. With the default limit, one in five minutes, it would close
+// the connection with ENHANCE_YOUR_CALM.
 const (
-	grpcPingEvery   = 10 * time.Second // the least that a gRPC client allows
-	grpcPingTimeout = 5 * time.Second
-	grpcPingMinimum = grpcPingEvery / 2
-	grpcBackoffMax  = time.Second
+	grpcPingInterval    = 10 * time.Second // a gRPC client allows no shorter one
+	grpcPingTimeout     = 5 * time.Second
+	grpcPingMinInterval = grpcPingInterval / 2
+	grpcBackoffMax      = time.Second
 )
 
-// Windows of both sides: as large as gRPC would let them grow. Left to itself it
-// finds out by a ping for nearly each message, so that an idle cluster sent
-// twice as many frames.
+// Flow-control windows of both sides, as large as gRPC's estimator would make
+// them. The estimator is off because it sends a ping with nearly every message,
+// which doubled the frames of an idle cluster.
 const (
 	grpcStreamWindow = 8 << 20
 	grpcConnWindow   = 16 << 20
 )
 
-// meshClient is the gRPC channel to a node, until another takes its place
-// because the way to the node has changed.
+// Client is the gRPC channel to a node. When the route to the node changes,
+// another Client takes its place.
 type Client struct {
 	*grpc.ClientConn
-	first atomic.Pointer[PeerConn] // to begin with, when there is one already
-	via   atomic.Pointer[string]   // of the newest connection; nil before the first
+	first atomic.Pointer[PeerConn] // the connection to start with, if there is one already
+	via   atomic.Pointer[string]   // the relay of the newest connection; nil before the first
 
+	// Replaced ends when this channel was replaced or closed.
 	Replaced context.Context
 	replace  context.CancelFunc
 }
 
-// ClientConn is the gRPC channel to a node, one for all callers, opened on
-// first use. It dials by name each time it must, so it follows new addresses.
-// Ask for it anew for each call: when the way to the node changes another
-// channel takes its place, and this one is closed when replaceGrace has passed.
-// The caller doesn't close it: Forget or Close does.
+// ClientConn returns the gRPC channel to a node, opened on first use and shared by
+// all callers. It dials by name, so it follows the node to new addresses.
+// Callers get it anew for each call: when the route to the node changes, another
+// channel replaces it, and this one is closed after replaceGrace. Callers don't
+// close it; Forget and Close do.
 func (m *Mesh) ClientConn(node string) (*grpc.ClientConn, error) {
 	client, err := m.Client(node)
 	if err != nil {
@@ -57,6 +58,8 @@ func (m *Mesh) ClientConn(node string) (*grpc.ClientConn, error) {
 	return client.ClientConn, nil
 }
 
+// Client is ClientConn for callers that hold a call open and must know when the
+// channel was replaced.
 func (m *Mesh) Client(node string) (*Client, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -69,7 +72,7 @@ func (m *Mesh) Client(node string) (*Client, error) {
 	if len(m.clients) >= maxClientConns {
 		return nil, fmt.Errorf("channel to node %s: %w: %d channels", node, errTooManyConns, len(m.clients))
 	}
-	client, err := m.newMeshClient(node, nil)
+	client, err := m.newClient(node, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -77,12 +80,12 @@ func (m *Mesh) Client(node string) (*Client, error) {
 	return client, nil
 }
 
-func (m *Mesh) newMeshClient(node string, first *PeerConn) (*Client, error) {
+func (m *Mesh) newClient(node string, first *PeerConn) (*Client, error) {
 	c := &Client{}
 	c.first.Store(first)
 	c.Replaced, c.replace = context.WithCancel(context.Background())
 	var err error
-	c.ClientConn, err = m.newClient(node, func(ctx context.Context, _ string) (net.Conn, error) {
+	c.ClientConn, err = m.newClientConn(node, func(ctx context.Context, _ string) (net.Conn, error) {
 		if conn := c.first.Swap(nil); conn != nil {
 			c.via.Store(&conn.via)
 			return conn, nil
@@ -96,36 +99,36 @@ func (m *Mesh) newMeshClient(node string, first *PeerConn) (*Client, error) {
 	return c, err
 }
 
-// tunnelled reports whether the channel goes through another node.
+// tunnelled reports whether the channel's newest connection goes through a relay.
 func (c *Client) tunnelled() bool {
 	via := c.via.Load()
 	return via != nil && *via != ""
 }
 
-// Close ends the channel, and calls under way with it.
+// Close closes the channel and ends the calls under way.
 func (c *Client) Close() error {
 	c.replace()
 	err := c.ClientConn.Close()
 	if unused := c.first.Swap(nil); unused != nil {
-		unused.forget()
-		unused.cut()
+		unused.unregister()
+		unused.abort()
 	}
 	return err
 }
 
-// replaceGrace is how long calls on a replaced channel may still take: longer
-// than any of ours.
+// replaceGrace is how long calls on a replaced channel may still run. It is longer
+// than any call takes.
 const replaceGrace = 15 * time.Second
 
-// rechannel puts a new gRPC channel in the place of a node's present one, so
-// that it goes the present way. Calls under way may finish; whoever would
-// rather ask again sees meshClient.replaced. The connection to begin with may
-// be nil.
-func (m *Mesh) rechannel(node string, first *PeerConn) {
-	old, fresh := m.exchange(node, first)
+// replaceClient replaces a node's gRPC channel with a new one, which takes the
+// node's present route. Calls under way may finish; a caller that prefers to retry
+// watches Client.Replaced. first, which may be nil, becomes the new channel's
+// first connection.
+func (m *Mesh) replaceClient(node string, first *PeerConn) {
+	old, fresh := m.swapClient(node, first)
 	if fresh == nil {
 		if first != nil {
-			_ = first.Close() // nobody ever asked for a channel
+			_ = first.Close() // the node has no channel that could use it
 		}
 		return
 	}
@@ -136,53 +139,53 @@ func (m *Mesh) rechannel(node string, first *PeerConn) {
 		case <-ctx.Done():
 		case <-time.After(m.timing.grace):
 		}
-		_ = old.Close() // it is a closed one at worst
+		_ = old.Close() // may be closed already
 	})
 	if !closing {
 		_ = old.Close()
 	}
 }
 
-// exchange gives nothing when there is no channel to replace.
-func (m *Mesh) exchange(node string, first *PeerConn) (old, fresh *Client) {
+// swapClient returns nil if there is no channel to replace.
+func (m *Mesh) swapClient(node string, first *PeerConn) (old, fresh *Client) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	old, ok := m.clients[node] // a closed mesh has none
+	old, ok := m.clients[node] // empty once the mesh is closed
 	if !ok {
 		return nil, nil
 	}
-	fresh, err := m.newMeshClient(node, first)
+	fresh, err := m.newClient(node, first)
 	if err != nil {
-		return nil, nil // the old one finds the way by itself, later
+		return nil, nil // the old channel stays, and takes the new route when it dials again
 	}
 	m.clients[node] = fresh
 	return old, fresh
 }
 
-// SeedConn is a gRPC channel to whatever node of the cluster is at an address.
-// The caller closes it.
+// SeedConn returns a gRPC channel to whichever node of the cluster listens at an
+// address. The caller closes it.
 func (m *Mesh) SeedConn(addr string) (*grpc.ClientConn, error) {
-	return m.newClient(addr, func(ctx context.Context, _ string) (net.Conn, error) {
+	return m.newClientConn(addr, func(ctx context.Context, _ string) (net.Conn, error) {
 		conn, err := m.DialAddr(ctx, KindGRPC, addr)
 		if err != nil {
-			return nil, err // not a nil *PeerConn in an interface
+			return nil, err // conn would be a non-nil interface that holds a nil *PeerConn
 		}
 		return conn, nil
 	})
 }
 
-func (m *Mesh) newClient(target string, dial func(context.Context, string) (net.Conn, error)) (*grpc.ClientConn, error) {
+func (m *Mesh) newClientConn(target string, dial func(context.Context, string) (net.Conn, error)) (*grpc.ClientConn, error) {
 	client, err := grpc.NewClient("passthrough:///"+target,
 		grpc.WithContextDialer(dial),
 		grpc.WithNoProxy(),
 		grpc.WithTransportCredentials(peerCredentials{}),
-		grpc.WithIdleTimeout(0), // a channel that was used stays open: failover must not wait for a handshake
+		grpc.WithIdleTimeout(0), // stay connected when idle: a failover must not wait for a handshake
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: grpcBackoffMax},
 			MinConnectTimeout: m.opts.DialTimeout,
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
-			Time: grpcPingEvery, Timeout: grpcPingTimeout, PermitWithoutStream: true,
+			Time: grpcPingInterval, Timeout: grpcPingTimeout, PermitWithoutStream: true,
 		}),
 		grpc.WithStaticStreamWindowSize(grpcStreamWindow),
 		grpc.WithStaticConnWindowSize(grpcConnWindow),
@@ -193,13 +196,14 @@ func (m *Mesh) newClient(target string, dial func(context.Context, string) (net.
 	return client, nil
 }
 
-// Forget closes the gRPC channel to a node that is no member any more.
+// Forget drops what the mesh holds about a node that is no longer a member: its
+// gRPC channel and its route.
 func (m *Mesh) Forget(node string) error {
 	m.mu.Lock()
 	client, ok := m.clients[node]
 	delete(m.clients, node)
 	m.mu.Unlock()
-	m.ways.forget(node)
+	m.routes.remove(node)
 	if !ok {
 		return nil
 	}
@@ -209,22 +213,22 @@ func (m *Mesh) Forget(node string) error {
 	return nil
 }
 
-// GRPCServerOptions make a gRPC server fit for Listener(KindGRPC): it knows its
-// peers (PeerFromContext) and bears their keepalive.
+// GRPCServerOptions are the options of a gRPC server on Listener(KindGRPC): its
+// handlers can call PeerFromContext, and it accepts the peers' keepalive pings.
 func (m *Mesh) GRPCServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(peerCredentials{}),
-		grpc.ConnectionTimeout(defaultAcceptTime),
+		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
-			MinTime: grpcPingMinimum, PermitWithoutStream: true,
+			MinTime: grpcPingMinInterval, PermitWithoutStream: true,
 		}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: grpcPingEvery, Timeout: grpcPingTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: grpcPingInterval, Timeout: grpcPingTimeout}),
 		grpc.StaticStreamWindowSize(grpcStreamWindow),
 		grpc.StaticConnWindowSize(grpcConnWindow),
 	}
 }
 
-// PeerFromContext is who called, in a gRPC handler.
+// PeerFromContext returns the caller of a gRPC handler.
 func PeerFromContext(ctx context.Context) (Identity, bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
@@ -242,8 +246,8 @@ type peerAuthInfo struct {
 
 func (peerAuthInfo) AuthType() string { return "dsnode" }
 
-// peerCredentials are gRPC's credentials over a connection that is secure
-// already: they do nothing but refuse any other.
+// peerCredentials are gRPC's transport credentials for connections of the mesh,
+// which have done TLS already. They refuse any other connection.
 type peerCredentials struct{}
 
 var errNotAPeer = errors.New("the connection does not come from the mesh")
@@ -273,5 +277,5 @@ func (peerCredentials) Info() credentials.ProtocolInfo {
 
 func (p peerCredentials) Clone() credentials.TransportCredentials { return p }
 
-// OverrideServerName does nothing: names are checked where the mesh dials.
+// OverrideServerName does nothing: the mesh checks names when it dials.
 func (peerCredentials) OverrideServerName(string) error { return nil }

@@ -8,14 +8,14 @@ import (
 )
 
 const (
-	httpIdlePerPeer = 256 // requests forwarded at once that need no new handshake
+	httpIdlePerPeer = 256 // idle connections a peer: so many concurrent requests need no handshake
 	httpIdleTimeout = 90 * time.Second
 )
 
-// HTTPTransport sends HTTP requests to peers, one transport for all callers:
-// the host of the URL is the node's name, "http://shanghai-b-1/v1/…" (the
-// scheme is http because TLS is the mesh's). It has no timers but those of the
-// request's context, and leaves bodies as they are.
+// HTTPTransport returns the transport for HTTP requests to peers, shared by all
+// callers. The host of a URL is the node's name, as in "http://shanghai-b-1/v1/…";
+// the scheme is http because the mesh does TLS. Only the request's context limits
+// the time, and bodies are not decompressed.
 func (m *Mesh) HTTPTransport() *http.Transport { return m.transport }
 
 func (m *Mesh) newHTTPTransport() *http.Transport {
@@ -37,8 +37,8 @@ func (m *Mesh) newHTTPTransport() *http.Transport {
 
 type httpPeerKey struct{}
 
-// HTTPConnContext is the ConnContext of an http.Server on Listener(KindHTTP);
-// HTTPPeer reads what it leaves.
+// HTTPConnContext is for http.Server.ConnContext on Listener(KindHTTP). It stores
+// the peer's identity for HTTPPeer.
 func HTTPConnContext(ctx context.Context, conn net.Conn) context.Context {
 	if c, ok := conn.(*PeerConn); ok {
 		return context.WithValue(ctx, httpPeerKey{}, c.peer)
@@ -46,7 +46,8 @@ func HTTPConnContext(ctx context.Context, conn net.Conn) context.Context {
 	return ctx
 }
 
-// HTTPPeer is who sent a request, on the server's side.
+// HTTPPeer returns the peer that sent a request, in a handler behind
+// HTTPConnContext.
 func HTTPPeer(r *http.Request) (Identity, bool) {
 	id, ok := r.Context().Value(httpPeerKey{}).(Identity)
 	return id, ok

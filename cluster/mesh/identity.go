@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net/url"
 	"strings"
@@ -10,10 +9,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// ErrNoIdentity means that a certificate does not say which node it is for.
-var ErrNoIdentity = errors.New("certificate carries no node identity")
-
-// Identity is who a peer is, as the URI SAN of its certificate says:
+// Identity names a node. Its certificate carries it as a URI SAN:
 // spiffe://<cluster>/site/<site>/node/<node>.
 type Identity struct {
 	Cluster string
@@ -21,14 +17,14 @@ type Identity struct {
 	Node    string
 }
 
-// URI is the identity as it stands in a certificate.
+// URI is the identity as a certificate carries it.
 func (id Identity) URI() *url.URL {
 	return &url.URL{Scheme: "spiffe", Host: id.Cluster, Path: "/site/" + id.Site + "/node/" + id.Node}
 }
 
 func (id Identity) String() string { return id.URI().String() }
 
-// Validate says in words which part could not stand in a certificate.
+// Validate returns an error that names the part which a certificate can't carry.
 func (id Identity) Validate() error {
 	for _, part := range []struct{ what, name string }{
 		{"cluster", id.Cluster}, {"site", id.Site}, {"node", id.Node},
@@ -40,8 +36,8 @@ func (id Identity) Validate() error {
 	return nil
 }
 
-// ParseIdentity reads the identity of a certificate. The error wraps
-// ErrNoIdentity when there is none, or more than one.
+// ParseIdentity reads the identity from a certificate. The error wraps
+// ErrNoIdentity if there is none, or more than one.
 func ParseIdentity(cert *x509.Certificate) (Identity, error) {
 	var found []*url.URL
 	for _, u := range cert.URIs {
@@ -50,8 +46,8 @@ func ParseIdentity(cert *x509.Certificate) (Identity, error) {
 		}
 	}
 	if len(found) != 1 {
-		// SPIFFE forbids more than one, and with two a reader could be shown
-		// the other one.
+		// SPIFFE forbids more than one. With two, another program could take the
+		// other one for the node's identity.
 		return Identity{}, fmt.Errorf("%w: want one spiffe URI, it has %d", ErrNoIdentity, len(found))
 	}
 	u := found[0]

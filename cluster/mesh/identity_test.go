@@ -18,27 +18,27 @@ func TestParseIdentity(t *testing.T) {
 		name string
 		uris []string
 		want Identity
-		err  string // part of the words; "" means none
+		err  string // part of the error's text; "" means no error
 	}{
 		{name: "plain", uris: []string{"spiffe://dev/site/shanghai-a/node/shanghai-a-1"}, want: Identity{"dev", "shanghai-a", "shanghai-a-1"}},
-		{name: "other URIs don't matter", uris: []string{"https://example.com", "spiffe://dev/site/a/node/b"}, want: Identity{"dev", "a", "b"}},
-		{name: "none", err: "it has 0"},
-		{name: "two", uris: []string{"spiffe://dev/site/a/node/b", "spiffe://dev/site/a/node/c"}, err: "it has 2"},
-		{name: "another service's", uris: []string{"spiffe://dev/ns/prod/sa/web"}, err: "is not spiffe://"},
-		{name: "more behind it", uris: []string{"spiffe://dev/site/a/node/b/c"}, err: "is not spiffe://"},
+		{name: "other URIs are ignored", uris: []string{"https://example.com", "spiffe://dev/site/a/node/b"}, want: Identity{"dev", "a", "b"}},
+		{name: "no URI", err: "it has 0"},
+		{name: "two URIs", uris: []string{"spiffe://dev/site/a/node/b", "spiffe://dev/site/a/node/c"}, err: "it has 2"},
+		{name: "of another service", uris: []string{"spiffe://dev/ns/prod/sa/web"}, err: "is not spiffe://"},
+		{name: "a longer path", uris: []string{"spiffe://dev/site/a/node/b/c"}, err: "is not spiffe://"},
 		{name: "a query", uris: []string{"spiffe://dev/site/a/node/b?x=1"}, err: "is not spiffe://"},
 		{name: "a user", uris: []string{"spiffe://root@dev/site/a/node/b"}, err: "is not spiffe://"},
 		{name: "empty node", uris: []string{"spiffe://dev/site/a/node/"}, err: "node is empty"},
 		{name: "empty cluster", uris: []string{"spiffe:///site/a/node/b"}, err: "cluster is empty"},
 		{name: "a port", uris: []string{"spiffe://dev:1/site/a/node/b"}, err: "may hold letters"},
 		{name: "escaped slash", uris: []string{"spiffe://dev/site/a%2Fb/node/c"}, err: "is not spiffe://"},
-		{name: "a way out", uris: []string{"spiffe://dev/site/../node/c"}, err: "may hold letters"},
-		{name: "long", uris: []string{"spiffe://dev/site/" + long + "/node/c"}, err: "at most 63"},
+		{name: "path traversal", uris: []string{"spiffe://dev/site/../node/c"}, err: "may hold letters"},
+		{name: "a long name", uris: []string{"spiffe://dev/site/" + long + "/node/c"}, err: "at most 63"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			cert := &x509.Certificate{}
-			for _, text := range tc.uris {
-				u, err := url.Parse(text)
+			for _, uri := range tc.uris {
+				u, err := url.Parse(uri)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -58,7 +58,7 @@ func TestParseIdentity(t *testing.T) {
 	}
 }
 
-func TestIdentitySurvivesItsURI(t *testing.T) {
+func TestIdentityRoundTripsThroughItsURI(t *testing.T) {
 	part := rapid.StringMatching(`[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?`)
 	rapid.Check(t, func(t *rapid.T) {
 		id := Identity{Cluster: part.Draw(t, "cluster"), Site: part.Draw(t, "site"), Node: part.Draw(t, "node")}

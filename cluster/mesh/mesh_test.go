@@ -45,7 +45,7 @@ func TestOnePortCarriesEveryKind(t *testing.T) {
 		transports[p.id.Node] = p.serveRaft(t)
 	}
 	if _, ok := any(transports[peers[0].id.Node]).(raft.WithPreVote); !ok {
-		t.Error("raft's transport over the mesh has no pre-vote")
+		t.Error("raft.NetworkTransport over the mesh does not support pre-vote")
 	}
 
 	var all sync.WaitGroup
@@ -91,10 +91,10 @@ func TestOnePortCarriesEveryKind(t *testing.T) {
 		}
 	}
 	if got := testutil.ToFloat64(peers[0].metrics.connections.WithLabelValues("raft", "accepted")); got != 3 {
-		t.Errorf("%v raft connections were accepted, want 3", got)
+		t.Errorf("%v accepted raft connections are counted, want 3", got)
 	}
 	if got := transports[peers[0].id.Node].LocalAddr(); got != raft.ServerAddress(peers[0].id.Node) {
-		t.Errorf("raft calls itself %q", got)
+		t.Errorf("raft's local address is %q", got)
 	}
 }
 
@@ -108,24 +108,24 @@ func post(ctx context.Context, m *Mesh, node, body string) (string, error) {
 		return "", err
 	}
 	defer func() { _ = response.Body.Close() }()
-	text, err := io.ReadAll(response.Body)
-	return string(text), err
+	answer, err := io.ReadAll(response.Body)
+	return string(answer), err
 }
 
-func TestSeeds(t *testing.T) {
+func TestJoinerReachesASeedByItsAddress(t *testing.T) {
 	async.NoLeaks(t)
 	_, peers := meshOfThree(t, nil)
 	callers := peers[0].serveGRPC(t)
 	ctx := async.Context(t)
 
 	joiner := peers[2]
-	joiner.is(noCluster)
+	joiner.setMembership(noCluster)
 	conn, err := joiner.DialAddr(ctx, KindGRPC, peers[0].addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if conn.Peer() != peers[0].id || conn.Membership() != first || conn.Kind() != KindGRPC {
-		t.Errorf("the seed is %v, %v, %s", conn.Peer(), conn.Membership(), conn.Kind())
+	if conn.peer != peers[0].id || conn.kind != KindGRPC {
+		t.Errorf("connected with %v for %s, want %v for grpc", conn.peer, conn.kind, peers[0].id)
 	}
 	if err := conn.Close(); err != nil {
 		t.Error(err)
@@ -146,8 +146,9 @@ func TestSeeds(t *testing.T) {
 	}
 }
 
-// Both sides learn why, whoever of them is the odd one.
-func TestRefusalsTellBothSides(t *testing.T) {
+// Both sides get the same code for a refusal, whichever of them is outdated or
+// foreign.
+func TestBothSidesKnowWhyAConnectionWasRefused(t *testing.T) {
 	async.NoLeaks(t)
 	type newer struct {
 		at   string
@@ -157,7 +158,7 @@ func TestRefusalsTellBothSides(t *testing.T) {
 	var mu sync.Mutex
 	var noticed []newer
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
-	make := func(site string) *testPeer {
+	newPeer := func(site string) *testPeer {
 		id := Identity{"dev", site, site + "-1"}
 		p := newTestPeer(t, ca, book, id, func(o *Options) {
 			o.OnNewerGeneration = func(peer Identity, g agreed.Generation) {
@@ -171,75 +172,71 @@ func TestRefusalsTellBothSides(t *testing.T) {
 		p.Listener(KindHTTP)
 		return p
 	}
-	a, b := make("a"), make("b")
+	a, b := newPeer("a"), newPeer("b")
 	ctx := async.Context(t)
 	for _, tc := range []struct {
 		name      string
 		kind      Kind
 		a, b      Membership
-		dialler   string // a's code when a dials b: always the peer's word
-		leftA     bool
+		code      string // that a gets from b when it dials b
 		wantNewer []newer
 	}{
-		{"another cluster", KindHTTP, first, foreign, CodeOtherCluster, false, nil},
-		{"a is behind", KindHTTP, first, recovered, CodeOlderGeneration, true, []newer{{"a", b.id, 2}}},
-		{"b is behind", KindHTTP, recovered, first, CodeNewerGeneration, false, []newer{{"b", a.id, 2}}},
-		{"two recoveries", KindHTTP, recovered, forked, CodeForkGeneration, false, nil},
-		{"a has not joined", KindHTTP, noCluster, first, CodePeerNotMember, false, nil},
-		{"b has not joined", KindHTTP, first, noCluster, CodeNotMember, false, nil},
-		{"nobody takes raft", KindRaft, first, first, CodeKindClosed, false, nil},
+		{"another cluster", KindHTTP, first, foreign, CodeOtherCluster, nil},
+		{"a is behind", KindHTTP, first, recovered, CodeOlderGeneration, []newer{{"a", b.id, 2}}},
+		{"b is behind", KindHTTP, recovered, first, CodeNewerGeneration, []newer{{"b", a.id, 2}}},
+		{"two recoveries", KindHTTP, recovered, forked, CodeForkGeneration, nil},
+		{"a has not joined", KindHTTP, noCluster, first, CodePeerNotMember, nil},
+		{"b has not joined", KindHTTP, first, noCluster, CodeNotMember, nil},
+		{"no raft listener", KindRaft, first, first, CodeKindClosed, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			a.is(tc.a)
-			b.is(tc.b)
+			a.setMembership(tc.a)
+			b.setMembership(tc.b)
 			mu.Lock()
 			noticed = nil
 			mu.Unlock()
-			before := testutil.ToFloat64(b.metrics.refused.WithLabelValues(tc.dialler, "self"))
+			before := testutil.ToFloat64(b.metrics.refused.WithLabelValues(tc.code, "self"))
 			_, err := a.Dial(ctx, tc.kind, b.id.Node)
 			var refused *RefusedError
-			if !errors.As(err, &refused) || refused.Code != tc.dialler || !refused.ByPeer || !strings.Contains(refused.Message, b.id.Node) {
-				t.Fatalf("got %v, want code %s by the peer, with its name", err, tc.dialler)
+			if !errors.As(err, &refused) || refused.Code != tc.code || !refused.ByPeer || !strings.Contains(refused.Message, b.id.Node) {
+				t.Fatalf("got %v, want code %s from the peer, with its name in the message", err, tc.code)
 			}
-			if refused.LeftBehind() != tc.leftA {
-				t.Errorf("left behind: %v", refused.LeftBehind())
-			}
-			async.Await(t, "the acceptor to count it", func() bool {
-				return testutil.ToFloat64(b.metrics.refused.WithLabelValues(tc.dialler, "self")) == before+1
+			async.Await(t, "the acceptor to count the refusal", func() bool {
+				return testutil.ToFloat64(b.metrics.refused.WithLabelValues(tc.code, "self")) == before+1
 			})
-			if got := testutil.ToFloat64(a.metrics.refused.WithLabelValues(tc.dialler, "peer")); got == 0 {
-				t.Error("the dialler did not count it")
+			if got := testutil.ToFloat64(a.metrics.refused.WithLabelValues(tc.code, "peer")); got == 0 {
+				t.Error("the dialler did not count the refusal")
 			}
 			mu.Lock()
 			defer mu.Unlock()
 			if fmt.Sprint(noticed) != fmt.Sprint(tc.wantNewer) {
-				t.Errorf("newer generations noticed: %v, want %v", noticed, tc.wantNewer)
+				t.Errorf("newer generations reported: %v, want %v", noticed, tc.wantNewer)
 			}
 		})
 	}
 }
 
-func TestDialVerifiesTheName(t *testing.T) {
+func TestDialVerifiesTheNodeName(t *testing.T) {
 	async.NoLeaks(t)
 	book, peers := meshOfThree(t, nil)
 	peers[1].Listener(KindGRPC)
-	book.set(peers[0].id.Node, peers[1].addr) // an old entry: another node took the address
+	book.set(peers[0].id.Node, peers[1].addr) // an outdated entry: another node has the address now
 	_, err := peers[2].Dial(async.Context(t), KindGRPC, peers[0].id.Node)
 	if !errors.Is(err, ErrWrongNode) {
 		t.Fatalf("got %v, want ErrWrongNode", err)
 	}
 	if got := testutil.ToFloat64(peers[2].metrics.failures.WithLabelValues("dialled", "wrong_node")); got != 1 {
-		t.Errorf("counted %v times", got)
+		t.Errorf("the failure was counted %v times, want once", got)
 	}
 }
 
-func TestClientConnFollowsTheAddress(t *testing.T) {
+func TestClientConnFollowsANewAddress(t *testing.T) {
 	async.NoLeaks(t)
 	book, peers := meshOfThree(t, nil)
 	ctx := async.Context(t)
 	peers[0].serveGRPC(t)
-	moving := peers[1]
-	if err := moving.check(ctx, peers[0].id.Node); err != nil {
+	caller := peers[1]
+	if err := caller.check(ctx, peers[0].id.Node); err != nil {
 		t.Fatal(err)
 	}
 
@@ -251,28 +248,28 @@ func TestClientConnFollowsTheAddress(t *testing.T) {
 	peers[0].addr = ln.Addr().String()
 	async.Run(t, func(ctx context.Context) error { return peers[0].Serve(ctx, ln) })
 	book.set(peers[0].id.Node, peers[0].addr)
-	peers[0].CloseAll(moving.id.Site)
-	client, err := moving.ClientConn(peers[0].id.Node)
+	peers[0].CloseAll(caller.id.Site)
+	client, err := caller.ClientConn(peers[0].id.Node)
 	if err != nil {
 		t.Fatal(err)
 	}
 	async.Await(t, "the channel to find the new address", func() bool {
-		// A call that was on its way over the cut connection fails.
+		// A call that was under way on the closed connection fails.
 		_, err := grpc_health_v1.NewHealthClient(client).Check(ctx, &grpc_health_v1.HealthCheckRequest{}, grpc.WaitForReady(true))
 		return err == nil
 	})
-	if got := remoteAddrs(moving.Mesh); len(got) != 1 || got[0] != peers[0].addr || got[0] == old {
-		t.Errorf("connected to %v, want %s", got, peers[0].addr)
+	if got := remoteAddrs(caller.Mesh); len(got) != 1 || got[0] != peers[0].addr || got[0] == old {
+		t.Errorf("connected to %v, want only %s", got, peers[0].addr)
 	}
 
-	if err := moving.Forget(peers[0].id.Node); err != nil {
+	if err := caller.Forget(peers[0].id.Node); err != nil {
 		t.Fatal(err)
 	}
-	if got := remoteAddrs(moving.Mesh); len(got) != 0 {
-		t.Errorf("still connected to %v", got)
+	if got := remoteAddrs(caller.Mesh); len(got) != 0 {
+		t.Errorf("still connected to %v after Forget", got)
 	}
-	if again, err := moving.ClientConn(peers[0].id.Node); err != nil || again == client {
-		t.Errorf("the forgotten channel came back: %v", err)
+	if again, err := caller.ClientConn(peers[0].id.Node); err != nil || again == client {
+		t.Errorf("ClientConn after Forget: %v, want a new channel", err)
 	}
 }
 
@@ -286,14 +283,14 @@ func remoteAddrs(m *Mesh) []string {
 	return addrs
 }
 
-func TestCloseKindAndCloseAll(t *testing.T) {
+func TestCloseKindCloseRefusedAndCloseAll(t *testing.T) {
 	async.NoLeaks(t)
-	var cutOff atomic.Value
-	cutOff.Store("")
+	var refusedSite atomic.Value
+	refusedSite.Store("")
 	_, peers := meshOfThree(t, func(o *Options) {
 		o.Admit = func(site string) error {
-			if site == cutOff.Load() {
-				return fmt.Errorf("site %s is cut off by a drill", site)
+			if site == refusedSite.Load() {
+				return fmt.Errorf("a drill isolates site %s", site)
 			}
 			return nil
 		}
@@ -334,44 +331,44 @@ func TestCloseKindAndCloseAll(t *testing.T) {
 	raftB, httpB := open(KindRaft, peers[1]), open(KindHTTP, peers[1])
 	raftC, httpC := open(KindRaft, peers[2]), open(KindHTTP, peers[2])
 
-	hub.CloseKind(KindRaft) // accepted ones
+	hub.CloseKind(KindRaft) // accepted connections
 	if !ended(raftB) || !ended(raftC) {
-		t.Error("a raft connection goes on")
+		t.Error("a raft connection is still open after CloseKind")
 	}
 	works(httpB)
 	works(httpC)
 
-	cutOff.Store("shanghai-b")
+	refusedSite.Store("shanghai-b")
 	hub.CloseRefused()
 	if !ended(httpB) {
-		t.Error("the connection with the cut site goes on")
+		t.Error("the connection with the refused site is still open after CloseRefused")
 	}
 	works(httpC)
 	var refused *RefusedError
 	if _, err := peers[1].Dial(ctx, KindHTTP, hub.id.Node); !errors.As(err, &refused) || refused.Code != CodeIsolated || !refused.ByPeer {
-		t.Errorf("from the cut site: %v", err)
+		t.Errorf("dial from the refused site: %v, want code isolated from the peer", err)
 	}
 	if _, err := hub.Dial(ctx, KindHTTP, peers[1].id.Node); !errors.As(err, &refused) || refused.Code != CodeIsolated {
-		t.Errorf("to the cut site: %v", err)
+		t.Errorf("dial to the refused site: %v, want code isolated", err)
 	}
-	cutOff.Store("")
+	refusedSite.Store("")
 	again := open(KindHTTP, peers[1])
 	works(again)
 	hub.CloseAll("shanghai-b")
 	if !ended(again) {
-		t.Error("a connection with a site whose connections were all closed goes on")
+		t.Error("a connection with the site is still open after CloseAll")
 	}
 
-	peers[2].CloseKind(KindHTTP) // dialled ones
+	peers[2].CloseKind(KindHTTP) // dialled connections
 	if _, err := httpC.accepted.Read(make([]byte, 1)); err == nil {
-		t.Error("a dialled connection goes on")
+		t.Error("a dialled connection is still open after CloseKind")
 	}
 	if got := testutil.ToFloat64(peers[2].metrics.connections.WithLabelValues("http", "dialled")); got != 0 {
-		t.Errorf("%v dialled connections are counted", got)
+		t.Errorf("%v dialled connections are counted, want 0", got)
 	}
 }
 
-func TestClosedRaftLayer(t *testing.T) {
+func TestClosedRaftLayerRefusesBothDirections(t *testing.T) {
 	async.NoLeaks(t)
 	_, peers := meshOfThree(t, nil)
 	layer := peers[0].RaftLayer(peers[0].id.Node)
@@ -379,15 +376,15 @@ func TestClosedRaftLayer(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := layer.Accept(); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("accept: %v", err)
+		t.Errorf("accept: %v, want net.ErrClosed", err)
 	}
 	peers[1].Listener(KindRaft)
 	if _, err := layer.Dial(raft.ServerAddress(peers[1].id.Node), 0); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("dial: %v", err)
+		t.Errorf("dial: %v, want net.ErrClosed", err)
 	}
 	var refused *RefusedError
 	if _, err := peers[1].Dial(async.Context(t), KindRaft, peers[0].id.Node); !errors.As(err, &refused) || refused.Code != CodeKindClosed {
-		t.Errorf("dial towards it: %v", err)
+		t.Errorf("dial to the closed layer: %v, want code kind_closed", err)
 	}
 	again := peers[0].RaftLayer(peers[0].id.Node)
 	conn, err := peers[1].RaftLayer(peers[1].id.Node).Dial(raft.ServerAddress(peers[0].id.Node), 0)

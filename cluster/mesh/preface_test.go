@@ -18,51 +18,51 @@ var (
 	noCluster = Membership{}
 )
 
-// The same table decides at the dialler and at the acceptor: each row is read
-// in both directions.
-func TestJudge(t *testing.T) {
+// Dialler and acceptor use the same function, so each row is checked in both
+// directions.
+func TestCheckMembership(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
 		a, b     Membership
 		kind     Kind
-		aRefuses string // a's word on b; "" admits
+		aRefuses string // a's code about b; "" admits
 		bRefuses string
 	}{
 		{"same", first, first, KindRaft, "", ""},
-		{"same, recovered", recovered, recovered, KindHTTP, "", ""},
+		{"same, after a recovery", recovered, recovered, KindHTTP, "", ""},
 		{"another cluster", first, foreign, KindGRPC, CodeOtherCluster, CodeOtherCluster},
 		{"another cluster and generation", recovered, foreign, KindRaft, CodeOtherCluster, CodeOtherCluster},
-		{"left behind", first, recovered, KindRaft, CodeNewerGeneration, CodeOlderGeneration},
-		{"left behind, to join", first, recovered, KindGRPC, CodeNewerGeneration, CodeOlderGeneration},
+		{"a is behind", first, recovered, KindRaft, CodeNewerGeneration, CodeOlderGeneration},
+		{"a is behind, grpc", first, recovered, KindGRPC, CodeNewerGeneration, CodeOlderGeneration},
 		{"two recoveries", recovered, forked, KindGRPC, CodeForkGeneration, CodeForkGeneration},
 		{"joining", noCluster, first, KindGRPC, "", ""},
 		{"not joined, raft", noCluster, first, KindRaft, CodeNotMember, CodePeerNotMember},
 		{"not joined, http", noCluster, recovered, KindHTTP, CodeNotMember, CodePeerNotMember},
 		{"not joined, a tunnel", noCluster, first, KindTunnel, CodeNotMember, CodePeerNotMember},
-		{"left behind, a tunnel", first, recovered, KindRelayed, CodeNewerGeneration, CodeOlderGeneration},
+		{"a is behind, a tunnel", first, recovered, KindRelayed, CodeNewerGeneration, CodeOlderGeneration},
 		{"both not joined", noCluster, noCluster, KindGRPC, "", ""},
 		{"both not joined, raft", noCluster, noCluster, KindRaft, CodeNotMember, CodeNotMember},
 		{"unknown kind", first, first, "telnet", CodeUnknownKind, CodeUnknownKind},
 		{"no kind", first, first, "", CodeUnknownKind, CodeUnknownKind},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			for _, way := range []struct {
+			for _, direction := range []struct {
 				self, peer Membership
 				want       string
 			}{{tc.a, tc.b, tc.aRefuses}, {tc.b, tc.a, tc.bRefuses}} {
-				got := judge(way.self, way.peer, tc.kind)
+				got := checkMembership(direction.self, direction.peer, tc.kind)
 				switch {
-				case way.want == "" && got != nil:
-					t.Errorf("%v about %v: refused: %v", way.self, way.peer, got)
-				case way.want != "" && (got == nil || got.Code != way.want || got.Message == ""):
-					t.Errorf("%v about %v: got %v, want %s", way.self, way.peer, got, way.want)
+				case direction.want == "" && got != nil:
+					t.Errorf("%v about %v: %v, want admitted", direction.self, direction.peer, got)
+				case direction.want != "" && (got == nil || got.Code != direction.want || got.Message == ""):
+					t.Errorf("%v about %v: got %v, want %s", direction.self, direction.peer, got, direction.want)
 				}
 			}
 		})
 	}
 }
 
-func TestJudgeIsSymmetric(t *testing.T) {
+func TestCheckMembershipIsSymmetric(t *testing.T) {
 	membership := rapid.Custom(func(t *rapid.T) Membership {
 		return Membership{
 			ClusterID: rapid.SampledFrom([]string{"", "c1", "c2"}).Draw(t, "cluster"),
@@ -75,50 +75,32 @@ func TestJudgeIsSymmetric(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a, b := membership.Draw(t, "a"), membership.Draw(t, "b")
 		kind := rapid.SampledFrom([]Kind{KindRaft, KindGRPC, KindHTTP, KindTunnel, KindRelayed}).Draw(t, "kind")
-		if (judge(a, b, kind) == nil) != (judge(b, a, kind) == nil) {
-			t.Fatalf("one side of %v and %v admits %s, the other doesn't", a, b, kind)
+		if (checkMembership(a, b, kind) == nil) != (checkMembership(b, a, kind) == nil) {
+			t.Fatalf("only one of %v and %v admits %s", a, b, kind)
 		}
 	})
-}
-
-func TestLeftBehind(t *testing.T) {
-	for _, tc := range []struct {
-		code   string
-		byPeer bool
-		want   bool
-	}{
-		{CodeNewerGeneration, false, true},
-		{CodeOlderGeneration, true, true},
-		{CodeNewerGeneration, true, false},
-		{CodeOlderGeneration, false, false},
-		{CodeForkGeneration, true, false},
-	} {
-		if got := (&RefusedError{Code: tc.code, ByPeer: tc.byPeer}).LeftBehind(); got != tc.want {
-			t.Errorf("%s by peer %v: %v", tc.code, tc.byPeer, got)
-		}
-	}
 }
 
 func TestDecodeRequest(t *testing.T) {
 	id := Identity{"dev", "a", "a-1"}
 	for _, tc := range []struct{ name, text, code string }{
-		{"full", `{"format":1,"kind":"grpc","cluster_id":"c1","generation":{"number":1,"id":"g"},"node":"a-1","site":"a"}`, ""},
-		{"more than is known", `{"format":1,"kind":"grpc","node":"a-1","site":"a","colour":{"x":[1]}}`, ""},
+		{"complete", `{"format":1,"kind":"grpc","cluster_id":"c1","generation":{"number":1,"id":"g"},"node":"a-1","site":"a"}`, ""},
+		{"unknown members", `{"format":1,"kind":"grpc","node":"a-1","site":"a","colour":{"x":[1]}}`, ""},
 		{"later format", `{"format":2,"kind":{"name":"grpc"},"node":["a-1"]}`, CodeUnknownFormat},
 		{"no format", `{"kind":"grpc","node":"a-1","site":"a"}`, CodeUnknownFormat},
 		{"another node", `{"format":1,"kind":"grpc","node":"a-2","site":"a"}`, CodeIdentity},
 		{"another site", `{"format":1,"kind":"grpc","node":"a-1","site":"b"}`, CodeIdentity},
-		{"twice the same member", `{"format":1,"kind":"grpc","kind":"raft","node":"a-1","site":"a"}`, CodeMalformed},
+		{"a member twice", `{"format":1,"kind":"grpc","kind":"raft","node":"a-1","site":"a"}`, CodeMalformed},
 		{"a wrong type", `{"format":1,"kind":7,"node":"a-1","site":"a"}`, CodeMalformed},
 		{"a negative number", `{"format":1,"kind":"grpc","generation":{"number":-1},"node":"a-1","site":"a"}`, CodeMalformed},
 		{"a long id", `{"format":1,"kind":"grpc","node":"a-1","site":"a","cluster_id":"` + strings.Repeat("c", 200) + `"}`, CodeMalformed},
 		{"a tunnel", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":"b-1"}`, ""},
-		{"a tunnel to nowhere", `{"format":1,"kind":"tunnel","node":"a-1","site":"a"}`, CodeMalformed},
-		{"a tunnel to an endless name", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":"` + strings.Repeat("b", 200) + `"}`, CodeMalformed},
-		{"a tunnel to a list", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":["b-1","c-1"]}`, CodeMalformed},
-		{"a target, but no tunnel", `{"format":1,"kind":"relayed","node":"a-1","site":"a","target":"b-1"}`, CodeMalformed},
+		{"a tunnel without a target", `{"format":1,"kind":"tunnel","node":"a-1","site":"a"}`, CodeMalformed},
+		{"a tunnel to a name that is too long", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":"` + strings.Repeat("b", 200) + `"}`, CodeMalformed},
+		{"a tunnel with two targets", `{"format":1,"kind":"tunnel","node":"a-1","site":"a","target":["b-1","c-1"]}`, CodeMalformed},
+		{"a target of another kind", `{"format":1,"kind":"relayed","node":"a-1","site":"a","target":"b-1"}`, CodeMalformed},
 		{"no JSON", `GET / HTTP/1.1`, CodeMalformed},
-		{"nothing", ``, CodeMalformed},
+		{"empty", ``, CodeMalformed},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, refused := decodeRequest([]byte(tc.text), id)
@@ -138,10 +120,10 @@ func TestDecodeReply(t *testing.T) {
 		name, text, code string
 		byPeer           bool
 	}{
-		{"welcome", `{"format":1,"cluster_id":"c1","generation":{"number":1,"id":"g"}}`, "", false},
+		{"accepted", `{"format":1,"cluster_id":"c1","generation":{"number":1,"id":"g"}}`, "", false},
 		{"refusal", `{"format":1,"code":"other_cluster","message":"no"}`, CodeOtherCluster, true},
-		{"refusal of a later format", `{"format":9,"code":"other_cluster","message":"no","generation":"g2"}`, CodeOtherCluster, true},
-		{"welcome of a later format", `{"format":9,"generation":"g2"}`, CodeUnknownFormat, false},
+		{"refusal in a later format", `{"format":9,"code":"other_cluster","message":"no","generation":"g2"}`, CodeOtherCluster, true},
+		{"accepted in a later format", `{"format":9,"generation":"g2"}`, CodeUnknownFormat, false},
 		{"no format", `{}`, CodeUnknownFormat, false},
 		{"no JSON", `HTTP/1.1 400 Bad Request`, CodeMalformed, false},
 		{"a long id", `{"format":1,"cluster_id":"` + strings.Repeat("c", 200) + `"}`, CodeMalformed, false},
@@ -158,7 +140,7 @@ func TestDecodeReply(t *testing.T) {
 	}
 }
 
-func TestReadPrefaceTakesNoByteTooMany(t *testing.T) {
+func TestReadPrefaceReadsNoByteBeyondIt(t *testing.T) {
 	wire, err := appendPreface(nil, prefaceReply{Format: 1, ClusterID: "c1"})
 	if err != nil {
 		t.Fatal(err)
@@ -168,24 +150,24 @@ func TestReadPrefaceTakesNoByteTooMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r.Len() != len("what follows") {
-		t.Fatalf("%d bytes are left", r.Len())
+		t.Fatalf("%d bytes are left to read, want those after the preface", r.Len())
 	}
 	if _, err := appendPreface(nil, prefaceReply{Message: strings.Repeat("x", prefaceMax)}); err == nil {
-		t.Error("a message that no reader takes was encoded")
+		t.Error("a message beyond the bound was encoded")
 	}
 	if _, err := readPreface(strings.NewReader("dsn1\xff\xff{}")); err == nil {
-		t.Error("a length beyond the bound was taken")
+		t.Error("a length beyond the bound was accepted")
 	}
 }
 
-// The longest words that a refusal can have still fit into an answer.
-func TestRefusalsFitIntoAnAnswer(t *testing.T) {
+// The longest message of a refusal fits into a reply.
+func TestRefusalsFitIntoAReply(t *testing.T) {
 	long := strings.Repeat("\x01", prefaceFieldMax) // six bytes each in JSON
 	for _, pair := range [][2]Membership{
 		{{long, agreed.Generation{Number: 1, ID: long}}, {"c", agreed.Generation{Number: 1, ID: long}}},
 		{{long, agreed.Generation{Number: 1, ID: long}}, {long, agreed.Generation{Number: 1, ID: "other" + long[5:]}}},
 	} {
-		refused := judge(pair[0], pair[1], KindRaft)
+		refused := checkMembership(pair[0], pair[1], KindRaft)
 		if refused == nil {
 			t.Fatal("not refused")
 		}
@@ -218,35 +200,35 @@ func FuzzPreface(f *testing.F) {
 	f.Add([]byte("dsn1\xff\xff"))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, wire []byte) {
-		text, err := readPreface(bytes.NewReader(wire))
+		body, err := readPreface(bytes.NewReader(wire))
 		if err != nil {
 			return
 		}
-		if request, refused := decodeRequest(text, id); refused == nil {
-			// Whatever was understood is the same when it is said again.
+		if request, refused := decodeRequest(body, id); refused == nil {
+			// Encoded again, it decodes to the same request.
 			again, err := appendPreface(nil, request)
 			if err != nil {
 				t.Fatal(err)
 			}
-			text, err := readPreface(bytes.NewReader(again))
+			body, err := readPreface(bytes.NewReader(again))
 			if err != nil {
 				t.Fatal(err)
 			}
-			if second, refused := decodeRequest(text, id); refused != nil || second != request {
+			if second, refused := decodeRequest(body, id); refused != nil || second != request {
 				t.Fatalf("%+v became %+v, %v", request, second, refused)
 			}
 			theirs := Membership{request.ClusterID, request.Generation}
-			if refused := judge(first, theirs, request.Kind); refused == nil && theirs != first && request.Kind != KindGRPC {
+			if refused := checkMembership(first, theirs, request.Kind); refused == nil && theirs != first && request.Kind != KindGRPC {
 				t.Fatalf("admitted %+v", request)
 			}
 			if (request.Kind == KindTunnel) != (request.Target != "") || len(request.Target) > prefaceFieldMax {
-				t.Fatalf("understood %+v", request)
+				t.Fatalf("accepted %+v", request)
 			}
 		} else if refused.Code == "" || refused.Message == "" {
-			t.Fatalf("refused without a word: %+v", refused)
+			t.Fatalf("refused without a code or a message: %+v", refused)
 		}
-		if reply, refused := decodeReply(text); refused == nil && reply.Format != prefaceFormat {
-			t.Fatalf("understood %+v", reply)
+		if reply, refused := decodeReply(body); refused == nil && reply.Format != prefaceFormat {
+			t.Fatalf("accepted %+v", reply)
 		}
 	})
 }

@@ -10,21 +10,21 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// raftLayer is the mesh as raft's transport sees it. Raft's addresses are node
-// names, so an address that changes is none of raft's business.
+// raftLayer implements raft.StreamLayer over the mesh. Raft's addresses are node
+// names, so Raft never sees a node's address change.
 type raftLayer struct {
 	net.Listener
 	mesh   *Mesh
-	self   meshAddr
+	self   nameAddr
 	closed atomic.Bool
 }
 
-// RaftLayer is a stream layer for raft.NetworkTransport over KindRaft
-// connections. advertise is what peers dial: this node's name. Closing it stops
-// both directions for new connections; CloseKind(KindRaft) ends those that
-// stand. A new layer may be made after that.
+// RaftLayer returns a stream layer for raft.NetworkTransport over KindRaft
+// connections. advertise is this node's name, which peers dial. A closed layer
+// neither dials nor accepts; CloseKind(KindRaft) ends the connections that are
+// open. A new layer may be made after that.
 func (m *Mesh) RaftLayer(advertise string) raft.StreamLayer {
-	return &raftLayer{Listener: m.Listener(KindRaft), mesh: m, self: meshAddr(advertise)}
+	return &raftLayer{Listener: m.Listener(KindRaft), mesh: m, self: nameAddr(advertise)}
 }
 
 // Dial opens a connection to the node of that name.
@@ -40,8 +40,8 @@ func (l *raftLayer) Dial(node raft.ServerAddress, timeout time.Duration) (net.Co
 	}
 	conn, err := l.mesh.Dial(ctx, KindRaft, string(node))
 	if err == nil && l.closed.Load() {
-		// The disk watchdog closes the layer and then cuts what stands: a dial
-		// that was under way must not outlive both.
+		// The disk watchdog closes the layer and then the open connections. A dial
+		// under way at that time must not leave one behind.
 		_ = conn.Close()
 		return nil, fmt.Errorf("dial node %s for raft: %w", node, net.ErrClosed)
 	}

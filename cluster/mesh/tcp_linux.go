@@ -9,11 +9,11 @@ import (
 )
 
 // peerUserTimeout is how long sent bytes may stay unacknowledged before the
-// kernel gives a connection up. Without it a connection to a peer that
-// vanished hangs for a quarter of an hour.
+// kernel ends the connection. Without it, a connection to a vanished peer hangs
+// for about 15 minutes.
 const peerUserTimeout = 10 * time.Second
 
-// setUserTimeout is the Control of a net.Dialer.
+// setUserTimeout is for net.Dialer.Control.
 func setUserTimeout(_, _ string, c syscall.RawConn) error {
 	var failed error
 	if err := c.Control(func(fd uintptr) {
@@ -24,14 +24,14 @@ func setUserTimeout(_, _ string, c syscall.RawConn) error {
 	return failed
 }
 
-// tunePeerConn gives an accepted connection what a dialled one has. A listener
-// of a test may have no such knobs.
+// tunePeerConn sets the same options on an accepted connection that the dialer
+// sets on a dialled one. A test's listener may return a connection without them.
 func tunePeerConn(conn net.Conn) {
 	tcp, ok := conn.(*net.TCPConn)
 	if !ok {
 		return
 	}
-	// Both only shorten the time in which a dead peer is noticed.
+	// Errors are ignored: both only shorten the time until a dead peer is noticed.
 	_ = tcp.SetKeepAliveConfig(peerKeepAlive)
 	if c, err := tcp.SyscallConn(); err == nil {
 		_ = setUserTimeout("", "", c)

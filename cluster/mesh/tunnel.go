@@ -9,201 +9,199 @@ import (
 	"time"
 )
 
-// A tunnel reaches a node through a peer of both when the direct way is cut:
+// A tunnel connects two nodes through a common peer when the network between them
+// is cut:
 //
-//	here ──KindTunnel──▶ relay ──KindRelayed──▶ node
-//	└──────── TLS, preface, the wished kind ────────┘
+//	dialler ──KindTunnel──▶ relay ──KindRelayed──▶ target
+//	   └───── TLS, preface, the requested kind ─────┘
 //
-// Each half is a connection between peers like any other, with a handshake of
-// its own, so a relay that does not admit one of the sites makes none. Inside
-// both is an ordinary handshake from end to end: who is there, of which cluster
-// and generation, and whether this node admits it, is found out there, and the
-// relay carries ciphertext.
+// Each of the two legs is an ordinary connection between peers with its own
+// handshake, so a relay that refuses one of the sites makes no tunnel. Inside the
+// legs dialler and target do an ordinary handshake with each other: there they
+// check identity, cluster and generation, and there Admit is asked. The relay sees
+// only ciphertext.
 
-// Bounds of a dial that the direct way does not answer.
-const (
-	// wayHeadStart is what the direct way gets before a relay is asked too:
-	// more than three round trips between far cities.
-	wayHeadStart = 500 * time.Millisecond
-	// maxRelaysAsked bounds the peers asked in one dial.
-	maxRelaysAsked = 3
-)
+// maxRelaysAsked bounds the relays that one dial asks.
+const maxRelaysAsked = 3
 
-// errNoRelay: no common peer is known.
+// errNoRelay means that no peer is known to hear the dialled node.
 var errNoRelay = errors.New("no other node is known to reach it")
 
-// detourError is a tunnel that didn't come about. It hides its cause from
-// errors.Is and As: what a relay refuses says nothing of the node dialled.
-type detourError struct {
+// tunnelError is a tunnel that could not be opened. It hides its cause from
+// errors.Is and errors.As, because a relay's refusal is not the target's.
+type tunnelError struct {
 	relay string
 	err   error
 }
 
-func (e *detourError) Error() string { return fmt.Sprintf("through %s: %v", e.relay, e.err) }
+func (e *tunnelError) Error() string { return fmt.Sprintf("through %s: %v", e.relay, e.err) }
 
-// cutOff reports whether an error is the network's: another way may do better.
-// A peer that refuses, or is not who it should be, was reached.
-func cutOff(err error) bool {
+// isNetworkError reports whether the network caused a failed dial, so that another
+// route may succeed. It is false for a refusal and for a wrong certificate: then
+// the peer was reached.
+func isNetworkError(err error) bool {
 	var refused *RefusedError
-	var detour *detourError
+	var tunnel *tunnelError
 	var network *net.OpError
 	switch {
 	case err == nil, errors.As(err, &refused), errors.Is(err, context.Canceled):
 		return false
-	case errors.As(err, &detour), errors.Is(err, errNoRelay):
+	case errors.As(err, &tunnel), errors.Is(err, errNoRelay):
 		return true
 	}
-	switch handshakeReason(err) {
+	switch failureReason(err) {
 	case "timeout", "connection_refused", "name_lookup", "closed":
 		return true
 	}
 	return errors.As(err, &network) && network.Op == "dial"
 }
 
-// dialled is how a dial ended.
-type dialled struct {
+type dialResult struct {
 	conn *PeerConn
 	err  error
 }
 
-// dialling is a dial under way. One goroutine uses it.
-type dialling struct {
-	end   context.CancelFunc
-	ended chan dialled // nil once its end was seen
+// pendingDial is a dial in a goroutine of its own. It is not safe for concurrent
+// use. A nil *pendingDial is a dial that was not started.
+type pendingDial struct {
+	cancel context.CancelFunc
+	done   chan dialResult // nil after finish
 }
 
-func startDial(ctx context.Context, dial func(context.Context) (*PeerConn, error)) *dialling {
-	ctx, end := context.WithCancel(ctx)
-	ended := make(chan dialled, 1)
+func startDial(ctx context.Context, dial func(context.Context) (*PeerConn, error)) *pendingDial {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan dialResult, 1)
 	go func() {
 		conn, err := dial(ctx)
-		ended <- dialled{conn, err}
+		done <- dialResult{conn, err}
 	}()
-	return &dialling{end: end, ended: ended}
+	return &pendingDial{cancel: cancel, done: done}
 }
 
-// awaited is where its end arrives; nil when there is nothing to wait for.
-func (d *dialling) awaited() <-chan dialled {
+// result is where the dial's result arrives; nil if the dial was not started or is
+// finished.
+func (d *pendingDial) result() <-chan dialResult {
 	if d == nil {
 		return nil
 	}
-	return d.ended
+	return d.done
 }
 
-// over says that its end was seen.
-func (d *dialling) over() {
-	d.ended = nil
-	d.end()
+// finish must be called after the result was received.
+func (d *pendingDial) finish() {
+	d.done = nil
+	d.cancel()
 }
 
-// abandon ends it and waits for that: each step of a dial ends with its context.
-func (d *dialling) abandon() {
-	if d.awaited() == nil {
+// abandon cancels a dial under way, waits for its end and closes its connection.
+// The wait is short: each step of a dial ends with its context.
+func (d *pendingDial) abandon() {
+	if d.result() == nil {
 		return
 	}
-	d.end()
-	if late := <-d.ended; late.conn != nil {
-		_ = late.conn.Close() // nobody wants it any more
+	d.cancel()
+	if late := <-d.done; late.conn != nil {
+		_ = late.conn.Close() // not used
 	}
-	d.over()
+	d.finish()
 }
 
-// dialAnyWay reaches a node directly or through a common peer. The caller
-// bounds ctx.
-func (m *Mesh) dialAnyWay(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
+// dialNode dials a node directly or through a relay. The caller bounds ctx.
+func (m *Mesh) dialNode(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
 	if m.opts.Relays == nil {
-		return m.dial(ctx, greeting{kind: kind, node: node}, addr)
+		return m.dial(ctx, dialRequest{kind: kind, node: node}, addr)
 	}
-	if m.ways.via(node) != "" {
-		conn, err := m.dialDetour(ctx, kind, node)
-		if !cutOff(err) {
+	if m.routes.via(node) != "" {
+		conn, err := m.dialTunnel(ctx, kind, node)
+		if !isNetworkError(err) {
 			return conn, err
 		}
-		m.Doubt(node)
-		conn, direct := m.dial(ctx, greeting{kind: kind, node: node}, addr)
-		return conn, bothWays(direct, err)
+		m.probeRoute(node)
+		conn, direct := m.dial(ctx, dialRequest{kind: kind, node: node}, addr)
+		return conn, joinDialErrors(direct, err)
 	}
-	return m.race(ctx, kind, node, addr)
+	return m.dialBoth(ctx, kind, node, addr)
 }
 
-// bothWays is the error of the direct way, with what became of the other one.
-func bothWays(direct, detour error) error {
-	if direct == nil || errors.Is(detour, errNoRelay) {
+// joinDialErrors adds the tunnel's error to the direct dial's. Only the direct one
+// is wrapped for errors.Is and errors.As, since a tunnelError hides its cause.
+func joinDialErrors(direct, tunnel error) error {
+	if direct == nil || errors.Is(tunnel, errNoRelay) {
 		return direct
 	}
-	return fmt.Errorf("%w; and %w", direct, detour)
+	return fmt.Errorf("%w; and %w", direct, tunnel)
 }
 
-// race dials directly and, when that fails or takes long, through a peer too.
-// The first to come through wins.
-func (m *Mesh) race(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
+// dialBoth dials directly and, once that has failed or has run for tunnelDelay,
+// through a relay as well. The first connection is used.
+func (m *Mesh) dialBoth(ctx context.Context, kind Kind, node, addr string) (*PeerConn, error) {
 	direct := startDial(ctx, func(ctx context.Context) (*PeerConn, error) {
-		return m.dial(ctx, greeting{kind: kind, node: node}, addr)
+		return m.dial(ctx, dialRequest{kind: kind, node: node}, addr)
 	})
-	var detour *dialling
+	var tunnel *pendingDial
 	defer func() {
 		direct.abandon()
-		detour.abandon()
+		tunnel.abandon()
 	}()
-	ahead := time.NewTimer(m.timing.headStart)
-	defer ahead.Stop()
-	var directErr, detourErr error
+	delay := time.NewTimer(m.timing.tunnelDelay)
+	defer delay.Stop()
+	var directErr, tunnelErr error
 	for {
 		select {
-		case <-ahead.C:
-		case r := <-direct.awaited():
-			direct.over()
-			if !cutOff(r.err) {
+		case <-delay.C:
+		case r := <-direct.result():
+			direct.finish()
+			if !isNetworkError(r.err) {
 				return r.conn, r.err
 			}
 			directErr = r.err
-		case r := <-detour.awaited():
-			detour.over()
+		case r := <-tunnel.result():
+			tunnel.finish()
 			if r.err == nil {
-				m.Doubt(node) // the next dial should not have to wait
+				m.probeRoute(node) // so that the next dial does not have to wait for tunnelDelay
 			}
-			if !cutOff(r.err) {
+			if !isNetworkError(r.err) {
 				return r.conn, r.err
 			}
-			detourErr = r.err
+			tunnelErr = r.err
 		}
 		switch {
-		case directErr != nil && detourErr != nil:
-			return nil, bothWays(directErr, detourErr)
-		case detour == nil:
-			detour = startDial(ctx, func(ctx context.Context) (*PeerConn, error) {
-				return m.dialDetour(ctx, kind, node)
+		case directErr != nil && tunnelErr != nil:
+			return nil, joinDialErrors(directErr, tunnelErr)
+		case tunnel == nil:
+			tunnel = startDial(ctx, func(ctx context.Context) (*PeerConn, error) {
+				return m.dialTunnel(ctx, kind, node)
 			})
 		}
 	}
 }
 
-// dialDetour reaches a node through one of the peers that say they hear it.
-func (m *Mesh) dialDetour(ctx context.Context, kind Kind, node string) (*PeerConn, error) {
-	failed := errNoRelay
+// dialTunnel dials a node through one of the peers that report hearing it.
+func (m *Mesh) dialTunnel(ctx context.Context, kind Kind, node string) (*PeerConn, error) {
+	lastErr := errNoRelay
 	relays := m.relaysFor(node)
 	for i, relay := range relays {
-		// One that hangs leaves time for the next; the last may take all of it.
+		// A relay that hangs must leave time for the next one.
 		limit := m.opts.DialTimeout
 		if i < len(relays)-1 {
 			limit /= 2
 		}
-		conn, err := m.dialThrough(ctx, kind, node, relay, limit)
+		conn, err := m.dialVia(ctx, kind, node, relay, limit)
 		m.metrics.tunnels.WithLabelValues("dialled", tunnelResult(err)).Inc()
-		if !cutOff(err) || ctx.Err() != nil {
+		if !isNetworkError(err) || ctx.Err() != nil {
 			return conn, err
 		}
-		failed = err
+		lastErr = err
 	}
-	return nil, failed
+	return nil, lastErr
 }
 
-// relaysFor is who may be asked, the present relay first.
+// relaysFor lists the relays to ask, the present one first.
 func (m *Mesh) relaysFor(node string) []string {
 	relays := slices.DeleteFunc(slices.Clone(m.opts.Relays(node)), func(relay string) bool {
-		return m.ways.via(relay) != "" // one hop: it is cut off itself
+		return m.routes.via(relay) != "" // only reached through a relay itself, and a tunnel has one hop
 	})
-	if via := m.ways.via(node); via != "" {
+	if via := m.routes.via(node); via != "" {
 		if i := slices.Index(relays, via); i > 0 {
 			copy(relays[1:i+1], relays[:i])
 			relays[0] = via
@@ -212,61 +210,63 @@ func (m *Mesh) relaysFor(node string) []string {
 	return relays[:min(len(relays), maxRelaysAsked)]
 }
 
-// dialThrough reaches a node through a certain peer.
-func (m *Mesh) dialThrough(ctx context.Context, kind Kind, node, relay string, limit time.Duration) (*PeerConn, error) {
+// dialVia dials a node through a certain relay.
+func (m *Mesh) dialVia(ctx context.Context, kind Kind, node, relay string, limit time.Duration) (*PeerConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	addr, ok := m.opts.Address(relay)
 	if !ok {
-		return nil, &detourError{relay, ErrNoAddress}
+		return nil, &tunnelError{relay, ErrNoAddress}
 	}
-	half, err := m.dial(ctx, greeting{kind: KindTunnel, node: relay, target: node}, addr)
+	leg, err := m.dial(ctx, dialRequest{kind: KindTunnel, node: relay, target: node}, addr)
 	if err != nil {
-		return nil, &detourError{relay, err}
+		return nil, &tunnelError{relay, err}
 	}
-	conn, err := m.greetThrough(ctx, half, greeting{kind: kind, node: node})
+	conn, err := m.tunnelHandshake(ctx, leg, dialRequest{kind: kind, node: node})
 	if err != nil {
-		half.forget()
-		half.cut()
+		leg.unregister()
+		leg.abort()
 		return nil, err
 	}
 	return conn, nil
 }
 
-func (m *Mesh) greetThrough(ctx context.Context, half *PeerConn, to greeting) (*PeerConn, error) {
-	stop := context.AfterFunc(ctx, func() { _ = half.SetDeadline(time.Unix(1, 0)) })
+// tunnelHandshake waits until the relay has reached the target, then does the
+// handshake with the target. leg is the connection with the relay.
+func (m *Mesh) tunnelHandshake(ctx context.Context, leg *PeerConn, request dialRequest) (*PeerConn, error) {
+	stop := context.AfterFunc(ctx, func() { _ = leg.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	text, err := readPreface(half)
+	answer, err := readPreface(leg)
 	if err != nil {
-		return nil, &detourError{half.peer.Node, err}
+		return nil, &tunnelError{leg.peer.Node, err}
 	}
-	if _, refused := decodeReply(text); refused != nil {
-		return nil, &detourError{half.peer.Node, refused}
+	if _, refused := decodeReply(answer); refused != nil {
+		return nil, &tunnelError{leg.peer.Node, refused}
 	}
-	conn, err := m.greet(ctx, half, to)
+	conn, err := m.clientHandshake(ctx, leg, request)
 	if err == nil {
 		return conn, nil
 	}
 	err = explainHandshake(err)
 	m.countFailure("dialled", err)
-	if cutOff(err) {
-		return nil, &detourError{half.peer.Node, err}
+	if isNetworkError(err) {
+		return nil, &tunnelError{leg.peer.Node, err}
 	}
-	return nil, err // its own word, though it came through another
+	return nil, err // from the target, not from the relay
 }
 
-// tunnelResult names how a tunnel came about, or why not.
+// tunnelResult maps the error of a tunnel dial to the metric's label "result".
 func tunnelResult(err error) string {
-	var detour *detourError
+	var tunnel *tunnelError
 	var refused *RefusedError
 	switch {
 	case err == nil:
 		return "ok"
-	case errors.As(err, &detour):
-		err = detour.err
+	case errors.As(err, &tunnel):
+		err = tunnel.err
 	}
 	if !errors.As(err, &refused) {
-		return handshakeReason(err)
+		return failureReason(err)
 	}
 	switch refused.Code {
 	case CodeNoTunnel, CodeUnreached, CodeIsolated:

@@ -15,16 +15,16 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// testLink is a way to a node that can be cut: then what is on its way stays
-// there, and new connections open and hear nothing, as behind a firewall that
-// drops. Mended, it goes on where it was.
+// testLink is a TCP proxy to a node that can be cut. While it is cut it holds all
+// data back and new connections open but get no answer, as behind a firewall that
+// drops packets. After mend it forwards the held data.
 type testLink struct {
 	addr string
 	ln   net.Listener
-	held atomic.Int64 // pieces of data that wait for the end of a cut
+	held atomic.Int64 // reads whose data the cut holds back
 
-	mu   sync.Mutex // guards open
-	open chan struct{}
+	mu   sync.Mutex    // guards open
+	open chan struct{} // closed while data may pass
 }
 
 func newTestLink(t testing.TB, to string) *testLink {
@@ -62,12 +62,12 @@ func (l *testLink) carry(ctx context.Context, near net.Conn, to string) {
 	defer func() { _ = far.Close() }()
 	defer context.AfterFunc(ctx, func() { _ = near.Close(); _ = far.Close() })()
 	var both sync.WaitGroup
-	for _, way := range [][2]net.Conn{{near, far}, {far, near}} {
+	for _, pair := range [][2]net.Conn{{near, far}, {far, near}} {
 		both.Go(func() {
-			defer func() { _ = way[0].Close(); _ = way[1].Close() }()
+			defer func() { _ = pair[0].Close(); _ = pair[1].Close() }()
 			b := make([]byte, 4096)
 			for {
-				n, err := way[0].Read(b)
+				n, err := pair[0].Read(b)
 				if err != nil {
 					return
 				}
@@ -76,7 +76,7 @@ func (l *testLink) carry(ctx context.Context, near net.Conn, to string) {
 					return
 				}
 				l.held.Add(-1)
-				if _, err := way[1].Write(b[:n]); err != nil {
+				if _, err := pair[1].Write(b[:n]); err != nil {
 					return
 				}
 			}
@@ -85,6 +85,7 @@ func (l *testLink) carry(ctx context.Context, near net.Conn, to string) {
 	both.Wait()
 }
 
+// pass waits until the link is not cut. It is false if the test ended first.
 func (l *testLink) pass(ctx context.Context) bool {
 	l.mu.Lock()
 	open := l.open
@@ -103,7 +104,7 @@ func (l *testLink) cut() {
 	l.open = make(chan struct{})
 }
 
-// refuse has the link answer new connections with a reset, for good.
+// refuse makes the link refuse new connections from now on.
 func (l *testLink) refuse() error { return l.ln.Close() }
 
 func (l *testLink) mend() {
@@ -116,19 +117,19 @@ func (l *testLink) mend() {
 	}
 }
 
-// triangle is three sites of one node each: a, which dials b over a link that
-// can be cut, and c, which both reach.
+// triangle is three sites with one node each: a dials b over a link that can be
+// cut, and both reach c.
 type triangle struct {
 	a, b, c *testPeer
-	stopC   func()    // from accepting
+	stopC   func()    // ends c's Serve
 	link    *testLink // from a to b
 	book    *testBook
 	ca      tlsAuthority
 
-	mu     sync.Mutex // guards all below
-	relays []string   // that a may ask
-	silent []string   // for a
-	cutOff map[string]error
+	mu     sync.Mutex       // guards all below
+	relays []string         // a's Options.Relays for b
+	silent []string         // a's Options.Silent
+	refuse map[string]error // "c:a": what c's Options.Admit returns for site a
 }
 
 func (w *triangle) set(change func()) {
@@ -137,19 +138,19 @@ func (w *triangle) set(change func()) {
 	change()
 }
 
-// admit is every node's Admit: "c:a" is c's word about site a.
+// admit is the Options.Admit of the node of site self.
 func (w *triangle) admit(self string) func(string) error {
 	return func(site string) error {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		return w.cutOff[self+":"+site]
+		return w.refuse[self+":"+site]
 	}
 }
 
 func newTriangle(t *testing.T) *triangle {
 	t.Helper()
-	w := &triangle{book: newTestBook(), ca: newTLSAuthority(t, "dev"), relays: []string{"c-1"}, cutOff: map[string]error{}}
-	make := func(site string, change func(*Options)) *testPeer {
+	w := &triangle{book: newTestBook(), ca: newTLSAuthority(t, "dev"), relays: []string{"c-1"}, refuse: map[string]error{}}
+	newPeer := func(site string, change func(*Options)) *testPeer {
 		return newTestPeer(t, w.ca, w.book, Identity{"dev", site, site + "-1"}, func(o *Options) {
 			o.Admit = w.admit(site)
 			if change != nil {
@@ -157,11 +158,11 @@ func newTriangle(t *testing.T) *triangle {
 			}
 		})
 	}
-	w.b, w.c = make("b", nil), make("c", nil)
+	w.b, w.c = newPeer("b", nil), newPeer("c", nil)
 	w.b.serve(t, w.book)
 	w.stopC = w.c.serve(t, w.book)
 	w.link = newTestLink(t, w.b.addr)
-	w.a = make("a", func(o *Options) {
+	w.a = newPeer("a", func(o *Options) {
 		o.Address = func(node string) (string, bool) {
 			if node == "b-1" {
 				return w.link.addr, true
@@ -183,15 +184,16 @@ func newTriangle(t *testing.T) *triangle {
 		}
 	})
 	w.a.serve(t, w.book)
-	w.a.timing = wayTiming{
-		headStart: 20 * time.Millisecond, soft: 100 * time.Millisecond, every: 50 * time.Millisecond,
+	w.a.timing = routeTiming{
+		tunnelDelay: 20 * time.Millisecond, softTimeout: 100 * time.Millisecond, minProbe: 50 * time.Millisecond,
 		recheck: 100 * time.Millisecond, confirm: 20 * time.Millisecond, grace: 50 * time.Millisecond,
 	}
 	return w
 }
 
-// echo answers what it reads on connections of a kind, and gives their peers.
-func echo(t *testing.T, p *testPeer, kind Kind) (peers func() []*PeerConn) {
+// echo accepts connections of a kind and sends back what it reads on them. It
+// returns the connections accepted so far.
+func echo(t *testing.T, p *testPeer, kind Kind) (accepted func() []*PeerConn) {
 	t.Helper()
 	var mu sync.Mutex
 	var seen []*PeerConn
@@ -222,8 +224,8 @@ func echo(t *testing.T, p *testPeer, kind Kind) (peers func() []*PeerConn) {
 	}
 }
 
-// through opens a connection from a to b that must be a tunnel through c.
-func (w *triangle) through(t *testing.T, kind Kind) *PeerConn {
+// dialViaC opens a connection from a to b and fails unless it is a tunnel through c.
+func (w *triangle) dialViaC(t *testing.T, kind Kind) *PeerConn {
 	t.Helper()
 	conn, err := w.a.Dial(async.Context(t), kind, "b-1")
 	if err != nil {
@@ -231,37 +233,37 @@ func (w *triangle) through(t *testing.T, kind Kind) *PeerConn {
 	}
 	c := conn.(*PeerConn)
 	t.Cleanup(func() { _ = c.Close() })
-	if c.Via() != "c-1" || c.Peer() != w.b.id {
-		t.Fatalf("connected with %s via %q, want %s via c-1", c.Peer(), c.Via(), w.b.id)
+	if c.via != "c-1" || c.peer != w.b.id {
+		t.Fatalf("connected with %s via %q, want %s via c-1", c.peer, c.via, w.b.id)
 	}
 	return c
 }
 
-// goes tells which way a leads to b.
-func (w *triangle) goes(via string) func() bool {
-	return func() bool { return w.a.Way("b-1") == via }
+// routed reports whether a reaches b through that relay; "" is directly.
+func (w *triangle) routed(via string) func() bool {
+	return func() bool { return w.a.Via("b-1") == via }
 }
 
-// carries reports how many tunnels stand at a node.
-func (p *testPeer) carries() int {
+// relaying is how many tunnels the node relays.
+func (p *testPeer) relaying() int {
 	p.relayed.mu.Lock()
 	defer p.relayed.mu.Unlock()
-	return p.relayed.all
+	return p.relayed.total
 }
 
 func roundTrip(conn net.Conn) error {
 	if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		return err
 	}
-	if _, err := conn.Write([]byte("over")); err != nil {
+	if _, err := conn.Write([]byte("ping")); err != nil {
 		return err
 	}
 	var back [4]byte
 	if _, err := io.ReadFull(conn, back[:]); err != nil {
 		return err
 	}
-	if string(back[:]) != "over" {
-		return errors.New("other bytes came back")
+	if string(back[:]) != "ping" {
+		return errors.New("the answer differs from what was sent")
 	}
 	return conn.SetDeadline(time.Time{})
 }

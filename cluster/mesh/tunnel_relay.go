@@ -10,61 +10,61 @@ import (
 	"time"
 )
 
-// Bounds of what a node carries for others.
+// Bounds of the tunnels that a node relays for others.
 const (
-	maxRelayed     = 1024 // tunnels through this node
-	maxRelayedEach = 512  // of them for one peer
+	maxRelayed        = 1024 // tunnels through this node
+	maxRelayedPerPeer = 512  // of those, asked for by one peer
 
-	relayBuffer = 16 << 10 // bytes a direction: one TLS record
-	// relayHalfOpen is how long one direction may last after the other's end.
+	relayBuffer = 16 << 10 // bytes for each direction: one TLS record
+	// relayHalfOpen is how long one direction stays open after the other has ended.
 	relayHalfOpen = 2 * time.Second
-	// relayWordsMax bounds what a refusal quotes, in bytes.
-	relayWordsMax = 512
+	// relayErrorMax bounds the error that a refusal quotes, in bytes.
+	relayErrorMax = 512
 )
 
-// relayed counts the tunnels through this node, by who asked for them.
-type relayed struct {
-	most, each int
+// relayLimiter counts the tunnels through this node, by the peer that asked.
+type relayLimiter struct {
+	limit, limitPerPeer int
 
-	mu  sync.Mutex // guards all, of
-	all int
-	of  map[string]int
+	mu      sync.Mutex // guards total, perPeer
+	total   int
+	perPeer map[string]int
 }
 
-func (r *relayed) enter(node string) bool {
+func (r *relayLimiter) acquire(node string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.all >= r.most || r.of[node] >= r.each {
+	if r.total >= r.limit || r.perPeer[node] >= r.limitPerPeer {
 		return false
 	}
-	r.all++
-	r.of[node]++
+	r.total++
+	r.perPeer[node]++
 	return true
 }
 
-func (r *relayed) leave(node string) {
+func (r *relayLimiter) release(node string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.all--
-	if r.of[node]--; r.of[node] == 0 {
-		delete(r.of, node)
+	r.total--
+	if r.perPeer[node]--; r.perPeer[node] == 0 {
+		delete(r.perPeer, node)
 	}
 }
 
-// relay carries a tunnel for a peer until one of its ends, or ctx, ends. Both
-// halves are on the mesh's list with their sites: what cuts a site off here
-// ends the tunnels from and to it.
+// relay carries a tunnel for a peer until one of the legs or ctx ends. Both legs
+// are in the list of open connections with their sites, so CloseAll and
+// CloseRefused on the relay end the tunnels from and to a site.
 func (m *Mesh) relay(ctx context.Context, from *PeerConn) {
-	defer func() { _ = from.Close() }() // nothing more to say
-	stop := context.AfterFunc(ctx, from.cut)
+	defer func() { _ = from.Close() }() // nothing is left to send
+	stop := context.AfterFunc(ctx, from.abort)
 	defer stop()
 
-	if !m.relayed.enter(from.peer.Node) {
-		m.answerTunnel(from, &RefusedError{Code: CodeNoTunnel, Message: "too many tunnels lead through here"})
+	if !m.relayed.acquire(from.peer.Node) {
+		m.answerTunnel(from, &RefusedError{Code: CodeNoTunnel, Message: "this node relays too many tunnels"})
 		return
 	}
-	defer m.relayed.leave(from.peer.Node)
-	to, refused := m.extend(ctx, from)
+	defer m.relayed.release(from.peer.Node)
+	to, refused := m.dialTarget(ctx, from)
 	if refused != nil {
 		m.answerTunnel(from, refused)
 		return
@@ -75,35 +75,35 @@ func (m *Mesh) relay(ctx context.Context, from *PeerConn) {
 	}
 }
 
-// extend dials the node that a tunnel is for: directly, or not at all. A tunnel
-// through two nodes would hide from each who is at its other end.
-func (m *Mesh) extend(ctx context.Context, from *PeerConn) (*PeerConn, *RefusedError) {
+// dialTarget dials a tunnel's target, and only directly: with two relays, neither
+// would know the node at the far side of the other and could not refuse its site.
+func (m *Mesh) dialTarget(ctx context.Context, from *PeerConn) (*PeerConn, *RefusedError) {
 	refuse := func(code, format string, args ...any) (*PeerConn, *RefusedError) {
 		return nil, &RefusedError{Code: code, Message: fmt.Sprintf(format, args...)}
 	}
 	target := from.target
 	if target == from.peer.Node || target == m.opts.Credentials.Identity().Node {
-		return refuse(CodeNoTunnel, "a tunnel needs three nodes")
+		return refuse(CodeNoTunnel, "the target of a tunnel must be a third node")
 	}
 	addr, ok := m.opts.Address(target)
 	if !ok {
-		return refuse(CodeUnreached, "no address of %s is known here", target)
+		return refuse(CodeUnreached, "this node knows no address of %s", target)
 	}
-	if via := m.ways.via(target); via != "" {
-		return refuse(CodeUnreached, "%s is reached from here only through %s", target, via)
+	if via := m.routes.via(target); via != "" {
+		return refuse(CodeUnreached, "this node reaches %s only through %s", target, via)
 	}
-	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout) // the asker waits no longer
+	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout) // the asking node waits no longer
 	defer cancel()
-	to, err := m.dial(ctx, greeting{kind: KindRelayed, node: target}, addr)
+	to, err := m.dial(ctx, dialRequest{kind: KindRelayed, node: target}, addr)
 	if err != nil {
-		words := err.Error()
-		return refuse(CodeUnreached, "%s", strings.ToValidUTF8(words[:min(len(words), relayWordsMax)], ""))
+		reason := err.Error()
+		return refuse(CodeUnreached, "%s", strings.ToValidUTF8(reason[:min(len(reason), relayErrorMax)], ""))
 	}
 	return to, nil
 }
 
-// answerTunnel tells who asked how it went, and reports whether it was told
-// that all is well.
+// answerTunnel sends the second reply of a KindTunnel connection. It returns true
+// if the tunnel was accepted and the peer was told so.
 func (m *Mesh) answerTunnel(from *PeerConn, refused *RefusedError) bool {
 	self := m.opts.Membership()
 	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
@@ -125,29 +125,30 @@ func writeAll(to io.Writer, b []byte) error {
 	return err
 }
 
-// splice carries bytes both ways until both directions have ended, one has
-// failed, or ctx ends.
+// splice copies bytes in both directions until both have ended, one has failed, or
+// ctx ends.
 func splice(ctx context.Context, a, b *PeerConn) {
-	cut := func() { a.cut(); b.cut() }
-	stop := context.AfterFunc(ctx, cut)
+	abort := func() { a.abort(); b.abort() }
+	stop := context.AfterFunc(ctx, abort)
 	defer stop()
-	back := make(chan struct{})
+	done := make(chan struct{})
 	go func() {
-		defer close(back)
-		pump(a, b, cut)
+		defer close(done)
+		copyDirection(a, b, abort)
 	}()
-	pump(b, a, cut)
-	<-back
+	copyDirection(b, a, abort)
+	<-done
 }
 
-// pump carries one direction. TLS's farewell is passed on, so that what is on
-// its way back still arrives; anything else ends both directions.
-func pump(to, from *PeerConn, cut func()) {
+// copyDirection copies one direction of a tunnel. It passes TLS's close_notify on,
+// so that bytes under way in the other direction still arrive; any error aborts
+// both directions.
+func copyDirection(to, from *PeerConn, abort func()) {
 	_, err := io.CopyBuffer(to, from, make([]byte, relayBuffer))
 	if err == nil {
 		err = errors.Join(to.CloseWrite(), to.SetReadDeadline(time.Now().Add(relayHalfOpen)))
 	}
 	if err != nil {
-		cut()
+		abort()
 	}
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// With the direct way cut every user of the mesh gets through, and both ends
-// know each other as if there were nobody between them.
+// With the direct route cut, gRPC, HTTP and Raft go through a tunnel, and the
+// target sees the dialler's identity, not the relay's.
 func TestTunnelCarriesEveryKind(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
@@ -33,7 +33,7 @@ func TestTunnelCarriesEveryKind(t *testing.T) {
 		t.Errorf("grpc: %v", err)
 	}
 	if got := callers(); len(got) == 0 || got[0] != w.a.id {
-		t.Errorf("called by %v", got)
+		t.Errorf("b was called by %v, want a", got)
 	}
 	body := strings.Repeat("deepseek ", 100_000)
 	if got, err := post(ctx, w.a.Mesh, "b-1", body); err != nil || got != "a-1 to b-1: "+body {
@@ -48,43 +48,43 @@ func TestTunnelCarriesEveryKind(t *testing.T) {
 		}
 	}
 	if n := testutil.ToFloat64(w.c.metrics.tunnels.WithLabelValues("relayed", "ok")); n < 3 {
-		t.Errorf("c relayed %v tunnels, want 3 at least", n)
+		t.Errorf("c relayed %v tunnels, want at least 3", n)
 	}
 	if n := testutil.ToFloat64(w.b.metrics.opened.WithLabelValues("relayed", "accepted")); n < 3 {
-		t.Errorf("b accepted %v tunnels, want 3 at least", n)
+		t.Errorf("b accepted %v tunnels, want at least 3", n)
 	}
 }
 
-// A direct way that works is taken, also when it is slow.
-func TestDirectWayComesFirst(t *testing.T) {
+// No tunnel is opened while the direct dial may still succeed.
+func TestDirectRouteIsPreferred(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindHTTP)
-	w.a.timing.headStart = time.Minute
+	w.a.timing.tunnelDelay = time.Minute
 	conn, err := w.a.Dial(async.Context(t), KindHTTP, "b-1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if via := conn.(*PeerConn).Via(); via != "" {
-		t.Errorf("it goes through %s", via)
+	if via := conn.(*PeerConn).via; via != "" {
+		t.Errorf("the connection goes through %s, want direct", via)
 	}
 	if n := testutil.ToFloat64(w.c.metrics.tunnels.WithLabelValues("relayed", "ok")); n != 0 {
-		t.Errorf("%v tunnels were asked for", n)
+		t.Errorf("c relayed %v tunnels, want none", n)
 	}
 }
 
-// What is no fault of the network is no reason for a tunnel.
-func TestNoTunnelAroundARefusal(t *testing.T) {
+// Only a failure of the network leads to a tunnel, not a refusal.
+func TestNoTunnelAfterARefusal(t *testing.T) {
 	async.NoLeaks(t)
 	for _, tc := range []struct {
 		name    string
 		prepare func(*triangle)
 		want    func(error) bool
 	}{
-		{"b does not admit a", func(w *triangle) { w.cutOff["b:a"] = errors.New("a is cut off") }, refusedAs(CodeIsolated)},
-		{"a does not admit b", func(w *triangle) { w.cutOff["a:b"] = errors.New("b is cut off") }, refusedAs(CodeIsolated)},
-		{"another generation", func(w *triangle) { w.b.is(recovered) }, refusedAs(CodeOlderGeneration)},
+		{"b does not admit a", func(w *triangle) { w.refuse["b:a"] = errors.New("a is isolated") }, refusedAs(CodeIsolated)},
+		{"a does not admit b", func(w *triangle) { w.refuse["a:b"] = errors.New("b is isolated") }, refusedAs(CodeIsolated)},
+		{"another generation", func(w *triangle) { w.b.setMembership(recovered) }, refusedAs(CodeOlderGeneration)},
 		{
 			"another node at the address", func(w *triangle) { w.link.addr = w.c.addr },
 			func(err error) bool { return errors.Is(err, ErrWrongNode) },
@@ -95,7 +95,7 @@ func TestNoTunnelAroundARefusal(t *testing.T) {
 			for _, p := range []*testPeer{w.b, w.c} {
 				p.Listener(KindHTTP)
 			}
-			w.a.timing.headStart = time.Minute
+			w.a.timing.tunnelDelay = time.Minute
 			w.set(func() { tc.prepare(w) })
 			if _, err := w.a.Dial(async.Context(t), KindHTTP, "b-1"); !tc.want(err) {
 				t.Errorf("got %v", err)
@@ -114,66 +114,66 @@ func refusedAs(code string) func(error) bool {
 	}
 }
 
-// A site that is cut off on purpose is cut off from tunnels too, whoever of the
-// three is the one that knows.
+// A tunnel ends, and no new one is made, if any of its three nodes refuses the site
+// of one of the others.
 func TestTunnelsRespectIsolation(t *testing.T) {
 	async.NoLeaks(t)
-	for _, tc := range []struct{ name, who, about string }{
-		{"the relay does not admit the asker", "c", "a"},
-		{"the relay does not admit the target", "c", "b"},
-		{"the target does not admit the asker", "b", "a"},
-		{"the target does not admit the relay", "b", "c"},
-		{"the asker does not admit the target", "a", "b"},
-		{"the asker does not admit the relay", "a", "c"},
+	for _, tc := range []struct{ name, node, site string }{
+		{"the relay refuses the dialler", "c", "a"},
+		{"the relay refuses the target", "c", "b"},
+		{"the target refuses the dialler", "b", "a"},
+		{"the target refuses the relay", "b", "c"},
+		{"the dialler refuses the target", "a", "b"},
+		{"the dialler refuses the relay", "a", "c"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			w := newTriangle(t)
 			echo(t, w.b, KindHTTP)
 			w.link.cut()
-			w.a.opts.DialTimeout = 2 * time.Second // for the direct way, which fails
-			standing := w.through(t, KindHTTP)
-			if err := roundTrip(standing); err != nil {
+			w.a.opts.DialTimeout = 2 * time.Second // for the direct dial, which fails
+			open := w.dialViaC(t, KindHTTP)
+			if err := roundTrip(open); err != nil {
 				t.Fatal(err)
 			}
-			w.set(func() { w.cutOff[tc.who+":"+tc.about] = errors.New("a drill") })
+			w.set(func() { w.refuse[tc.node+":"+tc.site] = errors.New("a drill") })
 			if conn, err := w.a.Dial(async.Context(t), KindHTTP, "b-1"); err == nil {
 				_ = conn.Close()
 				t.Error("a new tunnel was made")
 			}
-			if err := roundTrip(standing); err != nil {
-				t.Fatalf("the standing one ended before it was severed: %v", err)
+			if err := roundTrip(open); err != nil {
+				t.Fatalf("the open tunnel ended before CloseRefused: %v", err)
 			}
-			map[string]*testPeer{"a": w.a, "b": w.b, "c": w.c}[tc.who].CloseRefused()
-			if err := standing.SetReadDeadline(time.Now().Add(20 * time.Second)); err == nil {
-				_, err = standing.Read(make([]byte, 1))
+			map[string]*testPeer{"a": w.a, "b": w.b, "c": w.c}[tc.node].CloseRefused()
+			if err := open.SetReadDeadline(time.Now().Add(20 * time.Second)); err == nil {
+				_, err = open.Read(make([]byte, 1))
 				if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-					t.Errorf("the standing tunnel goes on: %v", err)
+					t.Errorf("the tunnel is still open after CloseRefused: %v", err)
 				}
 			}
-			async.Await(t, "the relay to let go", func() bool { return w.c.carries() == 0 })
+			async.Await(t, "the relay to end the tunnel", func() bool { return w.c.relaying() == 0 })
 		})
 	}
 }
 
-// The far end finds a tunnelled connection under its peer's site, and under the
-// relay's.
-func TestCloseAllFindsTunnels(t *testing.T) {
+// The target's CloseAll ends a tunnelled connection for the dialler's site and for
+// the relay's.
+func TestCloseAllEndsTunnels(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	accepted := echo(t, w.b, KindHTTP)
 	w.link.cut()
 	for _, site := range []string{"a", "c"} {
-		conn := w.through(t, KindHTTP)
+		conn := w.dialViaC(t, KindHTTP)
 		if err := roundTrip(conn); err != nil {
 			t.Fatal(err)
 		}
 		all := accepted()
-		if last := all[len(all)-1]; last.Peer() != w.a.id || last.Via() != "c-1" {
-			t.Errorf("b takes it for one with %s via %q", last.Peer(), last.Via())
+		if last := all[len(all)-1]; last.peer != w.a.id || last.via != "c-1" {
+			t.Errorf("b sees a connection with %s via %q, want a-1 via c-1", last.peer, last.via)
 		}
 		w.b.CloseAll(site)
 		if err := roundTrip(conn); err == nil {
-			t.Errorf("it outlives the end of all connections with site %s", site)
+			t.Errorf("the connection is still open after CloseAll of site %s", site)
 		}
 	}
 }
@@ -182,35 +182,35 @@ func TestRelayRefuses(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.book.set("dead-1", "127.0.0.1:1")
-	w.book.set("detoured-1", w.b.addr)
-	if !w.c.ways.begin("detoured-1", 0) {
-		t.Fatal("there is no place for a way")
+	w.book.set("relayed-1", w.b.addr)
+	if !w.c.routes.beginProbe("relayed-1", 0) {
+		t.Fatal("could not add a route")
 	}
-	w.c.ways.set("detoured-1", "b-1")
+	w.c.routes.setRelay("relayed-1", "b-1")
 	w.c.relayed.mu.Lock()
-	w.c.relayed.most = 3
+	w.c.relayed.limit = 3
 	w.c.relayed.mu.Unlock()
 	ask := func(target string) (*PeerConn, error) {
-		half, err := w.a.dial(async.Context(t), greeting{kind: KindTunnel, node: "c-1", target: target}, w.c.addr)
+		leg, err := w.a.dial(async.Context(t), dialRequest{kind: KindTunnel, node: "c-1", target: target}, w.c.addr)
 		if err != nil {
 			return nil, err
 		}
-		t.Cleanup(func() { _ = half.Close() })
-		text, err := readPreface(half)
+		t.Cleanup(func() { _ = leg.Close() })
+		answer, err := readPreface(leg)
 		if err != nil {
 			return nil, err
 		}
-		if _, refused := decodeReply(text); refused != nil {
+		if _, refused := decodeReply(answer); refused != nil {
 			return nil, refused
 		}
-		return half, nil
+		return leg, nil
 	}
 	for _, tc := range []struct{ name, target, code string }{
-		{"back to the asker", "a-1", CodeNoTunnel},
+		{"back to the dialler", "a-1", CodeNoTunnel},
 		{"to the relay itself", "c-1", CodeNoTunnel},
-		{"to nobody", "nobody-1", CodeUnreached},
+		{"to an unknown node", "unknown-1", CodeUnreached},
 		{"to a dead node", "dead-1", CodeUnreached},
-		{"through a second relay", "detoured-1", CodeUnreached},
+		{"through a second relay", "relayed-1", CodeUnreached},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			if _, err := ask(tc.target); !refusedAs(tc.code)(err) {
@@ -219,45 +219,45 @@ func TestRelayRefuses(t *testing.T) {
 		})
 	}
 	t.Run("too many", func(t *testing.T) {
-		var halves []*PeerConn
+		var legs []*PeerConn
 		for range 3 {
-			half, err := ask("b-1")
+			leg, err := ask("b-1")
 			if err != nil {
 				t.Fatal(err)
 			}
-			halves = append(halves, half)
+			legs = append(legs, leg)
 		}
 		if _, err := ask("b-1"); !refusedAs(CodeNoTunnel)(err) {
 			t.Errorf("got %v", err)
 		}
-		_ = halves[0].Close()
-		async.Await(t, "a place to be free", func() bool {
-			half, err := ask("b-1")
-			if half != nil {
-				halves = append(halves, half)
+		_ = legs[0].Close()
+		async.Await(t, "a free slot", func() bool {
+			leg, err := ask("b-1")
+			if leg != nil {
+				legs = append(legs, leg)
 			}
 			return err == nil
 		})
 	})
-	t.Run("too many of one", func(t *testing.T) {
-		r := relayed{most: 10, each: 2, of: map[string]int{}}
+	t.Run("too many of one peer", func(t *testing.T) {
+		r := relayLimiter{limit: 10, limitPerPeer: 2, perPeer: map[string]int{}}
 		for i, tc := range []struct {
 			node string
 			want bool
 		}{{"x", true}, {"x", true}, {"x", false}, {"y", true}} {
-			if got := r.enter(tc.node); got != tc.want {
-				t.Errorf("step %d: %s enters: %v", i, tc.node, got)
+			if got := r.acquire(tc.node); got != tc.want {
+				t.Errorf("step %d: acquire(%s) = %v", i, tc.node, got)
 			}
 		}
-		r.leave("x")
-		if !r.enter("x") {
-			t.Error("a place that was left is not free")
+		r.release("x")
+		if !r.acquire("x") {
+			t.Error("a released slot is not free")
 		}
 	})
 }
 
-// A relay that is one of us and malicious can refuse, no more.
-func TestRelayCannotSpeakForAnother(t *testing.T) {
+// A malicious relay with a valid certificate can't impersonate the target.
+func TestRelayCannotImpersonateTheTarget(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.link.cut()
@@ -273,13 +273,13 @@ func TestRelayCannotSpeakForAnother(t *testing.T) {
 				return nil
 			}
 			_ = raw.SetDeadline(time.Now().Add(10 * time.Second))
-			welcome, _ := appendPreface(nil, prefaceReply{Format: 1, ClusterID: first.ClusterID, Generation: first.Generation})
-			half := tls.Server(raw, w.c.serverTLS)
-			_, _ = readPreface(half)
-			_, _ = half.Write(append(welcome, welcome...))
-			inner := tls.Server(half, w.c.serverTLS) // as if it were b
+			accepted, _ := appendPreface(nil, prefaceReply{Format: 1, ClusterID: first.ClusterID, Generation: first.Generation})
+			leg := tls.Server(raw, w.c.serverTLS)
+			_, _ = readPreface(leg)
+			_, _ = leg.Write(append(accepted, accepted...))
+			inner := tls.Server(leg, w.c.serverTLS) // as if it were b
 			_, _ = readPreface(inner)
-			_, _ = inner.Write(welcome)
+			_, _ = inner.Write(accepted)
 			_, _ = io.Copy(io.Discard, raw)
 			_ = raw.Close()
 		}
@@ -291,91 +291,93 @@ func TestRelayCannotSpeakForAnother(t *testing.T) {
 	}
 }
 
-// What a peer may say inside a tunnel, and no stranger before it.
-func TestHostileInsideOfATunnel(t *testing.T) {
+// The handshake inside a tunnel refuses nested tunnels, invalid data and silence,
+// as the handshake over TCP does.
+func TestInvalidHandshakesInsideATunnel(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	echo(t, w.b, KindHTTP)
-	relayedHalf := func() *PeerConn {
-		half, err := w.c.dial(async.Context(t), greeting{kind: KindRelayed, node: "b-1"}, w.b.addr)
+	relayedLeg := func() *PeerConn {
+		leg, err := w.c.dial(async.Context(t), dialRequest{kind: KindRelayed, node: "b-1"}, w.b.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { _ = half.Close() })
-		return half
+		t.Cleanup(func() { _ = leg.Close() })
+		return leg
 	}
 	for _, kind := range []Kind{KindTunnel, KindRelayed} {
-		inside := greeting{kind: kind, node: "b-1"}
+		inside := dialRequest{kind: kind, node: "b-1"}
 		if kind == KindTunnel {
 			inside.target = "c-1"
 		}
-		if _, err := w.a.greet(async.Context(t), relayedHalf(), inside); !refusedAs(CodeNoTunnel)(err) {
-			t.Errorf("%s inside of a tunnel: %v", kind, err)
+		if _, err := w.a.clientHandshake(async.Context(t), relayedLeg(), inside); !refusedAs(CodeNoTunnel)(err) {
+			t.Errorf("%s inside a tunnel: got %v, want no_tunnel", kind, err)
 		}
 	}
-	for reason, say := range map[string][]byte{
+	for reason, data := range map[string][]byte{
 		"not_tls": []byte("GET / HTTP/1.1\r\n\r\n"),
 		"closed":  {},
 	} {
 		before := testutil.ToFloat64(w.b.metrics.failures.WithLabelValues("accepted", reason))
-		half := relayedHalf()
-		_, _ = half.Write(say)
-		_ = half.Close()
-		async.Await(t, "it to be counted as "+reason, func() bool {
+		leg := relayedLeg()
+		_, _ = leg.Write(data)
+		_ = leg.Close()
+		async.Await(t, "the failure to be counted as "+reason, func() bool {
 			return testutil.ToFloat64(w.b.metrics.failures.WithLabelValues("accepted", reason)) == before+1
 		})
 	}
-	// Silence is dropped as soon as a stranger's.
+	// A peer that sends nothing inside the tunnel is disconnected after the time limit
+	// of any handshake.
 	strict := newTestPeer(t, w.ca, w.book, Identity{"dev", "d", "d-1"}, nil)
-	strict.arrivals.limit = 300 * time.Millisecond
+	strict.handshakes.limit = 300 * time.Millisecond
 	strict.serve(t, w.book)
-	var half *PeerConn
-	async.Await(t, "a half that is in time", func() bool { // on a busy machine
+	var leg *PeerConn
+	async.Await(t, "a leg that opens within the time limit", func() bool { // which a slow machine may miss
 		var err error
-		half, err = w.c.dial(async.Context(t), greeting{kind: KindRelayed, node: "d-1"}, strict.addr)
+		leg, err = w.c.dial(async.Context(t), dialRequest{kind: KindRelayed, node: "d-1"}, strict.addr)
 		return err == nil
 	})
-	defer func() { _ = half.Close() }()
-	if err := half.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+	defer func() { _ = leg.Close() }()
+	if err := leg.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := half.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		t.Errorf("a silent one is kept: %v", err)
+	if _, err := leg.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the silent connection is still open: %v", err)
 	}
 	for _, p := range []*testPeer{w.b, strict} {
-		async.Await(t, "nothing to be left", func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
+		async.Await(t, "all connections to be closed", func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
 	}
 }
 
-// The ends of a tunnel come to an end together, and what was said before that
-// arrives.
-func TestTunnelEnds(t *testing.T) {
+// When one end closes a tunnel, the data that it sent before still arrives, and all
+// three nodes close their connections.
+func TestTunnelCloses(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	ln := w.b.Listener(KindHTTP)
 	w.link.cut()
-	near := w.through(t, KindHTTP)
+	near := w.dialViaC(t, KindHTTP)
 	far, err := ln.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := near.Write([]byte("last words")); err != nil {
+	if _, err := near.Write([]byte("last bytes")); err != nil {
 		t.Fatal(err)
 	}
 	if err := near.Close(); err != nil {
 		t.Error(err)
 	}
-	text, err := io.ReadAll(far)
-	if string(text) != "last words" || err != nil {
-		t.Errorf("%q arrived, %v", text, err)
+	got, err := io.ReadAll(far)
+	if string(got) != "last bytes" || err != nil {
+		t.Errorf("%q arrived, %v", got, err)
 	}
 	_ = far.Close()
 	for _, p := range []*testPeer{w.a, w.b, w.c} {
-		async.Await(t, "nothing to be left at "+p.id.Node, func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
+		async.Await(t, "all connections to be closed at "+p.id.Node, func() bool { return len(remoteAddrs(p.Mesh)) == 0 })
 	}
 
-	// The relay's own end ends it as well.
-	near = w.through(t, KindHTTP)
+	// When the relay closes a tunnel, both ends see it closed.
+	near = w.dialViaC(t, KindHTTP)
 	far, err = ln.Accept()
 	if err != nil {
 		t.Fatal(err)
@@ -384,14 +386,14 @@ func TestTunnelEnds(t *testing.T) {
 	w.c.CloseKind(KindTunnel)
 	for _, end := range []net.Conn{near, far} {
 		if _, err := end.Read(make([]byte, 1)); err == nil {
-			t.Error("one end goes on without the relay")
+			t.Error("one end is still open after the relay has closed the tunnel")
 		}
 	}
 }
 
-// When no way leads to a node the words tell of both, and the reason is the
-// direct one's.
-func TestNeitherWay(t *testing.T) {
+// When a node is reached neither directly nor through a relay, the error names both
+// failures and wraps the direct one.
+func TestErrorWhenNoRouteWorks(t *testing.T) {
 	async.NoLeaks(t)
 	w := newTriangle(t)
 	w.link.addr = "127.0.0.1:1" // refuses
@@ -402,14 +404,14 @@ func TestNeitherWay(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	if refusedAs(CodeUnreached)(err) {
-		t.Errorf("the relay's refusal passes for the node's: %v", err)
+		t.Errorf("the error wraps the relay's refusal: %v", err)
 	}
 	if got := testutil.ToFloat64(w.a.metrics.tunnels.WithLabelValues("dialled", CodeUnreached)); got != 1 {
-		t.Errorf("counted %v times", got)
+		t.Errorf("the failed tunnel was counted %v times, want once", got)
 	}
 }
 
-func TestCutOff(t *testing.T) {
+func TestIsNetworkError(t *testing.T) {
 	for _, tc := range []struct {
 		err  error
 		want bool
@@ -422,11 +424,11 @@ func TestCutOff(t *testing.T) {
 		{fmt.Errorf("read preface: %w", io.EOF), true},
 		{&RefusedError{Code: CodeIsolated}, false},
 		{fmt.Errorf("%w: b", ErrWrongNode), false},
-		{&detourError{"c-1", &RefusedError{Code: CodeIsolated}}, true},
+		{&tunnelError{"c-1", &RefusedError{Code: CodeIsolated}}, true},
 		{errNoRelay, true},
-		{fmt.Errorf("%w: 8192 stand", errTooManyConns), false},
+		{fmt.Errorf("%w: 8192 are open", errTooManyConns), false},
 	} {
-		if got := cutOff(tc.err); got != tc.want {
+		if got := isNetworkError(tc.err); got != tc.want {
 			t.Errorf("%v: %v, want %v", tc.err, got, tc.want)
 		}
 	}

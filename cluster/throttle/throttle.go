@@ -1,5 +1,5 @@
-// Package throttle limits repeated log lines. A package of its own because both the
-// mesh and gossip log what strangers cause.
+// Package throttle limits repeated log lines. The mesh and gossip use it for lines that
+// clients without a certificate can cause. Start reading at Lines.
 package throttle
 
 import (
@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// Lines lets each reason be logged once every 10 seconds: anybody who can
-// open connections could fill a disk with log lines otherwise. At most 256 reasons are
-// remembered; one more forgets them all.
+// Lines allows one log line for each reason every 10 seconds. Without it, whoever can
+// open connections could fill a disk with log lines. It remembers at most 256 reasons
+// and forgets all of them when there is one more.
 type Lines struct {
 	every time.Duration
 
@@ -24,25 +24,25 @@ type logged struct {
 
 const maxReasons = 256
 
-// NewLines makes a throttle that allows each reason once every 10 seconds.
+// NewLines makes a throttle that has seen no reason yet.
 func NewLines() *Lines {
 	return &Lines{every: 10 * time.Second, seen: map[string]logged{}}
 }
 
-// Allow reports whether the reason may be logged now, and how many lines of it were
-// skipped since the last one that was.
-func (t *Lines) Allow(reason string) (skipped int, ok bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	last, known := t.seen[reason]
-	if known && time.Since(last.at) < t.every {
+// Allow reports whether a line with this reason may be logged now, and how many lines
+// were skipped since the last one that was logged.
+func (l *Lines) Allow(reason string) (skipped int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	last, known := l.seen[reason]
+	if known && time.Since(last.at) < l.every {
 		last.skipped++
-		t.seen[reason] = last
+		l.seen[reason] = last
 		return 0, false
 	}
-	if !known && len(t.seen) >= maxReasons {
-		clear(t.seen)
+	if !known && len(l.seen) >= maxReasons {
+		clear(l.seen)
 	}
-	t.seen[reason] = logged{at: time.Now()}
+	l.seen[reason] = logged{at: time.Now()}
 	return last.skipped, true
 }

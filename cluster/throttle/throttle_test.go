@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-func TestEachReasonOnceInTenSeconds(t *testing.T) {
+func TestOneLineForEachReasonInTenSeconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := NewLines()
 		want := func(reason string, skipped int, ok bool) {
@@ -26,8 +26,8 @@ func TestEachReasonOnceInTenSeconds(t *testing.T) {
 	})
 }
 
-// A stranger who can make up reasons must not fill the memory.
-func TestReasonsAreBounded(t *testing.T) {
+// A client that causes ever new reasons must not fill the memory.
+func TestNumberOfReasonsIsBounded(t *testing.T) {
 	lines := NewLines()
 	for i := range 10 * maxReasons {
 		lines.Allow(strconv.Itoa(i))

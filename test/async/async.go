@@ -1,5 +1,6 @@
-// Package async has what tests of concurrent code share: waiting for a condition,
-// running a loop for the length of a test, and looking for leaked goroutines.
+// Package async has helpers for tests of concurrent code: waiting for a condition,
+// running a loop until the end of a test, and detecting leaked goroutines. Start
+// reading at Await.
 package async
 
 import (
@@ -12,25 +13,26 @@ import (
 	"go.uber.org/goleak"
 )
 
-// patience is far above what anything waited for takes, even on a busy machine.
-const patience = 20 * time.Second
+// timeout is far longer than any awaited condition takes, even on a slow machine.
+const timeout = 20 * time.Second
 
-// Await waits until a condition holds that something else brings about.
+// Await polls a condition until it holds, and fails the test if it takes too long.
 func Await(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	end := time.After(patience)
+	end := time.After(timeout)
 	for !condition() {
 		select {
 		case <-tick.C:
 		case <-end:
-			t.Fatalf("waited too long for: %s", what)
+			t.Fatalf("timed out after %s waiting for: %s", timeout, what)
 		}
 	}
 }
 
-// Run runs a loop until the test ends or the returned function is called.
+// Run runs a loop in a goroutine until the test ends or stop is called. It fails the
+// test if the loop returns an error.
 func Run(t testing.TB, run func(context.Context) error) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -44,14 +46,14 @@ func Run(t testing.TB, run func(context.Context) error) (stop func()) {
 		cancel()
 		<-done
 		if failed != nil {
-			t.Errorf("loop ended with: %v", failed)
+			t.Errorf("the loop returned: %v", failed)
 		}
 	})
 	t.Cleanup(stop)
 	return stop
 }
 
-// NoLeaks fails a test that leaves goroutines behind. Call it first, so that its
+// NoLeaks fails a test that leaves goroutines running. Call it first, so that its
 // cleanup runs last. It retries for ten seconds: net/http keeps goroutines for half
 // a second after a connection has ended, and memberlist's loops end at their next tick.
 func NoLeaks(t testing.TB) {
@@ -88,10 +90,9 @@ func (b *Buffer) Bytes() []byte {
 	return bytes.Clone(b.b.Bytes())
 }
 
-// Context is cancelled at the end of the test, or when a single operation in it
-// takes far too long.
+// Context returns a context that ends with the test, or after the timeout of Await.
 func Context(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -18,10 +18,11 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// strangerTLS is what somebody presents who has a certificate but not our code.
-func strangerTLS(t testing.TB, cert, key []byte) *tls.Config {
+// otherTLS is the configuration of a client that has a certificate, or none, and
+// does not check this node.
+func otherTLS(t testing.TB, cert, key []byte) *tls.Config {
 	t.Helper()
-	c := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} //nolint:gosec // a stranger
+	c := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS12} //nolint:gosec // checks nothing on purpose
 	if cert != nil {
 		pair, err := tls.X509KeyPair(cert, key)
 		if err != nil {
@@ -32,7 +33,7 @@ func strangerTLS(t testing.TB, cert, key []byte) *tls.Config {
 	return c
 }
 
-func TestStrangersAreNotAccepted(t *testing.T) {
+func TestInvalidClientsAreNotAccepted(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
@@ -41,31 +42,31 @@ func TestStrangersAreNotAccepted(t *testing.T) {
 
 	id := Identity{"dev", "b", "b-1"}
 	otherCA := newTLSAuthority(t, "dev")
-	good, goodKey := ca.issue(t, id)
-	unknown, unknownKey := otherCA.issue(t, id)
+	valid, validKey := ca.issue(t, id)
+	otherCACert, otherCAKey := otherCA.issue(t, id)
 	expired, expiredKey := ca.issueUntil(t, id, time.Now().Add(-time.Minute))
 	foreignCert, foreignKey := ca.issue(t, Identity{"prod", "b", "b-1"})
-	old := strangerTLS(t, good, goodKey)
+	old := otherTLS(t, valid, validKey)
 	old.MaxVersion = tls.VersionTLS12
 
-	hello, err := appendPreface(nil, prefaceRequest{Format: 1, Kind: KindGRPC, ClusterID: "c1", Generation: first.Generation, Node: "b-1", Site: "b"})
+	preface, err := appendPreface(nil, prefaceRequest{Format: 1, Kind: KindGRPC, ClusterID: "c1", Generation: first.Generation, Node: "b-1", Site: "b"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct {
 		name   string
 		tls    *tls.Config // nil: no TLS at all
-		say    []byte
+		send   []byte
 		reason string
 	}{
-		{"another CA", strangerTLS(t, unknown, unknownKey), hello, "unknown_ca"},
-		{"an expired certificate", strangerTLS(t, expired, expiredKey), hello, "expired"},
-		{"another cluster's name", strangerTLS(t, foreignCert, foreignKey), hello, "other_cluster"},
-		{"no certificate", strangerTLS(t, nil, nil), hello, "other"},
-		{"TLS 1.2", old, hello, "other"},
+		{"another CA", otherTLS(t, otherCACert, otherCAKey), preface, "unknown_ca"},
+		{"an expired certificate", otherTLS(t, expired, expiredKey), preface, "expired"},
+		{"another cluster's name", otherTLS(t, foreignCert, foreignKey), preface, "other_cluster"},
+		{"no certificate", otherTLS(t, nil, nil), preface, "other"},
+		{"TLS 1.2", old, preface, "other"},
 		{"plain HTTP", nil, []byte("GET / HTTP/1.1\r\n\r\n"), "not_tls"},
-		{"another protocol inside", strangerTLS(t, good, goodKey), []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), "not_a_preface"},
-		{"gone in the middle", strangerTLS(t, good, goodKey), hello[:9], "closed"},
+		{"another protocol inside TLS", otherTLS(t, valid, validKey), []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), "not_a_preface"},
+		{"closed in the middle of the preface", otherTLS(t, valid, validKey), preface[:9], "closed"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			before := testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason))
@@ -81,28 +82,28 @@ func TestStrangersAreNotAccepted(t *testing.T) {
 			if tc.tls != nil {
 				conn = tls.Client(raw, tc.tls)
 			}
-			// TLS may fail in either call, or only when reading.
-			if _, err := conn.Write(tc.say); err == nil {
+			// TLS may fail in the write or only in the read.
+			if _, err := conn.Write(tc.send); err == nil {
 				if tc.reason == "closed" {
 					_ = conn.Close()
 				}
 				if n, err := io.Copy(io.Discard, conn); err == nil && n > 100 {
-					t.Errorf("it was answered, with %d bytes", n)
+					t.Errorf("the client got an answer of %d bytes", n)
 				}
 			}
-			_ = raw.Close() // the other side lingers until then
+			_ = raw.Close() // the acceptor lingers until then
 			async.Await(t, "the failure to be counted as "+tc.reason, func() bool {
 				return testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason)) == before+1
 			})
 		})
 	}
 	if n := len(remoteAddrs(hub.Mesh)); n != 0 {
-		t.Errorf("%d strangers were taken in", n)
+		t.Errorf("%d connections are open, want none", n)
 	}
 }
 
-// What an operator reads at the node with the wrong certificate.
-func TestWordsForAWrongCertificate(t *testing.T) {
+// A node with a wrong certificate gets an error that says what is wrong with it.
+func TestErrorsOfANodeWithAWrongCertificate(t *testing.T) {
 	async.NoLeaks(t)
 	ca, otherCA, book := newTLSAuthority(t, "dev"), newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
@@ -110,42 +111,43 @@ func TestWordsForAWrongCertificate(t *testing.T) {
 	hub.Listener(KindGRPC)
 	ctx := async.Context(t)
 
-	lost := newTestPeer(t, otherCA, book, Identity{"dev", "b", "b-1"}, nil)
-	if _, err := lost.Dial(ctx, KindGRPC, "a-1"); err == nil || !strings.Contains(err.Error(), "signed by another CA") {
-		t.Errorf("the dialler's CA is another: %v", err)
+	otherPeer := newTestPeer(t, otherCA, book, Identity{"dev", "b", "b-1"}, nil)
+	if _, err := otherPeer.Dial(ctx, KindGRPC, "a-1"); err == nil || !strings.Contains(err.Error(), "signed by another CA") {
+		t.Errorf("the dialler has another CA: got %v, want an error that says so", err)
 	}
-	// A dialler that trusts both CAs, but shows a certificate of the other one.
+	// A dialler that trusts both CAs, with a certificate of the other one.
 	trusting := newTestPeer(t, otherCA, book, Identity{"dev", "c", "c-1"}, nil)
 	writeTLSFile(t, trusting.files.ca, append(bytes.Clone(ca.cert), otherCA.cert...))
 	if err := trusting.opts.Credentials.Reload(); err != nil {
 		t.Fatal(err)
 	}
-	for range 20 { // a reset must not swallow the alert
+	for range 20 { // a reset must never destroy the alert
 		if _, err := trusting.Dial(ctx, KindGRPC, "a-1"); !errors.Is(err, ErrCertificateRefused) {
 			t.Fatalf("got %v, want ErrCertificateRefused", err)
 		}
 	}
-	abroad := newTestPeer(t, newTLSAuthority(t, "prod"), book, Identity{"prod", "d", "d-1"}, nil)
-	writeTLSFile(t, abroad.files.ca, append(bytes.Clone(ca.cert), readTestFile(t, abroad.files.ca)...))
-	if err := abroad.opts.Credentials.Reload(); err != nil {
+	foreignPeer := newTestPeer(t, newTLSAuthority(t, "prod"), book, Identity{"prod", "d", "d-1"}, nil)
+	writeTLSFile(t, foreignPeer.files.ca, append(bytes.Clone(ca.cert), readTestFile(t, foreignPeer.files.ca)...))
+	if err := foreignPeer.opts.Credentials.Reload(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := abroad.Dial(ctx, KindGRPC, "a-1"); !errors.Is(err, ErrForeignCluster) {
+	if _, err := foreignPeer.Dial(ctx, KindGRPC, "a-1"); !errors.Is(err, ErrForeignCluster) {
 		t.Errorf("got %v, want ErrForeignCluster", err)
 	}
 }
 
 func readTestFile(t testing.TB, path string) []byte {
 	t.Helper()
-	text, err := readBounded(path)
+	content, err := readBounded(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return text
+	return content
 }
 
-// silent opens a connection that says nothing, and tells when it was dropped.
-func silent(t *testing.T, addr string) (dropped <-chan struct{}) {
+// dialSilently opens a connection that sends nothing. The channel is closed when
+// the other side has closed the connection.
+func dialSilently(t *testing.T, addr string) (closed <-chan struct{}) {
 	t.Helper()
 	raw, err := net.Dial("tcp", addr)
 	if err != nil {
@@ -161,73 +163,75 @@ func silent(t *testing.T, addr string) (dropped <-chan struct{}) {
 	return done
 }
 
-func TestSilentClientIsDropped(t *testing.T) {
+func TestSilentClientIsDisconnected(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
-	hub.arrivals.limit = 50 * time.Millisecond
+	hub.handshakes.limit = 50 * time.Millisecond
 	hub.serve(t, book)
 	select {
-	case <-silent(t, hub.addr):
+	case <-dialSilently(t, hub.addr):
 	case <-time.After(20 * time.Second):
-		t.Fatal("it was not dropped")
+		t.Fatal("the connection was not closed")
 	}
-	async.Await(t, "it to be counted", func() bool {
+	async.Await(t, "the timeout to be counted", func() bool {
 		return testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", "timeout")) == 1
 	})
 }
 
-func TestCrowdDoesNotKeepPeersOut(t *testing.T) {
+// Clients that send nothing use up all handshake slots; a peer still gets through.
+func TestSilentClientsDoNotBlockPeers(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
-	hub.arrivals = newArrivals(4, time.Minute)
+	hub.handshakes = newHandshakeLimiter(4, time.Minute)
 	hub.serve(t, book)
 	hub.serveGRPC(t)
-	var crowd []<-chan struct{}
+	var clients []<-chan struct{}
 	for range 20 {
-		crowd = append(crowd, silent(t, hub.addr))
+		clients = append(clients, dialSilently(t, hub.addr))
 	}
 	peer := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
 	if err := peer.check(async.Context(t), "a-1"); err != nil {
-		t.Fatalf("a peer did not get through: %v", err)
+		t.Fatalf("a peer could not connect: %v", err)
 	}
-	for _, dropped := range crowd[:16] { // the oldest went first
-		<-dropped
+	for _, closed := range clients[:16] { // the oldest are aborted first
+		<-closed
 	}
 	if got := testutil.ToFloat64(hub.metrics.handshakes); got > 4 {
 		t.Errorf("%v handshakes at once, the bound is 4", got)
 	}
 }
 
-// A connection that nobody takes off the listener's hands does not wait for ever.
-func TestUnclaimedConnectionIsDropped(t *testing.T) {
+// A connection that is never accepted from its kind's listener is closed after the
+// time limit.
+func TestConnectionNobodyAcceptsIsClosed(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	hub := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
-	hub.arrivals.limit = 300 * time.Millisecond
+	hub.handshakes.limit = 300 * time.Millisecond
 	hub.serve(t, book)
-	hub.Listener(KindHTTP) // nobody accepts
+	hub.Listener(KindHTTP) // never accepted from
 	peer := newTestPeer(t, ca, book, Identity{"dev", "b", "b-1"}, nil)
-	async.Await(t, "a dial that comes through in time", func() bool {
+	async.Await(t, "a dial that succeeds within the time limit", func() bool {
 		conn, err := peer.Dial(async.Context(t), KindHTTP, "a-1")
 		if err != nil {
-			return false // a busy machine
+			return false // the machine is slow
 		}
 		defer func() { _ = conn.Close() }()
 		if _, err := conn.Read(make([]byte, 1)); err == nil {
-			t.Error("something was read")
+			t.Error("the connection delivered data, want it closed")
 		}
 		return true
 	})
 	if n := len(remoteAddrs(hub.Mesh)); n != 0 {
-		t.Errorf("%d connections are left", n)
+		t.Errorf("%d connections are open, want none", n)
 	}
 }
 
-// The CA is exchanged, and with it every certificate, while peers dial all the
-// time: not one dial fails, whatever lies half written on the disk.
-func TestRotationUnderDials(t *testing.T) {
+// The CA and every certificate are replaced while the peers dial all the time. No
+// dial fails, although files are half written at times.
+func TestRotationOfTheCAFailsNoDial(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
 	a := newTestPeer(t, ca, book, Identity{"dev", "a", "a-1"}, nil)
@@ -265,11 +269,11 @@ func TestRotationUnderDials(t *testing.T) {
 		}
 	}
 	stopA, stopB := async.Run(t, dialler(a, b)), async.Run(t, dialler(b, a))
-	dialSome := func() {
+	waitForDials := func() {
 		target := dials.Load() + 6
 		async.Await(t, "more dials", func() bool { return dials.Load() >= target || t.Failed() })
 	}
-	settled := func(what string) {
+	waitForReload := func(what string) {
 		t.Helper()
 		async.Await(t, what, func() bool {
 			for _, p := range peers {
@@ -281,37 +285,37 @@ func TestRotationUnderDials(t *testing.T) {
 			}
 			return true
 		})
-		dialSome()
+		waitForDials()
 	}
-	half := func(text []byte) []byte { return text[:len(text)*2/3] }
+	half := func(content []byte) []byte { return content[:len(content)*2/3] }
 
 	next := newTLSAuthority(t, "dev")
 	both := append(bytes.Clone(ca.cert), next.cert...)
 	for _, p := range peers {
 		writeTLSFile(t, p.files.ca, half(both))
-		dialSome()
+		waitForDials()
 		writeTLSFile(t, p.files.ca, both)
 	}
-	settled("both CAs are trusted")
+	waitForReload("both CAs to be trusted")
 	for _, p := range peers {
 		cert, key := next.issue(t, p.id)
 		writeTLSFile(t, p.files.cert, half(cert))
-		dialSome()
+		waitForDials()
 		writeTLSFile(t, p.files.cert, cert)
-		dialSome() // with the old key still there
+		waitForDials() // the key file still holds the old key
 		writeTLSFile(t, p.files.key, key)
 	}
-	settled("the new certificates are in use")
+	waitForReload("the new certificates to be in use")
 	for _, p := range peers {
 		writeTLSFile(t, p.files.ca, nil)
-		dialSome()
+		waitForDials()
 		writeTLSFile(t, p.files.ca, next.cert)
 	}
-	settled("the old CA is trusted no more")
+	waitForReload("the old CA to be untrusted")
 	stopA()
 	stopB()
 
-	// It really is: a certificate of the old CA is refused now.
+	// A certificate of the old CA is refused now.
 	late := newTestPeer(t, ca, book, Identity{"dev", "c", "c-1"}, nil)
 	writeTLSFile(t, late.files.ca, both)
 	if err := late.opts.Credentials.Reload(); err != nil {
@@ -322,7 +326,7 @@ func TestRotationUnderDials(t *testing.T) {
 	}
 }
 
-// A dial ends when its context does, at whatever step it is.
+// A dial ends when its context ends, at each step of the handshake.
 func TestDialEndsWithItsContext(t *testing.T) {
 	async.NoLeaks(t)
 	ca, book := newTLSAuthority(t, "dev"), newTestBook()
@@ -335,11 +339,11 @@ func TestDialEndsWithItsContext(t *testing.T) {
 	cert, key := ca.issue(t, Identity{"dev", "a", "a-1"})
 	for _, tc := range []struct {
 		name string
-		then func(net.Conn) // what the other side does after accepting
+		then func(net.Conn) // what the acceptor does
 	}{
 		{"no TLS answer", func(net.Conn) {}},
 		{"no preface answer", func(raw net.Conn) {
-			c := strangerTLS(t, cert, key)
+			c := otherTLS(t, cert, key)
 			c.ClientAuth = tls.RequireAnyClientCert
 			secure := tls.Server(raw, c)
 			_ = secure.Handshake()
@@ -363,14 +367,14 @@ func TestDialEndsWithItsContext(t *testing.T) {
 			select {
 			case err := <-result:
 				if err == nil {
-					t.Fatal("it came through")
+					t.Fatal("the dial succeeded")
 				}
 			case <-time.After(20 * time.Second):
-				t.Fatal("it hangs")
+				t.Fatal("the dial hangs")
 			}
 		})
 	}
 	if n := len(remoteAddrs(peer.Mesh)); n != 0 {
-		t.Errorf("%d connections are left", n)
+		t.Errorf("%d connections are open, want none", n)
 	}
 }
