@@ -7,7 +7,6 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/dsnode/dsnode/cluster/clock"
-	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // A waiter is told when a lease begins and of a higher epoch, not of each
@@ -106,17 +105,4 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 			t.Fatalf("of the counters %+v arrived", heard)
 		}
 	})
-}
-
-func TestTimingFitsTogether(t *testing.T) {
-	for _, hb := range []time.Duration{0, 100 * time.Millisecond, 800 * time.Millisecond, 2 * time.Second, 10 * time.Second} {
-		if err := config.TimingFrom(hb).Check(); err != nil {
-			t.Errorf("heartbeat %s: %v", hb, err)
-		}
-	}
-	bad := config.TimingFrom(0)
-	bad.Lease = bad.Patience
-	if bad.Check() == nil {
-		t.Error("a lease as long as the patience is accepted")
-	}
 }

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// What a client's key can be wrong with.
+// Reasons why Authenticate refuses a client's key.
 var (
 	ErrKeyMissing = errors.New("no API key was sent")
-	ErrKeyUnknown = errors.New("the API key is not known")
+	ErrKeyUnknown = errors.New("the API key is unknown")
 	ErrKeyExpired = errors.New("the API key has expired")
 	ErrKeyRevoked = errors.New("the API key was revoked")
 )
@@ -23,8 +23,8 @@ var (
 const keyPrefix = "dsk-"
 
 // NewAPIKey makes a key and its secret, "dsk-<id>-<43 characters>". The secret
-// is 256 random bits, so a plain SHA-256 is as good as a slow hash: there is
-// nothing to guess.
+// has 256 random bits and can't be guessed, so SHA-256 is as good as a slow
+// password hash.
 func NewAPIKey(tenant, note string, models []string, expires, now time.Time) (APIKey, string) {
 	var id [6]byte
 	var secret [32]byte
@@ -48,8 +48,8 @@ func hashSecret(token string) string {
 	return hex.EncodeToString(h[:])
 }
 
-// isSecret compares without telling how far it got. It is asked on every request
-// and makes nothing for the garbage collector.
+// isSecret compares in constant time. It runs on every request and does not
+// allocate.
 func (k *APIKey) isSecret(token string) bool {
 	sum := sha256.Sum256(append(make([]byte, 0, 64), token...))
 	var text [2 * len(sum)]byte
@@ -57,8 +57,8 @@ func (k *APIKey) isSecret(token string) bool {
 	return subtle.ConstantTimeCompare(text[:], []byte(k.Hash)) == 1
 }
 
-// Authenticate finds the key that a client sent. It needs only the local
-// snapshot: an unreachable quorum must never turn a valid key into a 401.
+// Authenticate finds the key that a client sent. It uses only the local state: a
+// valid key must also work without a quorum.
 func (s *State) Authenticate(key string, now time.Time) (APIKey, error) {
 	if key == "" {
 		return APIKey{}, ErrKeyMissing
@@ -68,7 +68,8 @@ func (s *State) Authenticate(key string, now time.Time) (APIKey, error) {
 		return APIKey{}, ErrKeyUnknown
 	}
 	k, known := s.APIKeys[id]
-	// An unknown id takes the same path, so that the time tells nothing.
+	// An unknown id is hashed and compared too, so that the response time does not
+	// reveal whether the id exists.
 	if !k.isSecret(token) || !known {
 		return APIKey{}, ErrKeyUnknown
 	}

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Bounds of the agreed state: it is copied to every voter, kept in memory and
-// written whole into each snapshot.
+// Bounds of the agreed state. Every node keeps all of it in memory and writes it
+// into each snapshot.
 const (
 	MaxNodes        = 256
 	maxAPIKeys      = 10_000
@@ -21,7 +21,7 @@ const (
 	maxDrillReport  = 256 << 10
 )
 
-// Refusals of Apply. They are answers, the same on every node, not failures.
+// Refusals of Apply. They are regular results, the same on every node.
 var (
 	ErrAlreadyFounded  = errors.New("the cluster is already bootstrapped")
 	ErrNotFounded      = errors.New("the cluster is not bootstrapped yet")
@@ -38,10 +38,10 @@ var (
 	ErrLastVoter       = errors.New("the last voter can't be removed")
 )
 
-// Apply is the whole state machine: pure, total, and the same on every node.
-// It never reads a clock, a parser or anything but its two arguments. A refusal
-// leaves the state as it was (the same pointer); an error that is
-// ErrUnknownCommand must stop the node.
+// Apply is the whole state machine. It is a pure function of its two arguments,
+// defined for every command, so all nodes get the same result: it uses no clock
+// and does not parse the configuration. If it refuses a command, it returns the
+// same state pointer. After ErrUnknownCommand the node must stop.
 func Apply(s *State, c Command) (*State, error) {
 	if c.Type == CmdTick {
 		return s, nil
@@ -52,7 +52,7 @@ func Apply(s *State, c Command) (*State, error) {
 	if s.ClusterID == "" {
 		return s, ErrNotFounded
 	}
-	next := *s // what follows replaces fields, never changes what they point to
+	next := *s // the methods below replace fields and never modify shared maps or slices
 	var err error
 	switch c.Type {
 	case CmdNodePut:
@@ -215,7 +215,7 @@ func (s *State) revokeKey(d APIKeyRevoke, at time.Time) error {
 func (s *State) promote(d Promote, c Command) error {
 	at := c.At
 	if d.Term != 0 && d.Term != c.Term {
-		return fmt.Errorf("%w: the promotion of %s was decided in term %d, it came in term %d", ErrStaleTerm, d.Site, d.Term, c.Term)
+		return fmt.Errorf("%w: the promotion of %s was decided in term %d and committed in term %d", ErrStaleTerm, d.Site, d.Term, c.Term)
 	}
 	if d.Generation != s.Generation.Number || d.ExpectEpoch != s.Primary.Epoch {
 		return fmt.Errorf("%w: generation %d epoch %d, expected %d and %d", ErrStaleEpoch,
@@ -230,7 +230,7 @@ func (s *State) promote(d Promote, c Command) error {
 	s.LastFailover = &FailoverRecord{
 		From: s.Primary.Site, To: d.Site, Kind: d.Kind, Epoch: d.ExpectEpoch + 1, At: at,
 		Reason: d.Reason, RTOSeconds: d.RTOSeconds,
-		// Only what happened by itself asks for a person's attention.
+		// Only an automatic failover needs an operator's acknowledgement.
 		Acknowledged: d.Kind != FailoverUnplanned,
 	}
 	s.Primary = Primary{Site: d.Site, Epoch: d.ExpectEpoch + 1, Since: at, Reason: d.Reason, Released: d.Released}
@@ -271,8 +271,8 @@ func (s *State) acknowledge(d FailoverAck) error {
 	return nil
 }
 
-// putDrill begins a drill, when no other runs, or says how one ended. One that
-// has ended never runs again.
+// putDrill begins a drill if no other one is running, or updates or ends one. A
+// drill that has ended can't run again.
 func (s *State) putDrill(d DrillRecord, at time.Time) error {
 	if len(d.Report) > maxDrillReport {
 		return fmt.Errorf("%w: drill report of %d bytes", ErrStateFull, len(d.Report))
@@ -299,7 +299,7 @@ func (s *State) putDrill(d DrillRecord, at time.Time) error {
 // stateFormat is the version of State in a snapshot.
 const stateFormat = 1
 
-// Encode is the state in a snapshot.
+// Encode returns the state in the form for snapshots.
 func (s *State) Encode() ([]byte, error) {
 	b, err := json.Marshal(s)
 	if err != nil {
@@ -308,8 +308,8 @@ func (s *State) Encode() ([]byte, error) {
 	return b, nil
 }
 
-// DecodeState reads what Encode wrote. ErrUnknownCommand when a newer version
-// wrote it.
+// DecodeState reads the result of Encode. It returns ErrUnknownCommand if a newer
+// version wrote it.
 func DecodeState(b []byte) (*State, error) {
 	s := &State{}
 	if err := json.Unmarshal(b, s); err != nil {

@@ -23,7 +23,7 @@ func command(t testing.TB, typ CommandType, at time.Time, data any) Command {
 	return c
 }
 
-// founded is a state with one site in charge and one node.
+// founded is a state with a primary site and one node.
 func founded(t testing.TB) *State {
 	t.Helper()
 	s, err := Apply(&State{}, command(t, CmdInit, applyTime, Init{
@@ -59,18 +59,18 @@ func TestApplyRefuses(t *testing.T) {
 		{"a second founding", same, CmdInit, 0, Init{}, ErrAlreadyFounded},
 		{"configuration of another version", same, CmdConfigSet, 0, ConfigSet{Expect: 7}, ErrVersionConflict},
 		{"a huge configuration", same, CmdConfigSet, 0, ConfigSet{Expect: 1, Text: strings.Repeat("x", maxConfigBytes+1)}, ErrStateFull},
-		{"removing nobody", same, CmdNodeRemove, 0, NodeRemove{Name: "z"}, ErrUnknownNode},
-		{"revoking nothing", same, CmdAPIKeyRevoke, 0, APIKeyRevoke{ID: "z"}, ErrUnknownKey},
+		{"removing an unknown node", same, CmdNodeRemove, 0, NodeRemove{Name: "z"}, ErrUnknownNode},
+		{"revoking an unknown key", same, CmdAPIKeyRevoke, 0, APIKeyRevoke{ID: "z"}, ErrUnknownKey},
 		{"promotion with an old epoch", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 0, Generation: 1}, ErrStaleEpoch},
 		{"promotion decided in another term", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverUnplanned, Term: 3}, ErrStaleTerm},
 		{"promotion of another generation", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 2}, ErrStaleEpoch},
 		{"planned promotion without its switchover", same, CmdPromote, 0, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned, SwitchoverID: "w1"}, ErrNoSwitchover},
 		{"planned promotion after its deadline", switching, CmdPromote, 2 * time.Minute, Promote{Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned, SwitchoverID: "w1"}, ErrNoSwitchover},
-		{"planned promotion of a third during a switchover", switching, CmdPromote, 0, Promote{Site: "c", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned}, ErrSwitchover},
+		{"planned promotion of a third site during a switchover", switching, CmdPromote, 0, Promote{Site: "c", ExpectEpoch: 1, Generation: 1, Kind: FailoverPlanned}, ErrSwitchover},
 		{"a second switchover", switching, CmdSwitchover, 0, SwitchoverSet{Next: &Switchover{ID: "w2", From: "a"}}, ErrSwitchover},
 		{"a switchover from another site", same, CmdSwitchover, 0, SwitchoverSet{Next: &Switchover{ID: "w2", From: "b"}}, ErrStaleEpoch},
-		{"closing no switchover", same, CmdSwitchover, 0, SwitchoverSet{Expect: "w1"}, ErrNoSwitchover},
-		{"acknowledging no failover", same, CmdFailoverAck, 0, FailoverAck{Epoch: 1}, ErrStaleEpoch},
+		{"ending an unknown switchover", same, CmdSwitchover, 0, SwitchoverSet{Expect: "w1"}, ErrNoSwitchover},
+		{"acknowledging an unknown failover", same, CmdFailoverAck, 0, FailoverAck{Epoch: 1}, ErrStaleEpoch},
 		{"a huge drill report", same, CmdDrillPut, 0, DrillRecord{ID: "d", Report: make([]byte, maxDrillReport+1)}, ErrStateFull},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -86,7 +86,7 @@ func TestApplyRefuses(t *testing.T) {
 	}
 }
 
-// One drill at a time, and one that has ended stays so.
+// Only one drill runs at a time, and one that has ended can't run again.
 func TestOneDrillAtATime(t *testing.T) {
 	s := founded(t)
 	put := func(at time.Duration, d DrillRecord) error {
@@ -100,7 +100,7 @@ func TestOneDrillAtATime(t *testing.T) {
 	if err := put(0, first); err != nil {
 		t.Fatal(err)
 	}
-	for _, at := range []time.Duration{time.Second, 90 * time.Second} { // it may heal, and still be running
+	for _, at := range []time.Duration{time.Second, 90 * time.Second} { // before and after its Deadline
 		if err := put(at, second); !errors.Is(err, ErrDrillRunning) {
 			t.Errorf("a second drill after %s: %v", at, err)
 		}
@@ -111,11 +111,11 @@ func TestOneDrillAtATime(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := put(time.Second, first); !errors.Is(err, ErrDrillEnded) {
-		t.Errorf("a drill that has ended runs again: %v", err)
+		t.Errorf("running a drill that has ended: %v, want ErrDrillEnded", err)
 	}
-	ended.Report = []byte("more") // who ran it says more than who aborted it
+	ended.Report = []byte("more") // the runner adds its report to an aborted drill
 	if err := put(time.Second, ended); err != nil || string(s.Drills[0].Report) != "more" {
-		t.Errorf("the report: %v", err)
+		t.Errorf("adding a report to an ended drill: %v, report %q", err, s.Drills[0].Report)
 	}
 	if err := put(time.Second, second); err != nil {
 		t.Errorf("after the first has ended: %v", err)
@@ -138,7 +138,7 @@ func TestApplyNeedsAFoundedCluster(t *testing.T) {
 	}
 }
 
-func TestUnknownCommandStopsTheNode(t *testing.T) {
+func TestDecodeReturnsErrUnknownCommand(t *testing.T) {
 	for _, text := range []string{`{"f":1,"t":"from_the_future"}`, `{"f":2,"t":"tick"}`} {
 		if _, err := DecodeCommand([]byte(text)); !errors.Is(err, ErrUnknownCommand) {
 			t.Errorf("%s: %v, want ErrUnknownCommand", text, err)
@@ -188,12 +188,12 @@ func TestPlannedPromotion(t *testing.T) {
 		t.Errorf("primary (-want +got):\n%s", diff)
 	}
 	if s.Switchover != nil || s.LastFailover == nil || !s.LastFailover.Acknowledged || s.LastFailover.From != "a" {
-		t.Errorf("after it: switchover %v, last failover %+v", s.Switchover, s.LastFailover)
+		t.Errorf("after the promotion: switchover %v, last failover %+v", s.Switchover, s.LastFailover)
 	}
 }
 
-// Whatever commands come in whatever order: epochs only rise, by one, the input
-// state is never changed, and the same commands give the same state.
+// For any commands in any order: epochs only rise, by one, the input state is never
+// changed, and the same commands give the same state.
 func TestApplyProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		sites := rapid.SampledFrom([]string{"a", "b", "c"})
@@ -249,7 +249,7 @@ func TestApplyProperties(t *testing.T) {
 			if err != nil && next != s {
 				t.Fatalf("%s was refused (%v) and changed the state", typ, err)
 			}
-			// The twin goes through a snapshot each time.
+			// The twin is encoded and decoded before each command, as in a snapshot.
 			b, err := twin.Encode()
 			if err != nil {
 				t.Fatal(err)
@@ -257,7 +257,7 @@ func TestApplyProperties(t *testing.T) {
 			if twin, err = DecodeState(b); err != nil {
 				t.Fatal(err)
 			}
-			twin, _ = Apply(twin, c) // refused exactly when the first was
+			twin, _ = Apply(twin, c) // a refusal leaves it unchanged, as it does s
 			s = next
 			x, err := s.Encode()
 			if err != nil {
@@ -268,7 +268,7 @@ func TestApplyProperties(t *testing.T) {
 				t.Fatal(err)
 			}
 			if string(x) != string(y) {
-				t.Fatalf("after %s a restored node differs:\n%s\n%s", typ, x, y)
+				t.Fatalf("after %s the state of a restored node differs:\n%s\n%s", typ, x, y)
 			}
 		}
 	})

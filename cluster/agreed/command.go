@@ -7,17 +7,17 @@ import (
 	"time"
 )
 
-// commandFormat is the version of the envelope below. A change that an older
-// node would misread raises it, together with MaxFeatureLevel.
+// commandFormat is the version of Command. Raise it, together with
+// MaxFeatureLevel, with a change that an older node would misread.
 const commandFormat = 1
 
-// MaxFeatureLevel is the newest command set that this build understands. The
-// agreed level rises to it only when every member supports it (see feature.go),
-// and nobody proposes a command above the agreed level.
+// MaxFeatureLevel is the newest command set that this build supports. The leader
+// raises State.FeatureLevel to the highest level that every member supports (see
+// cluster/upkeep.go), and no node proposes a command above that level.
 const MaxFeatureLevel = 1
 
-// CommandType names a command. The names stand in raft's log for ever: never
-// reuse one with another meaning.
+// CommandType names a command. The names are stored in raft's log: never reuse
+// one with another meaning.
 type CommandType string
 
 // The commands of feature level 1.
@@ -34,25 +34,26 @@ const (
 	CmdFailoverAck  CommandType = "failover_ack"
 	CmdFailoverHold CommandType = "failover_hold"
 	CmdDrillPut     CommandType = "drill_put"
-	// CmdUpstreamDrain takes a model server out of use, or back.
+	// CmdUpstreamDrain stops new requests to a model server, or resumes them.
 	CmdUpstreamDrain CommandType = "upstream_drain"
-	// CmdCachePurge makes kept answers unusable everywhere.
+	// CmdCachePurge invalidates cached answers on all nodes.
 	CmdCachePurge CommandType = "cache_purge"
-	// CmdStreamOpen, CmdStreamOwn and CmdStreamDrop say who executes the jobs of
-	// which journal; see stream.go.
+	// CmdStreamOpen, CmdStreamOwn and CmdStreamDrop change which node executes the
+	// jobs of a journal; see stream.go.
 	CmdStreamOpen CommandType = "stream_open"
 	CmdStreamOwn  CommandType = "stream_own"
 	CmdStreamDrop CommandType = "stream_drop"
-	// CmdStreamInherit gives somebody what a removed node never told the cluster of.
+	// CmdStreamInherit gives a node a stream that its origin never proposed before
+	// it was removed.
 	CmdStreamInherit CommandType = "stream_inherit"
-	// What is agreed about data keys; see datakey.go.
+	// The commands about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
 	CmdDataKeyConfirm  CommandType = "datakey_confirm"
 	CmdDataKeyActivate CommandType = "datakey_activate"
 	CmdDataKeyDrop     CommandType = "datakey_drop"
 	CmdDataKeyRewrap   CommandType = "datakey_rewrap"
-	// CmdTick changes nothing. Committing one proves that a quorum was alive
-	// after it was proposed: the lease stands on it.
+	// CmdTick changes nothing. A committed tick proves that a quorum was alive
+	// after it was proposed; the lease is based on that.
 	CmdTick CommandType = "tick"
 )
 
@@ -71,15 +72,15 @@ type Command struct {
 	Type   CommandType     `json:"t"`
 	At     time.Time       `json:"at"` // the proposer's wall clock; Apply has no other
 	Data   json.RawMessage `json:"d,omitempty"`
-	// Term is that of the leader which took the entry into the log, Index the
-	// entry's place in it. They are the log's, never encoded.
+	// Term is the term in which a leader appended the entry to the log, Index the
+	// entry's index there. They come from the log and are never encoded.
 	Term  uint64 `json:"-"`
 	Index uint64 `json:"-"`
 }
 
-// ErrUnknownCommand stops a node: going on would make its state differ from
-// that of the nodes which know the command.
-var ErrUnknownCommand = errors.New("the agreed log holds a command that this version does not know; upgrade this node")
+// ErrUnknownCommand must stop a node: if it continued, its state would differ from
+// that of the nodes that support the command.
+var ErrUnknownCommand = errors.New("the agreed log has a command that this version does not support; upgrade this node")
 
 // Level is the feature level that the cluster must have for commands of the type.
 func (t CommandType) Level() int { return commandLevel[t] }
@@ -101,7 +102,7 @@ func NewCommand(t CommandType, at time.Time, data any) (Command, error) {
 	return c, nil
 }
 
-// Encode is the form in raft's log.
+// Encode returns the command in the form for raft's log.
 func (c Command) Encode() ([]byte, error) {
 	b, err := json.Marshal(c)
 	if err != nil {
@@ -110,8 +111,8 @@ func (c Command) Encode() ([]byte, error) {
 	return b, nil
 }
 
-// DecodeCommand reads what Encode wrote. ErrUnknownCommand when it was written
-// by a newer version.
+// DecodeCommand reads the result of Encode. It returns ErrUnknownCommand if a newer
+// version wrote it.
 func DecodeCommand(b []byte) (Command, error) {
 	var c Command
 	if err := json.Unmarshal(b, &c); err != nil {
@@ -128,7 +129,7 @@ func DecodeCommand(b []byte) (Command, error) {
 
 // The data of each command.
 type (
-	// Init founds the cluster; refused on a state that has one.
+	// Init founds the cluster. It is refused if there is one already.
 	Init struct {
 		ClusterID  string        `json:"cluster_id"`
 		Name       string        `json:"name"`
@@ -136,53 +137,55 @@ type (
 		Node       Node          `json:"node"`
 		Config     ConfigVersion `json:"config"`
 	}
-	// NodeRemove takes a member out for good.
+	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`
 	}
-	// ConfigSet replaces the configuration if Expect is its version now.
+	// ConfigSet replaces the configuration if its current version is Expect.
 	ConfigSet struct {
 		Expect uint64 `json:"expect"`
 		Text   string `json:"text"`
 		Hash   string `json:"hash"`
 		Author string `json:"author"`
 	}
-	// APIKeyRevoke ends a key.
+	// APIKeyRevoke revokes a key.
 	APIKeyRevoke struct {
 		ID string `json:"id"`
 	}
-	// FeatureRaise allows newer commands from here on.
+	// FeatureRaise raises State.FeatureLevel, which allows newer commands.
 	FeatureRaise struct {
 		Level int `json:"level"`
 	}
-	// Promote puts another site in charge if the epoch is still Expect.
+	// Promote makes a site the primary if the epoch is still ExpectEpoch.
 	Promote struct {
 		Site         string       `json:"site"`
 		ExpectEpoch  uint64       `json:"expect_epoch"`
 		Generation   uint64       `json:"generation"`
 		Reason       string       `json:"reason"`
 		Kind         FailoverKind `json:"kind"`
-		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned one: must be the one in progress
+		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned promotion: that of State.Switchover
 		RTOSeconds   *float64     `json:"rto_seconds"`
-		// Released: every node of the old primary has let go; see Primary.
+		// Released says that every node of the old primary has released the role; see
+		// Primary.
 		Released bool `json:"released,omitempty"`
-		// Term is that of the leader which decided this by itself; 0 of a planned
-		// one. It has no effect in another term: a new leader waits before it
-		// promotes, so it must not be handed the decision of the one before.
+		// Term is the term in which a leader decided an automatic promotion; 0 for a
+		// planned one. The promotion is refused in any other term: a new leader must
+		// wait before it promotes, so it must not commit the decision of an earlier
+		// leader.
 		Term uint64 `json:"term,omitempty"`
 	}
-	// SwitchoverSet opens or closes a planned change; see State.Switchover.
+	// SwitchoverSet begins or ends a planned change; see State.Switchover.
 	SwitchoverSet struct {
-		Expect string      `json:"expect"` // id of the one in progress now, "" for none
-		Next   *Switchover `json:"next"`   // nil closes it
+		Expect string      `json:"expect"` // id of the switchover in progress, "" for none
+		Next   *Switchover `json:"next"`   // nil ends it
 		Reason string      `json:"reason,omitempty"`
 	}
-	// FailoverAck says that a person has seen the failover of this epoch.
+	// FailoverAck records that an operator has seen the failover of this epoch.
 	FailoverAck struct {
 		Epoch uint64 `json:"epoch"`
 		By    string `json:"by"`
 	}
-	// FailoverHold stops automatic promotions until it is lifted.
+	// FailoverHold stops automatic promotions, or allows them again.
 	FailoverHold struct {
 		Held   bool   `json:"held"`
 		Reason string `json:"reason,omitempty"`

@@ -12,47 +12,48 @@ import (
 const (
 	maxDataKeys    = 32
 	maxWrappedKey  = 256 // a wrapped key has 69 bytes today
-	maxDataKeyName = 256 // who made one
+	maxDataKeyName = 256 // bytes of its creator's name, and of a fingerprint
 	dataKeyIDSize  = 16  // hex digits
 )
 
-// DataKeyKind says what a data key is for.
+// DataKeyKind is the use of a data key.
 type DataKeyKind string
 
-// The kinds of data keys; the same words as keyring.Kind.
+// The kinds of data keys, with the same values as keyring.Kind.
 const (
-	DataKeySeal DataKeyKind = "seal" // encrypts records, is rotated
-	DataKeyMAC  DataKeyKind = "mac"  // makes ids and digests, never changes
+	DataKeySeal DataKeyKind = "seal" // encrypts records; can be rotated
+	DataKeyMAC  DataKeyKind = "mac"  // for ids and digests; never replaced
 )
 
-// DataKeyState is where a data key stands in its life.
+// DataKeyState is the state of a data key's life cycle.
 type DataKeyState string
 
 // The states of a data key, in order.
 const (
-	DataKeyPending DataKeyState = "pending" // not every node has opened it yet, so nothing is sealed with it
+	DataKeyPending DataKeyState = "pending" // some node has not opened it yet, so no node seals with it
 	DataKeyActive  DataKeyState = "active"
-	DataKeyRetired DataKeyState = "retired" // opens what it sealed, until nothing carries it
+	DataKeyRetired DataKeyState = "retired" // only opens records, until no node has records sealed with it
 )
 
-// DataKey is one of the keys that records are sealed with, as the cluster
-// agrees on it: wrapped with the operator's key, never in clear.
+// DataKey is an agreed data key. It is wrapped with the operator key, never in
+// clear.
 type DataKey struct {
 	ID      string      `json:"id"` // 16 hex digits
 	Kind    DataKeyKind `json:"kind"`
 	Wrapped []byte      `json:"wrapped"`
-	// OperatorKey is the fingerprint of the operator key that it is wrapped with:
-	// the same for all data keys at any time.
+	// OperatorKey is the fingerprint of the operator key that wraps it. At any time
+	// it is the same for all data keys.
 	OperatorKey string    `json:"operator_key"`
 	CreatedAt   time.Time `json:"created_at"`
 	CreatedBy   string    `json:"created_by"`
-	// Confirmed says when each node had opened it, as wrapped now.
+	// Confirmed has the time when each node confirmed that it had opened the key as
+	// it is wrapped now.
 	Confirmed map[string]time.Time `json:"confirmed,omitempty"`
 	ActiveAt  time.Time            `json:"active_at,omitzero"`
 	RetiredAt time.Time            `json:"retired_at,omitzero"`
 }
 
-// State is where the key stands.
+// State derives the key's state from its times.
 func (k DataKey) State() DataKeyState {
 	switch {
 	case !k.RetiredAt.IsZero():
@@ -75,8 +76,8 @@ func (s *State) dataKey(id string) int {
 	return slices.IndexFunc(s.DataKeys, func(k DataKey) bool { return k.ID == id })
 }
 
-// PendingDataKey is the sealing key that waits to be confirmed by every node;
-// there is one at most.
+// PendingDataKey is the sealing key that waits for confirmations; there is at
+// most one.
 func (s *State) PendingDataKey() (DataKey, bool) {
 	i := slices.IndexFunc(s.DataKeys, func(k DataKey) bool { return k.Kind == DataKeySeal && k.State() == DataKeyPending })
 	if i < 0 {
@@ -85,8 +86,8 @@ func (s *State) PendingDataKey() (DataKey, bool) {
 	return s.DataKeys[i], true
 }
 
-// Unconfirmed names the members, sorted, that have not said yet that they opened
-// a key.
+// Unconfirmed returns the sorted names of the members that have not confirmed a
+// key.
 func (s *State) Unconfirmed(k DataKey) []string {
 	var missing []string
 	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
@@ -97,8 +98,8 @@ func (s *State) Unconfirmed(k DataKey) []string {
 	return missing
 }
 
-// OperatorKey is the fingerprint of the operator key that the data keys are
-// wrapped with, empty while there are none.
+// OperatorKey is the fingerprint of the operator key that wraps the data keys,
+// empty while there are none.
 func (s *State) OperatorKey() string {
 	if len(s.DataKeys) == 0 {
 		return ""
@@ -106,8 +107,8 @@ func (s *State) OperatorKey() string {
 	return s.DataKeys[0].OperatorKey
 }
 
-// LackOperatorKey names the members, sorted, that don't have the operator key of
-// this fingerprint as theirs.
+// LackOperatorKey returns the sorted names of the members whose operator key has
+// another fingerprint.
 func (s *State) LackOperatorKey(fingerprint string) []string {
 	var lack []string
 	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
@@ -122,7 +123,7 @@ func (s *State) LackOperatorKey(fingerprint string) []string {
 var (
 	ErrUnknownDataKey     = errors.New("no such data key")
 	ErrDataKeyRefused     = errors.New("that data key can't be added")
-	ErrDataKeyPending     = errors.New("a new data key waits to be confirmed already")
+	ErrDataKeyPending     = errors.New("an earlier new data key still waits for confirmations")
 	ErrDataKeyUnconfirmed = errors.New("not every node has confirmed the data key")
 	ErrDataKeyInUse       = errors.New("the data key is still in use")
 	ErrDataKeysChanged    = errors.New("the data keys have changed meanwhile")
@@ -132,7 +133,7 @@ var (
 
 // The data of the commands about data keys.
 type (
-	// DataKeyAdd proposes a key. It is used once every node has confirmed it.
+	// DataKeyAdd adds a pending key.
 	DataKeyAdd struct {
 		ID          string      `json:"id"`
 		Kind        DataKeyKind `json:"kind"`
@@ -140,25 +141,25 @@ type (
 		OperatorKey string      `json:"operator_key"`
 		By          string      `json:"by"`
 	}
-	// DataKeyConfirm is a node's word that it has opened keys, as they are wrapped
-	// with this operator key. Keys that are gone meanwhile are passed over.
+	// DataKeyConfirm records that a node has opened keys, as they are wrapped with
+	// this operator key. Keys dropped in the meantime are ignored.
 	DataKeyConfirm struct {
 		Node        string   `json:"node"`
 		IDs         []string `json:"ids"`
 		OperatorKey string   `json:"operator_key"`
 	}
-	// DataKeyActivate puts a key to use that every member has confirmed; the
-	// sealing key before it is retired.
+	// DataKeyActivate activates a key that every member has confirmed, and retires
+	// the previous sealing key.
 	DataKeyActivate struct {
 		ID string `json:"id"`
 	}
-	// DataKeyDrop ends a retired key. Free names the nodes that said, each, that
-	// nothing of theirs is sealed with it: every member must be there.
+	// DataKeyDrop removes a retired key. Free lists the nodes that have no records
+	// sealed with it, by their own answers; every member must be there.
 	DataKeyDrop struct {
 		ID   string   `json:"id"`
 		Free []string `json:"free"`
 	}
-	// DataKeyRewrap replaces the wrapping of all keys, by their ids.
+	// DataKeyRewrap replaces the wrapped form of all keys; Wrapped is by their ids.
 	DataKeyRewrap struct {
 		OperatorKey string            `json:"operator_key"`
 		Wrapped     map[string][]byte `json:"wrapped"`
@@ -166,7 +167,7 @@ type (
 	}
 )
 
-// mayOpen refuses a node that could open none of the data keys.
+// MayOpen returns ErrOperatorKey for a node that could open none of the data keys.
 func (s *State) MayOpen(n Node) error {
 	want := s.OperatorKey()
 	if want == "" || n.OperatorKey == "" || n.OperatorKey == want || n.OperatorKeyPrevious == want {

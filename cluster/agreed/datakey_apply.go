@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// applyDataKey carries out a command about data keys. These rules are what
-// keeps records readable: nothing is sealed with a key before every member has
-// opened it, and no key goes while a member may carry something sealed with it.
+// applyDataKey applies a command about data keys. Its rules keep all records
+// readable: a key becomes active only after every member has opened it, and is
+// dropped only when no member has records sealed with it.
 func (s *State) applyDataKey(c Command) error {
 	s.DataKeys = slices.Clone(s.DataKeys)
 	var err error
@@ -37,17 +37,17 @@ func (s *State) addDataKey(d DataKeyAdd, at time.Time) error {
 	id, err := hex.DecodeString(d.ID)
 	switch {
 	case err != nil || hex.EncodedLen(len(id)) != dataKeyIDSize || hex.EncodeToString(id) != d.ID:
-		return fmt.Errorf("%w: %q is no id", ErrDataKeyRefused, d.ID)
+		return fmt.Errorf("%w: %q is not a key id", ErrDataKeyRefused, d.ID)
 	case len(d.Wrapped) == 0 || len(d.Wrapped) > maxWrappedKey || len(d.By) > maxDataKeyName:
-		return fmt.Errorf("%w: %d bytes, made by %d bytes", ErrDataKeyRefused, len(d.Wrapped), len(d.By))
+		return fmt.Errorf("%w: a wrapped key of %d bytes, a creator's name of %d bytes", ErrDataKeyRefused, len(d.Wrapped), len(d.By))
 	case d.OperatorKey == "" || len(d.OperatorKey) > maxDataKeyName:
-		return fmt.Errorf("%w: it does not say which operator key wraps it", ErrDataKeyRefused)
+		return fmt.Errorf("%w: the fingerprint of its operator key is missing or too long", ErrDataKeyRefused)
 	case len(s.DataKeys) >= maxDataKeys:
-		return fmt.Errorf("%w: %d data keys; retired ones go when no node carries records sealed with them", ErrStateFull, maxDataKeys)
+		return fmt.Errorf("%w: %d data keys; a retired key is dropped when no node has records sealed with it", ErrStateFull, maxDataKeys)
 	case len(s.DataKeys) > 0 && d.OperatorKey != s.OperatorKey():
 		return fmt.Errorf("%w: the data keys are wrapped with operator key %s, this one with %s", ErrOperatorKey, s.OperatorKey(), d.OperatorKey)
 	case s.dataKey(d.ID) >= 0:
-		return fmt.Errorf("%w: %s is there already", ErrDataKeyRefused, d.ID)
+		return fmt.Errorf("%w: %s already exists", ErrDataKeyRefused, d.ID)
 	}
 	switch d.Kind {
 	case DataKeySeal:
@@ -56,7 +56,7 @@ func (s *State) addDataKey(d DataKeyAdd, at time.Time) error {
 		}
 	case DataKeyMAC:
 		if slices.ContainsFunc(s.DataKeys, func(k DataKey) bool { return k.Kind == DataKeyMAC }) {
-			return fmt.Errorf("%w: there is one MAC key for ever", ErrDataKeyRefused)
+			return fmt.Errorf("%w: the MAC key already exists and is never replaced", ErrDataKeyRefused)
 		}
 	default:
 		return fmt.Errorf("%w: unknown kind %q", ErrDataKeyRefused, d.Kind)
@@ -72,7 +72,7 @@ func (s *State) confirmDataKey(d DataKeyConfirm, at time.Time) error {
 		return fmt.Errorf("%w: %s", ErrUnknownNode, d.Node)
 	}
 	if d.OperatorKey != s.OperatorKey() {
-		return fmt.Errorf("%w: they are wrapped with operator key %s by now, not with %s", ErrDataKeysChanged, s.OperatorKey(), d.OperatorKey)
+		return fmt.Errorf("%w: they are now wrapped with operator key %s, not with %s", ErrDataKeysChanged, s.OperatorKey(), d.OperatorKey)
 	}
 	found := false
 	for _, id := range d.IDs {
@@ -104,7 +104,7 @@ func (s *State) activateDataKey(d DataKeyActivate, at time.Time) error {
 	}
 	k := &s.DataKeys[i]
 	if k.State() != DataKeyPending {
-		return nil // another leader was faster
+		return nil // an earlier command activated it
 	}
 	if missing := s.Unconfirmed(*k); len(missing) > 0 {
 		return fmt.Errorf("%w: %s waits for %s", ErrDataKeyUnconfirmed, d.ID, strings.Join(missing, ", "))
@@ -130,7 +130,7 @@ func (s *State) dropDataKey(d DataKeyDrop) error {
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Nodes)) {
 		if !slices.Contains(d.Free, name) {
-			return fmt.Errorf("%w: node %s has not said that nothing there is sealed with %s", ErrDataKeyInUse, name, d.ID)
+			return fmt.Errorf("%w: node %s may have records sealed with %s", ErrDataKeyInUse, name, d.ID)
 		}
 	}
 	s.DataKeys = slices.Delete(s.DataKeys, i, i+1)
@@ -142,30 +142,30 @@ func (s *State) rewrapDataKeys(d DataKeyRewrap) error {
 		return fmt.Errorf("%w: the cluster has none yet", ErrUnknownDataKey)
 	}
 	if d.OperatorKey == "" || len(d.OperatorKey) > maxDataKeyName {
-		return fmt.Errorf("%w: no operator key is named", ErrOperatorKey)
+		return fmt.Errorf("%w: its fingerprint is missing or too long", ErrOperatorKey)
 	}
 	if lack := s.LackOperatorKey(d.OperatorKey); len(lack) > 0 {
 		return fmt.Errorf("%w: %s", ErrOperatorKeyMissing, strings.Join(lack, ", "))
 	}
-	// A key that came or went since the proposer looked would be left under the
-	// old operator key.
+	// A key that was added after the proposer read the list would stay wrapped with
+	// the old operator key.
 	if len(d.Wrapped) != len(s.DataKeys) {
-		return fmt.Errorf("%w: %d of %d are wrapped anew", ErrDataKeysChanged, len(d.Wrapped), len(s.DataKeys))
+		return fmt.Errorf("%w: the command rewraps %d keys, there are %d", ErrDataKeysChanged, len(d.Wrapped), len(s.DataKeys))
 	}
 	for i := range s.DataKeys {
 		k := &s.DataKeys[i]
 		wrapped := d.Wrapped[k.ID]
 		if len(wrapped) == 0 || len(wrapped) > maxWrappedKey {
-			return fmt.Errorf("%w: %s is not wrapped anew", ErrDataKeysChanged, k.ID)
+			return fmt.Errorf("%w: the command does not rewrap %s", ErrDataKeysChanged, k.ID)
 		}
-		// Every node says anew that it opened the key, as it is wrapped now.
+		// Every node has to confirm again that it can open the key as wrapped now.
 		k.Wrapped, k.OperatorKey, k.Confirmed = wrapped, d.OperatorKey, nil
 	}
 	return nil
 }
 
-// forgetConfirmations is part of a node's removal: should another node take its
-// name, that one has confirmed nothing.
+// forgetConfirmations removes a removed node's confirmations: a later node with
+// the same name has confirmed nothing.
 func (s *State) forgetConfirmations(node string) {
 	s.DataKeys = slices.Clone(s.DataKeys)
 	for i := range s.DataKeys {

@@ -19,7 +19,7 @@ const (
 	keyM = "00000000000000dd"
 )
 
-// rapidOrTest is what both kinds of test can do.
+// rapidOrTest is implemented by *testing.T and *rapid.T.
 type rapidOrTest interface {
 	Helper()
 	Fatal(args ...any)
@@ -42,7 +42,7 @@ func memberWith(name, operatorKey string) Node {
 	return Node{Name: name, Site: name[:1], Feature: 1, Instance: "i", OperatorKey: operatorKey}
 }
 
-// keyed is a cluster of a-1 and b-1 whose keys keyA and keyM are in use.
+// keyed is a cluster of a-1 and b-1 with the active keys keyA and keyM.
 func keyed(t rapidOrTest, founded *State) *State {
 	t.Helper()
 	s := applied(t, founded, CmdNodePut, memberWith("a-1", "op1"))
@@ -84,36 +84,36 @@ func TestDataKeysRefused(t *testing.T) {
 		typ   CommandType
 		data  any
 		want  error
-		words string
+		text  string
 	}{
 		{"a short id", same, CmdDataKeyAdd, add("aa", DataKeySeal), ErrDataKeyRefused, ""},
 		{"an id in capitals", same, CmdDataKeyAdd, add(strings.ToUpper(keyB), DataKeySeal), ErrDataKeyRefused, ""},
-		{"an id that is there", same, CmdDataKeyAdd, add(keyA, DataKeySeal), ErrDataKeyRefused, "there already"},
+		{"an existing id", same, CmdDataKeyAdd, add(keyA, DataKeySeal), ErrDataKeyRefused, "already exists"},
 		{"an unknown kind", same, CmdDataKeyAdd, add(keyB, "sign"), ErrDataKeyRefused, "sign"},
-		{"a second MAC key", same, CmdDataKeyAdd, add(keyB, DataKeyMAC), ErrDataKeyRefused, "one MAC key"},
+		{"a second MAC key", same, CmdDataKeyAdd, add(keyB, DataKeyMAC), ErrDataKeyRefused, "the MAC key already exists"},
 		{"a huge key", same, CmdDataKeyAdd, huge, ErrDataKeyRefused, ""},
 		{"a key under another operator key", same, CmdDataKeyAdd, foreign, ErrOperatorKey, "op2"},
 		{"a second pending key", pending, CmdDataKeyAdd, add("00000000000000cc", DataKeySeal), ErrDataKeyPending, keyB},
-		{"a confirmation of a stranger", pending, CmdDataKeyConfirm, DataKeyConfirm{Node: "z", IDs: []string{keyB}, OperatorKey: "op1"}, ErrUnknownNode, ""},
-		{"a confirmation of nothing", pending, CmdDataKeyConfirm, DataKeyConfirm{Node: "a-1", IDs: []string{"x"}, OperatorKey: "op1"}, ErrUnknownDataKey, ""},
+		{"a confirmation of an unknown node", pending, CmdDataKeyConfirm, DataKeyConfirm{Node: "z", IDs: []string{keyB}, OperatorKey: "op1"}, ErrUnknownNode, ""},
+		{"a confirmation of an unknown key", pending, CmdDataKeyConfirm, DataKeyConfirm{Node: "a-1", IDs: []string{"x"}, OperatorKey: "op1"}, ErrUnknownDataKey, ""},
 		{"a confirmation under another operator key", pending, CmdDataKeyConfirm, DataKeyConfirm{Node: "a-1", IDs: []string{keyB}, OperatorKey: "op2"}, ErrDataKeysChanged, ""},
-		{"use before confirmation", pending, CmdDataKeyActivate, DataKeyActivate{ID: keyB}, ErrDataKeyUnconfirmed, "a-1, b-1"},
-		{"use of nothing", same, CmdDataKeyActivate, DataKeyActivate{ID: keyB}, ErrUnknownDataKey, ""},
-		{"the end of the active key", same, CmdDataKeyDrop, DataKeyDrop{ID: keyA, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "active"},
-		{"the end of the MAC key", same, CmdDataKeyDrop, DataKeyDrop{ID: keyM, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "active"},
-		{"the end of a pending key", pending, CmdDataKeyDrop, DataKeyDrop{ID: keyB, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "pending"},
-		{"the end of a key that may be carried", rotated, CmdDataKeyDrop, DataKeyDrop{ID: keyA, Free: []string{"a-1"}}, ErrDataKeyInUse, "b-1"},
-		{"a rewrap that some can't open", same, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyM: {1}}}, ErrOperatorKeyMissing, "a-1, b-1"},
-		{"a rewrap without a name", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{Wrapped: map[string][]byte{keyA: {1}, keyM: {1}}}, ErrOperatorKey, ""},
-		{"a rewrap of some", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}}}, ErrDataKeysChanged, ""},
-		{"a rewrap of others", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyB: {1}}}, ErrDataKeysChanged, keyM},
-		{"a rewrap into nothing", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyM: nil}}, ErrDataKeysChanged, keyM},
+		{"activation before confirmation", pending, CmdDataKeyActivate, DataKeyActivate{ID: keyB}, ErrDataKeyUnconfirmed, "a-1, b-1"},
+		{"activation of an unknown key", same, CmdDataKeyActivate, DataKeyActivate{ID: keyB}, ErrUnknownDataKey, ""},
+		{"dropping the active key", same, CmdDataKeyDrop, DataKeyDrop{ID: keyA, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "active"},
+		{"dropping the MAC key", same, CmdDataKeyDrop, DataKeyDrop{ID: keyM, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "active"},
+		{"dropping a pending key", pending, CmdDataKeyDrop, DataKeyDrop{ID: keyB, Free: []string{"a-1", "b-1"}}, ErrDataKeyInUse, "pending"},
+		{"dropping a key that a node may have records of", rotated, CmdDataKeyDrop, DataKeyDrop{ID: keyA, Free: []string{"a-1"}}, ErrDataKeyInUse, "b-1"},
+		{"a rewrap with an operator key that nodes lack", same, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyM: {1}}}, ErrOperatorKeyMissing, "a-1, b-1"},
+		{"a rewrap without an operator key", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{Wrapped: map[string][]byte{keyA: {1}, keyM: {1}}}, ErrOperatorKey, ""},
+		{"a rewrap of too few keys", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}}}, ErrDataKeysChanged, ""},
+		{"a rewrap of other keys", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyB: {1}}}, ErrDataKeysChanged, keyM},
+		{"a rewrap with an empty wrapped key", newOperatorKey, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: {1}, keyM: nil}}, ErrDataKeysChanged, keyM},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := tc.given(keyed(t, founded(t)))
 			got, err := Apply(s, command(t, tc.typ, applyTime, tc.data))
-			if !errors.Is(err, tc.want) || !strings.Contains(err.Error(), tc.words) {
-				t.Fatalf("error %v, want %v with %q", err, tc.want, tc.words)
+			if !errors.Is(err, tc.want) || !strings.Contains(err.Error(), tc.text) {
+				t.Fatalf("error %v, want %v with the text %q", err, tc.want, tc.text)
 			}
 			if got != s {
 				t.Fatal("a refusal changed the state")
@@ -134,11 +134,11 @@ func TestDataKeysAreBounded(t *testing.T) {
 	}
 	_, err := Apply(s, command(t, CmdDataKeyAdd, applyTime, DataKeyAdd{ID: keyB, Kind: DataKeySeal, Wrapped: []byte("w"), OperatorKey: "op1"}))
 	if !errors.Is(err, ErrStateFull) {
-		t.Fatalf("one more: %v", err)
+		t.Fatalf("adding one key too many: %v, want ErrStateFull", err)
 	}
 }
 
-func TestDataKeyLife(t *testing.T) {
+func TestDataKeyLifeCycle(t *testing.T) {
 	s := keyed(t, founded(t))
 	later := applyTime.Add(time.Hour)
 	s = applied(t, s, CmdDataKeyAdd, DataKeyAdd{ID: keyB, Kind: DataKeySeal, Wrapped: []byte("w"), OperatorKey: "op1", By: "ann"})
@@ -151,8 +151,8 @@ func TestDataKeyLife(t *testing.T) {
 	if diff := cmp.Diff([]string{"b-1"}, s.Unconfirmed(k)); diff != "" {
 		t.Fatal(diff)
 	}
-	// b-1 goes for good: nobody waits for it any more. Whoever takes its name has
-	// confirmed nothing.
+	// After the removal of b-1 its confirmation is not needed. A later node with its
+	// name has confirmed nothing.
 	gone := applied(t, s, CmdNodeRemove, NodeRemove{Name: "b-1"})
 	gone, err := Apply(gone, command(t, CmdDataKeyActivate, later, DataKeyActivate{ID: keyB}))
 	if err != nil {
@@ -173,10 +173,10 @@ func TestDataKeyLife(t *testing.T) {
 	}
 	back = applied(t, back, CmdDataKeyDrop, DataKeyDrop{ID: keyA, Free: []string{"b-1", "a-1"}})
 	if _, there := back.DataKey(keyA); there || len(back.DataKeys) != 2 {
-		t.Fatal("not dropped")
+		t.Fatalf("%s was not dropped: %v", keyA, back.DataKeys)
 	}
 	if back.DataKeysVersion <= gone.DataKeysVersion {
-		t.Fatal("the version did not rise")
+		t.Fatalf("DataKeysVersion is %d after %d", back.DataKeysVersion, gone.DataKeysVersion)
 	}
 	b, err := back.Encode()
 	if err != nil {
@@ -191,7 +191,7 @@ func TestDataKeyLife(t *testing.T) {
 	}
 }
 
-func TestRewrapKeepsKeysInUse(t *testing.T) {
+func TestRewrapKeepsKeysActive(t *testing.T) {
 	s := keyed(t, founded(t))
 	s = applied(t, s, CmdNodePut, memberWith("a-1", "op2"))
 	if diff := cmp.Diff([]string{"b-1"}, s.LackOperatorKey("op2")); diff != "" {
@@ -200,26 +200,26 @@ func TestRewrapKeepsKeysInUse(t *testing.T) {
 	s = applied(t, s, CmdNodePut, memberWith("b-1", "op2"))
 	s = applied(t, s, CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: "op2", Wrapped: map[string][]byte{keyA: []byte("a2"), keyM: []byte("m2")}})
 	if s.OperatorKey() != "op2" {
-		t.Fatal(s.OperatorKey())
+		t.Fatalf("operator key %s, want op2", s.OperatorKey())
 	}
 	for _, k := range s.DataKeys {
 		if k.State() != DataKeyActive || len(k.Confirmed) != 0 || !bytes.HasSuffix(k.Wrapped, []byte("2")) {
-			t.Errorf("%+v", k)
+			t.Errorf("after the rewrap: %+v", k)
 		}
 	}
 }
 
-func TestNodesThatCanOpenNothingDoNotJoin(t *testing.T) {
+func TestMayOpenRefusesOtherOperatorKeys(t *testing.T) {
 	s := keyed(t, founded(t))
 	for _, tc := range []struct {
 		name, current, previous string
 		want                    error
 	}{
 		{"the operator key", "op1", "", nil},
-		{"the operator key as the one before", "op2", "op1", nil},
-		{"another", "op2", "", ErrOperatorKey},
-		{"two others", "op2", "op3", ErrOperatorKey},
-		{"it does not say", "", "", nil},
+		{"the operator key as the previous one", "op2", "op1", nil},
+		{"another key", "op2", "", ErrOperatorKey},
+		{"two other keys", "op2", "op3", ErrOperatorKey},
+		{"no fingerprint", "", "", nil},
 	} {
 		err := s.MayOpen(Node{Name: "c-1", OperatorKey: tc.current, OperatorKeyPrevious: tc.previous})
 		if !errors.Is(err, tc.want) {
@@ -227,21 +227,21 @@ func TestNodesThatCanOpenNothingDoNotJoin(t *testing.T) {
 		}
 	}
 	if err := founded(t).MayOpen(Node{Name: "c-1", OperatorKey: "op2"}); err != nil {
-		t.Errorf("before there are keys: %v", err)
+		t.Errorf("without data keys: %v", err)
 	}
 }
 
-// Whatever order commands come in: nothing is sealed with a key before every
-// member has opened it, no key goes while a member may carry it, there is one
-// sealing key once there was one, and all are under one operator key.
-func TestDataKeysUnderAnyOrder(t *testing.T) {
+// For commands in any order: no key is active before every member has opened it, no
+// key is dropped while a member has records sealed with it, there is one active
+// sealing key once there was one, and one operator key wraps all keys.
+func TestDataKeyRulesInAnyOrder(t *testing.T) {
 	start := founded(t)
 	rapid.Check(t, func(t *rapid.T) {
 		s := applied(t, start, CmdNodePut, memberWith("a-1", "op1"))
 		nodes := []string{"a-1", "b-1", "c-1"}
 		ids := []string{keyA, keyB, "00000000000000cc", keyM}
-		// What the nodes hold: records by key and node. A node seals with the key
-		// that its state says.
+		// carries says which nodes have records sealed with a key, by key and node. A
+		// node seals with the active key.
 		carries := map[string]map[string]bool{}
 		sealing := false
 		for range rapid.IntRange(1, 60).Draw(t, "steps") {
@@ -267,7 +267,7 @@ func TestDataKeysUnderAnyOrder(t *testing.T) {
 				typ, data = CmdDataKeyConfirm, DataKeyConfirm{Node: node, IDs: []string{id, rapid.SampledFrom(ids).Draw(t, "other")}, OperatorKey: op}
 			case 5:
 				typ, data = CmdDataKeyActivate, DataKeyActivate{ID: id}
-			case 6: // every node says truly what it carries
+			case 6: // every node without such records is in Free
 				free := []string{}
 				for n := range s.Nodes {
 					if !carries[id][n] {
@@ -281,7 +281,7 @@ func TestDataKeysUnderAnyOrder(t *testing.T) {
 					wrapped[k.ID] = []byte(op)
 				}
 				typ, data = CmdDataKeyRewrap, DataKeyRewrap{OperatorKey: op, Wrapped: wrapped}
-			case 8: // a node seals, or seals anew
+			case 8: // a node seals new records, and re-seals its old ones
 				if _, member := s.Nodes[node]; !member {
 					continue
 				}
@@ -317,7 +317,7 @@ func TestDataKeysUnderAnyOrder(t *testing.T) {
 				continue
 			}
 			s = next
-			if typ == CmdNodeRemove { // its disk goes with it
+			if typ == CmdNodeRemove { // with its records
 				for _, by := range carries {
 					delete(by, node)
 				}
@@ -325,14 +325,14 @@ func TestDataKeysUnderAnyOrder(t *testing.T) {
 			active := 0
 			for _, k := range s.DataKeys {
 				if k.OperatorKey != s.OperatorKey() || string(k.Wrapped) != k.OperatorKey {
-					t.Fatalf("%s is under operator key %s", k.ID, k.OperatorKey)
+					t.Fatalf("%s is wrapped with operator key %s, others with %s", k.ID, k.OperatorKey, s.OperatorKey())
 				}
 				old, was := before.DataKey(k.ID)
 				if k.State() == DataKeyActive && k.Kind == DataKeySeal {
 					active++
 				}
 				if was && old.State() == DataKeyPending && k.State() == DataKeyActive && len(before.Unconfirmed(old)) > 0 {
-					t.Fatalf("%s is used, and %v have not opened it", k.ID, before.Unconfirmed(old))
+					t.Fatalf("%s is active, but %v have not opened it", k.ID, before.Unconfirmed(old))
 				}
 			}
 			sealing = sealing || active > 0
@@ -341,12 +341,12 @@ func TestDataKeysUnderAnyOrder(t *testing.T) {
 			}
 			for id, by := range carries {
 				if _, there := s.DataKey(id); !there && len(by) > 0 {
-					t.Fatalf("%s is gone, and %v carry it", id, by)
+					t.Fatalf("%s was dropped, but %v have records sealed with it", id, by)
 				}
 			}
 			if slices.ContainsFunc(before.DataKeys, func(k DataKey) bool { return k.Kind == DataKeyMAC }) &&
 				!slices.ContainsFunc(s.DataKeys, func(k DataKey) bool { return k.ID == keyM }) {
-				t.Fatal("the MAC key is gone")
+				t.Fatal("the MAC key was dropped")
 			}
 		}
 	})

@@ -10,31 +10,30 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// ErrUnknownUpstream: no such upstream in the configuration.
+// ErrUnknownUpstream means that the configuration has no such upstream.
 var ErrUnknownUpstream = errors.New("no such upstream")
 
-// DrainedUpstream is a model server that gets no new request, because an
-// operator said so.
+// DrainedUpstream is a model server that gets no new requests because an operator
+// drained it.
 type DrainedUpstream struct {
 	By string    `json:"by"`
 	At time.Time `json:"at"`
 }
 
-// UpstreamDrain drains an upstream, or takes it back. Both are wishes about how
-// it should be, so that asking again is no error.
+// UpstreamDrain drains or resumes an upstream. It is idempotent: repeating it is
+// not an error.
 type UpstreamDrain struct {
 	Name    string `json:"name"`
 	Drained bool   `json:"drained"`
 	By      string `json:"by"`
-	// Configured are the upstreams of the proposer's configuration, Expect its
-	// version: Apply parses nothing, and an upstream that left the configuration
-	// stays drained no longer than until the next drain.
+	// Configured are the upstreams in version Expect of the configuration. The
+	// proposer lists them because Apply does not parse the configuration.
 	Configured []string `json:"configured"`
 	Expect     uint64   `json:"expect"`
 }
 
-// drainUpstream keeps the map within the configured upstreams: what is no
-// longer one of them is forgotten here.
+// drainUpstream also drops entries of upstreams that are no longer configured,
+// which bounds the map.
 func (s *State) drainUpstream(d UpstreamDrain, at time.Time) error {
 	if d.Expect != s.Config.Version {
 		return fmt.Errorf("%w: it is at version %d, not %d", ErrVersionConflict, s.Config.Version, d.Expect)

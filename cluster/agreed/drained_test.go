@@ -24,15 +24,15 @@ func TestApplyDrainsUpstreams(t *testing.T) {
 		want  []string
 		err   error
 	}{
-		{"the first", nil, UpstreamDrain{Name: "u", Drained: true, Configured: both, Expect: 1}, []string{"u"}, nil},
-		{"another", []string{"u"}, UpstreamDrain{Name: "v", Drained: true, Configured: both, Expect: 1}, both, nil},
-		{"again", []string{"u"}, UpstreamDrain{Name: "u", Drained: true, Configured: both, Expect: 1}, []string{"u"}, nil},
-		{"back", both, UpstreamDrain{Name: "u", Configured: both, Expect: 1}, []string{"v"}, nil},
-		{"back again", nil, UpstreamDrain{Name: "u", Configured: both, Expect: 1}, nil, nil},
-		{"one that left the configuration is forgotten", both, UpstreamDrain{Name: "v", Drained: true, Configured: []string{"v"}, Expect: 1}, []string{"v"}, nil},
-		{"a stranger", []string{"u"}, UpstreamDrain{Name: "w", Drained: true, Configured: both, Expect: 1}, []string{"u"}, ErrUnknownUpstream},
-		{"by another configuration", []string{"u"}, UpstreamDrain{Name: "v", Drained: true, Configured: both, Expect: 2}, []string{"u"}, ErrVersionConflict},
-		{"too many", nil, UpstreamDrain{Name: "u1", Drained: true, Configured: many, Expect: 1}, nil, ErrStateFull},
+		{"the first drain", nil, UpstreamDrain{Name: "u", Drained: true, Configured: both, Expect: 1}, []string{"u"}, nil},
+		{"a second upstream", []string{"u"}, UpstreamDrain{Name: "v", Drained: true, Configured: both, Expect: 1}, both, nil},
+		{"repeated drain", []string{"u"}, UpstreamDrain{Name: "u", Drained: true, Configured: both, Expect: 1}, []string{"u"}, nil},
+		{"resume", both, UpstreamDrain{Name: "u", Configured: both, Expect: 1}, []string{"v"}, nil},
+		{"repeated resume", nil, UpstreamDrain{Name: "u", Configured: both, Expect: 1}, nil, nil},
+		{"an entry that is no longer configured is dropped", both, UpstreamDrain{Name: "v", Drained: true, Configured: []string{"v"}, Expect: 1}, []string{"v"}, nil},
+		{"an unknown upstream", []string{"u"}, UpstreamDrain{Name: "w", Drained: true, Configured: both, Expect: 1}, []string{"u"}, ErrUnknownUpstream},
+		{"another version of the configuration", []string{"u"}, UpstreamDrain{Name: "v", Drained: true, Configured: both, Expect: 2}, []string{"u"}, ErrVersionConflict},
+		{"too many upstreams", nil, UpstreamDrain{Name: "u1", Drained: true, Configured: many, Expect: 1}, nil, ErrStateFull},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			s := founded(t)
@@ -51,20 +51,20 @@ func TestApplyDrainsUpstreams(t *testing.T) {
 				t.Errorf("drained: %v, want %v", got, tc.want)
 			}
 			if !maps.Equal(before, s.Drained) {
-				t.Error("the state that was given has changed")
+				t.Error("Apply changed the state that it was given")
 			}
 			for name, d := range next.Drained {
 				if _, was := before[name]; was && !d.At.Equal(applyTime) {
 					t.Errorf("%s: draining it again moved its time to %s", name, d.At)
 				}
 			}
-			// Through a snapshot and back.
+			// The entries survive a snapshot.
 			b, err := next.Encode()
 			if err != nil {
 				t.Fatal(err)
 			}
 			if back, err := DecodeState(b); err != nil || !maps.Equal(back.Drained, next.Drained) {
-				t.Errorf("%v: %v", err, back)
+				t.Errorf("decoded snapshot: %v, error %v", back, err)
 			}
 		})
 	}

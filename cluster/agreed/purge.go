@@ -9,38 +9,38 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// Bounds of the purges that are remembered.
+// Bounds of CachePurges.
 const (
 	maxPurgedModels = config.MaxModels
 	maxPurgedKeys   = 1024
 	maxPurgeKey     = 128
 )
 
-// ErrBadPurge: a purge names everything, one model or one key.
-var ErrBadPurge = errors.New("a purge is of everything, of one model or of one key")
+// ErrBadPurge means that a purge names none or several of its alternatives.
+var ErrBadPurge = errors.New("a purge must be of everything, of one model or of one key")
 
-// CachePurges says which kept answers must not be used any more, wherever they
-// are and whenever a site that was away hears of it. An answer carries what
-// Count was before its upstream was asked; no clock is involved.
+// CachePurges says which cached answers must no longer be used. Each answer has
+// the Count from before its upstream was asked, so a purge covers all copies of
+// an answer, also on sites that learn of it later, and needs no clock.
 type CachePurges struct {
-	// Count is one higher after each purge.
+	// Count rises by one with each purge.
 	Count uint64 `json:"count,omitempty"`
-	// All, and those of a model or a key, are what Count became with their
-	// newest purge.
+	// All, Models and Keys have the Count of the newest purge of everything, of a
+	// model and of a key.
 	All    uint64              `json:"all,omitempty"`
 	Models map[string]uint64   `json:"models,omitempty"`
 	Keys   map[string]KeyPurge `json:"keys,omitempty"`
 }
 
-// KeyPurge is the purge of one answer. It is forgotten when no node can still
-// have what it was about.
+// KeyPurge is the purge of one answer. It is dropped after Until, when no node can
+// still have that answer.
 type KeyPurge struct {
 	Count uint64    `json:"count"`
 	Until time.Time `json:"until"`
 }
 
-// Least is the Count that an answer of a model must carry to be used. key is
-// asked for its name only when some key was purged.
+// Least is the lowest Count with which an answer of a model may be used. The
+// function key is called only if some key was purged.
 func (p *CachePurges) Least(model string, key func() string) uint64 {
 	least := p.All
 	if len(p.Models) > 0 {
@@ -52,12 +52,12 @@ func (p *CachePurges) Least(model string, key func() string) uint64 {
 	return least
 }
 
-// CachePurge makes kept answers unusable: all of them, those of a model, or one.
+// CachePurge invalidates cached answers: all of them, those of a model, or one.
 type CachePurge struct {
 	All   bool   `json:"all,omitempty"`
 	Model string `json:"model,omitempty"`
 	Key   string `json:"key,omitempty"`
-	// Until is when no answer from before this purge is kept any longer, by the
+	// Until is when every answer from before this purge has expired, by the
 	// proposer's configuration.
 	Until time.Time `json:"until"`
 	By    string    `json:"by,omitempty"`
@@ -76,7 +76,7 @@ func (s *State) purgeCache(d CachePurge, at time.Time) error {
 	p := s.Purges
 	p.Count++
 	if d.All {
-		// Nothing before it matters any more.
+		// It covers all earlier purges.
 		s.Purges = CachePurges{Count: p.Count, All: p.Count}
 		return nil
 	}

@@ -17,7 +17,7 @@ func TestApplyPurgesTheCache(t *testing.T) {
 	for _, tc := range []struct {
 		name  string
 		steps []step
-		want  map[[2]string]uint64 // least by model and key
+		want  map[[2]string]uint64 // Least by model and key
 		err   error
 	}{
 		{"none", nil, map[[2]string]uint64{{"m", "k"}: 0}, nil},
@@ -25,19 +25,19 @@ func TestApplyPurgesTheCache(t *testing.T) {
 		{"a model", []step{{0, CachePurge{Model: "m"}}}, map[[2]string]uint64{{"m", "k"}: 1, {"n", "k"}: 0}, nil},
 		{"a key", []step{{0, CachePurge{Key: "k", Until: later}}}, map[[2]string]uint64{{"m", "k"}: 1, {"m", "l"}: 0}, nil},
 		{
-			"one after the other",
+			"several purges",
 			[]step{{0, CachePurge{Model: "m"}}, {0, CachePurge{Key: "k", Until: later}}, {0, CachePurge{Model: "n"}}},
 			map[[2]string]uint64{{"m", "k"}: 2, {"m", "l"}: 1, {"n", "l"}: 3, {"o", "l"}: 0},
 			nil,
 		},
 		{
-			"everything at last",
+			"everything after a model",
 			[]step{{0, CachePurge{Model: "m"}}, {0, CachePurge{All: true}}},
 			map[[2]string]uint64{{"m", "k"}: 2, {"n", "k"}: 2},
 			nil,
 		},
 		{
-			"a key is forgotten when nobody can have it",
+			"a purged key is dropped after Until",
 			[]step{{0, CachePurge{Key: "k", Until: later}}, {2 * time.Hour, CachePurge{Key: "l", Until: later.Add(time.Hour)}}},
 			map[[2]string]uint64{{"m", "k"}: 0, {"m", "l"}: 2},
 			nil,
@@ -54,7 +54,7 @@ func TestApplyPurgesTheCache(t *testing.T) {
 					t.Fatalf("error %v, want %v", err, tc.err)
 				}
 				if !reflect.DeepEqual(s.Purges, before) {
-					t.Fatal("the state that was given has changed")
+					t.Fatal("Apply changed the state that it was given")
 				}
 				s = next
 			}
@@ -69,7 +69,7 @@ func TestApplyPurgesTheCache(t *testing.T) {
 			for at, want := range tc.want {
 				for _, s := range []*State{s, back} {
 					if got := s.Purges.Least(at[0], func() string { return at[1] }); got != want {
-						t.Errorf("%v: least %d, want %d", at, got, want)
+						t.Errorf("Least(%v) is %d, want %d", at, got, want)
 					}
 				}
 			}
@@ -91,9 +91,9 @@ func TestPurgesAreBounded(t *testing.T) {
 		}
 		full, err := Apply(s, command(t, CmdCachePurge, applyTime, make(maxPurgedKeys)))
 		if !errors.Is(err, ErrStateFull) || full != s {
-			t.Errorf("one more: %v", err)
+			t.Errorf("one purge too many: %v, want ErrStateFull", err)
 		}
-		// Everything makes room.
+		// A purge of everything replaces the others.
 		if s, err = Apply(s, command(t, CmdCachePurge, applyTime, CachePurge{All: true})); err != nil {
 			t.Fatal(err)
 		}
@@ -101,7 +101,7 @@ func TestPurgesAreBounded(t *testing.T) {
 			t.Error(err)
 		}
 		if s.Purges.Count != maxPurgedKeys+2 {
-			t.Errorf("%d purges", s.Purges.Count)
+			t.Errorf("Count is %d, want %d", s.Purges.Count, maxPurgedKeys+2)
 		}
 	}
 }

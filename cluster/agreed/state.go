@@ -1,7 +1,7 @@
-// Package agreed is the state that all nodes agree on through Raft, and the pure
+// Package agreed has the state that all nodes agree on through Raft, and the pure
 // function Apply that changes it: the primary, the nodes, the configuration with its
-// history, API-key hashes, data keys, owners of job streams, purges and drills. It
-// knows no log, no clock and no connection. Start at State, then Apply.
+// history, API-key hashes, data keys, owners of job streams, cache purges and drills.
+// It uses no log, no clock and no connection. Start at State, then Apply.
 package agreed
 
 import (
@@ -10,10 +10,9 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// State is everything the cluster has agreed on. A *State that was published
-// is immutable: readers hold it without a lock, Apply makes a new one and
-// shares what did not change. Well under a few MB by design (see the bounds in
-// apply.go).
+// State is everything the cluster has agreed on. A published *State is immutable:
+// readers use it without a lock, and Apply returns a new one that shares the
+// unchanged parts. The bounds in apply.go keep it well under a few MB.
 type State struct {
 	Format       int        `json:"format"` // of this struct on disk
 	FeatureLevel int        `json:"feature_level"`
@@ -28,60 +27,61 @@ type State struct {
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`
-	// Switchover is the planned change in progress. It counts as abandoned
-	// after its deadline, so that a coordinator that died blocks nobody.
+	// Switchover is the planned change in progress. After its deadline it counts
+	// as abandoned, so that a crashed coordinator blocks no later one.
 	Switchover *Switchover `json:"switchover,omitempty"`
 	// Hold stops automatic promotions while it is set.
 	Hold *Hold `json:"hold,omitempty"`
-	// Drained holds the upstreams that get no new request, by name; every one
+	// Drained has the upstreams that get no new requests, by name. Each of them
 	// was configured when it was drained.
 	Drained map[string]DrainedUpstream `json:"drained,omitempty"`
-	// Purges says which kept answers must not be used any more.
+	// Purges says which cached answers must no longer be used.
 	Purges CachePurges `json:"cache_purges,omitzero"`
-	// Streams are the job journals that somebody has to execute, by StreamKey.
+	// Streams are the job journals with unfinished jobs and their owners, by
+	// StreamKey.
 	Streams map[string]JobStream `json:"streams,omitempty"`
-	// DoneStreams are the newest of those that were dropped, oldest first: nobody
+	// DoneStreams are the keys of the streams dropped last, oldest first. No node
 	// needs to keep their records.
 	DoneStreams []string `json:"done_streams,omitempty"`
 	// Ownership is the raft index of the newest change of Streams; it only rises.
 	Ownership uint64 `json:"ownership,omitempty"`
-	// DataKeys are what records are sealed with, oldest first, bounded.
+	// DataKeys are the keys that records are sealed with, oldest first, bounded.
 	DataKeys []DataKey `json:"data_keys,omitempty"`
-	// DataKeysVersion is one higher after each command about data keys: a node
-	// that replays its log tells by it which of two lists is the newer.
+	// DataKeysVersion rises by one with each command about data keys. A node that
+	// replays its log uses it to find out which of two lists is newer.
 	DataKeysVersion uint64 `json:"data_keys_version,omitempty"`
-	// Drills are the newest rehearsals, oldest first, bounded.
+	// Drills are the newest drills, oldest first, bounded.
 	Drills []DrillRecord `json:"drills,omitempty"`
 
 	Config  ConfigVersion   `json:"config"`
 	History []ConfigVersion `json:"history"` // oldest first, without the current one
 
-	// Parsed is Config.Text parsed; rebuilt on restore, never encoded.
+	// Parsed is Config.Text parsed; derived by the node, never encoded.
 	Parsed *config.Config `json:"-"`
 }
 
-// NewState is the state before the first command: nothing is agreed on.
+// NewState is the state before the first command.
 func NewState() *State { return &State{Format: stateFormat} }
 
-// Generation is one higher each time the cluster is recovered by hand after
-// losing its quorum for good. The random ID tells two such recoveries apart.
+// Generation rises by one each time an operator recovers the cluster after a
+// permanent loss of its quorum. The random ID distinguishes two such recoveries.
 type Generation struct {
 	Number uint64 `json:"number"`
 	ID     string `json:"id"`
 }
 
-// Primary is the site in charge. Epoch rises by one at every change.
+// Primary is the primary site. Epoch rises by one at every change.
 type Primary struct {
 	Site   string    `json:"site"`
 	Epoch  uint64    `json:"epoch"`
 	Since  time.Time `json:"since"`
 	Reason string    `json:"reason"`
-	// Released: every node of the site before had confirmed that it let go, so
-	// this one need not wait until their leases have ended.
+	// Released says that every node of the previous primary had confirmed that it
+	// released the role, so the new one need not wait until their leases end.
 	Released bool `json:"released,omitempty"`
 }
 
-// Node is a member as agreed: who it is and where it was last reachable.
+// Node is a member as agreed: its identity and its last known addresses.
 type Node struct {
 	Name      string    `json:"name"`
 	Site      string    `json:"site"`
@@ -95,13 +95,13 @@ type Node struct {
 	StartedAt time.Time `json:"started_at"`
 	JoinedAt  time.Time `json:"joined_at"`
 	// OperatorKey is the fingerprint of the operator key that the process was
-	// started with, OperatorKeyPrevious of the one that it can still open things
-	// with. Neither says anything about the key.
+	// started with, OperatorKeyPrevious that of the previous key, which it can
+	// still open data keys with. A fingerprint reveals nothing about its key.
 	OperatorKey         string `json:"operator_key,omitempty"`
 	OperatorKeyPrevious string `json:"operator_key_previous,omitempty"`
 }
 
-// ConfigVersion is a cluster.yaml as it was written, and who wrote it.
+// ConfigVersion is the text of a cluster.yaml, and who changed it when.
 type ConfigVersion struct {
 	Version uint64    `json:"version"`
 	Hash    string    `json:"hash"` // SHA-256 of Text, hex
@@ -132,8 +132,8 @@ const (
 	FailoverDrill     FailoverKind = "drill"
 )
 
-// FailoverRecord is one change of the primary, as the status shows it. Figures
-// that nobody measured are nil.
+// FailoverRecord is one change of the primary, as the status shows it. A value
+// that was not measured is nil.
 type FailoverRecord struct {
 	From          string       `json:"from"`
 	To            string       `json:"to"`
@@ -147,8 +147,8 @@ type FailoverRecord struct {
 	Acknowledged  bool         `json:"acknowledged"`
 }
 
-// Switchover is a planned change of the primary while it is under way. The
-// primary lets go of its role as soon as it sees one.
+// Switchover is a planned change of the primary in progress. The primary releases
+// its role as soon as it sees one.
 type Switchover struct {
 	ID       string       `json:"id"`
 	From     string       `json:"from"`
@@ -166,26 +166,27 @@ type Hold struct {
 	At     time.Time `json:"at"`
 }
 
-// DrillRecord is a rehearsal as agreed: who ran what when, and how it ended.
-// Report is the drill package's own document, opaque here and bounded.
+// DrillRecord is a drill as agreed: who ran it when, and its result. Report is a
+// document of package drill; here it is opaque and bounded.
 type DrillRecord struct {
 	ID        string    `json:"id"`
 	Kind      string    `json:"kind"`
 	Site      string    `json:"site"`
 	By        string    `json:"by"`
 	StartedAt time.Time `json:"started_at"`
-	// Deadline is when the dead-man timer heals the site, whatever happens.
+	// Deadline is when the site ends its isolation by its own timer, even if the
+	// drill's runner has died.
 	Deadline time.Time `json:"deadline"`
-	// AbandonedAt is when a drill without a verdict counts as aborted: its runner
-	// has died.
+	// AbandonedAt is when a drill without a verdict counts as aborted, because its
+	// runner must have died.
 	AbandonedAt time.Time `json:"abandoned_at,omitzero"`
 	EndedAt     time.Time `json:"ended_at,omitzero"`
 	Verdict     string    `json:"verdict,omitempty"` // empty: running
 	Report      []byte    `json:"report,omitempty"`
 }
 
-// Running reports whether the drill goes on at a time. One whose runner died
-// ends by itself.
+// Running reports whether the drill is still running at a time. A drill whose
+// runner died ends at AbandonedAt.
 func (d DrillRecord) Running(at time.Time) bool {
 	return d.Verdict == "" && (at.Before(d.Deadline) || at.Before(d.AbandonedAt))
 }

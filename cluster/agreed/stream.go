@@ -14,35 +14,34 @@ import (
 
 // Refusals of the ownership commands.
 var (
-	ErrUnknownStream = errors.New("no such job stream is agreed on")
-	ErrStaleToken    = errors.New("the job stream has another owner or token by now")
-	ErrStillMember   = errors.New("the node is a member, and executes its own job streams")
+	ErrUnknownStream = errors.New("no such job stream")
+	ErrStaleToken    = errors.New("the job stream has another owner or token")
+	ErrStillMember   = errors.New("the node is still a member and executes its own job streams")
 )
 
-// maxStreamsPerNode bounds the streams of one origin. Each start opens one and
-// drops the earlier ones when their last job has ended, so a node that can't
-// finish anything runs into it after as many restarts.
+// maxStreamsPerNode bounds the streams of one origin. Each start of a node opens
+// one; a stream is dropped when its last job has ended. So a node reaches the bound
+// only after as many restarts without finishing its jobs.
 const maxStreamsPerNode = 64
 
-// maxDoneStreams bounds State.DoneStreams. A node that was away for longer keeps a
-// journal that nobody asks for.
+// maxDoneStreams bounds State.DoneStreams. A node that was offline for more drops
+// than that keeps a journal which no node needs.
 const maxDoneStreams = 1024
 
-// FenceToken fences the owner of a stream: (generation, index of the raft entry
-// that made it the owner). Both are compared, in this order.
+// FenceToken is the fencing token of a stream's owner: the generation, then the
+// index of the raft entry that made it the owner.
 type FenceToken struct {
 	Generation uint64 `json:"generation"`
 	Index      uint64 `json:"index"`
 }
 
-// Compare orders tokens; the higher one is the later owner.
+// Compare orders tokens: a later owner has a higher one.
 func (t FenceToken) Compare(o FenceToken) int {
 	return cmp.Or(cmp.Compare(t.Generation, o.Generation), cmp.Compare(t.Index, o.Index))
 }
 
-// JobStream is one incarnation of a node's job journal, as agreed: who executes
-// what was submitted in it. It is agreed on from its opening until nothing in it
-// is left to do.
+// JobStream is one incarnation of a node's job journal, and the node that executes
+// its jobs. The agreed state has it from its opening until all its jobs have ended.
 type JobStream struct {
 	Origin      string     `json:"origin"`      // the node that writes it
 	Incarnation string     `json:"incarnation"` // 32 hex digits
@@ -50,8 +49,8 @@ type JobStream struct {
 	Owner       string     `json:"owner"`       // the node that executes
 	Token       FenceToken `json:"token"`
 	OpenedAt    time.Time  `json:"opened_at"`
-	// Before is the owner before, empty when there was none. Its lease may still
-	// run when the new owner hears of the change.
+	// Before is the previous owner, empty if there was none. Its lease may still be
+	// valid when the new owner learns of the change.
 	Before  string    `json:"before,omitempty"`
 	OwnedAt time.Time `json:"owned_at,omitzero"`
 	Reason  string    `json:"reason,omitempty"`
@@ -63,39 +62,40 @@ func StreamKey(origin, incarnation string) string { return origin + "/" + incarn
 // Key is the stream's key in State.Streams.
 func (j JobStream) Key() string { return StreamKey(j.Origin, j.Incarnation) }
 
-// The data of the ownership commands. Each moves State.Ownership to its index.
+// The data of the ownership commands. Each one that changes a stream sets
+// State.Ownership to its raft index.
 type (
-	// StreamOpen makes a node's new stream known; the node itself owns it.
+	// StreamOpen adds a node's new stream, owned by the node itself.
 	StreamOpen struct {
 		Origin      string `json:"origin"`
 		Incarnation string `json:"incarnation"`
 	}
-	// StreamOwn gives a stream to another node, if its token is still Expect.
+	// StreamOwn gives a stream to another node if its token is still Expect.
 	StreamOwn struct {
 		Stream string     `json:"stream"`
 		Owner  string     `json:"owner"`
 		Expect FenceToken `json:"expect"`
 		Reason string     `json:"reason"`
-		// Term is that of the leader which decided it; it has no effect in another.
+		// Term is the term in which the leader decided it. It is refused in any other.
 		Term uint64 `json:"term"`
 	}
-	// StreamInherit makes a stream known that its origin took alone and never
-	// proposed before it was removed from the cluster. Owner has jobs of it; the first
-	// to say so gets it.
+	// StreamInherit adds a stream that its origin opened without a quorum and never
+	// proposed before it was removed from the cluster. Owner is a node that has jobs
+	// of it; the first node to propose this becomes the owner.
 	StreamInherit struct {
 		Origin      string `json:"origin"`
 		Incarnation string `json:"incarnation"`
 		Owner       string `json:"owner"`
 	}
-	// StreamDrop forgets streams of which nothing is left to do. Who says so has to
-	// be the owner; streams it no longer owns are left alone.
+	// StreamDrop removes streams whose jobs have all ended. Streams that Owner does
+	// not own are left alone.
 	StreamDrop struct {
 		Owner   string   `json:"owner"`
 		Streams []string `json:"streams"`
 	}
 )
 
-// openStream is idempotent: a proposal whose answer was lost is made again.
+// openStream is idempotent: a node repeats a proposal whose response was lost.
 func (s *State) openStream(d StreamOpen, c Command) error {
 	node, member := s.Nodes[d.Origin]
 	if !member {
@@ -107,8 +107,9 @@ func (s *State) openStream(d StreamOpen, c Command) error {
 	}, c)
 }
 
-// inheritStream counts the origin as the owner before, so that the new one waits.
-// A removed node's site is not known any more.
+// inheritStream records the origin as the previous owner, so that the new owner
+// waits until the origin's lease has ended. The site is that of the new owner,
+// because the state no longer has the removed node's site.
 func (s *State) inheritStream(d StreamInherit, c Command) error {
 	if _, member := s.Nodes[d.Origin]; member {
 		return fmt.Errorf("inherit a job stream of %s: %w", d.Origin, ErrStillMember)
@@ -135,7 +136,7 @@ func (s *State) newStream(j JobStream, c Command) error {
 		return nil
 	}
 	if slices.Contains(s.DoneStreams, key) {
-		return fmt.Errorf("open job stream %s: it was done with: %w", key, ErrUnknownStream)
+		return fmt.Errorf("open job stream %s: it was dropped after its last job: %w", key, ErrUnknownStream)
 	}
 	open := 0
 	for _, other := range s.Streams {
@@ -144,7 +145,7 @@ func (s *State) newStream(j JobStream, c Command) error {
 		}
 	}
 	if open >= maxStreamsPerNode {
-		return fmt.Errorf("open a job stream of %s: it has %d with jobs that are not done: %w", j.Origin, open, ErrStateFull)
+		return fmt.Errorf("open a job stream of %s: it has %d streams with unfinished jobs: %w", j.Origin, open, ErrStateFull)
 	}
 	s.changeStream(key, &j, c)
 	return nil
@@ -152,7 +153,7 @@ func (s *State) newStream(j JobStream, c Command) error {
 
 func (s *State) ownStream(d StreamOwn, c Command) error {
 	if d.Term != c.Term {
-		return fmt.Errorf("%w: the new owner of %s was decided in term %d, it came in term %d", ErrStaleTerm, d.Stream, d.Term, c.Term)
+		return fmt.Errorf("%w: the new owner of %s was decided in term %d and committed in term %d", ErrStaleTerm, d.Stream, d.Term, c.Term)
 	}
 	j, known := s.Streams[d.Stream]
 	if !known {
@@ -187,7 +188,7 @@ func (s *State) fence(c Command) FenceToken {
 	return FenceToken{Generation: s.Generation.Number, Index: c.Index}
 }
 
-// changeStream puts or, with nil, removes a stream.
+// changeStream sets a stream, or removes it if j is nil.
 func (s *State) changeStream(key string, j *JobStream, c Command) {
 	s.Streams = maps.Clone(s.Streams)
 	if j == nil {
@@ -201,7 +202,7 @@ func (s *State) changeStream(key string, j *JobStream, c Command) {
 	s.Ownership = c.Index
 }
 
-// StreamsOf gives the streams that a node owns, by key.
+// StreamsOf returns the streams that a node owns, sorted by key.
 func (s *State) StreamsOf(owner string) []JobStream {
 	var own []JobStream
 	for _, j := range s.Streams {

@@ -12,38 +12,38 @@ import (
 	"time"
 )
 
-// Cache is what every node keeps of answers, and for how long.
+// Cache says which answers every node caches, and for how long.
 type Cache struct {
 	Enabled bool        `yaml:"enabled"` // true
 	Store   StorePolicy `yaml:"store,omitempty"`
-	// LocalBytes bounds the tier in a node's memory, 128 MiB.
+	// LocalBytes bounds the tier in a node's memory. Default 128 MiB.
 	LocalBytes int64    `yaml:"local_bytes,omitempty"`
 	LocalTTL   Duration `yaml:"local_ttl,omitempty"` // 10m
-	// SharedBytes bounds the file of a node's embedded tier, 1 GiB. A Redis has
-	// a bound of its own.
+	// SharedBytes bounds the file of a node's embedded tier. Default 1 GiB. It
+	// does not apply to Redis, which is bounded by its own settings.
 	SharedBytes int64    `yaml:"shared_bytes,omitempty"`
 	SharedTTL   Duration `yaml:"shared_ttl,omitempty"` // 1h
-	// Stale is how much longer an expired answer is kept for when no upstream
-	// can answer. 24h; 0s: not at all.
+	// Stale is how long an expired answer is kept beyond its TTL, to be used when
+	// no upstream can answer. Default 24h; 0s disables it.
 	Stale Duration `yaml:"stale"`
-	// EntryBytes bounds one answer, 1 MiB: larger ones are not kept.
+	// EntryBytes bounds one answer; larger ones are not cached. Default 1 MiB.
 	EntryBytes int64 `yaml:"entry_bytes,omitempty"`
-	// Sites says where the shared tier of a site is; a site that is not named
-	// has the embedded one.
+	// Sites configures the shared tier of each site; a site that is not listed
+	// uses the embedded one.
 	Sites map[string]SiteCache `yaml:"sites,omitempty"`
 }
 
-// StorePolicy says which answers are kept without being asked to.
+// StorePolicy says which answers are cached when the client does not ask for it.
 type StorePolicy string
 
 // The policies.
 const (
-	StoreDeterministic StorePolicy = "deterministic" // embeddings, and what was asked with temperature 0
+	StoreDeterministic StorePolicy = "deterministic" // embeddings, and requests with temperature 0
 	StoreAll           StorePolicy = "all"
-	StoreNone          StorePolicy = "none" // and none that is asked for either
+	StoreNone          StorePolicy = "none" // not even when the client asks for it
 )
 
-// SiteCache is where a site keeps its shared tier.
+// SiteCache configures the shared tier of a site.
 type SiteCache struct {
 	Shared SharedTier `yaml:"shared,omitempty"`
 	Redis  Redis      `yaml:"redis,omitempty"`
@@ -59,23 +59,24 @@ const (
 	SharedOff      SharedTier = "off"
 )
 
-// Redis is a Redis or Valkey. What it gets is sealed.
+// Redis is a Redis or Valkey server. Entries are encrypted before they are sent
+// to it.
 type Redis struct {
-	// URL is redis://[user@]host:port[/db] or rediss://…; further addresses of a
-	// cluster or of sentinels follow as ?addr=host:port&addr=….
+	// URL is redis://[user@]host:port[/db] or rediss://…. Further addresses of a
+	// cluster or of sentinels are added as ?addr=host:port&addr=….
 	URL  string    `yaml:"url,omitempty"`
 	Mode RedisMode `yaml:"mode,omitempty"`
-	// Master is the name that sentinels know the server by.
+	// Master is the master's name in the sentinels' configuration.
 	Master   string `yaml:"master,omitempty"`
 	Password Secret `yaml:"password,omitempty"`
-	// SentinelUser and SentinelPassword are for the sentinels, which know
-	// nothing of those of the servers that they watch.
+	// SentinelUser and SentinelPassword authenticate to the sentinels, which
+	// don't share the credentials of the servers that they monitor.
 	SentinelUser     string      `yaml:"sentinel_user,omitempty"`
 	SentinelPassword Secret      `yaml:"sentinel_password,omitempty"`
-	TLS              UpstreamTLS `yaml:"tls,omitempty"` // of rediss; of sentinels too
+	TLS              UpstreamTLS `yaml:"tls,omitempty"` // for rediss; also for the sentinels
 }
 
-// RedisMode says what stands at the URL.
+// RedisMode says what kind of server the URL leads to.
 type RedisMode string
 
 // The modes.
@@ -88,8 +89,8 @@ const (
 // Secure reports whether the server is reached over TLS.
 func (r Redis) Secure() bool { return strings.HasPrefix(strings.ToLower(r.URL), "rediss:") }
 
-// ModelCache is what a model has of its own; after Parse it is complete,
-// with the cluster's values where the model says nothing.
+// ModelCache overrides the cluster's cache settings for one model. Parse fills
+// in the cluster's values for settings that the model does not have.
 type ModelCache struct {
 	Enabled   bool        `yaml:"enabled"`
 	Store     StorePolicy `yaml:"store,omitempty"`
@@ -98,7 +99,7 @@ type ModelCache struct {
 	Stale     Duration    `yaml:"stale"`
 }
 
-// DefaultCache is the cache that nobody has configured.
+// DefaultCache is the cache configuration without a cache section.
 func DefaultCache() Cache {
 	return Cache{
 		Enabled: true, Store: StoreDeterministic,
@@ -108,7 +109,7 @@ func DefaultCache() Cache {
 	}
 }
 
-// At is the shared tier of a site.
+// At returns the shared tier of a site.
 func (c Cache) At(site string) SiteCache {
 	if s, ok := c.Sites[site]; ok {
 		return s
@@ -116,19 +117,13 @@ func (c Cache) At(site string) SiteCache {
 	return SiteCache{Shared: SharedEmbedded}
 }
 
-// MaxAge is the longest time that any answer may be kept.
+// MaxAge is the longest time that any answer may stay in a cache.
 func (c *Config) MaxAge() time.Duration {
 	most := c.Cache.SharedTTL.D() + c.Cache.Stale.D()
 	for _, m := range c.Models {
 		most = max(most, m.Cache.SharedTTL.D()+m.Cache.Stale.D())
 	}
 	return most
-}
-
-// equal compares all of it.
-func (c Cache) equal(o Cache) bool {
-	return maps.Equal(c.Sites, o.Sites) && c.Enabled == o.Enabled && c.Store == o.Store && c.LocalBytes == o.LocalBytes && c.LocalTTL == o.LocalTTL &&
-		c.SharedBytes == o.SharedBytes && c.SharedTTL == o.SharedTTL && c.Stale == o.Stale && c.EntryBytes == o.EntryBytes
 }
 
 func (s *SiteCache) setDefaults() { s.Shared, s.Redis.Mode = SharedEmbedded, RedisSingle }
@@ -170,7 +165,8 @@ func (c *checker) cache() {
 	}
 }
 
-// modelCache fills in what the model does not say.
+// modelCache fills in the settings that the model does not have, and checks
+// the result if the model has any.
 func (c *checker) modelCache(at Path, own ModelCache) ModelCache {
 	if !c.src.Has(at.At("enabled")) {
 		own.Enabled = c.Cache.Enabled
@@ -197,7 +193,7 @@ func (c *checker) modelCache(at Path, own ModelCache) ModelCache {
 func (c *checker) storePolicy(at Path, p StorePolicy) {
 	known := []string{string(StoreDeterministic), string(StoreAll), string(StoreNone)}
 	if !slices.Contains(known, string(p)) {
-		c.reject(at.At("store"), c.src.suggest(string(p), known, ""), "%s is no policy for what to keep", quoted(string(p)))
+		c.reject(at.At("store"), c.src.suggest(string(p), known, ""), "%s is not a store policy", quoted(string(p)))
 	}
 }
 
@@ -222,17 +218,17 @@ func (c *checker) cacheSites(at Path) {
 	for _, name := range slices.Sorted(maps.Keys(c.Cache.Sites)) {
 		s, at := c.Cache.Sites[name], at.At(name)
 		if _, known := c.Sites[name]; !known && !c.src.Broken(At("sites")) {
-			c.reject(at, c.src.suggest(name, sites, "add it there"), "site %s is not under sites", quoted(name))
+			c.reject(at, c.src.suggest(name, sites, "add it under sites"), "there is no site %s", quoted(name))
 			continue
 		}
 		kinds := []string{string(SharedEmbedded), string(SharedRedis), string(SharedOff)}
 		switch {
 		case !slices.Contains(kinds, string(s.Shared)):
-			c.reject(at.At("shared"), c.src.suggest(string(s.Shared), kinds, ""), "%s is no kind of shared tier", quoted(string(s.Shared)))
+			c.reject(at.At("shared"), c.src.suggest(string(s.Shared), kinds, ""), "%s is not a kind of shared tier", quoted(string(s.Shared)))
 		case s.Shared == SharedRedis:
 			c.redis(at.At("redis"), s.Redis)
 		case c.src.Has(at.At("redis")) && c.src.Has(at.At("redis", "url")):
-			c.reject(at.At("redis"), "write shared: redis, or remove redis", "there is a redis, but the shared tier is %s", s.Shared)
+			c.reject(at.At("redis"), "write shared: redis, or remove redis", "redis is configured, but the shared tier is %s", s.Shared)
 		}
 	}
 }
@@ -240,13 +236,13 @@ func (c *checker) cacheSites(at Path) {
 func (c *checker) redis(at Path, r Redis) {
 	modes := []string{string(RedisSingle), string(RedisCluster), string(RedisSentinel)}
 	if !slices.Contains(modes, string(r.Mode)) {
-		c.reject(at.At("mode"), c.src.suggest(string(r.Mode), modes, ""), "%s is no mode", quoted(string(r.Mode)))
+		c.reject(at.At("mode"), c.src.suggest(string(r.Mode), modes, ""), "%s is not a Redis mode", quoted(string(r.Mode)))
 	}
 	switch {
 	case r.Mode == RedisSentinel && r.Master == "":
-		c.missing(at.At("master"), "write the name that the sentinels know the server by, such as mymaster")
+		c.missing(at.At("master"), "write the master's name in the sentinels' configuration, such as mymaster")
 	case r.Mode != RedisSentinel && r.Master != "":
-		c.reject(at.At("master"), "remove it, or write mode: sentinel", "only sentinels know a master")
+		c.reject(at.At("master"), "remove it, or write mode: sentinel", "master is used only with sentinels")
 	}
 	if c.src.Has(at.At("password")) {
 		c.secret(at.At("password"), r.Password)
@@ -254,7 +250,7 @@ func (c *checker) redis(at Path, r Redis) {
 	c.sentinels(at, r)
 	c.upstreamTLS(at.At("tls"), r.TLS)
 	if _, err := r.Addresses(); err != nil {
-		const sample = "write it like redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379"
+		const sample = "write a URL such as redis://cache:6379/0 or rediss://cache:6379?addr=cache-2:6379"
 		if r.URL == "" {
 			c.missing(at.At("url"), sample)
 			return
@@ -263,7 +259,7 @@ func (c *checker) redis(at Path, r Redis) {
 	}
 }
 
-// sentinels checks what is for them alone.
+// sentinels checks the credentials for sentinels.
 func (c *checker) sentinels(at Path, r Redis) {
 	user, password := at.At("sentinel_user"), at.At("sentinel_password")
 	if c.src.Has(password) {
@@ -271,23 +267,23 @@ func (c *checker) sentinels(at Path, r Redis) {
 	}
 	switch {
 	case r.Mode != RedisSentinel && r.SentinelUser != "":
-		c.reject(user, "remove it, or write mode: sentinel", "there are no sentinels")
+		c.reject(user, "remove it, or write mode: sentinel", "sentinel_user is used only with sentinels")
 	case r.Mode != RedisSentinel && c.src.Has(password):
-		c.reject(password, "remove it, or write mode: sentinel", "there are no sentinels")
+		c.reject(password, "remove it, or write mode: sentinel", "sentinel_password is used only with sentinels")
 	case r.SentinelUser != "" && !c.src.Has(password):
 		c.missing(password, "write sentinel_password: {env: NAME}, or remove sentinel_user")
 	}
 }
 
-// RedisAddresses is what a Redis URL says.
+// RedisAddresses are the parts of a Redis URL.
 type RedisAddresses struct {
 	User  string
 	Hosts []string // host:port, at least one
 	DB    int
 }
 
-// Addresses reads the URL. The error is in a user's words and never repeats it:
-// it may hold a password.
+// Addresses parses the URL. The error is for the user and never repeats the URL,
+// which may contain a password.
 func (r Redis) Addresses() (RedisAddresses, error) {
 	var a RedisAddresses
 	u, err := url.Parse(r.URL)
@@ -295,7 +291,7 @@ func (r Redis) Addresses() (RedisAddresses, error) {
 	case err != nil || len(r.URL) > 2048:
 		return a, errors.New("is not a URL")
 	case u.Scheme != "redis" && u.Scheme != "rediss":
-		return a, errors.New("the URL is not one of redis or rediss")
+		return a, errors.New("the URL's scheme is not redis or rediss")
 	case u.Hostname() == "":
 		return a, errors.New("the URL has no host")
 	case u.Fragment != "":
@@ -303,7 +299,7 @@ func (r Redis) Addresses() (RedisAddresses, error) {
 	}
 	if u.User != nil {
 		if _, secret := u.User.Password(); secret {
-			return a, errors.New("the URL holds a password: remove it and write password: {env: NAME}")
+			return a, errors.New("the URL contains a password: remove it and write password: {env: NAME}")
 		}
 		a.User = u.User.Username()
 	}
@@ -314,10 +310,10 @@ func (r Redis) Addresses() (RedisAddresses, error) {
 	a.Hosts = []string{net.JoinHostPort(u.Hostname(), port)}
 	if path := strings.Trim(u.Path, "/"); path != "" {
 		if a.DB, err = strconv.Atoi(path); err != nil || a.DB < 0 || a.DB > 1<<16 {
-			return a, errors.New("what follows the host is not the number of a database")
+			return a, errors.New("the URL's path is not the number of a database")
 		}
 		if r.Mode == RedisCluster && a.DB != 0 {
-			return a, errors.New("a cluster has no databases")
+			return a, errors.New("a Redis cluster has only database 0")
 		}
 	}
 	q, err := url.ParseQuery(u.RawQuery)
@@ -326,7 +322,7 @@ func (r Redis) Addresses() (RedisAddresses, error) {
 	}
 	for key, values := range q {
 		if key != "addr" {
-			return a, errors.New("the URL's query may hold addr alone")
+			return a, errors.New("the URL's query may contain only addr")
 		}
 		for _, v := range values {
 			if _, _, err := net.SplitHostPort(v); err != nil {

@@ -11,8 +11,8 @@ import (
 	"unicode"
 )
 
-// Bounds of a cluster. They are far above what anybody runs, and keep the
-// agreed state small.
+// Bounds of a cluster. They are far above any real use and keep the agreed
+// state small.
 const (
 	MaxSites     = 16
 	MaxUpstreams = 1024
@@ -21,8 +21,8 @@ const (
 	maxFallbacks = 16
 )
 
-// configCheck is the list of rules for cluster.yaml. Each rule looks at the
-// Config and points at the source.
+// checker has the rules for cluster.yaml. Each rule checks the Config and
+// reports problems at the line in the source.
 type checker struct {
 	*Config
 	src *Source
@@ -47,7 +47,7 @@ func (c *checker) reject(p Path, hint, format string, args ...any) {
 	c.src.Reject(p, fmt.Sprintf(format, args...), hint)
 }
 
-// missing tells of a required value that is absent or empty.
+// missing rejects a required value that is absent or empty.
 func (c *checker) missing(p Path, hint string) {
 	what := "is missing"
 	if c.src.Has(p) {
@@ -65,8 +65,8 @@ func (c *checker) version() {
 	}
 }
 
-// tooMany rejects a list that is over its bound. Its entries are then not
-// looked at: there may be a hundred thousand.
+// tooMany rejects a list that is over its bound. The caller then skips its
+// entries: there may be a hundred thousand.
 func (c *checker) tooMany(p Path, n, most int) bool {
 	if n > most {
 		c.reject(p, "", "has %d entries, more than the limit of %d", n, most)
@@ -91,17 +91,17 @@ func (c *checker) sites() {
 		}
 		switch {
 		case s.City == "":
-			c.missing(at.At("city"), "write the city's name: sites of one city stand in for each other first")
+			c.missing(at.At("city"), "write the city's name: a site is replaced first by one of the same city")
 		case len(s.City) > 64 || !isPrintable(s.City):
 			c.reject(at.At("city"), "write a name of up to 64 printable characters", "%s cannot be a city", quoted(s.City))
 		}
 		switch other, twice := taken[s.Priority]; {
 		case !c.src.Has(at.At("priority")):
-			c.missing(at.At("priority"), "write priority: 1 for the site that is to be primary first, then 2, 3 …")
+			c.missing(at.At("priority"), "write priority: 1 for the first choice as primary, then 2, 3 …")
 		case s.Priority < 1 || s.Priority > 1000:
 			c.reject(at.At("priority"), "write a number from 1 (first) to 1000", "priority %d is out of range", s.Priority)
 		case twice:
-			c.reject(at.At("priority"), "give each site its own", "priority %d is already that of the site %s", s.Priority, other)
+			c.reject(at.At("priority"), "give each site its own priority", "site %[2]s already has priority %[1]d", s.Priority, other)
 		default:
 			taken[s.Priority] = name
 		}
@@ -110,8 +110,8 @@ func (c *checker) sites() {
 	}
 }
 
-// inFileOrder sorts names as they stand in the file, so that "already taken by"
-// points upwards.
+// inFileOrder sorts names by their lines in the file, so that of two entries
+// that conflict the later one is rejected.
 func (c *checker) inFileOrder(parent string, names []string) []string {
 	slices.SortFunc(names, func(a, b string) int {
 		if d := c.src.Line(At(parent, a)) - c.src.Line(At(parent, b)); d != 0 {
@@ -155,11 +155,11 @@ func (c *checker) upstream(at Path, u Upstream) {
 	case u.Site == "":
 		c.missing(at.At("site"), "write the site whose nodes reach it: "+wordChoices(sites))
 	case !known && !c.src.Broken(At("sites")):
-		c.reject(at.At("site"), c.src.suggest(u.Site, sites, "add it there"), "site %s is not under sites", quoted(u.Site))
+		c.reject(at.At("site"), c.src.suggest(u.Site, sites, "add it under sites"), "there is no site %s", quoted(u.Site))
 	}
 	kinds := []string{string(KindVLLM), string(KindSGLang), string(KindLlamaCPP), string(KindOllama), string(KindDeepSeek), string(KindOpenAI)}
 	if !slices.Contains(kinds, string(u.Kind)) {
-		c.reject(at.At("kind"), c.src.suggest(string(u.Kind), kinds, ""), "kind %s is not known", quoted(string(u.Kind)))
+		c.reject(at.At("kind"), c.src.suggest(string(u.Kind), kinds, ""), "unknown kind %s", quoted(string(u.Kind)))
 	}
 	c.upstreamURL(at.At("url"), u.URL)
 	c.upstreamTLS(at.At("tls"), u.TLS)
@@ -172,23 +172,23 @@ func (c *checker) upstream(at Path, u Upstream) {
 	case DiscoverDNS:
 	case DiscoverSRV:
 		if to, err := url.Parse(u.URL); err == nil && to.Port() != "" {
-			c.reject(at.At("url"), "remove it", "the URL has a port, but with discover: srv the ports come from the records")
+			c.reject(at.At("url"), "remove the port", "the URL has a port, but with discover: srv the ports come from the SRV records")
 		}
 	default:
 		modes := []string{string(DiscoverOff), string(DiscoverDNS), string(DiscoverSRV)}
-		c.reject(at.At("discover"), c.src.suggest(string(u.Discover), modes, ""), "%s is not a way to discover", quoted(string(u.Discover)))
+		c.reject(at.At("discover"), c.src.suggest(string(u.Discover), modes, ""), "%s is not a discovery mode", quoted(string(u.Discover)))
 	}
 }
 
 func (c *checker) upstreamURL(at Path, raw string) {
-	const sample = "write it like http://vllm:8000/v1"
+	const sample = "write a URL such as http://vllm:8000/v1"
 	if raw == "" {
 		c.missing(at, sample)
 		return
 	}
 	u, err := url.Parse(raw)
 	if err != nil {
-		// The text may hold a password, so it is not repeated.
+		// The text may contain a password, so the message does not repeat it.
 		c.reject(at, sample, "is not a URL")
 		return
 	}
@@ -198,31 +198,31 @@ func (c *checker) upstreamURL(at Path, raw string) {
 	switch u.Scheme {
 	case "http", "https":
 	default:
-		c.reject(at, sample, "the URL is not one of http or https")
+		c.reject(at, sample, "the URL's scheme is not http or https")
 		return
 	}
 	port, err := strconv.Atoi(u.Port())
 	switch {
 	case u.User != nil:
-		c.reject(at, "remove it and write api_key: {env: NAME}", "the URL holds a user or password")
+		c.reject(at, "remove it and write api_key: {env: NAME}", "the URL contains a user or password")
 	case u.Hostname() == "":
 		c.reject(at, sample, "the URL has no host")
 	case u.Port() != "" && (err != nil || port < 1 || port > 65535), strings.HasSuffix(u.Host, ":"):
-		c.reject(at, "write a port from 1 to 65535, or none", "the URL's port is not one")
+		c.reject(at, "write a port from 1 to 65535, or none", "the URL's port is invalid")
 	case u.RawQuery != "" || u.ForceQuery:
 		c.reject(at, "remove what follows the ?", "the URL has a query")
 	case u.Fragment != "" || strings.Contains(raw, "#"):
 		c.reject(at, "remove what follows the #", "the URL has a fragment")
 	case strings.HasSuffix(strings.TrimSuffix(u.Path, "/"), "/completions"):
-		c.reject(at, "end it before /chat/completions, as clients of OpenAI do: "+sample[len("write it like "):], "the URL is an endpoint, not the base of all endpoints")
+		c.reject(at, "end it before /chat/completions, as OpenAI's clients do: "+sample[len("write a URL such as "):], "the URL is that of one endpoint, not the base URL of all endpoints")
 	}
 }
 
-// upstreamTLS checks the settings themselves. With an http url they are unused,
-// and no fault: the url may be about to change.
+// upstreamTLS checks the TLS settings against each other. With an http URL they
+// are unused but allowed: the URL may be about to change.
 func (c *checker) upstreamTLS(at Path, t UpstreamTLS) {
 	if (t.CertFile == "") != (t.KeyFile == "") {
-		c.reject(at, "write both, or none", "cert_file and key_file go together")
+		c.reject(at, "write both, or none", "cert_file and key_file must be set together")
 	}
 	if t.InsecureSkipVerify && (t.CAFile != "" || t.ServerName != "") {
 		c.reject(at.At("insecure_skip_verify"), "keep ca_file and server_name, and remove insecure_skip_verify", "contradicts ca_file and server_name: nothing would be verified")
@@ -230,7 +230,7 @@ func (c *checker) upstreamTLS(at Path, t UpstreamTLS) {
 }
 
 func (c *checker) secret(at Path, s Secret) {
-	message, hint := s.wrong()
+	message, hint := s.check()
 	if message != "" && (c.src.Has(at) || !s.IsZero()) {
 		c.reject(at, hint, "%s", message)
 	}
@@ -253,7 +253,8 @@ func (c *checker) timing() {
 	c.within(At("timing", "heartbeat"), c.Timing.Heartbeat, 100*time.Millisecond, 10*time.Second)
 }
 
-// isPrintable: no control characters, no line ends, no spaces at the ends.
+// isPrintable reports whether s has no control characters, no line breaks and no
+// white space at either end.
 func isPrintable(s string) bool {
 	return strings.TrimSpace(s) == s && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) })
 }

@@ -41,9 +41,9 @@ func (c *checker) models() {
 			case f == name:
 				c.reject(at, "remove it", "a model cannot be its own fallback")
 			case slices.Contains(m.Fallbacks[:i], f):
-				c.reject(at, "remove it", "%s stands here a second time", quoted(f))
+				c.reject(at, "remove it", "%s is listed twice", quoted(f))
 			case !known:
-				c.reject(at, c.src.suggest(f, namesWithout(models, name), "add it there"), "model %s is not under models", quoted(f))
+				c.reject(at, c.src.suggest(f, namesWithout(models, name), "add it under models"), "there is no model %s", quoted(f))
 			}
 		}
 	}
@@ -66,17 +66,17 @@ func (c *checker) serve(at Path, s Serve, before []Serve, upstreams []string) {
 	case s.Upstream == "":
 		c.missing(at.At("upstream"), "write "+wordChoices(upstreams))
 	case !known && !c.src.Broken(At("upstreams")):
-		c.reject(at.At("upstream"), c.src.suggest(s.Upstream, upstreams, "add it there"), "upstream %s is not under upstreams", quoted(s.Upstream))
+		c.reject(at.At("upstream"), c.src.suggest(s.Upstream, upstreams, "add it under upstreams"), "there is no upstream %s", quoted(s.Upstream))
 	case slices.Contains(before, s):
-		c.reject(at, "remove it", "stands here a second time")
+		c.reject(at, "remove it", "is listed twice")
 	}
 	if s.Model != "" && !validModelName(s.Model) {
 		c.reject(at.At("model"), "write 1 to 256 printable characters", "%s cannot be a model's name", quoted(s.Model))
 	}
 }
 
-// fallbackCycles follows fallbacks depth first. A cycle would have a request
-// go round while everything is down, which is when fallbacks matter.
+// fallbackCycles rejects cycles of fallbacks, found depth first. While all
+// upstreams are down, a request would loop in such a cycle.
 func (c *checker) fallbackCycles() {
 	const onPath, done = 1, 2
 	state := map[string]int{}
@@ -92,7 +92,7 @@ func (c *checker) fallbackCycles() {
 				for i, n := range cycle {
 					cycle[i] = clipWord(n)
 				}
-				c.reject(At("models", name, "fallbacks", i), "remove one of these fallbacks", "goes round in a circle: %s", strings.Join(shorten(cycle), " → "))
+				c.reject(At("models", name, "fallbacks", i), "remove one of these fallbacks", "the fallbacks form a cycle: %s", strings.Join(shorten(cycle), " → "))
 			case state[f] == 0:
 				visit(f)
 			}
@@ -107,7 +107,7 @@ func (c *checker) fallbackCycles() {
 	}
 }
 
-// shorten keeps both ends of a long way.
+// shorten keeps both ends of a long path.
 func shorten(names []string) []string {
 	const most = 8
 	if len(names) <= most {
@@ -116,8 +116,8 @@ func shorten(names []string) []string {
 	return slices.Concat(names[:most-1], []string{"…"}, names[len(names)-1:])
 }
 
-// timeouts checks the four timers against each other as they will be in
-// effect, and blames the place where they first go wrong.
+// timeouts checks the four timers against each other after inheritance, and
+// rejects them at the first place where they contradict each other.
 func (c *checker) timeouts() {
 	upstreams, models := slices.Sorted(maps.Keys(c.Upstreams)), slices.Sorted(maps.Keys(c.Models))
 	fine := c.timers(At("timeouts"), c.Timeouts)
@@ -127,7 +127,7 @@ func (c *checker) timeouts() {
 	for _, name := range models {
 		fine = c.timers(At("models", name, "timeouts"), c.Models[name].Timeouts) && fine
 	}
-	// Everything else inherits from the first place and its faults.
+	// Upstreams and models inherit the cluster's timers, and so their mistakes.
 	if !fine || !c.timersFit(At("timeouts"), c.Timeouts.over(DefaultTimeouts())) {
 		return
 	}
@@ -148,7 +148,7 @@ func (c *checker) timeouts() {
 	}
 }
 
-// timers checks each timer that stands at this place by itself.
+// timers checks each timer that is set at this place, without inheritance.
 func (c *checker) timers(at Path, own Timeouts) bool {
 	fine := true
 	for key, d := range map[string]Duration{
@@ -173,8 +173,8 @@ func (c *checker) timers(at Path, own Timeouts) bool {
 	return fine
 }
 
-// timersFit checks the timers in effect against each other and points at the
-// one that this place has set.
+// timersFit checks the timers in effect against each other. It rejects the one
+// of a contradicting pair that is set at this place.
 func (c *checker) timersFit(at Path, effect Timeouts) bool {
 	type timer struct {
 		key string

@@ -19,7 +19,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-const threeSites = `version: 1
+const fourSites = `version: 1
 sites:
   beijing:    {city: beijing,  priority: 1}
   shanghai-a: {city: shanghai, priority: 2}
@@ -27,8 +27,8 @@ sites:
   tianjin:    {city: tianjin,  priority: 4}
 `
 
-func TestRoleIsSeenFromThePrimary(t *testing.T) {
-	c := mustParse(t, threeSites)
+func TestRole(t *testing.T) {
+	c := mustParse(t, fourSites)
 	for _, tc := range []struct{ site, primary, want string }{
 		{"shanghai-a", "shanghai-a", RolePrimary},
 		{"shanghai-b", "shanghai-a", RoleSameCity},
@@ -46,8 +46,8 @@ func TestRoleIsSeenFromThePrimary(t *testing.T) {
 	}
 }
 
-func TestSiteOrderIsOwnThenCityThenOthers(t *testing.T) {
-	c := mustParse(t, threeSites)
+func TestSiteOrderPrefersOwnSiteThenSameCity(t *testing.T) {
+	c := mustParse(t, fourSites)
 	for from, want := range map[string]string{
 		"shanghai-b": "shanghai-b shanghai-a beijing tianjin",
 		"shanghai-a": "shanghai-a shanghai-b beijing tianjin",
@@ -60,7 +60,7 @@ func TestSiteOrderIsOwnThenCityThenOthers(t *testing.T) {
 	}
 }
 
-func TestTimeoutsForInheritFromNearToFar(t *testing.T) {
+func TestTimeoutsForInherits(t *testing.T) {
 	c := mustParse(t, `version: 1
 sites: {a: {city: x, priority: 1}}
 upstreams:
@@ -88,7 +88,7 @@ timeouts: {connect: 3s, between_tokens: 20s}
 	}
 }
 
-func TestDurationReadsAndWritesOneForm(t *testing.T) {
+func TestDurationTextRoundTrips(t *testing.T) {
 	type file struct {
 		D Duration `yaml:"d" json:"d"`
 	}
@@ -118,7 +118,7 @@ func TestDurationReadsAndWritesOneForm(t *testing.T) {
 	}
 }
 
-func TestDecodeKeepsWhatTheTextDoesNotSay(t *testing.T) {
+func TestDecodeKeepsFieldsThatTheTextOmits(t *testing.T) {
 	type inner struct {
 		A int `yaml:"a"`
 	}
@@ -139,10 +139,10 @@ func TestDecodeKeepsWhatTheTextDoesNotSay(t *testing.T) {
 		t.Errorf("%v, -want +got:\n%s", err, diff)
 	}
 	err = Decode("f", []byte("hidden: x\nmap: {a: b}\nnumber: 9223372036854775808\n"), &got).Err()
-	const words = "f:1: hidden: unknown key \"hidden\"; allowed here: kept, number, flag, words, map, inner, text\n" +
-		"f:2: map.a: wants a whole number, not \"b\"; write digits alone, without a unit or separators\n" +
-		"f:3: number: \"9223372036854775808\" is too large a number"
-	if err == nil || err.Error() != words {
+	const message = "f:1: hidden: unknown key \"hidden\"; allowed here: kept, number, flag, words, map, inner, text\n" +
+		"f:2: map.a: must be a whole number, not \"b\"; write only digits, without a unit or separators\n" +
+		"f:3: number: \"9223372036854775808\" is too large"
+	if err == nil || err.Error() != message {
 		t.Errorf("got %v", err)
 	}
 }
@@ -167,7 +167,7 @@ func TestNearestWord(t *testing.T) {
 	}
 }
 
-func TestPathsOfDifferentKeysLookDifferent(t *testing.T) {
+func TestDifferentPathsHaveDifferentStrings(t *testing.T) {
 	if got := At("models", "gpt-4.1", "serve", 0, "upstream").String(); got != `models."gpt-4.1".serve[0].upstream` {
 		t.Error(got)
 	}
@@ -187,7 +187,7 @@ func TestPathsOfDifferentKeysLookDifferent(t *testing.T) {
 	})
 }
 
-// A name that a configuration may have can stand in a certificate.
+// Every name that a configuration may have is also allowed in a certificate.
 func TestValidNamesFitCertificates(t *testing.T) {
 	for _, bad := range []string{"", "-a", "a-", "A", "a.b", "a_b", "a b", "é", strings.Repeat("a", 64)} {
 		if ValidName(bad) {
@@ -223,7 +223,7 @@ func TestResolveSecret(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		ref  Secret
-		want string // the error's, unless it is s3cret
+		want string // the secret s3cret, or the error's text
 	}{
 		{Secret{Env: "KEY"}, "s3cret"},
 		{Secret{File: "key"}, "s3cret"},
@@ -231,10 +231,10 @@ func TestResolveSecret(t *testing.T) {
 		{Secret{Env: "KEY", File: "key"}, "has both env and file; write {env: NAME} or {file: PATH}, not both"},
 		{Secret{Env: "NONE"}, "the environment variable NONE is not set; set it in the environment of dsnode run"},
 		{Secret{Env: "EMPTY"}, "the environment variable EMPTY is empty; put the secret there"},
-		{Secret{Env: "LINES"}, "the environment variable LINES has more than one line or control characters; put the secret alone there"},
+		{Secret{Env: "LINES"}, "the environment variable LINES has more than one line or control characters; put only the secret there"},
 		{Secret{File: "none"}, "the file none does not exist; create it or correct the path"},
-		{Secret{File: "closed"}, "the file closed may not be read; let the user that runs dsnode read it"},
-		{Secret{File: "huge"}, "the file huge has more than 65536 bytes; put the secret alone there"},
+		{Secret{File: "closed"}, "permission to read the file closed is denied; allow the user that runs dsnode to read it"},
+		{Secret{File: "huge"}, "the file huge has more than 65536 bytes; put only the secret there"},
 	} {
 		got, err := ResolveSecret(tc.ref, env, read)
 		switch {
@@ -247,11 +247,11 @@ func TestResolveSecret(t *testing.T) {
 		}
 	}
 	if _, err := ResolveSecret(Secret{File: "none"}, env, read); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("%v does not say that the file is missing", err)
+		t.Errorf("%v does not wrap fs.ErrNotExist", err)
 	}
 }
 
-func TestCheckLocalLooksAtTheSitesOwnUpstreams(t *testing.T) {
+func TestCheckLocalChecksUpstreamsOfTheSite(t *testing.T) {
 	caCert, caKey := selfSigned(t)
 	cert, key := selfSigned(t)
 	files := map[string][]byte{
@@ -297,13 +297,13 @@ upstreams:
 	want := []string{
 		`cluster.yaml:13: upstreams.one.api_key: secret cannot be read: the environment variable NO_KEY is not set; set it in the environment of dsnode run`,
 		`cluster.yaml:16: upstreams.one.tls.ca_file: the file none.pem does not exist; create it or correct the path`,
-		`cluster.yaml:17: upstreams.one.tls.cert_file: the files text and key.pem are no certificate with its key (failed to find any PEM data in certificate input); issue both together, as dsnode tls issue does`,
+		`cluster.yaml:17: upstreams.one.tls.cert_file: the files text and key.pem are not a certificate and its key (failed to find any PEM data in certificate input); create both together with dsnode tls issue`,
 		`cluster.yaml:20: upstreams.two.api_key: secret cannot be read: the file empty is empty; put the secret there`,
-		`cluster.yaml:20: upstreams.two.tls.ca_file: the file text holds no certificate in PEM form; give the CA's certificate, as dsnode tls ca writes it`,
+		`cluster.yaml:20: upstreams.two.tls.ca_file: the file text has no certificate in PEM form; use the CA's certificate, as dsnode tls ca writes it`,
 		`cluster.yaml:20: upstreams.two.tls.cert_file: the file none.pem does not exist; create it or correct the path`,
 		`cluster.yaml:20: upstreams.two.tls.key_file: the file empty is empty; fill it or correct the path`,
-		`cluster.yaml:22: upstreams.three.tls.ca_file: the file broken.pem holds a broken certificate: x509: malformed certificate; copy the CA's certificate again`,
-		`cluster.yaml:22: upstreams.three.tls.cert_file: the files cert.pem and other-key.pem are no certificate with its key (private key does not match public key); issue both together, as dsnode tls issue does`,
+		`cluster.yaml:22: upstreams.three.tls.ca_file: the file broken.pem has an invalid certificate: x509: malformed certificate; copy the CA's certificate again`,
+		`cluster.yaml:22: upstreams.three.tls.cert_file: the files cert.pem and other-key.pem are not a certificate and its key (private key does not match public key); create both together with dsnode tls issue`,
 	}
 	err := c.CheckLocal("a", env, read)
 	if err == nil {
@@ -313,7 +313,7 @@ upstreams:
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	if again := c.CheckLocal("a", env, read); again == nil || again.Error() != err.Error() {
-		t.Errorf("a second time: %v", again)
+		t.Errorf("a second call gives another error: %v", again)
 	}
 
 	made := &Config{Upstreams: map[string]Upstream{"u": {Site: "a", APIKey: Secret{Env: "NO_KEY"}}}}

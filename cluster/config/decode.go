@@ -16,20 +16,20 @@ import (
 	"go.yaml.in/yaml/v4/plugin/loaderlimits"
 )
 
-// MaxConfigBytes bounds a configuration file.
+// MaxBytes bounds a configuration file.
 const MaxBytes = 1 << 20
 
-// maxConfigDepth bounds nesting; no schema of ours is deeper than ten.
+// maxDepth bounds nesting; no schema here is deeper than ten levels.
 const maxDepth = 64
 
-// DecodeSource reads one YAML document into out, a pointer to a struct with
-// yaml tags. Fields that the text doesn't mention keep their values. Unknown and
-// duplicate keys, wrong types, bad durations, anchors and aliases, tags, and
-// further documents are errors. All of them are collected in the returned source,
-// where the caller's own checks add theirs; its Err returns them as Problems.
+// Decode reads one YAML document into out, a pointer to a struct with yaml tags.
+// Fields that the text doesn't mention keep their values. Unknown and duplicate
+// keys, wrong types, bad durations, anchors and aliases, tags, and further
+// documents are errors. The returned Source collects them all, and the caller's
+// checks add their own; Source.Err returns them as Problems.
 //
-// It understands structs, maps with string keys, slices, strings, integers,
-// booleans and encoding.TextUnmarshaler; our files need no more.
+// It supports structs, maps with string keys, slices, strings, integers, booleans
+// and encoding.TextUnmarshaler, and panics on any other type.
 func Decode(name string, data []byte, out any) *Source {
 	s := newSource(name)
 	v := reflect.ValueOf(out)
@@ -43,15 +43,15 @@ func Decode(name string, data []byte, out any) *Source {
 	return s
 }
 
-// parse gives the only document's top node, or nil and a problem.
+// parse returns the top node of the only document, or nil after noting a problem.
 func (s *Source) parse(data []byte) *yaml.Node {
 	fail := func(line int, message, hint string) *yaml.Node {
-		s.told[""] = true
+		s.rejected[""] = true
 		s.note(line, "", message, hint)
 		return nil
 	}
 	if len(data) > MaxBytes {
-		return fail(0, fmt.Sprintf("the file has %d bytes, more than the limit of %d", len(data), MaxBytes), "keep only configuration in it")
+		return fail(0, fmt.Sprintf("the file has %d bytes, more than the limit of %d", len(data), MaxBytes), "remove everything but the configuration")
 	}
 	if at, what := firstForbidden(data); at >= 0 {
 		return fail(1+bytes.Count(data[:at], []byte("\n")), what, "save the file as plain UTF-8 text")
@@ -82,8 +82,8 @@ func (s *Source) parse(data []byte) *yaml.Node {
 	return doc.Content[0]
 }
 
-// firstForbidden finds the first byte that is no UTF-8 or that is a control
-// character, for which the library gives no line.
+// firstForbidden finds the first invalid UTF-8 byte or control character. The
+// YAML library reports these without a line.
 func firstForbidden(data []byte) (at int, what string) {
 	for i := 0; i < len(data); {
 		r, n := utf8.DecodeRune(data[i:])
@@ -91,7 +91,7 @@ func firstForbidden(data []byte) (at int, what string) {
 			return i, "the text is not valid UTF-8"
 		}
 		if r < ' ' && r != '\t' && r != '\n' && r != '\r' || r == 0x7f {
-			return i, fmt.Sprintf("the text holds the control character 0x%02x", r)
+			return i, fmt.Sprintf("the text contains the control character 0x%02x", r)
 		}
 		i += n
 	}
@@ -104,8 +104,9 @@ func syntaxError(err error) (line int, message string) {
 		return 0, "is not valid YAML: " + err.Error()
 	}
 	if strings.HasPrefix(load.Message, "unknown anchor") {
-		// The library repeats the word, which may be a secret that starts with *.
-		return load.Mark.Line, "an alias (*) names no anchor"
+		// The library's message repeats the text, which may be a secret that starts
+		// with *.
+		return load.Mark.Line, "an alias (*) refers to no anchor"
 	}
 	message = "is not valid YAML: " + load.Message
 	if load.ContextMsg != "" {
@@ -117,7 +118,7 @@ func syntaxError(err error) (line int, message string) {
 	return load.Mark.Line, message
 }
 
-// yamlHint knows the two mistakes that people make most.
+// yamlHint returns a hint for common mistakes, or "".
 func yamlHint(data []byte, line int, message string) string {
 	lines := bytes.Split(data, []byte("\n"))
 	if line < 1 || line > len(lines) {
@@ -127,11 +128,11 @@ func yamlHint(data []byte, line int, message string) string {
 	indent := text[:len(text)-len(bytes.TrimLeft(text, " \t"))]
 	switch {
 	case strings.HasPrefix(message, "an alias"):
-		return "put text that starts with * between quotes"
+		return "quote text that starts with *"
 	case bytes.IndexByte(indent, '\t') >= 0:
 		return "indent with spaces, not tabs"
 	case strings.Contains(message, "mapping values are not allowed") && bytes.Contains(text, []byte(": ")):
-		return "put values that hold a colon and a space between quotes"
+		return "quote values that contain a colon and a space"
 	}
 	return ""
 }
@@ -140,7 +141,7 @@ func isNullNode(n *yaml.Node) bool {
 	return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" && n.Style&yaml.TaggedStyle == 0
 }
 
-// plain refuses what our files may not hold whatever the type is.
+// plain rejects aliases, anchors and tags, which are not allowed for any type.
 func (s *Source) plain(n *yaml.Node, p Path) bool {
 	switch {
 	case n.Kind == yaml.AliasNode:
@@ -155,7 +156,7 @@ func (s *Source) plain(n *yaml.Node, p Path) bool {
 	return false
 }
 
-// defaulter is what a value in a map or a list starts from before it is decoded.
+// defaulter sets the defaults of a value in a map or list before it is decoded.
 type defaulter interface{ setDefaults() }
 
 func (s *Source) decode(n *yaml.Node, v reflect.Value, p Path) {
@@ -182,18 +183,19 @@ func (s *Source) decode(n *yaml.Node, v reflect.Value, p Path) {
 	}
 }
 
-// decodeSecret keeps what may be a secret's value out of every message.
+// decodeSecret never repeats the text in a message: users write the secret
+// itself there by mistake.
 func (s *Source) decodeSecret(n *yaml.Node, v reflect.Value, p Path) {
-	const words, hint = "secrets are references", "write {env: NAME} or {file: PATH}"
-	odd := func(n *yaml.Node) bool { return n.Anchor != "" || n.Style&yaml.TaggedStyle != 0 }
-	if n.Kind != yaml.MappingNode || odd(n) {
-		s.Reject(p, words, hint)
+	const message, hint = "must be a reference to a secret", "write {env: NAME} or {file: PATH}"
+	decorated := func(n *yaml.Node) bool { return n.Anchor != "" || n.Style&yaml.TaggedStyle != 0 }
+	if n.Kind != yaml.MappingNode || decorated(n) {
+		s.Reject(p, message, hint)
 		return
 	}
 	for i := 0; i < len(n.Content); i += 2 {
 		k, value := n.Content[i], n.Content[i+1]
-		if k.Value != "env" && k.Value != "file" || odd(k) || odd(value) || value.Kind != yaml.ScalarNode {
-			s.Reject(p, words+" with one of the keys env and file", hint)
+		if k.Value != "env" && k.Value != "file" || decorated(k) || decorated(value) || value.Kind != yaml.ScalarNode {
+			s.Reject(p, message+" with the key env or file", hint)
 			return
 		}
 	}
@@ -215,16 +217,16 @@ func (s *Source) decodeStruct(n *yaml.Node, v reflect.Value, p Path) {
 		at := p.At(key)
 		i, known := fields[key]
 		if !known && s.full() {
-			s.left++
+			s.omitted++
 			return
 		}
 		if !known {
 			hint := "allowed here: " + strings.Join(names, ", ")
 			if best := nearestWord(key, names); best != "" {
 				hint = didYouMean(key, names) + " (" + hint + ")"
-				// Then the right key is not missing, only misspelt.
+				// The right key is misspelt: don't report it as missing too.
 				if !slices.ContainsFunc(n.Content, func(c *yaml.Node) bool { return c.Value == best }) {
-					s.told[p.At(best).String()] = true
+					s.rejected[p.At(best).String()] = true
 				}
 			}
 			s.note(keyNode.Line, at.String(), "unknown key "+quoted(key), hint)
@@ -239,8 +241,8 @@ func (s *Source) decodeStruct(n *yaml.Node, v reflect.Value, p Path) {
 	})
 }
 
-// decodeNull: a heading whose lines are all commented out is empty; a value
-// that was forgotten is not.
+// decodeNull accepts null for a section whose lines may all be commented out,
+// and rejects it as a forgotten value anywhere else.
 func (s *Source) decodeNull(v reflect.Value, p Path) {
 	switch v.Kind() {
 	case reflect.Map, reflect.Slice:
@@ -272,7 +274,7 @@ func (s *Source) decodeMap(n *yaml.Node, v reflect.Value, p Path) {
 
 func (s *Source) decodeSlice(n *yaml.Node, v reflect.Value, p Path) {
 	if n.Kind != yaml.SequenceNode {
-		s.Reject(p, "wants a list, not "+nodeKind(n), "write - before each entry, or [a, b]")
+		s.Reject(p, "must be a list, not "+nodeKind(n), "write - before each entry, or [a, b]")
 		return
 	}
 	list := reflect.MakeSlice(v.Type(), 0, len(n.Content))
@@ -298,27 +300,27 @@ func newElem(t reflect.Type) reflect.Value {
 	return elem.Elem()
 }
 
-// eachKey calls f for each key that is a plain word and not a repetition.
+// eachKey calls f for each key that is a plain string, once.
 func (s *Source) eachKey(n *yaml.Node, p Path, f func(key string, keyNode, value *yaml.Node)) {
 	if n.Kind != yaml.MappingNode {
-		s.Reject(p, "wants keys with values, not "+nodeKind(n), "write key: value lines below it")
+		s.Reject(p, "must be keys with values, not "+nodeKind(n), "write key: value lines below it")
 		return
 	}
 	first := make(map[string]int, len(n.Content)/2)
 	for i := 0; i+1 < len(n.Content); i += 2 {
 		k, value := n.Content[i], n.Content[i+1]
 		if k.Kind != yaml.ScalarNode || isNullNode(k) || k.Value == "" || k.Anchor != "" || k.Style&yaml.TaggedStyle != 0 {
-			s.note(k.Line, p.String(), "has a key that is not a plain word", "write key: value")
+			s.note(k.Line, p.String(), "has a key that is not a plain string", "write key: value")
 			continue
 		}
 		if k.Value == "<<" {
 			s.note(k.Line, p.String(), "merge keys (<<) are not supported", "write the values out")
-			s.told[p.String()] = true // what it would have brought is not missing
+			s.rejected[p.String()] = true // don't report the keys that it would have merged as missing
 			continue
 		}
 		at := p.At(k.Value)
 		if line, again := first[k.Value]; again {
-			s.note(k.Line, at.String(), fmt.Sprintf("the key %s stands here a second time, the first is on line %d", quoted(k.Value), line), "keep one of them")
+			s.note(k.Line, at.String(), fmt.Sprintf("the key %s is already on line %d", quoted(k.Value), line), "keep one of them")
 			continue
 		}
 		first[k.Value] = k.Line
@@ -333,7 +335,7 @@ func (s *Source) eachKey(n *yaml.Node, p Path, f func(key string, keyNode, value
 
 func (s *Source) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p Path) {
 	if n.Kind != yaml.ScalarNode {
-		s.Reject(p, "wants one value, not "+nodeKind(n), "")
+		s.Reject(p, "must be one value, not "+nodeKind(n), "")
 		return
 	}
 	if err := out.UnmarshalText([]byte(n.Value)); err != nil {
@@ -343,10 +345,11 @@ func (s *Source) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p Path) 
 }
 
 // decodeScalar takes strings as they are written, so that the model name 1.10
-// doesn't become 1.1; numbers and booleans in their one obvious form.
+// doesn't become 1.1. It accepts numbers only in decimal, without quotes, and
+// booleans only as true and false.
 func (s *Source) decodeScalar(n *yaml.Node, v reflect.Value, p Path) {
 	if n.Kind != yaml.ScalarNode {
-		s.Reject(p, "wants one value, not "+nodeKind(n), "")
+		s.Reject(p, "must be one value, not "+nodeKind(n), "")
 		return
 	}
 	isQuoted := n.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle|yaml.LiteralStyle|yaml.FoldedStyle) != 0
@@ -355,7 +358,7 @@ func (s *Source) decodeScalar(n *yaml.Node, v reflect.Value, p Path) {
 		v.SetString(n.Value)
 	case reflect.Bool:
 		if isQuoted || n.Value != "true" && n.Value != "false" {
-			s.Reject(p, "wants true or false, not "+quoted(n.Value), "write it without quotes")
+			s.Reject(p, "must be true or false, not "+quoted(n.Value), "write it without quotes")
 			return
 		}
 		v.SetBool(n.Value == "true")
@@ -363,16 +366,16 @@ func (s *Source) decodeScalar(n *yaml.Node, v reflect.Value, p Path) {
 		i, err := strconv.ParseInt(n.Value, 10, v.Type().Bits())
 		switch {
 		case errors.Is(err, strconv.ErrRange):
-			s.Reject(p, quoted(n.Value)+" is too large a number", "")
+			s.Reject(p, quoted(n.Value)+" is too large", "")
 		case err != nil || n.Value != strconv.FormatInt(i, 10):
-			s.Reject(p, "wants a whole number, not "+quoted(n.Value), "write digits alone, without a unit or separators")
+			s.Reject(p, "must be a whole number, not "+quoted(n.Value), "write only digits, without a unit or separators")
 		case isQuoted:
-			s.Reject(p, "wants a number, not text", "write "+n.Value+" without quotes")
+			s.Reject(p, "must be a number, not text", "write "+n.Value+" without quotes")
 		default:
 			v.SetInt(i)
 		}
 	default:
-		panic(fmt.Sprintf("cluster.DecodeSource: %s has the type %s, which it can't decode", p, v.Type()))
+		panic(fmt.Sprintf("config.Decode: %s has the type %s, which it can't decode", p, v.Type()))
 	}
 }
 

@@ -7,13 +7,12 @@ import (
 	"strings"
 )
 
-// diffContext is how many unchanged lines stand around a change.
+// diffContext is how many unchanged lines are shown around a change.
 const diffContext = 3
 
-// Diff is the change from a to b as a unified diff, "" when both are the
-// same. It anchors on lines that occur once in each text (the patience method),
-// so it takes n log n time even for hopeless inputs; the price is that it isn't
-// always the shortest diff.
+// Diff returns the change from a to b as a unified diff, "" when both are the
+// same. It is a patience diff, anchored on lines that occur once in each text: it
+// takes n log n time for any input, but isn't always the shortest diff.
 func Diff(a, b []byte) string {
 	if bytes.Equal(a, b) {
 		return ""
@@ -27,7 +26,8 @@ func Diff(a, b []byte) string {
 	return out.String()
 }
 
-// diffLines splits after each line end; a last line without one keeps that.
+// diffLines splits after each line end. A last line without a line end stays
+// without one.
 func diffLines(text []byte) []string {
 	lines := strings.SplitAfter(string(text), "\n")
 	if lines[len(lines)-1] == "" {
@@ -39,8 +39,8 @@ func diffLines(text []byte) []string {
 // diffRun says that x[X:X+N] and y[Y:Y+N] are the same lines.
 type diffRun struct{ X, Y, N int }
 
-// diffRuns are the common runs in rising order, closed by an empty one at the
-// ends of the texts.
+// diffRuns returns the common runs in ascending order, followed by an empty one
+// at the ends of the texts.
 func diffRuns(x, y []string) []diffRun {
 	var ms []diffRun
 	doneX := commonPrefix(x, y)
@@ -51,7 +51,7 @@ func diffRuns(x, y []string) []diffRun {
 	for _, anchor := range append(diffAnchors(x, y), [2]int{len(x), len(y)}) {
 		i, j := anchor[0], anchor[1]
 		if i < doneX || j < doneY {
-			continue // an earlier run has grown over it
+			continue // an earlier run includes it
 		}
 		for i > doneX && j > doneY && x[i-1] == y[j-1] {
 			i, j = i-1, j-1
@@ -73,8 +73,8 @@ func commonPrefix(x, y []string) int {
 	return n
 }
 
-// diffAnchors are pairs of places of lines that occur once in x and once in y, the
-// longest set that rises in both (by patience sorting).
+// diffAnchors returns the positions in x and y of lines that occur once in each:
+// the longest sequence of them that ascends in both (by patience sorting).
 func diffAnchors(x, y []string) [][2]int {
 	type seen struct{ inX, inY, atX, atY int }
 	lines := map[string]seen{}
@@ -88,14 +88,14 @@ func diffAnchors(x, y []string) [][2]int {
 		s.inY, s.atY = s.inY+1, j
 		lines[l] = s
 	}
-	var pairs [][2]int // by place in x
+	var pairs [][2]int // by position in x
 	for i, l := range x {
 		if s := lines[l]; s.inX == 1 && s.inY == 1 {
 			pairs = append(pairs, [2]int{i, s.atY})
 		}
 	}
-	// piles[k] is the pair with the lowest place in y that ends a rising row of
-	// k+1 pairs.
+	// piles[k] is the pair with the lowest position in y that ends an ascending
+	// sequence of k+1 pairs.
 	var piles []int
 	before := make([]int, len(pairs))
 	for p, pair := range pairs {
@@ -120,14 +120,14 @@ func diffAnchors(x, y []string) [][2]int {
 	return row
 }
 
-// diffHunk is a stretch of both texts with its changes: x[X0:X1] becomes y[Y0:Y1],
-// of which the runs are the unchanged parts.
+// diffHunk is a section of both texts with its changes: x[X0:X1] becomes
+// y[Y0:Y1], and the runs are the parts of it that are unchanged.
 type diffHunk struct {
 	X0, X1, Y0, Y1 int
 	runs           []diffRun
 }
 
-// diffHunks puts changes that are near each other together.
+// diffHunks groups changes that are near each other.
 func diffHunks(ms []diffRun) []diffHunk {
 	var hs []diffHunk
 	doneX, doneY := 0, 0 // end of the run before the change
@@ -137,7 +137,7 @@ func diffHunks(ms []diffRun) []diffHunk {
 			lead := min(diffContext, run.N)
 			start := diffRun{doneX - lead, doneY - lead, lead}
 			if n := len(hs); n > 0 && hs[n-1].X1 >= start.X {
-				// The previous hunk's tail reaches into this lead: go on with it.
+				// The previous hunk's tail overlaps this lead: extend that hunk.
 				h := &hs[n-1]
 				h.runs[len(h.runs)-1] = run
 				h.X1, h.Y1 = m.X, m.Y
@@ -177,7 +177,7 @@ func (h diffHunk) write(out *strings.Builder, x, y []string) {
 	}
 }
 
-// hunkRange is "first line,count", where an empty stretch names the line before it.
+// hunkRange is "first line,count"; an empty range has the line before it.
 func hunkRange(from, to int) string {
 	if to == from {
 		return fmt.Sprintf("%d,0", from)

@@ -36,11 +36,11 @@ func TestDiffShowsChangesWithContext(t *testing.T) {
 			seq(9, nil), seq(9, map[int]string{5: "other\n"}),
 			"--- current\n+++ new\n@@ -2,7 +2,7 @@\n line 2\n line 3\n line 4\n-line 5\n+other\n line 6\n line 7\n line 8\n",
 		},
-		"near changes share a hunk": {
+		"near changes in one hunk": {
 			seq(12, nil), seq(12, map[int]string{3: "", 10: "new\nline 10\n"}),
 			"--- current\n+++ new\n@@ -1,12 +1,12 @@\n line 1\n line 2\n-line 3\n line 4\n line 5\n line 6\n line 7\n line 8\n line 9\n+new\n line 10\n line 11\n line 12\n",
 		},
-		"far changes do not": {
+		"far changes in two hunks": {
 			seq(20, nil), seq(20, map[int]string{1: "x\n", 20: "y\n"}),
 			"--- current\n+++ new\n@@ -1,4 +1,4 @@\n-line 1\n+x\n line 2\n line 3\n line 4\n@@ -17,4 +17,4 @@\n line 17\n line 18\n line 19\n-line 20\n+y\n",
 		},
@@ -57,9 +57,9 @@ func TestDiffShowsChangesWithContext(t *testing.T) {
 	}
 }
 
-// Applying the diff to a gives b, for texts with few different lines, so that
-// repetitions, empty hunks and missing line ends all occur.
-func TestDiffAppliedToTheOldTextGivesTheNew(t *testing.T) {
+// Applying the diff to a gives b. The texts are made of few different lines, so
+// that repetitions, empty hunks and missing line ends all occur.
+func TestDiffAppliedToOldTextGivesNewText(t *testing.T) {
 	text := rapid.Custom(func(t *rapid.T) string {
 		lines := rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "c", "", "d: 1", "e", "f", "g", "h"}), 0, 30).Draw(t, "lines")
 		s := strings.Join(lines, "\n")
@@ -123,7 +123,7 @@ func patch(a, diff string) (string, error) {
 				return "", fmt.Errorf("%q: the new text is at %d", l, len(out))
 			}
 		case strings.HasPrefix(l, "\\"):
-			// Said of the line before it, whose line end the diff itself added.
+			// It refers to the line before it, whose line end the diff itself added.
 			if last := len(out) - 1; mark != '-' {
 				out[last] = strings.TrimSuffix(out[last], "\n")
 			}
@@ -148,9 +148,9 @@ func patch(a, diff string) (string, error) {
 	return strings.Join(append(out, old[at:]...), ""), nil
 }
 
-// Large texts with nothing in common, or with all lines the same, must not stop
-// a node for long.
-func TestDiffOfHopelessTextsIsQuick(t *testing.T) {
+// Large texts with no line in common, or with all lines the same, must not take
+// long.
+func TestDiffTimeIsBounded(t *testing.T) {
 	same := bytes.Repeat([]byte("x\n"), MaxBytes/8)
 	var other, reversed bytes.Buffer
 	for i := range 40_000 {

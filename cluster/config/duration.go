@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// ErrDuration is what every unreadable duration is.
+// ErrDuration is wrapped by every error of ParseDuration.
 var ErrDuration = errors.New("not a duration")
 
-// ParseDuration reads "800ms", "2s", "1h30m". It refuses what people write by
-// mistake, in words: a number without a unit, days, a negative time.
+// ParseDuration reads "800ms", "2s", "1h30m". Its errors explain common mistakes:
+// a number without a unit, days, a negative time.
 func ParseDuration(s string) (Duration, error) {
 	d, err := time.ParseDuration(s)
 	switch {
@@ -39,10 +39,10 @@ func (d Duration) String() string {
 	return s
 }
 
-// MarshalText serves YAML and JSON: both write String.
+// MarshalText returns String, for YAML and JSON.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
-// UnmarshalText serves YAML and JSON: both read what ParseDuration does.
+// UnmarshalText is ParseDuration, for YAML and JSON.
 func (d *Duration) UnmarshalText(text []byte) error {
 	v, err := ParseDuration(string(text))
 	if err != nil {

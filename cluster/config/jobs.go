@@ -6,31 +6,31 @@ import (
 	"time"
 )
 
-// Jobs is how every node takes, keeps and runs asynchronous jobs.
+// Jobs configures how every node accepts, keeps and runs asynchronous jobs.
 type Jobs struct {
-	// Durability is where a job is on disk before it is accepted, when the client
-	// doesn't say: node, site, two-sites (the default) or two-cities. What can't
-	// be had at that moment falls back to node.
+	// Durability says on which disks a job must be before it is accepted, if the
+	// client doesn't specify it: node, site, two-sites (the default) or
+	// two-cities. If that is impossible at the moment, it falls back to node.
 	Durability string `yaml:"durability,omitempty"`
-	// Concurrency bounds the jobs that one node runs at once. 16.
+	// Concurrency bounds the jobs that one node runs at once. Default 16.
 	Concurrency int `yaml:"concurrency,omitempty"`
-	// Paused starts no job on any node, and takes them all the same: for the time
-	// in which model servers are looked after.
+	// Paused stops all nodes from starting jobs; they still accept them. It is for
+	// maintenance of the model servers.
 	Paused bool `yaml:"paused,omitempty"`
-	// MaxQueued and MaxQueuedBytes bound the jobs of one node that are not done,
-	// and the bytes of their bodies. 100000, 1 GiB.
+	// MaxQueued and MaxQueuedBytes bound the unfinished jobs of one node, and the
+	// bytes of their bodies. Defaults 100000 and 1 GiB.
 	MaxQueued      int   `yaml:"max_queued,omitempty"`
 	MaxQueuedBytes int64 `yaml:"max_queued_bytes,omitempty"`
-	// Retention is how long a job is kept after its end. 24h.
+	// Retention is how long a job is kept after its end. Default 24h.
 	Retention Duration `yaml:"retention,omitempty"`
-	// MaxAttempts bounds how often a job is started. 5.
+	// MaxAttempts bounds how often a job is started. Default 5.
 	MaxAttempts int `yaml:"max_attempts,omitempty"`
-	// ExpiresIn is how long a job waits for its start, when the client doesn't
-	// say. 24h.
+	// ExpiresIn is how long a job may wait for its start, if the client doesn't
+	// specify it. Default 24h.
 	ExpiresIn Duration `yaml:"expires_in,omitempty"`
 }
 
-// Running is how many jobs a node may run at once.
+// Running is how many jobs a node may run at once: none while paused.
 func (j Jobs) Running() int {
 	if j.Paused {
 		return 0
@@ -44,7 +44,7 @@ func JobDurabilities() []string { return []string{"node", "site", "two-sites", "
 // MaxJobExpiry bounds how long a job may wait for its start.
 const MaxJobExpiry = 7 * 24 * time.Hour
 
-// DefaultJobs is what stands where cluster.yaml is silent.
+// DefaultJobs is the configuration of jobs without a jobs section.
 func DefaultJobs() Jobs {
 	return Jobs{
 		Durability: "two-sites", Concurrency: 16, MaxQueued: 100_000, MaxQueuedBytes: 1 << 30,

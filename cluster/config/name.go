@@ -2,13 +2,13 @@ package config
 
 import "fmt"
 
-// identityPartMax is the longest name of a cluster, site or node in bytes: that of a
-// DNS label.
+// MaxNameLength is the longest name of a cluster, site or node in bytes: that of
+// a DNS label.
 const MaxNameLength = 63
 
 // ValidName reports whether s can be the name of a cluster, a site, a node or
-// an upstream: lower-case letters, digits and inner dashes, at most
-// identityPartMax, so that it fits a label, a file name and a certificate.
+// an upstream: lower-case letters, digits and inner dashes, at most MaxNameLength
+// of them, so that it is valid in a label, a file name and a certificate.
 func ValidName(s string) bool {
 	if s == "" || len(s) > MaxNameLength || s[0] == '-' || s[len(s)-1] == '-' {
 		return false
@@ -21,12 +21,13 @@ func ValidName(s string) bool {
 	return true
 }
 
-// NameHint says what ValidName wants.
+// NameHint describes the names that ValidName accepts.
 const NameHint = "write up to 63 lower-case letters, digits and dashes, no dash first or last"
 
-// checkIdentityPart says why name can't be the name of what (a cluster, a site or a
-// node) in a certificate. It allows only names that every parser of URIs, host
-// names and paths reads alike: no characters that need escaping, no dots alone.
+// CheckIdentityPart returns an error if name can't be the name of what (a
+// cluster, a site or a node) in a certificate. It allows only names that every
+// parser of URIs, host names and paths reads in the same way: no characters that
+// need escaping, and neither "." nor "..".
 func CheckIdentityPart(what, name string) error {
 	if name == "" {
 		return fmt.Errorf("the name of the %s is empty", what)

@@ -8,10 +8,10 @@ import (
 	"strings"
 )
 
-// maxProblems bounds how much a hopeless file can say at once.
+// maxProblems bounds the problems reported for one file.
 const maxProblems = 100
 
-// Problem is one thing that is wrong with a configuration file.
+// Problem is one mistake in a configuration file.
 type Problem struct {
 	File    string `json:"file,omitempty"`
 	Line    int    `json:"line,omitempty"` // 1-based, 0 when there is no line to show
@@ -41,9 +41,8 @@ func (p Problem) String() string {
 	return b.String()
 }
 
-// Problems is everything wrong with a file, in the order of its lines. As an
-// error it has one line for each; errors.As finds it for those who show them
-// otherwise.
+// Problems are all mistakes in a file, in the order of its lines. As an error it
+// has one line for each; use errors.As to show them in another form.
 type Problems []Problem
 
 func (ps Problems) Error() string {
@@ -54,20 +53,20 @@ func (ps Problems) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// ConfigPath leads to a value in a configuration file: a string for a key, an
-// int for a place in a list.
+// Path leads to a value in a configuration file. Its elements are strings for
+// keys and ints for positions in a list.
 type Path []any
 
 // At is a path from the top of the file.
 func At(elems ...any) Path { return elems }
 
-// At goes further down. The receiver stays as it is.
+// At extends the path. The receiver is not changed.
 func (p Path) At(elems ...any) Path {
 	return append(slices.Clip(slices.Clone(p)), elems...)
 }
 
-// String is the path as people write it. Keys that could be misread (a model
-// name with a dot or a slash) are quoted, so that no two paths look the same.
+// String is the path for messages. Keys that could be misread (a model name with
+// a dot or a slash) are quoted, so that no two paths have the same form.
 func (p Path) String() string {
 	var b strings.Builder
 	for i, e := range p {
@@ -97,22 +96,22 @@ func isPlainKey(s string) bool {
 	return s != "" && len(s) <= maxShown
 }
 
-// Source remembers which key stands on which line of a decoded file and
-// collects what is wrong with it, so that the checks that follow decoding can
-// point at lines too and everything is told at once.
+// Source has the line of each key in a decoded file, and collects the file's
+// problems. So the checks that follow decoding can report lines too, and all
+// problems are reported at once.
 type Source struct {
 	file     string
-	lines    map[string]int  // by ConfigPath.String()
-	told     map[string]bool // paths that have a problem already
+	lines    map[string]int  // by Path.String()
+	rejected map[string]bool // paths that already have a problem
 	problems Problems
-	left     int // problems beyond maxProblems
+	omitted  int // problems beyond maxProblems
 }
 
 func newSource(file string) *Source {
-	return &Source{file: file, lines: map[string]int{}, told: map[string]bool{}}
+	return &Source{file: file, lines: map[string]int{}, rejected: map[string]bool{}}
 }
 
-// Has reports whether the file itself gives this value, as opposed to a default.
+// Has reports whether the file itself has this value, as opposed to a default.
 func (s *Source) Has(p Path) bool {
 	if s == nil {
 		return false
@@ -121,7 +120,8 @@ func (s *Source) Has(p Path) bool {
 	return ok
 }
 
-// Line is where the value stands, or the nearest thing around it; 0 when unknown.
+// Line is the line of the value, or else of the nearest value that contains it; 0
+// if unknown.
 func (s *Source) Line(p Path) int {
 	if s == nil {
 		return 0
@@ -134,33 +134,33 @@ func (s *Source) Line(p Path) int {
 	return s.lines[""]
 }
 
-// Broken reports whether this value, or what it stands in, was already found
-// wrong: then what follows from it is noise.
+// Broken reports whether this value, or one that contains it, was rejected
+// already. Problems that follow from that are not worth reporting.
 func (s *Source) Broken(p Path) bool {
 	for ; len(p) > 0; p = p[:len(p)-1] {
-		if s.told[p.String()] {
+		if s.rejected[p.String()] {
 			return true
 		}
 	}
-	return s.told[""]
+	return s.rejected[""]
 }
 
-// Reject notes a problem at a path. One value has one problem: the first.
+// Reject adds a problem at a path, unless the value is Broken already.
 func (s *Source) Reject(p Path, message, hint string) {
 	if s.Broken(p) {
 		return
 	}
-	s.told[p.String()] = true
+	s.rejected[p.String()] = true
 	s.note(s.Line(p), p.String(), message, hint)
 }
 
-// full reports that no further problem is shown: then no work should go into
-// finding words for it.
+// full reports whether further problems are only counted. Callers use it to skip
+// expensive messages.
 func (s *Source) full() bool { return len(s.problems) >= maxProblems }
 
 func (s *Source) note(line int, path, message, hint string) {
 	if s.full() {
-		s.left++
+		s.omitted++
 		return
 	}
 	s.problems = append(s.problems, Problem{File: s.file, Line: line, Path: path, Message: clipText(message, maxMessage), Hint: clipText(hint, maxMessage)})
@@ -178,22 +178,22 @@ func (s *Source) Err() error {
 		}
 		return cmp.Compare(a.Path, b.Path)
 	})
-	if s.left > 0 {
-		ps = append(ps, Problem{File: s.file, Message: fmt.Sprintf("%d more problems are not shown", s.left), Hint: "repair these first"})
+	if s.omitted > 0 {
+		ps = append(ps, Problem{File: s.file, Message: fmt.Sprintf("%d more problems are not shown", s.omitted), Hint: "correct these first"})
 	}
 	return ps
 }
 
-// again is a source for a later round of checks on the same file.
-func (s *Source) again() *Source {
+// withoutProblems returns a source for later checks of the same file.
+func (s *Source) withoutProblems() *Source {
 	if s == nil {
 		return newSource("")
 	}
-	return &Source{file: s.file, lines: s.lines, told: map[string]bool{}}
+	return &Source{file: s.file, lines: s.lines, rejected: map[string]bool{}}
 }
 
 const (
-	maxShown   = 64   // bytes of a user's word in a message
+	maxShown   = 64   // bytes of quoted text in a message
 	maxMessage = 1000 // bytes of a message
 )
 
@@ -206,5 +206,5 @@ func clipText(s string, most int) string {
 	return strings.ToValidUTF8(s[:most], "") + "…"
 }
 
-// quoted is the user's text as it stands in a message.
+// quoted is the file's text in the form for messages.
 func quoted(s string) string { return strconv.Quote(clipWord(s)) }

@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// didYouMean is `did you mean "x"?` for the known word that is nearest to what
-// was written, or "" when none is near.
+// didYouMean is `did you mean "x"?` for the known word that is nearest to a wrong
+// one, or "" if none is near.
 func didYouMean(wrong string, known []string) string {
 	if best := nearestWord(wrong, known); best != "" {
 		return "did you mean " + quoted(best) + "?"
@@ -14,8 +14,9 @@ func didYouMean(wrong string, known []string) string {
 	return ""
 }
 
-// nearestWord is the known word within a third of the longer word's letters, the
-// first in order when several are equally near, "" when none is.
+// nearestWord is the known word with the least edit distance, if that is at most
+// a third of the longer word's length; otherwise "". Of equally near words it is
+// the first in sort order.
 func nearestWord(wrong string, known []string) string {
 	if len(wrong) > maxShown {
 		return ""
@@ -60,7 +61,7 @@ func editDistance(a, b string) int {
 	return prev[len(b)]
 }
 
-// wordChoices lists words: "one of a, b, c". Long lists are cut.
+// wordChoices lists words: "one of a, b, c". Long lists are truncated.
 func wordChoices(known []string) string {
 	const most = 12
 	if len(known) > most {
@@ -69,8 +70,8 @@ func wordChoices(known []string) string {
 	return "one of " + strings.Join(known, ", ")
 }
 
-// suggest is the one near word, else all of them, else what to do when there
-// are none.
+// suggest is a hint with the nearest known word, else with all known words, else
+// none.
 func (s *Source) suggest(wrong string, known []string, none string) string {
 	if s.full() {
 		return ""
