@@ -180,6 +180,44 @@ func TestAnyChangeChangesTheKey(t *testing.T) {
 	})
 }
 
+// TestNoTwoNumbersShareAKey: a model server may tell 1 from 1.0, and one seed beyond
+// 2^53 from the next, so a number counts as it is spelt.
+func TestNoTwoNumbersShareAKey(t *testing.T) {
+	r := newRig(t, nil, noTier)
+	number := rapid.StringMatching(`-?(0|[1-9][0-9]{0,20})(\.[0-9]{1,3})?([eE][+-]?[0-9]{1,3})?`)
+	rapid.Check(t, func(t *rapid.T) {
+		body := rapid.SampledFrom([]string{
+			`{"seed":%s}`, `{"a":true,"seed": %s ,"model":"m"}`, `{"logit_bias":{"7":1,"5":%s}}`, `{"prompt":[1,%s,[2]]}`, `{"tools":[{"b":{"c":[%s]},"a":0}]}`,
+		}).Draw(t, "body")
+		key := func(number string) Key {
+			k, ok := r.Key(&Question{Owner: "tenant a", Model: "m", Shape: Plain, Body: fmt.Appendf(nil, body, number)})
+			if !ok {
+				t.Fatalf("no key for "+body, number)
+			}
+			return k
+		}
+		one := number.Draw(t, "one")
+		other := rapid.OneOf(number, rapid.Custom(func(t *rapid.T) string { // close to the first
+			switch digit := len(one) - 1; rapid.IntRange(0, 3).Draw(t, "close by") {
+			case 0: // another last digit
+				return one[:digit] + string('0'+(one[digit]-'0'+1)%10)
+			case 1:
+				if !strings.ContainsAny(one, ".eE") {
+					return one + ".0"
+				}
+			case 2:
+				if !strings.ContainsAny(one, "eE") {
+					return one + "e0"
+				}
+			}
+			return strings.TrimPrefix("-"+one, "--")
+		})).Draw(t, "other")
+		if (one == other) != (key(one) == key(other)) {
+			t.Fatalf("%s and %s: the same key is %v", one, other, key(one) == key(other))
+		}
+	})
+}
+
 func drawValue(depth int) *rapid.Generator[any] {
 	return rapid.Custom(func(t *rapid.T) any {
 		kind := rapid.IntRange(0, 5).Draw(t, "kind")
