@@ -17,6 +17,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -25,12 +28,12 @@ import (
 )
 
 // alone is a cluster of one node that never gets a lease, and has no others.
-type alone struct{ state cluster.State }
+type alone struct{ state agreed.State }
 
-func (a *alone) State() *cluster.State                           { return &a.state }
+func (a *alone) State() *agreed.State                            { return &a.state }
 func (a *alone) Changed() <-chan struct{}                        { return nil }
 func (a *alone) OwnershipLease() (left time.Duration, at uint64) { return 0, 0 }
-func (a *alone) Propose(context.Context, cluster.CommandType, any) (uint64, error) {
+func (a *alone) Propose(context.Context, agreed.CommandType, any) (uint64, error) {
 	return 0, cluster.ErrNoQuorum
 }
 func (a *alone) Possible(journal.Durability) error       { return nil }
@@ -63,12 +66,12 @@ func BenchmarkSubmit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	cfg := &cluster.Config{Limits: cluster.DefaultLimits(), Models: map[string]cluster.Model{"m": {}}, Jobs: cluster.DefaultJobs()}
+	cfg := &config.Config{Limits: config.DefaultLimits(), Models: map[string]config.Model{"m": {}}, Jobs: config.DefaultJobs()}
 	cfg.Jobs.MaxQueued, cfg.Jobs.MaxQueuedBytes = 1<<30, 1<<40
-	world := &alone{cluster.State{Parsed: cfg}}
+	world := &alone{agreed.State{Parsed: cfg}}
 	all, err := jobs.New(jobs.Options{
 		Node: "n", Site: "here", Dir: filepath.Join(dir, "jobs"), Journal: disk, Table: table, Sealer: sealer, Ring: ring, Replication: world,
-		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, cluster.Boottime), State: world.State,
+		Ownership: failover.NewOwnership("n", world, func() time.Duration { return time.Second }, clock.Boottime), State: world.State,
 		Spare: func() int { return 0 }, Heard: func(string) bool { return false }, Registerer: reg,
 	})
 	if err != nil {
@@ -80,7 +83,7 @@ func BenchmarkSubmit(b *testing.B) {
 	loops.Go(func() { _ = table.Run(ctx) })
 	defer func() { cancel(); loops.Wait(); _ = disk.Close(); _ = table.Close() }()
 	g := New(Options{
-		Config: func() *cluster.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
+		Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Jobs: all, Site: "here", Node: "n", Registerer: prometheus.NewRegistry(),
 	})
 	body := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","body":{"model":"m","messages":[{"role":"user","content":"%s"}]},"durability":"node"}`, strings.Repeat("word ", 180))
@@ -91,13 +94,13 @@ func BenchmarkSubmit(b *testing.B) {
 		g.ServeHTTP(w, r)
 		first = w.Code != http.StatusAccepted
 	}
-	door := httptest.NewServer(g)
-	defer door.Close()
+	handler := httptest.NewServer(g)
+	defer handler.Close()
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	defer client.CloseIdleConnections()
 	ways := map[string]func() int{
 		"http": func() int {
-			resp, err := client.Post(door.URL+"/v1/jobs", "application/json", strings.NewReader(body))
+			resp, err := client.Post(handler.URL+"/v1/jobs", "application/json", strings.NewReader(body))
 			if err != nil {
 				b.Error(err)
 				return 0
