@@ -11,8 +11,8 @@ import (
 )
 
 var (
-	errNoAnswer      = errors.New("the pipeline gave no answer and no error")
-	errPlainInStream = errors.New("a plain answer came for a stream that had begun")
+	errNoAnswer      = errors.New("the pipeline returned no answer and no error")
+	errPlainInStream = errors.New("a plain answer for a stream that has begun")
 	errClosed        = errors.New("the answer is over")
 )
 
@@ -23,12 +23,12 @@ var (
 	keepAlive   = []byte(": keep-alive\n\n")
 )
 
-// countedByHTTP is the size of an answer whose Content-Length net/http finds out
-// by itself, when it is written at once: its buffer. For a kept answer that saves
-// the ninth header, and with it that a map of eight is made anew, twice.
+// countedByHTTP is the size up to which net/http finds out the Content-Length of an
+// answer that is written at once: its buffer's. For an answer from the cache that saves
+// the ninth header, with which the header's map would have to grow, twice.
 const countedByHTTP = 2 << 10
 
-// Head begins the answer: nobody else may give it now.
+// Head begins the answer.
 func (x *exchange) Head(h serving.Head) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -39,7 +39,7 @@ func (x *exchange) Head(h serving.Head) error {
 	if x.idle != nil {
 		x.idle.Stop()
 	}
-	if x.started { // keep-alives went out before the content
+	if x.started { // keep-alives were sent before the content
 		if !h.Stream {
 			return errPlainInStream
 		}
@@ -77,11 +77,11 @@ var cacheLabels = map[serving.CacheStatus][]string{
 	serving.Coalesced: {string(serving.Coalesced)}, serving.Miss: {string(serving.Miss)}, serving.Bypass: {string(serving.Bypass)},
 }
 
-// labelCache tells what the cache had to do with the answer. A peer is told which
-// model answered: its own node keeps the answer, unless a fallback gave it.
+// labelCache says what the cache had to do with the answer. A peer is told which model
+// answered: it keeps the answer, unless a fallback gave it.
 func (x *exchange) labelCache(h *serving.Head) {
 	to := x.w.Header()
-	if x.door == peers {
+	if x.from == peers {
 		if h.Model != "" {
 			to[serving.HeaderModel] = []string{url.QueryEscape(h.Model)}
 		}
@@ -104,7 +104,7 @@ func (x *exchange) labelCache(h *serving.Head) {
 	to["Age"] = x.value(valueAge, strconv.FormatInt(int64(c.Age/time.Second), 10))
 }
 
-// Data sends a piece of a body or one event, which is flushed.
+// Data sends a piece of a body, or one event, which it flushes.
 func (x *exchange) Data(b []byte) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -134,7 +134,7 @@ func (x *exchange) Flush() error {
 	return x.flush()
 }
 
-// usable tells why nothing can be sent; x.mu is held.
+// usable returns why nothing can be sent, nil when something can; x.mu is held.
 func (x *exchange) usable() error {
 	if x.ended {
 		return errClosed
@@ -142,7 +142,7 @@ func (x *exchange) usable() error {
 	return x.gone
 }
 
-// put writes and flushes; x.mu is held, as in the next two.
+// put writes and, in a stream, flushes; x.mu is held, as in the next two.
 func (x *exchange) put(b []byte) error {
 	if err := x.write(b); err != nil || !x.stream {
 		return err
@@ -181,8 +181,8 @@ func (x *exchange) startStream(status int) {
 	x.begin(status)
 }
 
-// extendWrite gives the next write its time. Streams write often, so the
-// deadline moves at most once a second.
+// extendWrite sets the deadline of the next write. Streams write often, so it moves at
+// most once a second.
 func (x *exchange) extendWrite(now time.Time) {
 	by := now.Add(x.g.o.WriteTimeout)
 	if by.Sub(x.writeBy) < time.Second && x.g.o.WriteTimeout > 2*time.Second {
@@ -192,18 +192,18 @@ func (x *exchange) extendWrite(now time.Time) {
 	_ = x.rc.SetWriteDeadline(by) // a recorder in a test has none
 }
 
-// holdHeaders keeps a stream's headers back until Head, so that another
-// upstream can still give another status, but no longer than proxies and
-// clients bear with: then 200 and a comment, and one each interval until
-// content comes. An AfterFunc costs no goroutine until it fires, and takes
-// turns with the sink.
+// holdHeaders keeps a stream's headers back until Head, so that another upstream can
+// still answer with another status. Proxies and clients have timeouts, so after
+// Options.HoldHeaders it sends 200 and a comment, and another comment each interval
+// until content comes. An AfterFunc costs no goroutine until it fires, and x.mu orders
+// it with the sink's calls.
 func (x *exchange) holdHeaders() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.idle = time.AfterFunc(x.g.o.HoldHeaders, x.keepCompany)
+	x.idle = time.AfterFunc(x.g.o.HoldHeaders, x.sendKeepAlive)
 }
 
-func (x *exchange) keepCompany() {
+func (x *exchange) sendKeepAlive() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.ended || x.headed || x.gone != nil {

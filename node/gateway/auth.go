@@ -10,14 +10,9 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// HeaderError is the code of a failure of the peer door's own. Together with
-// X-Dsnode-Upstream, which only an upstream's refusal carries there, it lets
-// the asking node tell "ask another site" from "this is the answer".
-const HeaderError = "X-Dsnode-Error"
-
-// admit finds out who asks, at either door.
-func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
-	if x.door == clients {
+// authenticate finds out who asks.
+func (x *exchange) authenticate() (who serving.Principal, hops int, f *failure) {
+	if x.from == clients {
 		who, err := x.g.o.Auth.Authenticate(token(x.r.Header), local(x.r))
 		if err != nil {
 			if f = explain(err, ""); f == nil || f.status != http.StatusUnauthorized {
@@ -27,14 +22,14 @@ func (x *exchange) admit() (who serving.Principal, hops int, f *failure) {
 		}
 		return who, 0, nil
 	}
-	if x.door == operators {
+	if x.from == operators {
 		return who, 0, nil
 	}
-	return x.admitPeer()
+	return x.readPeer()
 }
 
-// admitPeer reads what another node says of who asks.
-func (x *exchange) admitPeer() (who serving.Principal, hops int, f *failure) {
+// readPeer reads what another node says of who asks.
+func (x *exchange) readPeer() (who serving.Principal, hops int, f *failure) {
 	hops, err := strconv.Atoi(x.r.Header.Get(serving.HeaderHops))
 	switch {
 	case err != nil || hops < 1:
@@ -57,7 +52,7 @@ func token(h http.Header) string {
 	return first(h, "X-Api-Key")
 }
 
-// first is h.Get for a key that is canonical already.
+// first is h.Get for a canonical key.
 func first(h http.Header, key string) string {
 	if v := h[key]; len(v) > 0 {
 		return v[0]
@@ -65,9 +60,9 @@ func first(h http.Header, key string) string {
 	return ""
 }
 
-// local reports whether a request comes straight from this machine. Behind a
-// proxy on this machine everybody would; and what a web page makes a local
-// browser send (it carries an Origin) is not its user's doing.
+// local reports whether a request comes directly from this machine. One that a proxy on
+// this machine has passed on does not. Neither does one that a web page makes a local
+// browser send (it carries an Origin): it is not the user's.
 func local(r *http.Request) bool {
 	for _, h := range [...]string{"Forwarded", "X-Forwarded-For", "X-Real-Ip", "Via", "Origin"} {
 		if _, proxied := r.Header[h]; proxied {

@@ -60,10 +60,10 @@ func BenchmarkProxied(b *testing.B) {
 		Server: serving.New(serving.Options{Fleet: fleet}), Config: func() *config.Config { return cfg }, Auth: keys{}, Health: healthFunc(func() Report { return Report{} }),
 		Site: "here", Node: "here-1", Registerer: prometheus.NewRegistry(),
 	})
-	door := httptest.NewServer(g)
-	defer door.Close()
+	handler := httptest.NewServer(g)
+	defer handler.Close()
 
-	for name, url := range map[string]string{"direct": server.URL, "reverseproxy": proxy.URL, "gateway": door.URL} {
+	for name, url := range map[string]string{"direct": server.URL, "reverseproxy": proxy.URL, "gateway": handler.URL} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1024, DisableCompression: true}}

@@ -8,22 +8,21 @@ import (
 )
 
 const (
-	// firstRead is what a body may take before any of it has come: a claimed
-	// Content-Length costs no memory until bytes follow.
+	// firstRead bounds the memory for a body before any of it has come: a
+	// Content-Length alone reserves no more.
 	firstRead = 64 << 10
 	// slack lets the last Read of a body of known length see its end.
 	slack = 1
-	// drainTime bounds how long the rest of a body that is too large is read
-	// away, so that the client gets to read the refusal.
+	// drainTime bounds how long the rest of a body that is too large is read and
+	// dropped, so that the client gets to read the refusal.
 	drainTime = 2 * time.Second
 )
 
-// readBody reads the whole body, before anything is forwarded: writing an
-// answer closes the inbound body under a transport that still reads it
-// (golang/go#40747). The slice is the request's own and goes to no pool: a
-// transport may still read it after the request has failed.
+// readBody reads the whole body before anything is forwarded: writing an answer closes
+// the inbound body, which a transport may still read (golang/go#40747). The slice comes
+// from no pool: a transport may still read it after the request has failed.
 //
-// What it holds is counted in Gateway.held, and given back by release.
+// Its memory is counted in Gateway.held until release.
 func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	r := x.r
 	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
@@ -43,7 +42,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	body := make([]byte, 0, size)
 	defer func() { _ = x.rc.SetReadDeadline(time.Time{}) }() // else it would end the wait for the answer
 	for {
-		// The time allowed grows with what has come, so a byte a second ends.
+		// The time allowed grows with what has come, so one byte a second is too slow.
 		allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
 		_ = x.rc.SetReadDeadline(x.start.Add(allowed)) // a recorder in a test has none
 		n, err := r.Body.Read(body[len(body):cap(body)])
@@ -74,7 +73,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	}
 }
 
-// hold takes n bytes of the memory for bodies, false when there is no more.
+// hold reserves n bytes of the memory for bodies. It is false when there is no more.
 func (x *exchange) hold(n int64) bool {
 	if x.g.held.Add(n) > x.g.o.BodyMemory {
 		x.g.held.Add(-n)
@@ -86,8 +85,8 @@ func (x *exchange) hold(n int64) bool {
 
 func (x *exchange) release() { x.g.held.Add(-x.held) }
 
-// drain reads away what is still to come, within bounds. A client that waits
-// for 100 Continue has sent nothing, and shall not be asked to.
+// drain reads and drops the rest of a body, within bounds. A client that waits for 100
+// Continue has sent nothing, and reading would ask it to.
 func (x *exchange) drain(limit int64) {
 	if x.r.Header.Get("Expect") != "" {
 		return
@@ -97,7 +96,7 @@ func (x *exchange) drain(limit int64) {
 	_ = x.rc.SetReadDeadline(time.Time{})
 }
 
-// shed counts and words a refusal for want of room.
+// shed counts a refusal for lack of capacity.
 func (g *Gateway) shed(reason shedReason) *failure {
 	g.metrics.shed[reason].Inc()
 	return shed("The server is overloaded now. Please try again later.")

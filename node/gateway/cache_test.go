@@ -54,7 +54,7 @@ func (b *bench) post(t *testing.T, body string, header ...string) *http.Response
 	return resp
 }
 
-func TestWhatTheCacheHadToDoWithIt(t *testing.T) {
+func TestCacheHeaders(t *testing.T) {
 	head := func(c serving.Cached, attempts int) serving.Head {
 		return serving.Head{Status: 200, Length: 2, Attempts: attempts, Cache: c, Header: http.Header{"Content-Type": {"application/json"}}}
 	}
@@ -83,7 +83,7 @@ func TestWhatTheCacheHadToDoWithIt(t *testing.T) {
 	}
 }
 
-func TestWhatAClientWantsOfTheCache(t *testing.T) {
+func TestCacheModes(t *testing.T) {
 	up := &answers{head: serving.Head{Status: 200, Length: 2}}
 	b := open(t, up, nil)
 	for _, c := range []struct {
@@ -138,8 +138,8 @@ func TestNotInTheCache(t *testing.T) {
 	}
 }
 
-// TestAPeerIsToldWhichModelAnswered, and nothing of the cache, which is its own.
-func TestAPeerIsToldWhichModelAnswered(t *testing.T) {
+// TestPeersGetTheModelsName, and no header about the cache: they have their own.
+func TestPeersGetTheModelsName(t *testing.T) {
 	up := &answers{head: serving.Head{Status: 200, Length: 2, Model: "org/模型", Cache: serving.Cached{Status: serving.Bypass}}}
 	b := open(t, up, nil)
 	url := listen(t, b.Gateway, b.PeerHandler())
@@ -161,7 +161,7 @@ func TestAPeerIsToldWhichModelAnswered(t *testing.T) {
 	}
 }
 
-// keeps is a pipeline that gives a kept answer of some length.
+// keeps is a pipeline whose answers come from the cache, and are so long.
 type keeps int
 
 func (n keeps) Serve(_ context.Context, _ serving.Request, s serving.Sink) error {
@@ -175,8 +175,8 @@ func (n keeps) Serve(_ context.Context, _ serving.Request, s serving.Sink) error
 	return s.Data([]byte(strings.Repeat(" ", int(n))))
 }
 
-// TestTheLengthOfAHit: clients learn it whether net/http counts or we do.
-func TestTheLengthOfAHit(t *testing.T) {
+// TestLengthOfAHit: a hit has a Content-Length, whether net/http or the gateway sets it.
+func TestLengthOfAHit(t *testing.T) {
 	for _, n := range []int{0, 1, 1024, countedByHTTP - 1, countedByHTTP, countedByHTTP + 1, 100_000} {
 		resp := open(t, keeps(n), nil).post(t, `{"model":"m"}`)
 		if resp.ContentLength != int64(n) || len(resp.TransferEncoding) != 0 {

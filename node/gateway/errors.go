@@ -17,28 +17,28 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// failure is an error as a client sees it. This file and, for jobs,
-// jobs_errors.go make them.
+// failure is an error as a client sees it. Only this file and, for jobs, jobs_errors.go
+// make them.
 type failure struct {
 	status     int
-	kind       string // "type" in OpenAI's shape
+	kind       string // the type in OpenAI's error object
 	code       string
 	param      string // empty: null
 	message    string
 	retryAfter time.Duration
-	// final: asking again makes no sense, or we have tried all there is.
+	// final: asking again makes no sense, or all upstreams were tried.
 	final bool
-	// hangUp: the connection is of no more use, something unread is on it.
+	// hangUp: the connection can't be used again, part of a body is unread on it.
 	hangUp bool
-	// body replaces the shape: an upstream's own words.
+	// body replaces the error object: an upstream's own answer.
 	body   []byte
 	header http.Header
-	// Whose words those are.
+	// Which upstream refused, and after how many attempts.
 	upstream, site string
 	attempts       int
 }
 
-// statusGone is nginx's word for a client that left; it is never sent.
+// statusGone is nginx's status for a client that has left; it is never sent.
 const statusGone = 499
 
 func invalid(status int, code, message string) *failure {
@@ -87,7 +87,7 @@ func brokenBody() *failure {
 	return f
 }
 
-// shed is our own overload.
+// shed is this node's own overload.
 func shed(why string) *failure {
 	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", message: why, retryAfter: time.Second}
 }
@@ -96,8 +96,8 @@ func badPeerRequest(why string) *failure {
 	return invalid(http.StatusBadRequest, "bad_peer_request", why)
 }
 
-// explain turns what the pipeline, the parser or the key check said into what a
-// client is told. It gives nil for a client that has gone.
+// explain turns an error of the pipeline, the parser or the key check into what the
+// client is told. It is nil for a client that has gone.
 func explain(err error, model string) *failure {
 	var (
 		body   *openai.BodyError
@@ -106,11 +106,11 @@ func explain(err error, model string) *failure {
 	)
 	switch {
 	case errors.As(err, &body):
-		f := invalid(http.StatusBadRequest, "invalid_body", "We could not take the body of your request: "+printable(body.Error())+".")
+		f := invalid(http.StatusBadRequest, "invalid_body", "The request body is invalid: "+printable(body.Error())+".")
 		f.param = printable(body.Param)
 		return f
 	case errors.As(err, &status):
-		return upstreamSays(status)
+		return upstreamRefused(status)
 	case errors.As(err, &busy):
 		f := &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", retryAfter: max(busy.RetryAfter, time.Second), attempts: busy.Attempts}
 		f.message = "The model is overloaded now. Please try again later."
@@ -164,9 +164,9 @@ func badKey(message string) *failure {
 	return invalid(http.StatusUnauthorized, "invalid_api_key", message)
 }
 
-// upstreamSays passes an upstream's refusal on: status, body and what of its
-// header the pipeline kept. A body that has not OpenAI's shape is put into it.
-func upstreamSays(e *serving.StatusError) *failure {
+// upstreamRefused passes an upstream's refusal on: status, body and the headers that the
+// pipeline kept. A body that has not OpenAI's shape becomes the message of one that has.
+func upstreamRefused(e *serving.StatusError) *failure {
 	f := &failure{
 		status: e.Status, kind: openai.InvalidRequest, code: "upstream_refused", header: e.Header,
 		upstream: e.Upstream, site: e.Site, attempts: e.Attempts,
@@ -189,7 +189,7 @@ func upstreamSays(e *serving.StatusError) *failure {
 	return f
 }
 
-// printable makes a client's or an upstream's text fit for a message.
+// printable cuts a client's or an upstream's text, and makes it valid UTF-8.
 func printable(s string) string {
 	const limit = 1000
 	if len(s) > limit {
@@ -198,7 +198,7 @@ func printable(s string) string {
 	return strings.ToValidUTF8(s, "�")
 }
 
-// json is the error in OpenAI's shape.
+// json is the body of the error.
 func (f *failure) json() []byte {
 	if f.body != nil {
 		return f.body
@@ -210,7 +210,7 @@ func (f *failure) json() []byte {
 // event is the error inside a stream.
 func (f *failure) event() []byte {
 	var one bytes.Buffer
-	_ = json.Compact(&one, f.json()) // an upstream's words may span lines, and are JSON
+	_ = json.Compact(&one, f.json()) // an upstream's body is JSON too, and may span lines
 	e := openai.Event{Data: one.Bytes()}
 	return e.Append(nil)
 }

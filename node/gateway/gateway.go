@@ -1,7 +1,7 @@
-// Package gateway is the clients' door: OpenAI's API over HTTP, in front of a
-// serving.Server, and the health endpoints of load balancers. Start reading at
-// Gateway.ServeHTTP, the list of routes is in routes.go, and inference.go
-// follows one request. Every error is put into words in errors.go.
+// Package gateway is the HTTP handler for clients: OpenAI's API in front of a
+// serving.Server, the job routes, and the health endpoints of load balancers. Start
+// reading at Gateway.ServeHTTP; routes.go lists the routes, inference.go follows one
+// request, and errors.go has the message of every error.
 package gateway
 
 import (
@@ -18,20 +18,20 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// Auth says who asks. It must answer from local state, at once.
+// Auth authenticates clients. It must answer from local state, at once.
 type Auth interface {
 	// Authenticate judges a bearer token, empty when none was sent. local is
 	// true for a direct connection over loopback. Errors wrap one of
 	// agreed.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
-	// or ErrKeyUnknowable (503); any other counts as unknowable.
+	// or ErrKeyUnknowable (503); any other one is treated like ErrKeyUnknowable.
 	Authenticate(token string, local bool) (serving.Principal, error)
 }
 
-// ErrKeyUnknowable says that keys can't be judged now, for want of any agreed
+// ErrKeyUnknowable says that keys can't be checked now, because there is no agreed
 // state. It must never look like a wrong key.
 var ErrKeyUnknowable = errors.New("API keys can't be checked now")
 
-// Health tells what load balancers ask for.
+// Health reports what the health endpoints show.
 type Health interface {
 	Health() Report
 }
@@ -49,12 +49,12 @@ type Report struct {
 // required.
 type Options struct {
 	Server serving.Server
-	// Config gives the agreed configuration, nil before there is one. It is
-	// called on each request: models, limits.
+	// Config returns the agreed configuration, nil before there is one. It is called
+	// for each request: models, limits.
 	Config func() *config.Config
 	Auth   Auth
 	Health Health
-	// Jobs is nil on a node without jobs: then their routes are not there.
+	// Jobs is nil on a node without jobs, which has no job routes.
 	Jobs Jobs
 	// Site and Node are this node's names.
 	Site, Node string
@@ -64,9 +64,8 @@ type Options struct {
 	// HoldHeaders is how long a stream waits for content before its headers are
 	// sent, and the time between keep-alives after that; 0 means 15 s.
 	HoldHeaders time.Duration
-	// BodyGrace is what a client has to send a body, plus the time that
-	// BodyRate (bytes per second) allows for what has come; 0 means 10 s and
-	// 16 KiB/s.
+	// A client has BodyGrace to send a body, plus the time that BodyRate (bytes per
+	// second) allows for what has come; 0 means 10 s and 16 KiB/s.
 	BodyGrace time.Duration
 	BodyRate  int
 	// BodyMemory bounds the bytes of all bodies held at once; 0 means 512 MiB.
@@ -75,15 +74,15 @@ type Options struct {
 	WriteTimeout time.Duration
 }
 
-// Gateway is the clients' door, an http.Handler.
+// Gateway is an http.Handler for clients.
 type Gateway struct {
 	o        Options
 	log      *slog.Logger
 	metrics  *metrics
-	born     time.Time
+	started  time.Time
 	draining atomic.Bool
 	inFlight atomic.Int64
-	held     atomic.Int64 // bytes of bodies
+	held     atomic.Int64 // bytes of all bodies in memory
 	site     []string     // header values, shared by all answers
 	node     []string
 	byPath   map[string]int // index into routes
@@ -109,7 +108,7 @@ func New(o Options) *Gateway {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	g := &Gateway{
-		o: o, log: o.Logger, born: time.Now(), site: []string{o.Site}, node: []string{o.Node},
+		o: o, log: o.Logger, started: time.Now(), site: []string{o.Site}, node: []string{o.Node},
 		byPath: make(map[string]int),
 	}
 	g.metrics = newMetrics(o.Registerer, func() float64 { return float64(g.inFlight.Load()) })
@@ -121,8 +120,8 @@ func New(o Options) *Gateway {
 	return g
 }
 
-// Drain turns readiness off and asks clients to use other connections. The
-// owner then waits and shuts the http.Server down.
+// Drain makes readiness fail and asks clients to use other connections. The owner then
+// waits and shuts the http.Server down.
 func (g *Gateway) Drain() { g.draining.Store(true) }
 
 // Resume undoes Drain.
@@ -131,49 +130,49 @@ func (g *Gateway) Resume() { g.draining.Store(false) }
 // ServeHTTP answers clients.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.serve(w, r, clients) }
 
-// PeerHandler answers the same requests for nodes of other sites, over the
-// mesh: the principal comes with the request, who asks was proven by mutual
-// TLS. A 200 waits for content however long it takes, because the asking node
-// keeps its own client company, and errors carry their code in X-Dsnode-Error.
+// PeerHandler answers the same requests for nodes of other sites, over the mesh. The
+// principal comes with the request; mutual TLS has authenticated the node. A 200 waits
+// for content however long it takes, because the asking node sends keep-alives to its
+// client itself. Errors carry their code in X-Dsnode-Error.
 func (g *Gateway) PeerHandler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, peers) })
 }
 
-// OperatorHandler answers the job routes for operators: who asks was proven at
-// the admin port, whose /admin was taken off the path.
+// OperatorHandler answers the job routes for operators. The admin port has
+// authenticated them, and has removed /admin from the path.
 func (g *Gateway) OperatorHandler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { g.serve(w, r, operators) })
 }
 
-// door says who stands before it.
-type door int
+// caller is the kind of who sends a request.
+type caller int
 
 const (
-	clients door = iota
+	clients caller = iota
 	peers
 	operators
 )
 
-// opens reports whether a route is there for who stands at a door.
-func (g *Gateway) opens(rt *route, d door) bool {
+// has reports whether a kind of caller has a route.
+func (g *Gateway) has(rt *route, from caller) bool {
 	switch {
 	case rt.job:
 		return g.o.Jobs != nil
-	case d == peers:
+	case from == peers:
 		return rt.endpoint != nil
 	}
-	return d == clients
+	return from == clients
 }
 
-func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, d door) {
-	x := exchange{g: g, w: w, r: r, door: d, start: time.Now(), rc: *http.NewResponseController(w)}
-	// A deadline of the request before on this connection may still stand.
+func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, from caller) {
+	x := exchange{g: g, w: w, r: r, from: from, start: time.Now(), rc: *http.NewResponseController(w)}
+	// The last request on this connection may have left a deadline.
 	x.extendWrite(x.start)
 	if g.draining.Load() {
 		w.Header()["Connection"] = closeConnection
 	}
 	index, id := g.find(r.URL.Path)
-	if index < 0 || !g.opens(&routes[index], d) {
+	if index < 0 || !g.has(&routes[index], from) {
 		x.identify()
 		x.refuse(unknownRoute(r))
 		g.metrics.unrouted(http.StatusNotFound)

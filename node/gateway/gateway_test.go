@@ -32,7 +32,7 @@ func (f serverFunc) Serve(ctx context.Context, r serving.Request, s serving.Sink
 	return f(ctx, r, s)
 }
 
-// keys knows two secrets and lets everybody local in.
+// keys knows a few secrets, and lets local clients in without one.
 type keys struct{ strict bool }
 
 func (k keys) Authenticate(token string, local bool) (serving.Principal, error) {
@@ -190,8 +190,11 @@ func (g got) wantError(t *testing.T, status int, code, words string) {
 	}
 }
 
-// echo answers with what the pipeline was asked.
+// echo answers with the request that it got. Like the pipeline it judges the key.
 var echo = serverFunc(func(_ context.Context, r serving.Request, s serving.Sink) error {
+	if !r.Principal.Allows(r.Model) {
+		return serving.ErrUnknownModel
+	}
 	b, err := json.Marshal(r)
 	if err != nil {
 		return err
@@ -282,7 +285,7 @@ func TestBadInput(t *testing.T) {
 			}
 		})
 	}
-	// The length is not told in advance.
+	// Without a Content-Length.
 	req, _ := http.NewRequestWithContext(t.Context(), "POST", b.url+url, io.MultiReader(strings.NewReader(`{"x":"`), io.LimitReader(endless{}, 40<<20)))
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
@@ -292,7 +295,7 @@ func TestBadInput(t *testing.T) {
 	if resp.StatusCode != 413 {
 		t.Errorf("40 MiB in chunks: %d", resp.StatusCode)
 	}
-	// The next ones are served, also with 100 Continue.
+	// The next requests are served, also with 100 Continue.
 	big := strings.Replace(chat, "hi", strings.Repeat("hi", 2<<20), 1)
 	if g := do(t, "POST", b.url+url, big, "Expect", "100-continue"); g.status != 200 {
 		t.Errorf("4 MiB: %d", g.status)
@@ -340,7 +343,7 @@ func TestPipelineErrors(t *testing.T) {
 	g := do(t, "POST", b.url+"/v1/chat/completions", chat)
 	if g.status != 422 || g.body != `{"error":{"message":"no such tool","type":"t","param":"tools","code":"c"}}` || g.header.Get("X-Ratelimit-Limit") != "9" ||
 		g.header.Get("X-Dsnode-Upstream") != "up" || g.header.Get("X-Dsnode-Attempts") != "2" || g.header.Get("X-Should-Retry") != "false" {
-		t.Errorf("an upstream's own words: %+v", g)
+		t.Errorf("an upstream's own error: %+v", g)
 	}
 	fail = &serving.StatusError{Status: 400, Body: []byte("plain words")}
 	do(t, "POST", b.url+"/v1/chat/completions", chat).wantError(t, 400, "upstream_refused", "plain words")

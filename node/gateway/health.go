@@ -2,8 +2,8 @@ package gateway
 
 import "net/http"
 
-// The health endpoints need no key: load balancers have none. They tell a
-// site's name and role, nothing of its models.
+// The health endpoints need no key: load balancers have none. They show a site's name
+// and role, and nothing about its models.
 
 type healthAnswer struct {
 	Status string  `json:"status"` // "ok" or "unavailable"
@@ -38,8 +38,8 @@ func (x *exchange) ready(string) {
 	x.health(h, h.Ready && !x.g.draining.Load())
 }
 
-// primary needs the lease: without it the node may be the last to learn that
-// another site has taken over.
+// primary requires the lease: without it another site may have taken over, and this
+// node may not know yet.
 func (x *exchange) primary(string) {
 	h := x.g.o.Health.Health()
 	x.health(h, h.Role == "primary" && h.Lease)

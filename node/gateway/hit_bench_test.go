@@ -21,14 +21,13 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
-// hitBody is a question of the usual size whose answer is kept.
+// hitBody is a request of the usual size whose answer is in the cache.
 var hitBody = []byte(`{"model":"deepseek-chat","stream":false,"messages":[{"role":"system","content":"You are a helpful assistant."},` +
 	`{"role":"user","content":"Tell me, in about 160 words, what a quick brown fox does all day long, and why the dog is lazy."}],"temperature":0,"max_tokens":256}`)
 
-// BenchmarkHit shows what an answer from the cache costs: all that is ours
-// (handler), and over a connection, beside a handler on net/http that reads the
-// body and writes as much and decides nothing. The client is a few reads and
-// writes in this process.
+// BenchmarkHit measures an answer from the cache: in the handler alone, and over a
+// connection, beside a handler on net/http that reads the body, writes as much and
+// decides nothing. The client is a few reads and writes in this process.
 func BenchmarkHit(b *testing.B) {
 	answer := []byte(`{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{"index":0,"message":{"role":"assistant","content":"` +
 		strings.Repeat("word ", 160) + `"},"finish_reason":"stop"}],"usage":{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21}}`)
@@ -73,9 +72,9 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	door := NewHTTPServer(g, cfg.Limits.HeaderBytes, g.log)
-	go func() { _ = door.Serve(g.Listen(ln, false)) }()
-	defer func() { _ = door.Close() }()
+	handler := NewHTTPServer(g, cfg.Limits.HeaderBytes, g.log)
+	go func() { _ = handler.Serve(g.Listen(ln, false)) }()
+	defer func() { _ = handler.Close() }()
 	c := rawClient{key: secret}
 	c.ask(b, ln.Addr().String(), len(answer)) // now it is kept
 	c.close()
@@ -114,7 +113,7 @@ func BenchmarkHit(b *testing.B) {
 	}
 }
 
-// stateAuth judges keys by the agreed state, as a node does.
+// stateAuth checks keys against the agreed state, as a node does.
 type stateAuth struct{ state *agreed.State }
 
 func (a stateAuth) Authenticate(token string, _ bool) (serving.Principal, error) {
@@ -122,7 +121,7 @@ func (a stateAuth) Authenticate(token string, _ bool) (serving.Principal, error)
 	return serving.Principal{KeyID: key.ID, Tenant: key.Tenant, Models: key.Models}, err
 }
 
-// discard is an answer that goes nowhere.
+// discard is a response writer that drops what it gets.
 type discard struct {
 	header http.Header
 	n      int
@@ -134,7 +133,7 @@ func (d *discard) Write(b []byte) (int, error)    { d.n += len(b); return len(b)
 func (*discard) SetReadDeadline(time.Time) error  { return nil }
 func (*discard) SetWriteDeadline(time.Time) error { return nil }
 
-// rawClient is one connection, as cheap as can be.
+// rawClient is a client on one connection that does as little as possible.
 type rawClient struct {
 	key     string
 	conn    net.Conn

@@ -15,35 +15,35 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// exchange is one request and its answer. infer follows the request,
-// answer.go is its other half, a serving.Sink.
+// exchange is one request and its answer. infer reads the request and has it answered;
+// answer.go is the sink that the answer goes to.
 type exchange struct {
 	g     *Gateway
 	w     http.ResponseWriter
 	r     *http.Request
 	rc    http.ResponseController
-	door  door
+	from  caller
 	start time.Time
 	id    string // X-Request-Id
-	held  int64  // bytes of Gateway.held
-	// values are what the answer's header points to: one allocation for all.
+	held  int64  // bytes that it has in Gateway.held
+	// values are header values of the answer: one allocation for all.
 	values [headerValues]string
 
-	// mu guards all below and every use of w and rc while the pipeline works:
-	// the sink's calls and the keep-alive timer take turns. It is held during
+	// mu guards all below, and every use of w and rc while the pipeline works: the
+	// sink's calls and the keep-alive timer exclude each other. It is held during
 	// writes to the client, each of which ends within Options.WriteTimeout.
 	mu      sync.Mutex
-	started bool  // the status line is out
+	started bool  // the status line was sent
 	headed  bool  // Head was called
-	stream  bool  // the answer is one
-	ended   bool  // the pipeline is done; a late timer finds this
+	stream  bool  // the answer is a stream
+	ended   bool  // the pipeline is done; a late timer does nothing
 	status  int   // sent
 	gone    error // why the client can't be reached
 	idle    *time.Timer
-	writeBy time.Time // deadline that w has
+	writeBy time.Time // the deadline that w has
 }
 
-// infer answers a request for a model, and counts it.
+// infer answers a request for a model, and counts it in the metrics.
 func (x *exchange) infer(rt *route, index int) {
 	g, cfg := x.g, x.g.config()
 	table := g.metrics.table(cfg)
@@ -71,11 +71,6 @@ func (x *exchange) infer(rt *route, index int) {
 	if known, ok := table.byName[req.Model]; ok {
 		asked = known
 	}
-	if !req.Principal.Allows(req.Model) {
-		x.refuse(unknownModel(req.Model))
-		g.metrics.done(asked, index, http.StatusNotFound, x.start)
-		return
-	}
 	status, abort := x.answer(&req)
 	g.metrics.done(asked, index, status, x.start)
 	if abort {
@@ -102,7 +97,7 @@ func (x *exchange) value(i int, v string) []string {
 	return x.values[i : i+1 : i+1]
 }
 
-// identify names the request and us in the answer's header, whatever it will be.
+// identify puts the names of the request and of this node into the answer's header.
 func (x *exchange) identify() {
 	x.id = first(x.r.Header, "X-Request-Id")
 	if !saneID(x.id) {
@@ -125,7 +120,7 @@ func newID() string {
 	return string(id[:])
 }
 
-// saneID: what may stand in headers and logs, here and upstream.
+// saneID reports whether an id may be used in headers and logs, here and upstream.
 func saneID(id string) bool {
 	if id == "" || len(id) > 128 {
 		return false
@@ -141,7 +136,7 @@ func saneID(id string) bool {
 // request reads and checks what the client sent.
 func (x *exchange) request(rt *route, limit int64) (req serving.Request, f *failure) {
 	req.ID, req.Header = x.id, forwarded(x.r.Header)
-	if req.Principal, req.Hops, f = x.admit(); f != nil {
+	if req.Principal, req.Hops, f = x.authenticate(); f != nil {
 		return req, f
 	}
 	body, f := x.readBody(limit)
@@ -163,8 +158,8 @@ func (x *exchange) request(rt *route, limit int64) (req serving.Request, f *fail
 	return req, nil
 }
 
-// cacheMode reads what the client wants of the cache. A word that is not known
-// must not become its opposite.
+// cacheMode reads what the client wants of the cache. An unknown value is refused: it
+// might mean the opposite of the default.
 func cacheMode(h http.Header) (serving.CacheMode, *failure) {
 	values := h["X-Dsnode-Cache"]
 	if len(values) == 0 {
@@ -179,8 +174,8 @@ func cacheMode(h http.Header) (serving.CacheMode, *failure) {
 	return "", invalid(http.StatusBadRequest, "invalid_cache_mode", "X-Dsnode-Cache must be one of store, no-store, only and refresh.")
 }
 
-// forwarded keeps the headers that are the upstream's business, nil when there
-// are none. The values are shared with the request: nobody changes them.
+// forwarded keeps the headers that the upstream gets, nil when there are none. The
+// values are shared with the request: nobody changes them.
 func forwarded(h http.Header) (out http.Header) {
 	for _, k := range [...]string{
 		"User-Agent", "Accept", "Accept-Language", "Openai-Beta", "Anthropic-Version", "Anthropic-Beta", "Traceparent", "Tracestate",
@@ -195,12 +190,11 @@ func forwarded(h http.Header) (out http.Header) {
 	return out
 }
 
-// answer lets the pipeline answer and tells what came of it: the status for the
-// metrics (for a stream that failed on its way, what the failure would have
-// been), and whether the connection must be cut, the only way to say that what
-// was sent is not whole.
+// answer has the pipeline answer. It returns the status for the metrics (of a stream
+// that failed on its way, that of the failure), and whether the connection must be
+// aborted: the only way to tell that a plain body is not whole.
 func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
-	if req.Stream && x.door == clients {
+	if req.Stream && x.from == clients {
 		x.holdHeaders()
 	}
 	err := x.g.o.Server.Serve(x.r.Context(), *req, x)
@@ -235,9 +229,8 @@ func (x *exchange) answer(req *serving.Request) (status int, abort bool) {
 	return f.status, false
 }
 
-// logFailure says why a request failed. What clients can cause at will, and
-// overload, is left to the metrics unless somebody debugs: a flood of requests
-// must not become a flood of lines.
+// logFailure logs why a request failed: at debug level what clients can cause at will,
+// and overload, because a flood of requests must not become a flood of lines.
 func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
 	level := slog.LevelWarn
 	if f.status < http.StatusInternalServerError || f.kind == openai.Overloaded {
@@ -245,10 +238,10 @@ func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
 		slog.String("request", x.id), slog.String("endpoint", req.Endpoint.Path), slog.String("model", printable(req.Model)),
-		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("error", err))
+		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("err", err))
 }
 
-// refuse sends an error before the pipeline was asked.
+// refuse sends an error in place of an answer.
 func (x *exchange) refuse(f *failure) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -258,8 +251,8 @@ func (x *exchange) refuse(f *failure) {
 // send writes an error answer; x.mu is held.
 func (x *exchange) send(f *failure) {
 	h := x.w.Header()
-	if x.door == peers {
-		h[HeaderError] = []string{f.code}
+	if x.from == peers {
+		h[serving.HeaderError] = []string{f.code}
 	}
 	if f.attempts > 0 {
 		h["X-Dsnode-Attempts"] = []string{strconv.Itoa(f.attempts)}

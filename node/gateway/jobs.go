@@ -14,7 +14,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// Jobs is what the job routes need; *jobs.Jobs is one.
+// Jobs is what the job routes need of *jobs.Jobs.
 type Jobs interface {
 	Submit(ctx context.Context, r *jobs.Request) (*jobs.View, error)
 	Get(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
@@ -22,7 +22,7 @@ type Jobs interface {
 	Cancel(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
 	Retry(ctx context.Context, who jobs.Caller, id journal.JobID) (*jobs.View, error)
 	Delete(ctx context.Context, who jobs.Caller, id journal.JobID) error
-	// Elsewhere asks other nodes for a job that is not known here.
+	// Elsewhere asks other nodes for a job that this node doesn't know.
 	Elsewhere(ctx context.Context, who jobs.Caller, method, path string, id journal.JobID) (*jobs.Relayed, error)
 }
 
@@ -36,7 +36,7 @@ var jobBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 1<<10); return
 
 // jobs is POST and GET /v1/jobs.
 func (x *exchange) jobs(string) {
-	x.aboutJobs(func(who jobs.Caller) *failure {
+	x.answerJobs(func(who jobs.Caller) *failure {
 		if x.r.Method == http.MethodPost {
 			return x.submitJob(who)
 		}
@@ -44,7 +44,7 @@ func (x *exchange) jobs(string) {
 	})
 }
 
-// job is /v1/jobs/{id} and what is below it.
+// job is /v1/jobs/{id} and the paths below it.
 func (x *exchange) job(rest string) {
 	text, verb, below := strings.Cut(rest, "/")
 	method, change := x.r.Method, (*exchange).showJob
@@ -69,7 +69,7 @@ func (x *exchange) job(rest string) {
 	case method == http.MethodDelete:
 		change = (*exchange).deleteJob
 	}
-	x.aboutJobs(func(who jobs.Caller) *failure {
+	x.answerJobs(func(who jobs.Caller) *failure {
 		if f := x.noParameters(); f != nil {
 			return f
 		}
@@ -78,7 +78,7 @@ func (x *exchange) job(rest string) {
 			return unknownJob(text)
 		}
 		err = change(x, who, id)
-		if errors.Is(err, jobs.ErrNotFound) && x.door == clients {
+		if errors.Is(err, jobs.ErrNotFound) && x.from == clients {
 			path := "/v1/jobs/" + id.String()
 			if below {
 				path += "/" + verb
@@ -96,9 +96,9 @@ func (x *exchange) job(rest string) {
 	})
 }
 
-// aboutJobs finds out who asks, keeps within limits.in_flight, and says what
-// went wrong.
-func (x *exchange) aboutJobs(answer func(who jobs.Caller) *failure) {
+// answerJobs authenticates the caller, enforces limits.in_flight, and sends the error if
+// there is one.
+func (x *exchange) answerJobs(answer func(who jobs.Caller) *failure) {
 	x.identify()
 	g := x.g
 	if int(g.inFlight.Add(1)) > g.config().Limits.InFlight {
@@ -108,9 +108,9 @@ func (x *exchange) aboutJobs(answer func(who jobs.Caller) *failure) {
 	}
 	defer g.inFlight.Add(-1)
 	defer x.release()
-	principal, _, f := x.admit()
+	principal, _, f := x.authenticate()
 	if f == nil {
-		f = answer(jobs.Caller{Principal: principal, Operator: x.door == operators})
+		f = answer(jobs.Caller{Principal: principal, Operator: x.from == operators})
 	}
 	if f != nil && x.r.Context().Err() == nil {
 		x.refuse(f)
@@ -118,8 +118,8 @@ func (x *exchange) aboutJobs(answer func(who jobs.Caller) *failure) {
 }
 
 func (x *exchange) submitJob(who jobs.Caller) *failure {
-	if x.door == peers {
-		return unknownRoute(x.r) // who asks a node takes its jobs
+	if x.from == peers {
+		return unknownRoute(x.r) // a node that is asked takes the job itself
 	}
 	key, f := x.onBehalf(&who)
 	if f != nil {
@@ -151,7 +151,7 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 	return nil
 }
 
-// idempotencyKey is the header, or what an operator gave in its place.
+// idempotencyKey is the header, or the parameter that an operator gave in its place.
 func (x *exchange) idempotencyKey(given string) (string, *failure) {
 	keys := x.r.Header["Idempotency-Key"]
 	switch {
@@ -169,7 +169,7 @@ func validKey(key string) bool {
 	return key != "" && len(key) <= maxKeyBytes && strings.IndexFunc(key, func(c rune) bool { return c < ' ' || c > '~' }) < 0
 }
 
-// onBehalf lets an operator name the tenant whose job it is to be, and the key.
+// onBehalf reads the tenant and the idempotency key that an operator may give for a job.
 func (x *exchange) onBehalf(who *jobs.Caller) (key string, f *failure) {
 	q, f := x.parameters()
 	if f != nil {
@@ -299,7 +299,7 @@ func validTenant(name string) *failure {
 	return nil
 }
 
-// parameters refuses what stands there twice.
+// parameters reads the query, and refuses a parameter that is given twice.
 func (x *exchange) parameters() (url.Values, *failure) {
 	if x.r.URL.RawQuery == "" {
 		return nil, nil
@@ -310,7 +310,7 @@ func (x *exchange) parameters() (url.Values, *failure) {
 	}
 	for name, values := range q {
 		if len(values) > 1 {
-			return nil, badParameter(name, "stands there twice")
+			return nil, badParameter(name, "is given twice")
 		}
 	}
 	return q, nil

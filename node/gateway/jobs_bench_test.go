@@ -96,13 +96,13 @@ func BenchmarkSubmit(b *testing.B) {
 		g.ServeHTTP(w, r)
 		first = w.Code != http.StatusAccepted
 	}
-	door := httptest.NewServer(g)
-	defer door.Close()
+	handler := httptest.NewServer(g)
+	defer handler.Close()
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	defer client.CloseIdleConnections()
 	ways := map[string]func() int{
 		"http": func() int {
-			resp, err := client.Post(door.URL+"/v1/jobs", "application/json", strings.NewReader(body))
+			resp, err := client.Post(handler.URL+"/v1/jobs", "application/json", strings.NewReader(body))
 			if err != nil {
 				b.Error(err)
 				return 0

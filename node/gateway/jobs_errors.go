@@ -14,8 +14,6 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// The words for what goes wrong with jobs.
-
 func unknownJob(id string) *failure {
 	return invalid(http.StatusNotFound, "job_not_found", fmt.Sprintf("No job `%s` is known here. It may still be on its way from another site.", printable(id)))
 }
@@ -34,13 +32,13 @@ func laterOn(code, message string, after time.Duration) *failure {
 	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: code, message: message, retryAfter: after}
 }
 
-// sentence makes one of an error's text.
+// sentence makes an error's text a sentence.
 func sentence(err error) string {
 	text := printable(err.Error())
 	return strings.ToUpper(text[:1]) + text[1:] + "."
 }
 
-// explainJob words what jobs said; nil for nil.
+// explainJob turns an error of package jobs into what the caller is told; nil for nil.
 func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 	var short *jobs.DurabilityError
 	switch {
@@ -63,7 +61,7 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 	case errors.Is(err, jobs.ErrNotRetryable):
 		return invalid(http.StatusConflict, "job_not_retryable", sentence(err))
 	case errors.Is(err, jobs.ErrBadCursor):
-		return invalid(http.StatusBadRequest, "invalid_cursor", "The job in after or before is not known here.")
+		return invalid(http.StatusBadRequest, "invalid_cursor", "This node does not know the job in after or before.")
 	case errors.Is(err, journal.ErrTooLarge):
 		return tooLarge(journal.MaxPayload)
 	case errors.Is(err, jobs.ErrBusy):
@@ -73,13 +71,13 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 	case errors.Is(err, jobs.ErrPartial):
 		return laterOn("jobs_unavailable", sentence(jobs.ErrPartial)+" Please ask another node, or try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrUnavailable):
-		x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), slog.LevelWarn, "a job can't be written",
-			slog.String("request", x.id), slog.Any("error", err))
+		x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), slog.LevelWarn, "could not write a job",
+			slog.String("request", x.id), slog.Any("err", err))
 		return laterOn("jobs_unavailable", "This node can't write jobs now. Please try again later, or at another site.", 5*time.Second)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return shed("The request took too long.")
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), slog.LevelError, "job request failed",
-		slog.String("request", x.id), slog.Bool("operator", who.Operator), slog.Any("error", err))
+		slog.String("request", x.id), slog.Bool("operator", who.Operator), slog.Any("err", err))
 	return explain(err, "")
 }

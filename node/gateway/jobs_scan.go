@@ -12,9 +12,9 @@ import (
 
 const maxPriority = 9
 
-// scanJob reads a submission once, the request in it included, as strictly as a
-// request: what is wrong with it is said now and not when it runs. Body points
-// into text.
+// scanJob reads a submission once, with the request in it, as strictly as a request:
+// the client learns now what is wrong with it, and not when it runs. Body points into
+// text.
 func scanJob(text []byte) (r jobs.Request, err error) {
 	s := openai.NewScanner(text)
 	var inner openai.Request

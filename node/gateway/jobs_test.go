@@ -14,7 +14,7 @@ import (
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
-// jobsFake answers with what the test says and notes what it was asked.
+// jobsFake answers what the test says, and records what it was asked.
 type jobsFake struct {
 	err       error
 	view      jobs.View
@@ -259,7 +259,7 @@ func TestJobRoutes(t *testing.T) {
 	}
 }
 
-// TestJobElsewhere: the answer of the node that has the job, and no endless asking.
+// TestJobElsewhere: the node that has the job answers, and nodes don't ask each other in circles.
 func TestJobElsewhere(t *testing.T) {
 	f := &jobsFake{err: jobs.ErrNotFound, there: &jobs.Relayed{Node: "n2", Status: 200, Header: http.Header{"X-Dsnode-Node": {"n2"}}, Body: []byte(`{"id":"x"}`)}}
 	b := openJobs(t, f)
@@ -267,30 +267,30 @@ func TestJobElsewhere(t *testing.T) {
 	if got.status != 200 || got.body != `{"id":"x"}` || got.header.Get("X-Dsnode-Node") != "n2" {
 		t.Errorf("%d %s by %s", got.status, got.body, got.header.Get("X-Dsnode-Node"))
 	}
-	door := listen(t, b.Gateway, b.PeerHandler())
+	handler := listen(t, b.Gateway, b.PeerHandler())
 	asPeer := []string{"X-Dsnode-Hops", "1", "X-Dsnode-Principal", `{"tenant":"t9"}`}
-	if got := do(t, "GET", door+"/v1/jobs/"+aJob, "", asPeer...); got.status != 404 || strings.Contains(f.called, "elsewhere") && f.who.Tenant != "t9" {
+	if got := do(t, "GET", handler+"/v1/jobs/"+aJob, "", asPeer...); got.status != 404 || strings.Contains(f.called, "elsewhere") && f.who.Tenant != "t9" {
 		t.Errorf("a peer gets %d, called %q as %+v", got.status, f.called, f.who)
 	}
-	if got := do(t, "POST", door+"/v1/jobs", goodJob, asPeer...); got.status != 404 {
+	if got := do(t, "POST", handler+"/v1/jobs", goodJob, asPeer...); got.status != 404 {
 		t.Errorf("a peer that submits gets %d", got.status)
 	}
-	if got := do(t, "GET", door+"/v1/models", "", asPeer...); got.status != 404 {
+	if got := do(t, "GET", handler+"/v1/models", "", asPeer...); got.status != 404 {
 		t.Errorf("a peer that lists models gets %d", got.status)
 	}
 }
 
-func TestOperatorsDoor(t *testing.T) {
+func TestOperatorHandler(t *testing.T) {
 	f := &jobsFake{view: jobs.View{Tenant: "t9", ShowTenant: true}}
 	b := openJobs(t, f)
-	door := listen(t, b.Gateway, b.OperatorHandler())
-	if got := do(t, "GET", door+"/v1/jobs?tenant=t9", ""); got.status != 200 || !f.who.Operator || f.query.Tenant != "t9" || !strings.Contains(got.body, `"tenant":"t9"`) {
+	handler := listen(t, b.Gateway, b.OperatorHandler())
+	if got := do(t, "GET", handler+"/v1/jobs?tenant=t9", ""); got.status != 200 || !f.who.Operator || f.query.Tenant != "t9" || !strings.Contains(got.body, `"tenant":"t9"`) {
 		t.Errorf("%d %s, asked as %+v for %+v", got.status, got.body, f.who, f.query)
 	}
-	if got := do(t, "POST", door+"/v1/jobs?tenant=t9&idempotency_key=k", goodJob); got.status != 202 || f.submitted.Who.Tenant != "t9" || f.submitted.IdempotencyKey != "k" {
+	if got := do(t, "POST", handler+"/v1/jobs?tenant=t9&idempotency_key=k", goodJob); got.status != 202 || f.submitted.Who.Tenant != "t9" || f.submitted.IdempotencyKey != "k" {
 		t.Errorf("%d, submitted %+v", got.status, f.submitted)
 	}
-	if got := do(t, "POST", door+"/v1/chat/completions", `{"model":"m"}`); got.status != 404 {
+	if got := do(t, "POST", handler+"/v1/chat/completions", `{"model":"m"}`); got.status != 404 {
 		t.Errorf("a completion there gives %d", got.status)
 	}
 }

@@ -10,14 +10,13 @@ import (
 	"time"
 )
 
-// idleTimeout is how long a connection may wait for its next request, and for
-// its first.
+// idleTimeout is how long a connection may wait for a request, the first one too.
 const idleTimeout = 2 * time.Minute
 
-// NewHTTPServer gives an http.Server for h with the limits that hold before a
-// handler runs. It has no write timeout, which would cut streams: each write
-// has its own deadline. ReadTimeout is absent for the same reason: net/http
-// would end the wait for an answer with it. headerBytes is read once, at start.
+// NewHTTPServer makes an http.Server for h with the limits that apply before a handler
+// runs. It has no WriteTimeout, which would cut streams: each write has its own
+// deadline. It has no ReadTimeout either: net/http would end the wait for an answer
+// with it. headerBytes is read once, at start.
 func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Server {
 	return &http.Server{
 		Handler:           h,
@@ -28,10 +27,10 @@ func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Serv
 	}
 }
 
-// Listen bounds ln to the configured number of connections (limits.connections,
-// read at each accept). One too many is told so in plain HTTP and closed, at
-// once: waiting in the kernel's queue would look like a hang. Put TLS above it;
-// a TLS client sees a closed connection.
+// Listen bounds the connections of ln to limits.connections, which is read at each
+// accept. A connection beyond it gets a 503 in plain HTTP and is closed at once: waiting
+// in the kernel's queue would look like a hang. Put TLS above it; a TLS client sees a
+// closed connection.
 func (g *Gateway) Listen(ln net.Listener, tls bool) net.Listener {
 	return &boundedListener{
 		Listener: ln, g: g, tls: tls,
@@ -53,9 +52,9 @@ func (l *boundedListener) Accept() (net.Conn, error) {
 		}
 		if int(l.open.Add(1)) <= l.g.config().Limits.Connections {
 			if l.tls {
-				return &boundedConn{Conn: c, open: &l.open, since: time.Now(), lenient: l.g.o.WriteTimeout / 8}, nil
+				return &boundedConn{Conn: c, open: &l.open, since: time.Now(), tolerance: l.g.o.WriteTimeout / 8}, nil
 			}
-			return &patientConn{boundedConn: boundedConn{Conn: c, open: &l.open, since: time.Now(), lenient: l.g.o.WriteTimeout / 8}}, nil
+			return &headerTimeoutConn{boundedConn: boundedConn{Conn: c, open: &l.open, since: time.Now(), tolerance: l.g.o.WriteTimeout / 8}}, nil
 		}
 		l.open.Add(-1)
 		f := l.g.shed(shedConnections)
@@ -74,19 +73,20 @@ type boundedConn struct {
 	once sync.Once
 	open *atomic.Int64
 
-	since   time.Time
-	lenient time.Duration
-	writeBy atomic.Int64 // the deadline for writes, in nanoseconds since, 0: none
+	since     time.Time
+	tolerance time.Duration // by which a deadline may be too early
+	writeBy   atomic.Int64  // the deadline for writes, in nanoseconds since, 0: none
 }
 
-// SetWriteDeadline leaves a deadline that is hardly earlier: each request sets one
-// anew, and moving a timer costs more than most else that a cache hit needs.
+// SetWriteDeadline keeps the present deadline when the new one is hardly later: each
+// request sets one, and moving a timer is one of the most expensive parts of a cache
+// hit.
 func (c *boundedConn) SetWriteDeadline(t time.Time) error {
 	by := int64(0)
 	if !t.IsZero() {
-		by = int64(t.Sub(c.since)) // not by the wall clock, which may be set back
+		by = int64(t.Sub(c.since)) // by the monotonic clock: the wall clock may be set back
 	}
-	if has := c.writeBy.Load(); has != 0 && has <= by && by-has < int64(c.lenient) {
+	if has := c.writeBy.Load(); has != 0 && has <= by && by-has < int64(c.tolerance) {
 		return nil
 	}
 	c.writeBy.Store(by)
@@ -98,8 +98,8 @@ func (c *boundedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// CloseWrite lets net/http end an answer to a client that is still sending,
-// without a reset that would lose the answer.
+// CloseWrite lets net/http end an answer to a client that is still sending. A reset
+// would lose the answer.
 func (c *boundedConn) CloseWrite() error {
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
@@ -107,19 +107,19 @@ func (c *boundedConn) CloseWrite() error {
 	return nil
 }
 
-// patientConn counts the time for a request's header from its first byte. In
-// net/http the first request's counts from the accept, so a connection that a
-// client opened ahead of its need is closed under the request that then comes
-// on it, and a POST is not sent again.
-type patientConn struct {
+// headerTimeoutConn counts the time for a request's header from its first byte. net/http
+// counts it from the accept for the first request, so a connection that a client opens
+// in advance would be closed just when a request comes on it, and a client doesn't send
+// a POST again.
+type headerTimeoutConn struct {
 	boundedConn
 	begun   atomic.Bool // a byte has come
 	mu      sync.Mutex  // guards allowed, and begun against SetReadDeadline
 	allowed time.Duration
 }
 
-// SetReadDeadline holds a deadline back until the first byte.
-func (c *patientConn) SetReadDeadline(t time.Time) error {
+// SetReadDeadline delays a deadline until the first byte.
+func (c *headerTimeoutConn) SetReadDeadline(t time.Time) error {
 	if c.begun.Load() {
 		return c.Conn.SetReadDeadline(t)
 	}
@@ -134,7 +134,7 @@ func (c *patientConn) SetReadDeadline(t time.Time) error {
 	return c.Conn.SetReadDeadline(t)
 }
 
-func (c *patientConn) Read(b []byte) (int, error) {
+func (c *headerTimeoutConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if n > 0 && !c.begun.Load() {
 		c.mu.Lock()

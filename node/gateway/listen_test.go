@@ -33,8 +33,8 @@ func (l *pipeListener) Close() error {
 }
 func (l *pipeListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// A connection may wait long for its first request; a request's header may not
-// take long, from its first byte on.
+// TestHeaderTimeCountsFromTheFirstByte: a connection may be idle for long before its
+// first request, but a header that has begun must come soon.
 func TestHeaderTimeCountsFromTheFirstByte(t *testing.T) {
 	const request = "GET /healthz/live HTTP/1.1\r\nHost: x\r\n\r\n"
 	tests := []struct {
@@ -52,7 +52,7 @@ func TestHeaderTimeCountsFromTheFirstByte(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				client, server := net.Pipe()
 				ln := &pipeListener{conns: make(chan net.Conn, 1), closed: make(chan struct{})}
-				ln.conns <- &patientConn{boundedConn: boundedConn{Conn: server, open: new(atomic.Int64)}}
+				ln.conns <- &headerTimeoutConn{boundedConn: boundedConn{Conn: server, open: new(atomic.Int64)}}
 				srv := &http.Server{
 					Handler:           http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "here") }),
 					ReadHeaderTimeout: 10 * time.Second, IdleTimeout: idleTimeout,
@@ -96,7 +96,7 @@ func TestHeaderTimeCountsFromTheFirstByte(t *testing.T) {
 	}
 }
 
-// deadlines is a connection that remembers its deadlines for writes.
+// deadlines is a connection that records its write deadlines.
 type deadlines struct {
 	net.Conn
 	set []time.Time
@@ -110,7 +110,7 @@ func (d *deadlines) SetWriteDeadline(t time.Time) error {
 func TestWriteDeadlines(t *testing.T) {
 	below := &deadlines{}
 	since := time.Now()
-	c := &boundedConn{Conn: below, since: since, lenient: time.Second}
+	c := &boundedConn{Conn: below, since: since, tolerance: time.Second}
 	at := since.Add(time.Minute)
 	for _, step := range []struct {
 		by  time.Time

@@ -51,13 +51,13 @@ type site struct {
 	*bench
 	fleet *upstream.Fleet
 	sim   *sim
-	door  string // of peers
+	peers string // the URL of its handler for peers
 }
 
 func inSeconds(s float64) config.Duration { return config.Duration(s * float64(time.Second)) }
 
-// startSites makes sites that know each other. patience in seconds is the first
-// token's timer and that between tokens.
+// startSites makes sites that are peers of each other. patience is the first token's
+// timer and that between tokens, in seconds.
 func startSites(t *testing.T, o modelsim.Options, patience float64, names ...string) map[string]*site {
 	t.Helper()
 	cfg := &config.Config{
@@ -81,7 +81,7 @@ func startSites(t *testing.T, o modelsim.Options, patience float64, names ...str
 			Peers: func() (peers []upstream.Peer) {
 				for _, other := range names {
 					if p := sites[other]; other != name {
-						peers = append(peers, upstream.Peer{Node: other + "-1", Site: other, Client: meshTo{p.door}})
+						peers = append(peers, upstream.Peer{Node: other + "-1", Site: other, Client: meshTo{p.peers}})
 					}
 				}
 				return peers
@@ -95,7 +95,7 @@ func startSites(t *testing.T, o modelsim.Options, patience float64, names ...str
 			o.Config = func() *config.Config { return cfg }
 			o.Site, o.Node = name, name+"-1"
 		})
-		s.door = listen(t, s.Gateway, s.PeerHandler())
+		s.peers = listen(t, s.Gateway, s.PeerHandler())
 	}
 	return sites
 }
@@ -114,11 +114,11 @@ func run(t *testing.T, f *upstream.Fleet) {
 	})
 }
 
-// meshTo sends whatever the URL says to one door.
-type meshTo struct{ door string }
+// meshTo sends all requests to one handler, whatever their URL.
+type meshTo struct{ url string }
 
 func (m meshTo) RoundTrip(r *http.Request) (*http.Response, error) {
-	to, err := url.Parse(m.door)
+	to, err := url.Parse(m.url)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +132,7 @@ func (c client) String() string {
 	return fmt.Sprintf("%d %q, finish %q, failure %q, done %v, error %v, header %v, body %.400q", c.status, c.text, c.finish, c.failure, c.done, c.err, c.header, c.body)
 }
 
-// client is what somebody in front of a gateway saw.
+// client is what a client of a gateway saw.
 type client struct {
 	got
 	text, finish string
@@ -182,8 +182,8 @@ func (s *site) ask(t *testing.T, model string, stream bool) client {
 	return c
 }
 
-// TestFaultMatrix fails the first site's server in every way, plain and
-// streamed, and says who answered and what the client saw.
+// TestFaultMatrix has the first site's server fail in every way, plain and streamed, and
+// checks which server answered and what the client saw.
 func TestFaultMatrix(t *testing.T) {
 	const (
 		elsewhere = "another site answers, the client sees nothing"
@@ -195,7 +195,7 @@ func TestFaultMatrix(t *testing.T) {
 		mode            modelsim.Mode
 		after           int
 		plain, streamed string
-		// alone is what a client gets when no other server is there.
+		// alone is what a client gets when there is no other server.
 		alonePlain, aloneStream string
 	}
 	for _, r := range []row{
@@ -317,9 +317,9 @@ func TestBurstOfStreams(t *testing.T) {
 	all.Wait()
 }
 
-// TestHangUpsMarkNobody: clients that leave at once, again and again, stop the
-// server's work and are no fault of its.
-func TestHangUpsMarkNobody(t *testing.T) {
+// TestHangUpsAreNoFailures: clients that leave at once, again and again, stop the
+// server's work, and count as no failure of the server.
+func TestHangUpsAreNoFailures(t *testing.T) {
 	s := startSites(t, modelsim.Options{Keep: 1024}, 30, "only")["only"]
 	const crowd, rounds = 256, 2
 	for round := range uint64(rounds) {

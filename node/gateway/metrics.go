@@ -48,7 +48,7 @@ func newMetrics(reg prometheus.Registerer, inFlight func() float64) *metrics {
 	}
 	f.NewGaugeFunc(prometheus.GaugeOpts{Name: "dsnode_requests_in_flight", Help: "Requests for a model being answered."}, inFlight)
 	shed := f.NewCounterVec(prometheus.CounterOpts{
-		Name: "dsnode_requests_shed_total", Help: "Requests and connections refused because this node had no room.",
+		Name: "dsnode_requests_shed_total", Help: "Requests and connections refused because a limit of this node was reached.",
 	}, []string{"reason"})
 	for i, name := range shedNames {
 		m.shed[i] = shed.WithLabelValues(name)
@@ -56,8 +56,8 @@ func newMetrics(reg prometheus.Registerer, inFlight func() float64) *metrics {
 	return m
 }
 
-// modelTable holds the metric handles of the configured models, so that a
-// request looks its labels up once and makes none.
+// modelTable holds the metric handles of the configured models: a request looks them up
+// once, and makes no labels.
 type modelTable struct {
 	of      *config.Config
 	byName  map[string]*modelMetrics
@@ -80,8 +80,8 @@ func newModelMetrics(name string) *modelMetrics {
 	return &modelMetrics{name: name, byRoute: make([]atomic.Pointer[series], len(routes))}
 }
 
-// table gives the handles for a configuration, making them anew when another
-// was published.
+// table returns the handles for a configuration. It makes them anew when the
+// configuration has changed.
 func (m *metrics) table(cfg *config.Config) *modelTable {
 	if t := m.current.Load(); t != nil && t.of == cfg {
 		return t
@@ -117,7 +117,7 @@ func (m *metrics) done(model *modelMetrics, index, status int, start time.Time) 
 	s.duration.Observe(time.Since(start).Seconds())
 }
 
-// unrouted counts a request that met no route.
+// unrouted counts a request without a route.
 func (m *metrics) unrouted(status int) {
 	m.requests.WithLabelValues("none", "unknown", "", strconv.Itoa(status)).Inc()
 }

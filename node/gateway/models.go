@@ -16,20 +16,22 @@ type model struct {
 	OwnedBy string `json:"owned_by"`
 }
 
-// describe: the configuration knows no birthday of a model, so it is the time
-// that this gateway first offered it.
-func (g *Gateway) describe(name string) model { return model{name, "model", g.born.Unix(), "dsnode"} }
+// describe gives the gateway's start as the time of creation: the configuration has
+// none.
+func (g *Gateway) describe(name string) model {
+	return model{name, "model", g.started.Unix(), "dsnode"}
+}
 
 func (x *exchange) reader() (serving.Principal, bool) {
 	x.identify()
-	who, _, f := x.admit()
+	who, _, f := x.authenticate()
 	if f != nil {
 		x.refuse(f)
 	}
 	return who, f == nil
 }
 
-// listModels is GET /v1/models: those that the key may use.
+// listModels is GET /v1/models. It lists the models that the key may use.
 func (x *exchange) listModels(string) {
 	who, ok := x.reader()
 	if !ok {
@@ -59,10 +61,10 @@ func (x *exchange) showModel(id string) {
 	x.reply(http.StatusOK, x.g.describe(id))
 }
 
-// reply sends a small JSON document of ours.
+// reply sends a small JSON document.
 func (x *exchange) reply(status int, v any) {
 	b, err := json.Marshal(v)
-	if err != nil { // only our own types come here
+	if err != nil { // only types of this package come here
 		panic(err)
 	}
 	x.w.Header()["Content-Type"] = jsonType

@@ -12,12 +12,12 @@ import (
 type route struct {
 	methods []string
 	path    string // without /v1; a final "/" takes what follows as an id
-	only    bool   // exactly this path, no twin with /v1
+	only    bool   // exactly this path, not also with /v1
 	// endpoint takes requests for a model; nil for routes that the gateway answers
 	// itself.
 	endpoint *openai.Endpoint
 	answer   func(x *exchange, id string)
-	// job: it is there when the node has jobs, at all doors.
+	// job: all callers have the route, on a node with jobs.
 	job bool
 }
 
@@ -27,8 +27,7 @@ var (
 	probe = []string{http.MethodGet, http.MethodHead, http.MethodOptions}
 )
 
-// routes is the whole surface: the endpoints, each with its twin, and what the
-// gateway answers itself.
+// routes is the whole surface: the endpoints, and what the gateway answers itself.
 var routes = append(endpointRoutes(), []route{
 	{get, "/models", false, nil, (*exchange).listModels, false},
 	{get, "/models/", false, nil, (*exchange).showModel, false},
@@ -65,8 +64,8 @@ func (rt *route) paths() []string {
 
 func (rt *route) allows(method string) bool { return slices.Contains(rt.methods, method) }
 
-// find gives the index of a path's route, -1 for none, and the id that follows
-// the path, if any.
+// find returns the index of a path's route, -1 for none, and the id that follows the
+// path, if any.
 func (g *Gateway) find(path string) (index int, id string) {
 	if i, ok := g.byPath[path]; ok && !strings.HasSuffix(path, "/") {
 		return i, ""

@@ -67,8 +67,8 @@ func TestStreamFlushesEachEvent(t *testing.T) {
 	}
 }
 
-// TestHeldHeaders: until the hold ends a failure is a status, after it an error
-// event; content may still come from whoever has it.
+// TestHeldHeaders: a failure is a status while the headers are held, and an error event
+// afterwards; content may come from any upstream until it has begun.
 func TestHeldHeaders(t *testing.T) {
 	release := make(chan struct{})
 	var result error
@@ -118,7 +118,8 @@ func TestHeldHeaders(t *testing.T) {
 		}
 	}
 
-	// A long hold, and the peers' door however long: the status tells.
+	// Headers that are held for long, and those for peers, which are always held: the
+	// failure is a status.
 	result = serving.ErrNoUpstream
 	patient := open(t, server, func(o *Options) { o.HoldHeaders = time.Hour })
 	for _, url := range []string{patient.url, listen(t, b.Gateway, b.PeerHandler())} {
@@ -132,8 +133,8 @@ func TestHeldHeaders(t *testing.T) {
 	}
 }
 
-// TestKeepAliveRacesContent lets the timer fire while content comes: whatever
-// the order, the comment never lands inside an event.
+// TestKeepAliveRacesContent has the timer fire while content comes: in any order, the
+// comment is never inside an event.
 func TestKeepAliveRacesContent(t *testing.T) {
 	b := open(t, serverFunc(func(ctx context.Context, _ serving.Request, s serving.Sink) error {
 		wait, cancel := context.WithTimeout(ctx, time.Millisecond)
@@ -186,7 +187,7 @@ func TestFailureAfterHead(t *testing.T) {
 	await(t, "both are counted", func() bool { return b.value(t, "dsnode_requests_total", "code", "502") == 2 })
 }
 
-func TestPeerDoor(t *testing.T) {
+func TestPeerHandler(t *testing.T) {
 	b := open(t, echo, func(o *Options) { o.Auth = keys{strict: true} })
 	url := listen(t, b.Gateway, b.PeerHandler())
 	g := do(t, "POST", url+"/v1/chat/completions", chat, serving.HeaderHops, "1", serving.HeaderPrincipal, `{"tenant":"t","key_id":"k","models":["m"]}`)
@@ -206,7 +207,7 @@ func TestPeerDoor(t *testing.T) {
 		"no models": {"/v1/models", "1", "{}", 404, "unknown_url"},
 	} {
 		g := do(t, "POST", url+tc.path, chat, serving.HeaderHops, tc.hops, serving.HeaderPrincipal, tc.who)
-		if g.status != tc.status || g.header.Get(HeaderError) != tc.code {
+		if g.status != tc.status || g.header.Get(serving.HeaderError) != tc.code {
 			t.Errorf("%s: %+v", name, g)
 		}
 	}
@@ -214,8 +215,8 @@ func TestPeerDoor(t *testing.T) {
 	do(t, "POST", b.url+"/v1/chat/completions", chat, serving.HeaderHops, "1", serving.HeaderPrincipal, "{}").wantError(t, 401, "invalid_api_key", "")
 }
 
-// TestClientsHangUp: 256 leave at once, again and again; the pipeline's context
-// ends for each, nothing is answered and nothing is left.
+// TestClientsHangUp: 256 clients leave at once, again and again. The pipeline's context
+// ends for each, none gets an answer, and no request is left.
 func TestClientsHangUp(t *testing.T) {
 	var inside, left atomic.Int64
 	b := open(t, serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error {
@@ -254,7 +255,7 @@ func TestClientsHangUp(t *testing.T) {
 	}
 }
 
-// TestClientThatDoesNotRead is let go when a write takes too long.
+// TestClientThatDoesNotRead is disconnected when a write takes too long.
 func TestClientThatDoesNotRead(t *testing.T) {
 	stopped := make(chan error, 1)
 	b := open(t, serverFunc(func(_ context.Context, _ serving.Request, s serving.Sink) error {

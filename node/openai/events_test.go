@@ -71,8 +71,8 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// TestEventAtOnce: an event is handed out when its last byte is there, not
-// when the next one comes.
+// TestEventAtOnce: an event is returned when its last byte has come, not when the next
+// event comes.
 func TestEventAtOnce(t *testing.T) {
 	for _, end := range []string{"\n\n", "\r\n\r\n", "\r\r"} {
 		r, w := io.Pipe()
@@ -104,7 +104,7 @@ func TestEventSize(t *testing.T) {
 	}
 }
 
-// chunked hands out a text in the given pieces.
+// chunked returns a text in the given pieces.
 type chunked struct {
 	rest  []byte
 	sizes []int
@@ -123,7 +123,7 @@ func (c *chunked) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// TestAnyChunking: the events are a matter of the bytes, not of their pieces.
+// TestAnyChunking: the events depend on the bytes, not on how they are chunked.
 func TestAnyChunking(t *testing.T) {
 	piece := rapid.SampledFrom([]string{"data: x", "data:", ": c", "event: e", "\n", "\r", "\r\n", "\n\n", "\r\n\r\n", "x", "\xef\xbb\xbf"})
 	rapid.Check(t, func(t *rapid.T) {
@@ -142,8 +142,8 @@ func TestAnyChunking(t *testing.T) {
 	})
 }
 
-// FuzzEvents: no panic, any chunking alike, nothing invented, and what is
-// handed out reads the same again.
+// FuzzEvents: no panic, the same events with any chunking, and each event reads the same
+// again.
 func FuzzEvents(f *testing.F) {
 	for _, s := range []string{chunk + "data: [DONE]\n\n", "data: a\r\n\r\n", "\r\r\n\n", ": c\n\ndata\n\n", "\xef\xbb", "event: x\ndata: y"} {
 		f.Add([]byte(s), byte(3))

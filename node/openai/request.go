@@ -97,8 +97,8 @@ func badUTF8(text []byte) error {
 // unique reads an object that must mean the same to every parser: keys are
 // decoded, and none may come twice.
 func (s *Scanner) unique(member func(key []byte, at int) error) error {
-	var room [24][]byte // most bodies have fewer members
-	seen := room[:0]
+	var buf [24][]byte // most bodies have fewer members
+	seen := buf[:0]
 	return s.object(func(raw []byte) error {
 		at := s.keyAt
 		key, err := s.decoded(raw, at)
@@ -107,7 +107,7 @@ func (s *Scanner) unique(member func(key []byte, at int) error) error {
 		}
 		for _, k := range seen {
 			if bytes.Equal(k, key) {
-				return &BodyError{at, string(key), fmt.Sprintf("member %q stands there twice", key)}
+				return &BodyError{at, string(key), fmt.Sprintf("member %q is given twice", key)}
 			}
 		}
 		if len(seen) == maxMembers {

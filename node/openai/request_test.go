@@ -62,12 +62,12 @@ func TestParseRefuses(t *testing.T) {
 		`{"model":null}`:                   "must provide a model",
 		`{"model":""}`:                     "must provide a model",
 		`{"model":7}`:                      "model must be a string (at byte 9)",
-		`{"model":"a","model":"b"}`:        `"model" stands there twice (at byte 13)`,
-		`{"model":"a","mod\u0065l":"b"}`:   `"model" stands there twice (at byte 13)`,
+		`{"model":"a","model":"b"}`:        `"model" is given twice (at byte 13)`,
+		`{"model":"a","mod\u0065l":"b"}`:   `"model" is given twice (at byte 13)`,
 		`{"model":"a","Model":"b"}`:        `"Model" must be written "model" (at byte 13)`,
 		`{"MODEL":"b"}`:                    `must be written "model"`,
 		`{"model":"a","\u017ftream":true}`: `must be written "stream"`,
-		`{"model":"a","x":1,"x":2}`:        `"x" stands there twice`,
+		`{"model":"a","x":1,"x":2}`:        `"x" is given twice`,
 		`{"model":"a","stream_options":{"include_usage":true,"include_usage":false}}`: "twice",
 		`{"model":"a","stream_options":{"Include_Usage":true}}`:                       "must be written",
 		`{"model":"a","stream_options":[]}`:                                           "stream_options must be an object",
@@ -198,8 +198,8 @@ func BenchmarkParse(b *testing.B) {
 	}
 }
 
-// TestDocument: a document of our own is read as strictly, and a request in it as
-// Parse reads it, with errors that name the member.
+// TestDocument: a document is read as strictly as a request, and a request in it as Parse
+// reads it, with errors that name the member.
 func TestDocument(t *testing.T) {
 	type document struct {
 		request Request

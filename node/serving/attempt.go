@@ -221,7 +221,7 @@ func (a *attempt) refusal(resp *http.Response, result upstream.Result) outcome {
 	}
 	o := failed(result, fmt.Errorf("%s: status %d: %s", result, resp.StatusCode, excerpt(body)))
 	o.RetryAfter = upstream.RetryAfter(resp.Header, a.now())
-	o.overloaded = resp.Header.Get(headerError) == "overloaded"
+	o.overloaded = resp.Header.Get(HeaderError) == "overloaded"
 	if result == upstream.ClientError || result == upstream.NotServed {
 		a.label(resp.Header)
 		o.status = a.statusError(resp.StatusCode, passedOn(resp.Header), body)

@@ -12,7 +12,7 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// canned answers in process, so that only the pipeline is measured.
+// canned is a server in this process, so that only the pipeline is measured.
 type canned struct {
 	kind string
 	body []byte

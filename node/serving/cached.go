@@ -86,7 +86,7 @@ func (s *cached) Serve(ctx context.Context, r Request, sink Sink) error {
 	r.cached = Miss
 	f, reader, leads := s.flights.join(ctx, key, s.cache.Purges(), plan.lookup, s.cache.EntryBytes())
 	switch {
-	case f == nil: // as many answers are shared as may be
+	case f == nil: // too many answers are shared already
 		return s.next.Serve(ctx, r, sink)
 	case leads:
 		s.begin(f, r, plan, old)

@@ -20,7 +20,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
-// keeping gives a rig a cache in memory, with a clock that can be put forward.
+// keeping gives a rig a cache in memory, whose clock can be set forward.
 func keeping(ahead *atomic.Int64) rigOption {
 	return func(r *rig, _ *upstream.Options) {
 		ring, _ := keyringtest.New(r.t(), 1)
@@ -43,7 +43,7 @@ func keeping(ahead *atomic.Int64) rigOption {
 	}
 }
 
-// t satisfies keyringtest without a test at hand: its New can't fail.
+// t is for keyringtest, whose New can't fail.
 func (*rig) t() testing.TB { return &testing.T{} }
 
 // cold is a deterministic request.
@@ -59,7 +59,7 @@ func cacheStatus(saw *recorder) CacheStatus {
 	return saw.heads[0].Cache.Status
 }
 
-// TestPlanCache is the table of who may be answered from the cache.
+// TestPlanCache: which requests may be answered from the cache.
 func TestPlanCache(t *testing.T) {
 	on := config.ModelCache{Enabled: true, Store: config.StoreDeterministic}
 	all, none := on, on
@@ -101,8 +101,8 @@ func TestPlanCache(t *testing.T) {
 	}
 }
 
-// TestAHit: the second time nobody is asked, and a stream has the same chunks.
-func TestAHit(t *testing.T) {
+// TestHit: the second time no upstream is asked, and a stream has the same events.
+func TestHit(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		up := newServer(t, "up", well)
 		r := newRig(t, []*server{up}, keeping(nil))
@@ -149,8 +149,7 @@ func TestAHit(t *testing.T) {
 	}
 }
 
-// TestOwners: the same question of another tenant, or of a key without one, is
-// another question.
+// TestOwners: tenants don't share answers, and keys without a tenant don't either.
 func TestOwners(t *testing.T) {
 	up := newServer(t, "up", well)
 	r := newRig(t, []*server{up}, keeping(nil))
@@ -176,9 +175,9 @@ func TestOwners(t *testing.T) {
 	}
 }
 
-// TestHeadersOfAQuestion: those that may change an answer make another question,
-// however they are spread over lines.
-func TestHeadersOfAQuestion(t *testing.T) {
+// TestHeadersInTheKey: headers that may change an answer are a part of its key, however
+// they are spread over lines.
+func TestHeadersInTheKey(t *testing.T) {
 	up := newServer(t, "up", well)
 	r := newRig(t, []*server{up}, keeping(nil))
 	for i, h := range []http.Header{
@@ -202,8 +201,7 @@ func TestHeadersOfAQuestion(t *testing.T) {
 	}
 }
 
-// TestWhatIsNotKept: nothing that failed, was cut, filtered or came from a
-// fallback is given to anybody again.
+// TestWhatIsNotKept: answers that failed, were cut or filtered are not kept.
 func TestWhatIsNotKept(t *testing.T) {
 	cut := strings.Replace(plainBody, `"stop"`, `null`, 1)
 	exhausted := strings.Replace(plainBody, `"stop"`, `"insufficient_system_resource"`, 1)
@@ -241,7 +239,7 @@ func TestWhatIsNotKept(t *testing.T) {
 	}
 }
 
-func TestAFallbacksAnswerIsNotKept(t *testing.T) {
+func TestFallbacksAnswerIsNotKept(t *testing.T) {
 	r, up, _ := threeSites(t, status(500), status(500), well, keeping(nil))
 	for i := range int64(2) {
 		saw, err := r.serve(t, request("/v1/chat/completions", `{"messages":[],"model":"first"}`, false))
@@ -251,9 +249,9 @@ func TestAFallbacksAnswerIsNotKept(t *testing.T) {
 	}
 }
 
-// TestStaleIfNobodyAnswers: an expired answer is better than none, as long as it
-// is kept; a refusal is an answer.
-func TestStaleIfNobodyAnswers(t *testing.T) {
+// TestStaleIfError: when no upstream can answer, an expired answer is given while it is
+// kept. A refusal is an answer.
+func TestStaleIfError(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		var ahead atomic.Int64
 		up := newServer(t, "up", well)
@@ -282,7 +280,7 @@ func TestStaleIfNobodyAnswers(t *testing.T) {
 		up.set(status(500))
 		ahead.Store(int64(26 * time.Hour))
 		if _, err := r.serve(t, cold(stream)); err == nil {
-			t.Error("an answer of the day before yesterday")
+			t.Error("an answer older than the configured stale time")
 		}
 	}
 }
@@ -310,8 +308,8 @@ func gate(stream bool, open <-chan struct{}) answering {
 	}
 }
 
-// TestAThousandAtOnce: one upstream call, and everybody has the answer.
-func TestAThousandAtOnce(t *testing.T) {
+// TestThousandAtOnce: one upstream call, and all requests have the answer.
+func TestThousandAtOnce(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		open := make(chan struct{})
 		up := newServer(t, "up", gate(stream, open))
@@ -366,9 +364,9 @@ func eventuallyLong(t *testing.T, what string, ok func() bool) {
 	t.Fatalf("never happened: %s", what)
 }
 
-// TestTheFirstMayLeave: the others have the whole answer; when all have gone the
-// upstream stops, and the next one asks anew.
-func TestTheFirstMayLeave(t *testing.T) {
+// TestFirstMayLeave: the others get the whole answer. When all have gone the upstream
+// stops, and the next request asks it again.
+func TestFirstMayLeave(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		open := make(chan struct{})
 		up := newServer(t, "up", gate(stream, open))
@@ -406,7 +404,7 @@ func TestTheFirstMayLeave(t *testing.T) {
 			t.Errorf("the second: %v, %q, asked %d times", e.err, e.saw.text(), up.hits.Load())
 		}
 
-		// All go.
+		// All leave.
 		up.set(gate(stream, make(chan struct{})))
 		req := func() Request { return cold(stream, `,"seed":7`) }
 		ctx, cancel := context.WithCancel(t.Context())
@@ -431,8 +429,8 @@ func TestTheFirstMayLeave(t *testing.T) {
 	}
 }
 
-// TestASharedFailure is everybody's.
-func TestASharedFailure(t *testing.T) {
+// TestSharedFailure: all requests get the error.
+func TestSharedFailure(t *testing.T) {
 	open := make(chan struct{})
 	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
 		<-open
@@ -455,9 +453,9 @@ func TestASharedFailure(t *testing.T) {
 	}
 }
 
-// TestASlowReader does not hold up the others: one that is a bound behind is cut
-// off with an error. Alone it sets the pace itself.
-func TestASlowReader(t *testing.T) {
+// TestSlowReader doesn't hold up the others: one that is too far behind is cut off with an
+// error. Alone it sets the pace itself.
+func TestSlowReader(t *testing.T) {
 	word := delta(strings.Repeat("x", 1000))
 	long := roleChunk + strings.Repeat(word, 3000) + finishChunk + doneChunk // 3 MiB, of which 1 are held
 	open := make(chan struct{})
@@ -509,8 +507,8 @@ func TestASlowReader(t *testing.T) {
 	}
 }
 
-// TestAPeersAnswerIsKept here, and not there.
-func TestAPeersAnswerIsKept(t *testing.T) {
+// TestPeersAnswerIsKept by the node that the client asked, and not by the peer.
+func TestPeersAnswerIsKept(t *testing.T) {
 	r, _, sites := threeSites(t, status(500), well, well, keeping(nil))
 	for i, want := range []CacheStatus{Miss, HitLocal} {
 		saw, err := r.serve(t, cold(true))

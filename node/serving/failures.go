@@ -44,7 +44,7 @@ type outcome struct {
 	sent             bool         // Head reached the sink: no other server may answer now
 	status           *StatusError // a refusal that the client may see
 	attempts         int          // upstream attempts that a peer made
-	overloaded       bool         // a peer has upstreams, but none with room
+	overloaded       bool         // a peer has upstreams, but all are full
 }
 
 // failed is an outcome without more to tell.

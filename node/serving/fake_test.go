@@ -113,7 +113,7 @@ const (
 
 var wellStream = roleChunk + delta("Hel") + delta("lo") + finishChunk + doneChunk
 
-// well answers as a healthy server does, plain or streamed as asked.
+// well answers as a healthy server does, plain or streamed as requested.
 func well(w http.ResponseWriter, r *http.Request) {
 	if r.Header.Get("Accept") == "text/event-stream" {
 		events(wellStream)(w, r)
@@ -166,10 +166,10 @@ func reset(w http.ResponseWriter, _ *http.Request) {
 // abort cuts a response that has begun.
 func abort(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
 
-// stall does nothing until the client goes.
+// stall does nothing until the client leaves.
 func stall(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 
-// chatter sends the same text again and again until the client goes.
+// chatter sends the same text again and again until the client leaves.
 func chatter(text string) answering {
 	return func(w http.ResponseWriter, r *http.Request) {
 		tick := time.NewTicker(10 * time.Millisecond)
@@ -294,11 +294,6 @@ func (r *rig) configure(t *testing.T, conf *config.Config) {
 	if err := r.fleet.Configure(conf); err != nil {
 		t.Fatalf("configure: %v", err)
 	}
-}
-
-// pool is the last stage.
-func (r *rig) pool() *pool {
-	return r.Server.(*resolve).next.(*cached).next.(*pool)
 }
 
 type lockedWriter struct {

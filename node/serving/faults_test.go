@@ -11,7 +11,7 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// refusing is a server that nobody listens at.
+// refusing is a server that refuses connections.
 func refusing(t *testing.T, name string) *server {
 	t.Helper()
 	s := newServer(t, name, well)
@@ -51,8 +51,8 @@ func jsonHead(w http.ResponseWriter, _ *http.Request) {
 	flush(w)
 }
 
-// TestFaultsBeforeContent: whatever an upstream does before it has shown
-// content, the other one answers and the client sees nothing of it.
+// TestFaultsBeforeContent: whatever an upstream does before it has shown content, the
+// other one answers, and the client notices nothing.
 func TestFaultsBeforeContent(t *testing.T) {
 	cut := func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -172,8 +172,8 @@ func TestFaultsBeforeContent(t *testing.T) {
 	}
 }
 
-// TestFaultsAfterContent: once content was shown nobody else answers, and the
-// end is an explicit error, never a [DONE].
+// TestFaultsAfterContent: once content was shown no other upstream answers, and the
+// answer ends with an explicit error, never with [DONE].
 func TestFaultsAfterContent(t *testing.T) {
 	begun := roleChunk + delta("Hel")
 	for _, c := range []struct {
@@ -220,7 +220,7 @@ func TestFaultsAfterContent(t *testing.T) {
 	}
 }
 
-// TestAnswersThatAreNoFaults: odd, but the client gets them.
+// TestAnswersThatAreNoFaults: unusual answers that the client gets.
 func TestAnswersThatAreNoFaults(t *testing.T) {
 	noContent := strings.Replace(finishChunk, "stop", "length", 1)
 	reasoning := strings.Replace(delta("x"), `"content"`, `"reasoning_content"`, 1)
@@ -266,8 +266,8 @@ func TestAnswersThatAreNoFaults(t *testing.T) {
 	}
 }
 
-// TestClientErrors: a refusal of the request itself goes to the client with
-// its status and body, and nobody else is asked.
+// TestClientErrors: a refusal of the request itself goes to the client with its status
+// and body, and no other upstream is asked.
 func TestClientErrors(t *testing.T) {
 	for _, code := range []int{400, 409, 413, 422, 451} {
 		up, other := newServer(t, "up", plain(code, `{"error":{"message":"bad n"}}`)), newServer(t, "other", well)
@@ -323,7 +323,7 @@ func TestAllPaused(t *testing.T) {
 	}
 }
 
-// TestConnectTimer: an address that swallows SYNs costs the connect timer.
+// TestConnectTimer: a server that doesn't answer the dial is not waited for longer.
 func TestConnectTimer(t *testing.T) {
 	dead := &server{name: "dead"}
 	good := newServer(t, "good", well)
@@ -353,7 +353,7 @@ type timeoutNow struct{}
 func (timeoutNow) Error() string { return "i/o timeout" }
 func (timeoutNow) Timeout() bool { return true }
 
-// TestTotalTimer ends a request however lively its stream is.
+// TestTotalTimer ends a request even while its stream has content.
 func TestTotalTimer(t *testing.T) {
 	up := newServer(t, "up", then(events(roleChunk), chatter(delta("x"))))
 	r := newRig(t, []*server{up})

@@ -18,10 +18,13 @@ const (
 	// HeaderModel tells which model answered, query-escaped: a fallback's answer is
 	// not the asked model's.
 	HeaderModel = "X-Dsnode-Model"
+	// HeaderError is the code of an error that the peer's gateway made itself. An
+	// upstream's refusal carries X-Dsnode-Upstream instead. Together they tell "ask
+	// another site" from "this is the answer".
+	HeaderError = "X-Dsnode-Error"
 
 	headerUpstream = "X-Dsnode-Upstream"
 	headerSite     = "X-Dsnode-Site"
-	headerError    = "X-Dsnode-Error" // the code of an error that the peer's gateway made
 	headerAttempts = "X-Dsnode-Attempts"
 )
 

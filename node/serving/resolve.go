@@ -13,15 +13,15 @@ type resolve struct {
 	fleet *upstream.Fleet
 }
 
-// Serve refuses models that don't exist for who asks: a model that the key doesn't
-// allow looks unknown. The node that a peer's request came to has checked the key.
+// Serve refuses models that don't exist for the principal: one that its key doesn't
+// allow looks unknown.
 func (s *resolve) Serve(ctx context.Context, r Request, sink Sink) error {
 	if r.Hops > MaxHops {
 		return ErrHopLimit
 	}
 	r.table = s.fleet.Table()
 	r.model = r.table.Model(r.Model)
-	if r.model == nil || r.Hops == 0 && !r.Principal.Allows(r.Model) {
+	if r.model == nil || !r.Principal.Allows(r.Model) {
 		return fmt.Errorf("%w: %q", ErrUnknownModel, r.Model)
 	}
 	return s.next.Serve(ctx, r, sink)

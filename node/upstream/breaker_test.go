@@ -16,7 +16,7 @@ func TestDecideBreaker(t *testing.T) {
 		want  breakerState
 		why   breakerReason
 	}{
-		{"well", breakerClosed, good, record{30, 10, 0}, breakerClosed, reasonNone},
+		{"success", breakerClosed, good, record{30, 10, 0}, breakerClosed, reasonNone},
 		{"four in a row", breakerClosed, bad, record{4, 4, 4}, breakerClosed, reasonNone},
 		{"five in a row", breakerClosed, bad, record{5, 5, 5}, breakerOpen, reasonInRow},
 		{"half, too few", breakerClosed, bad, record{19, 19, 1}, breakerClosed, reasonNone},
@@ -35,7 +35,7 @@ func TestDecideBreaker(t *testing.T) {
 	}
 }
 
-// TestBreakerStory runs one through virtual time.
+// TestBreakerStory takes a breaker through all of its states.
 func TestBreakerStory(t *testing.T) {
 	var b breaker
 	now := time.Unix(1_000_000, 0)
@@ -80,7 +80,7 @@ func TestBreakerStory(t *testing.T) {
 	}
 }
 
-// TestBreakerWindow: what is older than the window doesn't count.
+// TestBreakerWindow: outcomes older than the window don't count.
 func TestBreakerWindow(t *testing.T) {
 	var b breaker
 	now := time.Unix(2_000_000, 0)
@@ -100,8 +100,8 @@ func TestBreakerWindow(t *testing.T) {
 	}
 }
 
-// TestBreakerNeverSticks: whatever happens, after the longest wait someone is
-// let in, and never two trials at a time.
+// TestBreakerNeverSticks: whatever happens, a request is let through after the longest
+// wait, and never two trials at a time.
 func TestBreakerNeverSticks(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var b breaker

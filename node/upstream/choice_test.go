@@ -19,7 +19,7 @@ var drawLoads = rapid.Custom(func(t *rapid.T) []load {
 	return list
 })
 
-// TestBetterOfTwo never takes the worst, and is a valid index.
+// TestBetterOfTwo never takes the worst.
 func TestBetterOfTwo(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := drawLoads.Draw(t, "loads")
@@ -37,8 +37,8 @@ func TestBetterOfTwo(t *testing.T) {
 	})
 }
 
-// TestPreferred: within the load bound, the same place each time, and one that
-// leaves moves only its own keys.
+// TestPreferred: a key has the same place each time, within the load bound, and a backend
+// that leaves moves only its own keys.
 func TestPreferred(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l, key := drawLoads.Draw(t, "loads"), rapid.Uint64().Draw(t, "key")
@@ -115,7 +115,7 @@ func TestAffinityKey(t *testing.T) {
 	}
 }
 
-// TestQuickFailer: the server that fails fastest doesn't draw the traffic.
+// TestQuickFailer: the server that fails fastest doesn't get most of the traffic.
 func TestQuickFailer(t *testing.T) {
 	now := time.Unix(5_000_000, 0)
 	m := newMetrics(nil)

@@ -188,8 +188,8 @@ func TestDiscoveredInstances(t *testing.T) {
 	}
 }
 
-// TestAddressesChange: what comes is asked, what goes is not, and a name server
-// that fails changes nothing.
+// TestAddressesChange: a new address is asked, one that has left is not, and a name
+// server that fails changes nothing.
 func TestAddressesChange(t *testing.T) {
 	servers, port := onOnePort(t, 3, well)
 	b := &book{}
@@ -230,7 +230,7 @@ func TestAddressesChange(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 
-	// Another definition is other instances at the same addresses.
+	// A changed definition makes new instances at the same addresses.
 	conf := *r.conf
 	def := r.conf.Upstreams["up"]
 	def.MaxConcurrency = 7
@@ -246,7 +246,8 @@ func TestAddressesChange(t *testing.T) {
 	}
 }
 
-// TestNoAddressYet: the site has nobody to ask, says so, and finds out by itself.
+// TestNoAddressYet: an upstream without an address is unhealthy, and is asked once it has
+// one.
 func TestNoAddressYet(t *testing.T) {
 	servers, port := onOnePort(t, 1, well)
 	b := &book{fail: errors.New("no such host")}
@@ -311,8 +312,7 @@ func TestDiscoverSRV(t *testing.T) {
 	}
 }
 
-// TestDiscoveredTLS: the certificate is for the name in the URL, wherever the
-// address came from.
+// TestDiscoveredTLS: the certificate must be for the name in the URL, whatever the address.
 func TestDiscoveredTLS(t *testing.T) {
 	var name string
 	up := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

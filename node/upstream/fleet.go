@@ -1,6 +1,6 @@
 // Package upstream is the fleet of model servers that a node can send a request
 // to: the upstreams of its own site, and the nodes of other sites (peers), which
-// send it on to theirs. It knows who is healthy, who has room, and who comes next.
+// send it on to theirs. It knows which are healthy, which are full, and which comes next.
 //
 // Fleet.Configure makes a Table from the configuration, Fleet.Search goes through
 // it for one request in the order that search.go gives, and each Permit that a

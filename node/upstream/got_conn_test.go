@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// TestLastWordBeforeARequest: who traces a request hears of the connection, new
-// or kept, before anything is written on it, and can still call it off.
-func TestLastWordBeforeARequest(t *testing.T) {
+// TestGotConn: the trace of a request is called with the connection, new or kept, before
+// anything is written on it, and can still cancel the request.
+func TestGotConn(t *testing.T) {
 	var served atomic.Int64
 	s := newScripted(t, func(c net.Conn, _, _ int, _ string) bool {
 		served.Add(1)

@@ -72,7 +72,7 @@ func say(c net.Conn, text string) { _, _ = io.WriteString(c, text) }
 
 const hello = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
-// client asks s; what it keeps is gone at the end of the test.
+// client makes a client of s. Its connections are closed at the end of the test.
 func (s *scripted) client(t *testing.T) *http1 {
 	t.Helper()
 	h := newHTTP1(newTransport(nil, "", time.Second, 8), s.Addr().String())
@@ -109,8 +109,8 @@ func (h *http1) kept() int {
 	return len(h.idle)
 }
 
-// TestCleanEndKeepsTheConnection: whatever ends an answer cleanly gives the connection
-// back, and what leaves any doubt closes it.
+// TestCleanEndKeepsTheConnection: an answer that ends cleanly gives its connection back;
+// in any doubt the connection is closed.
 func TestCleanEndKeepsTheConnection(t *testing.T) {
 	for _, tc := range []struct {
 		name, answer, want string
@@ -179,10 +179,9 @@ func TestEndOfTheConnectionIsTheEnd(t *testing.T) {
 	}
 }
 
-// TestKeptConnectionThatWasClosed: nothing is lost when the server closed a
-// connection that it had offered to keep, even while the request was on its way;
-// but then only for requests that may be sent twice, and never after a byte of
-// an answer.
+// TestKeptConnectionThatWasClosed: a request is sent again when the server has closed a
+// kept connection. When it did so while the request was on its way, that is for requests
+// only that may be sent twice, and never after a byte of an answer.
 func TestKeptConnectionThatWasClosed(t *testing.T) {
 	twice := http.Header{"X-Idempotency-Key": {}}
 	for _, tc := range []struct {
@@ -222,9 +221,9 @@ func TestKeptConnectionThatWasClosed(t *testing.T) {
 	}
 }
 
-// TestUnaskedAnswer: what a server says on an idle connection (many say 408)
-// is nobody's answer.
-func TestUnaskedAnswer(t *testing.T) {
+// TestUnsolicitedAnswer: what a server sends on an idle connection (many send 408) is no
+// answer to the next request.
+func TestUnsolicitedAnswer(t *testing.T) {
 	more := make(chan struct{})
 	said := make(chan struct{})
 	s := newScripted(t, func(c net.Conn, conn, _ int, _ string) bool {
@@ -251,9 +250,9 @@ func TestUnaskedAnswer(t *testing.T) {
 	}
 }
 
-// TestCalledOff: the server's connection ends at once when the request is called
-// off, while its answer is waited for, and also when nobody reads it any more.
-func TestCalledOff(t *testing.T) {
+// TestCancel: the connection is closed at once when the request is cancelled, while its
+// answer is waited for and also while nothing reads it.
+func TestCancel(t *testing.T) {
 	errEnough := errors.New("enough")
 	for name, begun := range map[string]bool{"before the answer": false, "in its middle": true} {
 		t.Run(name, func(t *testing.T) {
@@ -296,8 +295,8 @@ func TestCalledOff(t *testing.T) {
 	}
 }
 
-// TestAnswerGivenUp: closing a body in the middle ends the connection.
-func TestAnswerGivenUp(t *testing.T) {
+// TestCloseBeforeTheEnd: closing a body in its middle closes the connection.
+func TestCloseBeforeTheEnd(t *testing.T) {
 	s := newScripted(t, func(c net.Conn, _, _ int, _ string) bool {
 		say(c, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello")
 		return true
@@ -349,9 +348,9 @@ func TestIdleConnectionsEnd(t *testing.T) {
 	eventually(t, "the old one to be closed", func() bool { return s.open.Load() == 0 && h.kept() == 0 })
 }
 
-// TestLargeBodyGoesTheOtherWay: a server that refuses a large body before it has
-// read it is heard.
-func TestLargeBodyGoesTheOtherWay(t *testing.T) {
+// TestLargeBody goes through http.Transport: the refusal of a server that hasn't read it
+// arrives.
+func TestLargeBody(t *testing.T) {
 	s := newServer(t, "up", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusRequestEntityTooLarge) })
 	h := newHTTP1(newTransport(nil, "", time.Second, 8), s.Listener.Addr().String())
 	defer h.CloseIdleConnections()
@@ -373,8 +372,8 @@ func TestAddressOfAHost(t *testing.T) {
 	}
 }
 
-// TestRequestIsReadAsWritten: whatever is accepted is one request, read back as
-// it was meant, with nothing after it; whatever would be more is refused.
+// TestRequestIsReadAsWritten: what is accepted is read back as exactly one request; what
+// would be read as something else is refused.
 func TestRequestIsReadAsWritten(t *testing.T) {
 	value := rapid.OneOf(rapid.StringMatching(`[ -~]{0,20}`), rapid.String(), rapid.SampledFrom([]string{"a\r\nX-Evil: 1", "a\nb", "a\rb", "\x00", "tab\there"}))
 	rapid.Check(t, func(t *rapid.T) {
@@ -413,8 +412,7 @@ func TestRequestIsReadAsWritten(t *testing.T) {
 	})
 }
 
-// TestManyAtOnce: under requests that are called off at any time, every answer
-// is that of its own question.
+// TestManyAtOnce: while requests are cancelled at any time, each one gets its own answer.
 func TestManyAtOnce(t *testing.T) {
 	s := newScripted(t, func(c net.Conn, conn, n int, body string) bool {
 		say(c, fmt.Sprintf("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n", len(body), body))

@@ -33,7 +33,7 @@ type Search struct {
 	tried     []*backend // asked, or refused for good
 	asked     []string   // sites whose peers were asked
 	unreached []*backend // peers that could not be reached
-	full      bool       // some server had no room, or was paused
+	full      bool       // some server was full or paused
 	wait      time.Duration
 	waits     bool // wait is set
 
@@ -102,8 +102,8 @@ func (s *Search) Unreached(p *Permit) {
 	}
 }
 
-// Refused says why servers were passed over: whether one had no room or was paused,
-// and when the first may be asked again.
+// Refused says why servers were passed over: whether one was full or paused, and when
+// the first may be asked again.
 func (s *Search) Refused() (full bool, retryAfter time.Duration) {
 	if !s.waits || s.wait <= 0 {
 		return s.full, time.Second
@@ -132,9 +132,9 @@ func (s *Search) fallback() bool {
 
 // local takes a permit from one of the own site's servers.
 func (s *Search) local(lastResort bool) (Permit, bool) {
-	var room [16]offer
+	var buf [16]offer
 	for {
-		usable := room[:0]
+		usable := buf[:0]
 		failing := 0
 		for _, o := range s.model.local {
 			if s.skip(o, lastResort) {

@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// TestReportedLoad: of two servers that look alike, the one is asked that says
-// it has less to do; what this node sent there is not counted twice.
+// TestReportedLoad: of two equal servers, the one that reports less load is asked; this
+// node's own requests there are not counted twice.
 func TestReportedLoad(t *testing.T) {
 	metrics := func(s *server, kind config.UpstreamKind, running, waiting float64) {
 		names := reportNames[kind]
@@ -61,13 +61,13 @@ func TestReportedLoad(t *testing.T) {
 		t.Errorf("an old report counts: %d", got)
 	}
 
-	// Where there is no choice nobody is asked.
+	// Without a choice no server is asked for its load.
 	alone := newRig(t, []*server{a})
 	alone.Probe(t.Context())
 	if alone.instance(t, "a").reported.Load() != nil {
 		t.Error("metrics were read for nothing")
 	}
-	// A server without figures is left alone for a while.
+	// A server without figures is not asked again for a while.
 	c := newServer(t, "c", well)
 	silent := newRig(t, []*server{a, c})
 	silent.Probe(t.Context())

@@ -13,7 +13,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// TestConfigureKeepsState of what didn't change, and only of that.
+// TestConfigureKeepsState of upstreams that didn't change, and only of those.
 func TestConfigureKeepsState(t *testing.T) {
 	a, b := newServer(t, "a", well), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
@@ -42,8 +42,8 @@ func TestConfigureKeepsState(t *testing.T) {
 	}
 }
 
-// TestKeys: sent as bearer, read again when the file changes or the upstream
-// refuses; nothing is sent without a key that the configuration asks for.
+// TestKeys: a key is sent as a bearer token, and read again when the file changes or the
+// upstream refuses it; without a configured key no request is sent.
 func TestKeys(t *testing.T) {
 	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "Bearer new" {
@@ -90,7 +90,7 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// TestTLS: an own CA, which may come late.
+// TestTLS: a CA of its own, whose file may appear later.
 func TestTLS(t *testing.T) {
 	up := &server{name: "up"}
 	up.Server = httptest.NewTLSServer(http.HandlerFunc(well))

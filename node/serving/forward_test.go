@@ -18,12 +18,12 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// door is what a peer's gateway does: parse, Serve, write.
-type door struct {
+// peerSink is the sink of a peer's gateway.
+type peerSink struct {
 	http.ResponseWriter
 }
 
-func (d door) Head(h Head) error {
+func (d peerSink) Head(h Head) error {
 	for k, v := range h.Header {
 		d.ResponseWriter.Header()[k] = v
 	}
@@ -35,13 +35,13 @@ func (d door) Head(h Head) error {
 	return nil
 }
 
-func (d door) Data(b []byte) error {
+func (d peerSink) Data(b []byte) error {
 	_, err := d.Write(b)
 	flush(d.ResponseWriter)
 	return err
 }
 
-// peerSite is another site: its own pipeline behind a door.
+// peerSite is another site: its own pipeline behind an HTTP handler.
 type peerSite struct {
 	*httptest.Server
 	hits atomic.Int64
@@ -73,7 +73,7 @@ func newPeerSite(t *testing.T, site string, conf *config.Config) *peerSite {
 		}
 		var busy *BusyError
 		var refusal *StatusError
-		switch err := p.Serve(r.Context(), req, door{w}); {
+		switch err := p.Serve(r.Context(), req, peerSink{w}); {
 		case err == nil:
 		case errors.As(err, &refusal):
 			w.Header().Set("X-Dsnode-Upstream", refusal.Upstream)
@@ -230,8 +230,9 @@ func TestFallbackInAnotherSite(t *testing.T) {
 	}
 }
 
-// TestPeerNodes: another node of a site is asked only when the first can't be
-// reached; draining ones come last; what a peer says is dead isn't asked for.
+// TestPeerNodes: another node of a site is asked only when the first one can't be
+// reached; draining ones come last; a peer is not asked for upstreams that it reports as
+// dead.
 func TestPeerNodes(t *testing.T) {
 	r, _, sites := threeSites(t, status(500), well, well)
 	near := sites["east2"].via()
@@ -266,7 +267,7 @@ func TestPeerNodes(t *testing.T) {
 	}
 }
 
-// TestLostPeer: who waits for a peer that vanishes turns to another.
+// TestLostPeer: a request that waits for a peer that is lost goes to another one.
 func TestLostPeer(t *testing.T) {
 	r, up, _ := threeSites(t, status(500), stall, well)
 	var gone atomic.Bool

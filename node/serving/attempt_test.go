@@ -10,7 +10,7 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// named makes the upstream serve m under a name of its own, with a key.
+// named makes the upstream serve m under another name, with a key.
 func named(model string) rigOption {
 	return func(r *rig, o *upstream.Options) {
 		m := r.conf.Models["m"]
@@ -25,8 +25,8 @@ func named(model string) rigOption {
 	}
 }
 
-// TestModelNames: the upstream hears its own name for the model, the client
-// only ever sees the public one; all else passes byte for byte.
+// TestModelNames: the upstream gets its own name for the model, the client sees only the
+// public one; all else passes byte for byte.
 func TestModelNames(t *testing.T) {
 	private := func(s string) string { return strings.ReplaceAll(s, `"model":"m"`, `"model":"org/M-1"`) }
 	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
@@ -66,8 +66,8 @@ func TestModelNames(t *testing.T) {
 	}
 }
 
-// TestUsage: asked for in the client's place and kept from it; passed on when
-// the client asked; counted in both cases.
+// TestUsage: a usage chunk is asked for without the client's knowledge and stripped, or
+// passed on when the client asked for it, and counted in both cases.
 func TestUsage(t *testing.T) {
 	withUsage := roleChunk + delta("a") + delta("b") + finishChunk + usageChunk + doneChunk
 	without := roleChunk + delta("a") + delta("b") + finishChunk + doneChunk
@@ -105,8 +105,8 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestOldServer doesn't know stream_options: it is asked once more without,
-// and never with them again.
+// TestOldServer: a server that doesn't know stream_options is asked again without them,
+// and from then on.
 func TestOldServer(t *testing.T) {
 	up := newServer(t, "up", nil)
 	up.set(func(w http.ResponseWriter, r *http.Request) {
@@ -129,7 +129,7 @@ func TestOldServer(t *testing.T) {
 	}
 }
 
-// TestOtherEndpoints pass through, with failover and without opinions.
+// TestOtherEndpoints pass through, with failover before content.
 func TestOtherEndpoints(t *testing.T) {
 	messages := "event: message_start\ndata: {\"type\":\"message_start\"}\n\nevent: ping\ndata: {}\n\nevent: message_stop\ndata: {\"type\":\"message_stop\"}\n\n"
 	octets := func(w http.ResponseWriter, _ *http.Request) {

@@ -2,11 +2,14 @@ package serving
 
 import (
 	"errors"
+	"log/slog"
 	"net/http"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -35,7 +38,7 @@ func (r *rig) status(t *testing.T, name string) upstream.Status {
 	return upstream.Status{}
 }
 
-// TestOpenBreakerIsNotAsked while another answers, and nobody pays for it.
+// TestOpenBreakerIsNotAsked while another upstream answers: one attempt is enough.
 func TestOpenBreakerIsNotAsked(t *testing.T) {
 	a, b := newServer(t, "a", well), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
@@ -53,7 +56,8 @@ func TestOpenBreakerIsNotAsked(t *testing.T) {
 	}
 }
 
-// TestProbesAndTraffic: only both together take an upstream out altogether.
+// TestProbesAndTraffic: only a failing probe and an open breaker together keep an
+// upstream from being asked at all.
 func TestProbesAndTraffic(t *testing.T) {
 	up := newServer(t, "up", well)
 	var probeWell atomic.Bool
@@ -117,7 +121,7 @@ func withProbe(next http.Handler, well *atomic.Bool) http.Handler {
 	})
 }
 
-// TestBulkhead: a full upstream is passed by; all full is overload.
+// TestBulkhead: a full upstream is passed over; all full is overload.
 func TestBulkhead(t *testing.T) {
 	a, b := newServer(t, "a", stall), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
@@ -175,9 +179,9 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// TestDrainLetsRunningOnesFinish, and what drains at another site is not asked
-// there either.
-func TestDrainLetsRunningOnesFinish(t *testing.T) {
+// TestDrainLetsRequestsFinish; an upstream of another site that is drained is not asked
+// for there either.
+func TestDrainLetsRequestsFinish(t *testing.T) {
 	release := make(chan struct{})
 	letGo := sync.OnceFunc(func() { close(release) })
 	defer letGo()
@@ -200,14 +204,19 @@ func TestDrainLetsRunningOnesFinish(t *testing.T) {
 	}
 }
 
-// TestRetryBudget: when it is used up, a failure is a failure.
+// TestRetryBudget: when it is used up, no other upstream is asked.
 func TestRetryBudget(t *testing.T) {
 	a, b := newServer(t, "a", status(500)), newServer(t, "b", well)
 	r := newRig(t, []*server{a, b})
+	spent := &budget{}
+	r.reg = prometheus.NewRegistry()
+	r.Server = &resolve{fleet: r.fleet, next: &pool{
+		fleet: r.fleet, budget: spent, now: time.Now, metrics: newMetrics(r.reg), log: slog.New(slog.DiscardHandler),
+	}}
 	if _, err := r.serve(t, chat(false)); err != nil {
 		t.Fatal(err)
 	}
-	for r.pool().budget.withdraw(r.now()) {
+	for spent.withdraw(time.Now()) {
 	}
 	if _, err := r.serve(t, chat(false)); !errors.Is(err, ErrUpstreamFailed) {
 		t.Errorf("without budget: %v", err)
@@ -228,11 +237,13 @@ func TestAccess(t *testing.T) {
 	up := newServer(t, "up", well)
 	r := newRig(t, []*server{up})
 	for _, who := range []Principal{{}, {Models: []string{"m"}}, {Models: []string{"x"}}} {
-		req := chat(false)
-		req.Principal = who
-		_, err := r.serve(t, req)
-		if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (err == nil) || !want && !errors.Is(err, ErrUnknownModel) {
-			t.Errorf("%v: %v", who, err)
+		for hops := range 2 {
+			req := chat(false)
+			req.Principal, req.Hops = who, hops
+			_, err := r.serve(t, req)
+			if want := len(who.Models) == 0 || who.Models[0] == "m"; want != (err == nil) || !want && !errors.Is(err, ErrUnknownModel) {
+				t.Errorf("%v, %d hops: %v", who, hops, err)
+			}
 		}
 	}
 	if _, err := r.serve(t, request("/v1/chat/completions", `{"model":"M"}`, false)); !errors.Is(err, ErrUnknownModel) {
@@ -243,7 +254,7 @@ func TestAccess(t *testing.T) {
 	}
 }
 
-// TestSamePromptSameServer, and another when that one fails.
+// TestSamePromptSameServer: and another server when that one fails.
 func TestSamePromptSameServer(t *testing.T) {
 	var all []*server
 	for _, name := range []string{"a", "b", "c"} {

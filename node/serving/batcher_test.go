@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// batcher notes what was sent to the client in one piece.
+// batcher records what is sent to the client in one piece.
 type batcher struct {
 	recorder
 	held    string
@@ -33,8 +33,8 @@ func (b *batcher) Flush() error {
 	return b.flushed()
 }
 
-// TestEventsOfOnePiece: what came together goes on together, and nothing is kept
-// while the upstream is waited for.
+// TestEventsOfOnePiece: events that come together go on together, and none is held while
+// more is waited for.
 func TestEventsOfOnePiece(t *testing.T) {
 	first, rest := roleChunk+delta("Hel"), delta("lo")+delta(" you")
 	last := finishChunk + doneChunk
@@ -59,7 +59,7 @@ func TestEventsOfOnePiece(t *testing.T) {
 	}
 }
 
-// TestFlushThatFails is a client that has gone.
+// TestFlushThatFails: an error of Flush means that the client has gone.
 func TestFlushThatFails(t *testing.T) {
 	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")

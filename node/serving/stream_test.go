@@ -18,7 +18,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(closing{m})
 }
 
-// closing closes what the tests' own client keeps open.
+// closing closes the idle connections of the tests' own client.
 type closing struct{ m *testing.M }
 
 func (c closing) Run() int {
@@ -39,8 +39,8 @@ func newEarlyServer(t *testing.T, like *server) *server {
 	return s
 }
 
-// TestHangUps: clients that leave, whenever, mark no upstream, and the
-// upstream stops working for them at once.
+// TestHangUps: clients that leave, at any time, count as no failure of an upstream, and
+// the upstream stops working for them at once.
 func TestHangUps(t *testing.T) {
 	bye := errors.New("client has gone")
 	endless := then(events(roleChunk+delta("a")), chatter(delta("b")))
@@ -123,7 +123,7 @@ func TestHangUps(t *testing.T) {
 	}
 }
 
-// TestConnectionsAreKept: a finished stream gives its connection back.
+// TestConnectionsAreKept: the connection of a finished stream is used again.
 func TestConnectionsAreKept(t *testing.T) {
 	up := newServer(t, "up", well)
 	var mu sync.Mutex // guards addrs
@@ -145,9 +145,9 @@ func TestConnectionsAreKept(t *testing.T) {
 	}
 }
 
-// TestNoStreamIsLost: golang/go#40747 cuts a proxy's streams when the answer
-// begins before the transport is done with the request's body. Ours is a
-// slice: an upstream that answers without reading it loses nothing.
+// TestNoStreamIsLost: golang/go#40747 cuts a proxy's streams when the answer begins before
+// the transport is done with the request's body. Here that body is a slice, and an
+// upstream may answer without reading it.
 func TestNoStreamIsLost(t *testing.T) {
 	up := newServer(t, "up", well)
 	early := newEarlyServer(t, up)
@@ -168,7 +168,7 @@ func TestNoStreamIsLost(t *testing.T) {
 	all.Wait()
 }
 
-// TestEventsArriveOneByOne: nothing waits for the next event.
+// TestEventsArriveOneByOne: no event is held until the next one comes.
 func TestEventsArriveOneByOne(t *testing.T) {
 	next := make(chan struct{})
 	up := newServer(t, "up", func(w http.ResponseWriter, r *http.Request) {

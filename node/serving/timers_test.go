@@ -21,8 +21,8 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// TestLatePlainAnswers: a plain completion takes as long as all its tokens, and
-// is waited for while its server answers probes.
+// TestLatePlainAnswers: a plain completion takes as long as all of its tokens. It is
+// waited for while its server answers probes.
 func TestLatePlainAnswers(t *testing.T) {
 	late := func(w http.ResponseWriter, r *http.Request) {
 		select {
@@ -40,8 +40,8 @@ func TestLatePlainAnswers(t *testing.T) {
 	}{
 		{"probes answer", false, chat(false), "bad"},
 		{"probes fail", true, chat(false), "good"},
-		{"a stream has no excuse", false, chat(true), "good"},
-		{"nor has an embedding", false, request("/v1/embeddings", embedding, false), "good"},
+		{"a stream is not waited for", false, chat(true), "good"},
+		{"nor is an embedding", false, request("/v1/embeddings", embedding, false), "good"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			bad, good := newServer(t, "bad", late), newServer(t, "good", well)
@@ -63,7 +63,7 @@ func TestLatePlainAnswers(t *testing.T) {
 	}
 }
 
-// TestPace: the floor under a stream's pace, in virtual time.
+// TestPace: the least pace of a stream, in virtual time.
 func TestPace(t *testing.T) {
 	type step struct {
 		after  time.Duration
@@ -125,8 +125,8 @@ func TestPace(t *testing.T) {
 	}
 }
 
-// TestSlowClientsAreNoFault of the upstream: what a write to the client takes
-// counts neither as silence nor as a slow pace.
+// TestSlowClientsAreNoFault of the upstream: the time of a write to the client counts
+// neither as silence nor as a slow pace.
 func TestSlowClientsAreNoFault(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		limits := config.Timeouts{FirstToken: seconds(60), BetweenTokens: seconds(30), Total: seconds(3600), MinTokensPerSecond: 5}
@@ -152,8 +152,8 @@ func TestSlowClientsAreNoFault(t *testing.T) {
 	})
 }
 
-// TestSlowDripEndsTheStream: the client gets an explicit error, the upstream a
-// failure.
+// TestSlowDripEndsTheStream: the client gets an explicit error, and it counts as a
+// failure of the upstream.
 func TestSlowDripEndsTheStream(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the shortest window is ten seconds")
@@ -183,8 +183,8 @@ func TestSlowDripEndsTheStream(t *testing.T) {
 	}
 }
 
-// TestKeptConnections: a server that closes connections as soon as they are
-// idle, seen only when the next request is on its way, costs no client an error.
+// TestKeptConnections: clients get no errors from a server that closes connections
+// while the next request is on its way.
 func TestKeptConnections(t *testing.T) {
 	for _, how := range []string{"FIN", "RST"} {
 		t.Run(how, func(t *testing.T) {
@@ -235,8 +235,8 @@ func TestKeptConnections(t *testing.T) {
 	}
 }
 
-// TestUpstreamWorkStopsWithin100ms of the client's leaving, as the upstream
-// sees it. The median: a busy machine may delay one or the other.
+// TestUpstreamWorkStopsWithin100ms of the client's leaving, as the upstream sees it. It
+// looks at the median: a busy machine may delay some.
 func TestUpstreamWorkStopsWithin100ms(t *testing.T) {
 	for _, stream := range []bool{false, true} {
 		t.Run(fmt.Sprintf("stream=%t", stream), func(t *testing.T) {
