@@ -81,7 +81,7 @@ type Options struct {
 	Seeds func() []string
 	// OnChange is called with the latest value of a member that is new or has changed;
 	// values in between may be skipped. Run makes the calls, one at a time, and a call
-	// that blocks delays only the next ones. May be nil.
+	// that blocks delays the next ones. May be nil.
 	OnChange func(Member)
 	// Admit returns an error for a site whose packets and streams must be refused. It
 	// must return one for "", which stands for addresses of unknown nodes, while it
