@@ -288,6 +288,41 @@ func TestArrowsPointDown(t *testing.T) {
 	}
 }
 
+// What these packages compile, directly or not, keeps out what they have no use for:
+// tests of them stay quick, and a reader need not know Raft to change them.
+func TestWhatPackagesCompileWithout(t *testing.T) {
+	raft, memberlist, grpc := "github.com/hashicorp/raft", "github.com/hashicorp/memberlist", "google.golang.org/grpc"
+	for dir, without := range map[string][]string{
+		"cluster/config": {raft, memberlist, grpc},
+		"cluster/agreed": {raft, memberlist, grpc},
+		"cluster/mesh":   {memberlist},
+		"cluster/gossip": {raft, grpc},
+		"node/openai":    {raft, memberlist, grpc},
+		"node/upstream":  {raft, memberlist, grpc},
+		"node/cache":     {raft, memberlist, grpc},
+		"node/serving":   {raft, memberlist, grpc},
+		"storage":        {memberlist, grpc},
+	} {
+		cmd := exec.Command("go", "list", "-deps", "./"+dir)
+		cmd.Dir = ".."
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("go list -deps %s: %v", dir, err)
+		}
+		deps := strings.Fields(string(out))
+		if !slices.Contains(deps, module+"/"+dir) {
+			t.Fatalf("go list -deps %s does not list the package itself", dir)
+		}
+		for _, dep := range deps {
+			for _, not := range without {
+				if dep == not || strings.HasPrefix(dep, not+"/") {
+					t.Errorf("%s compiles %s", dir, dep)
+				}
+			}
+		}
+	}
+}
+
 // Each top-level entry is agreed, so that a reader knows where to look.
 func TestTopLevelEntries(t *testing.T) {
 	folders := []string{"node", "cluster", "replication", "storage", "failover", "cmd", "deploy", "test", "tools"}
