@@ -34,8 +34,8 @@ func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) err
 			return err
 		}
 	}
-	// Raft's stores are bootstrapped. After a crash from here on, only the first entry
-	// may be missing, and repeating the call adds it.
+	// After a crash from here on, repeating the call completes the bootstrap: only the
+	// first entry may be missing.
 	if err := c.waitLeader(ctx, c.opts.Name); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}

@@ -463,11 +463,11 @@ func (c *Cluster) watchStore(ctx context.Context) error {
 }
 
 func (c *Cluster) watchDisk(ctx context.Context) error {
-	var synced func() uint64
+	var syncs func() uint64
 	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
-		synced = s.Syncs
+		syncs = s.Syncs
 	}
-	err := newDiskWatchdog(c.opts.DataDir, c.log, synced, c.diskStalled).Run(ctx)
+	err := newDiskWatchdog(c.opts.DataDir, c.log, syncs, c.diskStalled).Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
 		c.diskHung <- err
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
@@ -12,11 +14,10 @@ import (
 )
 
 const (
-	joinTimeout     = 5 * time.Second
-	joinRetry       = 500 * time.Millisecond
-	probeTimeout    = time.Second
-	announceRetry   = time.Second
-	memberFileEvery = 2 * time.Second
+	joinTimeout   = 5 * time.Second
+	joinRetry     = 500 * time.Millisecond
+	probeTimeout  = time.Second
+	announceRetry = time.Second
 )
 
 func infoOf(n agreed.Node) *clusterpb.NodeInfo {
@@ -224,6 +225,8 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 	}
 	return nil
 }
+
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // instanceAt asks the node at addr for its instance.
 func (c *Cluster) instanceAt(ctx context.Context, addr string) (string, bool) {

@@ -17,7 +17,10 @@ import (
 	"github.com/dsnode/dsnode/storage/atomicfile"
 )
 
-const memberFileFormat = 1
+const (
+	memberFileFormat = 1
+	memberFileEvery  = 2 * time.Second // between checks for new addresses
+)
 
 // memberFile has what a node must know before raft can run: the cluster that it
 // belongs to, and the last known addresses of the other nodes. It contains no secret.
@@ -54,7 +57,7 @@ func readMemberFile(dir string) (memberFile, error) {
 		return memberFile{}, nil
 	}
 	if err != nil {
-		return memberFile{}, fmt.Errorf("read membership: %w", err)
+		return memberFile{}, fmt.Errorf("read member file: %w", err)
 	}
 	var m memberFile
 	if err := json.Unmarshal(b, &m); err != nil {
@@ -72,15 +75,15 @@ func writeMemberFile(dir string, m memberFile) error {
 	m.Format = memberFileFormat
 	b, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
-		return fmt.Errorf("encode membership: %w", err)
+		return fmt.Errorf("encode member file: %w", err)
 	}
 	if err := atomicfile.Replace(memberPath(dir), append(b, '\n')); err != nil {
-		return fmt.Errorf("write membership: %w", err)
+		return fmt.Errorf("write member file: %w", err)
 	}
 	return nil
 }
 
-// remember keeps the member file's list of nodes up to date, for the next start.
+// keepMemberFile keeps the member file's list of nodes up to date for the next start.
 func (c *Cluster) keepMemberFile(ctx context.Context) error {
 	tick := time.NewTicker(memberFileEvery)
 	defer tick.Stop()

@@ -3,8 +3,6 @@ package cluster
 import (
 	"context"
 	"errors"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
@@ -77,5 +75,3 @@ func featureLevel(s *agreed.State) int {
 	}
 	return max(level, s.FeatureLevel)
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
