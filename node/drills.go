@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -13,14 +12,14 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Drills: rehearsals.
+// This file is admin.Drills.
 
 func (n *Node) newDrills(c *command) *drill.Runner {
 	return drill.NewRunner(drill.Options{
 		Node: n.cfg.Name, Site: n.cfg.Site, API: n.doors.apiAddr, Agreement: n.cluster, Switcher: c.coordinator,
 		Quarantined: func() bool { return n.cluster.Quarantined() != "" },
 		Health:      func() cluster.Health { return n.surround.Load().health },
-		Unwell:      func() []string { return n.status().Reasons },
+		Unhealthy:   func() []string { return n.status().Reasons },
 		NewAsker: func(model string) (drill.Asker, func()) {
 			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
 			return a, a.Close
@@ -44,14 +43,14 @@ func (n *Node) PlanDrill(_ context.Context, r admin.DrillRequest, by string) (ad
 	}
 	checks, rehearses, err := c.drills.Plan(drillRequest(r, by))
 	if err != nil {
-		return admin.DrillPlan{}, refusedDrill(err)
+		return admin.DrillPlan{}, err
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
 	p.Checks, p.OK = checks, allPass(checks, r.Waive)
 	return p, nil
 }
 
-// StartDrill begins a drill that goes on in this node.
+// StartDrill begins a drill, which this node runs.
 func (n *Node) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
 	c, err := n.commanding()
 	if err != nil {
@@ -59,29 +58,12 @@ func (n *Node) StartDrill(ctx context.Context, r admin.DrillRequest, by string) 
 	}
 	d, err := c.drills.Start(ctx, drillRequest(r, by))
 	if err != nil {
-		return admin.Drill{}, refusedDrill(err)
+		return admin.Drill{}, err
 	}
 	return n.drillOf(d), nil
 }
 
-// refusedDrill gives what a drill died of before it began an operator's name.
-func refusedDrill(err error) error {
-	for _, end := range []struct {
-		is   error
-		code string
-	}{
-		{drill.ErrWrongPlace, "wrong_node"},
-		{drill.ErrInvalid, "invalid_request"},
-		{drill.ErrUnknown, "unknown_drill"},
-	} {
-		if errors.Is(err, end.is) {
-			return &admin.Error{Code: end.code, Message: err.Error()}
-		}
-	}
-	return err
-}
-
-// drillOf is a record without its report. One whose runner died is aborted.
+// drillOf is a drill's record without its report. A drill whose runner died is aborted.
 func (n *Node) drillOf(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
@@ -97,7 +79,7 @@ func (n *Node) drillOf(d agreed.DrillRecord) admin.Drill {
 	return out
 }
 
-// Drills lists the newest ones, oldest first.
+// Drills lists the newest drills, oldest first.
 func (n *Node) Drills(context.Context) ([]admin.Drill, error) {
 	s := n.cluster.State()
 	if s.ClusterID == "" {
@@ -110,8 +92,8 @@ func (n *Node) Drills(context.Context) ([]admin.Drill, error) {
 	return list, nil
 }
 
-// Drill gives one with its report; while it runs, the report so far where it
-// runs, and none elsewhere.
+// Drill gives a drill with its report. While the drill runs, the node that runs it gives
+// the report so far, and other nodes give none.
 func (n *Node) Drill(_ context.Context, id string) (admin.Drill, error) {
 	s := n.cluster.State()
 	if s.ClusterID == "" {
@@ -132,7 +114,7 @@ func (n *Node) Drill(_ context.Context, id string) (admin.Drill, error) {
 		}
 		return out, nil
 	}
-	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (n *Node) liveReport(d *admin.Drill) error {
@@ -152,12 +134,12 @@ func (n *Node) liveReport(d *admin.Drill) error {
 	return nil
 }
 
-// AbortDrill ends a drill wherever it runs, and this node's part of it at once.
+// AbortDrill ends a drill, whichever node runs it, and this node's isolation at once.
 func (n *Node) AbortDrill(ctx context.Context, id, by string) error {
 	if n.isolation.Heal(id) {
-		// The record can't be changed from here yet; who runs the drill finds the
-		// site back before its time. A node of this site that nobody tells waits
-		// for its own timer.
+		// This node was cut off, so it can't change the record yet. The runner notices
+		// that the site is heard early. Other nodes of this site that get no abort heal
+		// by their own timers.
 		n.log.Warn("drill aborted at this node", "drill", id, "by", by)
 		return nil
 	}
@@ -165,5 +147,5 @@ func (n *Node) AbortDrill(ctx context.Context, id, by string) error {
 	if err != nil {
 		return err
 	}
-	return refusedDrill(c.drills.Abort(ctx, id, by))
+	return c.drills.Abort(ctx, id, by)
 }

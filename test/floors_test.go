@@ -82,6 +82,7 @@ var arrows = []arrow{
 	{"node/gateway", "cluster", "reads the agreed configuration and API keys"},
 	{"node/admin", "cluster", "shows and changes the agreed state"},
 	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
+	{"node/admin", "failover/drill", "tells over HTTP why a drill was refused"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "failover", "starts nothing without a permit"},

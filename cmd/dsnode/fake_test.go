@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -135,7 +136,7 @@ func (f *fakeCluster) drainUpstream(name string, on bool) error {
 		return err
 	}
 	if name != "a-vllm" {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownUpstream, name)
 	}
 	f.drained = on
 	return nil
@@ -158,7 +159,7 @@ func (f *fakeCluster) Bootstrap(_ context.Context, text []byte, author string) e
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if len(f.versions) > 0 && f.versions[0].Text != string(text) {
-		return cluster.ErrAlreadyFounded
+		return agreed.ErrAlreadyFounded
 	}
 	if len(f.versions) == 0 {
 		f.put(string(text), author)
@@ -199,7 +200,7 @@ func (f *fakeCluster) ApplyConfig(_ context.Context, text []byte, expect *uint64
 		return admin.ConfigVersion{}, err
 	}
 	if now := uint64(len(f.versions)); expect != nil && *expect != now {
-		return admin.ConfigVersion{}, fmt.Errorf("%w: version %d was expected, it is %d now", cluster.ErrVersionConflict, *expect, now)
+		return admin.ConfigVersion{}, fmt.Errorf("%w: version %d was expected, it is %d now", agreed.ErrVersionConflict, *expect, now)
 	}
 	return f.put(string(text), author), nil
 }
@@ -209,7 +210,7 @@ func (f *fakeCluster) RollbackConfig(_ context.Context, to uint64, expect *uint6
 	defer f.mu.Unlock()
 	now := uint64(len(f.versions))
 	if expect != nil && *expect != now {
-		return admin.ConfigVersion{}, cluster.ErrVersionConflict
+		return admin.ConfigVersion{}, agreed.ErrVersionConflict
 	}
 	if to > now {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %d", admin.ErrUnknownVersion, to)
@@ -243,7 +244,7 @@ func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: %s", cluster.ErrUnknownKey, id)
+	return fmt.Errorf("%w: %s", agreed.ErrUnknownKey, id)
 }
 
 func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
@@ -255,7 +256,7 @@ func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
 	case name == fakeNode || name == "shanghai-b-1" || name == "beijing-1":
 		return fmt.Errorf("%w: %s was heard just now", admin.ErrNodeAlive, name)
 	}
-	return fmt.Errorf("%w: %s", cluster.ErrUnknownNode, name)
+	return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 }
 
 func (f *fakeCluster) DrainNode(_ context.Context, name string) error { return f.drain(name, true) }
@@ -393,7 +394,7 @@ func (f *fakeCluster) Drill(_ context.Context, id string) (admin.Drill, error) {
 		out.Report, err = r.Encode()
 		return out, err
 	}
-	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
@@ -402,13 +403,13 @@ func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
 	for i := range f.drills {
 		if f.drills[i].ID == id {
 			if f.drills[i].Verdict != nil {
-				return fmt.Errorf("%w: %s", cluster.ErrDrillEnded, id)
+				return fmt.Errorf("%w: %s", agreed.ErrDrillEnded, id)
 			}
 			f.drills[i].Verdict = ptr("aborted")
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) CheckJobs(context.Context) error { return nil }

@@ -14,6 +14,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/failover/drill"
 )
 
 // fakeCluster keeps in memory what a node agrees on. fail makes every call
@@ -79,7 +82,7 @@ func (f *fakeCluster) drainUpstream(name, by string, on bool) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if name != "a-vllm" {
-		return fmt.Errorf("%w: %s", cluster.ErrUnknownUpstream, name)
+		return fmt.Errorf("%w: %s", agreed.ErrUnknownUpstream, name)
 	}
 	f.drained, f.drainedBy = on, by
 	return f.fail
@@ -95,7 +98,7 @@ func (f *fakeCluster) Bootstrap(_ context.Context, text []byte, author string) e
 		if f.versions[0].Text == string(text) {
 			return nil
 		}
-		return fmt.Errorf("bootstrap: %w", cluster.ErrAlreadyFounded)
+		return fmt.Errorf("bootstrap: %w", agreed.ErrAlreadyFounded)
 	}
 	f.put(text, author)
 	return nil
@@ -138,9 +141,9 @@ func (f *fakeCluster) ApplyConfig(_ context.Context, text []byte, expect *uint64
 		return ConfigVersion{}, f.fail
 	}
 	if now := uint64(len(f.versions)); expect != nil && *expect != now {
-		return ConfigVersion{}, fmt.Errorf("apply: %w: it is version %d now", cluster.ErrVersionConflict, now)
+		return ConfigVersion{}, fmt.Errorf("apply: %w: it is version %d now", agreed.ErrVersionConflict, now)
 	}
-	if _, err := cluster.ParseConfig("cluster.yaml", text); err != nil {
+	if _, err := config.Parse("cluster.yaml", text); err != nil {
 		return ConfigVersion{}, fmt.Errorf("apply: %w", err)
 	}
 	return f.put(text, author), nil
@@ -154,7 +157,7 @@ func (f *fakeCluster) RollbackConfig(_ context.Context, to uint64, expect *uint6
 	case f.fail != nil:
 		return ConfigVersion{}, f.fail
 	case expect != nil && *expect != now:
-		return ConfigVersion{}, cluster.ErrVersionConflict
+		return ConfigVersion{}, agreed.ErrVersionConflict
 	case to < 1 || to > now:
 		return ConfigVersion{}, fmt.Errorf("%w: %d", ErrUnknownVersion, to)
 	}
@@ -194,7 +197,7 @@ func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("revoke %s: %w", id, cluster.ErrUnknownKey)
+	return fmt.Errorf("revoke %s: %w", id, agreed.ErrUnknownKey)
 }
 
 func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
@@ -207,7 +210,7 @@ func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
 	case name == f.name:
 		return fmt.Errorf("remove %s: %w", name, ErrNodeAlive)
 	case i < 0:
-		return fmt.Errorf("remove %s: %w", name, cluster.ErrUnknownNode)
+		return fmt.Errorf("remove %s: %w", name, agreed.ErrUnknownNode)
 	}
 	f.nodes = slices.Delete(f.nodes, i, i+1)
 	return nil
@@ -299,7 +302,7 @@ func (f *fakeCluster) Drill(_ context.Context, id string) (Drill, error) {
 			return d, nil
 		}
 	}
-	return Drill{}, fmt.Errorf("%w: %s", ErrUnknownDrill, id)
+	return Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) AbortDrill(ctx context.Context, id, by string) error {
@@ -367,8 +370,8 @@ func (f *fakeCluster) CheckJobs(context.Context) error {
 func (f *fakeCluster) JobStreams(context.Context) (JobStreams, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return JobStreams{Ownership: 9, Data: []cluster.JobStream{{
+	return JobStreams{Ownership: 9, Data: []agreed.JobStream{{
 		Origin: "a-1", Incarnation: "0123456789abcdef0123456789abcdef", Site: "a", Owner: "b-1", Before: "a-1",
-		Token: cluster.FenceToken{Generation: 1, Index: 9}, Reason: "site_gone",
+		Token: agreed.FenceToken{Generation: 1, Index: 9}, Reason: "site_gone",
 	}}}, f.fail
 }
