@@ -89,8 +89,13 @@ type Fence struct {
 	primaryFrom time.Duration
 	// streams holds each stream that this node owns.
 	streams map[Claim]ownedStream
-
-	primaryWork
+	// lastPermit is the deadline of the newest Permit of Primary.
+	lastPermit time.Duration
+	// running are the contexts of WhilePrimary. stopping are those that have ended
+	// and whose work has not come back yet.
+	running, stopping map[*primaryContext]struct{}
+	acting            bool
+	change            chan struct{} // closes at the next change of running, stopping or acting
 }
 
 type ownedStream struct {
@@ -104,7 +109,8 @@ type ownedStream struct {
 func NewFence(node, site string, s Standing, newLeaderWait, boottime func() time.Duration, log *slog.Logger) *Fence {
 	return &Fence{
 		node: node, site: site, standing: s, boottime: boottime, wait: newLeaderWait, log: log,
-		streams: map[Claim]ownedStream{}, primaryWork: newPrimaryWork(),
+		streams: map[Claim]ownedStream{}, running: map[*primaryContext]struct{}{}, stopping: map[*primaryContext]struct{}{},
+		change: make(chan struct{}),
 	}
 }
 
@@ -120,7 +126,7 @@ func (f *Fence) Check(c Claim) (Permit, error) {
 	}
 	p := Permit{Token: token, deadline: now + min(StartWithin, left), boottime: f.boottime}
 	if c == Primary {
-		f.lastPermit = p.deadline
+		f.lastPermit = max(f.lastPermit, p.deadline)
 	}
 	return p, nil
 }
@@ -140,7 +146,6 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 	// This clock is read after the state: a wait must not begin before the entry
 	// that it waits for was seen.
 	f.note(s, f.boottime())
-	refused := ErrNotPrimary
 	var seen, heard uint64
 	var from time.Duration
 	if c == Primary {
@@ -148,7 +153,6 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 		seen, from = s.Primary.Epoch, f.primaryFrom
 		left, heard = f.standing.Lease()
 	} else {
-		refused = ErrNotOwner
 		token, err = f.stream(s, c)
 		seen, from = s.Ownership, f.streams[c].from
 		left, heard = f.standing.OwnershipLease()
@@ -164,7 +168,10 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 	default:
 		return token, left, nil
 	}
-	return agreed.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", refused, c, err)
+	if c == Primary {
+		return agreed.FenceToken{}, 0, fmt.Errorf("%w: %w", ErrNotPrimary, err)
+	}
+	return agreed.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", ErrNotOwner, c, err)
 }
 
 // primary tells whether the agreed state lets this node's site act as primary. An
@@ -176,7 +183,7 @@ func (f *Fence) primary(s *agreed.State) (agreed.FenceToken, error) {
 	case s.ClusterID == "" || s.Primary.Site != f.site:
 		return agreed.FenceToken{}, fmt.Errorf("the primary is %q in epoch %d", s.Primary.Site, s.Primary.Epoch)
 	case s.Switchover != nil && s.Switchover.From == f.site:
-		return agreed.FenceToken{}, fmt.Errorf("it is being handed over to %s", s.Switchover.To)
+		return agreed.FenceToken{}, fmt.Errorf("a switchover to %s is under way", s.Switchover.To)
 	}
 	return agreed.FenceToken{Generation: s.Generation.Number, Index: s.Primary.Epoch}, nil
 }

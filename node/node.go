@@ -390,7 +390,7 @@ func (n *Node) newDrills(c *operate.Command) *drill.Runner {
 		Node: n.cfg.Name, Site: n.cfg.Site, API: n.doors.apiAddr, Agreement: n.cluster, Switcher: c.Coordinator,
 		Quarantined: func() bool { return n.cluster.Quarantined() != "" },
 		Health:      func() cluster.Health { return n.view.Load().health },
-		Unwell:      n.operator.Reasons,
+		Unhealthy:   n.operator.Reasons,
 		NewAsker: func(model string) (drill.Asker, func()) {
 			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
 			return a, a.Close

@@ -119,6 +119,7 @@ var arrows = []arrow{
 	{"node/datakeys", "cluster/clock", "how long nobody has carried a key"},
 	{"node/datakeys", "storage/keyring", "the ring"},
 	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
+	{"node/admin", "failover/drill", "tells over HTTP why a drill was refused"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "node/upstream", "the peers that it asks for jobs are listed as for requests"},

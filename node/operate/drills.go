@@ -2,7 +2,6 @@ package operate
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -11,7 +10,7 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Drills: rehearsals.
+// This file is admin.Drills.
 
 func drillRequest(r admin.DrillRequest, by string) drill.Request {
 	return drill.Request{
@@ -28,14 +27,14 @@ func (o *Operator) PlanDrill(_ context.Context, r admin.DrillRequest, by string)
 	}
 	checks, rehearses, err := c.Drills.Plan(drillRequest(r, by))
 	if err != nil {
-		return admin.DrillPlan{}, refusedDrill(err)
+		return admin.DrillPlan{}, err
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
 	p.Checks, p.OK = checks, allPass(checks, r.Waive)
 	return p, nil
 }
 
-// StartDrill begins a drill that goes on in this node.
+// StartDrill begins a drill, which this node runs.
 func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
 	c, err := o.commanding()
 	if err != nil {
@@ -43,29 +42,12 @@ func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by stri
 	}
 	d, err := c.Drills.Start(ctx, drillRequest(r, by))
 	if err != nil {
-		return admin.Drill{}, refusedDrill(err)
+		return admin.Drill{}, err
 	}
 	return o.drillOf(d), nil
 }
 
-// refusedDrill gives what a drill died of before it began an operator's name.
-func refusedDrill(err error) error {
-	for _, end := range []struct {
-		is   error
-		code string
-	}{
-		{drill.ErrWrongPlace, "wrong_node"},
-		{drill.ErrInvalid, "invalid_request"},
-		{drill.ErrUnknown, "unknown_drill"},
-	} {
-		if errors.Is(err, end.is) {
-			return &admin.Error{Code: end.code, Message: err.Error()}
-		}
-	}
-	return err
-}
-
-// drillOf is a record without its report. One whose runner died is aborted.
+// drillOf is a drill's record without its report. A drill whose runner died is aborted.
 func (o *Operator) drillOf(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
@@ -81,7 +63,7 @@ func (o *Operator) drillOf(d agreed.DrillRecord) admin.Drill {
 	return out
 }
 
-// Drills lists the newest ones, oldest first.
+// Drills lists the newest drills, oldest first.
 func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -94,8 +76,8 @@ func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	return list, nil
 }
 
-// Drill gives one with its report; while it runs, the report so far where it
-// runs, and none elsewhere.
+// Drill gives a drill with its report. While the drill runs, the node that runs it gives
+// the report so far, and other nodes give none.
 func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -116,7 +98,7 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		}
 		return out, nil
 	}
-	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (o *Operator) liveReport(d *admin.Drill) error {
@@ -136,12 +118,12 @@ func (o *Operator) liveReport(d *admin.Drill) error {
 	return nil
 }
 
-// AbortDrill ends a drill wherever it runs, and this node's part of it at once.
+// AbortDrill ends a drill, whichever node runs it, and this node's isolation at once.
 func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
 	if o.isolation.Heal(id) {
-		// The record can't be changed from here yet; who runs the drill finds the
-		// site back before its time. A node of this site that nobody tells waits
-		// for its own timer.
+		// This node was cut off, so it can't change the record yet. The runner notices
+		// that the site is heard early. Other nodes of this site that get no abort heal
+		// by their own timers.
 		o.log.Warn("drill aborted at this node", "drill", id, "by", by)
 		return nil
 	}
@@ -149,5 +131,5 @@ func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
 	if err != nil {
 		return err
 	}
-	return refusedDrill(c.Drills.Abort(ctx, id, by))
+	return c.Drills.Abort(ctx, id, by)
 }

@@ -10,9 +10,9 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Failovers: what operators ask about the primary.
+// This file is admin.Failovers: planned switchovers, the hold, and the quarantine.
 
-// commanding is what decides about roles, or why it is not there yet.
+// commanding gives the coordinator and the drills, or the reason why there are none yet.
 func (o *Operator) commanding() (*Command, error) {
 	if c := o.command(); c != nil {
 		return c, nil
@@ -42,8 +42,8 @@ func allPass(checks []failover.Check, waive []string) bool {
 	return !slices.ContainsFunc(checks, func(c failover.Check) bool { return !c.Passes(waive) })
 }
 
-// Failover moves the primary by plan. It is not given up when the asker hangs
-// up: every step has its own deadline.
+// Failover carries out a planned switchover. It goes on when the client disconnects:
+// every step has its own deadline.
 func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
 	c, err := o.commanding()
 	if err != nil {
@@ -63,7 +63,7 @@ func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by str
 	return out, nil
 }
 
-// AckFailover says that a person has seen the last failover.
+// AckFailover records that an operator has seen the last failover.
 func (o *Operator) AckFailover(ctx context.Context, by string) error {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -99,7 +99,8 @@ func (o *Operator) ReleaseQuarantine(context.Context) error {
 	return nil
 }
 
-// failbackAvailable is what the coordinator's newest look says of it.
+// failbackAvailable is the site to which a switchover could return, by the
+// coordinator's newest look; nil when there is none.
 func (o *Operator) failbackAvailable() *string {
 	c := o.command()
 	if c == nil {
@@ -116,14 +117,14 @@ func (o *Operator) failbackAvailable() *string {
 	return &site
 }
 
-// notHere says why a quarantine can't be ended at this node.
+// notHere tells why the quarantine can't be ended on this node.
 func (o *Operator) notHere() error {
 	r := o.cluster.Raft()
 	if r.Quorum || r.Leads {
 		return admin.ErrNotQuarantined
 	}
 	if m, known := o.cluster.State().Nodes[r.Leader]; known {
-		return fmt.Errorf("%w: the raft leader, %s, is asked at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
+		return fmt.Errorf("%w: ask the raft leader %s at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
 	}
-	return fmt.Errorf("%w: it does not lead raft, and knows nobody who does", admin.ErrWrongNode)
+	return fmt.Errorf("%w: this node does not lead raft, and knows no leader", admin.ErrWrongNode)
 }
