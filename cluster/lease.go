@@ -55,7 +55,7 @@ func (l *lease) setLength(length time.Duration) {
 }
 
 // committed extends the leader's lease after the commit of a tick that was proposed at
-// the time proposed; the agreed counters were at least known then.
+// the time proposed. known are the counters of the agreed state after the commit.
 func (l *lease) committed(proposed time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -63,7 +63,8 @@ func (l *lease) committed(proposed time.Duration, known fences) {
 }
 
 // relayed extends the lease after a peer's answer to a ping that was sent at the time
-// sent. The peer's own lease lasted left longer when it answered.
+// sent. left is what remained of the peer's own lease, known are the counters in its
+// answer.
 func (l *lease) relayed(sent, left time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -41,7 +41,7 @@ func (l *raftLogger) Log(level hclog.Level, msg string, args ...any) {
 			args[i] = f[0]
 		}
 	}
-	l.log.Log(context.Background(), sl, l.name+": "+msg, args...)
+	l.log.Log(context.Background(), sl, "raft", append([]any{"logger", l.name, "message", msg}, args...)...)
 }
 
 func (l *raftLogger) Trace(string, ...any)             {}
