@@ -7,23 +7,23 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// This file is the answer cache of a node, and admin.Caches.
+// This file wires the answer cache into a node, and implements admin.Caches.
 
-// cacheDir is where the embedded tier's file is, in the data directory.
+// cacheDir is the directory of the embedded tier's files in the data directory.
 const cacheDir = "cache"
 
 const (
-	// cacheOutbound bounds the kept answers that wait to be passed on.
+	// cacheOutbound bounds the bytes of answers that wait to be handed to replication.
 	cacheOutbound = 16 << 20
 	cacheBatch    = 64
 )
 
-// passOn offers the answers that this node keeps to every site, until ctx ends.
+// passOn hands the answers that this node keeps to replication, until ctx ends.
 func (n *Node) passOn(ctx context.Context) error {
 	for {
 		batch, err := n.cache.Outbound().Take(ctx, cacheBatch)
@@ -32,20 +32,20 @@ func (n *Node) passOn(ctx context.Context) error {
 		}
 		for _, e := range batch {
 			if err := n.work.replication.Offer(e.AppendTo(nil)); err != nil {
-				n.log.Debug("a kept answer stays in this site", "err", err)
+				n.log.Debug("can't send an answer of the cache to other nodes", "err", err)
 			}
 		}
 	}
 }
 
-// absorb takes an answer that another node keeps.
+// absorb adds an answer of another node to the cache.
 func (n *Node) absorb(item []byte) {
 	e, err := cache.DecodeEntry(item)
 	if err == nil {
 		err = n.cache.Absorb(e)
 	}
 	if err != nil {
-		n.log.Debug("a peer's kept answer is not taken", "err", err)
+		n.log.Debug("refused another node's answer for the cache", "err", err)
 	}
 }
 
@@ -57,7 +57,7 @@ func (n *Node) openCache() error {
 	var err error
 	n.cache, err = cache.New(cache.Options{
 		Dir: dir, Site: n.cfg.Site, Ring: n.keys.ring,
-		Purges: func() *cluster.CachePurges { return &n.cluster.State().Purges },
+		Purges: func() *agreed.CachePurges { return &n.cluster.State().Purges },
 		Files: cache.Files{
 			LookupEnv: os.LookupEnv,
 			ReadFile:  func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
@@ -70,7 +70,7 @@ func (n *Node) openCache() error {
 	return nil
 }
 
-// CacheStats is this node's part of the cache.
+// CacheStats gives the figures of this node's cache.
 func (n *Node) CacheStats(context.Context) (admin.CacheStats, error) {
 	s := n.cache.Stats()
 	tier := func(t cache.TierStats) admin.CacheTier {
@@ -82,8 +82,8 @@ func (n *Node) CacheStats(context.Context) (admin.CacheStats, error) {
 	}, nil
 }
 
-// PurgeCache makes kept answers unusable everywhere, in sites that are away as
-// soon as they hear of it.
+// PurgeCache makes cached answers unusable on all nodes. A node that is unreachable now
+// uses none of them once it has the agreed state again.
 func (n *Node) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
 	s := n.cluster.State()
 	if s.Parsed == nil {
@@ -93,10 +93,10 @@ func (n *Node) PurgeCache(ctx context.Context, r admin.CachePurge, by string) er
 		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
 	}
 	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
-		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
+		return fmt.Errorf("%w: %q is not a key of the cache; the header Cache-Status shows keys", admin.ErrInvalidRequest, r.Key)
 	}
 	now := time.Now()
-	_, err := n.cluster.Propose(ctx, cluster.CmdCachePurge, cluster.CachePurge{
+	_, err := n.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
 		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
 	})
 	return err

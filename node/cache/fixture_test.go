@@ -12,25 +12,26 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/storage/keyring"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// rig is a cache with a clock, purges and a log of its own.
+// rig is a cache whose clock, purges, log and configuration the test controls.
 type rig struct {
 	*Cache
 	t      *testing.T
 	dir    string
 	ring   *keyring.Ring
 	keys   []keyring.DataKey
-	ahead  atomic.Int64 // of the clock, nanoseconds
-	purges atomic.Pointer[cluster.CachePurges]
+	ahead  atomic.Int64 // how far the cache's clock is ahead, nanoseconds
+	purges atomic.Pointer[agreed.CachePurges]
 	logs   *log
-	env    sync.Map // of secrets, by name
-	conf   *cluster.Config
+	env    sync.Map // environment variables
+	conf   *config.Config
 	stop   func()
 }
 
@@ -51,8 +52,9 @@ func (l *log) String() string {
 	return l.b.String()
 }
 
-// newRig makes a cache whose shared tier is as told; it does not run yet.
-func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
+// newRig makes a cache with the given shared tier, and with the directory, ring and clock
+// of like, unless that is nil. It does not run yet.
+func newRig(t *testing.T, like *rig, site config.SiteCache) *rig {
 	t.Helper()
 	r := &rig{t: t, logs: &log{}}
 	if like == nil {
@@ -62,7 +64,7 @@ func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
 		r.dir, r.ring, r.keys = like.dir, like.ring, like.keys
 		r.ahead.Store(like.ahead.Load())
 	}
-	r.purges.Store(&cluster.CachePurges{})
+	r.purges.Store(&agreed.CachePurges{})
 	var err error
 	r.Cache, err = New(Options{
 		Dir: r.dir, Site: "east", Ring: r.ring, Purges: r.purges.Load, OutboundBytes: 1 << 20,
@@ -77,24 +79,24 @@ func newRig(t *testing.T, like *rig, site cluster.SiteCache) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.conf = &cluster.Config{Cache: cluster.DefaultCache()}
-	r.conf.Cache.Sites = map[string]cluster.SiteCache{"east": site}
+	r.conf = &config.Config{Cache: config.DefaultCache()}
+	r.conf.Cache.Sites = map[string]config.SiteCache{"east": site}
 	r.conf.Cache.SharedBytes = 16 << 20
 	r.Configure(r.conf)
 	return r
 }
 
 var (
-	embeddedTier = cluster.SiteCache{Shared: cluster.SharedEmbedded}
-	noTier       = cluster.SiteCache{Shared: cluster.SharedOff}
+	embeddedTier = config.SiteCache{Shared: config.SharedEmbedded}
+	noTier       = config.SiteCache{Shared: config.SharedOff}
 	life         = Life{Local: 10 * time.Minute, Shared: time.Hour, Stale: 24 * time.Hour}
 )
 
-// run starts the cache and waits until its shared tier is open.
+// run starts the cache and waits until the shared tier is open.
 func (r *rig) run() *rig {
 	r.t.Helper()
 	r.start()
-	if r.want().site.Shared != cluster.SharedOff {
+	if r.want().site.Shared != config.SharedOff {
 		eventually(r.t, "the shared tier is open", func() bool { return r.shared.Load() != nil })
 	}
 	return r
@@ -137,7 +139,7 @@ func (r *rig) keep(k Key, a *Answer) {
 	r.Keep(k, "m", a)
 	again := time.Now().Add(time.Second)
 	eventually(r.t, "the answer is written", func() bool {
-		if time.Now().After(again) { // on a busy machine a write may take more than it has
+		if time.Now().After(again) { // on a busy machine a write may time out
 			again = time.Now().Add(time.Second)
 			r.Keep(k, "m", a)
 		}
@@ -157,7 +159,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	defer tick.Stop()
 	for !is() {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
+			t.Fatalf("not after 20 s: %s", what)
 		}
 		<-tick.C
 	}
