@@ -10,18 +10,18 @@ import (
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// This file is the answer cache of a node.
+// This file wires the answer cache into a node.
 
-// cacheDir is where the embedded tier's file is, in the data directory.
+// cacheDir is the directory of the embedded tier's files in the data directory.
 const cacheDir = "cache"
 
 const (
-	// cacheOutbound bounds the kept answers that wait to be passed on.
+	// cacheOutbound bounds the bytes of answers that wait to be handed to replication.
 	cacheOutbound = 16 << 20
 	cacheBatch    = 64
 )
 
-// passOn offers the answers that this node keeps to every site, until ctx ends.
+// passOn hands the answers that this node keeps to replication, until ctx ends.
 func (n *Node) passOn(ctx context.Context) error {
 	for {
 		batch, err := n.cache.Outbound().Take(ctx, cacheBatch)
@@ -30,20 +30,20 @@ func (n *Node) passOn(ctx context.Context) error {
 		}
 		for _, e := range batch {
 			if err := n.work.replication.Offer(e.AppendTo(nil)); err != nil {
-				n.log.Debug("a kept answer stays in this site", "err", err)
+				n.log.Debug("can't send an answer of the cache to other nodes", "err", err)
 			}
 		}
 	}
 }
 
-// absorb takes an answer that another node keeps.
+// absorb adds an answer of another node to the cache.
 func (n *Node) absorb(item []byte) {
 	e, err := cache.DecodeEntry(item)
 	if err == nil {
 		err = n.cache.Absorb(e)
 	}
 	if err != nil {
-		n.log.Debug("a peer's kept answer is not taken", "err", err)
+		n.log.Debug("refused another node's answer for the cache", "err", err)
 	}
 }
 

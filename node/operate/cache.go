@@ -10,7 +10,7 @@ import (
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// CacheStats is this node's part of the cache.
+// CacheStats gives the figures of this node's cache.
 func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
 	s := o.cache.Stats()
 	tier := func(t cache.TierStats) admin.CacheTier {
@@ -22,8 +22,8 @@ func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
 	}, nil
 }
 
-// PurgeCache makes kept answers unusable everywhere, in sites that are away as
-// soon as they hear of it.
+// PurgeCache makes cached answers unusable on all nodes. A node that is unreachable now
+// uses none of them once it has the agreed state again.
 func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
 	s := o.cluster.State()
 	if s.Parsed == nil {
@@ -33,7 +33,7 @@ func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string
 		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
 	}
 	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
-		return fmt.Errorf("%w: %q is no key of the cache: Cache-Status shows it", admin.ErrInvalidRequest, r.Key)
+		return fmt.Errorf("%w: %q is not a key of the cache; the header Cache-Status shows keys", admin.ErrInvalidRequest, r.Key)
 	}
 	now := time.Now()
 	_, err := o.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
