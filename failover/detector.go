@@ -15,7 +15,7 @@ import (
 // One recent sighting by any node keeps a site alive, however old that node's table
 // is otherwise. Declaring a site down needs the leader and a node of a third site,
 // each with a fresh table and without a recent pause of its own: a starved node
-// hears nobody.
+// hears no other node.
 
 // Sighting is what an observer knows of one node.
 type Sighting struct {

@@ -200,8 +200,8 @@ func (f *Fence) stream(s *agreed.State, c Claim) (agreed.FenceToken, error) {
 	return j.Token, nil
 }
 
-// note starts the wait for each claim that an entry gave to this node, when this
-// process sees the entry for the first time: leases from before it run for up to L.
+// note starts the wait of each claim when this process sees the entry that gave it to
+// this node for the first time: leases from before that entry run for up to L.
 func (f *Fence) note(s *agreed.State, now time.Duration) {
 	f.notePrimary(s.Primary, now)
 	for c := range f.streams {
@@ -222,13 +222,13 @@ func (f *Fence) note(s *agreed.State, now time.Duration) {
 	}
 }
 
-// notePrimary starts no wait when all nodes of the primary before have confirmed
-// that they let go; a wait of an earlier epoch goes on. Whether epochs that were
-// not seen one by one were let go is not known.
+// notePrimary starts no wait when all nodes of the previous primary have confirmed
+// their release; a wait of an earlier epoch goes on. For epochs that this node did
+// not see one by one it doesn't know of a release, so it waits.
 //
-// A process that has just started waits twice as long: it doesn't know what it has
-// confirmed before, and its copy of the state may be from before a switchover whose
-// promotion follows within L.
+// A process that has just started waits twice as long: it has forgotten which
+// releases it confirmed, and its copy of the state may be from before a switchover
+// whose promotion follows within L.
 func (f *Fence) notePrimary(p agreed.Primary, now time.Duration) {
 	switch {
 	case p.Epoch <= f.epoch:

@@ -79,8 +79,8 @@ func TestColdStart(t *testing.T) {
 		want string
 		held bool
 	}{
-		"founded":        {restartedNode{founded: true, cold: true}, "founded_here", false},
-		"nobody answers": {restartedNode{cold: true}, "no_majority: too few voters answer; no node of b, c, d has told yet whether the cluster was recovered meanwhile", true},
+		"founded":          {restartedNode{founded: true, cold: true}, "founded_here", false},
+		"no voter answers": {restartedNode{cold: true}, "no_majority: too few voters answer; no node of b, c, d has told yet whether the cluster was recovered meanwhile", true},
 		"all have restarted": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
 			"b1": heard("b", true),
 		}}, "cold_majority: every voter that answers has restarted; no node of c, d has told yet whether the cluster was recovered meanwhile", true},
