@@ -210,7 +210,7 @@ func (c *Cache) Local(k Key, model string, life Life) (Found, bool) {
 	return f, true
 }
 
-// usable says whether an answer may be given, and whether it is fresh.
+// usable reports whether an answer may be given, and whether it is fresh.
 func (c *Cache) usable(k Key, model string, a *Answer, life Life, now time.Time) (Found, bool) {
 	age := now.Sub(a.StoredAt)
 	if age < -maxSkew || age > life.Shared+life.Stale || a.Purge < c.o.Purges().Least(model, k.String) {

@@ -110,7 +110,7 @@ func (e *embedded) used() (entries int, bytes int64) {
 	return entries, bytes
 }
 
-// isFull says whether one more record of n bytes would exceed a bound. The caller holds
+// isFull reports whether one more record of n bytes would exceed a bound. The caller holds
 // mu.
 func (e *embedded) isFull(n int64) bool {
 	entries, bytes := e.used()

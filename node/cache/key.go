@@ -15,7 +15,7 @@ func (k Key) String() string { return base64.RawURLEncoding.EncodeToString(k[:])
 // Append appends String to a buffer.
 func (k Key) Append(b []byte) []byte { return base64.RawURLEncoding.AppendEncode(b, k[:]) }
 
-// IsZero says that it is no question's key.
+// IsZero reports whether k is the zero key, which no question has.
 func (k Key) IsZero() bool { return k == Key{} }
 
 // ParseKey reads what String wrote. False: text is something else.

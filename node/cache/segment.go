@@ -36,7 +36,7 @@ func appendRecord(b []byte, e Entry) []byte {
 	return append(b, e.Sealed...)
 }
 
-// record is what the head of a record says.
+// record is the content of a record's head.
 type record struct {
 	key      Key
 	storedAt int64 // milliseconds

@@ -38,7 +38,7 @@ type store interface {
 	drop(ctx context.Context, keys []Key) error
 	// sweep drops entries that are older than before.
 	sweep(ctx context.Context, before time.Time) error
-	// ping says whether get would work now.
+	// ping reports whether get would work now.
 	ping(ctx context.Context) error
 	size() (entries, bytes int64, known bool)
 	close() error
