@@ -98,20 +98,20 @@ func (c *Cluster) leadLoop(ctx context.Context) error {
 	// raft's own channel says that something changed, not what: it drops all but
 	// the newest value, so the state is read. The ticker is for the case that it
 	// once says nothing.
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	for {
 		for ctx.Err() == nil && c.raft.Load().State() == raft.Leader {
 			if err := c.lead(ctx); err != nil {
 				return err
 			}
 		}
-		beat.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+		tick.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.raft.Load().LeaderCh():
-		case <-beat.C:
+		case <-tick.C:
 		}
 	}
 }
@@ -150,8 +150,8 @@ func (c *Cluster) lead(ctx context.Context) error {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	beat := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
-	defer beat.Stop()
+	tick := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+	defer tick.Stop()
 	overdue := time.NewTimer(0) // fires a lease's length after the newest commit
 	defer overdue.Stop()
 	propose := func() {
@@ -174,8 +174,8 @@ func (c *Cluster) lead(ctx context.Context) error {
 			return nil
 		case <-r.LeaderCh():
 		case <-overdue.C:
-		case <-beat.C:
-			beat.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+		case <-tick.C:
+			tick.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 			propose()
 		case <-c.committed:
 			propose()

@@ -261,17 +261,17 @@ const pauseWindow = 500 * time.Millisecond
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
 	const interval = 125 * time.Millisecond
-	beat := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
-	defer beat.Stop()
+	tick := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
+	defer tick.Stop()
 	last, slotEnds := clock.Boottime(), clock.Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-beat.C:
+		case <-tick.C:
 		}
 		now := clock.Boottime()
-		beat.Reset(clock.UntilTick(now, interval))
+		tick.Reset(clock.UntilTick(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)
 		if now > slotEnds {

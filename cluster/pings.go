@@ -29,10 +29,10 @@ type pinging struct {
 // run pings until ctx ends.
 func (p *pinging) run(ctx context.Context) {
 	defer func() { p.hangUp() }()
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	for {
-		beat.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
+		tick.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
 		if err := p.ping(ctx); err != nil && ctx.Err() == nil {
 			p.c.metrics.pingFailures.Inc()
 			p.c.log.Debug("ping failed", "peer", p.name, "err", err)
@@ -40,7 +40,7 @@ func (p *pinging) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-beat.C:
+		case <-tick.C:
 		}
 	}
 }

@@ -138,8 +138,8 @@ type watch struct {
 
 // Run looks and acts until ctx ends.
 func (c *Coordinator) Run(ctx context.Context) error {
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	var w watch
 	// One act at a time, beside the loop: a proposal that hangs must not look
 	// like a pause of this node.
@@ -153,9 +153,9 @@ func (c *Coordinator) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-beat.C:
+		case <-tick.C:
 		}
-		beat.Reset(clock.UntilTick(c.o.Boottime(), lookEvery))
+		tick.Reset(clock.UntilTick(c.o.Boottime(), lookEvery))
 		act := c.look(&w)
 		if act == nil {
 			continue

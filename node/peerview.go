@@ -28,14 +28,14 @@ type peerView struct {
 const lookEvery = 250 * time.Millisecond
 
 func (n *Node) keepLooking(ctx context.Context) error {
-	beat := time.NewTimer(0)
-	defer beat.Stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-beat.C:
-			beat.Reset(clock.UntilTick(clock.Boottime(), lookEvery))
+		case <-tick.C:
+			tick.Reset(clock.UntilTick(clock.Boottime(), lookEvery))
 			n.look()
 		}
 	}
