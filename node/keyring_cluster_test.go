@@ -96,7 +96,7 @@ func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	n.keys.Every, n.keys.Grace = 50*time.Millisecond, 200*time.Millisecond
+	n.keys.PollInterval, n.keys.DropGrace = 50*time.Millisecond, 200*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	end := make(chan error, 1)
 	done := make(chan struct{})

@@ -11,8 +11,6 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Drills: rehearsals.
-
 func drillRequest(r admin.DrillRequest, by string) drill.Request {
 	return drill.Request{
 		Kind: drill.Kind(r.Kind), Site: r.Site, For: time.Duration(r.ForSeconds * float64(time.Second)),
@@ -20,37 +18,37 @@ func drillRequest(r admin.DrillRequest, by string) drill.Request {
 	}
 }
 
-// PlanDrill gives the prechecks of a drill and changes nothing.
+// PlanDrill runs the prechecks of a drill and changes nothing.
 func (o *Operator) PlanDrill(_ context.Context, r admin.DrillRequest, by string) (admin.DrillPlan, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.DrillPlan{}, err
 	}
 	checks, rehearses, err := c.Drills.Plan(drillRequest(r, by))
 	if err != nil {
-		return admin.DrillPlan{}, refusedDrill(err)
+		return admin.DrillPlan{}, drillError(err)
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
 	p.Checks, p.OK = checks, allPass(checks, r.Waive)
 	return p, nil
 }
 
-// StartDrill begins a drill that goes on in this node.
+// StartDrill begins a drill, which this node runs in the background.
 func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.Drill{}, err
 	}
 	d, err := c.Drills.Start(ctx, drillRequest(r, by))
 	if err != nil {
-		return admin.Drill{}, refusedDrill(err)
+		return admin.Drill{}, drillError(err)
 	}
-	return o.drillOf(d), nil
+	return drillInfo(d), nil
 }
 
-// refusedDrill gives what a drill died of before it began an operator's name.
-func refusedDrill(err error) error {
-	for _, end := range []struct {
+// drillError gives an error of package drill the code that the admin API has for it.
+func drillError(err error) error {
+	for _, known := range []struct {
 		is   error
 		code string
 	}{
@@ -58,15 +56,16 @@ func refusedDrill(err error) error {
 		{drill.ErrInvalid, "invalid_request"},
 		{drill.ErrUnknown, "unknown_drill"},
 	} {
-		if errors.Is(err, end.is) {
-			return &admin.Error{Code: end.code, Message: err.Error()}
+		if errors.Is(err, known.is) {
+			return &admin.Error{Code: known.code, Message: err.Error()}
 		}
 	}
 	return err
 }
 
-// drillOf is a record without its report. One whose runner died is aborted.
-func (o *Operator) drillOf(d agreed.DrillRecord) admin.Drill {
+// drillInfo describes a drill without its report. A drill whose runner has ended without a
+// verdict counts as aborted.
+func drillInfo(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
 	if verdict == "" && !d.Running(time.Now()) {
@@ -81,7 +80,7 @@ func (o *Operator) drillOf(d agreed.DrillRecord) admin.Drill {
 	return out
 }
 
-// Drills lists the newest ones, oldest first.
+// Drills lists the newest drills, oldest first.
 func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -89,13 +88,13 @@ func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	}
 	list := []admin.Drill{}
 	for _, d := range s.Drills {
-		list = append(list, o.drillOf(d))
+		list = append(list, drillInfo(d))
 	}
 	return list, nil
 }
 
-// Drill gives one with its report; while it runs, the report so far where it
-// runs, and none elsewhere.
+// Drill returns a drill with its report. While the drill runs, the node that runs it has
+// the report so far, and other nodes have none.
 func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -105,12 +104,11 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		if d.ID != id {
 			continue
 		}
-		out := o.drillOf(d)
-		switch {
-		case len(d.Report) > 0:
-			out.Report = d.Report
-		default:
-			if err := o.liveReport(&out); err != nil {
+		out := drillInfo(d)
+		out.Report = d.Report
+		if len(d.Report) == 0 {
+			var err error
+			if out.Report, err = o.liveReport(id); err != nil {
 				return admin.Drill{}, err
 			}
 		}
@@ -119,35 +117,31 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
 }
 
-func (o *Operator) liveReport(d *admin.Drill) error {
-	c := o.command()
+// liveReport returns the report so far of a drill that this node runs, or nil.
+func (o *Operator) liveReport(id string) ([]byte, error) {
+	c := o.loadControl()
 	if c == nil {
-		return nil
+		return nil, nil
 	}
-	r, runs := c.Drills.Live(d.ID)
+	r, runs := c.Drills.Live(id)
 	if !runs {
-		return nil
+		return nil, nil
 	}
-	text, err := r.Encode()
-	if err != nil {
-		return err
-	}
-	d.Report = text
-	return nil
+	return r.Encode()
 }
 
-// AbortDrill ends a drill wherever it runs, and this node's part of it at once.
+// AbortDrill ends a drill on whichever node it runs.
 func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
-	if o.isolation.Heal(id) {
-		// The record can't be changed from here yet; who runs the drill finds the
-		// site back before its time. A node of this site that nobody tells waits
-		// for its own timer.
-		o.log.Warn("drill aborted at this node", "drill", id, "by", by)
+	if o.reconnect(id) {
+		// This node is cut off and can't change the drill's record yet. The node that runs
+		// the drill sees the site again before the planned time. The other nodes of this
+		// site stay cut off until they get the same call, or until their own timer ends.
+		o.log.Warn("drill aborted on this node", "drill", id, "by", by)
 		return nil
 	}
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return err
 	}
-	return refusedDrill(c.Drills.Abort(ctx, id, by))
+	return drillError(c.Drills.Abort(ctx, id, by))
 }

@@ -10,27 +10,17 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Failovers: what operators ask about the primary.
-
-// commanding is what decides about roles, or why it is not there yet.
-func (o *Operator) commanding() (*Command, error) {
-	if c := o.command(); c != nil {
-		return c, nil
-	}
-	return nil, o.notMember()
-}
-
-func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
+func switchoverRequest(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
 	return failover.SwitchoverRequest{To: r.To, By: by, Kind: agreed.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
 }
 
-// PlanFailover gives the checks of a switchover and changes nothing.
+// PlanFailover runs the checks of a switchover and changes nothing.
 func (o *Operator) PlanFailover(_ context.Context, r admin.FailoverRequest, by string) (admin.FailoverPlan, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.FailoverPlan{}, err
 	}
-	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverOf(r, by))}
+	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverRequest(r, by))}
 	p.OK = allPass(p.Checks, r.Waive)
 	if s := o.cluster.State(); s.ClusterID != "" {
 		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
@@ -42,14 +32,14 @@ func allPass(checks []failover.Check, waive []string) bool {
 	return !slices.ContainsFunc(checks, func(c failover.Check) bool { return !c.Passes(waive) })
 }
 
-// Failover moves the primary by plan. It is not given up when the asker hangs
-// up: every step has its own deadline.
+// Failover moves the primary in a planned switchover. It goes on when the caller hangs up:
+// every step has its own deadline.
 func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
-	res, err := c.Coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
+	res, err := c.Coordinator.Switchover(context.WithoutCancel(ctx), switchoverRequest(r, by))
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
@@ -63,7 +53,7 @@ func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by str
 	return out, nil
 }
 
-// AckFailover says that a person has seen the last failover.
+// AckFailover records that an operator has seen the last failover.
 func (o *Operator) AckFailover(ctx context.Context, by string) error {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -82,26 +72,26 @@ func (o *Operator) HoldFailover(ctx context.Context, reason, by string) error {
 	return err
 }
 
-// ResumeFailover ends the pause.
+// ResumeFailover allows automatic promotions again.
 func (o *Operator) ResumeFailover(ctx context.Context, by string) error {
 	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
 }
 
-// ReleaseQuarantine ends the quarantine: an operator knows that the cluster was not
-// recovered elsewhere. Only the node that leads Raft can do it.
+// ReleaseQuarantine ends the quarantine, because an operator knows that the cluster was
+// not recovered elsewhere. Only the Raft leader can do it.
 func (o *Operator) ReleaseQuarantine(context.Context) error {
 	if o.cluster.Quarantined() == "" {
-		return o.notHere()
+		return o.notQuarantined()
 	}
-	o.coldStart.Release()
+	o.releaseQuarantine()
 	o.log.Warn("quarantine released by an operator")
 	return nil
 }
 
-// failbackAvailable is what the coordinator's newest look says of it.
+// failbackAvailable is the site to which the primary could be moved back, nil for none.
 func (o *Operator) failbackAvailable() *string {
-	c := o.command()
+	c := o.loadControl()
 	if c == nil {
 		return nil
 	}
@@ -116,14 +106,14 @@ func (o *Operator) failbackAvailable() *string {
 	return &site
 }
 
-// notHere says why a quarantine can't be ended at this node.
-func (o *Operator) notHere() error {
+// notQuarantined says why this node can't end a quarantine.
+func (o *Operator) notQuarantined() error {
 	r := o.cluster.Raft()
 	if r.Quorum || r.Leads {
 		return admin.ErrNotQuarantined
 	}
 	if m, known := o.cluster.State().Nodes[r.Leader]; known {
-		return fmt.Errorf("%w: the raft leader, %s, is asked at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
+		return fmt.Errorf("%w: ask the raft leader, %s, at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
 	}
-	return fmt.Errorf("%w: it does not lead raft, and knows nobody who does", admin.ErrWrongNode)
+	return fmt.Errorf("%w: it is not the raft leader, and it does not know the leader", admin.ErrWrongNode)
 }
