@@ -6,11 +6,11 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// addressBook knows where each node can be reached. Addresses come from the
-// agreed state, from gossip, and from the nodes themselves when they speak over
-// the rpc port. The agreed state may be old (a whole site restarted elsewhere
-// while there was no quorum), so what a node said itself counts most, and
-// otherwise the later start of the process.
+// addressBook has the addresses of each node. They come from the agreed state, from
+// gossip, and from the nodes themselves over the rpc port. The agreed state may be
+// old (a whole site was restarted with other addresses while there was no quorum), so
+// an address from the node itself has precedence; otherwise that of the process that
+// started later.
 type addressBook struct {
 	mu      sync.RWMutex // guards entries
 	entries map[string]bookEntry
@@ -18,15 +18,15 @@ type addressBook struct {
 
 type bookEntry struct {
 	node   agreed.Node
-	direct bool // the node itself said so, over mutual TLS
+	direct bool // from the node itself, over mutual TLS
 }
 
 func newAddressBook() *addressBook {
 	return &addressBook{entries: map[string]bookEntry{}}
 }
 
-// heard records what a node said of itself over an authenticated connection.
-func (b *addressBook) heard(n agreed.Node) {
+// recordDirect stores what a node sent about itself over an authenticated connection.
+func (b *addressBook) recordDirect(n agreed.Node) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if _, known := b.entries[n.Name]; !known && len(b.entries) >= agreed.MaxNodes {
@@ -35,8 +35,9 @@ func (b *addressBook) heard(n agreed.Node) {
 	b.entries[n.Name] = bookEntry{node: n, direct: true}
 }
 
-// learn records hearsay: kept unless something better is known.
-func (b *addressBook) learn(n agreed.Node) {
+// recordIndirect stores what another source says about a node, if there is no entry
+// of a process that started at the same time or later.
+func (b *addressBook) recordIndirect(n agreed.Node) {
 	if n.RPC == "" {
 		return
 	}
@@ -52,14 +53,14 @@ func (b *addressBook) learn(n agreed.Node) {
 	b.entries[n.Name] = bookEntry{node: n}
 }
 
-// forget drops a removed node.
-func (b *addressBook) forget(name string) {
+// remove drops a removed node.
+func (b *addressBook) remove(name string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.entries, name)
 }
 
-// node gives what is known of a node.
+// node returns a node's entry.
 func (b *addressBook) node(name string) (agreed.Node, bool) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
@@ -67,13 +68,13 @@ func (b *addressBook) node(name string) (agreed.Node, bool) {
 	return e.node, ok
 }
 
-// rpc gives a node's rpc address.
+// rpc returns a node's rpc address.
 func (b *addressBook) rpc(name string) (string, bool) {
 	n, ok := b.node(name)
 	return n.RPC, ok && n.RPC != ""
 }
 
-// all gives every known node.
+// all returns every known node.
 func (b *addressBook) all() []agreed.Node {
 	b.mu.RLock()
 	defer b.mu.RUnlock()

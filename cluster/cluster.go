@@ -1,6 +1,7 @@
-// Package cluster is how nodes agree and know of each other: identity and
-// connections (identity.go, mesh.go), gossip, raft with the agreed state
-// (state.go, apply.go), the lease, and pings. Start at Cluster.Run.
+// Package cluster makes nodes agree on one state and monitor each other: Raft, the
+// lease, joining and pings, over the connections of cluster/mesh and the membership
+// of cluster/gossip. The agreed state itself, and the function that changes it, are
+// in cluster/agreed. Start at Cluster.Run.
 package cluster
 
 import (
@@ -27,20 +28,20 @@ import (
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
-// Options is what a Cluster is made of. All of it is needed unless it says
+// Options configure a Cluster. All fields are required unless their comments say
 // otherwise.
 type Options struct {
-	ClusterName string // what certificates and configuration call the cluster
+	ClusterName string // as in the certificates and in node.yaml
 	Name        string
 	Site        string
 	Version     string
 	DataDir     string
 	Seeds       []string // rpc addresses; may be empty on the first node
 
-	Listener    net.Listener // the rpc port; the Cluster closes it
-	RPC         string       // advertised addresses
+	Listener    net.Listener // the rpc port; Cluster closes it
+	RPC         string       // advertised, as API, Admin and Gossip
 	API, Admin  string
-	Gossip      string // advertised; port 0 becomes the real one
+	Gossip      string // port 0 is replaced by the port that GossipBind got
 	GossipBind  string
 	GossipKey   []byte
 	Credentials *mesh.Credentials
@@ -48,32 +49,33 @@ type Options struct {
 	Logs        raft.LogStore
 	Stable      raft.StableStore
 	Snapshots   raft.SnapshotStore
-	StoreFailed <-chan struct{} // closed when the store under raft can't go on
-	StoreError  func() error
+	StoreFailed <-chan struct{} // closed when raft's store has failed
+	StoreError  func() error    // the error after StoreFailed
 
-	// OperatorKey is the fingerprint of this node's operator key, and
-	// OperatorKeyPrevious of the one before it that still opens things; may be
-	// empty. A cluster whose data keys neither opens does not let the node in.
+	// OperatorKey is the fingerprint of this node's operator key,
+	// OperatorKeyPrevious that of the previous key, which can still open data keys;
+	// both may be empty. A cluster whose data keys are wrapped with neither refuses
+	// the node.
 	OperatorKey         string
 	OperatorKeyPrevious string
 
-	Health     func() Health // read on each ping; must not block
+	Health     func() Health // called for each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// Admit is asked at each connection and gossip packet with a site, with ""
-	// for an address whose site nobody knows: that must be refused while anything
-	// is. Nil admits all. It must be quick. See Sever.
+	// Admit is called for each connection and gossip packet with the peer's site, or
+	// with "" for an address whose site is unknown; while it refuses any site it must
+	// refuse "" too. It must not block. Nil admits all. See Sever.
 	Admit func(site string) error
-	// Quarantined is asked before the first tick of each leadership and again
-	// until it says no: while it says why, this leader commits no tick, so
-	// nobody gets a lease, and refuses changes with ErrQuarantined. Nil: never.
+	// Quarantined is called before the first tick of each leadership, and again
+	// until it returns false. While it returns true, this leader commits no tick, so
+	// no node gets a lease, and refuses changes with ErrQuarantined. Nil: never.
 	Quarantined func() (why string, quarantined bool)
-	// Services registers what else is served to peers on the rpc port; nil:
-	// nothing. Handlers learn who calls from PeerFromContext.
+	// Services registers further gRPC services for peers on the rpc port; may be
+	// nil. Handlers get the caller from mesh.PeerFromContext.
 	Services func(grpc.ServiceRegistrar)
 }
 
-// Cluster is this node's part in the cluster.
+// Cluster is this node's membership in the cluster.
 type Cluster struct {
 	opts     Options
 	log      *slog.Logger
@@ -96,32 +98,32 @@ type Cluster struct {
 	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
 	joined chan struct{}              // closes when member is set
 	raft   atomic.Pointer[raft.Raft]
-	layer  *gatedLayer
-	// snapshotted is the configuration index that the newest snapshot holds;
-	// upkeep's alone.
+	layer  *raftLayer
+	// snapshotted is the index of the raft configuration in the newest snapshot.
+	// Only upkeep uses it.
 	snapshotted uint64
 	waiting     atomic.Pointer[string] // why this node isn't a member yet, for the status
 
-	fatal  context.CancelCauseFunc // set by Run
-	living context.Context         // ends with Run's work, its cause says why
-	// diskDead gets the error of a disk that hangs for good; then Run returns
-	// without waiting for what waits for the disk.
-	diskDead chan error
+	fatal  context.CancelCauseFunc // ends runCtx with a cause
+	runCtx context.Context         // ends when Run must end
+	// diskHung gets the error of a disk that does not respond. Run then returns
+	// without waiting for goroutines that wait for the disk.
+	diskHung chan error
 
-	quarantine atomic.Pointer[string] // why this leader holds still; nil: it does not
+	quarantine atomic.Pointer[string] // why this leader is quarantined; nil: it is not
 	foundedNow atomic.Bool            // this process founded the cluster
-	leftBehind atomic.Pointer[string] // a peer is of a newer generation
+	leftBehind atomic.Pointer[string] // a peer has a newer generation
 
-	founding   sync.Mutex // one Bootstrap at a time
-	founded    chan memberFile
-	leadership leadershipBoard
-	yielding   atomic.Bool // a transfer is under way: no ticks
-	// committed has an entry when something was committed here that followers
-	// don't know of yet: a tick tells them. See commit.
+	founding     sync.Mutex // held while this node founds a cluster or becomes a member
+	founded      chan memberFile
+	leadership   leadershipState
+	transferring atomic.Bool // a leadership transfer is in progress: commit no ticks
+	// committed requests a tick, so that followers learn that an entry was
+	// committed. See commit.
 	committed chan struct{}
 }
 
-// New makes a Cluster; Run starts it.
+// New creates a Cluster; Run starts it.
 func New(o Options) (*Cluster, error) {
 	m, err := readMemberFile(o.DataDir)
 	if err != nil {
@@ -136,49 +138,49 @@ func New(o Options) (*Cluster, error) {
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
 		book: newAddressBook(), lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
-		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskDead: make(chan error, 1), committed: make(chan struct{}, 1),
+		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
 	}
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
 	}
-	c.living, c.fatal = context.WithCancelCause(context.Background())
+	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
 	c.leadership.init()
 	if m.ClusterID != "" {
 		c.member.Store(&m)
 		close(c.joined)
 		for _, n := range m.Nodes {
-			c.book.learn(n)
+			c.book.recordIndirect(n)
 		}
 	}
 	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
-		Relays: c.relays, Silent: c.silent,
+		Relays: c.relays, Silent: c.silentPeers,
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
-			words := fmt.Sprintf("node %s is of generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
-			if old := c.leftBehind.Swap(&words); old == nil {
-				c.log.Error("left behind by a recovery", "peer", peer.Node, "generation", theirs.Number)
+			message := fmt.Sprintf("node %s has generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
+			if old := c.leftBehind.Swap(&message); old == nil {
+				c.log.Error("a peer has a newer generation: the cluster was recovered without this node", "peer", peer.Node, "generation", theirs.Number)
 			}
 		},
 	})
-	c.layer = newGatedLayer(c.living, c.mesh.RaftLayer(o.Name), c.holdDial)
+	c.layer = newRaftLayer(c.runCtx, c.mesh.RaftLayer(o.Name), c.waitForPeer)
 	c.metrics = newMetrics(o.Registerer, c)
 	return c, nil
 }
 
-// Mesh carries connections to peers.
+// Mesh returns the connections to peers.
 func (c *Cluster) Mesh() *mesh.Mesh { return c.mesh }
 
-// Timing is what failure detection uses: the default before this node is a
-// member, then what the cluster was founded with.
+// Timing is the timing of failure detection: the default before this node is a
+// member, then that from the cluster's bootstrap.
 func (c *Cluster) Timing() config.Timing { return *c.timing.Load() }
 
-// setTiming happens before raft and the loops start: a cluster's timing never
-// changes while it runs, because two nodes with different ideas of a lease's
-// length could both be right about who is in charge.
+// setTiming is called before raft and the loops start. A cluster's timing never
+// changes afterwards: if two nodes used different lease lengths, two sites could
+// act as primary at the same time.
 func (c *Cluster) setTiming(heartbeat time.Duration) error {
 	t := config.TimingFrom(heartbeat)
 	if err := t.Check(); err != nil {
@@ -195,14 +197,14 @@ func (c *Cluster) Instance() string { return c.instance }
 // StartedAt is when this process started.
 func (c *Cluster) StartedAt() time.Time { return c.started }
 
-// State is the agreed state as this node has applied it: never nil, immutable.
-// Its ClusterID is empty while the node belongs to no cluster.
+// State is the agreed state that this node has applied: never nil, immutable. Its
+// ClusterID is empty while the node belongs to no cluster.
 func (c *Cluster) State() *agreed.State { return c.fsm.state.Load() }
 
-// Changed gives a channel that closes at the next change of State.
+// Changed returns a channel that closes at the next change of State.
 func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
 
-// Membership is what the preface of each connection says of this node.
+// Membership is what this node sends in the preface of each connection.
 func (c *Cluster) Membership() mesh.Membership {
 	if m := c.member.Load(); m != nil {
 		return m.membership()
@@ -210,7 +212,7 @@ func (c *Cluster) Membership() mesh.Membership {
 	return mesh.Membership{}
 }
 
-// Waiting says why this node is not a member yet, in words; empty when it is.
+// Waiting says why this node is not a member yet; empty if it is one.
 func (c *Cluster) Waiting() string {
 	if c.member.Load() != nil {
 		return ""
@@ -234,31 +236,33 @@ func (c *Cluster) AwaitMember(ctx context.Context) error {
 // ReloadCredentials reads the certificates again now.
 func (c *Cluster) ReloadCredentials() error { return c.opts.Credentials.Reload() }
 
-// Lease is how long this node's knowledge of a live quorum is still good (zero
-// or less: fenced), and the highest epoch it has heard of. A node may act in a
-// role only while the lease lasts and that epoch is the one in its State.
+// Lease is how long this node's lease lasts (zero or less: the node is fenced), and
+// the highest epoch that it has learned of. A node may act in a role only while the
+// lease lasts and that epoch is the one in its State.
 func (c *Cluster) Lease() (left time.Duration, epoch uint64) {
 	left, heard := c.lease.left()
 	return left, heard.epoch
 }
 
-// OwnershipLease is the lease for starting jobs: how long it is good (zero or
-// less: none), and the newest change of State.Ownership that was heard of. Who
-// acts for a stream does so only while the one in its State is not older.
+// OwnershipLease is the lease for starting jobs: how long it lasts (zero or less:
+// none), and the highest State.Ownership that this node has learned of. A node may
+// start jobs of a stream only while the lease lasts and its own State.Ownership is
+// not older.
 func (c *Cluster) OwnershipLease() (left time.Duration, ownership uint64) {
 	left, heard := c.lease.left()
 	return left, heard.ownership
 }
 
-// LeaseChanged gives a channel that closes when a lease begins or a higher epoch
-// or change of ownership is heard of. Its end is no event: Lease tells it beforehand.
+// LeaseChanged returns a channel that closes when a lease begins, or when the node
+// learns of a higher epoch or ownership. It does not close when the lease ends: Lease
+// returns that time beforehand.
 func (c *Cluster) LeaseChanged() <-chan struct{} { return c.lease.changed() }
 
-// Founded reports whether this process founded the cluster: then there is
-// nothing older anywhere.
+// Founded reports whether this process founded the cluster: then no node has an
+// older state.
 func (c *Cluster) Founded() bool { return c.foundedNow.Load() }
 
-// Quarantined says why this node, leading raft, holds still; empty when it does
+// Quarantined says why this node, as raft's leader, is quarantined; empty if it is
 // not.
 func (c *Cluster) Quarantined() string {
 	if why := c.quarantine.Load(); why != nil {
@@ -267,22 +271,23 @@ func (c *Cluster) Quarantined() string {
 	return ""
 }
 
-// LeftBehind says that a recovery went on without this node; empty: not known.
+// LeftBehind says that the cluster was recovered without this node; empty if this
+// node has met no peer of a newer generation.
 func (c *Cluster) LeftBehind() string {
-	if words := c.leftBehind.Load(); words != nil {
-		return *words
+	if message := c.leftBehind.Load(); message != nil {
+		return *message
 	}
 	return ""
 }
 
-// Cold reports whether no lease was held since this process started.
+// Cold reports whether this node has held no lease since the process started.
 func (c *Cluster) Cold() bool { return !c.lease.everHeld() }
 
-// Paused is the longest recent time that this process did not run.
+// Paused is the longest recent time for which this process did not run.
 func (c *Cluster) Paused() time.Duration { return c.pauses.longest() }
 
-// Sever ends every connection with the sites that Options.Admit refuses now.
-// What comes later Admit refuses by itself.
+// Sever closes every connection with the sites that Options.Admit refuses now. Later
+// connections are refused by Admit itself.
 func (c *Cluster) Sever() {
 	c.mesh.CloseRefused()
 	if g := c.gossip.Load(); g != nil {
@@ -290,7 +295,7 @@ func (c *Cluster) Sever() {
 	}
 }
 
-// Members is what gossip knows; nil before this node is a member.
+// Members are the nodes that gossip knows; nil before this node is a member.
 func (c *Cluster) Members() []gossip.Member {
 	if g := c.gossip.Load(); g != nil {
 		return g.Members()
@@ -298,7 +303,7 @@ func (c *Cluster) Members() []gossip.Member {
 	return nil
 }
 
-// Announce makes gossip and the next pings carry what changed in Health.
+// Announce publishes changes of Health by gossip. Pings always have the current one.
 func (c *Cluster) Announce() {
 	if g := c.gossip.Load(); g != nil {
 		g.Update()
@@ -314,54 +319,54 @@ func (c *Cluster) self() agreed.Node {
 	}
 	if host, port, err := net.SplitHostPort(n.Gossip); err == nil && port == "0" {
 		if g := c.gossip.Load(); g != nil {
-			if _, real, err := net.SplitHostPort(g.Addr()); err == nil {
-				n.Gossip = net.JoinHostPort(host, real)
+			if _, bound, err := net.SplitHostPort(g.Addr()); err == nil {
+				n.Gossip = net.JoinHostPort(host, bound)
 			}
 		}
 	}
 	return n
 }
 
-// Run blocks until ctx ends, then hands over what it holds and stops. It
-// returns early with the reason when this node can't go on.
+// Run blocks until ctx ends, then transfers raft's leadership if this node has it,
+// and stops. It returns early with an error when this node can't continue.
 func (c *Cluster) Run(ctx context.Context) error {
 	defer c.fatal(ErrStopped)
-	// Peers must still be reachable while this node hands over, so the
-	// connections outlive ctx.
-	carriage, stop := context.WithCancel(context.WithoutCancel(ctx))
+	// The leadership transfer needs the peers, so connections stay open after ctx
+	// has ended.
+	connCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	g, carriage := errgroup.WithContext(carriage)
-	g.Go(func() error { return c.mesh.Serve(carriage, c.opts.Listener) })
-	g.Go(func() error { return c.mesh.MonitorRoutes(carriage) })
-	g.Go(func() error { return c.serveRPC(carriage) })
-	g.Go(func() error { return c.opts.Credentials.Run(carriage) })
+	g, connCtx := errgroup.WithContext(connCtx)
+	g.Go(func() error { return c.mesh.Serve(connCtx, c.opts.Listener) })
+	g.Go(func() error { return c.mesh.MonitorRoutes(connCtx) })
+	g.Go(func() error { return c.serveRPC(connCtx) })
+	g.Go(func() error { return c.opts.Credentials.Run(connCtx) })
 	g.Go(func() error {
 		defer stop()
-		return c.live(ctx, carriage)
+		return c.runMember(ctx, connCtx)
 	})
 	ended := make(chan error, 1)
 	go func() { ended <- errors.Join(g.Wait(), c.mesh.Close()) }()
 	select {
 	case err := <-ended:
 		return err
-	case err := <-c.diskDead:
-		// raft waits for its disk, for ever perhaps, and so does all that would
-		// have to end before it.
+	case err := <-c.diskHung:
+		// Raft, and everything that stops before it, may wait for the disk for ever.
 		return err
 	}
 }
 
-// live is the life of a member, from joining to leaving.
-func (c *Cluster) live(ctx, carriage context.Context) error {
-	// Whatever ends first: the owner's wish, a broken connection layer, or
-	// something that this node can't go on with.
+// runMember joins the cluster, runs raft, gossip and all loops until ctx ends, and
+// stops them.
+func (c *Cluster) runMember(ctx, connCtx context.Context) error {
+	// ctx ends with the caller's context, with connCtx (the connections have failed),
+	// or with runCtx (a fatal error).
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(c.living, func() { cancel(context.Cause(c.living)) })()
-	defer context.AfterFunc(carriage, func() { cancel(nil) })()
+	defer context.AfterFunc(c.runCtx, func() { cancel(context.Cause(c.runCtx)) })()
+	defer context.AfterFunc(connCtx, func() { cancel(nil) })()
 
 	if err := c.awaitMembership(ctx); err != nil {
-		return quiet(ctx, err)
+		return endError(ctx, err)
 	}
 	r, err := c.startRaft()
 	if err != nil {
@@ -373,11 +378,11 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	}
 	c.gossip.Store(gossip)
 
-	loops, stopLoops := context.WithCancel(carriage)
+	loops, stopLoops := context.WithCancel(connCtx)
 	defer stopLoops()
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
-		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.remember, c.upkeep,
+		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.keepMemberFile, c.upkeep,
 		c.watchDisk, c.watchStore,
 	} {
 		g.Go(func() error { return loop(lctx) })
@@ -386,11 +391,11 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 
 	<-ctx.Done()
 	if lctx.Err() == nil && errors.Is(context.Cause(ctx), context.Canceled) {
-		c.handOver(carriage)
+		c.handOver(connCtx)
 	}
 	stopLoops()
 	err = g.Wait()
-	c.fatal(ErrStopped) // frees dials that wait for a peer
+	c.fatal(ErrStopped) // ends dials that wait for a peer
 	if serr := r.Shutdown().Error(); serr != nil {
 		err = errors.Join(err, fmt.Errorf("stop raft: %w", serr))
 	}
@@ -400,8 +405,9 @@ func (c *Cluster) live(ctx, carriage context.Context) error {
 	return err
 }
 
-// quiet turns the end of ctx into success, unless it ended for a reason.
-func quiet(ctx context.Context, err error) error {
+// endError is the error to return after err: nil if ctx was canceled, its cause if
+// it ended for another reason, and err if it has not ended.
+func endError(ctx context.Context, err error) error {
 	if ctx.Err() == nil {
 		return err
 	}
@@ -435,7 +441,7 @@ func (c *Cluster) newGossip() *gossip.Gossip {
 		},
 		OnChange: func(m gossip.Member) {
 			if m.Name != c.opts.Name {
-				c.book.learn(agreed.Node{
+				c.book.recordIndirect(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
 					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,
 				})
@@ -445,8 +451,8 @@ func (c *Cluster) newGossip() *gossip.Gossip {
 	})
 }
 
-// watchStore ends the node when the store under raft has failed: after a failed
-// fsync nobody knows what is on the disk, and a retry would lie.
+// watchStore ends the node when raft's store has failed: after a failed fsync the
+// content of the disk is unknown, and a retry may succeed without writing it.
 func (c *Cluster) watchStore(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
@@ -457,19 +463,19 @@ func (c *Cluster) watchStore(ctx context.Context) error {
 }
 
 func (c *Cluster) watchDisk(ctx context.Context) error {
-	var synced func() uint64
+	var syncs func() uint64
 	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
-		synced = s.Syncs
+		syncs = s.Syncs
 	}
-	err := newDiskWatchdog(c.opts.DataDir, c.log, synced, c.diskStalled).Run(ctx)
+	err := newDiskWatchdog(c.opts.DataDir, c.log, syncs, c.diskStalled).Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
-		c.diskDead <- err
+		c.diskHung <- err
 	}
 	return err
 }
 
 func (c *Cluster) diskStalled(stalled bool) {
-	c.layer.shut(stalled)
+	c.layer.setBlocked(stalled)
 	if stalled {
 		c.mesh.CloseKind(mesh.KindRaft)
 	}

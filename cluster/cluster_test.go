@@ -23,8 +23,8 @@ import (
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m,
-		// memberlist's Shutdown does not wait for a probe under way; it ends by
-		// its own timer.
+		// memberlist's Shutdown does not wait for a probe in progress, which ends by its
+		// own timer.
 		goleak.IgnoreAnyFunction("github.com/hashicorp/memberlist.(*Memberlist).probeNode"))
 }
 
@@ -68,8 +68,8 @@ func (ca *testCA) issue(t testing.TB, id mesh.Identity) *mesh.Credentials {
 	return c
 }
 
-// member is one node of a test, in this process, with its stores in memory:
-// they outlive a stop, as a disk would.
+// member is a node in this process. Its stores are in memory and keep their content while
+// it is stopped.
 type member struct {
 	*Cluster
 	name, site string
@@ -98,7 +98,7 @@ func newMember(t testing.TB, ca *testCA, site, name string) *member {
 	return m
 }
 
-// start runs the member on fresh ports.
+// start runs the member on new ports.
 func (m *member) start(t testing.TB, seeds ...string) *member {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -130,7 +130,7 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 	return m
 }
 
-// halt stops the member and checks that it ended well.
+// halt stops the member and checks that Run returned nil.
 func (m *member) halt(t testing.TB) {
 	t.Helper()
 	m.stop()
@@ -141,7 +141,7 @@ func (m *member) halt(t testing.TB) {
 			t.Errorf("%s ended with %v", m.name, err)
 		}
 	case <-time.After(30 * time.Second):
-		t.Fatalf("%s does not stop", m.name)
+		t.Fatalf("%s did not stop within 30 s", m.name)
 	}
 }
 
@@ -184,8 +184,8 @@ func threeMembers(t testing.TB) (a, b, c *member) {
 	b = newMember(t, ca, "b", "b-1").start(t, a.opts.RPC)
 	c = newMember(t, ca, "c", "c-1").start(t, a.opts.RPC)
 	for _, m := range []*member{b, c} {
-		eventually(t, m.name+" is known", 20*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
-		// On a busy machine the leader may change meanwhile.
+		eventually(t, m.name+" is a member", 20*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
+		// On a busy machine the leader may have changed.
 		change := func(to ServerChange) func() bool {
 			return func() bool {
 				for _, leader := range []*member{a, b, c} {
@@ -196,11 +196,11 @@ func threeMembers(t testing.TB) (a, b, c *member) {
 				return false
 			}
 		}
-		// As the placement of voters does it: a voter that has nothing in its log
-		// gives no vote, and so could leave nobody able to lead.
-		eventually(t, m.name+" follows", 20*time.Second, change(MakeNonvoter), a, b, c)
+		// A voter with an empty log gives no vote, so that there may be no leader. As the
+		// placement of voters does, make it a voter only after it has caught up.
+		eventually(t, m.name+" is a non-voter", 20*time.Second, change(MakeNonvoter), a, b, c)
 		eventually(t, m.name+" has caught up", 20*time.Second, func() bool { _, ok := m.State().Nodes[m.name]; return ok }, a, b, c)
-		eventually(t, m.name+" votes", 20*time.Second, change(MakeVoter), a, b, c)
+		eventually(t, m.name+" is a voter", 20*time.Second, change(MakeVoter), a, b, c)
 	}
 	for _, m := range []*member{a, b, c} {
 		eventually(t, m.name+" holds a lease and hears the others", 20*time.Second, func() bool { return settled(m) }, m)
@@ -208,6 +208,7 @@ func threeMembers(t testing.TB) (a, b, c *member) {
 	return a, b, c
 }
 
+// settled reports whether a member holds a lease and hears the two others.
 func settled(m *member) bool {
 	left, epoch := m.Lease()
 	heard := 0
@@ -219,54 +220,54 @@ func settled(m *member) bool {
 	return left > 0 && epoch == 1 && heard == len(m.State().Nodes)-1 && len(m.State().Nodes) == 3
 }
 
-func TestClusterFoundsJoinsAndAgrees(t *testing.T) {
+func TestBootstrapJoinAndPropose(t *testing.T) {
 	a, b, c := threeMembers(t)
 	k, _ := agreed.NewAPIKey("tenant", "", nil, time.Time{}, time.Now())
 	if _, err := c.Propose(deadline(t, 15*time.Second), agreed.CmdAPIKeyPut, k); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := c.State().APIKeys[k.ID]; !ok {
-		t.Error("who proposed does not read its own change")
+		t.Error("the proposer does not see its own change")
 	}
-	eventually(t, "the key is everywhere", 5*time.Second, func() bool {
+	eventually(t, "all members have the key", 5*time.Second, func() bool {
 		_, inA := a.State().APIKeys[k.ID]
 		_, inB := b.State().APIKeys[k.ID]
 		return inA && inB
 	})
 	if _, err := b.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 9}); !errors.Is(err, agreed.ErrVersionConflict) {
-		t.Errorf("a stale change through a follower: %v, want ErrVersionConflict", err)
+		t.Errorf("changing another version through a follower: %v, want ErrVersionConflict", err)
 	}
 	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites), "again"); err != nil {
-		t.Errorf("bootstrap again with the same text: %v", err)
+		t.Errorf("second bootstrap with the same text: %v", err)
 	}
 	if err := a.Bootstrap(deadline(t, time.Second), []byte(testSites+"# changed\n"), "again"); !errors.Is(err, agreed.ErrAlreadyFounded) {
-		t.Errorf("bootstrap again with another text: %v, want ErrAlreadyFounded", err)
+		t.Errorf("second bootstrap with another text: %v, want ErrAlreadyFounded", err)
 	}
 	free := newMember(t, a.ca, "b", "b-9").start(t, c.opts.RPC)
 	if err := free.Bootstrap(deadline(t, 15*time.Second), []byte(testSites), "x"); !errors.Is(err, ErrSeedKnows) && !errors.Is(err, agreed.ErrAlreadyFounded) && err != nil {
-		t.Errorf("bootstrap where a seed knows a cluster: %v", err)
+		t.Errorf("bootstrap with a seed that belongs to a cluster: %v", err)
 	}
 	if free.State().ClusterID != "" && free.State().ClusterID != a.State().ClusterID {
-		t.Error("a second cluster was founded beside a seed's")
+		t.Error("a second cluster was founded although a seed belongs to one")
 	}
 }
 
-func TestJoinIsRefusedInWords(t *testing.T) {
+func TestWaitingSaysWhyJoinIsRefused(t *testing.T) {
 	a, _, _ := threeMembers(t)
 	for _, tc := range []struct {
-		name, site, node, words string
-		ca                      *testCA
+		name, site, node, message string
+		ca                        *testCA
 	}{
 		{"an unknown site", "nowhere", "n-1", "the site is not in the configuration", a.ca},
-		{"a name taken by a living node", "b", "b-1", "the name is taken by a living node", a.ca},
+		{"the name of a running node", "b", "b-1", "the name is used by another node", a.ca},
 		{"another authority", "b", "b-2", "certificate", newTestCA(t, "test")},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newMember(t, tc.ca, tc.site, tc.node).start(t, a.opts.RPC)
-			eventually(t, "told why: "+tc.words, 20*time.Second, func() bool { return strings.Contains(n.Waiting(), tc.words) })
+			eventually(t, "Waiting contains: "+tc.message, 20*time.Second, func() bool { return strings.Contains(n.Waiting(), tc.message) })
 			t.Log(n.Waiting())
 			if n.Membership().ClusterID != "" {
-				t.Error("it joined")
+				t.Error("the node joined")
 			}
 		})
 	}
@@ -279,11 +280,11 @@ func TestMemberReturnsWithNewAddresses(t *testing.T) {
 	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
-	c.start(t) // no seeds: it remembers whom it knew
+	c.start(t) // without seeds: it uses the addresses in its member file
 	if c.opts.RPC == old {
-		t.Skip("the system gave the same port again")
+		t.Skip("the system assigned the same port again")
 	}
-	eventually(t, "c-1 caught up", 20*time.Second, func() bool { return c.State().Config.Version == 2 })
+	eventually(t, "c-1 has caught up", 20*time.Second, func() bool { return c.State().Config.Version == 2 })
 	for _, m := range []*member{a, b, c} {
 		eventually(t, m.name+" knows the new address", 20*time.Second, func() bool {
 			return m.State().Nodes["c-1"].RPC == c.opts.RPC && settled(m)
@@ -291,20 +292,19 @@ func TestMemberReturnsWithNewAddresses(t *testing.T) {
 	}
 }
 
-func TestAllStopAndStartInAnotherOrder(t *testing.T) {
+func TestAllMembersRestartInAnotherOrder(t *testing.T) {
 	a, b, c := threeMembers(t)
 	for _, m := range []*member{a, b, c} {
 		m.halt(t)
 	}
 	c.start(t)
 	if _, err := c.Propose(deadline(t, time.Second), agreed.CmdTick, nil); !errors.Is(err, ErrNoQuorum) {
-		t.Errorf("alone: %v, want ErrNoQuorum", err)
+		t.Errorf("propose without a quorum: %v, want ErrNoQuorum", err)
 	}
 	if !c.Cold() {
-		t.Error("a node that has seen no quorum is not cold")
+		t.Error("a restarted node without a lease is not cold")
 	}
-	// New ports for all, so the one that was up must be found by what the
-	// others remember or by what it asks of them.
+	// All members have new ports. The others find c-1 through the seed address.
 	addr := c.opts.RPC
 	a.start(t, addr)
 	b.start(t, addr)
@@ -313,13 +313,13 @@ func TestAllStopAndStartInAnotherOrder(t *testing.T) {
 	}
 }
 
-func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
+func TestRestartWithoutQuorumRestoresTheAgreedState(t *testing.T) {
 	a, b, c := threeMembers(t)
 	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 1, Text: testSites + "# two\n"}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "c-1 knows it", 5*time.Second, func() bool { return c.State().Config.Version == 2 })
-	eventually(t, "its snapshot holds raft's configuration", 20*time.Second, func() bool {
+	eventually(t, "c-1 has version 2", 5*time.Second, func() bool { return c.State().Config.Version == 2 })
+	eventually(t, "c-1's snapshot has raft's configuration", 20*time.Second, func() bool {
 		kept, err := c.snaps.List()
 		return err == nil && len(kept) > 0 && kept[0].Index >= c.fsm.configured.Load()
 	})
@@ -327,12 +327,12 @@ func TestAloneAfterARestartItServesWhatWasAgreed(t *testing.T) {
 		m.halt(t)
 	}
 	c.start(t)
-	eventually(t, "the configuration, without a quorum", 20*time.Second, func() bool {
+	eventually(t, "c-1 has version 2 without a quorum", 20*time.Second, func() bool {
 		s := c.State()
 		return s.Config.Version == 2 && s.Parsed != nil && len(s.Nodes) == 3
 	})
 	if left, _ := c.Lease(); left > 0 {
-		t.Error("alone, it holds a lease")
+		t.Error("c-1 holds a lease without a quorum")
 	}
 }
 
@@ -340,30 +340,30 @@ func TestLosingQuorumEndsTheLeaseAndKeepsTheState(t *testing.T) {
 	a, b, c := threeMembers(t)
 	b.halt(t)
 	c.halt(t)
-	eventually(t, "no lease", 20*time.Second, func() bool { left, _ := a.Lease(); return left <= 0 })
-	eventually(t, "no leadership", 20*time.Second, func() bool { _, leads := a.Leading(); return !leads })
+	eventually(t, "the lease ends", 20*time.Second, func() bool { left, _ := a.Lease(); return left <= 0 })
+	eventually(t, "the leadership ends", 20*time.Second, func() bool { _, leads := a.Leading(); return !leads })
 	eventually(t, "changes are refused", 20*time.Second, func() bool {
 		_, err := a.Propose(deadline(t, time.Second), agreed.CmdTick, nil)
 		return errors.Is(err, ErrNoQuorum)
 	})
 	v := a.Raft()
 	if v.Quorum || v.Since.IsZero() {
-		t.Errorf("quorum %v since %v, want none since a moment ago", v.Quorum, v.Since)
+		t.Errorf("quorum %v since %v, want no quorum and the time of its loss", v.Quorum, v.Since)
 	}
 	if a.State().Config.Version != 1 {
-		t.Error("the agreed state is gone")
+		t.Errorf("the agreed state has version %d, want 1", a.State().Config.Version)
 	}
 }
 
-func TestLeadershipMovesAndIsVerified(t *testing.T) {
+func TestTransferLeadership(t *testing.T) {
 	a, b, c := threeMembers(t)
 	for i, to := range []*member{b, c, a, c} {
 		from := []*member{a, b, c}[i%3]
 		if err := from.TransferLeadership(deadline(t, 10*time.Second), to.name); err != nil {
-			t.Fatalf("to %s: %v", to.name, err)
+			t.Fatalf("transfer to %s: %v", to.name, err)
 		}
 		if l, _ := to.leader(); l != to.name {
-			t.Errorf("%s says that %q leads", to.name, l)
+			t.Errorf("after the transfer to %s it reports %q as leader", to.name, l)
 		}
 	}
 	led := make(chan uint64, 8)
@@ -384,10 +384,10 @@ func TestLeadershipMovesAndIsVerified(t *testing.T) {
 		select {
 		case term := <-led:
 			if (term != 0) != (to == a) {
-				t.Errorf("after the move to %s the task saw term %d", to.name, term)
+				t.Errorf("after the transfer to %s the task of a-1 sent term %d", to.name, term)
 			}
 		case <-time.After(5 * time.Second):
-			t.Fatalf("no word after the move to %s", to.name)
+			t.Fatalf("after the transfer to %s the task of a-1 sent nothing", to.name)
 		}
 	}
 	cancel()
@@ -396,9 +396,9 @@ func TestLeadershipMovesAndIsVerified(t *testing.T) {
 	}
 }
 
-// A promotion that a leader decided has an effect in its term alone, whoever it
-// is handed to.
-func TestPromotionCountsInItsTermAlone(t *testing.T) {
+// A promotion that a leader decided is refused in any other term, whichever node proposes
+// it.
+func TestPromotionIsRefusedInAnotherTerm(t *testing.T) {
 	a, b, c := threeMembers(t)
 	if err := a.TransferLeadership(deadline(t, 10*time.Second), c.name); err != nil {
 		t.Fatal(err)
@@ -413,23 +413,23 @@ func TestPromotionCountsInItsTermAlone(t *testing.T) {
 		})
 		return err
 	}
-	for _, by := range []*member{b, c} { // passed on to the leader, and the leader's own
+	for _, by := range []*member{b, c} { // forwarded to the leader, and proposed by it
 		if err := promote(by, term-1); !errors.Is(err, agreed.ErrStaleTerm) {
-			t.Errorf("proposed by %s for the term before: %v", by.name, err)
+			t.Errorf("proposed by %s for the previous term: %v, want ErrStaleTerm", by.name, err)
 		}
 	}
 	if e := c.State().Primary.Epoch; e != 1 {
-		t.Fatalf("epoch %d", e)
+		t.Fatalf("the epoch is %d, want 1", e)
 	}
 	if err := promote(c, term); err != nil {
 		t.Fatal(err)
 	}
 	if p := c.State().Primary; p.Epoch != 2 || p.Site != "b" {
-		t.Errorf("primary %+v", p)
+		t.Errorf("the primary is %+v, want b with epoch 2", p)
 	}
 }
 
-func TestUnknownEntryEndsTheNodeInWords(t *testing.T) {
+func TestUnknownCommandEndsTheNode(t *testing.T) {
 	ca := newTestCA(t, "test")
 	a := newMember(t, ca, "a", "a-1").start(t)
 	if err := a.Bootstrap(deadline(t, 10*time.Second), []byte(testSites), "test"); err != nil {
@@ -442,9 +442,9 @@ func TestUnknownEntryEndsTheNodeInWords(t *testing.T) {
 	case err := <-a.ended:
 		a.stop = nil
 		if !errors.Is(err, agreed.ErrUnknownCommand) || !strings.Contains(fmt.Sprint(err), "upgrade") {
-			t.Errorf("ended with %v", err)
+			t.Errorf("Run ended with %v, want ErrUnknownCommand and a hint to upgrade", err)
 		}
 	case <-time.After(10 * time.Second):
-		t.Fatal("the node goes on with a state that is not the others'")
+		t.Fatal("Run did not end after a command of a newer version")
 	}
 }

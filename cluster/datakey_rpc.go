@@ -10,15 +10,14 @@ import (
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
-// OnCarried sets what answers a peer's question how many records of this node
-// are sealed with each data key, by the key's id; before Run.
+// OnCarried sets the function that counts this node's records by the id of the data
+// key that seals them. Call it before Run.
 func (c *Cluster) OnCarried(carried func(context.Context) (map[string]int64, error)) {
 	c.carried = carried
 }
 
-// Carried asks a node, which may be this one, how many of its records are sealed
-// with each data key, by the key's id. Keys that no record is sealed with may be
-// absent.
+// Carried asks a node, which may be this one, how many of its records are sealed with
+// each data key, by the key's id. Keys without records may be absent.
 func (c *Cluster) Carried(ctx context.Context, node string) (map[string]int64, error) {
 	if node == c.opts.Name {
 		return c.carried(ctx)
@@ -29,7 +28,7 @@ func (c *Cluster) Carried(ctx context.Context, node string) (map[string]int64, e
 	}
 	got, err := client.CarriedKeys(ctx, &clusterpb.CarriedKeysRequest{Format: rpcFormat})
 	if err != nil {
-		return nil, fmt.Errorf("ask %s which data keys it carries: %w", node, err)
+		return nil, fmt.Errorf("ask %s for its records by data key: %w", node, err)
 	}
 	if err := unrefuse(got.GetRefused()); err != nil {
 		return nil, err
@@ -41,7 +40,7 @@ func (c *Cluster) Carried(ctx context.Context, node string) (map[string]int64, e
 	return counts, nil
 }
 
-// CarriedKeys says what this node has sealed with which data key.
+// CarriedKeys returns how many of this node's records each data key seals.
 func (s *peerServer) CarriedKeys(ctx context.Context, _ *clusterpb.CarriedKeysRequest) (*clusterpb.CarriedKeysResponse, error) {
 	counts, err := s.c.carried(ctx)
 	if err != nil {

@@ -8,28 +8,28 @@ import (
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
-// What a proposal or a join can die of, besides the refusals in apply.go.
+// Errors of proposals and joins, besides the refusals of agreed.Apply.
 var (
 	ErrNotMember       = errors.New("this node belongs to no cluster yet: run dsnode bootstrap on the first node, or check its seeds")
 	ErrNoQuorum        = errors.New("no quorum")
 	ErrNotLeader       = errors.New("not the raft leader")
-	ErrLeadershipMoved = errors.New("the raft leader changed while the change was under way: it may or may not have been made, read again")
+	ErrLeadershipMoved = errors.New("the raft leader changed in the meantime: the change may or may not have been made, check before you repeat it")
 	ErrFeatureLevel    = errors.New("not every member supports this yet: upgrade all nodes first")
 	ErrQuarantined     = errors.New("this cluster restarted cold and has not yet compared generations with every site")
-	ErrDiskStalled     = errors.New("the disk under raft does not answer")
+	ErrDiskStalled     = errors.New("raft's disk does not respond")
 	ErrStopped         = errors.New("the node is stopping")
 
-	ErrNameTaken    = errors.New("the name is taken by a living node")
+	ErrNameTaken    = errors.New("the name is used by another node")
 	ErrUnknownSite  = errors.New("the site is not in the configuration")
 	ErrNodeRemoved  = errors.New("the node was removed from the cluster: wipe its data directory to join again")
-	ErrWrongCluster = errors.New("this cluster has another name")
-	ErrForeignNode  = errors.New("the certificate is another node's")
+	ErrWrongCluster = errors.New("the cluster has another name")
+	ErrForeignNode  = errors.New("the certificate is that of another node")
 	ErrSeedKnows    = errors.New("a seed already belongs to a cluster: this node will join that one")
-	ErrNewerPeer    = errors.New("the peer speaks a newer format")
+	ErrNewerPeer    = errors.New("the peer uses a newer format")
 )
 
-// wire gives the refusals that cross the rpc port a code, so that errors.Is
-// works on the far side as on the near one.
+// wire has a code for each refusal that is sent over the rpc port, so that errors.Is
+// works for the caller too.
 var wire = []struct {
 	code string
 	err  error
@@ -76,7 +76,7 @@ var wire = []struct {
 	{"still_member", agreed.ErrStillMember},
 }
 
-// refusal puts an expected error on the wire; nil for any other.
+// refusal encodes an error in wire; nil for any other.
 func refusal(err error) *clusterpb.Refusal {
 	for _, w := range wire {
 		if errors.Is(err, w.err) {
@@ -86,7 +86,7 @@ func refusal(err error) *clusterpb.Refusal {
 	return nil
 }
 
-// unrefuse is the error that refusal put on the wire.
+// unrefuse decodes the error that refusal encoded.
 func unrefuse(r *clusterpb.Refusal) error {
 	if r == nil {
 		return nil
@@ -96,10 +96,10 @@ func unrefuse(r *clusterpb.Refusal) error {
 			return &remoteError{sentinel: w.err, message: r.GetMessage()}
 		}
 	}
-	return fmt.Errorf("refused by peer (%s): %s", r.GetCode(), r.GetMessage())
+	return fmt.Errorf("the peer refused (%s): %s", r.GetCode(), r.GetMessage())
 }
 
-// remoteError keeps the peer's words and the sentinel's identity.
+// remoteError has the peer's message and wraps the sentinel.
 type remoteError struct {
 	sentinel error
 	message  string

@@ -12,15 +12,15 @@ import (
 	"testing"
 )
 
-// A follower passes a change on to the leader. Each refusal of the agreed state
-// must reach the proposer as the same sentinel, or its errors.Is misses.
-func TestRefusalsOfTheAgreedStateCrossTheWire(t *testing.T) {
+// A follower forwards a change to the leader. Each refusal of agreed.Apply must reach
+// the proposer as the same sentinel, so that errors.Is works.
+func TestAgreedRefusalsHaveWireCodes(t *testing.T) {
 	local := map[string]string{
-		"ErrUnknownCommand": "ends the node that meets it",
-		"ErrKeyMissing":     "about a client's request, never about a change",
-		"ErrKeyUnknown":     "about a client's request, never about a change",
-		"ErrKeyExpired":     "about a client's request, never about a change",
-		"ErrKeyRevoked":     "about a client's request, never about a change",
+		"ErrUnknownCommand": "ends the node that applies the command",
+		"ErrKeyMissing":     "refuses a client's request, not a command",
+		"ErrKeyUnknown":     "refuses a client's request, not a command",
+		"ErrKeyExpired":     "refuses a client's request, not a command",
+		"ErrKeyRevoked":     "refuses a client's request, not a command",
 	}
 	table, err := os.ReadFile("errors.go")
 	if err != nil {
@@ -46,7 +46,7 @@ func TestRefusalsOfTheAgreedStateCrossTheWire(t *testing.T) {
 			found++
 			row := strings.Contains(string(table), ", agreed."+name+"},")
 			if _, isLocal := local[name]; row == isLocal {
-				t.Errorf("%s in %s: row in wire %t, only used locally %t", name, file, row, isLocal)
+				t.Errorf("%s in %s: has a row in wire: %t, is used only locally: %t", name, file, row, isLocal)
 			}
 		}
 	}
@@ -59,15 +59,15 @@ func TestRefusalsKeepTheirSentinelAndMessage(t *testing.T) {
 	seen := map[string]bool{}
 	for _, row := range wire {
 		if seen[row.code] {
-			t.Errorf("code %q stands for two errors", row.code)
+			t.Errorf("code %q is used for two errors", row.code)
 		}
 		seen[row.code] = true
 		err := fmt.Errorf("node z: %w", row.err)
 		if back := unrefuse(refusal(err)); !errors.Is(back, row.err) || back.Error() != err.Error() {
-			t.Errorf("%s: %v became %v", row.code, err, back)
+			t.Errorf("%s: %v was decoded as %v", row.code, err, back)
 		}
 	}
 	if refusal(errors.New("unexpected")) != nil {
-		t.Error("an unexpected error became a refusal")
+		t.Error("an error without a row in wire was encoded")
 	}
 }

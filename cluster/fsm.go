@@ -15,33 +15,32 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// fsm holds the agreed state and tells who waits that it changed. Readers take
-// the pointer and never a lock.
+// fsm applies committed entries to the agreed state and notifies waiters of changes.
+// Readers load the state's pointer without a lock.
 type fsm struct {
 	log   *slog.Logger
-	fatal func(error) // an entry this version can't understand
+	fatal func(error) // called for an entry that this version does not support
 
 	state   atomic.Pointer[agreed.State]
 	applied atomic.Uint64 // raft index of the newest applied entry
 	ticked  atomic.Int64  // Boottime of the newest applied tick, 0: none since start
-	broken  atomic.Bool
-	// configured is the raft index of the newest committed configuration, 0
-	// before one was committed since the start.
+	broken  atomic.Bool   // after an entry that this version does not support
+	// configured is the raft index of the newest configuration committed since the
+	// start, 0 if there is none.
 	configured atomic.Uint64
 
-	mu      sync.Mutex // guards changed, moved
-	changed chan struct{}
-	moved   chan struct{}
+	mu       sync.Mutex    // guards changed, advanced
+	changed  chan struct{} // closes at the next change of the state
+	advanced chan struct{} // closes when the next entry is applied
 }
 
 func newFSM(log *slog.Logger, fatal func(error)) *fsm {
-	f := &fsm{log: log, fatal: fatal, changed: make(chan struct{}), moved: make(chan struct{})}
+	f := &fsm{log: log, fatal: fatal, changed: make(chan struct{}), advanced: make(chan struct{})}
 	f.state.Store(agreed.NewState())
 	return f
 }
 
-// Apply is raft's callback for each committed entry; its answer is nil or the
-// refusal.
+// Apply is raft's callback for each committed entry. It returns nil or the refusal.
 func (f *fsm) Apply(l *raft.Log) any {
 	defer f.advance(l.Index)
 	if f.broken.Load() {
@@ -72,8 +71,8 @@ func (f *fsm) Apply(l *raft.Log) any {
 	return nil
 }
 
-// StoreConfiguration is raft's callback for each committed configuration: the
-// only way to its index.
+// StoreConfiguration is raft's callback for each committed configuration, and the only
+// way to get its index.
 func (f *fsm) StoreConfiguration(index uint64, _ raft.Configuration) {
 	f.configured.Store(index)
 	f.advance(index)
@@ -86,15 +85,15 @@ func (f *fsm) stop(index uint64, err error) {
 	f.fatal(fmt.Errorf("raft entry %d: %w", index, err))
 }
 
-// publish makes next the state that readers see. The parsed configuration is
-// derived here, outside Apply: a parser may change between versions, the agreed
-// text may not.
+// publish makes next the state that readers see. It parses the configuration, which
+// agreed.Apply must not do: a parser may change between versions, so the results of
+// Apply could differ between nodes.
 func (f *fsm) publish(old, next *agreed.State) {
 	next.Parsed = old.Parsed
 	if next.Config.Text != old.Config.Text {
 		cfg, err := config.Parse("cluster.yaml", []byte(next.Config.Text))
 		if err != nil {
-			f.log.Error("the agreed configuration can't be read by this version; the one before stays in force",
+			f.log.Error("this version can't parse the agreed configuration; the previous one stays in effect",
 				"version", next.Config.Version, "err", err)
 		} else {
 			next.Parsed = cfg
@@ -107,27 +106,27 @@ func (f *fsm) publish(old, next *agreed.State) {
 	f.mu.Unlock()
 }
 
-// advance wakes those who wait for an index.
+// advance sets the applied index and wakes the waiters for it.
 func (f *fsm) advance(index uint64) {
 	f.applied.Store(index)
 	f.mu.Lock()
-	close(f.moved)
-	f.moved = make(chan struct{})
+	close(f.advanced)
+	f.advanced = make(chan struct{})
 	f.mu.Unlock()
 }
 
-// watch gives a channel that closes at the next change of the state.
+// watch returns a channel that closes at the next change of the state.
 func (f *fsm) watch() <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.changed
 }
 
-// movement gives a channel that closes when the next entry is applied.
-func (f *fsm) movement() <-chan struct{} {
+// watchApplied returns a channel that closes when the next entry is applied.
+func (f *fsm) watchApplied() <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.moved
+	return f.advanced
 }
 
 // Snapshot is raft's callback; the state is immutable, so it costs nothing.
@@ -135,10 +134,10 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	return stateSnapshot{state: f.state.Load()}, nil
 }
 
-// maxStateBytes bounds a restore: far above what the bounds in apply.go allow.
+// maxStateBytes bounds a restore, far above what the bounds in agreed/apply.go allow.
 const maxStateBytes = 64 << 20
 
-// Restore is raft's callback with a snapshot, our own or the leader's.
+// Restore is raft's callback with a snapshot, this node's or the leader's.
 func (f *fsm) Restore(r io.ReadCloser) error {
 	defer func() { _ = r.Close() }() // read only; nothing to lose
 	b, err := io.ReadAll(io.LimitReader(r, maxStateBytes+1))
@@ -161,7 +160,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 
 type stateSnapshot struct{ state *agreed.State }
 
-// Persist writes the state; the sink seals it.
+// Persist writes the state; the sink encrypts it.
 func (s stateSnapshot) Persist(sink raft.SnapshotSink) error {
 	b, err := s.state.Encode()
 	if err == nil {
@@ -173,5 +172,5 @@ func (s stateSnapshot) Persist(sink raft.SnapshotSink) error {
 	return sink.Close()
 }
 
-// Release has nothing to release.
+// Release implements raft.FSMSnapshot.
 func (s stateSnapshot) Release() {}

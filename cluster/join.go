@@ -2,26 +2,22 @@ package cluster
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
-	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 const (
 	joinTimeout   = 5 * time.Second
 	joinRetry     = 500 * time.Millisecond
-	aliveTimeout  = time.Second
+	probeTimeout  = time.Second
 	announceRetry = time.Second
-	rememberEvery = 2 * time.Second
 )
 
 func infoOf(n agreed.Node) *clusterpb.NodeInfo {
@@ -42,33 +38,33 @@ func nodeOf(i *clusterpb.NodeInfo) agreed.Node {
 	}
 }
 
-// awaitMembership returns once this node belongs to a cluster: it did before,
-// somebody bootstraps it, or a seed lets it in.
+// awaitMembership returns when this node belongs to a cluster: from an earlier run, by
+// Bootstrap, or by joining through a seed.
 func (c *Cluster) awaitMembership(ctx context.Context) error {
 	if c.member.Load() != nil {
 		return nil
 	}
 	retry := time.NewTicker(joinRetry)
 	defer retry.Stop()
-	said := ""
+	lastLogged := ""
 	for {
 		for _, seed := range c.opts.Seeds {
 			m, err := c.joinThrough(ctx, seed)
 			if err == nil {
-				c.log.Info("joined", "cluster", m.Name, "cluster_id", m.ClusterID, "generation", m.Generation.Number, "through", seed)
+				c.log.Info("joined the cluster", "cluster", m.Name, "cluster_id", m.ClusterID, "generation", m.Generation.Number, "through", seed)
 				return nil
 			}
 			if errors.Is(err, ErrNotMember) || ctx.Err() != nil {
-				continue // a seed that waits like us
+				continue // the seed belongs to no cluster either
 			}
 			if errors.Is(err, agreed.ErrOperatorKey) {
-				return err // no wait helps; a person must look
+				return err // retrying can't help; an operator must correct the key
 			}
-			words := fmt.Sprintf("seed %s: %v", seed, err)
-			c.waiting.Store(&words)
-			if words != said {
-				said = words
-				c.log.Warn("not joined", "seed", seed, "err", err)
+			message := fmt.Sprintf("seed %s: %v", seed, err)
+			c.waiting.Store(&message)
+			if message != lastLogged {
+				lastLogged = message
+				c.log.Warn("could not join the cluster, retrying", "seed", seed, "err", err)
 			}
 		}
 		select {
@@ -91,7 +87,7 @@ func (c *Cluster) becomeMember(m memberFile) error {
 		return err
 	}
 	for _, n := range m.Nodes {
-		c.book.learn(n)
+		c.book.recordIndirect(n)
 	}
 	c.member.Store(&m)
 	c.waiting.Store(nil)
@@ -99,18 +95,18 @@ func (c *Cluster) becomeMember(m memberFile) error {
 	return nil
 }
 
-// dialSeed gives a client for an address whose node isn't known by name.
+// dialSeed returns a client for an address whose node's name is unknown.
 func (c *Cluster) dialSeed(addr string) (clusterpb.PeerClient, func(), error) {
 	conn, err := c.mesh.SeedConn(addr)
 	if err != nil {
 		return nil, nil, fmt.Errorf("connect to %s: %w", addr, err)
 	}
-	return clusterpb.NewPeerClient(conn), func() { _ = conn.Close() }, nil // nothing is under way on it
+	return clusterpb.NewPeerClient(conn), func() { _ = conn.Close() }, nil // no call is in progress by then
 }
 
-// reachable dials once, so that a refusal at the preface keeps its words, which
-// grpc would bury in its own.
-func (c *Cluster) reachable(ctx context.Context, addr string) error {
+// tryDial dials once without gRPC, whose errors would hide the reason of a refusal at
+// the preface.
+func (c *Cluster) tryDial(ctx context.Context, addr string) error {
 	conn, err := c.mesh.DialAddr(ctx, mesh.KindGRPC, addr)
 	if err != nil {
 		return err
@@ -121,7 +117,7 @@ func (c *Cluster) reachable(ctx context.Context, addr string) error {
 func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, error) {
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
-	if err := c.reachable(ctx, seed); err != nil {
+	if err := c.tryDial(ctx, seed); err != nil {
 		return memberFile{}, err
 	}
 	client, done, err := c.dialSeed(seed)
@@ -155,8 +151,8 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	return m, c.becomeMember(m)
 }
 
-// join admits n: on the leader by agreement, elsewhere by asking the leader. A
-// fresh one has nothing on its disk.
+// join admits n: the leader commits it, other nodes forward to the leader. A fresh node
+// has no state on its disk.
 func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool) (*clusterpb.JoinResponse, error) {
 	if c.raft.Load() == nil {
 		return nil, ErrNotMember
@@ -174,12 +170,12 @@ func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool
 		}
 		return client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(n), Fresh: fresh, Forwarded: true})
 	}
-	if err := c.mayJoin(ctx, n); err != nil {
+	if err := c.checkJoin(ctx, n); err != nil {
 		c.log.Warn("join refused", "node", n.Name, "site", n.Site, "err", err)
 		return nil, err
 	}
 	if fresh {
-		if err := c.disenfranchise(n.Name); err != nil {
+		if err := c.demoteRejoiner(n.Name); err != nil {
 			return nil, err
 		}
 	}
@@ -200,8 +196,8 @@ func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool
 	return resp, nil
 }
 
-// mayJoin refuses what would break the cluster.
-func (c *Cluster) mayJoin(ctx context.Context, n agreed.Node) error {
+// checkJoin returns an error if n can't join.
+func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 	s := c.State()
 	if s.ClusterID == "" {
 		return ErrNotMember
@@ -224,15 +220,17 @@ func (c *Cluster) mayJoin(ctx context.Context, n agreed.Node) error {
 	if old.Site != n.Site {
 		return fmt.Errorf("%w: %s is a node of site %s; remove it there first with dsnode node remove", ErrNameTaken, n.Name, old.Site)
 	}
-	if instance, alive := c.aliveAt(ctx, old.RPC); alive && instance == old.Instance && instance != n.Instance {
+	if instance, alive := c.instanceAt(ctx, old.RPC); alive && instance == old.Instance && instance != n.Instance {
 		return fmt.Errorf("%w: %s runs at %s since %s; stop it, or give the new node another name", ErrNameTaken, n.Name, old.RPC, old.StartedAt.Format(time.RFC3339))
 	}
 	return nil
 }
 
-// aliveAt asks whoever listens at addr for its instance.
-func (c *Cluster) aliveAt(ctx context.Context, addr string) (string, bool) {
-	ctx, cancel := context.WithTimeout(ctx, aliveTimeout)
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// instanceAt asks the node at addr for its instance.
+func (c *Cluster) instanceAt(ctx context.Context, addr string) (string, bool) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	client, done, err := c.dialSeed(addr)
 	if err != nil {
@@ -246,125 +244,12 @@ func (c *Cluster) aliveAt(ctx context.Context, addr string) (string, bool) {
 	return got.GetNode().GetInstance(), true
 }
 
-// Bootstrap founds a cluster with this node as its first. Repeating it with the
-// same configuration is fine; it is refused when this node or a seed already
-// belongs to a cluster.
-func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) error {
-	cfg, err := config.Parse("cluster.yaml", text)
-	if err != nil {
-		return err
-	}
-	if _, known := cfg.Sites[c.opts.Site]; !known {
-		return fmt.Errorf("%w: this node's site %q; known: %v", ErrUnknownSite, c.opts.Site, sortedKeys(cfg.Sites))
-	}
-	hash := HashConfig(text)
-	if s := c.State(); s.ClusterID != "" {
-		return sameCluster(s, hash)
-	}
-	m := c.member.Load()
-	if m == nil {
-		if m, err = c.found(ctx, cfg); err != nil {
-			return err
-		}
-	}
-	// From here on a crash is cured by repeating the call: raft is founded, and
-	// only the first entry may be missing.
-	if err := c.waitLeader(ctx, c.opts.Name); err != nil {
-		return fmt.Errorf("bootstrap: %w", err)
-	}
-	if s := c.State(); s.ClusterID != "" {
-		return sameCluster(s, hash)
-	}
-	_, err = c.Propose(ctx, agreed.CmdInit, agreed.Init{
-		ClusterID: m.ClusterID, Name: m.Name, Generation: m.Generation, Node: c.self(),
-		Config: agreed.ConfigVersion{Hash: hash, Author: author, Text: string(text)},
-	})
-	if errors.Is(err, agreed.ErrAlreadyFounded) {
-		return sameCluster(c.State(), hash)
-	}
-	return err
-}
-
-// HashConfig is the SHA-256 of a configuration's text, in hex.
-func HashConfig(text []byte) string {
-	h := sha256.Sum256(text)
-	return hex.EncodeToString(h[:])
-}
-
-func sameCluster(s *agreed.State, hash string) error {
-	if s.Config.Hash == hash {
-		return nil
-	}
-	for _, old := range s.History {
-		if old.Version == 1 && old.Hash == hash {
-			return nil
-		}
-	}
-	return fmt.Errorf("%w, with another configuration: change it with dsnode config apply", agreed.ErrAlreadyFounded)
-}
-
-// found makes the membership of a new cluster and gives it to Run, which saves
-// it and bootstraps raft's stores.
-func (c *Cluster) found(ctx context.Context, cfg *config.Config) (*memberFile, error) {
-	for _, seed := range c.opts.Seeds {
-		sctx, cancel := context.WithTimeout(ctx, aliveTimeout)
-		err := c.seedIsFree(sctx, seed)
-		cancel()
-		if err != nil {
-			return nil, err
-		}
-	}
-	c.founding.Lock()
-	defer c.founding.Unlock()
-	if m := c.member.Load(); m != nil {
-		return nil, fmt.Errorf("%w: this node joined %q a moment ago", agreed.ErrAlreadyFounded, m.Name)
-	}
-	var id, generation [16]byte
-	_, _ = rand.Read(id[:]) // never fails
-	_, _ = rand.Read(generation[:])
-	m := memberFile{
-		ClusterID: hex.EncodeToString(id[:]), Name: c.opts.ClusterName,
-		Generation:  agreed.Generation{Number: 1, ID: hex.EncodeToString(generation[:])},
-		HeartbeatMS: cfg.Timing.Heartbeat.D().Milliseconds(),
-		Nodes:       []agreed.Node{c.self()}, Founder: true,
-	}
-	select {
-	case c.founded <- m:
-		c.foundedNow.Store(true)
-		return &m, nil
-	default:
-		return nil, fmt.Errorf("%w: another bootstrap is under way", agreed.ErrAlreadyFounded)
-	}
-}
-
-// seedIsFree refuses when a seed answers for a cluster. One that does not
-// answer can't be asked, and must not block the first node of all.
-func (c *Cluster) seedIsFree(ctx context.Context, seed string) error {
-	client, done, err := c.dialSeed(seed)
-	if err != nil {
-		return nil
-	}
-	defer done()
-	_, err = client.Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
-	if err != nil {
-		return nil
-	}
-	got, err := client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(c.self())})
-	if err != nil {
-		return nil
-	}
-	if err := unrefuse(got.GetRefused()); errors.Is(err, ErrNotMember) {
-		return nil
-	}
-	return fmt.Errorf("%w (%s)", ErrSeedKnows, seed)
-}
-
-// announce tells the cluster this process's addresses, version and instance
-// until the agreed state has them.
+// announce proposes this process's addresses, version and instance until the agreed
+// state has them. While there is no leader it also pings the seeds.
 func (c *Cluster) announce(ctx context.Context) error {
 	retry := time.NewTicker(announceRetry)
 	defer retry.Stop()
-	said := ""
+	lastLogged := ""
 	for {
 		changed := c.Changed()
 		me := c.self()
@@ -377,13 +262,13 @@ func (c *Cluster) announce(ctx context.Context) error {
 			if err == nil {
 				err = unrefuse(resp.GetRefused())
 			}
-			if err != nil && ctx.Err() == nil && err.Error() != said {
-				said = err.Error()
-				c.log.Warn("the cluster does not know this node's addresses yet", "err", err)
+			if err != nil && ctx.Err() == nil && err.Error() != lastLogged {
+				lastLogged = err.Error()
+				c.log.Warn("could not announce this node's addresses, retrying", "err", err)
 			}
 		}
 		if leader, _ := c.leader(); leader == "" {
-			c.meetSeeds(ctx)
+			c.pingSeeds(ctx)
 		}
 		select {
 		case <-ctx.Done():
@@ -394,77 +279,33 @@ func (c *Cluster) announce(ctx context.Context) error {
 	}
 }
 
-// meetSeeds exchanges addresses with the seeds. A member needs them only when
-// every address that it remembers is stale, as after a restart of everything
-// elsewhere.
-func (c *Cluster) meetSeeds(ctx context.Context) {
+// pingSeeds exchanges addresses with the seeds. A member needs them only if all
+// addresses in its member file are out of date, as after all other nodes restarted with
+// new addresses.
+func (c *Cluster) pingSeeds(ctx context.Context) {
 	for _, seed := range c.opts.Seeds {
 		client, done, err := c.dialSeed(seed)
 		if err != nil {
 			continue
 		}
-		sctx, cancel := context.WithTimeout(ctx, aliveTimeout)
+		sctx, cancel := context.WithTimeout(ctx, probeTimeout)
 		got, err := client.Ping(sctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
 		cancel()
 		done()
-		if err == nil && c.knows(got.GetNode().GetName()) {
-			c.book.heard(nodeOf(got.GetNode()))
+		if err == nil && c.isMember(got.GetNode().GetName()) {
+			c.book.recordDirect(nodeOf(got.GetNode()))
 		}
 	}
 }
 
-// knows reports whether a node is a member, as agreed or, before this node has
-// learnt the agreed state, as remembered.
-func (c *Cluster) knows(name string) bool {
+// isMember reports whether a node is a member: by the agreed state or, before this
+// node has it, by the address book.
+func (c *Cluster) isMember(name string) bool {
 	s := c.State()
 	if s.ClusterID != "" {
 		_, member := s.Nodes[name]
 		return member
 	}
-	_, remembered := c.book.node(name)
-	return remembered
-}
-
-// remember keeps the member file's list of nodes up to date, for the next start.
-func (c *Cluster) remember(ctx context.Context) error {
-	tick := time.NewTicker(rememberEvery)
-	defer tick.Stop()
-	for {
-		changed := c.Changed()
-		if err := c.rememberNow(); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return c.rememberNow()
-		case <-changed:
-		case <-tick.C:
-		}
-	}
-}
-
-func (c *Cluster) rememberNow() error {
-	s, m := c.State(), *c.member.Load()
-	if s.ClusterID == "" {
-		return nil
-	}
-	nodes := make([]agreed.Node, 0, len(s.Nodes))
-	for name, n := range s.Nodes {
-		if known, ok := c.book.node(name); ok && known.StartedAt.After(n.StartedAt) {
-			known.JoinedAt = n.JoinedAt
-			n = known
-		}
-		nodes = append(nodes, n)
-	}
-	slices.SortFunc(nodes, func(a, b agreed.Node) int { return compareStrings(a.Name, b.Name) })
-	if !m.Founder && slices.Equal(nodes, m.Nodes) {
-		return nil
-	}
-	m.Nodes, m.Founder = nodes, false
-	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
-		c.log.Warn("membership not saved; the next start knows older addresses", "err", err)
-		return nil
-	}
-	c.member.Store(&m)
-	return nil
+	_, known := c.book.node(name)
+	return known
 }

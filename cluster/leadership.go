@@ -14,25 +14,25 @@ import (
 	"github.com/dsnode/dsnode/cluster/clock"
 )
 
-// Leadership is an unbroken time of leading raft, seen from inside: it begins
-// with the first commit and ends, with its context, when raft steps down or no
-// tick was committed for a lease's length.
+// Leadership is a period in which this node leads raft and commits ticks. It begins
+// with the first commit. It ends, and its context with it, when raft steps down or when
+// no tick was committed for the length of a lease.
 type Leadership struct {
 	Term        uint64
 	FirstCommit time.Duration // Boottime
 }
 
-// leadershipBoard tells waiters that leadership began.
-type leadershipBoard struct {
-	mu    sync.Mutex // guards what follows
+// leadershipState has the current leadership and notifies waiters when one begins.
+type leadershipState struct {
+	mu    sync.Mutex // guards the fields below
 	now   *Leadership
 	ctx   context.Context
 	begun chan struct{}
 }
 
-func (b *leadershipBoard) init() { b.begun = make(chan struct{}) }
+func (b *leadershipState) init() { b.begun = make(chan struct{}) }
 
-func (b *leadershipBoard) begin(ctx context.Context, l Leadership) {
+func (b *leadershipState) begin(ctx context.Context, l Leadership) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.now, b.ctx = &l, ctx
@@ -40,7 +40,7 @@ func (b *leadershipBoard) begin(ctx context.Context, l Leadership) {
 	b.begun = make(chan struct{})
 }
 
-func (b *leadershipBoard) current() (*Leadership, context.Context, <-chan struct{}) {
+func (b *leadershipState) current() (*Leadership, context.Context, <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ctx != nil && b.ctx.Err() != nil {
@@ -49,7 +49,7 @@ func (b *leadershipBoard) current() (*Leadership, context.Context, <-chan struct
 	return b.now, b.ctx, b.begun
 }
 
-// Leading gives the present leadership, false when this node has none.
+// Leading returns the current leadership, false if this node does not lead.
 func (c *Cluster) Leading() (Leadership, bool) {
 	l, _, _ := c.leadership.current()
 	if l == nil {
@@ -58,8 +58,9 @@ func (c *Cluster) Leading() (Leadership, bool) {
 	return *l, true
 }
 
-// WhileLeader runs task each time this node leads, with a context that ends
-// with the leadership, and blocks until ctx ends. A task that fails ends it.
+// WhileLeader runs task in each leadership of this node, with a context that ends with
+// the leadership, until ctx ends. It returns early with the error of a task that failed
+// while its leadership lasted.
 func (c *Cluster) WhileLeader(ctx context.Context, task func(context.Context, Leadership) error) error {
 	for {
 		l, lctx, begun := c.leadership.current()
@@ -83,7 +84,7 @@ func (c *Cluster) WhileLeader(ctx context.Context, task func(context.Context, Le
 			if err != nil {
 				return err
 			}
-			// The task is done before its time; wait for the next leadership.
+			// The task has ended before its leadership: wait for the next one.
 			select {
 			case <-ctx.Done():
 				return nil
@@ -93,25 +94,24 @@ func (c *Cluster) WhileLeader(ctx context.Context, task func(context.Context, Le
 	}
 }
 
-// leadLoop notices leadership and ticks through it, until ctx ends.
+// leadLoop calls lead whenever raft makes this node the leader, until ctx ends.
 func (c *Cluster) leadLoop(ctx context.Context) error {
-	// raft's own channel says that something changed, not what: it drops all but
-	// the newest value, so the state is read. The ticker is for the case that it
-	// once says nothing.
-	tick := time.NewTimer(0)
-	defer tick.Stop()
+	// raft's LeaderCh keeps only its newest value, so it is used as a notification
+	// and the state is read from raft. The timer covers a missed notification.
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
 		for ctx.Err() == nil && c.raft.Load().State() == raft.Leader {
 			if err := c.lead(ctx); err != nil {
 				return err
 			}
 		}
-		tick.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+		timer.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-c.raft.Load().LeaderCh():
-		case <-tick.C:
+		case <-timer.C:
 		}
 	}
 }
@@ -121,12 +121,12 @@ type tickResult struct {
 	err      error
 }
 
-// refusedTooLong is after how long of refused ticks a leader is taken for
-// wedged: a failed transfer can leave one that refuses all writes for ever
-// (hashicorp/raft #696). Only a restart helps.
+// refusedTooLong is how long a leader may refuse ticks before this node stops: after a
+// failed transfer a leader can refuse all writes until it is restarted (hashicorp/raft
+// #696).
 const refusedTooLong = 10 * time.Second
 
-// maxTicks bounds the ticks whose commit is awaited.
+// maxTicks bounds the ticks that wait for their commit.
 const maxTicks = 8
 
 // lead commits ticks until raft steps down.
@@ -139,7 +139,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 		results    = make(chan tickResult, maxTicks)
 		pending    = 0
 		lastCommit time.Duration
-		refused    time.Duration // since when ticks are refused, 0: they are not
+		refused    time.Duration // since when ticks have been refused; 0: they are not
 		leading    = false
 		end        = func() {} // ends the leadership's context
 	)
@@ -150,12 +150,12 @@ func (c *Cluster) lead(ctx context.Context) error {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	tick := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
-	defer tick.Stop()
-	overdue := time.NewTimer(0) // fires a lease's length after the newest commit
-	defer overdue.Stop()
+	timer := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+	defer timer.Stop()
+	leaseEnd := time.NewTimer(0) // fires a lease's length after the newest committed tick
+	defer leaseEnd.Stop()
 	propose := func() {
-		if pending >= maxTicks || c.yielding.Load() || (lastCommit == 0 && c.holdStill()) {
+		if pending >= maxTicks || c.transferring.Load() || (lastCommit == 0 && c.checkQuarantine()) {
 			return
 		}
 		pending++
@@ -164,7 +164,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	propose()
 	for r.State() == raft.Leader && r.CurrentTerm() == term {
 		if leading && clock.Boottime()-lastCommit > c.Timing().Lease {
-			// Still raft's leader by name, but without proof of a quorum.
+			// Raft still reports this node as leader, but no quorum has confirmed it.
 			leading = false
 			end()
 			c.log.Warn("leadership suspended: no tick was committed for a lease's length", "term", term)
@@ -173,9 +173,9 @@ func (c *Cluster) lead(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-r.LeaderCh():
-		case <-overdue.C:
-		case <-tick.C:
-			tick.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+		case <-leaseEnd.C:
+		case <-timer.C:
+			timer.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
 			propose()
 		case <-c.committed:
 			propose()
@@ -186,19 +186,19 @@ func (c *Cluster) lead(ctx context.Context) error {
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
-				overdue.Reset(max(0, lastCommit+c.Timing().Lease-clock.Boottime()) + time.Millisecond)
+				leaseEnd.Reset(max(0, lastCommit+c.Timing().Lease-clock.Boottime()) + time.Millisecond)
 				if !leading && clock.Boottime()-lastCommit <= c.Timing().Lease {
 					lctx, cancelLeading := context.WithCancel(ctx)
 					leading, end = true, cancelLeading
 					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: clock.Boottime()})
-					c.log.Info("raft leadership begins", "term", term)
+					c.log.Info("raft leadership began", "term", term)
 				}
 			case errors.Is(res.err, raft.ErrLeadershipTransferInProgress):
 				if refused == 0 {
 					refused = clock.Boottime()
 				}
 				if clock.Boottime()-refused > refusedTooLong {
-					return fmt.Errorf("raft refuses all writes %s after a leadership transfer: stopping, a restart cures it", refusedTooLong)
+					return fmt.Errorf("raft has refused all writes for %s after a leadership transfer: this node stops and must be restarted", refusedTooLong)
 				}
 			}
 		}
@@ -206,11 +206,12 @@ func (c *Cluster) lead(ctx context.Context) error {
 	return nil
 }
 
-// holdStill asks for the quarantine and logs when the answer changes. A
-// majority that was replaced by a recovery while it was down would, coming back
-// together, elect a leader in its old generation; without ticks it gives no
-// lease and changes nothing until somebody who would know was asked.
-func (c *Cluster) holdStill() bool {
+// checkQuarantine calls Options.Quarantined and logs changes of its result. If a
+// majority was down while the cluster was recovered without it, it would elect a leader
+// of its old generation when it restarts. While quarantined, that leader commits no
+// ticks, so no node gets a lease, and it refuses changes, until it has compared
+// generations with the other sites.
+func (c *Cluster) checkQuarantine() bool {
 	if c.opts.Quarantined == nil {
 		return false
 	}
@@ -220,17 +221,17 @@ func (c *Cluster) holdStill() bool {
 	case !quarantined:
 		if before != nil {
 			c.quarantine.Store(nil)
-			c.log.Info("quarantine ended", "because", why)
+			c.log.Info("quarantine ended", "reason", why)
 		}
 		return false
 	case before == nil || *before != why:
 		c.quarantine.Store(&why)
-		c.log.Warn("quarantined: this majority restarted cold", "why", why)
+		c.log.Warn("quarantined: this majority restarted cold", "reason", why)
 	}
 	return true
 }
 
-// tick commits one entry; the time counts from before it was proposed.
+// tick commits a tick. The result has the time from before it was proposed.
 func (c *Cluster) tick(r *raft.Raft) tickResult {
 	res := tickResult{proposed: clock.Boottime()}
 	cmd, err := agreed.NewCommand(agreed.CmdTick, time.Now(), nil)
@@ -244,15 +245,15 @@ func (c *Cluster) tick(r *raft.Raft) tickResult {
 	return res
 }
 
-// Times of a leadership transfer: each step has its deadline.
+// Timeouts of the two steps of a leadership transfer.
 const (
 	transferTimeout = 5 * time.Second
 	canaryTimeout   = 3 * time.Second
 )
 
-// TransferLeadership moves raft's leadership to a voter and checks that it went
-// there: the future of raft's own transfer is nil even when another node won.
-// It may be called on any node.
+// TransferLeadership transfers raft's leadership to a voter and verifies the new leader:
+// raft's own transfer returns no error even if another node was elected. It may be
+// called on any node.
 func (c *Cluster) TransferLeadership(ctx context.Context, to string) error {
 	ctx, cancel := context.WithTimeout(ctx, transferTimeout+canaryTimeout)
 	defer cancel()
@@ -267,34 +268,34 @@ func (c *Cluster) TransferLeadership(ctx context.Context, to string) error {
 			return err
 		}
 	default:
-		if err := c.askToYield(ctx, leader, to); err != nil {
+		if err := c.requestYield(ctx, leader, to); err != nil {
 			return err
 		}
 	}
-	// A canary entry: raft can name a leader that refuses writes.
+	// Commit a canary entry: the new leader may refuse writes.
 	cctx, cancelCanary := context.WithTimeout(ctx, canaryTimeout)
 	defer cancelCanary()
 	if err := c.waitLeader(cctx, to); err != nil {
 		return err
 	}
 	if _, err := c.Propose(cctx, agreed.CmdTick, nil); err != nil {
-		return fmt.Errorf("leadership went to %s, but it takes no entries: %w", to, err)
+		return fmt.Errorf("leadership was transferred to %s, but it does not commit entries: %w", to, err)
 	}
 	return nil
 }
 
-// yield is the leader's part of a transfer.
+// yield is the leader's part of TransferLeadership.
 func (c *Cluster) yield(ctx context.Context, to string) error {
 	r := c.raft.Load()
 	if r == nil || r.State() != raft.Leader {
 		return ErrNotLeader
 	}
-	// No tick while leadership moves, so no lease is granted by a leader that
-	// is about to be another.
-	if !c.yielding.CompareAndSwap(false, true) {
-		return fmt.Errorf("transfer to %s: another transfer is under way: %w", to, ErrNotLeader)
+	// Commit no ticks during the transfer, so that this leader extends no lease while
+	// another node may become leader.
+	if !c.transferring.CompareAndSwap(false, true) {
+		return fmt.Errorf("transfer leadership to %s: another transfer is in progress: %w", to, ErrNotLeader)
 	}
-	defer c.yielding.Store(false)
+	defer c.transferring.Store(false)
 	term := r.CurrentTerm()
 	done := make(chan error, 1)
 	go func() { done <- r.LeadershipTransferToServer(raft.ServerID(to), raft.ServerAddress(to)).Error() }()
@@ -306,17 +307,18 @@ func (c *Cluster) yield(ctx context.Context, to string) error {
 	case <-ctx.Done():
 		return fmt.Errorf("transfer leadership to %s: %w", to, ctx.Err())
 	}
-	// Not longer than anybody else leads: should that be this node again, it has
-	// ticks to commit.
+	// If another node or this one is elected instead, return at once: this node may
+	// have to commit ticks again.
 	return c.waitSuccessor(ctx, to, term)
 }
 
-// waitLeader waits until this node sees want lead.
+// waitLeader waits until this node knows want as the leader.
 func (c *Cluster) waitLeader(ctx context.Context, want string) error {
 	return c.waitSuccessor(ctx, want, math.MaxUint64)
 }
 
-// waitSuccessor gives up when it sees another lead in a later term than after.
+// waitSuccessor is waitLeader, but fails when another node leads in a term later than
+// after.
 func (c *Cluster) waitSuccessor(ctx context.Context, want string, after uint64) error {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -325,21 +327,21 @@ func (c *Cluster) waitSuccessor(ctx context.Context, want string, after uint64) 
 		if leader == want {
 			return nil
 		}
-		// While it steps down, raft names itself in a term that is another's.
+		// While this node steps down, raft reports it as leader of the new term.
 		other := leader != "" && (leader != c.opts.Name || c.raft.Load().State() == raft.Leader)
 		if other && term > after {
-			return fmt.Errorf("leadership went to %s in term %d, not to %s: %w", leader, term, want, ErrLeadershipMoved)
+			return fmt.Errorf("%s became leader in term %d, not %s: %w", leader, term, want, ErrLeadershipMoved)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("leadership is with %q, not with %s: %w", leader, want, ctx.Err())
+			return fmt.Errorf("the leader is %q, not %s: %w", leader, want, ctx.Err())
 		case <-tick.C:
 		}
 	}
 }
 
-// handOver gives leadership away before this node stops, so that its end is no
-// election. Failure is no harm: the others elect.
+// handOver transfers leadership before this node stops, which avoids the delay of an
+// election. If it fails, the other nodes elect a leader.
 func (c *Cluster) handOver(ctx context.Context) {
 	r := c.raft.Load()
 	if r == nil || r.State() != raft.Leader {
@@ -352,13 +354,13 @@ func (c *Cluster) handOver(ctx context.Context) {
 		return
 	}
 	if err := c.yield(ctx, to); err != nil {
-		c.log.Warn("leadership was not handed over; the others elect", "to", to, "err", err)
+		c.log.Warn("could not transfer leadership before stopping; the other nodes elect a leader", "to", to, "err", err)
 		return
 	}
-	c.log.Info("leadership handed over", "to", to)
+	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that was heard last, of the own site if there is one.
+// successor is the voter that answered a ping most recently, preferably of this site.
 func (c *Cluster) successor() string {
 	best, bestAgo, bestNear := "", c.Timing().Patience, false
 	peers := c.Peers()

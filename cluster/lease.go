@@ -8,34 +8,34 @@ import (
 	"github.com/dsnode/dsnode/cluster/clock"
 )
 
-// lease is this node's knowledge that a quorum was alive a moment ago. It is
-// not granted to anybody in particular: whoever knows of a recently committed
-// tick knows that no other leader can have promoted anybody yet, because a new
-// leader waits 1.1 L after its own first commit.
+// lease is the time for which this node knows that no new leader can have promoted a
+// site: a new leader waits 1.1 L after its first commit, and a recently committed tick
+// shows that a quorum still followed the old leader. No node is the grantee of a lease:
+// every node that learns of the tick, from any peer, holds one.
 //
-// It carries the highest epoch known along its way. So a node of the old primary
-// that still gets a lease, through whatever chain of peers, from a tick after a
-// promotion learns of the promotion with it; and leases from ticks before the
-// promotion have ended 1.1 L after it, which is how long the new primary waits
-// before it acts. That is the whole proof that two sites never act at once.
+// A lease carries the highest epoch known to all nodes that passed it on. So a node of
+// the old primary that gets a lease from a tick after a promotion learns of the promotion
+// with it, through any chain of peers. Leases from ticks before the promotion end within
+// 1.1 L of it, and the new primary waits that long before it acts. So two sites never act
+// as primary at the same time.
 //
-// The ownership of job streams is fenced in the same way, by the index of its
-// newest change (State.Ownership): who holds a lease from after a change knows
-// that there was one, and an adopter waits 1.1 L before it starts anything.
+// The ownership of job streams is fenced in the same way, by the index of its newest
+// change (State.Ownership): a node with a lease from a tick after a change knows of the
+// change, and a new owner waits 1.1 L before it starts a job.
 //
-// All times are Boottime. Every step errs to the short side: a tick counts from
-// before it was proposed, an answer from before it was asked for.
+// All times are Boottime. Every step makes the lease rather too short: a tick counts from
+// before it was proposed, a ping's answer from before the ping was sent.
 type lease struct {
-	mu     sync.Mutex // guards what follows
-	length time.Duration
-	until  time.Duration
-	since  time.Duration // start of the unbroken run up to now
-	held   bool          // ever held since the process started
-	heard  fences        // the highest heard of
-	news   chan struct{} // closes when a lease begins or higher fences are heard of; nil: nobody waits
+	mu        sync.Mutex // guards the fields below
+	length    time.Duration
+	until     time.Duration
+	since     time.Duration // start of the uninterrupted lease
+	held      bool          // whether there was a lease since the process started
+	heard     fences        // the highest learned of
+	changedCh chan struct{} // closes when a lease begins or higher fences are learned of; nil: no waiters
 }
 
-// fences are the counters that travel with a lease; they only rise.
+// fences are the counters that a lease carries; they only rise.
 type fences struct {
 	epoch     uint64 // Primary.Epoch
 	ownership uint64 // State.Ownership
@@ -47,27 +47,28 @@ func (f fences) merge(o fences) fences {
 
 func fencesOf(s *agreed.State) fences { return fences{epoch: s.Primary.Epoch, ownership: s.Ownership} }
 
-// setLength sets L, before the first use.
+// setLength sets L. It is called before the first use.
 func (l *lease) setLength(length time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.length = length
 }
 
-// committed extends the lease on the leader: a tick proposed at `proposed` is
-// committed, while the agreed counters were at least known.
+// committed extends the leader's lease after the commit of a tick that was proposed at
+// the time proposed. known are the counters of the agreed state after the commit.
 func (l *lease) committed(proposed time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.extend(proposed+l.length, known)
 }
 
-// relayed extends the lease by a peer's answer to a ping sent at `sent`, saying
-// that the peer's own lease is good for `left` more.
+// relayed extends the lease after a peer's answer to a ping that was sent at the time
+// sent. left is what remained of the peer's own lease, known are the counters in its
+// answer.
 func (l *lease) relayed(sent, left time.Duration, known fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	// A peer that claims more than a whole lease is wrong or hostile.
+	// A peer that claims more than the length of a lease is faulty or malicious.
 	if left > l.length {
 		left = 0
 	}
@@ -78,56 +79,57 @@ func (l *lease) extend(until time.Duration, known fences) {
 	now := clock.Boottime()
 	if heard := l.heard.merge(known); heard != l.heard {
 		l.heard = heard
-		l.tell()
+		l.notify()
 	}
 	if until <= l.until || until <= now {
 		return
 	}
 	if l.until < now {
 		l.since = now
-		l.tell()
+		l.notify()
 	}
 	l.until = until
 	l.held = true
 }
 
-// tell assumes the lock.
-func (l *lease) tell() {
-	if l.news != nil {
-		close(l.news)
-		l.news = nil
+// notify wakes the waiters. The caller holds mu.
+func (l *lease) notify() {
+	if l.changedCh != nil {
+		close(l.changedCh)
+		l.changedCh = nil
 	}
 }
 
-// changed gives a channel that closes when a lease begins, or when higher
-// fences are heard of. That a lease goes on is no news, and that it ends is known
-// from left beforehand.
+// changed returns a channel that closes when a lease begins or when higher fences are
+// learned of. It does not close when a lease is extended, nor when it ends: left returns
+// that time beforehand.
 func (l *lease) changed() <-chan struct{} {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.news == nil {
-		l.news = make(chan struct{})
+	if l.changedCh == nil {
+		l.changedCh = make(chan struct{})
 	}
-	return l.news
+	return l.changedCh
 }
 
-// left is how long the lease is still good (zero or less: none), and the
-// highest counters heard of.
+// left is how long the lease lasts (zero or less: there is none), and the highest
+// counters learned of.
 func (l *lease) left() (time.Duration, fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.until - clock.Boottime(), l.heard
 }
 
-// everHeld reports whether there was a lease since the process started; a node
-// for which there was none is cold.
+// everHeld reports whether there was a lease since the process started. A node without
+// one is cold.
 func (l *lease) everHeld() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.held
 }
 
-// quorum tells since when (Boottime) there is a lease, or there is none.
+// quorum reports whether there is a lease, and since when (Boottime) there is one or
+// none.
 func (l *lease) quorum() (ok bool, since time.Duration) {
 	now := clock.Boottime()
 	l.mu.Lock()

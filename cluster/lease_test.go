@@ -9,43 +9,43 @@ import (
 	"github.com/dsnode/dsnode/cluster/clock"
 )
 
-// A waiter is told when a lease begins and of a higher epoch, not of each
+// Waiters are notified when a lease begins and of higher counters, not of each
 // extension.
-func TestLeaseTellsWhatIsNew(t *testing.T) {
+func TestLeaseNotifiesOfNewLeasesAndHigherFences(t *testing.T) {
 	l := &lease{length: time.Minute}
-	told := func(f func()) bool {
-		news := l.changed()
+	notified := func(f func()) bool {
+		changed := l.changed()
 		f()
 		select {
-		case <-news:
+		case <-changed:
 			return true
 		default:
 			return false
 		}
 	}
 	for _, c := range []struct {
-		name  string
-		f     func()
-		heard bool
+		name string
+		f    func()
+		want bool
 	}{
 		{"a lease begins", func() { l.committed(clock.Boottime(), fences{epoch: 1}) }, true},
-		{"it goes on", func() { l.committed(clock.Boottime(), fences{epoch: 1}) }, false},
-		{"it is handed on", func() { l.relayed(clock.Boottime(), time.Minute, fences{epoch: 1}) }, false},
+		{"an extension by a tick", func() { l.committed(clock.Boottime(), fences{epoch: 1}) }, false},
+		{"an extension by a peer's answer", func() { l.relayed(clock.Boottime(), time.Minute, fences{epoch: 1}) }, false},
 		{"a higher epoch", func() { l.relayed(clock.Boottime(), time.Second, fences{epoch: 2}) }, true},
 		{"a lower epoch", func() { l.relayed(clock.Boottime(), time.Second, fences{epoch: 1}) }, false},
 		{"a change of ownership", func() { l.relayed(clock.Boottime(), time.Second, fences{ownership: 7}) }, true},
-		{"another after its end", func() {
+		{"a new lease after its end", func() {
 			l.until = clock.Boottime() - time.Second
 			l.relayed(clock.Boottime(), time.Second, fences{epoch: 2})
 		}, true},
 	} {
-		if told(c.f) != c.heard {
-			t.Errorf("%s: told %v, want %v", c.name, !c.heard, c.heard)
+		if notified(c.f) != c.want {
+			t.Errorf("%s: notified %v, want %v", c.name, !c.want, c.want)
 		}
 	}
 }
 
-func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
+func TestLeaseCountsFromProposal(t *testing.T) {
 	l := &lease{length: time.Minute}
 	now := clock.Boottime()
 	l.committed(now-50*time.Second, fences{epoch: 3})
@@ -62,27 +62,27 @@ func TestLeaseCountsFromBeforeTheTick(t *testing.T) {
 	}
 }
 
-func TestLeaseRefusesMoreThanALease(t *testing.T) {
+func TestLeaseRejectsAClaimAboveItsLength(t *testing.T) {
 	l := &lease{length: time.Minute}
 	l.relayed(clock.Boottime(), time.Hour, fences{epoch: 1})
 	if left, _ := l.left(); left > 0 {
-		t.Errorf("a peer that claims an hour gave %s", left)
+		t.Errorf("a peer's claim of an hour gave a lease of %s", left)
 	}
 	if l.everHeld() {
-		t.Error("it counts as held")
+		t.Error("a rejected claim counts as a lease")
 	}
 }
 
-func TestLeaseTellsOfAPromotionEvenWithoutTime(t *testing.T) {
+func TestExpiredLeaseStillCarriesFences(t *testing.T) {
 	l := &lease{length: time.Minute}
 	l.relayed(clock.Boottime(), 0, fences{epoch: 7, ownership: 9})
 	if left, heard := l.left(); left > 0 || heard.epoch != 7 || heard.ownership != 9 {
-		t.Errorf("left %s epoch %d, want none and 7", left, heard.epoch)
+		t.Errorf("left %s, counters %+v, want no lease, epoch 7 and ownership 9", left, heard)
 	}
 }
 
-// However a tick's lease is handed on, nobody holds it longer than the leader
-// that committed it.
+// Through any chain of peers, no node holds a lease from a tick longer than the leader
+// that committed the tick.
 func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const length = time.Hour
@@ -102,7 +102,7 @@ func TestRelayedLeaseNeverOutlivesItsTick(t *testing.T) {
 			t.Fatalf("the relayed lease lasts %s, the leader's %s", atEnd, atLeader)
 		}
 		if heard != (fences{epoch: 1, ownership: 5}) {
-			t.Fatalf("of the counters %+v arrived", heard)
+			t.Fatalf("the last peer has the counters %+v", heard)
 		}
 	})
 }

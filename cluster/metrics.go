@@ -29,7 +29,7 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 		return 0
 	})
 	gauge("dsnode_epoch", "Counter of the changes of the primary site.", func() float64 { return float64(c.State().Primary.Epoch) })
-	gauge("dsnode_generation", "Counter of the recoveries by hand.", func() float64 { return float64(c.State().Generation.Number) })
+	gauge("dsnode_generation", "Counter of the recoveries by an operator.", func() float64 { return float64(c.State().Generation.Number) })
 	gauge("dsnode_feature_level", "Agreed feature level.", func() float64 { return float64(c.State().FeatureLevel) })
 	gauge("dsnode_raft_term", "Raft term.", func() float64 { return float64(c.Raft().Term) })
 	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
@@ -40,8 +40,8 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 		}
 		return 0
 	})
-	gauge("dsnode_loop_pause_seconds", "Longest recent time that this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
-	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the site in charge.", []string{"site"}, nil)})
+	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
+	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the primary site.", []string{"site"}, nil)})
 	return &metrics{
 		pingFailures: f.NewCounter(prometheus.CounterOpts{Name: "dsnode_ping_failures_total", Help: "Pings to peers that were not answered."}),
 		pingSeconds:  f.NewHistogram(prometheus.HistogramOpts{Name: "dsnode_ping_seconds", Help: "Round trip of an answered ping.", Buckets: []float64{.001, .005, .01, .02, .05, .1, .25, .5, 1}}),
@@ -58,8 +58,8 @@ func (m *metrics) observeRPC(ctx context.Context, req any, info *grpc.UnaryServe
 	return resp, err
 }
 
-// primaryCollector has one series for each configured site, and none before the
-// cluster is founded: unknown is absent, not 0.
+// primaryCollector has one series for each configured site, and none before the cluster
+// is founded: an unknown value is absent, not 0.
 type primaryCollector struct {
 	c    *Cluster
 	desc *prometheus.Desc

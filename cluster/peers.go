@@ -10,7 +10,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
-// Health is what a node says of itself in each ping.
+// Health is what a node reports about itself in each ping.
 type Health struct {
 	Draining         bool
 	PID              int
@@ -19,14 +19,14 @@ type Health struct {
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
 	LastLogIndex     uint64
-	Cold             bool // no lease since its start
+	Cold             bool // it has held no lease since its start
 }
 
-// PeerView is what this node knows of another one.
+// PeerView is what this node knows about another one.
 type PeerView struct {
 	Name, Site string
-	// Via is the node through which this one's connections go now, because it is
-	// not reached directly; empty: they are direct.
+	// Via is the node through which connections to the peer are tunnelled now; empty:
+	// they are direct.
 	Via string
 	// Heard says whether the node ever answered a ping of this process; Ago is
 	// how long ago the newest answered ping was sent.
@@ -34,18 +34,18 @@ type PeerView struct {
 	Ago   time.Duration
 	Info  agreed.Node
 	Health
-	// HeardBy is the peer's own table: node → how long ago it heard it, as of
-	// Ago. Nodes it never heard are absent. It is shared: don't change it.
+	// HeardBy has, for each node that the peer has heard, how long before its newest
+	// answer it heard that node. The map is shared: don't change it.
 	HeardBy map[string]time.Duration
-	// LeaseLeft is the peer's lease now, as far as its last answer goes.
+	// LeaseLeft is how long the peer's lease lasts now, by its newest answer.
 	LeaseLeft time.Duration
 	Leader    string
 	Term      uint64
 	Epoch     uint64
-	Paused    time.Duration // the longest recent gap in the peer's own loop
+	Paused    time.Duration // the longest recent time for which the peer did not run
 	// Stuck is for how long its answers have shown no progress in applying
-	// entries. While there is a leader a tick comes several times a second, so
-	// then its disk hangs, or the leader's entries don't reach it.
+	// entries. While there is a leader, it commits several ticks per second: then
+	// either the peer's disk hangs or the leader's entries don't reach it.
 	Stuck time.Duration
 }
 
@@ -63,7 +63,7 @@ func (v PeerView) HearsWithin(d time.Duration, other string) bool {
 // shorter than the patience.
 const pingTimeout = time.Second
 
-// maxDownListed bounds the names of broken upstreams in a ping.
+// maxDownListed bounds the names of upstreams that are down in a ping.
 const maxDownListed = 256
 
 // peerTable holds the newest answer of each peer.
@@ -75,10 +75,10 @@ type peerTable struct {
 type answer struct {
 	sent time.Duration // Boottime
 	got  *clusterpb.PingResponse
-	// moved is when the first answer with this applied index was asked for; put
-	// sets it.
-	moved time.Duration
-	// heardBy is the peer's own table; put sets it. It is shared, and not changed.
+	// progressed is when the first ping was sent whose answer had this applied index;
+	// put sets it.
+	progressed time.Duration
+	// heardBy is PeerView.HeardBy; put sets it. It is shared and never changed.
 	heardBy map[string]time.Duration
 }
 
@@ -91,12 +91,12 @@ func (t *peerTable) put(node string, a answer) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	a.moved = a.sent
+	a.progressed = a.sent
 	now := a.got.GetHealth()
 	if old, ok := t.answers[node]; ok {
 		before := old.got.GetHealth()
 		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
-			a.moved = old.moved
+			a.progressed = old.progressed
 		}
 	}
 	t.answers[node] = a
@@ -119,7 +119,7 @@ func (t *peerTable) retain(keep func(string) bool) {
 	}
 }
 
-// heard is this node's table for a ping's answer.
+// heard is this node's table in the form for a ping's answer.
 func (t *peerTable) heard() []*clusterpb.Heard {
 	now := clock.Boottime()
 	t.mu.Lock()
@@ -131,8 +131,8 @@ func (t *peerTable) heard() []*clusterpb.Heard {
 	return out
 }
 
-// pingAll pings every other member, each in a goroutine of its own so that a
-// peer that hangs delays nobody, until ctx ends.
+// pingAll pings every other member until ctx ends, each in its own goroutine, so that a
+// peer that does not respond delays no other.
 func (c *Cluster) pingAll(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -151,16 +151,16 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 			}
 			pctx, stop := context.WithCancel(ctx)
 			running[name] = stop
-			p := pinging{c: c, name: name}
+			p := pinger{c: c, name: name}
 			wg.Go(func() { p.run(pctx) })
 		}
 		for name, stop := range running {
 			if _, member := members[name]; !member {
 				stop()
 				delete(running, name)
-				c.book.forget(name)
+				c.book.remove(name)
 				if err := c.mesh.Forget(name); err != nil {
-					c.log.Warn("connection to a removed node not closed in order", "peer", name, "err", err)
+					c.log.Warn("could not close the connections to a removed node", "peer", name, "err", err)
 				}
 			}
 		}
@@ -173,8 +173,8 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 	}
 }
 
-// members are the agreed nodes, or the remembered ones while this node has not
-// learnt the agreed state.
+// members are the agreed nodes or, before this node has the agreed state, those of the
+// address book.
 func (c *Cluster) members() map[string]agreed.Node {
 	s := c.State()
 	if s.ClusterID != "" {
@@ -188,7 +188,7 @@ func (c *Cluster) members() map[string]agreed.Node {
 }
 
 // answerPing is the other side of ping.
-func (c *Cluster) answerPing() *clusterpb.PingResponse {
+func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	left, heard := c.lease.left()
 	heard = heard.merge(fencesOf(c.State()))
 	leader, term := c.leader()
@@ -199,7 +199,7 @@ func (c *Cluster) answerPing() *clusterpb.PingResponse {
 	}
 }
 
-// Peers gives what this node knows of every other member, by name.
+// Peers returns what this node knows about every other member, by name.
 func (c *Cluster) Peers() map[string]PeerView {
 	now := clock.Boottime()
 	members := c.members()
@@ -223,7 +223,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 
 func (v *PeerView) fill(a answer, now time.Duration) {
 	g, h := a.got, a.got.GetHealth()
-	v.Heard, v.Ago, v.Stuck = true, now-a.sent, a.sent-a.moved
+	v.Heard, v.Ago, v.Stuck = true, now-a.sent, a.sent-a.progressed
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
@@ -246,32 +246,32 @@ func (c *Cluster) health() *clusterpb.Health {
 	}
 }
 
-// pauseMeter finds out when this process was starved or stopped: a loop that
-// should turn each interval measures how late it really was. A node that was
-// late must not accuse others.
+// pauseMeter measures for how long this process did not run, because it had no CPU time
+// or was stopped: a periodic loop measures how late it is. After a pause, silence of
+// other nodes proves nothing.
 type pauseMeter struct {
 	mu   sync.Mutex // guards gaps
 	gaps [8]time.Duration
 	next int
 }
 
-// pauseWindow is how long each of the gaps is collected.
+// pauseWindow is the period of which each entry in gaps is the maximum.
 const pauseWindow = 500 * time.Millisecond
 
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
 	const interval = 125 * time.Millisecond
-	tick := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
-	defer tick.Stop()
+	timer := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
+	defer timer.Stop()
 	last, slotEnds := clock.Boottime(), clock.Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-timer.C:
 		}
 		now := clock.Boottime()
-		tick.Reset(clock.UntilTick(now, interval))
+		timer.Reset(clock.UntilTick(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)
 		if now > slotEnds {
@@ -284,7 +284,7 @@ func (p *pauseMeter) Run(ctx context.Context) error {
 	}
 }
 
-// longest gap of the last four seconds or so.
+// longest is the longest pause of about the last four seconds.
 func (p *pauseMeter) longest() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()

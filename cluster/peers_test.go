@@ -20,7 +20,7 @@ func TestPeerThatAppliesNothingIsStuck(t *testing.T) {
 		{14 * time.Second, "x", 7, 4 * time.Second},
 		{15 * time.Second, "x", 8, 0},
 		{16 * time.Second, "x", 8, time.Second},
-		{17 * time.Second, "y", 8, 0}, // another process, which has just begun
+		{17 * time.Second, "y", 8, 0}, // the peer has restarted
 		{18 * time.Second, "y", 5, 0},
 	} {
 		table.put("b-1", answer{sent: step.at, got: &clusterpb.PingResponse{

@@ -15,24 +15,24 @@ import (
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
-// pinging asks one peer again and again what it knows. All pings go through one
-// call that stays open: a call of its own for each costs about as much again.
-type pinging struct {
+// pinger pings one peer periodically. All pings use one gRPC stream: a call for each ping
+// would about double the cost.
+type pinger struct {
 	c    *Cluster
 	name string
 
-	channel *mesh.Client // what call goes through
+	channel *mesh.Client // of call
 	call    clusterpb.Peer_PingsClient
 	end     context.CancelFunc // of call
 }
 
 // run pings until ctx ends.
-func (p *pinging) run(ctx context.Context) {
-	defer func() { p.hangUp() }()
-	tick := time.NewTimer(0)
-	defer tick.Stop()
+func (p *pinger) run(ctx context.Context) {
+	defer func() { p.closeCall() }()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
-		tick.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
+		timer.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
 		if err := p.ping(ctx); err != nil && ctx.Err() == nil {
 			p.c.metrics.pingFailures.Inc()
 			p.c.log.Debug("ping failed", "peer", p.name, "err", err)
@@ -40,31 +40,32 @@ func (p *pinging) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-timer.C:
 		}
 	}
 }
 
-// ping asks once. When there is no answer in time the next one asks in a new
-// call.
-func (p *pinging) ping(ctx context.Context) (err error) {
+// ping sends one ping and waits for its answer. After a failure the next ping makes a
+// new call.
+func (p *pinger) ping(ctx context.Context) (err error) {
 	channel, err := p.c.mesh.Client(p.name)
 	if err != nil {
 		return fmt.Errorf("connect to %s: %w", p.name, err)
 	}
 	fresh := channel != p.channel
 	if fresh {
-		p.hangUp()
+		p.closeCall()
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
-		// A ping that waits on the old way would be heard too late on the new one.
+		// When the channel is replaced, end a ping that waits on it, so that the next
+		// one uses the new channel at once.
 		stop := context.AfterFunc(channel.Replaced, cancel)
 		p.channel, p.end = channel, func() { cancel(); stop() }
 	}
 	late := time.AfterFunc(pingTimeout, p.end)
 	defer func() {
 		if !late.Stop() || err != nil {
-			p.hangUp()
+			p.closeCall()
 		}
 	}()
 	if fresh {
@@ -74,7 +75,7 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 	}
 	sent := clock.Boottime()
 	var got *clusterpb.PingResponse
-	// Sending fails with io.EOF when the call is over; receiving has the reason.
+	// Send fails with io.EOF when the call has ended; Recv then returns the reason.
 	if err = p.call.Send(&clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(p.c.self()), Health: p.c.health()}); err == nil || errors.Is(err, io.EOF) {
 		got, err = p.call.Recv()
 	}
@@ -85,32 +86,31 @@ func (p *pinging) ping(ctx context.Context) (err error) {
 		return fmt.Errorf("ping %s: answered by %q: %w", p.name, got.GetNode().GetName(), ErrForeignNode)
 	}
 	p.c.metrics.pingSeconds.Observe((clock.Boottime() - sent).Seconds())
-	p.c.book.heard(nodeOf(got.GetNode()))
+	p.c.book.recordDirect(nodeOf(got.GetNode()))
 	p.c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
 		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})
 	p.c.peers.put(p.name, answer{sent: sent, got: got})
 	return nil
 }
 
-// hangUp ends the call, if there is one.
-func (p *pinging) hangUp() {
+// closeCall ends the call if there is one.
+func (p *pinger) closeCall() {
 	if p.end != nil {
 		p.end()
 	}
 	p.channel, p.call, p.end = nil, nil, nil
 }
 
-// Ping answers with this node's view, and takes the caller's addresses from the
-// caller itself.
+// Ping returns this node's view, and stores the addresses that the caller sent.
 func (s *peerServer) Ping(ctx context.Context, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
 	id, err := caller(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return s.answer(id, r)
+	return s.respond(id, r)
 }
 
-// Pings is Ping until the caller hangs up.
+// Pings answers each ping on the stream until the caller closes it.
 func (s *peerServer) Pings(call clusterpb.Peer_PingsServer) error {
 	id, err := caller(call.Context())
 	if err != nil {
@@ -120,9 +120,9 @@ func (s *peerServer) Pings(call clusterpb.Peer_PingsServer) error {
 	for {
 		r, err := call.Recv()
 		if err != nil {
-			return nil //nolint:nilerr // it has hung up, or its connection is gone
+			return nil //nolint:nilerr // the caller closed the stream or its connection
 		}
-		got, err := s.answer(id, r)
+		got, err := s.respond(id, r)
 		if err != nil {
 			return err
 		}
@@ -133,13 +133,13 @@ func (s *peerServer) Pings(call clusterpb.Peer_PingsServer) error {
 	}
 }
 
-func (s *peerServer) answer(id mesh.Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
+func (s *peerServer) respond(id mesh.Identity, r *clusterpb.PingRequest) (*clusterpb.PingResponse, error) {
 	n := nodeOf(r.GetNode())
 	if n.Name != id.Node || n.Site != id.Site {
-		return nil, status.Errorf(codes.PermissionDenied, "certificate of %s/%s, ping of %s/%s", id.Site, id.Node, n.Site, n.Name)
+		return nil, status.Errorf(codes.PermissionDenied, "the ping is of %s/%s, the certificate of %s/%s", n.Site, n.Name, id.Site, id.Node)
 	}
-	if s.c.knows(n.Name) {
-		s.c.book.heard(n)
+	if s.c.isMember(n.Name) {
+		s.c.book.recordDirect(n)
 	}
-	return s.c.answerPing(), nil
+	return s.c.pingResponse(), nil
 }

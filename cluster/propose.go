@@ -18,10 +18,10 @@ const (
 	proposeTimeout = 5 * time.Second
 )
 
-// Propose commits a command, wherever the leader is, and returns the raft index
-// of its entry once this node has applied it: who reads State afterwards sees
-// it. It fails at once with ErrNoQuorum when no leader is known; a refusal of
-// Apply comes back as the same sentinel on every node.
+// Propose commits a command on any node and returns the raft index of its entry. By then
+// this node has applied the entry, so the caller sees the change in State. It fails at
+// once with ErrNoQuorum when no leader is known. A refusal of agreed.Apply is returned as
+// the same sentinel on every node.
 func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
 	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
@@ -35,12 +35,12 @@ func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (
 	defer cancel()
 	index, err := c.route(ctx, cmd, b)
 	if err != nil {
-		return 0, err // it is in words already; a command's name is no word of a user's
+		return 0, err // without the command's name, which means nothing to users
 	}
 	return index, c.waitApplied(ctx, index)
 }
 
-// route commits here when this node leads, else at the leader.
+// route commits on this node if it leads, otherwise on the leader.
 func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
 	if c.member.Load() == nil {
 		return 0, ErrNotMember
@@ -52,8 +52,8 @@ func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint
 	case c.opts.Name:
 		return c.commit(ctx, cmd, b)
 	}
-	// Raft names a leader for a while after it has gone. Once the quorum is known
-	// to be lost nothing is sent, so that nobody wonders whether it arrived.
+	// Raft reports a leader for a while after it has failed. If the quorum is known to
+	// be lost, refuse at once instead of returning an unknown outcome later.
 	if v := c.Raft(); !v.Quorum && !v.Since.IsZero() {
 		return 0, c.noQuorum()
 	}
@@ -63,7 +63,7 @@ func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint
 	}
 	got, err := client.Propose(ctx, &clusterpb.ProposeRequest{Format: rpcFormat, Command: b})
 	if err != nil {
-		return 0, fmt.Errorf("pass on to leader %s: %w (%w)", leader, ErrLeadershipMoved, err)
+		return 0, fmt.Errorf("forward to leader %s: %w (%w)", leader, ErrLeadershipMoved, err)
 	}
 	if err := unrefuse(got.GetRefused()); err != nil {
 		return 0, err
@@ -71,7 +71,7 @@ func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint
 	return got.GetIndex(), nil
 }
 
-// noQuorum says since when.
+// noQuorum is ErrNoQuorum with the time of the loss.
 func (c *Cluster) noQuorum() error {
 	if v := c.Raft(); !v.Quorum && !v.Since.IsZero() {
 		return fmt.Errorf("%w since %s: no raft leader is known, so nothing can be changed", ErrNoQuorum, v.Since.UTC().Format(time.RFC3339))
@@ -79,17 +79,17 @@ func (c *Cluster) noQuorum() error {
 	return fmt.Errorf("%w: no raft leader is known at the moment, so nothing can be changed", ErrNoQuorum)
 }
 
-// harmless commands are taken in quarantine: they decide about nothing that an
-// other generation could have decided otherwise.
-var harmless = map[agreed.CommandType]bool{agreed.CmdInit: true, agreed.CmdNodePut: true, agreed.CmdTick: true}
+// allowedInQuarantine are the commands that a quarantined leader accepts: they can't
+// contradict the decisions of a newer generation.
+var allowedInQuarantine = map[agreed.CommandType]bool{agreed.CmdInit: true, agreed.CmdNodePut: true, agreed.CmdTick: true}
 
-// commit is the leader's part.
+// commit is the leader's part of Propose.
 func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
 	r := c.raft.Load()
 	if r == nil {
 		return 0, ErrNotMember
 	}
-	if why := c.Quarantined(); why != "" && !harmless[cmd.Type] {
+	if why := c.Quarantined(); why != "" && !allowedInQuarantine[cmd.Type] {
 		return 0, fmt.Errorf("%w: %s", ErrQuarantined, why)
 	}
 	s := c.State()
@@ -110,12 +110,12 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 			return 0, translate(err)
 		}
 	}
-	// Followers learn that an entry is committed with the next one. So the next
-	// one comes at once: whoever waits for it there waits half a round trip, and
-	// raft needs no timer for that (CommitTimeout), which would turn all day long.
+	// Followers learn with the next entry that this one is committed. So lead commits a
+	// tick at once: a follower that waits for this entry waits half a round trip longer,
+	// without a short CommitTimeout, whose timer would run all the time.
 	select {
 	case c.committed <- struct{}{}:
-	default: // it is coming already
+	default: // a tick has been requested already
 	}
 	if err, refused := f.Response().(error); refused {
 		return 0, err
@@ -125,14 +125,14 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 
 func (c *Cluster) waitApplied(ctx context.Context, index uint64) error {
 	for {
-		moved := c.fsm.movement()
+		advanced := c.fsm.watchApplied()
 		if c.fsm.applied.Load() >= index {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("committed at index %d, but not yet known here: %w", index, ctx.Err())
-		case <-moved:
+			return fmt.Errorf("committed at index %d, but not yet applied on this node: %w", index, ctx.Err())
+		case <-advanced:
 		}
 	}
 }

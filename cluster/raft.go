@@ -1,12 +1,8 @@
 package cluster
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"net"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -17,8 +13,8 @@ import (
 const (
 	// A tick each 250 ms is 14,400 entries an hour: a snapshot about every half
 	// hour, and a log that is read in well under a second at start. The log
-	// reaches back beyond the snapshot before, which is the one to use should the
-	// newest be damaged.
+	// reaches back beyond the previous snapshot, which is used if the newest one is
+	// damaged.
 	snapshotThreshold = 8192
 	trailingLogs      = 10240
 	maxAppendEntries  = 256
@@ -31,7 +27,7 @@ func (c *Cluster) raftConfig() *raft.Config {
 	conf.HeartbeatTimeout = c.Timing().Heartbeat
 	conf.ElectionTimeout = c.Timing().Heartbeat
 	conf.LeaderLeaseTimeout = c.Timing().Heartbeat
-	// A tick does this after each commit and four times a second anyway.
+	// CommitTimeout need not be short: a tick follows each commit, see commit.
 	conf.CommitTimeout = c.Timing().Tick
 	conf.SnapshotThreshold = snapshotThreshold
 	conf.SnapshotInterval = time.Minute
@@ -40,23 +36,22 @@ func (c *Cluster) raftConfig() *raft.Config {
 	conf.ShutdownOnRemove = false
 	conf.NoLegacyTelemetry = true
 	conf.Logger = newRaftLogger(c.log)
-	// A node that starts without a quorum then serves from what was agreed, not
-	// from its newest snapshot.
+	// So a node that starts without a quorum uses all committed entries of its log, not
+	// only its newest snapshot.
 	_, conf.RestoreCommittedLogs = c.opts.Logs.(raft.CommitTrackingLogStore)
 	return conf
 }
 
-// startRaft runs raft on what the stores hold. The id and the address of a
-// server are both the node's name: addresses change, and the mesh looks them up
-// at each dial.
+// startRaft starts raft with the content of the stores. A server's id and address are
+// both the node's name: addresses change, and the mesh looks them up at each dial.
 func (c *Cluster) startRaft() (*raft.Raft, error) {
 	transport := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: c.layer, MaxPool: raftPool, Timeout: c.Timing().Transport, Logger: newRaftLogger(c.log),
-		// More can wedge a follower for ever after one rejected append
+		// With more, a follower can reject all appends for ever after rejecting one
 		// (hashicorp/raft #612).
 		MaxRPCsInFlight: 1,
 	})
-	if err := c.foundRaft(transport); err != nil {
+	if err := c.bootstrapRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
 	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load)
@@ -68,15 +63,15 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	return r, nil
 }
 
-// foundRaft writes the first configuration, with this node as its only voter,
-// into the stores of a cluster that is just being founded.
-func (c *Cluster) foundRaft(transport raft.Transport) error {
+// bootstrapRaft writes the first raft configuration, with this node as the only voter,
+// if this node founds the cluster and its stores are empty.
+func (c *Cluster) bootstrapRaft(transport raft.Transport) error {
 	if !c.member.Load().Founder {
 		return nil
 	}
 	exists, err := raft.HasExistingState(c.opts.Logs, c.opts.Stable, c.opts.Snapshots)
 	if err != nil {
-		return fmt.Errorf("look into raft's stores: %w", err)
+		return fmt.Errorf("read raft's stores: %w", err)
 	}
 	if exists {
 		return nil
@@ -90,7 +85,7 @@ func (c *Cluster) foundRaft(transport raft.Transport) error {
 	return nil
 }
 
-// leader is whom this node takes for the raft leader, empty for nobody.
+// leader is the raft leader that this node knows, empty for none, and the term.
 func (c *Cluster) leader() (name string, term uint64) {
 	r := c.raft.Load()
 	if r == nil {
@@ -113,29 +108,30 @@ type Server struct {
 	Voter bool
 }
 
-// RaftView is what this node knows of raft now.
+// RaftView is raft's current state on this node.
 type RaftView struct {
 	Leader      string // empty: none known
-	Leads       bool   // this node is it
+	Leads       bool   // this node is the leader
 	Term        uint64
 	CommitIndex uint64
 	LastIndex   uint64
 	Applied     uint64
 	Servers     []Server
-	// Quorum says that a quorum was alive within the lease; Since is when that
-	// began, or when it was lost. A zero Since means that it was never known.
+	// Quorum says whether this node holds a lease, which proves a quorum; Since is when
+	// that began or ended. A zero Since means that there was no lease yet.
 	Quorum bool
 	Since  time.Time
-	// Ticked says that this node applied a tick of a leader since its start, and
-	// TickAgo how long ago the newest was: how old at least what it knows of the
-	// agreed state may be. The lease tells nothing of that, it goes by other ways.
+	// Ticked says whether this node has applied a leader's tick since its start, and
+	// TickAgo how long ago the newest one was: its agreed state may be that old. The
+	// lease does not show this, because it may come from another node.
 	Ticked  bool
 	TickAgo time.Duration
-	// Epoch is the highest heard of; above the agreed state's, that is old.
+	// Epoch is the highest epoch that this node has learned of. If it is above that of
+	// the agreed state, the agreed state is out of date.
 	Epoch uint64
 }
 
-// Raft gives a RaftView; the zero one before this node is a member.
+// Raft returns a RaftView; the zero one before this node is a member.
 func (c *Cluster) Raft() RaftView {
 	r := c.raft.Load()
 	if r == nil {
@@ -163,10 +159,10 @@ func (c *Cluster) Raft() RaftView {
 	return v
 }
 
-// serverTimeout bounds the start of a change of raft's configuration.
+// serverTimeout bounds how long a change of raft's configuration waits to start.
 const serverTimeout = 5 * time.Second
 
-// ChangeServer makes one change of raft's configuration. Only the leader can.
+// ChangeServer changes a server in raft's configuration. It works only on the leader.
 func (c *Cluster) ChangeServer(name string, change ServerChange) error {
 	r := c.raft.Load()
 	if r == nil {
@@ -192,10 +188,10 @@ func (c *Cluster) ChangeServer(name string, change ServerChange) error {
 	return nil
 }
 
-// ServerChange is a step of raft's configuration.
+// ServerChange is a change of a server in raft's configuration.
 type ServerChange string
 
-// The steps.
+// The changes.
 const (
 	MakeVoter    ServerChange = "make voter"
 	MakeNonvoter ServerChange = "make non-voter"
@@ -213,97 +209,7 @@ func translate(err error) error {
 	case errors.Is(err, raft.ErrRaftShutdown):
 		return fmt.Errorf("%w (%w)", ErrStopped, err)
 	case errors.Is(err, raft.ErrEnqueueTimeout):
-		return fmt.Errorf("%w: raft takes no more work (%w)", ErrNoQuorum, err)
+		return fmt.Errorf("%w: raft's queue is full (%w)", ErrNoQuorum, err)
 	}
 	return err
-}
-
-// gatedLayer is raft's stream layer with a gate that the disk watchdog shuts,
-// and with dials that wait for a peer that is away.
-type gatedLayer struct {
-	raft.StreamLayer
-	living context.Context
-	hold   func(ctx context.Context, node string)
-	closed atomic.Bool
-
-	mu    sync.Mutex // guards holds
-	holds map[string]int
-}
-
-// maxHolds is how many dials to one peer wait: raft's leader has one goroutine
-// for entries and one for heartbeats of each peer.
-const maxHolds = 2
-
-func newGatedLayer(living context.Context, l raft.StreamLayer, hold func(context.Context, string)) *gatedLayer {
-	return &gatedLayer{StreamLayer: l, living: living, hold: hold, holds: map[string]int{}}
-}
-
-func (l *gatedLayer) shut(closed bool) { l.closed.Store(closed) }
-
-// Dial waits while the peer is known to be away, and then dials. raft backs off
-// up to 10 s after failed attempts, so a dial that fails at once makes a peer
-// that was away for half a minute wait that long for its entries; one that
-// waits is through as soon as the peer is heard.
-func (l *gatedLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	if l.closed.Load() {
-		return nil, ErrDiskStalled
-	}
-	if l.take(string(address)) {
-		l.hold(l.living, string(address))
-		l.release(string(address))
-	}
-	if l.closed.Load() {
-		return nil, ErrDiskStalled
-	}
-	if l.living.Err() != nil {
-		return nil, ErrStopped
-	}
-	return l.StreamLayer.Dial(address, timeout)
-}
-
-func (l *gatedLayer) take(node string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.holds[node] >= maxHolds {
-		return false
-	}
-	l.holds[node]++
-	return true
-}
-
-func (l *gatedLayer) release(node string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.holds[node]--; l.holds[node] == 0 {
-		delete(l.holds, node)
-	}
-}
-
-// Accept drops connections while the gate is shut.
-func (l *gatedLayer) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.StreamLayer.Accept()
-		if err != nil || !l.closed.Load() {
-			return conn, err
-		}
-		_ = conn.Close() // it is refused; nothing was said on it
-	}
-}
-
-// holdDial blocks while this node leads and the peer does not answer pings.
-func (c *Cluster) holdDial(ctx context.Context, node string) {
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		r := c.raft.Load()
-		a, heard := c.peers.get(node)
-		if r == nil || r.State() != raft.Leader || !c.knows(node) || !heard || clock.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
-			return
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
 }

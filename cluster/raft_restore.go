@@ -6,12 +6,12 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// restoredLog is the log store as raft v1.8.0 can bear it. NewRaft first applies
-// what the store says is committed, and then looks for its own configuration
-// only in what comes after: when the newest configuration is among the former,
-// it starts with none ("no known peers") and never stands for election. A
-// cluster whose nodes all restart would be lost. So the entries that are
-// restored end before the newest configuration, unless a snapshot has it.
+// restoredLog works around a bug of raft v1.8.0. NewRaft first applies the entries that
+// the store reports as committed, and then searches only the later entries for raft's
+// configuration. If the newest configuration is among the committed entries, raft starts
+// without one ("no known peers") and never starts an election, so a cluster whose nodes
+// all restart would not come back. Therefore restoredLog reports as committed only the
+// entries before the newest configuration, unless a snapshot has that configuration.
 type restoredLog struct {
 	raft.LogStore
 	tracking  raft.CommitTrackingLogStore // the same store

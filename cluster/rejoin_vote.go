@@ -8,37 +8,37 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// A voter that lost its disk has forgotten its votes and what it acknowledged. If it
-// came back under its name and voted, it and a voter that lags could elect a leader
-// that lacks committed entries. So it is demoted before it is let in again, and votes
-// only after it has learned of the demotion.
+// A voter that lost its disk has lost its votes and the entries that it acknowledged. If
+// it rejoined under its name and voted, it and a voter that lags could elect a leader
+// without all committed entries. So it is demoted before it is admitted again, and it
+// refuses requests for votes until its log has the entry that admitted it.
 
-// disenfranchise makes a voter that comes back with an empty disk a non-voter;
-// the placement of voters makes it one again when it has caught up.
-func (c *Cluster) disenfranchise(name string) error {
+// demoteRejoiner makes a voter that rejoins with an empty disk a non-voter. The placement
+// of voters promotes it again when it has caught up.
+func (c *Cluster) demoteRejoiner(name string) error {
 	if name == c.opts.Name {
-		return nil // who leads has a disk
+		return nil // this node leads, so it has its log
 	}
 	for _, server := range c.Raft().Servers {
 		if server.Name == name && server.Voter {
 			if err := c.ChangeServer(name, Demote); err != nil {
-				return fmt.Errorf("%s comes back with an empty disk, and can't lose its vote: %w", name, err)
+				return fmt.Errorf("%s rejoins with an empty disk and must be demoted first: %w", name, err)
 			}
-			c.log.Warn("a voter came back with an empty disk: it votes again when it has caught up", "node", name)
+			c.log.Warn("demoted a voter that rejoins with an empty disk", "node", name)
 		}
 	}
 	return nil
 }
 
-var errNoVoteYet = errors.New("this node has just joined: it votes when it has the entry that let it in")
+var errNoVoteYet = errors.New("this node has just joined: it can't vote before it has the entry that admitted it")
 
-// voterTransport is raft's transport with one rule: it refuses requests for votes
-// until this node's log holds the entry that let it in. A candidate needs a log at
-// least as long, so from then on every candidate knows too that this node's vote
-// does not count.
+// voterTransport is raft's transport, except that it refuses requests for votes until
+// this node's log has the entry that admitted it. From then on this node votes only for
+// candidates whose logs are at least as long: they have the earlier demotion too, and
+// don't count its vote.
 type voterTransport struct {
 	*raft.NetworkTransport
-	from    uint64
+	from    uint64 // index of the entry that admitted this node
 	running func() *raft.Raft
 	passed  chan raft.RPC
 	closed  chan struct{}
@@ -46,8 +46,8 @@ type voterTransport struct {
 	done    sync.WaitGroup
 }
 
-// Pre-vote is silently off unless the transport offers it, and a node that comes
-// back would depose a healthy leader.
+// If the transport does not implement WithPreVote, raft turns pre-vote off without an
+// error, and a node that returns after an outage would depose a healthy leader.
 var _ raft.WithPreVote = (*voterTransport)(nil)
 
 func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft) *voterTransport {
@@ -59,10 +59,10 @@ func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *ra
 	return v
 }
 
-// Consumer gives raft the requests that it may answer.
+// Consumer returns the requests that raft may answer.
 func (v *voterTransport) Consumer() <-chan raft.RPC { return v.passed }
 
-// Close ends it; raft calls it when it shuts down.
+// Close closes the transport; raft calls it at shutdown.
 func (v *voterTransport) Close() error {
 	v.once.Do(func() { close(v.closed) })
 	err := v.NetworkTransport.Close()

@@ -9,9 +9,9 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// A voter that comes back with an empty disk has lost its vote before it is let
-// in, learns all there is, and can become a voter again.
-func TestVoterWithAnEmptyDiskLosesItsVote(t *testing.T) {
+// A voter that rejoins with an empty disk is a non-voter until it has caught up, and can
+// then become a voter again.
+func TestVoterWithAnEmptyDiskIsDemoted(t *testing.T) {
 	a, b, c := threeMembers(t)
 	leader := func() *member {
 		for _, m := range []*member{a, b} {
@@ -22,29 +22,29 @@ func TestVoterWithAnEmptyDiskLosesItsVote(t *testing.T) {
 		return nil
 	}
 	c.halt(t)
-	eventually(t, "one of the others leads", 20*time.Second, func() bool { return leader() != nil })
+	eventually(t, "a-1 or b-1 leads", 20*time.Second, func() bool { return leader() != nil })
 	c.dir, c.logs, c.snaps = t.TempDir(), raft.NewInmemCommitTrackingStore(), raft.NewInmemSnapshotStore()
 	c.start(t, a.opts.RPC, b.opts.RPC)
-	eventually(t, "c-1 is let in", 20*time.Second, func() bool { return c.State().ClusterID != "" }, a, b)
+	eventually(t, "c-1 is admitted", 20*time.Second, func() bool { return c.State().ClusterID != "" }, a, b)
 	if c.member.Load().VoteFrom == 0 {
-		t.Error("c-1 does not know which entry let it in")
+		t.Error("c-1 does not know which entry admitted it")
 	}
-	eventually(t, "c-1 has the entry that let it in", 20*time.Second, func() bool {
+	eventually(t, "c-1 has the entry that admitted it", 20*time.Second, func() bool {
 		return c.raft.Load().LastIndex() >= c.member.Load().VoteFrom
 	})
 	for _, server := range c.Raft().Servers {
 		if server.Name == "c-1" && server.Voter {
-			t.Error("c-1 still votes")
+			t.Error("c-1 is still a voter")
 		}
 	}
-	eventually(t, "c-1 votes again", 20*time.Second, func() bool {
+	eventually(t, "c-1 is a voter again", 20*time.Second, func() bool {
 		l := leader()
 		return l != nil && l.ChangeServer("c-1", MakeVoter) == nil
 	})
 	eventually(t, "c-1 holds a lease", 20*time.Second, func() bool { return settled(c) }, c)
 }
 
-func TestNoVoteBeforeTheEntryThatLetItIn(t *testing.T) {
+func TestNoVoteBeforeTheAdmittingEntry(t *testing.T) {
 	votes := []any{&raft.RequestVoteRequest{}, &raft.RequestPreVoteRequest{}}
 	store := raft.NewInmemStore()
 	for i := range uint64(10) {
@@ -77,11 +77,11 @@ func TestNoVoteBeforeTheEntryThatLetItIn(t *testing.T) {
 		}}
 		for _, vote := range votes {
 			if got := v.refuses(raft.RPC{Command: vote}); got != tt.refuses {
-				t.Errorf("let in by entry %d of 10, running %t: %T refused %t", tt.from, tt.running, vote, got)
+				t.Errorf("admitted by entry %d, the log has 10, running %t: %T refused: %t", tt.from, tt.running, vote, got)
 			}
 		}
 		if v.refuses(raft.RPC{Command: &raft.AppendEntriesRequest{}}) {
-			t.Error("entries are refused")
+			t.Error("AppendEntries was refused")
 		}
 	}
 }

@@ -8,23 +8,24 @@ import (
 	"github.com/dsnode/dsnode/cluster/clock"
 )
 
-// relayHears is how long ago a peer may have been heard, and at that moment have
-// heard a node, to be asked for a tunnel there. It covers the slowest pings that
-// are answered: on a busy machine an old word is better than none.
-const relayHears = pingTimeout + time.Second
+// relayFreshness bounds the age of a peer's newest answer, and the age at that time of the
+// peer's newest answer from a node, for the peer to be asked for a tunnel to the node. It
+// covers the slowest pings that are answered: on a busy machine an old report is better
+// than none.
+const relayFreshness = pingTimeout + time.Second
 
-// relays are the peers that lately said that they hear a node, and were heard
-// themselves: those of a third site first, then neighbours, of this node and of
-// that one; who is silent right now comes last. A peer that reaches the node
-// only through another will refuse.
+// relays are the peers to ask for a tunnel to a node, in this order: peers of a third
+// site, of this node's site, of that node's site; after all these, those that are draining
+// or silent now. They answered a ping lately and reported that they hear the node. A
+// peer that itself reaches the node only through a tunnel will refuse.
 func (c *Cluster) relays(node string) []string {
 	now, members := clock.Boottime(), c.members()
 	site := func(name string) string { return members[name].Site }
-	return rankRelays(node, c.opts.Site, site, c.peers.hearing(node, now), now-c.silence())
+	return rankRelays(node, c.opts.Site, site, c.peers.peersHearing(node, now), now-c.pingSilence())
 }
 
-// rankRelays puts the peers that hear a node into the order in which they are
-// asked; those who have answered no ping that was sent later than that are last.
+// rankRelays sorts the peers that hear a node as relays describes. A peer is silent if it
+// has answered no ping sent after the time later.
 func rankRelays(node, ownSite string, siteOf func(string) string, hearing map[string]answer, later time.Duration) []string {
 	ranks := map[string]int{}
 	names := []string{}
@@ -50,17 +51,17 @@ func rankRelays(node, ownSite string, siteOf func(string) string, hearing map[st
 	return names
 }
 
-// hearing gives the answers of the peers that heard a node lately.
-func (t *peerTable) hearing(node string, now time.Duration) map[string]answer {
+// peersHearing returns the newest answers of the peers that heard a node lately.
+func (t *peerTable) peersHearing(node string, now time.Duration) map[string]answer {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	found := map[string]answer{}
 	for name, a := range t.answers {
-		if now-a.sent >= relayHears {
+		if now-a.sent >= relayFreshness {
 			continue
 		}
 		for _, h := range a.got.GetHeard() {
-			if h.GetNode() == node && h.GetAgoMs() < relayHears.Milliseconds() {
+			if h.GetNode() == node && h.GetAgoMs() < relayFreshness.Milliseconds() {
 				found[name] = a
 			}
 		}
@@ -68,19 +69,19 @@ func (t *peerTable) hearing(node string, now time.Duration) map[string]answer {
 	return found
 }
 
-// silence is how long a ping may go unanswered before the way is doubted: two
-// ticks and a round trip between far cities. A peer that stood still for a
-// moment is doubted too often, which costs a dial.
-func (c *Cluster) silence() time.Duration { return 2*c.Timing().Tick + 100*time.Millisecond }
+// pingSilence is how long a peer may answer no ping before the mesh examines the route to
+// it: two ticks and a round trip between distant cities. Examining the route to a peer
+// that only paused costs a dial.
+func (c *Cluster) pingSilence() time.Duration { return 2*c.Timing().Tick + 100*time.Millisecond }
 
-// silent are the nodes that answered pings once and don't now.
-func (c *Cluster) silent() []string {
+// silentPeers are the peers that answered pings earlier, but not within pingSilence.
+func (c *Cluster) silentPeers() []string {
 	now := clock.Boottime()
 	c.peers.mu.Lock()
 	defer c.peers.mu.Unlock()
 	var names []string
 	for name, a := range c.peers.answers {
-		if now-a.sent > c.silence() {
+		if now-a.sent > c.pingSilence() {
 			names = append(names, name)
 		}
 	}

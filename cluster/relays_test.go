@@ -23,28 +23,28 @@ func TestRankRelays(t *testing.T) {
 		answers map[string]answer
 		want    []string
 	}{
-		{"nobody", nil, nil},
-		{"a third site first, then neighbours", map[string]answer{
+		{"no peer", nil, nil},
+		{"a third site, then own site, then the node's site", map[string]answer{
 			"b-2": hears(now, false, "b-1"), "a-2": hears(now, false, "b-1"), "c-1": hears(now, false, "b-1"), "d-1": hears(now, false, "c-1", "b-1"),
 		}, []string{"c-1", "d-1", "a-2", "b-2"}},
-		{"who is leaving comes last", map[string]answer{
+		{"a draining peer is last", map[string]answer{
 			"c-1": hears(now, true, "b-1"), "c-2": hears(now, false, "b-1"), "a-2": hears(now, false, "b-1"),
 		}, []string{"c-2", "a-2", "c-1"}},
-		{"not who does not hear it", map[string]answer{"c-1": hears(now, false, "d-1")}, nil},
-		{"who is silent right now comes last", map[string]answer{
+		{"not a peer that does not hear the node", map[string]answer{"c-1": hears(now, false, "d-1")}, nil},
+		{"a silent peer is last", map[string]answer{
 			"c-1": hears(now-time.Second, false, "b-1"), "b-2": hears(now, false, "b-1"),
 		}, []string{"b-2", "c-1"}},
-		{"not who is silent for long", map[string]answer{"c-1": hears(now-relayHears, false, "b-1")}, nil},
-		{"not the node itself, nor strangers", map[string]answer{"b-1": hears(now, false, "b-1"), "x-1": hears(now, false, "b-1")}, nil},
+		{"not a peer that has been silent for long", map[string]answer{"c-1": hears(now-relayFreshness, false, "b-1")}, nil},
+		{"not the node itself, nor an unknown node", map[string]answer{"b-1": hears(now, false, "b-1"), "x-1": hears(now, false, "b-1")}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			table := &peerTable{answers: tc.answers}
-			got := rankRelays("b-1", "a", func(n string) string { return sites[n] }, table.hearing("b-1", now), now-600*time.Millisecond)
+			got := rankRelays("b-1", "a", func(n string) string { return sites[n] }, table.peersHearing("b-1", now), now-600*time.Millisecond)
 			if !slices.Equal(got, tc.want) {
 				t.Errorf("got %v, want %v", got, tc.want)
 			}
-			if old := table.hearing("b-1", now+time.Minute); len(old) != 0 {
-				t.Errorf("a minute later %d still hear it", len(old))
+			if old := table.peersHearing("b-1", now+time.Minute); len(old) != 0 {
+				t.Errorf("a minute later %d peers still count as hearing it", len(old))
 			}
 		})
 	}

@@ -15,12 +15,10 @@ import (
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
-// rpcFormat is the version of the messages in cluster.proto that this build
-// writes.
+// rpcFormat is the version of the messages in cluster.proto that this build sends.
 const rpcFormat = 1
 
-// maxRPCBytes bounds one message; the largest is a proposal with a whole
-// configuration.
+// maxRPCBytes bounds one message. The largest is a proposal with a configuration.
 const maxRPCBytes = 4 << 20
 
 // serveRPC answers peers until ctx ends.
@@ -45,13 +43,13 @@ func (c *Cluster) serveRPC(ctx context.Context) error {
 	return g.Wait()
 }
 
-// peerServer is the rpc face of a Cluster.
+// peerServer implements clusterpb.PeerServer for a Cluster.
 type peerServer struct {
 	clusterpb.UnimplementedPeerServer
 	c *Cluster
 }
 
-// caller gives who asks, as the certificate says.
+// caller returns the caller's identity from its certificate.
 func caller(ctx context.Context) (mesh.Identity, error) {
 	id, ok := mesh.PeerFromContext(ctx)
 	if !ok {
@@ -60,7 +58,7 @@ func caller(ctx context.Context) (mesh.Identity, error) {
 	return id, nil
 }
 
-// Propose commits for a member that is not the leader.
+// Propose commits a command for a member that is not the leader.
 func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
 	cmd, err := agreed.DecodeCommand(r.GetCommand())
 	var index uint64
@@ -86,10 +84,10 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: join format %d, this node reads %d: upgrade the cluster first", ErrNewerPeer, r.GetFormat(), rpcFormat))}, nil
 	}
 	n := nodeOf(r.GetNode())
-	// A member passes on what its caller said; only a direct caller must be the
-	// node that it speaks of.
+	// A forwarded request has the joining node's data, but a member as its caller. Only
+	// a direct caller must be the joining node itself.
 	if !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site) {
-		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: it says site %s node %s, the configuration site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name))}, nil
+		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: the certificate is of site %s node %s, the configuration of site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name))}, nil
 	}
 	resp, err := s.c.join(ctx, n, r.GetFresh(), r.GetForwarded())
 	if err != nil {
@@ -101,7 +99,7 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 	return resp, nil
 }
 
-// Yield moves leadership away from this node.
+// Yield transfers leadership from this node.
 func (s *peerServer) Yield(ctx context.Context, r *clusterpb.YieldRequest) (*clusterpb.YieldResponse, error) {
 	if err := s.c.yield(ctx, r.GetTo()); err != nil {
 		if no := refusal(err); no != nil {
@@ -112,24 +110,25 @@ func (s *peerServer) Yield(ctx context.Context, r *clusterpb.YieldRequest) (*clu
 	return &clusterpb.YieldResponse{Format: rpcFormat}, nil
 }
 
-func (c *Cluster) askToYield(ctx context.Context, leader, to string) error {
+func (c *Cluster) requestYield(ctx context.Context, leader, to string) error {
 	client, err := c.client(leader)
 	if err != nil {
 		return err
 	}
 	got, err := client.Yield(ctx, &clusterpb.YieldRequest{Format: rpcFormat, To: to})
 	if err != nil {
-		return fmt.Errorf("ask %s to yield to %s: %w", leader, to, err)
+		return fmt.Errorf("ask %s to transfer leadership to %s: %w", leader, to, err)
 	}
 	return unrefuse(got.GetRefused())
 }
 
-// OnRelease sets what a peer's Release calls; before Run.
+// OnRelease sets the function that releases the role of primary on this node. Call it
+// before Run.
 func (c *Cluster) OnRelease(release func(ctx context.Context, switchoverID string) error) {
 	c.release = release
 }
 
-// Release asks a node, which may be this one, to let go of the role of primary.
+// Release asks a node, which may be this one, to release the role of primary.
 func (c *Cluster) Release(ctx context.Context, node, switchoverID string) error {
 	if node == c.opts.Name {
 		return c.release(ctx, switchoverID)
@@ -140,12 +139,12 @@ func (c *Cluster) Release(ctx context.Context, node, switchoverID string) error 
 	}
 	got, err := client.Release(ctx, &clusterpb.ReleaseRequest{Format: rpcFormat, Switchover: switchoverID})
 	if err != nil {
-		return fmt.Errorf("ask %s to let go: %w", node, err)
+		return fmt.Errorf("ask %s to release the role of primary: %w", node, err)
 	}
 	return unrefuse(got.GetRefused())
 }
 
-// Release ends what runs here as primary.
+// Release releases the role of primary on this node.
 func (s *peerServer) Release(ctx context.Context, r *clusterpb.ReleaseRequest) (*clusterpb.ReleaseResponse, error) {
 	if err := s.c.release(ctx, r.GetSwitchover()); err != nil {
 		if no := refusal(err); no != nil {

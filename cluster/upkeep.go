@@ -1,11 +1,8 @@
 package cluster
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"maps"
-	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
@@ -13,9 +10,9 @@ import (
 
 const upkeepEvery = 2 * time.Second
 
-// upkeep runs small periodic tasks: learning addresses from the agreed state, a
-// snapshot after each change of raft's configuration, and, on the leader,
-// raising the feature level.
+// upkeep runs small periodic tasks: it copies addresses from the agreed state to the
+// address book, takes a snapshot after each change of raft's configuration and, on the
+// leader, raises the feature level.
 func (c *Cluster) upkeep(ctx context.Context) error {
 	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
@@ -23,13 +20,13 @@ func (c *Cluster) upkeep(ctx context.Context) error {
 		changed := c.Changed()
 		s := c.State()
 		for _, n := range s.Nodes {
-			c.book.learn(n)
+			c.book.recordIndirect(n)
 		}
 		c.snapshotConfiguration()
 		if _, leads := c.Leading(); leads {
 			if level := featureLevel(s); level > s.FeatureLevel {
 				if _, err := c.Propose(ctx, agreed.CmdFeatureRaise, agreed.FeatureRaise{Level: level}); err != nil && !errors.Is(err, context.Canceled) {
-					c.log.Warn("feature level not raised", "to", level, "err", err)
+					c.log.Warn("could not raise the feature level", "to", level, "err", err)
 				} else if err == nil {
 					c.log.Info("feature level raised", "to", level)
 				}
@@ -44,11 +41,10 @@ func (c *Cluster) upkeep(ctx context.Context) error {
 	}
 }
 
-// snapshotConfiguration takes a snapshot when the newest one does not hold
-// raft's configuration. What is restored at a start ends before the newest
-// configuration outside a snapshot (see restoredLog), so without this a node
-// that restarts alone, before the first regular snapshot, would serve an agreed
-// state from before its cluster grew.
+// snapshotConfiguration takes a snapshot if the newest one does not have raft's newest
+// configuration. At a start, raft restores only the entries before the newest
+// configuration that is in no snapshot (see restoredLog). Without this snapshot, a node
+// that restarts alone would use an agreed state from before that configuration.
 func (c *Cluster) snapshotConfiguration() {
 	index := c.fsm.configured.Load()
 	if index <= c.snapshotted {
@@ -56,7 +52,7 @@ func (c *Cluster) snapshotConfiguration() {
 	}
 	kept, err := c.opts.Snapshots.List()
 	if err != nil {
-		return // the store has said why
+		return // the store has logged the error
 	}
 	if len(kept) == 0 || kept[0].Index < index {
 		if err := c.raft.Load().Snapshot().Error(); err != nil {
@@ -68,7 +64,7 @@ func (c *Cluster) snapshotConfiguration() {
 	c.snapshotted = index
 }
 
-// featureLevel is the highest that every member supports.
+// featureLevel is the highest feature level that every member supports.
 func featureLevel(s *agreed.State) int {
 	if len(s.Nodes) == 0 {
 		return s.FeatureLevel
@@ -79,7 +75,3 @@ func featureLevel(s *agreed.State) int {
 	}
 	return max(level, s.FeatureLevel)
 }
-
-func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
-
-func compareStrings(a, b string) int { return cmp.Compare(a, b) }

@@ -14,45 +14,45 @@ import (
 	"github.com/dsnode/dsnode/cluster/clock"
 )
 
-// diskWatchdog notices a disk that hangs. raft can't: a leader whose StoreLogs
-// never returns keeps sending heartbeats from other goroutines for ever and
-// can't hand over (hashicorp/raft #503, #666). So a file on raft's disk is
-// written and fsynced each second, unless raft's own store was; after stalled the
-// transport is shut so that the others elect, after dead the process ends for its
-// supervisor.
+// diskWatchdog detects a disk that hangs. Raft can't: a leader whose StoreLogs does not
+// return keeps sending heartbeats from other goroutines, and can't transfer leadership
+// (hashicorp/raft #503, #666). So the watchdog writes and fsyncs a file on raft's disk each
+// second, unless raft's store has synced meanwhile. After stallAfter it blocks raft's
+// transport, so that the other nodes elect a leader; after exitAfter it ends the process,
+// so that a supervisor restarts it.
 type diskWatchdog struct {
-	dir      string
-	every    time.Duration
-	stalled  time.Duration
-	dead     time.Duration
-	onStall  func(stalled bool)
-	log      *slog.Logger
-	probe    func(path string) error // replaced in tests
-	synced   func() uint64           // rises while others sync on this disk; nil: nobody does
-	started  atomic.Int64            // Boottime of the write under way, 0: none
-	moved    chan struct{}           // started has changed
-	watching time.Duration
+	dir        string
+	writeEvery time.Duration
+	stallAfter time.Duration
+	exitAfter  time.Duration
+	onStall    func(stalled bool)
+	log        *slog.Logger
+	write      func(path string) error // replaced in tests
+	syncs      func() uint64           // how often raft's store has synced; nil: unknown
+	started    atomic.Int64            // Boottime of the write in progress, 0: none
+	changed    chan struct{}           // notifies Run of a change of started
+	checkEvery time.Duration
 }
 
-func newDiskWatchdog(dir string, log *slog.Logger, synced func() uint64, onStall func(bool)) *diskWatchdog {
+func newDiskWatchdog(dir string, log *slog.Logger, syncs func() uint64, onStall func(bool)) *diskWatchdog {
 	return &diskWatchdog{
-		dir: dir, every: time.Second, stalled: 2 * time.Second, dead: 10 * time.Second,
-		watching: 100 * time.Millisecond, moved: make(chan struct{}, 1), onStall: onStall, log: log, probe: writeAndSync,
-		synced: synced,
+		dir: dir, writeEvery: time.Second, stallAfter: 2 * time.Second, exitAfter: 10 * time.Second,
+		checkEvery: 100 * time.Millisecond, changed: make(chan struct{}, 1), onStall: onStall, log: log, write: writeAndSync,
+		syncs: syncs,
 	}
 }
 
-// Run blocks until ctx ends or the disk is dead.
+// Run blocks until ctx ends, a write fails, or a write takes longer than exitAfter.
 func (w *diskWatchdog) Run(ctx context.Context) error {
 	failed := make(chan error, 1)
-	// Left behind when the disk hangs for ever: nothing can end a stuck fsync.
+	// This goroutine may outlive Run: nothing can end a hanging fsync.
 	go func() { failed <- w.writeLoop(ctx) }()
-	tick := time.NewTicker(w.watching)
+	tick := time.NewTicker(w.checkEvery)
 	defer tick.Stop()
-	tick.Stop() // it turns only while a write is under way
-	shut := false
-	// A write counts as stuck by the watcher's own ticks, not by the clock: a
-	// process that was stopped for a minute has no stuck disk.
+	tick.Stop() // it runs only while a write is in progress
+	blocked := false
+	// stuck is counted in ticks of this loop, not by the clock: after a process was
+	// stopped for a minute, its disk is not stuck.
 	var stuck time.Duration
 	for {
 		select {
@@ -63,24 +63,24 @@ func (w *diskWatchdog) Run(ctx context.Context) error {
 				return nil
 			}
 			return err
-		case <-w.moved:
+		case <-w.changed:
 			stuck = 0
 			if tick.Stop(); w.started.Load() != 0 {
-				tick.Reset(w.watching)
+				tick.Reset(w.checkEvery)
 			}
 		case <-tick.C:
-			stuck += w.watching
+			stuck += w.checkEvery
 		}
 		switch {
-		case stuck > w.dead:
+		case stuck > w.exitAfter:
 			return fmt.Errorf("%w for %s: stopping so that the supervisor restarts this node or its machine", ErrDiskStalled, stuck.Round(time.Second))
-		case stuck > w.stalled && !shut:
-			shut = true
-			w.log.Error("disk stalled: raft's transport is shut so that another node leads", "for", stuck.Round(time.Millisecond))
+		case stuck > w.stallAfter && !blocked:
+			blocked = true
+			w.log.Error("disk stalled: raft's transport is blocked so that another node becomes leader", "duration", stuck.Round(time.Millisecond))
 			w.onStall(true)
-		case stuck == 0 && shut:
-			shut = false
-			w.log.Warn("disk answers again: raft's transport is open")
+		case stuck == 0 && blocked:
+			blocked = false
+			w.log.Warn("disk responds again: raft's transport is unblocked")
 			w.onStall(false)
 		}
 	}
@@ -88,22 +88,22 @@ func (w *diskWatchdog) Run(ctx context.Context) error {
 
 func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 	path := filepath.Join(w.dir, "watchdog")
-	// Looked twice as often as written, so that a disk that hangs right after
-	// another's write was seen is tried as soon as one that nobody writes to.
-	tick := time.NewTicker(w.every / 2)
+	// The loop checks twice per writeEvery, so that a disk that hangs just after a sync
+	// of raft's store is written to as soon as one without such syncs.
+	tick := time.NewTicker(w.writeEvery / 2)
 	defer tick.Stop()
-	seen, tried := uint64(0), false
+	last, wrote := uint64(0), false
 	for {
 		now := uint64(0)
-		if w.synced != nil {
-			now = w.synced()
+		if w.syncs != nil {
+			now = w.syncs()
 		}
-		if tried = now == seen && !tried; tried {
-			if err := w.try(path); err != nil {
+		if wrote = now == last && !wrote; wrote {
+			if err := w.probe(path); err != nil {
 				return err
 			}
 		}
-		seen = now
+		last = now
 		select {
 		case <-ctx.Done():
 			return nil
@@ -112,14 +112,14 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 	}
 }
 
-func (w *diskWatchdog) try(path string) error {
-	w.move(int64(clock.Boottime()))
-	err := w.probe(path)
-	w.move(0)
+func (w *diskWatchdog) probe(path string) error {
+	w.setStarted(int64(clock.Boottime()))
+	err := w.write(path)
+	w.setStarted(0)
 	switch {
 	case errors.Is(err, syscall.ENOSPC):
-		// A full disk answers. Whether raft can still write is raft's store's
-		// to find out; it has preallocated space that this file has not.
+		// A full disk does not hang. Raft's store may still be able to write: it has
+		// preallocated space, unlike this file.
 		w.log.Error("disk full: free some space before raft can't write", "dir", w.dir)
 	case err != nil:
 		return fmt.Errorf("write to raft's disk: %w", err)
@@ -127,11 +127,11 @@ func (w *diskWatchdog) try(path string) error {
 	return nil
 }
 
-func (w *diskWatchdog) move(started int64) {
+func (w *diskWatchdog) setStarted(started int64) {
 	w.started.Store(started)
 	select {
-	case w.moved <- struct{}{}:
-	default: // the watcher has yet to look
+	case w.changed <- struct{}{}:
+	default: // a notification is pending already
 	}
 }
 
@@ -140,7 +140,7 @@ func writeAndSync(path string) error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = f.Close() }() // Sync already said what there is to say
+	defer func() { _ = f.Close() }() // Sync has reported any error
 	if _, err := f.WriteString(time.Now().UTC().Format(time.RFC3339Nano)); err != nil {
 		return err
 	}

@@ -18,37 +18,39 @@ import (
 )
 
 const (
-	// adoptAfter is how long nobody may have heard a node before its jobs are
-	// given to another: longer than a restart, so that one costs no adoption.
+	// adoptAfter is how long no node must have heard a node before its job streams get
+	// another owner. It is longer than a restart, so that a restart causes no adoption.
 	adoptAfter = 10 * time.Second
 	adoptEvery = 500 * time.Millisecond
-	// maxAdoptions bounds the changes of one look.
+	// maxAdoptions bounds the adoptions of one look.
 	maxAdoptions = 64
 )
 
-// AdoptionReason says why a stream gets another owner.
+// AdoptionReason names why a stream gets another owner.
 type AdoptionReason string
 
 // The reasons of an adoption.
 const (
 	AdoptNeighbour AdoptionReason = "owner_gone"    // by another node of the owner's site
 	AdoptPrimary   AdoptionReason = "site_gone"     // by the primary
-	AdoptRemoved   AdoptionReason = "owner_removed" // the owner is no member any more
+	AdoptRemoved   AdoptionReason = "owner_removed" // the owner is no longer a member
 )
 
 // AdoptionNode is a member as the raft leader knows it.
 type AdoptionNode struct {
 	Name, Site string
-	// Silence is for how long nobody has heard it.
+	// Silence is for how long no node has heard it.
 	Silence time.Duration
-	// Able: it holds a lease, and is neither draining nor cold.
+	// Able: it can execute jobs. It is heard, holds a lease, applies entries, and is
+	// neither draining nor cold.
 	Able bool
 }
 
 // AdoptionView is all that Adopt looks at.
 type AdoptionView struct {
 	Primary string // site
-	// MayReassign: this leader has waited out the leases of the one before.
+	// MayReassign: leases from before this leadership have ended, and this leader has
+	// not been paused.
 	MayReassign bool
 	Quarantined bool
 	Nodes       []AdoptionNode
@@ -62,9 +64,9 @@ type Adoption struct {
 	Reason AdoptionReason
 }
 
-// Adopt decides who executes the jobs of owners that are gone: a neighbour of
-// the owner, else a node of the primary. Streams go to whoever owns the fewest,
-// so those of one lost site don't all fall on one node.
+// Adopt decides which nodes get the streams of owners that are gone: another node of
+// the owner's site, else a node of the primary. Each stream goes to the node that owns
+// the fewest, so those of one lost site are spread. It is pure.
 func Adopt(v AdoptionView) []Adoption {
 	if !v.MayReassign || v.Quarantined {
 		return nil
@@ -85,7 +87,7 @@ func Adopt(v AdoptionView) []Adoption {
 		if (member && owner.Silence < adoptAfter) || len(adoptions) == maxAdoptions {
 			continue
 		}
-		site := j.Site // of an owner that was removed only the origin's site is known
+		site := j.Site // of a removed owner only the origin's site is known
 		if member {
 			site = owner.Site
 		}
@@ -103,13 +105,13 @@ func Adopt(v AdoptionView) []Adoption {
 }
 
 func adopter(v AdoptionView, nodes map[string]AdoptionNode, load map[string]int, site string) (string, AdoptionReason) {
-	if to := idlest(nodes, load, site); to != "" {
+	if to := leastLoaded(nodes, load, site); to != "" {
 		return to, AdoptNeighbour
 	}
-	return idlest(nodes, load, v.Primary), AdoptPrimary
+	return leastLoaded(nodes, load, v.Primary), AdoptPrimary
 }
 
-func idlest(nodes map[string]AdoptionNode, load map[string]int, site string) string {
+func leastLoaded(nodes map[string]AdoptionNode, load map[string]int, site string) string {
 	best := ""
 	for _, name := range slices.Sorted(maps.Keys(nodes)) {
 		n := nodes[name]
@@ -120,14 +122,14 @@ func idlest(nodes map[string]AdoptionNode, load map[string]int, site string) str
 	return best
 }
 
-// Adopter gives the streams of lost nodes to others, while this node leads.
+// Adopter gives the streams of lost nodes to other nodes, while this node leads Raft.
 type Adopter struct {
 	o       Options
 	timing  config.Timing
 	adopted *prometheus.CounterVec
 }
 
-// NewAdopter makes an Adopter; Lead runs it. Of the options it needs Name, Site,
+// NewAdopter makes an Adopter; Lead runs it. It needs the options Name, Site,
 // Agreement, Health, Boottime, Quarantined, Logger and Registerer.
 func NewAdopter(o Options) *Adopter {
 	return &Adopter{
@@ -138,7 +140,7 @@ func NewAdopter(o Options) *Adopter {
 	}
 }
 
-// Lead looks and acts until the leadership ends; for cluster.WhileLeader.
+// Lead decides and proposes until the leadership ends; for cluster.WhileLeader.
 func (a *Adopter) Lead(ctx context.Context, l cluster.Leadership) error {
 	tick := time.NewTicker(adoptEvery)
 	defer tick.Stop()
@@ -162,11 +164,11 @@ func (a *Adopter) adopt(ctx context.Context, d Adoption, l cluster.Leadership) {
 	switch {
 	case err == nil:
 		a.adopted.WithLabelValues(string(d.Reason)).Inc()
-		log.Warn("jobs adopted", "reason", d.Reason)
+		log.Warn("job stream has a new owner", "reason", d.Reason)
 	case ctx.Err() != nil, errors.Is(err, agreed.ErrStaleToken), errors.Is(err, agreed.ErrStaleTerm), errors.Is(err, agreed.ErrUnknownStream):
 		log.Info("adoption overtaken by another change", "err", err)
 	default:
-		log.Warn("adoption failed, the next look decides again", "err", err)
+		log.Warn("adoption failed; the next look decides again", "err", err)
 	}
 }
 
@@ -176,7 +178,7 @@ func (a *Adopter) view(l cluster.Leadership) AdoptionView {
 	left, _ := a.o.Agreement.Lease()
 	v := AdoptionView{
 		Primary: s.Primary.Site, Quarantined: a.o.Quarantined(), Streams: slices.Collect(maps.Values(s.Streams)),
-		// What this leader has not watched for long enough it does not judge.
+		// A leader that is new, or was paused, has not listened for long enough.
 		MayReassign: left > 0 && now-l.FirstCommit >= a.timing.NewLeaderWait && a.o.Agreement.Paused() < a.timing.Patience,
 	}
 	for name, n := range s.Nodes {
@@ -189,8 +191,8 @@ func (a *Adopter) view(l cluster.Leadership) AdoptionView {
 	return v
 }
 
-// judge tells how long nobody has heard a node. One that was never heard is
-// judged by how long this leader has listened.
+// judge tells for how long no node has heard a node, and whether it is able. The
+// silence of a node that was never heard counts from the start of this leadership.
 func (a *Adopter) judge(name, site string, peers map[string]cluster.PeerView, leading time.Duration) AdoptionNode {
 	n := AdoptionNode{Name: name, Site: site, Silence: leading}
 	if p := peers[name]; p.Heard {

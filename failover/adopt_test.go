@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// A node is silent only when nobody hears it, and its lease counts as of now.
-func TestAdopterJudgesByWhatAnybodyHeard(t *testing.T) {
+// A node is silent only when no node hears it. Its lease counts as of now.
+func TestAdopterJudgesByWhatAnyNodeHeard(t *testing.T) {
 	a := &Adopter{timing: config.TimingFrom(0)}
 	const s = time.Second
 	good := cluster.PeerView{Heard: true, Ago: s / 10, LeaseLeft: s}
@@ -21,7 +21,7 @@ func TestAdopterJudgesByWhatAnybodyHeard(t *testing.T) {
 		want  AdoptionNode
 	}{
 		{"heard by the leader", map[string]cluster.PeerView{"x": good}, AdoptionNode{Silence: s / 10, Able: true}},
-		{"never heard by anybody", map[string]cluster.PeerView{}, AdoptionNode{Silence: 20 * s}},
+		{"never heard by any node", map[string]cluster.PeerView{}, AdoptionNode{Silence: 20 * s}},
 		{"heard by a third only", map[string]cluster.PeerView{"x": {Heard: true, Ago: 15 * s}, "y": {Heard: true, Ago: s, HeardBy: map[string]time.Duration{"x": s}}}, AdoptionNode{Silence: 2 * s}},
 		{"the third is silent itself", map[string]cluster.PeerView{"x": {Heard: true, Ago: 15 * s}, "y": {Heard: true, Ago: 12 * s, HeardBy: map[string]time.Duration{"x": s}}}, AdoptionNode{Silence: 13 * s}},
 		{"draining", map[string]cluster.PeerView{"x": {Heard: true, LeaseLeft: s, Health: cluster.Health{Draining: true}}}, AdoptionNode{}},
@@ -56,14 +56,14 @@ func TestAdopt(t *testing.T) {
 	}{
 		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
-		{"gone: a neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
-		{"gone, and the neighbour drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
+		{"owner gone: a node of its site", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
+		{"owner gone, the other node of its site drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
 		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
 		{"the primary is gone too, not replaced yet", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
-		{"an adopter that is gone: its own neighbour", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
-		{"removed for good", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
-		{"the idlest neighbour", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []agreed.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
-		{"a leader that may not yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"an adopter that is gone: a node of the adopter's site", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("b1"), here("b2"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "b1")}}, "b2", AdoptNeighbour},
+		{"owner removed", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptRemoved},
+		{"the least loaded node of its site", AdoptionView{MayReassign: true, Primary: "a", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("a3")}, Streams: []agreed.JobStream{stream("a1", "a1"), stream("a2", "a2")}}, "a3", AdoptNeighbour},
+		{"a leader that may not reassign yet", AdoptionView{Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 		{"quarantined", AdoptionView{MayReassign: true, Quarantined: true, Nodes: []AdoptionNode{gone("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 	}
 	for _, tt := range tests {
@@ -82,7 +82,7 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
-// Streams of a lost site are spread, and each goes to somebody who is able.
+// Streams of a lost site are spread over the able nodes.
 func TestAdoptSpreads(t *testing.T) {
 	v := AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{
 		{Name: "a1", Site: "a", Silence: adoptAfter}, {Name: "b1", Site: "b", Able: true}, {Name: "b2", Site: "b", Able: true},

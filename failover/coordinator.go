@@ -19,10 +19,10 @@ import (
 
 // Agreement is what failover needs of the cluster; *cluster.Cluster is one.
 type Agreement interface {
-	// State is the agreed state, immutable; Changed closes at its next change.
+	// State is the agreed state, immutable. Changed closes at its next change.
 	State() *agreed.State
 	Changed() <-chan struct{}
-	// Lease is how long this node's lease is good and the highest epoch heard.
+	// Lease tells how long this node's lease is good, and the highest epoch heard.
 	Lease() (left time.Duration, epoch uint64)
 	// Paused is the longest recent time in which this process did not run.
 	Paused() time.Duration
@@ -31,40 +31,39 @@ type Agreement interface {
 	Leading() (cluster.Leadership, bool)
 	Timing() config.Timing
 	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
-	// TransferLeadership moves raft's leadership and proves with a canary entry
-	// that it arrived.
+	// TransferLeadership moves raft's leadership. It returns nil when a canary entry
+	// was committed by the new leader.
 	TransferLeadership(ctx context.Context, to string) error
 }
 
 var _ Agreement = (*cluster.Cluster)(nil)
 
-// Releaser asks a node of the primary site to let go.
+// Releaser asks a node of the primary site to stop acting as primary.
 type Releaser interface {
-	// Release returns once the node has ended everything that it ran as
-	// primary because of this switchover, and will not begin again before the
+	// Release returns nil once the node has seen this switchover and has ended all
+	// that it ran as primary. The node then starts nothing as primary before the
 	// switchover is off the agreed state; see Fence.Release.
 	Release(ctx context.Context, node, switchoverID string) error
 }
 
-// Options is what a Coordinator is made of. All of it is needed unless it says
-// otherwise.
+// Options are a Coordinator's. All fields are needed unless they say otherwise.
 type Options struct {
 	Name, Site string
 	Agreement  Agreement
 	Releaser   Releaser
-	// Health is what this node says of itself; it must not block.
+	// Health is this node's own health. It must not block.
 	Health func() cluster.Health
-	// Boottime is the clock that leases are counted on; Now the wall clock.
+	// Boottime is the clock that leases are counted on, Now the wall clock.
 	Boottime func() time.Duration
 	Now      func() time.Time
-	// Quarantined says that this cluster restarted cold; see Quarantine.
+	// Quarantined tells that this cluster restarted cold; see Quarantine.
 	Quarantined func() bool
-	// Behind is how many records each site's copy lacks, absent when unknown.
-	// Nil while there is no replication.
+	// Behind gives how many records each site's copy lacks; absent when unknown. The
+	// func is nil while there is no replication.
 	Behind func() map[string]int64
-	// AtRisk is how many records a change of primary from a site to another
-	// could lose, nil when unknown. The func is nil while there is no
-	// replication: then nothing is at risk, and no figure is given.
+	// AtRisk gives how many records a change of primary from one site to another
+	// could lose, nil when unknown. The func is nil while there is no replication:
+	// then nothing is at risk, and no figure is given.
 	AtRisk func(from, to string) *int64
 
 	Logger     *slog.Logger
@@ -72,26 +71,26 @@ type Options struct {
 }
 
 const (
-	// lookEvery is how often the coordinator looks: twice for each ping.
+	// lookEvery is the interval of the coordinator's looks: half that of pings.
 	lookEvery = 125 * time.Millisecond
-	// grudgeTime is how long a site that was replaced is the last choice.
-	grudgeTime = 60 * time.Second
-	// followFor is how long after a promotion the raft leader is moved to the
-	// primary site at once; of a later election elsewhere see GoHome.
+	// penaltyTime is how long a site that was replaced is the last choice.
+	penaltyTime = 60 * time.Second
+	// followFor is for how long after a promotion the raft leader is moved to the
+	// primary site at once. After a later election elsewhere PlaceLeader decides.
 	followFor = 2 * time.Minute
-	// followTries bounds the attempts of one leadership to move itself.
+	// followTries bounds the attempts of one leadership to move after a promotion.
 	followTries   = 6
 	followBackoff = time.Second
 )
 
-// dwell is the least time between two automatic promotions: four times the
-// patience (10 s), so a second loss right after the first leaves the cluster
-// without a primary for about as long as the first one did, while nothing can
-// change the primary more than six times a minute.
+// dwell is the least time between two automatic promotions: four times the patience
+// (10 s). A second loss right after the first leaves the cluster without a primary for
+// little longer than the first did, and the primary can't change more than six times a
+// minute.
 func dwell(t config.Timing) time.Duration { return 4 * t.Patience }
 
-// Coordinator replaces a lost primary, and carries out planned switchovers.
-// Every node has one: it looks all the time, and acts while its node leads.
+// Coordinator replaces a lost primary and carries out planned switchovers. Every node
+// runs one: it observes all the time, and acts while its node leads Raft.
 type Coordinator struct {
 	o       Options
 	log     *slog.Logger
@@ -110,8 +109,8 @@ func NewCoordinator(o Options) *Coordinator {
 	return &Coordinator{o: o, log: o.Logger, timing: o.Agreement.Timing(), metrics: newMetrics(o.Registerer)}
 }
 
-// Look is the newest view of this node, what it would do if it led, and why.
-// False before the first look.
+// Look gives the newest view of this node, what it would do as the leader, and why.
+// It gives false before the first look.
 func (c *Coordinator) Look() (View, Action, Reason, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -121,19 +120,19 @@ func (c *Coordinator) Look() (View, Action, Reason, bool) {
 // watch is the state of Run's loop.
 type watch struct {
 	memory Memory
-	// epochAt is when this process first saw the present epoch.
+	// epochAt is when this process first saw the current epoch.
 	epoch   uint64
 	epochAt time.Duration
-	// said is what was last logged as leader.
-	said Reason
-	// moves counts the attempts to move the leadership since the epoch or the
-	// term changed; the next one is not before moveAt.
-	term   uint64
-	moves  int
-	moveAt time.Duration
-	homing homing
-	// homingSaid is what was last logged of it.
-	homingSaid HomingReason
+	// logged is the decision that was last logged as leader.
+	logged Reason
+	// moves counts the attempts to move the leadership since the epoch or the term
+	// changed. The next attempt is not before moveAt.
+	term    uint64
+	moves   int
+	moveAt  time.Duration
+	leaders leaderHistory
+	// leaderReason is the newest of PlaceLeader that was logged.
+	leaderReason LeaderReason
 }
 
 // Run looks and acts until ctx ends.
@@ -141,8 +140,8 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	var w watch
-	// One act at a time, beside the loop: a proposal that hangs must not look
-	// like a pause of this node.
+	// One action at a time, in a goroutine of its own: a proposal that hangs must not
+	// count as a pause of this node.
 	var acting sync.WaitGroup
 	defer acting.Wait()
 	actx, stop := context.WithCancel(ctx)
@@ -166,12 +165,12 @@ func (c *Coordinator) Run(ctx context.Context) error {
 				act(actx)
 				idle <- struct{}{}
 			})
-		default: // the one before is still under way
+		default: // the action before is still under way
 		}
 	}
 }
 
-// look takes one view and returns what is to be done about it, nil for nothing.
+// look observes, decides, and returns what is to be done, nil for nothing.
 func (c *Coordinator) look(w *watch) func(context.Context) {
 	s := c.o.Agreement.State()
 	if s.ClusterID == "" || s.Parsed == nil {
@@ -181,13 +180,14 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 	if w.epoch != s.Primary.Epoch {
 		at := now
 		if w.epoch == 0 {
-			// Just started: how long ago it was is on others' wall clocks only.
+			// This process has just started: only the wall clock of the proposer tells how
+			// long ago the epoch began.
 			at = now - max(0, c.o.Now().Sub(s.Primary.Since))
 		}
 		w.epoch, w.epochAt, w.moves, w.moveAt = s.Primary.Epoch, at, 0, now
 	}
 	in := c.input(s, now)
-	w.homing.observe(s, in, in.RaftLeader)
+	w.leaders.observe(s, in, in.RaftLeader)
 	var sites []SiteView
 	w.memory, sites = Observe(w.memory, in)
 	v := c.newView(s, sites, now, w)
@@ -198,14 +198,14 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 
 	l, leads := c.o.Agreement.Leading()
 	if !leads {
-		w.said = ""
+		w.logged = ""
 		return nil
 	}
 	if w.term != l.Term {
 		w.term, w.moves, w.moveAt = l.Term, 0, now
 	}
-	if w.said != reason {
-		w.said = reason
+	if w.logged != reason {
+		w.logged = reason
 		c.metrics.decisions.WithLabelValues(string(reason)).Inc()
 		c.log.Info("failover decision", "action", action.Kind, "site", action.Site, "reason", reason,
 			"primary", s.Primary.Site, "epoch", s.Primary.Epoch, "term", l.Term)
@@ -218,17 +218,17 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 	case Stay:
 	}
 	if act := c.follow(w, s, in, now); act != nil {
-		w.homing.try(l.Term, now)
+		w.leaders.try(l.Term, now)
 		return act
 	}
-	return c.goHome(w, s, in, l, reason)
+	return c.returnLeader(w, s, in, l, reason)
 }
 
-// promote proposes the one entry that changes the primary. Only if the epoch is
-// still the one that was looked at does it have any effect.
+// promote proposes the entry that changes the primary. The entry has no effect when
+// the epoch is no longer the one that was decided on.
 func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string, reason Reason, v View, term uint64) {
 	if l, leads := c.o.Agreement.Leading(); !leads || l.Term != term {
-		return // a new leader waits before it promotes; this decision is the old one's
+		return // the decision is of an earlier leadership, and each new leader has its own wait
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
@@ -236,7 +236,8 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 	p := agreed.Promote{
 		Site: site, ExpectEpoch: s.Primary.Epoch, Generation: s.Generation.Number,
 		Reason: string(reason), Kind: agreed.FailoverUnplanned,
-		// Another may be elected at this moment, and be handed the proposal.
+		// If another leader is elected now, the proposal is forwarded to it. It has its
+		// own wait, so the entry has no effect in its term.
 		Term: term,
 	}
 	if known {
@@ -254,12 +255,12 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 	case errors.Is(err, agreed.ErrStaleEpoch), errors.Is(err, agreed.ErrStaleTerm):
 		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch, "err", err)
 	default:
-		c.log.Warn("promotion failed, the next look decides again", "to", site, "err", err)
+		c.log.Warn("promotion failed; the next look decides again", "to", site, "err", err)
 		c.pause(ctx)
 	}
 }
 
-// outage is how long the primary has been gone when it is replaced.
+// outage is how long the primary has been lost when it is replaced.
 func outage(v View, why Reason) (down time.Duration, known bool) {
 	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
 	if i < 0 {
@@ -271,8 +272,8 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 	return v.Sites[i].LeaderSilence, true
 }
 
-// expire clears a switchover that is past its deadline: its coordinator died
-// or was cut off. Only then may the old primary go on.
+// expire clears a switchover that is past its deadline: its coordinator died or was
+// cut off. Until then the old primary may not act.
 func (c *Coordinator) expire(ctx context.Context, s *agreed.State) {
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
@@ -289,7 +290,7 @@ func (c *Coordinator) expire(ctx context.Context, s *agreed.State) {
 	}
 }
 
-// pause keeps a failing act from being tried ten times a second.
+// pause keeps a failing action from being retried at every look.
 func (c *Coordinator) pause(ctx context.Context) {
 	wait := time.NewTimer(2 * c.timing.Tick)
 	defer wait.Stop()
@@ -299,8 +300,8 @@ func (c *Coordinator) pause(ctx context.Context) {
 	}
 }
 
-// follow moves the raft leadership to the primary site for a while after a
-// promotion, nil when there is nothing to move.
+// follow moves the raft leadership to the primary site during followFor after a
+// promotion. It gives nil when there is nothing to move.
 func (c *Coordinator) follow(w *watch, s *agreed.State, in Input, now time.Duration) func(context.Context) {
 	since := now - w.epochAt
 	last := s.LastFailover
@@ -309,7 +310,7 @@ func (c *Coordinator) follow(w *watch, s *agreed.State, in Input, now time.Durat
 		return nil
 	}
 	if last.Kind != agreed.FailoverUnplanned && since < moveTimeout {
-		return nil // who switched over moves it himself
+		return nil // the node that carried the switchover out moves it
 	}
 	to, ok := voterOf(in.Members, s.Primary.Site)
 	if !ok {
@@ -327,22 +328,22 @@ func (c *Coordinator) follow(w *watch, s *agreed.State, in Input, now time.Durat
 	}
 }
 
-// goHome moves the raft leadership back to the primary's site in calm weather,
-// nil when it stays.
-func (c *Coordinator) goHome(w *watch, s *agreed.State, in Input, l cluster.Leadership, reason Reason) func(context.Context) {
-	v := w.homing.view(s, in, l, reason == PrimaryHealthy, c.o.Now())
-	to, why := GoHome(v)
-	if w.homingSaid != why {
-		w.homingSaid = why
-		if why != HomingAtHome {
-			c.log.Info("raft leadership away from the primary site", "leader_site", v.LeaderSite, "primary", v.Primary,
+// returnLeader moves the raft leadership back to the primary's site as PlaceLeader
+// says. It gives nil when the leadership stays.
+func (c *Coordinator) returnLeader(w *watch, s *agreed.State, in Input, l cluster.Leadership, reason Reason) func(context.Context) {
+	v := w.leaders.view(s, in, l, reason == PrimaryHealthy, c.o.Now())
+	to, why := PlaceLeader(v)
+	if w.leaderReason != why {
+		w.leaderReason = why
+		if why != LeaderInPlace {
+			c.log.Info("raft leader is outside the primary site", "leader_site", v.LeaderSite, "primary", v.Primary,
 				"reason", why, "elections", v.Elected, "tried", v.Tried)
 		}
 	}
 	if to == "" {
 		return nil
 	}
-	w.homing.try(l.Term, in.Now)
+	w.leaders.try(l.Term, in.Now)
 	return func(ctx context.Context) {
 		if err := c.moveLeader(ctx, to); err != nil {
 			c.log.Warn("raft leadership did not return to the primary site", "to", to, "try", v.Tried+1, "err", err)
@@ -352,7 +353,7 @@ func (c *Coordinator) goHome(w *watch, s *agreed.State, in Input, l cluster.Lead
 	}
 }
 
-// moveTimeout bounds one move of the leadership with its canary.
+// moveTimeout bounds one move of the leadership, the canary entry included.
 const moveTimeout = 8 * time.Second
 
 func (c *Coordinator) moveLeader(ctx context.Context, to string) error {

@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// play runs a story in virtual time and checks the laws at its end.
-func play(t *testing.T, w func(t *testing.T) *world, story func(t *testing.T, w *world)) {
+// simulate runs a test in a world and checks the laws at its end.
+func simulate(t *testing.T, w func(t *testing.T) *world, test func(t *testing.T, w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := w(t)
@@ -36,7 +36,7 @@ func play(t *testing.T, w func(t *testing.T) *world, story func(t *testing.T, w 
 			}
 		}()
 		w.until("a acts as primary", 20*time.Second, func() bool { return slices.Equal(w.acting(), []string{"a"}) })
-		story(t, w)
+		test(t, w)
 	})
 }
 
@@ -48,7 +48,7 @@ func twos(seed uint64) func(*testing.T) *world {
 	return func(t *testing.T) *world { return newWorld(t, seed, [3]int{2, 2, 1}, [3]int{2, 2, 1}) }
 }
 
-// lead puts the raft leadership somewhere.
+// lead moves the raft leadership to a node.
 func (w *world) lead(name string) {
 	w.t.Helper()
 	if err := w.nodes[name].TransferLeadership(w.t.Context(), name); err != nil {
@@ -77,18 +77,18 @@ func (w *world) primaryIs(site string) func() bool {
 
 var leaders = []string{"a1", "b1", "c1"}
 
-// Killed, with the leader in each site: b is primary within 7 s, the leader
-// moves there, and a returns without taking the role.
+// The primary's site is killed, with the raft leader in each site: b is primary within
+// 7 s, the leader moves there, and a does not become primary again when it is back.
 func TestPrimaryKilled(t *testing.T) {
 	for _, leader := range leaders {
 		for _, shape := range []func(uint64) func(*testing.T) *world{ones, twos} {
 			var took []time.Duration
 			for seed := range uint64(4) {
-				play(t, shape(seed), func(t *testing.T, w *world) {
+				simulate(t, shape(seed), func(t *testing.T, w *world) {
 					w.lead(leader)
 					w.pass(3 * time.Second)
-					gone := w.siteNodes("a")
-					w.kill(gone...)
+					lost := w.siteNodes("a")
+					w.kill(lost...)
 					took = append(took, w.until("b is primary", 7*time.Second, w.primaryIs("b")))
 					w.wantPrimary("b", 2)
 					w.until("b acts", 3*time.Second, func() bool { return slices.Equal(w.acting(), []string{"b"}) })
@@ -98,7 +98,7 @@ func TestPrimaryKilled(t *testing.T) {
 						*f.RTOSeconds < 2.5 || *f.RTOSeconds > 7 || f.RPOSeconds != nil || f.RecordsAtRisk != nil {
 						t.Errorf("failover record %+v", f)
 					}
-					w.restart(gone...)
+					w.restart(lost...)
 					w.pass(20 * time.Second)
 					w.wantPrimary("b", 2)
 				})
@@ -122,11 +122,11 @@ func (w *world) siteNodes(site string) []string {
 	return names
 }
 
-// Stopped for 30 s and continued: b took over, and a starts nothing when it
-// wakes up believing that no time has passed.
+// The primary's processes are stopped for 30 s and continued: b is primary, and a starts
+// nothing although its processes noticed no time.
 func TestPrimaryStoppedAndBack(t *testing.T) {
 	for _, leader := range leaders {
-		play(t, twos(1), func(t *testing.T, w *world) {
+		simulate(t, twos(1), func(t *testing.T, w *world) {
 			w.lead(leader)
 			w.pause(w.siteNodes("a")...)
 			w.until("b is primary", 7*time.Second, w.primaryIs("b"))
@@ -141,12 +141,12 @@ func TestPrimaryStoppedAndBack(t *testing.T) {
 	}
 }
 
-// A leader in b or c that is stopped finds everybody silent when it wakes up,
-// and does nothing about it.
-func TestStoppedLeaderAccusesNobody(t *testing.T) {
+// A leader in b or c that was stopped finds all nodes silent when it continues, and
+// replaces no primary.
+func TestStoppedLeaderReplacesNoPrimary(t *testing.T) {
 	for _, leader := range []string{"b1", "c1"} {
 		for _, d := range []time.Duration{600 * time.Millisecond, 3 * time.Second, 15 * time.Second} {
-			play(t, ones(2), func(t *testing.T, w *world) {
+			simulate(t, ones(2), func(t *testing.T, w *world) {
 				w.lead(leader)
 				for range 4 {
 					w.pause(leader)
@@ -160,10 +160,10 @@ func TestStoppedLeaderAccusesNobody(t *testing.T) {
 	}
 }
 
-// The leader killed, the primary not: an election is no failover.
+// The raft leader is killed and the primary is not: an election is no failover.
 func TestLeaderKilledIsNoFailover(t *testing.T) {
 	for _, leader := range []string{"b1", "c1"} {
-		play(t, ones(3), func(t *testing.T, w *world) {
+		simulate(t, ones(3), func(t *testing.T, w *world) {
 			w.lead(leader)
 			w.kill(leader)
 			w.until("another leader", 5*time.Second, func() bool { s := w.leaderSite(); return s != "" && s != leader[:1] })
@@ -173,7 +173,8 @@ func TestLeaderKilledIsNoFailover(t *testing.T) {
 	}
 }
 
-// Cut off, fully or one way only: replaced, fenced, and back without a fight.
+// The primary's site is cut off, in both directions or in one: it is replaced and fenced,
+// and stays replaced when it is back.
 func TestPrimaryCutOff(t *testing.T) {
 	for name, links := range map[string][]string{
 		"full":     {"a>b", "b>a", "a>c", "c>a"},
@@ -182,7 +183,7 @@ func TestPrimaryCutOff(t *testing.T) {
 	} {
 		for _, leader := range leaders {
 			t.Run(name+" "+leader, func(t *testing.T) {
-				play(t, twos(4), func(t *testing.T, w *world) {
+				simulate(t, twos(4), func(t *testing.T, w *world) {
 					w.lead(leader)
 					w.sever(true, links...)
 					w.until("b is primary", 7*time.Second, w.primaryIs("b"))
@@ -197,11 +198,11 @@ func TestPrimaryCutOff(t *testing.T) {
 	}
 }
 
-// The link between the leader's site and the primary is cut, the third site
-// hears both and hands leases on: nothing is wrong.
+// The link between the leader's site and the primary is cut. The third site hears both
+// and hands leases on, so the primary stays.
 func TestPrimaryHeardByAnotherSiteStays(t *testing.T) {
 	for _, leader := range []string{"b1", "c1"} {
-		play(t, ones(5), func(t *testing.T, w *world) {
+		simulate(t, ones(5), func(t *testing.T, w *world) {
 			w.lead(leader)
 			w.sever(true, "a>"+leader[:1], leader[:1]+">a")
 			w.pass(2 * time.Minute)
@@ -213,9 +214,10 @@ func TestPrimaryHeardByAnotherSiteStays(t *testing.T) {
 	}
 }
 
-// A link that is up and down each second or two, with the primary behind it.
+// The primary's links go up and down every second or two, which is less than the
+// patience.
 func TestFlappingLink(t *testing.T) {
-	play(t, ones(6), func(t *testing.T, w *world) {
+	simulate(t, ones(6), func(t *testing.T, w *world) {
 		w.lead("c1")
 		for range 60 {
 			w.sever(true, "a>b", "b>a", "a>c", "c>a")
@@ -227,10 +229,10 @@ func TestFlappingLink(t *testing.T) {
 	})
 }
 
-// The new primary is lost as well, at once: the third one follows after the
-// dwell, not after minutes; and who was just replaced is the last choice.
+// The new primary is lost as well, at once: the third site is promoted after the dwell,
+// and the site that was just replaced is the last choice.
 func TestSecondLossInsideTheDwell(t *testing.T) {
-	play(t, twos(7), func(t *testing.T, w *world) {
+	simulate(t, twos(7), func(t *testing.T, w *world) {
 		w.lead("c1")
 		w.sever(true, "a>b", "b>a", "a>c", "c>a")
 		w.until("b is primary", 7*time.Second, w.primaryIs("b"))
@@ -248,7 +250,7 @@ func TestSecondLossInsideTheDwell(t *testing.T) {
 }
 
 func TestHoldStopsPromotions(t *testing.T) {
-	play(t, ones(8), func(t *testing.T, w *world) {
+	simulate(t, ones(8), func(t *testing.T, w *world) {
 		w.lead("c1")
 		w.propose("c1", agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, By: "me"})
 		w.kill("a1")
@@ -266,9 +268,9 @@ func (w *world) propose(node string, t agreed.CommandType, data any) {
 	}
 }
 
-// No quorum: nobody is promoted, however long it lasts, and nobody acts.
+// Without a quorum no site is promoted and none acts as primary, however long it lasts.
 func TestNoQuorumNoPromotion(t *testing.T) {
-	play(t, ones(9), func(t *testing.T, w *world) {
+	simulate(t, ones(9), func(t *testing.T, w *world) {
 		w.kill("a1", "b1")
 		w.pass(2 * time.Minute)
 		w.wantPrimary("a", 1)
@@ -280,15 +282,15 @@ func TestNoQuorumNoPromotion(t *testing.T) {
 	})
 }
 
-// An hour of 2 % loss, 200 ms jitter and a node that is stopped 300 ms of every
-// second (20 minutes each node): the primary stays.
-func TestAnHourOfBadWeather(t *testing.T) {
+// The primary stays through an hour of 2 % loss, 200 ms jitter and a node that is stopped
+// 300 ms of every second (20 minutes each node).
+func TestAnHourOfLossAndJitter(t *testing.T) {
 	third := 20 * time.Minute
 	if testing.Short() || raceDetector {
 		third = 2 * time.Minute
 	}
 	for i, starved := range leaders {
-		play(t, ones(uint64(10+i)), func(t *testing.T, w *world) {
+		simulate(t, ones(uint64(10+i)), func(t *testing.T, w *world) {
 			w.lead(leaders[(i+1)%3])
 			w.mu.Lock()
 			w.jitter, w.loss = 200*time.Millisecond, 0.02
@@ -304,10 +306,10 @@ func TestAnHourOfBadWeather(t *testing.T) {
 	}
 }
 
-// A decision taken before an election is not carried out after it: a proposal
-// would be passed on to the new leader, which has its own wait.
+// A decision from before an election is not carried out after it: the proposal would be
+// forwarded to the new leader, which has its own wait.
 func TestDecisionOfAnEarlierTermIsDropped(t *testing.T) {
-	play(t, ones(13), func(t *testing.T, w *world) {
+	simulate(t, ones(13), func(t *testing.T, w *world) {
 		w.lead("c1")
 		c := w.nodes["c1"].coord
 		v, _, _, _ := c.Look()
@@ -323,10 +325,10 @@ func TestDecisionOfAnEarlierTermIsDropped(t *testing.T) {
 	})
 }
 
-// Another is elected while the promotion is on its way, and is handed it: it has
-// no effect, since the new leader has its own wait.
-func TestPromotionHandedToANewLeaderHasNoEffect(t *testing.T) {
-	play(t, ones(14), func(t *testing.T, w *world) {
+// Another leader is elected while the promotion is on its way, and gets it forwarded: it
+// has no effect, since the new leader has its own wait.
+func TestPromotionForwardedToANewLeaderHasNoEffect(t *testing.T) {
+	simulate(t, ones(14), func(t *testing.T, w *world) {
 		w.lead("c1")
 		c := w.nodes["c1"].coord
 		v, _, _, _ := c.Look()
@@ -340,10 +342,10 @@ func TestPromotionHandedToANewLeaderHasNoEffect(t *testing.T) {
 			defer close(done)
 			c.promote(t.Context(), agreed, "b", PrimaryLost, v, l.Term)
 		}()
-		synctest.Wait() // it has found itself leading, and is on its way
+		synctest.Wait() // it has checked that it leads, and the proposal is on its way
 		w.mu.Lock()
 		w.term++
-		w.crown("b1")
+		w.elected("b1")
 		w.nodes["b1"].firstCommit = w.now()
 		w.mu.Unlock()
 		<-done

@@ -6,17 +6,16 @@ import (
 	"time"
 )
 
-// View is everything that Decide looks at. Durations are on the leader's
-// Boottime clock.
+// View is all that Decide looks at. Durations are on the leader's Boottime clock.
 type View struct {
-	Quorum      bool // the leader holds a lease of its own ticks
+	Quorum      bool // the leader holds a lease from its own ticks
 	Quarantined bool
-	Held        bool // an operator paused automatic promotions
+	Held        bool // an operator has paused automatic promotions
 
 	LeadingFor    time.Duration // since the first commit of this leadership
 	NewLeaderWait time.Duration
 	Patience      time.Duration
-	NoLease       time.Duration // a primary without a lease for so long is replaced
+	NoLease       time.Duration // a primary without a lease for this long is replaced
 
 	Primary string
 	Sites   []SiteView
@@ -24,14 +23,14 @@ type View struct {
 	Switchover Progress
 	Last       LastPromotion
 	Dwell      time.Duration // least time between two automatic promotions
-	Grudge     time.Duration // for so long a site that was replaced is the last choice
+	Penalty    time.Duration // for this long a site that was replaced is the last choice
 }
 
 // Progress of a planned switchover.
 type Progress string
 
-// A switchover is absent, under way, or past its deadline and still standing
-// in the agreed state.
+// A switchover is absent, under way, or past its deadline and not yet off the agreed
+// state.
 const (
 	NoSwitchover      Progress = ""
 	SwitchoverRunning Progress = "running"
@@ -55,7 +54,7 @@ const (
 	ExpireSwitchover ActionKind = "expire_switchover"
 )
 
-// Action is one decision; Site is the one to promote.
+// Action is one decision. Site is the one to promote.
 type Action struct {
 	Kind ActionKind
 	Site string
@@ -63,7 +62,7 @@ type Action struct {
 
 var stay = Action{Kind: Stay}
 
-// Reason names why: log line, metric label, and what the operator reads.
+// Reason names why. It is a metric label, in the log, and shown to operators.
 type Reason string
 
 // The reasons of Decide.
@@ -74,15 +73,15 @@ const (
 	SwitchoverInProgress Reason = "switchover_in_progress"
 	PrimaryHealthy       Reason = "primary_healthy"
 	StillPatient         Reason = "still_patient"
-	Unwitnessed          Reason = "unwitnessed"      // silent to the leader, and nobody else is there to confirm it
-	PrimaryUnleased      Reason = "primary_unleased" // heard, but without a lease, not yet for long
+	Unwitnessed          Reason = "unwitnessed"      // silent to the leader, and no third site can confirm it
+	PrimaryUnleased      Reason = "primary_unleased" // heard, without a lease for less than NoLease
 	PrimaryHeard         Reason = "primary_heard"    // silent to the leader, heard by others
 	Paused               Reason = "paused"           // by an operator
 	NewLeaderWait        Reason = "new_leader_wait"  // older leases may still run
-	Dwelling             Reason = "dwell"            // the last automatic promotion was a moment ago
+	Dwelling             Reason = "dwell"            // the last automatic promotion is too recent
 	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
 	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
-	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for too long, whoever hears it
+	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for NoLease, even if it is heard
 	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
 )
 
@@ -94,7 +93,7 @@ func Decide(v View) (Action, Reason) {
 	case !v.Quorum:
 		return stay, NoQuorum
 	case v.Switchover == SwitchoverExpired:
-		// Before all else: until it is cleared the old primary stays let go.
+		// This comes first: until the switchover is cleared no site acts as primary.
 		return Action{Kind: ExpireSwitchover}, SwitchoverOverdue
 	}
 	why, lost := v.primaryLost()
@@ -117,7 +116,7 @@ func Decide(v View) (Action, Reason) {
 	return Action{Kind: Promote, Site: best}, why
 }
 
-// primaryLost says how the primary is, and whether it must be replaced.
+// primaryLost tells the state of the primary, and whether it must be replaced.
 func (v View) primaryLost() (Reason, bool) {
 	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
 	if i < 0 {
@@ -141,12 +140,12 @@ func (v View) primaryLost() (Reason, bool) {
 	return StillPatient, false
 }
 
-// candidate picks the site to promote: one that can act at once; rather one
-// that was not itself replaced a moment ago, then one with a healthy upstream,
-// then one in the lost primary's city, then the freshest copy, then priority.
+// candidate picks the site to promote among those that can act at once. First comes
+// a site that was not itself just replaced, then one with a healthy upstream, then
+// one in the lost primary's city, then the freshest copy, then the better priority.
 //
-// A site that was just replaced comes last and only when it has been steady
-// for the dwell, so that two sites that flap don't pass the role to and fro.
+// A site that was just replaced is the last choice, and only when it has been steady
+// for the dwell. Otherwise two flapping sites would take turns as primary.
 func (v View) candidate() (string, bool) {
 	city := ""
 	for _, s := range v.Sites {
@@ -154,12 +153,12 @@ func (v View) candidate() (string, bool) {
 			city = s.City
 		}
 	}
-	grudged := func(s SiteView) bool {
-		return s.Name == v.Last.From && !v.Last.Acknowledged && v.Last.Ago < v.Grudge
+	penalized := func(s SiteView) bool {
+		return s.Name == v.Last.From && !v.Last.Acknowledged && v.Last.Ago < v.Penalty
 	}
 	var able []SiteView
 	for _, s := range v.Sites {
-		if s.Name == v.Primary || s.Ready == 0 || !s.Heard || !s.Leased || (grudged(s) && s.StableFor < v.Dwell) {
+		if s.Name == v.Primary || s.Ready == 0 || !s.Heard || !s.Leased || (penalized(s) && s.StableFor < v.Dwell) {
 			continue
 		}
 		able = append(able, s)
@@ -168,7 +167,7 @@ func (v View) candidate() (string, bool) {
 		return "", false
 	}
 	best := slices.MinFunc(able, func(a, b SiteView) int {
-		return cmp.Or(boolFirst(!grudged(a), !grudged(b)),
+		return cmp.Or(boolFirst(!penalized(a), !penalized(b)),
 			boolFirst(a.UpstreamsHealthy > 0, b.UpstreamsHealthy > 0),
 			boolFirst(a.City == city, b.City == city),
 			fresher(a.Behind, b.Behind),
@@ -185,12 +184,12 @@ func fresher(a, b *int64) int {
 	return cmp.Compare(*a, *b)
 }
 
-// FailbackStable is how long a preferred site must be steady before the status
-// says that going back to it is possible. It is never done by itself.
+// FailbackStable is how long a preferred site must be steady before the status says
+// that failback to it is available. There is no automatic failback.
 const FailbackStable = 5 * time.Minute
 
-// FailbackAvailable names the steady site of a better priority than the
-// primary's that a planned switchover could return to.
+// FailbackAvailable names the steady site with a better priority than the primary's
+// to which a planned switchover could return.
 func FailbackAvailable(v View) (site string, ok bool) {
 	at := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
 	if at < 0 || !v.Quorum || v.Quarantined || v.Switchover != NoSwitchover {

@@ -7,8 +7,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// calm is a view in which all is well: a is primary, b in its city, c remote.
-func calm() View {
+// healthyView has nothing to decide: a is primary, b in its city, c remote.
+func healthyView() View {
 	site := func(name, city string, priority int) SiteView {
 		return SiteView{
 			Name: name, City: city, Priority: priority, Ready: 1, UpstreamsHealthy: 1,
@@ -19,7 +19,7 @@ func calm() View {
 		Quorum: true, LeadingFor: time.Hour, NewLeaderWait: 1320 * time.Millisecond,
 		Patience: 2500 * time.Millisecond, NoLease: 30 * time.Second,
 		Primary: "a", Sites: []SiteView{site("a", "shanghai", 1), site("b", "shanghai", 2), site("c", "beijing", 3)},
-		Dwell: 10 * time.Second, Grudge: time.Minute,
+		Dwell: 10 * time.Second, Penalty: time.Minute,
 	}
 }
 
@@ -45,7 +45,7 @@ func TestDecide(t *testing.T) {
 		action Action
 		why    Reason
 	}{
-		{"all is well", func(*View) {}, stay, PrimaryHealthy},
+		{"healthy", func(*View) {}, stay, PrimaryHealthy},
 		{"quarantined", func(v *View) { v.lose("a", time.Hour); v.Quarantined = true }, stay, Quarantined},
 		{"no quorum", func(v *View) { v.lose("a", time.Hour); v.Quorum = false }, stay, NoQuorum},
 		{"silent, not for long", func(v *View) { v.lose("a", 2499*time.Millisecond) }, stay, StillPatient},
@@ -76,23 +76,23 @@ func TestDecide(t *testing.T) {
 			v.lose("a", time.Minute)
 			v.Last = LastPromotion{From: "b", Ago: time.Second, Acknowledged: true}
 		}, Action{Promote, "b"}, PrimaryLost},
-		{"who was just replaced comes last", func(v *View) {
+		{"a site that was just replaced comes last", func(v *View) {
 			v.lose("a", time.Minute)
 			v.Last = LastPromotion{From: "b", Ago: 20 * time.Second}
 		}, Action{Promote, "c"}, PrimaryLost},
-		{"unless there is nobody else and it is steady", func(v *View) {
+		{"the only candidate was just replaced and is steady", func(v *View) {
 			v.lose("a", time.Minute)
 			v.lose("c", time.Minute)
 			v.Last = LastPromotion{From: "b", Ago: 20 * time.Second}
 		}, Action{Promote, "b"}, PrimaryLost},
-		{"nobody else, and it flaps", func(v *View) {
+		{"the only candidate was just replaced and flaps", func(v *View) {
 			v.lose("a", time.Minute)
 			v.lose("c", time.Minute)
 			v.at("b").StableFor = 9 * time.Second
 			v.Last = LastPromotion{From: "b", Ago: 20 * time.Second}
 		}, stay, NoCandidate},
-		{"same city gone: remote", func(v *View) { v.lose("a", time.Minute); v.lose("b", time.Minute) }, Action{Promote, "c"}, PrimaryLost},
-		{"nobody left", func(v *View) {
+		{"same city lost: remote", func(v *View) { v.lose("a", time.Minute); v.lose("b", time.Minute) }, Action{Promote, "c"}, PrimaryLost},
+		{"all sites lost", func(v *View) {
 			v.lose("a", time.Minute)
 			v.lose("b", time.Minute)
 			v.lose("c", time.Minute)
@@ -113,7 +113,7 @@ func TestDecide(t *testing.T) {
 			v.lose("c", time.Minute)
 			v.at("a").Behind, v.at("b").Behind = ptr(int64(9)), ptr(int64(3))
 		}, Action{Promote, "b"}, PrimaryLost},
-		{"unknown is not fresh", func(v *View) {
+		{"an unknown lag comes after a known one", func(v *View) {
 			v.Primary = "c"
 			v.lose("c", time.Minute)
 			v.at("b").Behind = ptr(int64(300))
@@ -129,7 +129,7 @@ func TestDecide(t *testing.T) {
 		{"the primary's site left the configuration", func(v *View) { v.Primary = "z" }, Action{Promote, "a"}, PrimaryRemoved},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			v := calm()
+			v := healthyView()
 			c.change(&v)
 			if action, why := Decide(v); action != c.action || why != c.why {
 				t.Errorf("got %v (%s), want %v (%s)", action, why, c.action, c.why)
@@ -141,7 +141,7 @@ func TestDecide(t *testing.T) {
 func ptr[T any](v T) *T { return &v }
 
 func drawView(t *rapid.T) View {
-	v := calm()
+	v := healthyView()
 	d := func(name string, most time.Duration) time.Duration {
 		return time.Duration(rapid.Int64Range(0, int64(most)).Draw(t, name))
 	}
@@ -178,10 +178,10 @@ func TestDecideProperties(t *testing.T) {
 		v := drawView(t)
 		action, why := Decide(v)
 		if again, whyAgain := Decide(v); again != action || whyAgain != why {
-			t.Fatal("not a function of the view")
+			t.Fatal("two calls with one view differ")
 		}
 		if (action.Kind == Promote) != (action.Site != "") {
-			t.Fatalf("%v: a site if and only if it promotes", action)
+			t.Fatalf("%v: only a promotion names a site", action)
 		}
 		p := *v.at(v.Primary)
 		if action.Kind == Promote {
@@ -194,7 +194,7 @@ func TestDecideProperties(t *testing.T) {
 			case p.Heard && p.Leased:
 				t.Fatal("replaces a primary that is heard and holds a lease")
 			case !v.Quorum || v.Quarantined || v.Held || v.LeadingFor < v.NewLeaderWait:
-				t.Fatal("promotes when it may not")
+				t.Fatal("promotes without a quorum, in quarantine, while paused, or as a new leader")
 			case why == PrimaryLost && p.Silence < v.Patience, why == PrimaryNoLease && p.NoLeaseFor < v.NoLease:
 				t.Fatalf("%s too early: %+v", why, p)
 			case v.Last.From != "" && !v.Last.Acknowledged && v.Last.Ago < v.Dwell:
@@ -234,7 +234,7 @@ func TestFailbackAvailable(t *testing.T) {
 		{"a switchover is under way", func(v *View) { v.Switchover = SwitchoverRunning }, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			v := calm()
+			v := healthyView()
 			v.Primary = "c"
 			c.change(&v)
 			if got, ok := FailbackAvailable(v); got != c.want || ok != (c.want != "") {

@@ -8,36 +8,35 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// The detector turns what nodes observed into one view a site. It is a pure
-// function of the observations and of a small memory that the coordinator
-// carries from one look to the next.
+// The detector turns what nodes observed into one view of each site. It is a pure
+// function of the observations and of a small memory that the coordinator carries
+// from one look to the next.
 //
-// Evidence of life and evidence of death are not treated alike. Any sighting,
-// by anybody, however late, speaks for a site as long as it is recent. Against
-// a site speaks only an observer whose own table is fresh and who was not
-// itself stopped: a starved node finds everybody else silent.
+// One recent sighting by any node keeps a site alive, however old that node's table
+// is otherwise. Declaring a site down needs the leader and a node of a third site,
+// each with a fresh table and without a recent pause of its own: a starved node
+// hears no other node.
 
 // Sighting is what an observer knows of one node.
 type Sighting struct {
-	// Ago is the time between the observer's newest answered ping to the node
-	// (when it was sent) and the moment of the observation.
+	// Ago is how long before the observation the observer sent its newest ping that
+	// the node answered.
 	Ago time.Duration
-	// LeaseLeft is what the node said of its own lease, then.
+	// LeaseLeft is the rest of the node's own lease, as that answer told it.
 	LeaseLeft time.Duration
-	// LeaseKnown is false when the observer did not pass on LeaseLeft.
+	// LeaseKnown is false when the observer did not pass LeaseLeft on.
 	LeaseKnown bool
 }
 
-// Observation is one node's table of the others.
+// Observation is one node's table of the other nodes.
 type Observation struct {
 	Observer string
 	Site     string
 	// Age is how old the table is on the leader's clock; 0 for its own.
 	Age time.Duration
-	// Paused is the longest recent time in which the observer itself didn't run.
+	// Paused is the longest recent time in which the observer's process did not run.
 	Paused time.Duration
-	// Leased: the observer holds a lease itself, and so hands it on to whom it
-	// hears.
+	// Leased: the observer holds a lease, so the nodes that ping it get one.
 	Leased bool
 	// Seen by node name. A node that was never heard is absent.
 	Seen map[string]Sighting
@@ -46,17 +45,19 @@ type Observation struct {
 // Member is a node as the leader knows it.
 type Member struct {
 	Name, Site string
-	// Ready: the leader heard it within a lease's length, and then it held a
-	// lease, was not draining and not cold. The leader judges itself alike.
+	// Ready: the leader heard it within a lease's length, and by its answer it held a
+	// lease, was not draining and not cold. The leader judges itself by the same.
 	Ready bool
-	// Steady is Ready with the patience instead of a lease's length, so that a
-	// lossy link does not break it.
+	// Steady is Ready within the patience instead of a lease's length, so that a
+	// lossy link does not interrupt it.
 	Steady bool
-	// Calm is Ready with three pings' time, and the node was not stopped lately.
-	Calm bool
-	// CaughtUp: it has applied what is committed, but for what is on its way.
+	// Responsive is Ready within three pings' time, without a recent pause of the
+	// node's process.
+	Responsive bool
+	// CaughtUp: it has applied all committed entries except the newest few, which are
+	// on their way.
 	CaughtUp bool
-	// UpstreamsHealthy of its site, as it sees them.
+	// UpstreamsHealthy is how many of its site's are, as the node sees them.
 	UpstreamsHealthy int
 	Voter            bool
 }
@@ -70,9 +71,9 @@ type Input struct {
 	Leader  Observation // of the leader itself
 	Others  []Observation
 	Primary string
-	// RaftLeader is who leads raft as far as this node knows, empty for nobody.
+	// RaftLeader is the raft leader as far as this node knows, empty for none.
 	RaftLeader string
-	// Behind of a site is how many records its copy lacks; absent: unknown.
+	// Behind is how many records the copy of each site lacks; absent: unknown.
 	Behind map[string]int64
 }
 
@@ -81,23 +82,24 @@ type SiteView struct {
 	Name     string
 	City     string
 	Priority int
-	// Ready nodes can act in a role at once.
+	// Ready counts the nodes that can act as primary at once.
 	Ready            int
 	UpstreamsHealthy int
 	// LeaderSilence is how long the leader has not heard any node of the site.
 	LeaderSilence time.Duration
-	// Heard: somebody has heard the site within the patience.
+	// Heard: some node of another site, or the leader, has heard the site within the
+	// patience.
 	Heard bool
-	// Silence is how long both the leader and a node of another site have
-	// heard nothing from it; zero while Heard or without such a witness.
+	// Silence is how long the leader and a node of a third site have both heard
+	// nothing from it; zero while Heard or without such a witness.
 	Silence time.Duration
-	// Witnessed: a node of another site could confirm the silence.
+	// Witnessed: a node of a third site can confirm the silence.
 	Witnessed bool
 	// Leased: some node of it holds a lease, or must be presumed to.
 	Leased bool
-	// NoLeaseFor is how long the leader has watched it hold none.
+	// NoLeaseFor is for how long of the time that the leader watched it held none.
 	NoLeaseFor time.Duration
-	// StableFor is how long some node of it has been steady without a break.
+	// StableFor is how long some node of it has been steady without a gap.
 	StableFor time.Duration
 	// Behind is how many records its copy lacks, nil when unknown.
 	Behind *int64
@@ -105,16 +107,16 @@ type SiteView struct {
 	steady bool
 }
 
-// Memory is what the detector keeps between two looks. The zero value is that
-// of a process that has just started. Every node keeps one, so that a new
-// leader knows at once what it has seen before it led.
+// Memory is what the detector keeps between two looks. The zero value is that of a
+// process that has just started. Every node keeps one, so that a new leader knows
+// what it saw before it led.
 type Memory struct {
 	looked bool
 	last   time.Duration
 	// watching is since when the leader has watched without a pause.
 	watching time.Duration
-	noLease  map[string]time.Duration // time spent without, per site
-	stable   map[string]time.Duration // Now when it became stable
+	noLease  map[string]time.Duration // watched time without a lease, by site
+	stable   map[string]time.Duration // Now of when the site became steady
 }
 
 // Observe gives the view of each site and what to remember for the next look.
@@ -127,9 +129,8 @@ func Observe(m Memory, in Input) (Memory, []SiteView) {
 	step := in.Now - m.last
 	limit := pauseLimit(in.Timing)
 	if !m.looked || step > limit || in.Leader.Paused > limit {
-		// A leader that did not run has not been listening either: its
-		// patience begins again. Only time that was watched counts as time
-		// without a lease.
+		// A leader that did not run did not listen either: its patience begins
+		// again. Only watched time counts as time without a lease.
 		next.watching = in.Now
 		step = 0
 	}
@@ -156,8 +157,9 @@ func Observe(m Memory, in Input) (Memory, []SiteView) {
 	return next, views
 }
 
-// pauseLimit is how long a node may have been stopped and still accuse others.
-// Above a node that runs 700 ms of each second, far below the patience.
+// pauseLimit is the longest pause of a node's process with which the node still
+// counts as a witness against a site. A node that runs 700 ms of each second stays
+// below it; it is far below the patience.
 func pauseLimit(t config.Timing) time.Duration { return 2 * t.Tick }
 
 // freshLimit is how old a witness's table may be: a ping interval, a lost
@@ -184,7 +186,7 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 		v.Behind = &behind
 	}
 	if in.Leader.Site == s.Name {
-		// Whoever looks is there, and leads by a lease of its own.
+		// The observer is one of its nodes, and leads with a lease of its own.
 		v.Heard, v.Leased = true, in.Leader.Leased
 		return v
 	}
@@ -192,8 +194,8 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 	v.LeaderSilence = watched
 	if seen {
 		v.Heard = seenAgo < in.Timing.Patience
-		// What passed before a pause of the leader proves nothing, so it can
-		// only have been silent for as long as it was watched.
+		// Silence before a pause of the leader proves nothing: only watched time
+		// counts.
 		v.LeaderSilence = min(seenAgo, watched)
 	}
 	v.Leased = in.Leader.leased(nodes, in.Timing)
@@ -206,7 +208,7 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 		ago, ever := o.latest(nodes)
 		if ever && ago+o.Age < in.Timing.Patience {
 			v.Heard = true
-			// What the leader was told by the site itself is better.
+			// An answer of the site itself to the leader is better evidence.
 			v.Leased = v.Leased || (!direct && o.leased(nodes, in.Timing))
 		}
 		credible := o.Site != in.Leader.Site && o.Age <= freshLimit(in.Timing) && o.Paused <= pauseLimit(in.Timing)
@@ -221,7 +223,7 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 	return v
 }
 
-// latest is how long before the observation any of the nodes was last heard.
+// latest is how long before the observation one of the nodes was last heard.
 func (o Observation) latest(nodes []string) (ago time.Duration, ever bool) {
 	for _, n := range nodes {
 		if s, ok := o.Seen[n]; ok && (!ever || s.Ago < ago) {
@@ -231,9 +233,9 @@ func (o Observation) latest(nodes []string) (ago time.Duration, ever bool) {
 	return ago, ever
 }
 
-// leased reports whether any of the nodes may hold a lease as far as o knows:
-// it said so within the patience. Where o doesn't pass on what they said,
-// hearing them while holding a lease itself is taken for handing it on.
+// leased reports whether, as far as o knows, one of the nodes may hold a lease: it
+// said so within the patience. When o did not pass that on, a node that o hears is
+// presumed to have got a lease from o, if o holds one.
 func (o Observation) leased(nodes []string, t config.Timing) bool {
 	return slices.ContainsFunc(nodes, func(n string) bool {
 		s, ok := o.Seen[n]

@@ -12,8 +12,9 @@ const (
 	patience = 2500 * time.Millisecond
 )
 
-// quiet: the leader b1 and the witness c1 hear each other, and a1 not for d.
-func quiet(d time.Duration) Input {
+// silentFor: the leader b1 and the witness c1 hear each other, and have not heard a1
+// for d.
+func silentFor(d time.Duration) Input {
 	return Input{
 		Now: time.Hour, Timing: config.TimingFrom(0), Primary: "a",
 		Sites: []PlacementSite{{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}},
@@ -32,7 +33,7 @@ func quiet(d time.Duration) Input {
 	}
 }
 
-// watched is the memory of a leader that has looked for an hour without a pause.
+// watched is the memory of a leader that has watched for an hour without a pause.
 func watched() Memory {
 	return Memory{looked: true, last: time.Hour - 100*time.Millisecond}
 }
@@ -47,93 +48,93 @@ func TestObserve(t *testing.T) {
 		leader    time.Duration
 		witnessed bool
 	}{
-		{"heard a moment ago", func() (Memory, Input) { return watched(), quiet(tick) }, true, true, 0, tick, true},
-		{"silent for a second", func() (Memory, Input) { return watched(), quiet(time.Second) }, true, true, 0, time.Second, true},
-		{"silent for both", func() (Memory, Input) { return watched(), quiet(patience) }, false, false, patience, patience, true},
-		{"the witness heard it later", func() (Memory, Input) {
-			in := quiet(4 * time.Second)
+		{"heard a moment ago", func() (Memory, Input) { return watched(), silentFor(tick) }, true, true, 0, tick, true},
+		{"silent for a second", func() (Memory, Input) { return watched(), silentFor(time.Second) }, true, true, 0, time.Second, true},
+		{"silent for both", func() (Memory, Input) { return watched(), silentFor(patience) }, false, false, patience, patience, true},
+		{"the witness heard it last", func() (Memory, Input) {
+			in := silentFor(4 * time.Second)
 			in.Others[0].Seen["a1"] = Sighting{Ago: 2400 * time.Millisecond}
 			return watched(), in
 		}, false, false, 2400 * time.Millisecond, 4 * time.Second, true},
 		{"the witness hears it", func() (Memory, Input) {
-			in := quiet(4 * time.Second)
+			in := silentFor(4 * time.Second)
 			in.Others[0].Seen["a1"] = Sighting{Ago: tick}
 			return watched(), in
 		}, true, true, 0, 4 * time.Second, true},
-		{"and passes on that it has no lease", func() (Memory, Input) {
-			in := quiet(4 * time.Second)
+		{"the witness passes on that it has no lease", func() (Memory, Input) {
+			in := silentFor(4 * time.Second)
 			in.Others[0].Seen["a1"] = Sighting{Ago: tick, LeaseKnown: true}
 			return watched(), in
 		}, true, false, 0, 4 * time.Second, true},
-		{"the witness has no lease to hand on", func() (Memory, Input) {
-			in := quiet(4 * time.Second)
+		{"the witness holds no lease", func() (Memory, Input) {
+			in := silentFor(4 * time.Second)
 			in.Others[0].Seen["a1"] = Sighting{Ago: tick}
 			in.Others[0].Leased = false
 			return watched(), in
 		}, true, false, 0, 4 * time.Second, true},
-		{"the leader knows better than the witness", func() (Memory, Input) {
-			in := quiet(tick)
+		{"the leader's own evidence counts before the witness's", func() (Memory, Input) {
+			in := silentFor(tick)
 			in.Leader.Seen["a1"] = Sighting{Ago: tick, LeaseKnown: true}
 			return watched(), in
 		}, true, false, 0, tick, true},
 		{"a stale witness", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+			in := silentFor(10 * time.Second)
 			in.Others[0].Age = 5 * tick
 			return watched(), in
 		}, false, false, 0, 10 * time.Second, false},
-		{"a stale sighting still speaks for it", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a recent sighting in an old table counts as life", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			in.Others[0].Age, in.Others[0].Seen["a1"] = 2*time.Second, Sighting{Ago: tick}
 			return watched(), in
 		}, true, true, 0, 10 * time.Second, false},
-		{"a starved witness accuses nobody", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a starved witness is none", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			in.Others[0].Paused = 3 * tick
 			return watched(), in
 		}, false, false, 0, 10 * time.Second, false},
-		{"a witness that is stopped 300 ms of each second may", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a witness that is stopped 300 ms of each second is one", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			in.Others[0].Paused = 300 * time.Millisecond
 			return watched(), in
 		}, false, false, 10 * time.Second, 10 * time.Second, true},
-		{"a witness that never heard it can't tell", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a witness that never heard it is none", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			delete(in.Others[0].Seen, "a1")
 			return watched(), in
 		}, false, false, 0, 10 * time.Second, false},
 		{"a witness of the leader's own site is none", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+			in := silentFor(10 * time.Second)
 			in.Others[0].Site = "b"
 			return watched(), in
 		}, false, false, 0, 10 * time.Second, false},
-		{"a node of the accused site is none", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a node of the silent site is none", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			in.Others[0].Site = "a"
 			return watched(), in
 		}, false, false, 0, 10 * time.Second, false},
-		{"a paused leader begins again", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+		{"a paused leader starts its patience again", func() (Memory, Input) {
+			in := silentFor(10 * time.Second)
 			in.Leader.Paused = 3 * tick
 			return watched(), in
 		}, false, false, 0, 0, true},
-		{"a loop that was late begins again", func() (Memory, Input) {
+		{"a late look starts the patience again", func() (Memory, Input) {
 			m := watched()
 			m.last -= 2 * tick
-			return m, quiet(10 * time.Second)
+			return m, silentFor(10 * time.Second)
 		}, false, false, 0, 0, true},
 		{"watching since a second ago", func() (Memory, Input) {
 			m := watched()
 			m.watching = time.Hour - time.Second
-			return m, quiet(10 * time.Second)
+			return m, silentFor(10 * time.Second)
 		}, false, false, time.Second, time.Second, true},
 		{"one of two nodes is heard", func() (Memory, Input) {
-			in := quiet(10 * time.Second)
+			in := silentFor(10 * time.Second)
 			in.Members = append(in.Members, Member{Name: "a2", Site: "a"})
 			in.Leader.Seen["a2"] = Sighting{Ago: tick, LeaseLeft: time.Second, LeaseKnown: true}
 			return watched(), in
 		}, true, true, 0, tick, true},
-		{"never heard by anybody", func() (Memory, Input) {
-			in := quiet(0)
+		{"never heard by any node", func() (Memory, Input) {
+			in := silentFor(0)
 			delete(in.Leader.Seen, "a1")
 			delete(in.Others[0].Seen, "a1")
 			return watched(), in
@@ -153,13 +154,13 @@ func TestObserve(t *testing.T) {
 	}
 }
 
-// Time without a lease counts while it is watched, and only then; it begins
-// again with the first sight of a lease.
+// Time without a lease counts only while it is watched. A lease that is seen sets it
+// back to zero.
 func TestObserveRemembers(t *testing.T) {
 	m, now := watched(), time.Hour
 	look := func(step time.Duration, lease time.Duration) SiteView {
 		now += step
-		in := quiet(tick)
+		in := silentFor(tick)
 		in.Now = now
 		in.Leader.Seen["a1"] = Sighting{Ago: tick, LeaseLeft: lease, LeaseKnown: true}
 		var sites []SiteView
@@ -180,6 +181,6 @@ func TestObserveRemembers(t *testing.T) {
 		t.Errorf("with a lease: %+v", v)
 	}
 	if v := look(100*time.Millisecond, 0); v.NoLeaseFor != 100*time.Millisecond {
-		t.Errorf("begins again: %s", v.NoLeaseFor)
+		t.Errorf("after a lease: %s", v.NoLeaseFor)
 	}
 }

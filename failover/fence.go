@@ -89,8 +89,13 @@ type Fence struct {
 	primaryFrom time.Duration
 	// streams holds each stream that this node owns.
 	streams map[Claim]ownedStream
-
-	primaryWork
+	// lastPermit is the deadline of the newest Permit of Primary.
+	lastPermit time.Duration
+	// running are the contexts of WhilePrimary. stopping are those that have ended
+	// and whose work has not come back yet.
+	running, stopping map[*primaryContext]struct{}
+	acting            bool
+	change            chan struct{} // closes at the next change of running, stopping or acting
 }
 
 type ownedStream struct {
@@ -104,7 +109,8 @@ type ownedStream struct {
 func NewFence(node, site string, s Standing, newLeaderWait, boottime func() time.Duration, log *slog.Logger) *Fence {
 	return &Fence{
 		node: node, site: site, standing: s, boottime: boottime, wait: newLeaderWait, log: log,
-		streams: map[Claim]ownedStream{}, primaryWork: newPrimaryWork(),
+		streams: map[Claim]ownedStream{}, running: map[*primaryContext]struct{}{}, stopping: map[*primaryContext]struct{}{},
+		change: make(chan struct{}),
 	}
 }
 
@@ -120,7 +126,7 @@ func (f *Fence) Check(c Claim) (Permit, error) {
 	}
 	p := Permit{Token: token, deadline: now + min(StartWithin, left), boottime: f.boottime}
 	if c == Primary {
-		f.lastPermit = p.deadline
+		f.lastPermit = max(f.lastPermit, p.deadline)
 	}
 	return p, nil
 }
@@ -140,7 +146,6 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 	// This clock is read after the state: a wait must not begin before the entry
 	// that it waits for was seen.
 	f.note(s, f.boottime())
-	refused := ErrNotPrimary
 	var seen, heard uint64
 	var from time.Duration
 	if c == Primary {
@@ -148,7 +153,6 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 		seen, from = s.Primary.Epoch, f.primaryFrom
 		left, heard = f.standing.Lease()
 	} else {
-		refused = ErrNotOwner
 		token, err = f.stream(s, c)
 		seen, from = s.Ownership, f.streams[c].from
 		left, heard = f.standing.OwnershipLease()
@@ -164,7 +168,10 @@ func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left
 	default:
 		return token, left, nil
 	}
-	return agreed.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", refused, c, err)
+	if c == Primary {
+		return agreed.FenceToken{}, 0, fmt.Errorf("%w: %w", ErrNotPrimary, err)
+	}
+	return agreed.FenceToken{}, 0, fmt.Errorf("%w: %s: %w", ErrNotOwner, c, err)
 }
 
 // primary tells whether the agreed state lets this node's site act as primary. An
@@ -176,7 +183,7 @@ func (f *Fence) primary(s *agreed.State) (agreed.FenceToken, error) {
 	case s.ClusterID == "" || s.Primary.Site != f.site:
 		return agreed.FenceToken{}, fmt.Errorf("the primary is %q in epoch %d", s.Primary.Site, s.Primary.Epoch)
 	case s.Switchover != nil && s.Switchover.From == f.site:
-		return agreed.FenceToken{}, fmt.Errorf("it is being handed over to %s", s.Switchover.To)
+		return agreed.FenceToken{}, fmt.Errorf("a switchover to %s is under way", s.Switchover.To)
 	}
 	return agreed.FenceToken{Generation: s.Generation.Number, Index: s.Primary.Epoch}, nil
 }
@@ -193,8 +200,8 @@ func (f *Fence) stream(s *agreed.State, c Claim) (agreed.FenceToken, error) {
 	return j.Token, nil
 }
 
-// note starts the wait for each claim that an entry gave to this node, when this
-// process sees the entry for the first time: leases from before it run for up to L.
+// note starts the wait of each claim when this process sees the entry that gave it to
+// this node for the first time: leases from before that entry run for up to L.
 func (f *Fence) note(s *agreed.State, now time.Duration) {
 	f.notePrimary(s.Primary, now)
 	for c := range f.streams {
@@ -215,13 +222,13 @@ func (f *Fence) note(s *agreed.State, now time.Duration) {
 	}
 }
 
-// notePrimary starts no wait when all nodes of the primary before have confirmed
-// that they let go; a wait of an earlier epoch goes on. Whether epochs that were
-// not seen one by one were let go is not known.
+// notePrimary starts no wait when all nodes of the previous primary have confirmed
+// their release; a wait of an earlier epoch goes on. For epochs that this node did
+// not see one by one it doesn't know of a release, so it waits.
 //
-// A process that has just started waits twice as long: it doesn't know what it has
-// confirmed before, and its copy of the state may be from before a switchover whose
-// promotion follows within L.
+// A process that has just started waits twice as long: it has forgotten which
+// releases it confirmed, and its copy of the state may be from before a switchover
+// whose promotion follows within L.
 func (f *Fence) notePrimary(p agreed.Primary, now time.Duration) {
 	switch {
 	case p.Epoch <= f.epoch:

@@ -20,16 +20,16 @@ var (
 	ErrPrecheck = errors.New("can't begin")
 	// ErrRolledBack: it failed before the promotion and nothing has changed.
 	ErrRolledBack = errors.New("the switchover failed and was rolled back, nothing has changed")
-	// ErrOvertaken: the primary was lost meanwhile, and replaced.
+	// ErrOvertaken: the primary was lost and replaced in the meantime.
 	ErrOvertaken = errors.New("the switchover was overtaken by another change of the primary")
-	// ErrUnknownOutcome: neither the promotion nor its rollback was confirmed.
-	// The agreed state shows which; an open switchover clears itself at its
+	// ErrUnknownOutcome: neither the promotion nor the rollback was confirmed. The
+	// agreed state will show which happened. An open switchover is cleared at its
 	// deadline.
 	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet: see dsnode status")
 )
 
-// Each step of a switchover has its deadline. Their sum bounds how long the
-// role can be idle when everything goes wrong at the last moment.
+// Each step of a switchover has a deadline. Their sum bounds how long no site acts as
+// primary when the last step fails.
 const (
 	announceTimeout = 3 * time.Second
 	releaseTimeout  = 5 * time.Second
@@ -53,15 +53,15 @@ func (c Check) Passes(waive []string) bool {
 // SwitchoverRequest asks for another primary.
 type SwitchoverRequest struct {
 	To   string
-	By   string              // who asks
+	By   string              // the operator, or the drill
 	Kind agreed.FailoverKind // planned, or drill
-	// AcceptLoss goes on although records may be lost; the result names them.
+	// AcceptLoss goes on although records may be lost. The result tells how many.
 	AcceptLoss bool
 	// Waive names checks that need not hold.
 	Waive []string
 }
 
-// Step is one part of a switchover as it went.
+// Step is one executed step of a switchover.
 type Step struct {
 	Name string        `json:"name"`
 	At   time.Time     `json:"at"`
@@ -69,24 +69,24 @@ type Step struct {
 	Err  string        `json:"error,omitempty"`
 }
 
-// SwitchoverResult says what happened, also when it failed.
+// SwitchoverResult tells what happened, also when the switchover failed.
 type SwitchoverResult struct {
 	ID, From, To string
-	Epoch        uint64 // of the new primary; 0 when there is none
+	Epoch        uint64 // of the new primary, 0 when nothing was promoted
 	Checks       []Check
 	Steps        []Step
-	// Idle is the time from the announcement to the promotion, in which no
-	// site was primary; zero when nothing was promoted.
+	// Idle is the time from the announcement to the promotion, in which no site acted
+	// as primary; zero when nothing was promoted.
 	Idle time.Duration
-	// RecordsAtRisk is nil when nothing can be at risk or nobody knows.
+	// RecordsAtRisk is nil when nothing can be at risk, or when it is unknown.
 	RecordsAtRisk *int64
-	// LeaderMoved: the raft leadership is in the new primary site. If not, the
-	// coordinator goes on trying.
+	// LeaderMoved: the raft leader is in the new primary site. If it is not, the
+	// coordinator keeps trying.
 	LeaderMoved bool
 }
 
-// Precheck gives the named conditions of a switchover and whether they hold.
-// It changes nothing.
+// Precheck gives the conditions of a switchover and whether they hold. It changes
+// nothing.
 func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	s := c.o.Agreement.State()
 	if s.ClusterID == "" || s.Parsed == nil {
@@ -116,53 +116,46 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 		return d.Running(c.o.Now())
 	})
 	add("no_drill", !drill, false, "a drill is running: %v", drill)
-	add("voters_reachable", len(c.silentVoters(in)) == 0, true, "voters that don't answer: %v", c.silentVoters(in))
-	silent := c.silentOf(in, s.Primary.Site)
+	silentVoters := c.silent(in, func(m Member) bool { return m.Voter })
+	add("voters_reachable", len(silentVoters) == 0, true, "voters that don't answer: %v", silentVoters)
+	silent := c.silent(in, ofSite(s.Primary.Site))
 	add("primary_heard", len(silent) == 0, true, "nodes of %s that don't answer: %v", s.Primary.Site, silent)
 	if c.o.AtRisk != nil {
 		risk := c.o.AtRisk(s.Primary.Site, r.To)
-		words := "not known"
+		count := "not known"
 		if risk != nil {
-			words = fmt.Sprint(*risk)
+			count = fmt.Sprint(*risk)
 		}
-		add("lossless", r.AcceptLoss || (risk != nil && *risk == 0), false, "records that %s lacks: %s", r.To, words)
+		add("lossless", r.AcceptLoss || (risk != nil && *risk == 0), false, "records that %s lacks: %s", r.To, count)
 	}
 	return checks
 }
 
-func (c *Coordinator) silentVoters(in Input) []string {
+// silent names the members of a kind that this node has not heard within the patience.
+func (c *Coordinator) silent(in Input, kind func(Member) bool) []string {
 	var silent []string
 	for _, m := range in.Members {
-		if m.Voter && !c.answers(in, m) {
+		seen, ever := in.Leader.Seen[m.Name]
+		answers := m.Name == c.o.Name || ever && seen.Ago < c.timing.Patience
+		if kind(m) && !answers {
 			silent = append(silent, m.Name)
 		}
 	}
 	return silent
 }
 
-func (c *Coordinator) silentOf(in Input, site string) []string {
-	var silent []string
-	for _, m := range in.Members {
-		if m.Site == site && !c.answers(in, m) {
-			silent = append(silent, m.Name)
-		}
-	}
-	return silent
+func ofSite(site string) func(Member) bool {
+	return func(m Member) bool { return m.Site == site }
 }
 
-func (c *Coordinator) answers(in Input, m Member) bool {
-	seen, ok := in.Leader.Seen[m.Name]
-	return m.Name == c.o.Name || (ok && seen.Ago < c.timing.Patience)
-}
-
-// Switchover moves the primary to another site without loss, or changes
-// nothing. It may be called on any node.
+// Switchover moves the primary to another site without loss, or changes nothing. It
+// may be called on any node.
 //
-// The steps: announce (agreed: the old primary starts nothing more), release
-// (its nodes confirm that all has stopped), promote (one entry), leadership
-// (moved to the new site, proved by a canary entry). Until the promotion is
-// proposed every failure closes the announcement again; after it there is no
-// way back but another switchover.
+// The steps: announce (an agreed entry; the old primary starts nothing from then on),
+// release (its nodes confirm that nothing runs any more), promote (one agreed entry),
+// leadership (moved to the new site and proved by a canary entry). A failure before the
+// promotion is proposed closes the announcement. After the promotion only another
+// switchover leads back.
 func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (SwitchoverResult, error) {
 	s := c.o.Agreement.State()
 	res := SwitchoverResult{ID: "sw-" + strings.ToLower(rand.Text()[:12]), From: s.Primary.Site, To: r.To}
@@ -192,9 +185,9 @@ type handoff struct {
 	c     *Coordinator
 	r     SwitchoverRequest
 	res   *SwitchoverResult
-	state *agreed.State // as it was when the switchover was asked for
+	state *agreed.State // when the switchover was asked for
 	began time.Duration // Boottime of the announcement
-	// announced: the announcement is known to be agreed, and seen here.
+	// announced: the announcement is agreed, and this node has seen it.
 	announced bool
 }
 
@@ -212,7 +205,7 @@ func (h *handoff) run(ctx context.Context) error {
 		err = h.step(ctx, "promote", h.c.timing.Lease, h.promote)
 	}
 	if err != nil {
-		// What failed may have been committed all the same.
+		// The failed step may have been committed all the same.
 		if err = h.rollback(ctx, err); err != nil {
 			return err
 		}
@@ -249,12 +242,12 @@ func (h *handoff) announce(ctx context.Context) error {
 	return err
 }
 
-// release asks the nodes of the old primary's site to let go, all but those
-// that don't answer (the prechecks have allowed for these). all reports whether
-// there were none of those.
+// release asks the nodes of the old primary's site to stop acting as primary, except
+// those that don't answer: the prechecks have allowed for them. all reports whether
+// there were none of these.
 func (h *handoff) release(ctx context.Context) (all bool, err error) {
 	s := h.c.o.Agreement.State()
-	silent := h.c.silentOf(h.c.input(s, h.c.o.Boottime()), h.res.From)
+	silent := h.c.silent(h.c.input(s, h.c.o.Boottime()), ofSite(h.res.From))
 	g, ctx := errgroup.WithContext(ctx)
 	for _, n := range s.Nodes {
 		if n.Site != h.res.From || slices.Contains(silent, n.Name) {
@@ -270,9 +263,9 @@ func (h *handoff) release(ctx context.Context) (all bool, err error) {
 	return len(silent) == 0, g.Wait()
 }
 
-// promote asks once more, which is quick now, and then changes the primary, all
-// within a lease's length: so a node that restarted after its first answer, and
-// has forgotten it, can't act in between (see Fence.notePrimary).
+// promote asks for the release once more, which is quick now, and then changes the
+// primary, all within a lease's length. A node that restarted after its first answer
+// has forgotten it, and may not act for longer than that (see Fence.notePrimary).
 func (h *handoff) promote(ctx context.Context) error {
 	all, err := h.release(ctx)
 	if err != nil {
@@ -282,16 +275,16 @@ func (h *handoff) promote(ctx context.Context) error {
 	_, err = h.c.o.Agreement.Propose(ctx, agreed.CmdPromote, agreed.Promote{
 		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
 		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID, RTOSeconds: &idle,
-		// If one of them could not be asked, the new primary waits until every
-		// lease from before has ended.
+		// If one of them could not be asked, the new primary waits until all leases from
+		// before have ended.
 		Released: all,
 	})
 	return err
 }
 
-// rollback closes the announcement, so that the old primary goes on; nil when
-// the promotion turns out to have been made. Being agreed after either, the
-// rollback also tells which of the two it was.
+// rollback closes the announcement, so that the old primary goes on. It gives nil when
+// it finds that the promotion was made: the rollback's entry is ordered after the
+// promotion's, so its result tells which of the two happened.
 func (h *handoff) rollback(ctx context.Context, cause error) error {
 	made := false
 	err := h.step(context.WithoutCancel(ctx), "rollback", rollbackTimeout, func(ctx context.Context) error {
@@ -302,7 +295,7 @@ func (h *handoff) rollback(ctx context.Context, cause error) error {
 			return err
 		}
 		if !h.announced {
-			return nil // there was never one, and so no promotion
+			return nil // there was no announcement, and so no promotion
 		}
 		made, err = h.closedByPromotion(ctx)
 		return err
@@ -318,8 +311,8 @@ func (h *handoff) rollback(ctx context.Context, cause error) error {
 	return fmt.Errorf("%w: %w", ErrRolledBack, cause)
 }
 
-// closedByPromotion waits until this node's state shows who closed the
-// switchover that it has seen open: our promotion, or somebody else.
+// closedByPromotion waits until this node's state shows what closed the switchover that
+// it has seen open: this promotion, or another change.
 func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
 	for {
 		changed := h.c.o.Agreement.Changed()
@@ -328,7 +321,7 @@ func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
 			if s.Primary.Epoch == h.state.Primary.Epoch {
 				return false, nil
 			}
-			// A planned promotion from this epoch needs our id, so it is ours.
+			// A planned promotion from this epoch needs this switchover's id.
 			f := s.LastFailover
 			if f != nil && f.Epoch == h.state.Primary.Epoch+1 && f.Kind == h.r.Kind {
 				return true, nil
@@ -343,10 +336,10 @@ func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
 	}
 }
 
-// lead moves the raft leadership after the role. The primary has changed
-// whatever comes of it; the coordinator goes on trying.
+// lead moves the raft leadership to the new primary's site. The switchover has
+// succeeded even if that fails: the coordinator keeps trying.
 func (h *handoff) lead(ctx context.Context) {
-	_ = h.step(ctx, "leadership", moveTimeout, func(ctx context.Context) error { // it is in Steps
+	_ = h.step(ctx, "leadership", moveTimeout, func(ctx context.Context) error { // the error is in Steps
 		in := h.c.input(h.c.o.Agreement.State(), h.c.o.Boottime())
 		leader := h.c.o.Agreement.Raft().Leader
 		at := slices.IndexFunc(in.Members, func(m Member) bool { return m.Name == leader })

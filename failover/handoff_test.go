@@ -18,10 +18,11 @@ func planned(to string) SwitchoverRequest {
 	return SwitchoverRequest{To: to, By: "test", Kind: agreed.FailoverPlanned}
 }
 
-// Twenty in a row, asked for on any node: each quick, and never two sites.
+// Twenty switchovers in a row, asked for on any node: each is quick, and two sites never
+// act at once.
 func TestSwitchoversInARow(t *testing.T) {
 	for _, shape := range []func(uint64) func(*testing.T) *world{ones, twos} {
-		play(t, shape(1), func(t *testing.T, w *world) {
+		simulate(t, shape(1), func(t *testing.T, w *world) {
 			worst := time.Duration(0)
 			for i := range 20 {
 				to := []string{"b", "c", "a"}[i%3]
@@ -31,7 +32,7 @@ func TestSwitchoversInARow(t *testing.T) {
 				}
 				w.wantPrimary(to, uint64(i+2))
 				if !res.LeaderMoved {
-					t.Errorf("the leader did not follow: %+v", res.Steps)
+					t.Errorf("the raft leadership did not move: %+v", res.Steps)
 				}
 				w.until("the leader ticks in "+to, time.Second, func() bool { return w.leaderSite() == to })
 				worst = max(worst, res.Idle)
@@ -41,9 +42,9 @@ func TestSwitchoversInARow(t *testing.T) {
 				}
 				w.pass(2 * time.Second)
 			}
-			t.Logf("role idle at most %s", worst)
+			t.Logf("without an acting primary for at most %s", worst)
 			if worst > 500*time.Millisecond {
-				t.Errorf("role idle for %s", worst)
+				t.Errorf("without an acting primary for %s", worst)
 			}
 		})
 	}
@@ -51,9 +52,9 @@ func TestSwitchoversInARow(t *testing.T) {
 
 func TestSwitchoverPrechecks(t *testing.T) {
 	for _, c := range []struct {
-		check string
-		spoil func(w *world)
-		to    string
+		check  string
+		breaks func(w *world)
+		to     string
 	}{
 		{"target_known", func(*world) {}, "z"},
 		{"target_not_primary", func(*world) {}, "a"},
@@ -71,9 +72,9 @@ func TestSwitchoverPrechecks(t *testing.T) {
 		}, "b"},
 	} {
 		t.Run(c.check, func(t *testing.T) {
-			play(t, ones(2), func(t *testing.T, w *world) {
+			simulate(t, ones(2), func(t *testing.T, w *world) {
 				w.lead("a1")
-				c.spoil(w)
+				c.breaks(w)
 				w.pass(5 * time.Second)
 				res, err := w.switchover("a1", planned(c.to))
 				if !errors.Is(err, ErrPrecheck) {
@@ -89,10 +90,10 @@ func TestSwitchoverPrechecks(t *testing.T) {
 	}
 }
 
-// A node of the old primary is away: allowed when waived, and then the new
-// primary waits until leases from before have ended.
+// A node of the old primary is lost: the switchover is allowed when that is waived, and
+// then the new primary waits until leases from before have ended.
 func TestSwitchoverWithASilentNode(t *testing.T) {
-	play(t, twos(3), func(t *testing.T, w *world) {
+	simulate(t, twos(3), func(t *testing.T, w *world) {
 		w.kill("a2")
 		w.pass(5 * time.Second)
 		r := planned("b")
@@ -110,10 +111,10 @@ func TestSwitchoverWithASilentNode(t *testing.T) {
 	})
 }
 
-// The old primary does not let go: after the deadline everything is as before.
+// The old primary does not confirm the release: after the deadline nothing has changed.
 func TestSwitchoverRollsBack(t *testing.T) {
-	play(t, ones(4), func(t *testing.T, w *world) {
-		w.nodes["b1"].coord.o.Releaser = stubborn{}
+	simulate(t, ones(4), func(t *testing.T, w *world) {
+		w.nodes["b1"].coord.o.Releaser = neverReleases{}
 		began := time.Now()
 		res, err := w.switchover("b1", planned("b"))
 		if !errors.Is(err, ErrRolledBack) || !errors.Is(err, context.DeadlineExceeded) {
@@ -126,29 +127,29 @@ func TestSwitchoverRollsBack(t *testing.T) {
 			t.Errorf("result %+v", res)
 		}
 		if w.agreed().Switchover != nil {
-			t.Error("the switchover still stands")
+			t.Error("the switchover is still in the agreed state")
 		}
 		w.wantPrimary("a", 1)
 		w.until("a acts again", time.Second, func() bool { return slices.Equal(w.acting(), []string{"a"}) })
 	})
 }
 
-type stubborn struct{}
+type neverReleases struct{}
 
-func (stubborn) Release(ctx context.Context, _, _ string) error {
+func (neverReleases) Release(ctx context.Context, _, _ string) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
 
-// Who switches over is killed after the announcement: the raft leader clears it
-// after its deadline, and the old primary goes on.
+// The node that carries the switchover out is killed after the announcement: the raft
+// leader clears the switchover after its deadline, and the old primary goes on.
 func TestAbandonedSwitchoverExpires(t *testing.T) {
-	play(t, ones(5), func(t *testing.T, w *world) {
+	simulate(t, ones(5), func(t *testing.T, w *world) {
 		w.lead("c1")
 		w.propose("b1", agreed.CmdSwitchover, agreed.SwitchoverSet{Next: &agreed.Switchover{
 			ID: "x", From: "a", To: "b", By: "dead", Deadline: time.Now().Add(5 * time.Second),
 		}})
-		w.until("a lets go", time.Second, func() bool { return len(w.acting()) == 0 })
+		w.until("a stops acting", time.Second, func() bool { return len(w.acting()) == 0 })
 		w.pass(4 * time.Second)
 		if len(w.acting()) > 0 {
 			t.Error("a acts before the switchover was cleared")
@@ -159,10 +160,10 @@ func TestAbandonedSwitchoverExpires(t *testing.T) {
 	})
 }
 
-// The answer to the promotion is lost: the outcome is found out, not guessed.
+// The answer to the promotion is lost: the rollback finds out that it was made.
 func TestSwitchoverFindsOutWhatHappened(t *testing.T) {
-	play(t, ones(6), func(t *testing.T, w *world) {
-		w.nodes["b1"].coord.o.Releaser = forgetful{w}
+	simulate(t, ones(6), func(t *testing.T, w *world) {
+		w.nodes["b1"].coord.o.Releaser = losesAnswer{w}
 		res, err := w.switchover("b1", planned("b"))
 		if err != nil || res.Epoch != 2 {
 			t.Fatalf("%v, %+v", err, res)
@@ -171,10 +172,10 @@ func TestSwitchoverFindsOutWhatHappened(t *testing.T) {
 	})
 }
 
-// forgetful loses the answer to what is proposed after a Release: the promotion.
-type forgetful struct{ w *world }
+// losesAnswer loses the answer to the proposal after a Release: the promotion.
+type losesAnswer struct{ w *world }
 
-func (f forgetful) Release(ctx context.Context, node, id string) error {
+func (f losesAnswer) Release(ctx context.Context, node, id string) error {
 	err := f.w.Release(ctx, node, id)
 	f.w.mu.Lock()
 	defer f.w.mu.Unlock()
@@ -182,12 +183,11 @@ func (f forgetful) Release(ctx context.Context, node, id string) error {
 	return err
 }
 
-// The primary is killed in the middle of a switchover to c: it fails over to b
-// or c, once.
+// The primary is killed in the middle of a switchover to c: b or c becomes primary, once.
 func TestPrimaryLostDuringSwitchover(t *testing.T) {
-	play(t, ones(7), func(t *testing.T, w *world) {
+	simulate(t, ones(7), func(t *testing.T, w *world) {
 		w.lead("c1")
-		w.nodes["c1"].coord.o.Releaser = stubborn{}
+		w.nodes["c1"].coord.o.Releaser = neverReleases{}
 		failed := make(chan error, 1)
 		go func() {
 			_, err := w.switchover("c1", planned("c"))
@@ -207,7 +207,7 @@ func TestPrimaryLostDuringSwitchover(t *testing.T) {
 }
 
 func TestAtRiskIsNamedOrRefused(t *testing.T) {
-	play(t, ones(8), func(t *testing.T, w *world) {
+	simulate(t, ones(8), func(t *testing.T, w *world) {
 		risk := ptr(int64(3))
 		w.nodes["a1"].coord.o.AtRisk = func(string, string) *int64 { return risk }
 		for _, r := range []*int64{ptr(int64(3)), nil} {

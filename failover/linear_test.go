@@ -13,9 +13,9 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// The agreed primary as one register: (site, epoch). A promotion expects an
-// epoch; its answer may be lost, and then it was made or it wasn't.
-type reign struct {
+// register is the agreed primary as one register: (site, epoch). A promotion expects an
+// epoch. Its answer may be lost: then it was made or not.
+type register struct {
 	site  string
 	epoch uint64
 }
@@ -27,19 +27,19 @@ type primaryOp struct {
 }
 
 type primaryAnswer struct {
-	reign          // of a read
+	register       // of a read
 	refused, maybe bool
 }
 
 var primaryModel = (&porcupine.NondeterministicModel{
-	Init: func() []any { return []any{reign{"a", 1}} },
+	Init: func() []any { return []any{register{"a", 1}} },
 	Step: func(state, input, output any) []any {
-		is, op, got := state.(reign), input.(primaryOp), output.(primaryAnswer)
-		next := reign{op.site, op.expect + 1}
+		is, op, got := state.(register), input.(primaryOp), output.(primaryAnswer)
+		next := register{op.site, op.expect + 1}
 		switch {
 		case op.read && got.maybe:
 			return []any{is}
-		case op.read && got.reign == is:
+		case op.read && got.register == is:
 			return []any{is}
 		case op.read:
 			return nil
@@ -58,13 +58,13 @@ var primaryModel = (&porcupine.NondeterministicModel{
 	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v → %+v", in, out) },
 }).ToModel()
 
-// chronicle records what clients did and saw.
-type chronicle struct {
+// history records the operations of the clients.
+type history struct {
 	mu  sync.Mutex // guards ops
 	ops []porcupine.Operation
 }
 
-func (c *chronicle) add(client int, op primaryOp, from time.Time, got primaryAnswer) {
+func (c *history) add(client int, op primaryOp, from time.Time, got primaryAnswer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	end := time.Now()
@@ -78,18 +78,18 @@ func (c *chronicle) add(client int, op primaryOp, from time.Time, got primaryAns
 
 func TestPrimaryIsLinearizableUnderFaults(t *testing.T) {
 	for seed := range uint64(5) {
-		play(t, twos(100+seed), func(t *testing.T, w *world) {
-			var book chronicle
-			book.add(0, primaryOp{read: true}, time.Now(), primaryAnswer{reign: reign{"a", 1}})
+		simulate(t, twos(100+seed), func(t *testing.T, w *world) {
+			var h history
+			h.add(0, primaryOp{read: true}, time.Now(), primaryAnswer{register: register{"a", 1}})
 			w.mu.Lock()
 			w.forget = 0.2
 			w.mu.Unlock()
 			ctx, stop := context.WithCancel(t.Context())
 			var clients sync.WaitGroup
-			// The coordinators promote too; their entries are read back below as
-			// promotions by a client whose answers are all lost.
+			// The coordinators promote too. Their entries are added below as promotions of
+			// clients whose answers are lost.
 			for i, name := range w.names {
-				clients.Go(func() { w.client(ctx, &book, i+1, name) })
+				clients.Go(func() { w.client(ctx, &h, i+1, name) })
 			}
 			for i := range 12 {
 				switch w.pick(4) {
@@ -119,23 +119,23 @@ func TestPrimaryIsLinearizableUnderFaults(t *testing.T) {
 			w.mu.Lock()
 			for i, s := range w.states[1:] {
 				if f := s.LastFailover; s.Primary != w.states[i].Primary && f.Kind == agreed.FailoverUnplanned {
-					book.ops = append(book.ops, porcupine.Operation{
+					h.ops = append(h.ops, porcupine.Operation{
 						ClientId: 50 + i, Input: primaryOp{site: f.To, expect: f.Epoch - 1}, Output: primaryAnswer{maybe: true},
 						Call: f.At.Add(-time.Second).UnixNano(), Return: time.Now().Add(24 * time.Hour).UnixNano(),
 					})
 				}
 			}
 			w.mu.Unlock()
-			t.Logf("%d operations, epoch %d in the end", len(book.ops), w.agreed().Primary.Epoch)
-			if res := porcupine.CheckOperationsTimeout(primaryModel, book.ops, time.Minute); res != porcupine.Ok {
-				t.Errorf("the history of %d operations is %s", len(book.ops), res)
+			t.Logf("%d operations, epoch %d in the end", len(h.ops), w.agreed().Primary.Epoch)
+			if res := porcupine.CheckOperationsTimeout(primaryModel, h.ops, time.Minute); res != porcupine.Ok {
+				t.Errorf("the history of %d operations is %s", len(h.ops), res)
 			}
 		})
 	}
 }
 
-// client promotes and reads through the log, from one node, until ctx ends.
-func (w *world) client(ctx context.Context, book *chronicle, id int, name string) {
+// client promotes and reads through the log of one node until ctx ends.
+func (w *world) client(ctx context.Context, h *history, id int, name string) {
 	n := w.nodes[name]
 	for ctx.Err() == nil {
 		if wait(ctx, time.Duration(500+w.pick(2000))*time.Millisecond) != nil {
@@ -152,13 +152,13 @@ func (w *world) client(ctx context.Context, book *chronicle, id int, name string
 		pctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 		if w.pick(3) > 0 {
 			got := n.readThroughLog(pctx)
-			book.add(id, primaryOp{read: true}, began, got)
+			h.add(id, primaryOp{read: true}, began, got)
 		} else {
 			op := primaryOp{site: []string{"a", "b", "c"}[w.pick(3)], expect: known}
 			_, err := n.Propose(pctx, agreed.CmdPromote, agreed.Promote{
 				Site: op.site, ExpectEpoch: op.expect, Generation: 1, Kind: agreed.FailoverPlanned,
 			})
-			book.add(id, op, began, primaryAnswer{
+			h.add(id, op, began, primaryAnswer{
 				refused: errors.Is(err, agreed.ErrStaleEpoch),
 				maybe:   err != nil && !errors.Is(err, agreed.ErrStaleEpoch),
 			})
@@ -167,14 +167,14 @@ func (w *world) client(ctx context.Context, book *chronicle, id int, name string
 	}
 }
 
-// readThroughLog commits an entry that changes nothing and reads what this node
-// has applied by then.
+// readThroughLog commits an entry that changes nothing and reads what this node has
+// applied by then.
 func (n *node) readThroughLog(ctx context.Context) primaryAnswer {
 	if _, err := n.Propose(ctx, agreed.CmdTick, nil); err != nil {
 		return primaryAnswer{maybe: true}
 	}
 	p := n.State().Primary
-	return primaryAnswer{reign: reign{p.Site, p.Epoch}}
+	return primaryAnswer{register: register{p.Site, p.Epoch}}
 }
 
 func (w *world) pick(n int) int {
@@ -183,29 +183,29 @@ func (w *world) pick(n int) int {
 	return w.rng.IntN(n)
 }
 
-// The model refuses what must not be: two promotions of one epoch, an epoch
-// that falls, a read of what was never promoted.
+// The model refuses two promotions of one epoch, an epoch that falls, and a read of a
+// primary that was never promoted.
 func TestPrimaryModelRefuses(t *testing.T) {
 	at := func(call, ret int64, op primaryOp, got primaryAnswer) porcupine.Operation {
 		return porcupine.Operation{ClientId: int(call), Input: op, Output: got, Call: call, Return: ret}
 	}
 	toB, toC := primaryOp{site: "b", expect: 1}, primaryOp{site: "c", expect: 1}
 	read := primaryOp{read: true}
-	saw := func(site string, epoch uint64) primaryAnswer { return primaryAnswer{reign: reign{site, epoch}} }
+	saw := func(site string, epoch uint64) primaryAnswer { return primaryAnswer{register: register{site, epoch}} }
 	for name, c := range map[string]struct {
 		ops []porcupine.Operation
 		ok  bool
 	}{
-		"one of two wins": {[]porcupine.Operation{
+		"one of two promotions is made": {[]porcupine.Operation{
 			at(1, 9, toB, primaryAnswer{}), at(2, 8, toC, primaryAnswer{refused: true}), at(10, 11, read, saw("b", 2)),
 		}, true},
-		"both win":            {[]porcupine.Operation{at(1, 9, toB, primaryAnswer{}), at(2, 8, toC, primaryAnswer{})}, false},
-		"lost, but made":      {[]porcupine.Operation{at(1, 99, toB, primaryAnswer{maybe: true}), at(10, 11, read, saw("b", 2))}, true},
-		"lost, made later":    {[]porcupine.Operation{at(1, 99, toB, primaryAnswer{maybe: true}), at(10, 11, read, saw("a", 1)), at(12, 13, read, saw("b", 2))}, true},
-		"an old epoch read":   {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{}), at(3, 4, read, saw("a", 1))}, false},
-		"refused for nothing": {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{refused: true})}, false},
-		"nobody promoted it":  {[]porcupine.Operation{at(1, 2, read, saw("c", 2))}, false},
-		"epoch skipped":       {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{}), at(3, 4, read, saw("b", 3))}, false},
+		"two promotions of one epoch": {[]porcupine.Operation{at(1, 9, toB, primaryAnswer{}), at(2, 8, toC, primaryAnswer{})}, false},
+		"lost, but made":              {[]porcupine.Operation{at(1, 99, toB, primaryAnswer{maybe: true}), at(10, 11, read, saw("b", 2))}, true},
+		"lost, made later":            {[]porcupine.Operation{at(1, 99, toB, primaryAnswer{maybe: true}), at(10, 11, read, saw("a", 1)), at(12, 13, read, saw("b", 2))}, true},
+		"an old epoch read":           {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{}), at(3, 4, read, saw("a", 1))}, false},
+		"refused without a cause":     {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{refused: true})}, false},
+		"read, but never promoted":    {[]porcupine.Operation{at(1, 2, read, saw("c", 2))}, false},
+		"epoch skipped":               {[]porcupine.Operation{at(1, 2, toB, primaryAnswer{}), at(3, 4, read, saw("b", 3))}, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if got := porcupine.CheckOperations(primaryModel, c.ops); got != c.ok {

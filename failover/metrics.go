@@ -16,12 +16,12 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	return &metrics{
 		duration: f.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "dsnode_failover_duration_seconds",
-			Help:    "Time without a primary: unplanned from the last sign of the old one to the promotion, planned from the announcement to it.",
+			Help:    "Time without a primary: unplanned from when the old one was last heard to the promotion, planned from the announcement to it.",
 			Buckets: []float64{0.05, 0.1, 0.25, 0.5, 1, 2, 3, 4, 5, 7, 10, 20, 40, 60, 120, 300, 900},
 		}, []string{"kind"}),
 		decisions: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_failover_decisions_total",
-			Help: "Changes of what this node, leading raft, decided about the primary.",
+			Help: "Changes of the decision about the primary, on the raft leader.",
 		}, []string{"reason"}),
 		moves: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_failover_leader_moves_total",

@@ -12,8 +12,8 @@ type Proposer interface {
 	Propose(ctx context.Context, t agreed.CommandType, data any) (index uint64, err error)
 }
 
-// Ownership is a node's part in who owns which job stream: it checks each start
-// with the node's Fence, and proposes changes.
+// Ownership checks the starts of a node's job streams with its Fence, and proposes
+// changes of their owners.
 type Ownership struct {
 	fence    *Fence
 	proposer Proposer

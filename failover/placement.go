@@ -6,28 +6,27 @@ import (
 	"time"
 )
 
-// Voter placement: which members of the Raft configuration vote. PlaceVoters
-// looks at what is and gives the one next step, so that a change interrupted
-// by a crash or an election is simply continued by the next leader. Applied
-// again and again with unchanged facts it ends with StepNone, and a
-// configuration that it calls placed it never touches again.
+// Voter placement: which members of the Raft configuration vote. PlaceVoters looks at
+// the current configuration and gives one next step. So the next leader continues a
+// change that a crash or an election interrupted. With an unchanged view the steps end
+// with StepNone, and a configuration that is placed is not changed again.
 
 const (
-	// defaultVoterDeadAfter is how long a voter is missed before another one
-	// stands in: longer than a reboot of the process, shorter than an
-	// operator's coffee.
+	// defaultVoterDeadAfter is how long a voter must be silent before another node
+	// replaces it: longer than a restart of the process, shorter than an operator needs
+	// to react.
 	defaultVoterDeadAfter = 60 * time.Second
-	// defaultVoterStableFor is how long a member is heard without a gap
-	// before it may vote (again): a flapping link must not move votes.
+	// defaultVoterStableFor is how long a member must be heard without a gap before it
+	// may vote (again): a flapping link must not move votes.
 	defaultVoterStableFor = 30 * time.Second
-	// defaultVoterGrowAfter replaces StableFor while there are fewer than
-	// three voters: a young cluster that any crash stops gains more from
-	// voting soon than it risks.
+	// defaultVoterGrowAfter replaces StableFor while there are fewer than three voters:
+	// until then any crash of a voter stops the cluster, so growing soon is worth the
+	// risk.
 	defaultVoterGrowAfter = 3 * time.Second
 
 	maxVoters = 5
-	// maxPlacedSites bounds the search for a distribution: of more sites only
-	// the best ones (voters first, then priority) are looked at.
+	// maxPlacedSites bounds the search for a distribution: of more sites only the first
+	// ones are considered, those with voters first, then by priority.
 	maxPlacedSites = 12
 )
 
@@ -38,29 +37,28 @@ type PlacementSite struct {
 	Priority int // 1 comes first
 }
 
-// PlacementNode is a member, or one that should become or cease to be one, as
-// the leader sees it.
+// PlacementNode is a member as the leader sees it, or a node of the Raft configuration
+// that is to become one or is none any more.
 type PlacementNode struct {
 	Name string
 	Site string
-	// AliveFor is how long the leader has heard the node without a gap longer
-	// than the patience; zero while it is silent. The leader hears itself.
+	// AliveFor is how long the leader has heard the node without a gap longer than the
+	// patience; zero while it is silent. The leader hears itself.
 	AliveFor time.Duration
-	// DeadFor is zero while the node is heard, else the time since it was
-	// last heard. A node never heard by this leader counts from the leader's
-	// first commit.
+	// DeadFor is zero while the node is heard, else the time since it was last heard. For
+	// a node that this leader has never heard it counts from the leader's first commit.
 	DeadFor time.Duration
 	// CaughtUp: a non-voter's log is close to the leader's. Ignored for voters.
 	CaughtUp bool
 	InConfig bool // in the Raft configuration, with or without a vote
 	Voter    bool
-	// Leaving: it was removed by an operator or is no agreed member. A node
-	// that only drains or restarts is not leaving.
+	// Leaving: an operator has removed it, or it is no agreed member. A node that drains
+	// or restarts is not leaving.
 	Leaving bool
 }
 
-// PlacementView is all that PlaceVoters looks at. Zero times mean the defaults
-// (60 s, 30 s, 3 s).
+// PlacementView is all that PlaceVoters looks at. Zero times mean the defaults (60 s,
+// 30 s, 3 s).
 type PlacementView struct {
 	Sites  []PlacementSite
 	Nodes  []PlacementNode
@@ -74,8 +72,8 @@ type PlacementView struct {
 // StepKind is one change of the Raft configuration.
 type StepKind string
 
-// The steps, each a single change of the configuration (StepMoveLeader changes
-// none: the leader can't take away its own vote).
+// The steps. Each is a single change of the configuration, except StepMoveLeader: the
+// leader can't remove its own vote, so it hands the leadership over first.
 const (
 	StepNone        StepKind = "none"
 	StepAddNonvoter StepKind = "add_nonvoter"
@@ -85,13 +83,13 @@ const (
 	StepMoveLeader  StepKind = "move_leader"
 )
 
-// Plan is the next step and the node it is about (empty with StepNone).
+// Plan is the next step and its node (empty with StepNone).
 type Plan struct {
 	Step StepKind
 	Node string
 }
 
-// PlacementReason names why a plan is what it is: log line and metric label.
+// PlacementReason names why. It is in the log.
 type PlacementReason string
 
 // The reasons of PlaceVoters.
@@ -100,7 +98,7 @@ const (
 	PlacementNoQuorum     PlacementReason = "no_quorum"       // nothing could be committed
 	PlacementUncertain    PlacementReason = "voter_uncertain" // a voter is silent, but not yet for DeadAfter
 	PlacementWaitSites    PlacementReason = "waiting_for_third_site"
-	PlacementSiteAway     PlacementReason = "site_away" // a site's vote is kept: demoting from three gains nothing
+	PlacementSiteAway     PlacementReason = "site_away" // the voter of a lost site stays: demoting from three gains nothing
 	PlacementNoReplace    PlacementReason = "no_replacement"
 	PlacementNewMember    PlacementReason = "new_member"
 	PlacementLeaving      PlacementReason = "leaving"
@@ -108,24 +106,24 @@ const (
 	PlacementStandIn      PlacementReason = "stand_in"
 	PlacementShrink       PlacementReason = "shrink"
 	PlacementRebalance    PlacementReason = "rebalance"
-	PlacementLeaderInWay  PlacementReason = "leader_in_the_way" // the vote to take away is the leader's
-	PlacementUnsafeForNow PlacementReason = "unsafe_now"        // the step would leave no live quorum
+	PlacementLeaderInWay  PlacementReason = "leader_in_the_way" // the voter to demote is the leader
+	PlacementUnsafeForNow PlacementReason = "unsafe_now"        // the step would leave no quorum of heard voters
 )
 
 var noStep = Plan{Step: StepNone}
 
-// PlaceVoters decides the one next change of the Raft configuration.
+// PlaceVoters decides the next change of the Raft configuration. It is pure.
 //
-// The shapes: five voters as 2+2+1 where nodes allow, three as 1+1+1, else
-// one, until a third site has caught up. With three sites up no site holds a
-// majority, with three cities up no city does (1+1+2+1, 1+0+1+1). Among equal
-// shapes the one that keeps the leader and most of today's voters wins, then
-// priority; so it never moves votes for beauty.
+// The shapes: five voters as 2+2+1 where nodes allow, three as 1+1+1, else one until a
+// third site has caught up. With three sites up no site holds a majority, and with
+// three cities up no city does (1+1+2+1, 1+0+1+1). Among equal shapes it prefers the one
+// that keeps the leader, then the one that keeps most of the current voters, then
+// priority. So it moves no vote without need.
 //
-// The order: a new voter is added before an old one is taken away, since that
-// never lowers the number of further failures survived; a step that would
-// leave fewer heard voters than a quorum is not taken; and no vote is moved
-// while a voter's fate is open.
+// The order: a new voter is added before an old one is demoted, which never lowers the
+// number of further failures that are survived. A step that would leave fewer heard
+// voters than a quorum is not taken. No vote is moved while a voter is silent and not
+// yet dead.
 func PlaceVoters(v PlacementView) (Plan, PlacementReason) {
 	p := newPlacement(v)
 	if p.heardVoters(p.voters) < quorumOf(len(p.voters)) {
@@ -144,7 +142,8 @@ func PlaceVoters(v PlacementView) (Plan, PlacementReason) {
 	if len(adds) == 0 && len(drops) == 0 {
 		return noStep, why
 	}
-	// Only now: a settled cluster with a silent voter is still placed.
+	// This check comes after the others: a placed cluster with a silent voter is still
+	// placed.
 	for _, n := range p.voters {
 		if n.DeadFor > 0 && !p.dead(n) && !n.Leaving {
 			return noStep, PlacementUncertain
@@ -201,8 +200,8 @@ func newPlacement(v PlacementView) *placement {
 
 func (p *placement) dead(n PlacementNode) bool { return n.DeadFor >= p.DeadAfter }
 
-// usable: may be in the target. A voter stays one until it is dead or leaves;
-// another member must have shown that it is worth it.
+// usable: the node may be in the target. A voter may until it is dead or leaves. Another
+// member must have been heard for long enough and have caught up.
 func (p *placement) usable(n PlacementNode) bool {
 	if n.Leaving || !n.InConfig {
 		return false
@@ -213,14 +212,14 @@ func (p *placement) usable(n PlacementNode) bool {
 	if n.Voter {
 		return !p.dead(n)
 	}
-	settle := p.StableFor
+	stableFor := p.StableFor
 	if p.staying < 3 {
-		settle = min(p.GrowAfter, p.StableFor)
+		stableFor = min(p.GrowAfter, p.StableFor)
 	}
-	return n.DeadFor == 0 && n.CaughtUp && n.AliveFor >= settle
+	return n.DeadFor == 0 && n.CaughtUp && n.AliveFor >= stableFor
 }
 
-// heardVoters counts those of set that answer now.
+// heardVoters counts the nodes of set that are heard now.
 func (p *placement) heardVoters(set []PlacementNode) int {
 	heard := 0
 	for _, n := range set {
@@ -231,7 +230,7 @@ func (p *placement) heardVoters(set []PlacementNode) int {
 	return heard
 }
 
-// target is the set of voters to arrive at, and what to say when it is there.
+// target is the set of voters to arrive at, and the reason to give when it is reached.
 func (p *placement) target() ([]PlacementNode, PlacementReason) {
 	have := len(p.voters)
 	leaving := slices.ContainsFunc(p.voters, func(n PlacementNode) bool { return n.Leaving })
@@ -243,9 +242,9 @@ func (p *placement) target() ([]PlacementNode, PlacementReason) {
 			}
 		}
 	case have >= 4:
-		// A site is away and three remain: shrink to them. In two sites one
-		// has two of the three votes; that still survives more than five
-		// votes of which the dead hold two.
+		// A site is lost: shrink to three voters in the others. If only two sites are up,
+		// one of them has two of the three votes. That survives more failures than five
+		// votes of which dead nodes hold two.
 		if set := p.choose(3, 2, false); set != nil {
 			return set, PlacementSiteAway
 		}
@@ -262,8 +261,8 @@ func (p *placement) target() ([]PlacementNode, PlacementReason) {
 	return p.voters, PlacementNoReplace
 }
 
-// standIns replaces the dead among three voters, except those whose site is
-// away as a whole: their votes wait for them.
+// standIns replaces the dead among three voters, except those whose whole site is lost:
+// they stay voters.
 func (p *placement) standIns() []PlacementNode {
 	var set, spare []PlacementNode
 	for _, n := range p.nodes {
@@ -285,8 +284,8 @@ func (p *placement) standIns() []PlacementNode {
 	return set
 }
 
-// choose picks size usable nodes, at most perSite of a site (and, with
-// spreadCities, a minority of a city); nil when there are not so many.
+// choose picks size usable nodes, at most perSite of a site and, with spreadCities, a
+// minority of each city. It gives nil when that is not possible.
 func (p *placement) choose(size, perSite int, spreadCities bool) []PlacementNode {
 	bySite := p.usableBySite()
 	perCity := size
@@ -322,8 +321,8 @@ func (p *placement) choose(size, perSite int, spreadCities bool) []PlacementNode
 	return best
 }
 
-// usableBySite lists usable nodes, in each site in the order in which they
-// would be taken: the leader, today's voters, the rest by name.
+// usableBySite lists the usable nodes of each site in the order in which they are taken:
+// the leader, the current voters, the rest by name.
 func (p *placement) usableBySite() [][]PlacementNode {
 	var sites [][]PlacementNode
 	for _, name := range p.up {
@@ -345,7 +344,7 @@ func (p *placement) usableBySite() [][]PlacementNode {
 	return sites
 }
 
-// placementScore compares sets of one size; earlier fields weigh more.
+// placementScore compares sets of equal size. Earlier fields weigh more.
 type placementScore struct {
 	sites, cities, leader, kept int
 	priorities                  int // lower is better
@@ -379,7 +378,7 @@ func (p *placement) score(set []PlacementNode) placementScore {
 	return s
 }
 
-// add gives the vote to the node whose site, then city, has the fewest.
+// add gives a vote to the node whose site, then city, has the fewest.
 func (p *placement) add(adds, drops []PlacementNode) (Plan, PlacementReason) {
 	next := p.fewestVotes(adds, p.voters)
 	after := append(slices.Clone(p.voters), next)
@@ -398,9 +397,9 @@ func (p *placement) add(adds, drops []PlacementNode) (Plan, PlacementReason) {
 	return Plan{StepAddVoter, next.Name}, why
 }
 
-// drop takes a vote away: the dead first, then those who leave, then from the
-// site with the most votes. The leader's own goes after it has handed over, at
-// once when it leaves, else last.
+// drop demotes a voter: a dead one first, then one that leaves, then one of the site
+// with the most votes. A leader that does not leave is the last choice. A leader can't
+// demote itself: it hands over, and the next leader demotes it.
 func (p *placement) drop(drops, target []PlacementNode) (Plan, PlacementReason) {
 	votes := votesBySite(p.voters)
 	next := slices.MinFunc(drops, func(a, b PlacementNode) int {

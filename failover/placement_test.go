@@ -12,7 +12,7 @@ import (
 
 // placementFrom reads "a1=V a2=n b1=V! c1=." : V voter, n non-voter, . not in
 // the configuration; then ! dead for an hour, ? silent for 10 s, ~ heard again
-// for 5 s only, - leaving, * the leader, % not caught up.
+// for 5 s, - leaving, * the leader, % not caught up.
 // The sites a and b share a city; c, d and e have their own.
 func placementFrom(t interface{ Fatalf(string, ...any) }, text string) PlacementView {
 	v := PlacementView{Sites: []PlacementSite{
@@ -69,12 +69,12 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"three nodes of one site: one voter", "a1=V a2=n a3=n", "none", PlacementWaitSites},
 		{"two sites: one voter", "a1=V b1=n", "none", PlacementWaitSites},
 		{"two voters from an interrupted growth", "a1=V b1=V c1=n%", "demote b1", PlacementShrink},
-		{"a newcomer learns first", "a1=V b1=.", "add_nonvoter b1", PlacementNewMember},
-		{"a silent newcomer waits", "a1=V b1=.!", "none", PlacementWaitSites},
+		{"a new member is added without a vote", "a1=V b1=.", "add_nonvoter b1", PlacementNewMember},
+		{"a silent new member is not added", "a1=V b1=.!", "none", PlacementWaitSites},
 		{"third site not caught up", "a1=V b1=n c1=n%", "none", PlacementWaitSites},
 		{"third site caught up", "a1=V b1=n c1=n", "add_voter c1", PlacementGrow},
 		{"second half of the growth", "a1=V b1=n c1=V", "add_voter b1", PlacementGrow},
-		{"a young cluster does not wait 30 s", "a1=V b1=n~ c1=n~", "add_voter c1", PlacementGrow},
+		{"a cluster with one voter does not wait 30 s", "a1=V b1=n~ c1=n~", "add_voter c1", PlacementGrow},
 		{"1+1+1 is placed", "a1=V b1=V c1=V", "none", PlacementSettled},
 		{"four nodes: 1+1+1", "a1=V a2=n b1=V c1=V", "none", PlacementSettled},
 		{"five nodes: towards 2+2+1", "a1=V a2=n b1=V b2=n c1=V", "add_voter a2", PlacementGrow},
@@ -85,23 +85,23 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"a fresh fifth waits until it is stable", "a1=V a2=V b1=V b2=n~ c1=V", "demote a2", PlacementRebalance},
 
 		{"three in one site of three", "a1=V a2=V a3=V b1=n c1=n", "add_voter c1", PlacementRebalance},
-		{"voter dead, same site stands in", "a1=V b1=V! b2=n c1=V", "add_voter b2", PlacementStandIn},
-		{"then the dead one loses its vote", "a1=V b1=V! b2=V c1=V", "demote b1", PlacementStandIn},
+		{"voter dead, a node of its site replaces it", "a1=V b1=V! b2=n c1=V", "add_voter b2", PlacementStandIn},
+		{"then the dead voter is demoted", "a1=V b1=V! b2=V c1=V", "demote b1", PlacementStandIn},
 		{"voter silent 10 s: wait", "a1=V b1=V? b2=n c1=V", "none", PlacementSettled},
 		{"another one silent: wait", "a1=V a2=V b1=V! b2=V b3=n c1=V?", "none", PlacementUncertain},
-		{"no stand-in: three stay three", "a1=V b1=V c1=V!", "none", PlacementSiteAway},
-		{"a spare elsewhere is no stand-in for a site", "a1=V a2=n b1=V c1=V!", "none", PlacementSiteAway},
-		{"stand-in within a site while another site is away", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
+		{"no replacement: three stay three", "a1=V b1=V c1=V!", "none", PlacementSiteAway},
+		{"a node of another site does not replace a lost site's voter", "a1=V a2=n b1=V c1=V!", "none", PlacementSiteAway},
+		{"replacement within a site while another site is lost", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
 		{"2+2+1, a dead: demote from five", "a1=V! a2=V! b1=V b2=V c1=V", "demote a2", PlacementShrink},
 		{"2+2+1, a dead: then to three", "a1=V! a2=n! b1=V b2=V c1=V", "demote a1", PlacementStandIn},
 		{"2+2+1, a dead: three stay", "a1=n! a2=n! b1=V b2=V c1=V", "none", PlacementSiteAway},
 		{"2+2+1, c dead: the dead first", "a1=V a2=V b1=V b2=V c1=V!", "demote c1", PlacementShrink},
-		{"2+2+1, c dead: then one of the living", "a1=V a2=V b1=V b2=V c1=n!", "demote b2", PlacementShrink},
+		{"2+2+1, c dead: then one of the others", "a1=V a2=V b1=V b2=V c1=n!", "demote b2", PlacementShrink},
 		{"a back for 5 s: not yet", "a1=n~ a2=n~ b1=V b2=V c1=V", "none", PlacementSiteAway},
 		{"a back and stable", "a1=n a2=n b1=V b2=V c1=V", "add_voter a1", PlacementGrow},
 		{"a back, five again", "a1=V a2=n b1=V b2=V c1=V", "add_voter a2", PlacementGrow},
 		{"a back with one node: no majority stays in b", "a1=n b1=V b2=V c1=V", "add_voter a1", PlacementRebalance},
-		{"one of five dead without a stand-in", "a1=V a2=V b1=V! b2=V c1=V", "demote b1", PlacementShrink},
+		{"one of five dead without a replacement", "a1=V a2=V b1=V! b2=V c1=V", "demote b1", PlacementShrink},
 
 		{"a witness: 1+1+2+1", "a1=V b1=V c1=V c2=n d1=n", "add_voter d1", PlacementGrow},
 		{"1+1+2+1 is placed", "a1=V b1=V c1=V c2=V d1=V", "none", PlacementSettled},
@@ -112,8 +112,8 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"quorum lost", "a1=V b1=V! c1=V!", "none", PlacementNoQuorum},
 		{"quorum lost for now", "a1=V b1=V? c1=V?", "none", PlacementNoQuorum},
 		{"a non-voter leaves", "a1=V b1=V c1=V c2=n-", "remove c2", PlacementLeaving},
-		{"a voter leaves, its neighbour steps in", "a1=V b1=V c1=V- c2=n", "add_voter c2", PlacementLeaving},
-		{"a voter leaves, nobody steps in", "a1=V b1=V c1=V-", "demote c1", PlacementLeaving},
+		{"a voter leaves, a node of its site replaces it", "a1=V b1=V c1=V- c2=n", "add_voter c2", PlacementLeaving},
+		{"a voter leaves without a replacement", "a1=V b1=V c1=V-", "demote c1", PlacementLeaving},
 		{"the leader leaves", "a1=V-* a2=V b1=V c1=V", "move_leader a2", PlacementLeaderInWay},
 		{"the only node can't leave", "a1=V-*", "none", PlacementNoReplace},
 	} {
@@ -198,15 +198,14 @@ func drawPlacement(t *rapid.T) PlacementView {
 		}
 	}
 	if len(leaders) == 0 {
-		t.Skip("nobody could lead")
+		t.Skip("no node could lead")
 	}
 	v.Leader = rapid.SampledFrom(leaders).Draw(t, "leader")
 	return v
 }
 
-// From any configuration and with any facts that stay as they are, the plans
-// end soon, in a shape that the rules allow, and every configuration on the
-// way can commit.
+// From any configuration, with a view that does not change otherwise, the steps end soon
+// in a shape that the rules allow, and every configuration on the way can commit.
 func TestPlaceVotersProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		v := drawPlacement(t)
@@ -214,7 +213,7 @@ func TestPlaceVotersProperties(t *testing.T) {
 		var why PlacementReason
 		for step := 0; ; step++ {
 			if step > 3*len(v.Nodes)+4 {
-				t.Fatalf("no end from %s, now at %s", first, v.String())
+				t.Fatalf("the steps from %s don't end, now at %s", first, v.String())
 			}
 			votersBefore, heardBefore, perSiteBefore := v.votes()
 			var plan Plan
@@ -234,7 +233,7 @@ func TestPlaceVotersProperties(t *testing.T) {
 				t.Fatalf("%v leaves no live quorum: %s", plan, v.String())
 			}
 			if slackBefore, slack := heardBefore-quorumOf(votersBefore), heard-quorumOf(voters); slack < min(slackBefore, 1) && !strings.Contains(first, "leaving=true") {
-				t.Fatalf("%v: one more failure would now be one too many: %s", plan, v.String())
+				t.Fatalf("%v: fewer further failures are survived now: %s", plan, v.String())
 			}
 			if votersBefore == 3 && voters == 2 && !strings.Contains(first, "leaving=true") {
 				t.Fatalf("demoted from three to two: %s", v.String())
@@ -245,10 +244,10 @@ func TestPlaceVotersProperties(t *testing.T) {
 				}
 			}
 			if plan.Step == StepMoveLeader && heardBefore == 0 {
-				t.Fatal("moved the leader to nobody")
+				t.Fatal("moved the leader although no voter is heard")
 			}
 			if voters != votersBefore && voters%2 == 0 && votersBefore%2 == 0 {
-				t.Fatalf("from even to even: %s", v.String())
+				t.Fatalf("from an even number of voters to another: %s", v.String())
 			}
 		}
 		if again, _ := PlaceVoters(v); again.Step != StepNone {
@@ -273,7 +272,7 @@ func TestPlaceVotersProperties(t *testing.T) {
 		}
 		if why == PlacementUnsafeForNow && voters%2 == 1 && voters <= maxVoters &&
 			!slices.ContainsFunc(v.Nodes, func(n PlacementNode) bool { return n.DeadFor > 0 }) {
-			t.Fatalf("unsafe although everybody is heard: %s", v.String())
+			t.Fatalf("unsafe although all nodes are heard: %s", v.String())
 		}
 	})
 }

@@ -10,53 +10,53 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// QuarantineView is what a node that would lead knows after a restart.
+// QuarantineView is what a node that was elected leader knows after a restart.
 type QuarantineView struct {
-	// Founded: this process founded the cluster; there is nothing older.
+	// Founded: this process founded the cluster, so there is no other generation.
 	Founded bool
 	// Voters of the Raft configuration, this node among them.
 	Voters []QuarantineVoter
-	// MemberSites are the configured sites that have at least one agreed
-	// member. A site that nobody ever joined from can't know another generation.
+	// MemberSites are the sites that have at least one agreed member. A site that no
+	// node ever joined from can't know another generation.
 	MemberSites []string
-	// ComparedSites are those with a node whose generation was compared with
-	// ours since this process started, and was found the same.
+	// ComparedSites are those with a node whose generation was compared with this
+	// node's since this process started, and was the same.
 	ComparedSites []string
-	// Released: an operator has said that the cluster may go on.
+	// Released: an operator has ended the quarantine.
 	Released bool
 }
 
 // QuarantineVoter is a voter as this node knows it.
 type QuarantineVoter struct {
 	Name, Site string
-	// Reached: it answered since this process started. This node reaches itself.
+	// Reached: it has answered since this process started. This node reaches itself.
 	Reached bool
 	// Warm: it has held a lease since its own start.
 	Warm bool
 }
 
-// QuarantineReason names why a cluster is quarantined, or isn't.
+// QuarantineReason names why the cluster is quarantined or free.
 type QuarantineReason string
 
 // The reasons of Quarantine.
 const (
-	QuarantineNoMajority QuarantineReason = "no_majority"     // too few voters answered to know
-	QuarantineCold       QuarantineReason = "cold_majority"   // all who answered have restarted; sites are missing
+	QuarantineNoMajority QuarantineReason = "no_majority"     // too few voters answered
+	QuarantineCold       QuarantineReason = "cold_majority"   // all voters that answered have restarted, and sites are missing
 	FreeFounded          QuarantineReason = "founded_here"    // free
 	FreeReleased         QuarantineReason = "released"        // free, by an operator
 	FreeWarm             QuarantineReason = "warm_voter"      // free
 	FreeCompared         QuarantineReason = "all_sites_agree" // free
 )
 
-// Quarantine says whether a majority must hold still (no role, ownership or
-// configuration change; completions and jobs of durability node go on), why,
-// and which sites it has to hear from to be free.
+// Quarantine says whether a majority is quarantined, why, and which sites it still has to
+// hear from. In quarantine the role, ownership and configuration don't change;
+// completions and jobs of durability node go on. It is pure.
 //
-// The danger is a majority that was replaced by a recovery while it was down:
-// when it comes back together it would elect a leader in its old generation.
-// One voter that was up all the time would know, and so would any site that
-// the recovery reached. It must be asked before the first tick of a
-// leadership: a tick makes leases, and a lease makes everybody warm.
+// It protects against a majority that a recovery replaced while it was down: when it
+// starts again, it would elect a leader in its old generation. A voter that was up all
+// the time would know of the recovery, and so would every site that the recovery
+// reached. Quarantine must be asked before the first tick of a leadership: a tick makes
+// leases, and a node with a lease counts as warm.
 func Quarantine(v QuarantineView) (quarantined bool, why QuarantineReason, missing []string) {
 	switch {
 	case v.Founded:
@@ -72,7 +72,7 @@ func Quarantine(v QuarantineView) (quarantined bool, why QuarantineReason, missi
 		}
 		reached++
 		warm = warm || n.Warm
-		// The preface of the connection has compared generations.
+		// The preface of the connection has compared the generations.
 		compared = append(compared, n.Site)
 	}
 	for _, site := range v.MemberSites {

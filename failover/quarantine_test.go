@@ -34,8 +34,8 @@ func TestQuarantine(t *testing.T) {
 		{"all restarted, all there", QuarantineView{Voters: voters("ccc"), MemberSites: all}, false, FreeCompared, nil},
 		{"two restarted, the third away", QuarantineView{Voters: voters("cc-"), MemberSites: all}, true, QuarantineCold, []string{"c"}},
 		{"the third compared, without a vote", QuarantineView{Voters: voters("cc-"), MemberSites: all, ComparedSites: []string{"c"}}, false, FreeCompared, nil},
-		{"a site without members can't know", QuarantineView{Voters: voters("cc"), MemberSites: []string{"a", "b"}}, false, FreeCompared, nil},
-		{"an operator says so", QuarantineView{Voters: voters("cc-"), MemberSites: all, Released: true}, false, FreeReleased, nil},
+		{"a site without members need not be heard", QuarantineView{Voters: voters("cc"), MemberSites: []string{"a", "b"}}, false, FreeCompared, nil},
+		{"an operator has released it", QuarantineView{Voters: voters("cc-"), MemberSites: all, Released: true}, false, FreeReleased, nil},
 		{"alone", QuarantineView{Voters: voters("c--"), MemberSites: all}, true, QuarantineNoMajority, []string{"b", "c"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -79,12 +79,12 @@ func TestColdStart(t *testing.T) {
 		want string
 		held bool
 	}{
-		"founded":        {restartedNode{founded: true, cold: true}, "founded_here", false},
-		"nobody answers": {restartedNode{cold: true}, "no_majority: too few voters answer; no node of b, c, d has told yet whether the cluster was recovered meanwhile", true},
+		"founded":          {restartedNode{founded: true, cold: true}, "founded_here", false},
+		"no voter answers": {restartedNode{cold: true}, "no_majority: too few voters answer; no node of b, c, d has told yet whether the cluster was recovered meanwhile", true},
 		"all have restarted": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
 			"b1": heard("b", true),
 		}}, "cold_majority: every voter that answers has restarted; no node of c, d has told yet whether the cluster was recovered meanwhile", true},
-		"a non-voter speaks for its site": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
+		"a non-voter counts for its site": {restartedNode{cold: true, peers: map[string]cluster.PeerView{
 			"b1": heard("b", true), "c1": heard("c", true), "d1": heard("d", true),
 		}}, "all_sites_agree", false},
 		"a warm peer": {restartedNode{cold: true, peers: map[string]cluster.PeerView{"b1": heard("b", false)}}, "warm_voter", false},

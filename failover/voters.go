@@ -89,7 +89,7 @@ func (v *Voters) take(ctx context.Context, p Plan) error {
 func (v *Voters) view(s *agreed.State, l cluster.Leadership) PlacementView {
 	now, heardSince := v.boottime(), v.heardSince()
 	// A node that is to vote must answer now, not within the patience: a vote given
-	// to a node that has just gone silent can cost a young cluster its quorum.
+	// to a node that has just gone silent can cost a cluster of few voters its quorum.
 	fresh := 3 * v.servers.Timing().Tick
 	raft := v.servers.Raft()
 	nodes := map[string]*PlacementNode{}

@@ -6,27 +6,10 @@ import (
 	"time"
 )
 
-// primaryWork is what runs because this node acts as primary. Fence.mu guards it.
-type primaryWork struct {
-	// running are the contexts of WhilePrimary. stopping are those that have ended
-	// and whose work has not come back yet.
-	running  map[*primaryContext]struct{}
-	stopping map[*primaryContext]struct{}
-	// lastPermit is the deadline of the newest Permit of Primary.
-	lastPermit time.Duration
-	acting     bool
-	change     chan struct{} // closes at the next change of any of the above
-}
-
+// primaryContext is a context of WhilePrimary.
 type primaryContext struct {
 	epoch uint64
 	end   context.CancelCauseFunc
-}
-
-func newPrimaryWork() primaryWork {
-	return primaryWork{
-		running: map[*primaryContext]struct{}{}, stopping: map[*primaryContext]struct{}{}, change: make(chan struct{}),
-	}
 }
 
 // WhilePrimary gives a context that ends, with ErrNotPrimary as its cause, when
@@ -146,7 +129,7 @@ func (f *Fence) refresh() (sleep time.Duration, change <-chan struct{}) {
 		if f.acting {
 			f.log.Info("acting as primary", "site", f.site, "epoch", token.Index)
 		} else {
-			f.log.Info("no longer acting as primary", "site", f.site, "why", err)
+			f.log.Info("no longer acting as primary", "site", f.site, "reason", err)
 		}
 		f.changed()
 	}

@@ -24,7 +24,7 @@ func (s standing) OwnershipLease() (time.Duration, uint64) {
 func (s standing) Changed() <-chan struct{}      { return s.n.w.news }
 func (s standing) LeaseChanged() <-chan struct{} { return nil } // no Fence runs in the world
 
-// awake blocks while the node is stopped, as a stopped process would.
+// awake blocks while the node is stopped.
 func (n *node) awake() {
 	for {
 		n.w.mu.Lock()
@@ -37,7 +37,7 @@ func (n *node) awake() {
 	}
 }
 
-// What follows makes a node an Agreement.
+// The methods below make a node an Agreement.
 
 func (n *node) State() *agreed.State {
 	n.awake()
@@ -161,11 +161,11 @@ func (n *node) TransferLeadership(ctx context.Context, to string) error {
 		return cluster.ErrNoQuorum
 	}
 	n.w.term++
-	n.w.crown(to)
+	n.w.elected(to)
 	return nil
 }
 
-// Release makes the world a Releaser: the peer's rpc.
+// Release makes the world a Releaser, in place of the rpc.
 func (w *world) Release(ctx context.Context, name, id string) error {
 	if err := wait(ctx, 2*w.delay); err != nil {
 		return err

@@ -18,10 +18,10 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// world is a cluster in virtual time: pings, leases handed on by pings, ticks,
-// elections and the agreed log, on links that delay, lose and break. It lives
-// in a synctest bubble. Raft itself is simplified to its promises: one leader a
-// term, elected by and committing with a majority that it can reach.
+// world is a cluster in virtual time: pings, leases that pings hand on, ticks, elections
+// and the agreed log, on links that delay, lose and break. It runs in a synctest bubble.
+// Raft is reduced to its promises: one leader a term, elected by and committing with a
+// majority that it can reach.
 type world struct {
 	t      *testing.T
 	timing config.Timing
@@ -36,15 +36,15 @@ type world struct {
 	news   chan struct{}   // closes when any node applied something
 	term   uint64
 	leader string // elected in term
-	// leaderSeen is when it last ran in reach of a majority.
+	// leaderSeen is when the leader last ran and reached a majority.
 	leaderSeen time.Duration
 	cut        map[[2]string]bool
 	delay      time.Duration // one way
 	jitter     time.Duration
 	loss       float64 // of pings: a stall of 0.4 s, doubling
-	// forget makes a part of the commits look lost to who proposed them.
+	// forget is the share of proposals whose answer is lost.
 	forget float64
-	// forgetNext loses the answer to the next proposal once.
+	// forgetNext loses the answer to the next proposal.
 	forgetNext bool
 	breaches   []string
 }
@@ -101,8 +101,8 @@ func (q *eventQueue) Pop() any {
 	return e
 }
 
-// newWorld makes the sites a and b in one city and c in another, with so many
-// nodes each; the first `votes` nodes of each site vote.
+// newWorld makes the sites a and b in one city and c in another, with the given numbers
+// of nodes and of voters.
 func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	w := &world{
 		t: t, timing: config.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
@@ -132,7 +132,7 @@ func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	return w
 }
 
-// run plays until ctx ends, then stops all nodes.
+// run runs the world until ctx ends, then stops all nodes.
 func (w *world) run(ctx context.Context) {
 	w.mu.Lock()
 	for _, name := range w.names {
@@ -165,8 +165,8 @@ func (w *world) run(ctx context.Context) {
 
 func (w *world) now() time.Duration { return time.Hour + time.Since(w.start) }
 
-// after is for events and for the time before run. Times are rounded up to
-// 5 ms, so that there are fewer of them.
+// after schedules an event. Events and the time before run may call it. Times are rounded
+// up to 5 ms, so that there are fewer of them.
 func (w *world) after(d time.Duration, do func()) {
 	const grain = 5 * time.Millisecond
 	heap.Push(&w.events, event{(w.now() + d + grain - 1) / grain * grain, do})
@@ -194,7 +194,7 @@ func (w *world) every(n *node, d time.Duration, do func(*node)) {
 
 func (n *node) runs() bool { return n.up && !n.stopped }
 
-// oneWay is the time of a message, false when it never comes.
+// oneWay is how long a message takes, false when it never arrives.
 func (w *world) oneWay(from, to string) (time.Duration, bool) {
 	if w.cut[[2]string{w.nodes[from].site, w.nodes[to].site}] {
 		return 0, false
@@ -209,7 +209,7 @@ func (w *world) oneWay(from, to string) (time.Duration, bool) {
 	return d, true
 }
 
-// reach: both run, and messages pass both ways.
+// reach reports whether both run and messages pass in both directions.
 func (w *world) reach(a, b string) bool {
 	sa, sb := w.nodes[a].site, w.nodes[b].site
 	return a == b || (w.nodes[a].runs() && w.nodes[b].runs() && !w.cut[[2]string{sa, sb}] && !w.cut[[2]string{sb, sa}])
@@ -250,11 +250,11 @@ func (n *node) ping(to *node) {
 	if !ok {
 		return
 	}
-	// A stopped process gets its messages when it is continued.
+	// A stopped process gets its messages when it continues.
 	var arrive func()
 	arrive = func() {
 		if w.now()-sent > time.Second {
-			return // nobody waits for the answer
+			return // the ping has timed out
 		}
 		if to.stopped {
 			w.after(10*time.Millisecond, arrive)
@@ -298,7 +298,7 @@ func (n *node) extend(until time.Duration, epoch uint64) {
 	}
 }
 
-// tick is the leader's: it commits an entry and extends its lease.
+// tick commits the leader's entry and extends its lease.
 func (n *node) tick() {
 	w := n.w
 	if !n.leads || n.leadTerm != w.term {
@@ -318,7 +318,7 @@ func (n *node) tick() {
 	})
 }
 
-// elect deposes a leader that can't reach a majority, and finds another.
+// elect deposes a leader that can't reach a majority, and starts an election.
 func (w *world) elect() {
 	for _, n := range w.nodes {
 		if n.leads && n.runs() && (n.leadTerm != w.term || w.now()-max(n.lastCommit, n.firstCommit, n.bootedAt) > w.timing.Heartbeat && n.firstCommit > 0) {
@@ -352,10 +352,10 @@ func (w *world) vote(term uint64) {
 		w.after(w.timing.Heartbeat/2, func() { w.vote(term) })
 		return
 	}
-	w.crown(able[w.rng.IntN(len(able))])
+	w.elected(able[w.rng.IntN(len(able))])
 }
 
-func (w *world) crown(name string) {
+func (w *world) elected(name string) {
 	for _, n := range w.nodes {
 		if n.leads && n.runs() {
 			n.leads = false
@@ -366,7 +366,7 @@ func (w *world) crown(name string) {
 	n.leads, n.leadTerm, n.firstCommit, n.lastCommit = true, w.term, 0, w.now()
 }
 
-// replicate lets who is in touch with the leader catch up.
+// replicate lets the nodes that reach the leader catch up.
 func (w *world) replicate() {
 	if w.leader == "" || !w.majority(w.leader) {
 		return
@@ -386,7 +386,7 @@ func (w *world) apply(n *node) {
 	}
 }
 
-// laws: at most one site acts as primary, and epochs only rise.
+// laws checks that at most one site acts as primary.
 func (w *world) laws() {
 	acting := map[string]bool{}
 	for _, n := range w.nodes {
@@ -408,8 +408,8 @@ func (n *node) paused() time.Duration {
 	return 0
 }
 
-// boot starts the node's own loops. It takes no lock: it is called before the
-// world runs, or with the lock released.
+// boot starts a new process of the node. It takes no lock: it is called before the world
+// runs, or with the lock held.
 func (w *world) boot(n *node) {
 	n.up, n.bootedAt = true, w.now()
 	n.heard, n.pinging = map[string]heardPeer{}, map[string]bool{}
@@ -481,7 +481,7 @@ func (w *world) resume(names ...string) {
 	}
 }
 
-// sever cuts links between sites, one way: "a>b".
+// sever cuts or restores links between sites, one direction each: "a>b".
 func (w *world) sever(cut bool, links ...string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -520,8 +520,8 @@ func (w *world) acting() []string {
 	return sites
 }
 
-// until plays on until cond holds, and says how long that took; the test fails
-// when it takes longer than limit.
+// until waits until cond holds, and gives how long that took. The test fails when it
+// takes longer than limit.
 func (w *world) until(what string, limit time.Duration, cond func() bool) time.Duration {
 	w.t.Helper()
 	began := time.Now()

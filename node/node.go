@@ -258,7 +258,7 @@ func (n *Node) failoverOptions() failover.Options {
 func (n *Node) newDrills(s drill.Switcher) *drill.Runner {
 	return drill.NewRunner(drill.Options{
 		Node: n.cfg.Name, Site: n.cfg.Site, API: n.listeners.apiAddr, Agreement: n.cluster, Switcher: s,
-		Quarantined: n.quarantined, Health: n.ownHealth, Unwell: n.operator.Reasons,
+		Quarantined: n.quarantined, Health: n.ownHealth, Unhealthy: n.operator.Reasons,
 		NewAsker: func(model string) (drill.Asker, func()) {
 			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
 			return a, a.Close

@@ -48,6 +48,7 @@ func askCached(t *testing.T, n *lab.Node, question, mode string) (status int, la
 // A cached answer is found again after the node was killed, a purge takes effect on a
 // node that was down, and no file contains the question or the answer.
 func TestTheCacheOfRealNodes(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{})
 	here, away := l.Sites[0].Nodes[0], l.Sites[2].Nodes[0]
 	for _, n := range []*lab.Node{here, away} {

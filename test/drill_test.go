@@ -87,6 +87,7 @@ func runDrill(t *testing.T, l *lab.Lab, n *lab.Node, r admin.DrillRequest) (admi
 // the first one returns as a standby. A switchover drill then moves the primary back.
 // No client fails.
 func TestDrillsOfThePrimary(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	first, second := l.Sites[0], l.Sites[1]
 	wantVoters(t, l, 3)

@@ -17,7 +17,7 @@ import (
 
 // The tests named TestFailover check the promises of failover, with default settings
 // and on links like those between cities. The short form has few trials and a tenth of
-// the load, runs two tests at a time, and allows three times the promised time for
+// the load, runs tests beside each other, and allows three times the promised time for
 // everything but the laws, because it shares the machine with other tests. The full
 // form checks the promised times with the promised load, one test after another. It
 // needs an idle machine and takes two hours:

@@ -119,6 +119,7 @@ var arrows = []arrow{
 	{"node/datakeys", "cluster/clock", "how long nobody has carried a key"},
 	{"node/datakeys", "storage/keyring", "the ring"},
 	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
+	{"node/admin", "failover/drill", "tells over HTTP why a drill was refused"},
 
 	{"node/jobs", "node/serving", "asks for answers on the same path as the gateway"},
 	{"node/jobs", "node/upstream", "the peers that it asks for jobs are listed as for requests"},
@@ -284,6 +285,41 @@ func TestArrowsPointDown(t *testing.T) {
 	for _, a := range arrows {
 		if !used[[2]string{a.from, a.to}] {
 			t.Errorf("nothing needs the arrow %s → %s any more: take it out of the table", a.from, a.to)
+		}
+	}
+}
+
+// What these packages compile, directly or not, keeps out what they have no use for:
+// tests of them stay quick, and a reader need not know Raft to change them.
+func TestWhatPackagesCompileWithout(t *testing.T) {
+	raft, memberlist, grpc := "github.com/hashicorp/raft", "github.com/hashicorp/memberlist", "google.golang.org/grpc"
+	for dir, without := range map[string][]string{
+		"cluster/config": {raft, memberlist, grpc},
+		"cluster/agreed": {raft, memberlist, grpc},
+		"cluster/mesh":   {memberlist},
+		"cluster/gossip": {raft, grpc},
+		"node/openai":    {raft, memberlist, grpc},
+		"node/upstream":  {raft, memberlist, grpc},
+		"node/cache":     {raft, memberlist, grpc},
+		"node/serving":   {raft, memberlist, grpc},
+		"storage":        {memberlist, grpc},
+	} {
+		cmd := exec.Command("go", "list", "-deps", "./"+dir)
+		cmd.Dir = ".."
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("go list -deps %s: %v", dir, err)
+		}
+		deps := strings.Fields(string(out))
+		if !slices.Contains(deps, module+"/"+dir) {
+			t.Fatalf("go list -deps %s does not list the package itself", dir)
+		}
+		for _, dep := range deps {
+			for _, not := range without {
+				if dep == not || strings.HasPrefix(dep, not+"/") {
+					t.Errorf("%s compiles %s", dir, dep)
+				}
+			}
 		}
 	}
 }

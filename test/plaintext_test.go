@@ -46,6 +46,7 @@ func (c *canaries) find(b []byte) []string {
 // Prompts, answers and keys of requests, jobs and cached answers are in no file of a
 // data directory and in no packet between sites.
 func TestNothingInClear(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond), Cluster: withJobs})
 	var c canaries
 	const prompt, key = "canary-of-a-prompt-4711", "canary-of-an-idempotency-key"

@@ -21,6 +21,7 @@ var errStillQuorum = errors.New("the status still shows a healthy cluster, a quo
 // nodes are killed and started in a random order. Each time the cluster becomes
 // healthy without help.
 func TestAnyNodeComesBack(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	for _, n := range l.Nodes() {
 		n.Restart()
@@ -71,6 +72,7 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 // A cluster grows from one node to three sites and then to 2+2+1 nodes. No client
 // fails.
 func TestGrowthUnderLoad(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Nodes: []int{2, 2, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Alone: true})
 	first := l.Sites[0].Nodes[0]
 	running := l.StartLoad(lab.Load{Rate: 100, Streams: 20, Balanced: true, Sites: l.Sites[:1]})

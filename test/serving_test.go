@@ -93,6 +93,7 @@ func await(t *testing.T, r *lab.Running, more int) {
 }
 
 func TestTwoOfThreeSitesLost(t *testing.T) {
+	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Link: lab.RoundTrip(30 * time.Millisecond)})
 	last := l.Sites[2]
 	running := l.StartLoad(lab.Load{Rate: 100, Streams: 10, Sites: l.Sites[2:]})

@@ -1,4 +1,4 @@
-// Tools for developing dsnode, pinned apart from what the program is built of.
+// Tools for developing dsnode, with versions that do not depend on the main module.
 module github.com/dsnode/dsnode/tools
 
 go 1.26.0

@@ -126,7 +126,7 @@ var (
 	ErrDataKeyPending     = errors.New("an earlier new data key still waits for confirmations")
 	ErrDataKeyUnconfirmed = errors.New("not every node has confirmed the data key")
 	ErrDataKeyInUse       = errors.New("the data key is still in use")
-	ErrDataKeysChanged    = errors.New("the data keys have changed meanwhile")
+	ErrDataKeysChanged    = errors.New("the data keys have changed in the meantime")
 	ErrOperatorKey        = errors.New("wrong operator key")
 	ErrOperatorKeyMissing = errors.New("not every node has the new operator key")
 )

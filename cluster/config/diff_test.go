@@ -37,8 +37,8 @@ func TestDiffShowsChangesWithContext(t *testing.T) {
 			"--- current\n+++ new\n@@ -2,7 +2,7 @@\n line 2\n line 3\n line 4\n-line 5\n+other\n line 6\n line 7\n line 8\n",
 		},
 		"near changes in one hunk": {
-			seq(12, nil), seq(12, map[int]string{3: "", 10: "new\nline 10\n"}),
-			"--- current\n+++ new\n@@ -1,12 +1,12 @@\n line 1\n line 2\n-line 3\n line 4\n line 5\n line 6\n line 7\n line 8\n line 9\n+new\n line 10\n line 11\n line 12\n",
+			seq(12, nil), seq(12, map[int]string{3: "", 9: "new\nline 9\n"}),
+			"--- current\n+++ new\n@@ -1,11 +1,11 @@\n line 1\n line 2\n-line 3\n line 4\n line 5\n line 6\n line 7\n line 8\n+new\n line 9\n line 10\n line 11\n",
 		},
 		"far changes in two hunks": {
 			seq(20, nil), seq(20, map[int]string{1: "x\n", 20: "y\n"}),
@@ -89,10 +89,10 @@ func patch(a, diff string) (string, error) {
 	if diff == "" {
 		return a, nil
 	}
-	old := diffLines([]byte(a))
+	old := splitLines(a)
 	var out []string
 	at, left, mark := 0, [2]int{}, byte(0)
-	for i, l := range diffLines([]byte(diff)) {
+	for i, l := range splitLines(diff) {
 		switch {
 		case i < 2:
 			continue
@@ -166,4 +166,14 @@ func TestDiffTimeIsBounded(t *testing.T) {
 			t.Errorf("took %s", d)
 		}
 	}
+}
+
+// splitLines splits after each line end. A last line without a line end stays without
+// one.
+func splitLines(text string) []string {
+	lines := strings.SplitAfter(text, "\n")
+	if lines[len(lines)-1] == "" {
+		lines = lines[:len(lines)-1]
+	}
+	return lines
 }

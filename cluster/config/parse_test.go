@@ -241,7 +241,7 @@ func TestParseRefuses(t *testing.T) {
 		{"literal secret as a key", up + "{site: a, url: http://h, api_key: {sk-hunter2}}\n", `cluster.yaml:5: upstreams.u.api_key: must be a reference to a secret with the key env or file; write {env: NAME} or {file: PATH}`},
 		{
 			"literal secret as a variable", up + "{site: a, url: http://h, api_key: {env: sk-hunter2}}\n",
-			`cluster.yaml:5: upstreams.u.api_key: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; the secret itself must not stand here`,
+			`cluster.yaml:5: upstreams.u.api_key: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; do not write the secret itself here`,
 		},
 		{"secret without a value", up + "{site: a, url: http://h, api_key: }\n", `cluster.yaml:5: upstreams.u.api_key: has no value; write one, or remove the key for the default`},
 		{"empty secret", up + "{site: a, url: http://h, api_key: {}}\n", `cluster.yaml:5: upstreams.u.api_key: has neither env nor file; write {env: NAME} or {file: PATH}`},
@@ -326,7 +326,7 @@ func TestParseRefuses(t *testing.T) {
 		{"a sentinel's password without sentinels", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', sentinel_password: {env: S}}}}}\n", `cluster.yaml:4: cache.sites.a.redis.sentinel_password: sentinel_password is used only with sentinels; remove it, or write mode: sentinel`},
 		{"a sentinel's user without sentinels", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', sentinel_user: u}}}}\n", `cluster.yaml:4: cache.sites.a.redis.sentinel_user: sentinel_user is used only with sentinels; remove it, or write mode: sentinel`},
 		{"a sentinel's user without a password", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', mode: sentinel, master: m, sentinel_user: u}}}}\n", `cluster.yaml:4: cache.sites.a.redis.sentinel_password: is missing; write sentinel_password: {env: NAME}, or remove sentinel_user`},
-		{"a sentinel's password in clear", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', mode: sentinel, master: m, sentinel_password: {env: 's3cret!'}}}}}\n", `cluster.yaml:4: cache.sites.a.redis.sentinel_password: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; the secret itself must not stand here`},
+		{"a sentinel's password in clear", head + "cache: {sites: {a: {shared: redis, redis: {url: 'redis://h', mode: sentinel, master: m, sentinel_password: {env: 's3cret!'}}}}}\n", `cluster.yaml:4: cache.sites.a.redis.sentinel_password: env is not the name of an environment variable; write letters, digits and underscores, such as {env: VLLM_KEY}; do not write the secret itself here`},
 		{"redis beside another tier", head + "cache: {sites: {a: {shared: embedded, redis: {url: 'redis://h'}}}}\n", `cluster.yaml:4: cache.sites.a.redis: redis is configured, but the shared tier is embedded; write shared: redis, or remove redis`},
 		{"revision", model + "  m: {serve: [{upstream: u}], revision: \"a\\nb\"}\n", `cluster.yaml:7: models.m.revision: "a\nb" cannot be a revision; write up to 256 printable characters`},
 		{"fast heartbeat", head + "timing: {heartbeat: 99ms}\n", `cluster.yaml:4: timing.heartbeat: 99ms is out of range; write a time from 100ms to 10s`},

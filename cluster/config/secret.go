@@ -24,7 +24,7 @@ func (s Secret) check() (message, hint string) {
 	case s.IsZero():
 		return "has neither env nor file", one
 	case s.Env != "" && !validEnvName(s.Env):
-		return "env is not the name of an environment variable", "write letters, digits and underscores, such as {env: VLLM_KEY}; the secret itself must not stand here"
+		return "env is not the name of an environment variable", "write letters, digits and underscores, such as {env: VLLM_KEY}; do not write the secret itself here"
 	case strings.ContainsRune(s.File, 0) || len(s.File) > 4096:
 		return "file is not a path", one
 	}

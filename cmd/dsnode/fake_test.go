@@ -393,7 +393,7 @@ func (f *fakeCluster) Drill(_ context.Context, id string) (admin.Drill, error) {
 		out.Report, err = r.Encode()
 		return out, err
 	}
-	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
@@ -408,7 +408,7 @@ func (f *fakeCluster) AbortDrill(_ context.Context, id, _ string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) CheckJobs(context.Context) error { return nil }

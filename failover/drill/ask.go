@@ -12,22 +12,22 @@ import (
 	"time"
 )
 
-// HTTPAsker asks over HTTP, without a key. Close it.
+// HTTPAsker sends requests over HTTP, without an API key. The caller closes it.
 type HTTPAsker struct {
 	client *http.Client
 	scheme string
 	model  string
 }
 
-// NewHTTPAsker makes one. model is for AskCompletion; secure says that the
-// ports for clients speak TLS.
+// NewHTTPAsker makes an HTTPAsker. model is for AskCompletion. secure tells that the
+// API ports use TLS.
 func NewHTTPAsker(model string, secure bool) *HTTPAsker {
 	a := &HTTPAsker{model: model, scheme: "http", client: &http.Client{
 		Transport: &http.Transport{
 			DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
 			MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true,
-			// The nodes are asked by address, whatever names their certificates
-			// for clients have; nothing secret is sent and no answer is used.
+			// Nodes are asked by address, and their API certificates may have other names.
+			// Nothing secret is sent, and only the status of the answer is used.
 			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}, //nolint:gosec // see above
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -38,7 +38,7 @@ func NewHTTPAsker(model string, secure bool) *HTTPAsker {
 	return a
 }
 
-// Close gives idle connections back.
+// Close closes idle connections.
 func (a *HTTPAsker) Close() { a.client.CloseIdleConnections() }
 
 // Ask implements Asker.
@@ -65,7 +65,7 @@ func (a *HTTPAsker) Ask(ctx context.Context, t Target, q Question) (Answer, erro
 	if err != nil {
 		return Answer{}, err
 	}
-	defer func() { _ = resp.Body.Close() }() // read to its end, or given up
+	defer func() { _ = resp.Body.Close() }() // the body was read, or is not needed
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	switch {
 	case err != nil:

@@ -1,10 +1,10 @@
-// Package drill rehearses failovers: it says beforehand whether one may begin
-// (Plan), carries it out from a node that is not its victim (Runner), measures
-// from outside what clients see (probe.go), and writes down the evidence with a
-// verdict (report.go, render.go). Start at Runner.Start.
+// Package drill rehearses failovers. It checks whether a drill may begin (Plan), runs it
+// on a node outside the isolated site (Runner), measures from outside what clients see
+// (probe.go), and writes a report with a verdict (report.go, render.go). Start at
+// Runner.Start.
 //
-// It cuts nothing off itself: an isolation is a record in the agreed state that
-// the nodes of the site obey, and end by a timer of their own.
+// The runner cuts nothing off itself. An isolation is a record in the agreed state: the
+// nodes of the site obey it and end it by their own timers (isolation.go).
 package drill
 
 import (
@@ -23,32 +23,32 @@ type Kind string
 // The kinds of this version.
 const (
 	Switchover Kind = "switchover" // move the primary to the site, without loss
-	Isolation  Kind = "isolation"  // cut the site off; a real failover when it is the primary
+	Isolation  Kind = "isolation"  // cut the site off; this is a real failover if it is the primary
 )
 
-// Kinds are all of them, for words.
+// Kinds are all of them, for messages.
 func Kinds() []string { return []string{string(Switchover), string(Isolation)} }
 
-// How long an isolation may last, and does when nobody says.
+// How long an isolation may last, and its default.
 const (
 	DefaultFor = time.Minute
 	MinFor     = 10 * time.Second // an election and a promotion fit
 	MaxFor     = 10 * time.Minute
 )
 
-// Lead is between the agreement on an isolation and the cut: the site may hold
-// the raft leader, who would otherwise cut itself off before the others, and
-// who asked, could hear what was agreed.
+// Lead is the time between the agreement on an isolation and the cut. The site may have
+// the raft leader: without Lead it would cut itself off before the other nodes learn
+// what was agreed.
 const Lead = 500 * time.Millisecond
 
-// How a drill is refused before it begins, besides failover.ErrPrecheck.
+// Why a request about drills is refused, besides failover.ErrPrecheck.
 var (
 	// ErrWrongPlace: a node of the site that is to be cut off was asked.
 	ErrWrongPlace = errors.New("a node of another site must run this drill")
-	// ErrInvalid: what was asked makes no sense.
-	ErrInvalid = errors.New("no such drill")
+	// ErrInvalid: the request is not valid.
+	ErrInvalid = errors.New("not a valid drill")
 	// ErrUnknown: no record has this id.
-	ErrUnknown = errors.New("no drill has this id")
+	ErrUnknown = errors.New("no such drill")
 )
 
 // Request asks for a drill.
@@ -57,18 +57,17 @@ type Request struct {
 	Site string
 	// For is how long an isolation lasts; zero is DefaultFor.
 	For time.Duration
-	// Return asks for a switchover back to where the primary was.
+	// Return asks for a switchover back to the site that was primary before.
 	Return bool
 	// Waive names checks that need not hold.
 	Waive []string
-	// ProbeModel adds chat completions of one token to what is asked as a
-	// client; they may cost money. Empty: none.
+	// ProbeModel adds chat completions of one token to the probe. They may cost money.
+	// Empty: none.
 	ProbeModel string
 	By         string
 }
 
-// Normal fills in what was left open and refuses what makes no sense, with
-// ErrInvalid.
+// Normal fills in defaults, and refuses an invalid request with ErrInvalid.
 func (r Request) Normal() (Request, error) {
 	if !slices.Contains(Kinds(), string(r.Kind)) {
 		return r, fmt.Errorf("%w: kind %q: this version rehearses %s", ErrInvalid, r.Kind, strings.Join(Kinds(), " and "))
@@ -91,7 +90,7 @@ func (r Request) Normal() (Request, error) {
 	return r, nil
 }
 
-// SiteView is what a plan looks at of one site.
+// SiteView is a site as Plan sees it.
 type SiteView struct {
 	Name  string
 	Nodes int
@@ -101,27 +100,27 @@ type SiteView struct {
 	Voters           int
 }
 
-// View is all that Plan looks at, as the node that would run the drill sees it.
+// View is all that Plan looks at, on the node that would run the drill.
 type View struct {
 	Site    string // of that node
 	Sites   []SiteView
 	Primary string
-	Lease   time.Duration // left of that node's
+	Lease   time.Duration // rest of that node's lease
 
 	Quarantined, Held bool
-	// Unwell says in words what is not healthy; empty when all is well.
-	Unwell []string
+	// Unhealthy lists what is not healthy in the cluster; empty when it is healthy.
+	Unhealthy []string
 	// Running is the drill that runs now, empty when none does.
 	Running        string
 	SwitchoverOpen bool
-	// Unacknowledged: a person has not yet seen the last automatic failover.
+	// Unacknowledged: no operator has acknowledged the last automatic failover.
 	Unacknowledged bool
-	// Handoff are the coordinator's own checks of a switchover there.
+	// Handoff are the coordinator's checks of a switchover to the site.
 	Handoff []failover.Check
 }
 
-// Plan gives the prechecks of a drill and whether they hold. It is pure. The
-// request is a normal one.
+// Plan gives the prechecks of a drill and whether they hold. The request must come from
+// Normal. It is pure.
 func Plan(v View, r Request) []failover.Check {
 	var checks []failover.Check
 	add := func(name string, ok, waivable bool, format string, args ...any) {
@@ -136,7 +135,7 @@ func Plan(v View, r Request) []failover.Check {
 	add("not_quarantined", !v.Quarantined, false, "%s", either(v.Quarantined, "quarantined after a cold restart", "not quarantined"))
 	add("no_drill", v.Running == "", false, "%s", either(v.Running != "", "drill "+v.Running+" is running", "no drill is running"))
 	add("no_switchover", !v.SwitchoverOpen, false, "%s", either(v.SwitchoverOpen, "a switchover is under way", "none is under way"))
-	add("healthy", len(v.Unwell) == 0, true, "%s", either(len(v.Unwell) > 0, strings.Join(v.Unwell, "; "), "the cluster is healthy"))
+	add("healthy", len(v.Unhealthy) == 0, true, "%s", either(len(v.Unhealthy) > 0, strings.Join(v.Unhealthy, "; "), "the cluster is healthy"))
 	add("acknowledged", !v.Unacknowledged, true, "%s", either(v.Unacknowledged,
 		"the last automatic failover waits for dsnode failover ack", "no automatic failover waits to be acknowledged"))
 	if r.Kind == Isolation {
@@ -151,7 +150,7 @@ func Plan(v View, r Request) []failover.Check {
 }
 
 func planIsolation(v View, r Request, add func(name string, ok, waivable bool, format string, args ...any)) {
-	add("runs_elsewhere", v.Site != r.Site, false, "this node is at %s; who is cut off can't watch", v.Site)
+	add("runs_elsewhere", v.Site != r.Site, false, "this node is at %s; the drill is run and measured from another site", v.Site)
 	voters, apart := 0, 0
 	var others []string
 	for _, s := range v.Sites {
@@ -165,19 +164,19 @@ func planIsolation(v View, r Request, add func(name string, ok, waivable bool, f
 	}
 	add("others_have_quorum", 2*(voters-apart) > voters, false, "%d of %d voters are outside %s", voters-apart, voters, r.Site)
 	add("others_can_serve", len(others) > 0, false, "ready with a healthy upstream: %s", either(len(others) > 0, strings.Join(others, ", "), "none"))
-	// A young cluster, or one that has lost a voter, is on its way from one
-	// voter to three, and passes two.
+	// A new cluster, or one that has lost a voter, grows from one voter to three and has
+	// two for a while.
 	add("voters_placed", voters >= min(3, len(v.Sites)) && voters%2 == 1, true, "%d voters in %d sites", voters, len(v.Sites))
 	if v.Primary != r.Site {
 		return
 	}
-	// With a single other site nobody confirms what it doesn't hear.
+	// With a single other site no third one can confirm the loss.
 	add("loss_confirmed", len(v.Sites) >= 3, true, "%d sites: %s", len(v.Sites),
-		either(len(v.Sites) >= 3, "a third confirms the loss", "nobody can confirm the loss, so it takes 30 s without a lease"))
+		either(len(v.Sites) >= 3, "a third one confirms the loss", "no third one confirms the loss, so it takes 30 s without a lease"))
 	add("not_held", !v.Held, false, "%s", either(v.Held, "automatic promotions are paused: dsnode failover resume", "automatic promotions are on"))
 }
 
-// Rehearses says in words what a drill will do.
+// Rehearses describes what a drill will do.
 func Rehearses(v View, r Request) string {
 	switch {
 	case r.Kind == Switchover:
@@ -188,7 +187,7 @@ func Rehearses(v View, r Request) string {
 	return fmt.Sprintf("the loss of a site that is not the primary: %s is cut off from the other sites for %s, and %s stays the primary", r.Site, r.For, v.Primary)
 }
 
-// blocking gives the checks that don't hold and are not waived.
+// blocking are the checks that don't hold and are not waived.
 func blocking(checks []failover.Check, waive []string) []failover.Check {
 	return slices.DeleteFunc(slices.Clone(checks), func(c failover.Check) bool {
 		return c.Passes(waive)

@@ -11,8 +11,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// Isolator cuts this node off from the other sites while an agreed drill says so.
-// Nodes of its own site stay connected, and clients go on being served.
+// Isolator cuts this node off from the other sites while an agreed drill requires it.
+// The node stays connected with its own site, and clients are still served.
 //
 // A dead-man timer ends the cut: Admit itself reads the clock, so the cut ends in
 // time even when everything else in this process hangs.
@@ -42,11 +42,11 @@ type cut struct {
 	begin, until time.Duration
 }
 
-// isolateEvery is how often a node that is cut off, or about to be, looks at the
-// clock: the end of a cut and the reconnection after it are that exact.
+// isolateEvery is how often a node that is cut off, or about to be, looks at the clock.
+// The cut begins and Run notices its end with this precision.
 const isolateEvery = 100 * time.Millisecond
 
-// Admit is cluster.Options.Admit.
+// Admit is cluster.Options.Admit: it refuses the other sites during a cut.
 func (i *Isolator) Admit(site string) error {
 	c := i.cut.Load()
 	if c == nil || site == i.site {
@@ -58,16 +58,16 @@ func (i *Isolator) Admit(site string) error {
 	return fmt.Errorf("site %s is cut off by %s", i.site, c.drill)
 }
 
-// look begins and ends cuts as the agreed drills and the clock say.
+// look begins and ends cuts by the agreed drills and the clock.
 func (i *Isolator) look(drills []agreed.DrillRecord) {
 	now := i.boottime()
 	c := i.cut.Load()
 	if c != nil {
 		switch {
 		case now >= c.until:
-			i.heal(c, "its time is over")
+			i.heal(c, "time_over")
 		case ended(drills, c.drill):
-			i.heal(c, "the drill has ended")
+			i.heal(c, "drill_ended")
 		}
 		return
 	}
@@ -75,18 +75,18 @@ func (i *Isolator) look(drills []agreed.DrillRecord) {
 		if d.Kind != string(Isolation) || d.Site != i.site || d.Verdict != "" || i.isOver(d.ID) {
 			continue
 		}
-		// A node that restarts in the middle has the wall clock alone; it only
-		// shortens.
+		// A node that restarts during the cut knows the rest by the wall clock alone,
+		// which can only shorten the cut.
 		length := min(d.Deadline.Sub(d.StartedAt), d.Deadline.Sub(i.now()), MaxFor+Lead)
 		if length <= Lead {
 			continue
 		}
 		lead := Lead
 		if i.now().Sub(d.StartedAt) > 2*Lead {
-			lead = 0 // everybody has heard of it long ago; this node restarted
+			lead = 0 // this node restarted: the others have known the drill for long enough
 		}
 		c := &cut{drill: d.ID, begin: now + lead, until: now + length}
-		i.log.Warn("this site is about to be cut off by a drill", "drill", d.ID, "by", d.By, "in", lead, "for", length-lead)
+		i.log.Warn("a drill will cut this site off", "drill", d.ID, "by", d.By, "in", lead, "for", length-lead)
 		i.cut.Store(c)
 		return
 	}
@@ -98,7 +98,7 @@ func ended(drills []agreed.DrillRecord, id string) bool {
 			return d.Verdict != ""
 		}
 	}
-	return true // a restore took it away
+	return true // a restore removed it
 }
 
 func (i *Isolator) isOver(id string) bool {
@@ -107,27 +107,27 @@ func (i *Isolator) isOver(id string) bool {
 	return i.over == id
 }
 
-func (i *Isolator) heal(c *cut, why string) {
+func (i *Isolator) heal(c *cut, reason string) {
 	if !i.cut.CompareAndSwap(c, nil) {
 		return
 	}
 	i.mu.Lock()
 	i.over = c.drill
 	i.mu.Unlock()
-	i.log.Warn("this site is no longer cut off", "drill", c.drill, "why", why)
+	i.log.Warn("this site is no longer cut off", "drill", c.drill, "reason", reason)
 }
 
-// Heal ends a drill's cut here and now, false when it has none.
+// Heal ends a drill's cut on this node at once. It gives false when there is none.
 func (i *Isolator) Heal(id string) bool {
 	c := i.cut.Load()
 	if c == nil || c.drill != id {
 		return false
 	}
-	i.heal(c, "an operator aborted the drill here")
+	i.heal(c, "aborted_here")
 	return true
 }
 
-// Run follows the agreed drills until ctx ends.
+// Run begins and ends cuts as agreed drills require until ctx ends.
 func (i *Isolator) Run(ctx context.Context, state func() *agreed.State, changed func() <-chan struct{}) error {
 	severed := "" // the drill for which connections were ended
 	for {

@@ -11,7 +11,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// cutWorld is a node's Isolator with a state that a test changes.
+// cutWorld is a node's Isolator, with an agreed state that the test changes.
 type cutWorld struct {
 	*Isolator
 	state   atomic.Pointer[agreed.State]
@@ -20,7 +20,7 @@ type cutWorld struct {
 	start   time.Time
 }
 
-// newCutWorld must be called in a synctest bubble; the clocks are its own.
+// newCutWorld must be called in a synctest bubble: it uses the bubble's clock.
 func newCutWorld() *cutWorld {
 	w := &cutWorld{start: time.Now()}
 	w.Isolator = NewIsolator("a", func() { w.severed.Add(1) }, func() time.Duration { return time.Since(w.start) }, time.Now, slog.New(slog.DiscardHandler))
@@ -36,7 +36,7 @@ func (w *cutWorld) agree(drills ...agreed.DrillRecord) {
 	}
 }
 
-// run follows the state until the test ends.
+// run runs the Isolator until the test ends.
 func (w *cutWorld) run(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -51,7 +51,7 @@ func (w *cutWorld) run(t *testing.T) {
 
 func (w *cutWorld) isCut() bool { return w.Admit("b") != nil }
 
-// begun is a drill that was agreed on now.
+// begun is the record of an isolation that is agreed on now.
 func begun(site string, length time.Duration) agreed.DrillRecord {
 	return agreed.DrillRecord{ID: "drill-1", Kind: "isolation", Site: site, StartedAt: time.Now(), Deadline: time.Now().Add(500*time.Millisecond + length)}
 }
@@ -63,7 +63,7 @@ func TestIsolationBeginsAndHealsByItself(t *testing.T) {
 		w.agree(begun("a", 10*time.Second))
 		time.Sleep(200 * time.Millisecond)
 		if w.isCut() {
-			t.Fatal("cut off before the others could hear of it")
+			t.Fatal("cut off before the other nodes could learn of the drill")
 		}
 		time.Sleep(700 * time.Millisecond)
 		if !w.isCut() || w.Admit("") == nil || w.severed.Load() != 1 {
@@ -80,15 +80,15 @@ func TestIsolationBeginsAndHealsByItself(t *testing.T) {
 		if w.isCut() || w.cut.Load() != nil {
 			t.Error("not healed in time")
 		}
-		time.Sleep(time.Minute) // the record still says that the drill runs
+		time.Sleep(time.Minute) // by its record the drill still runs
 		if w.isCut() || w.severed.Load() != 1 {
 			t.Error("it began again")
 		}
 	})
 }
 
-// The timer is in Admit: nothing else of the process has to work.
-func TestIsolationHealsThoughNobodyLooks(t *testing.T) {
+// The timer is in Admit, so Run need not work.
+func TestIsolationHealsWithoutRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newCutWorld()
 		w.look([]agreed.DrillRecord{begun("a", 10*time.Second)})
@@ -98,7 +98,7 @@ func TestIsolationHealsThoughNobodyLooks(t *testing.T) {
 		}
 		time.Sleep(9500 * time.Millisecond)
 		if w.isCut() {
-			t.Error("not healed by the clock alone")
+			t.Error("not healed by the clock in Admit")
 		}
 	})
 }
@@ -122,7 +122,7 @@ func TestIsolationEndsWithItsDrill(t *testing.T) {
 	})
 }
 
-func TestIsolationIsEndedByHand(t *testing.T) {
+func TestIsolationIsAborted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newCutWorld()
 		w.run(t)
@@ -141,7 +141,7 @@ func TestIsolationIsEndedByHand(t *testing.T) {
 	})
 }
 
-// A restarted node has the wall clock alone to know how much is left.
+// A restarted node knows by the wall clock alone how much of the cut is left.
 func TestIsolationAfterARestart(t *testing.T) {
 	for _, tc := range []struct {
 		name          string
@@ -163,7 +163,7 @@ func TestIsolationAfterARestart(t *testing.T) {
 				if tc.after == 0 {
 					time.Sleep(Lead)
 				}
-				time.Sleep(150 * time.Millisecond) // no more than a look or two
+				time.Sleep(150 * time.Millisecond) // one or two intervals
 				if w.isCut() != tc.cut {
 					t.Fatalf("cut off %v, want %v", w.isCut(), tc.cut)
 				}
@@ -176,7 +176,7 @@ func TestIsolationAfterARestart(t *testing.T) {
 	}
 }
 
-func TestIsolationOfOthersIsNone(t *testing.T) {
+func TestOtherDrillsCutNothingOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newCutWorld()
 		w.run(t)
@@ -186,7 +186,7 @@ func TestIsolationOfOthersIsNone(t *testing.T) {
 		w.agree(other, planned, over)
 		time.Sleep(5 * time.Second)
 		if w.cut.Load() != nil || w.severed.Load() != 0 {
-			t.Error("cut off by a drill that is another's, of another kind, or over")
+			t.Error("cut off by a drill of another site, of another kind, or that has ended")
 		}
 	})
 }

@@ -8,8 +8,8 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// Metrics shows when the last drill passed, from the agreed state, so that every
-// node says the same. Absent while none has.
+// Metrics gives the time at which the last drill passed. It comes from the agreed state,
+// so every node gives the same. The metric is absent while no drill has passed.
 type Metrics struct{ State func() *agreed.State }
 
 var lastSuccess = prometheus.NewDesc("dsnode_drill_last_success_timestamp_seconds", "When the last drill that passed ended.", nil, nil)

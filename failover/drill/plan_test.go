@@ -12,8 +12,8 @@ import (
 	"github.com/dsnode/dsnode/failover"
 )
 
-// well is a cluster of three sites, 1+1+1, as a node of b sees it.
-func well() View {
+// healthyView is a cluster of three sites, 1+1+1, as a node of b sees it.
+func healthyView() View {
 	return View{
 		Site: "b", Primary: "a", Lease: time.Second,
 		Sites: []SiteView{
@@ -35,16 +35,16 @@ func TestPlan(t *testing.T) {
 		{"isolate the primary", isolate, func(*View) {}, ""},
 		{"isolate another", Request{Kind: Isolation, Site: "c", For: time.Minute}, func(*View) {}, ""},
 		{"switch over", Request{Kind: Switchover, Site: "b"}, func(*View) {}, ""},
-		{"a site that nobody knows", Request{Kind: Isolation, Site: "x", For: time.Minute}, func(*View) {}, "site_known"},
+		{"an unknown site", Request{Kind: Isolation, Site: "x", For: time.Minute}, func(*View) {}, "site_known"},
 		{"without a lease", isolate, func(v *View) { v.Lease = -time.Second }, "quorum"},
 		{"quarantined", isolate, func(v *View) { v.Quarantined = true }, "not_quarantined"},
 		{"another drill runs", isolate, func(v *View) { v.Running = "drill-x" }, "no_drill"},
 		{"a switchover runs", isolate, func(v *View) { v.SwitchoverOpen = true }, "no_switchover"},
-		{"not healthy", isolate, func(v *View) { v.Unwell = []string{"site c is down"} }, "healthy"},
+		{"not healthy", isolate, func(v *View) { v.Unhealthy = []string{"site c is down"} }, "healthy"},
 		{
 			"not healthy, waived",
 			Request{Kind: Isolation, Site: "a", For: time.Minute, Waive: []string{"healthy"}},
-			func(v *View) { v.Unwell = []string{"site c is down"} }, "",
+			func(v *View) { v.Unhealthy = []string{"site c is down"} }, "",
 		},
 		{
 			"no quorum can't be waived",
@@ -52,25 +52,25 @@ func TestPlan(t *testing.T) {
 			func(v *View) { v.Lease = 0 }, "quorum",
 		},
 		{"a failover waits to be acknowledged", isolate, func(v *View) { v.Unacknowledged = true }, "acknowledged"},
-		{"asked at the victim", isolate, func(v *View) { v.Site = "a" }, "runs_elsewhere"},
-		{"the victim holds the majority", isolate, func(v *View) { v.Sites[0].Voters = 3 }, "others_have_quorum"},
+		{"asked on a node of the site", isolate, func(v *View) { v.Site = "a" }, "runs_elsewhere"},
+		{"the site holds the majority", isolate, func(v *View) { v.Sites[0].Voters = 3 }, "others_have_quorum"},
 		{"exactly half is no quorum", isolate, func(v *View) { v.Sites[2].Voters = 0 }, "others_have_quorum,voters_placed"},
 		{"voters are not all placed yet", isolate, func(v *View) { v.Sites[0].Voters, v.Sites[2].Voters = 0, 0 }, "voters_placed"},
-		{"nobody else can serve", isolate, func(v *View) { v.Sites[1].UpstreamsHealthy, v.Sites[2].Ready = 0, 0 }, "others_can_serve"},
-		{"two sites have no third", isolate, func(v *View) { v.Sites = v.Sites[:2]; v.Sites[1].Voters = 2 }, "loss_confirmed"},
+		{"no other site can serve", isolate, func(v *View) { v.Sites[1].UpstreamsHealthy, v.Sites[2].Ready = 0, 0 }, "others_can_serve"},
+		{"two sites have no witness", isolate, func(v *View) { v.Sites = v.Sites[:2]; v.Sites[1].Voters = 2 }, "loss_confirmed"},
 		{"promotions are paused", isolate, func(v *View) { v.Held = true }, "not_held"},
-		{"paused does not matter to another site", Request{Kind: Isolation, Site: "c", For: time.Minute}, func(v *View) { v.Held = true }, ""},
+		{"paused promotions don't matter when another site is isolated", Request{Kind: Isolation, Site: "c", For: time.Minute}, func(v *View) { v.Held = true }, ""},
 		{"the coordinator refuses", Request{Kind: Switchover, Site: "a"}, func(v *View) {
 			v.Handoff = []failover.Check{{Name: "quorum", OK: true}, {Name: "target_not_primary", Detail: "it is"}}
 		}, "target_not_primary"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			v := well()
+			v := healthyView()
 			tc.change(&v)
 			var names []string
 			for _, c := range blocking(Plan(v, tc.q), tc.q.Waive) {
 				if c.Detail == "" {
-					t.Errorf("%s says nothing", c.Name)
+					t.Errorf("%s has no detail", c.Name)
 				}
 				names = append(names, c.Name)
 			}
@@ -80,7 +80,7 @@ func TestPlan(t *testing.T) {
 			seen := map[string]bool{}
 			for _, c := range Plan(v, tc.q) {
 				if seen[c.Name] {
-					t.Errorf("check %s stands twice", c.Name)
+					t.Errorf("check %s is there twice", c.Name)
 				}
 				seen[c.Name] = true
 			}
@@ -88,7 +88,7 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-func TestRequestsThatMakeNoSense(t *testing.T) {
+func TestInvalidRequests(t *testing.T) {
 	for _, q := range []Request{
 		{},
 		{Kind: "fire", Site: "a"},
@@ -119,15 +119,15 @@ func TestJudge(t *testing.T) {
 		verdict Verdict
 		missed  string
 	}{
-		{"all is well", func(*Outcome) {}, Pass, ""},
+		{"all criteria hold", func(*Outcome) {}, Pass, ""},
 		{"returned", func(o *Outcome) { o.Returned, o.Moves, o.Primary.ToEpoch = &yes, 2, 3 }, Pass, ""},
 		{"not the primary: no RTO", func(o *Outcome) { o.Moves, o.Primary.ToEpoch, o.RTO = 0, 1, nil }, Pass, ""},
 		{"a switchover has no site to heal", func(o *Outcome) { o.Kind, o.InPlace = Switchover, false }, Pass, ""},
-		{"one step too many", func(o *Outcome) { o.Primary.ToEpoch = 3 }, Fail, "epoch"},
-		{"nobody took over", func(o *Outcome) { o.Primary.ToEpoch, o.RTO = 1, nil }, Fail, "epoch,rto"},
+		{"one change of the primary too many", func(o *Outcome) { o.Primary.ToEpoch = 3 }, Fail, "epoch"},
+		{"no site was promoted", func(o *Outcome) { o.Primary.ToEpoch, o.RTO = 1, nil }, Fail, "epoch,rto"},
 		{"too slow", func(o *Outcome) { o.RTOTarget = 4 }, Fail, "rto"},
-		{"one client noticed", func(o *Outcome) { o.Errors = 1 }, Fail, "client_errors"},
-		{"nobody asked", func(o *Outcome) { o.Requests = 0 }, Fail, "client_errors"},
+		{"one request failed", func(o *Outcome) { o.Errors = 1 }, Fail, "client_errors"},
+		{"no requests", func(o *Outcome) { o.Requests = 0 }, Fail, "client_errors"},
 		{"the site did not come back", func(o *Outcome) { o.InPlace = false }, Fail, "in_its_place"},
 		{"not returned", func(o *Outcome) { o.Returned = &no }, Fail, "returned"},
 		{"a step failed", func(o *Outcome) { o.Failed = "waited 15s" }, Fail, "completed"},
@@ -196,11 +196,11 @@ func TestReportIsRendered(t *testing.T) {
 	}
 }
 
-// A report of an absurd size is cut, not refused: fifty are kept.
+// A report that is too large is cut, not refused: the agreed state keeps fifty.
 func TestReportIsBounded(t *testing.T) {
 	r := Report{Format: reportFormat}
 	for range 1000 {
-		r.Timeline = append(r.Timeline, Event{What: "x", Detail: strings.Repeat("y", maxWords)})
+		r.Timeline = append(r.Timeline, Event{What: "x", Detail: strings.Repeat("y", maxDetail)})
 	}
 	text, err := r.Encode()
 	if err != nil || len(text) > maxReportSize {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// Question is a small request, as a client or a load balancer sends it.
+// Question is a small request as a client or a load balancer sends it.
 type Question string
 
 // The questions.
@@ -20,30 +20,30 @@ const (
 	AskCompletion Question = "POST /v1/chat/completions"
 )
 
-// Target is one node's port for clients.
+// Target is one node's API port.
 type Target struct{ Site, Node, API string }
 
 // Answer is how a request ended.
 type Answer struct {
-	// Refused: 401 or 403, for want of a key.
+	// Refused: 401 or 403, because the probe has no API key.
 	Refused bool
-	// Primary: the node says that it acts as the primary. Of AskPrimary alone.
+	// Primary: the node answers that it acts as primary. For AskPrimary only.
 	Primary bool
 }
 
-// Asker sends one request and judges the answer. An error is what a client
-// would call one; a node that is not the primary is none.
+// Asker sends one request and judges the answer. It gives an error when a client would
+// see one. That a node is not the primary is no error.
 type Asker interface {
 	Ask(ctx context.Context, t Target, q Question) (Answer, error)
 }
 
 // Bounds of the probe.
 const (
-	askEvery   = 50 * time.Millisecond // a target: 20 requests a second
+	askEvery   = 50 * time.Millisecond // per target: 20 requests a second
 	roleEvery  = 100 * time.Millisecond
 	payEvery   = time.Second // completions
 	askTimeout = 5 * time.Second
-	maxPending = 128 // unanswered requests a loop: above 5 s of them
+	maxPending = 128 // unanswered requests of a loop: more than 5 s of them
 	maxTargets = 16
 	maxPerSite = 4
 )
@@ -53,21 +53,21 @@ type probe struct {
 	asker    Asker
 	boottime func() time.Duration
 	now      func() time.Time
-	paid     bool // completions too
+	paid     bool // send completions too
 
 	mu    sync.Mutex // guards sites, roles
 	sites map[string]*Clients
 	roles map[string]role // by node
 }
 
-// role is since when a node says that it acts as primary.
+// role tells whether a node answers that it acts as primary, and since when.
 type role struct {
 	site  string
 	since time.Duration // Boottime
 	acts  bool
 }
 
-// chosen bounds the targets: the first few nodes of each site.
+// chosen bounds the targets to the first few nodes of each site, by name.
 func chosen(all []Target) []Target {
 	slices.SortFunc(all, func(a, b Target) int { return strings.Compare(a.Node, b.Node) })
 	count := map[string]int{}
@@ -81,7 +81,7 @@ func chosen(all []Target) []Target {
 	return some
 }
 
-// run asks until ctx ends, and then waits for the answers.
+// run sends requests until ctx ends, and then waits for their answers.
 func (p *probe) run(ctx context.Context, targets []Target) {
 	var loops sync.WaitGroup
 	defer loops.Wait()
@@ -99,10 +99,10 @@ func (p *probe) run(ctx context.Context, targets []Target) {
 	}
 }
 
-// every asks by the clock, whether or not earlier questions were answered: a
+// every sends a request at each interval, whether or not earlier ones were answered: a
 // closed loop would hide a node that hangs.
 func (p *probe) every(ctx context.Context, interval time.Duration, t Target, questions ...Question) {
-	// What is under way when the drill ends may be answered.
+	// Requests under way when the drill ends may still be answered.
 	asking := context.WithoutCancel(ctx)
 	var pending sync.WaitGroup
 	defer pending.Wait()
@@ -162,8 +162,8 @@ func (p *probe) note(t Target, q Question, at time.Time, took time.Duration, a A
 	}
 }
 
-// acting is since when a node of the site answers that it acts as primary,
-// false when none does.
+// acting tells since when a node of the site has answered that it acts as primary. It
+// gives false when none does.
 func (p *probe) acting(site string) (since time.Duration, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -175,8 +175,8 @@ func (p *probe) acting(site string) (since time.Duration, ok bool) {
 	return since, ok
 }
 
-// seen is what clients saw so far, by site, and what counts of it: the sites
-// but the one that is cut off.
+// seen is what clients have seen so far, by site. requests and errors are the sums of all
+// sites except one: the one that is cut off.
 func (p *probe) seen(except string) (clients []Clients, requests, errors int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

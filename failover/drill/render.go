@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// Formats are what Render can write.
+// Formats are the formats of Render.
 func Formats() []string { return []string{"markdown", "json", "html"} }
 
-// Render writes a report for people or for programs.
+// Render writes a report in one of Formats.
 func (r Report) Render(format string) ([]byte, error) {
 	var out bytes.Buffer
 	var err error
@@ -28,7 +28,7 @@ func (r Report) Render(format string) ([]byte, error) {
 	case "html":
 		err = page.Execute(&out, r)
 	default:
-		return nil, fmt.Errorf("%w: there is no report in %q, write one of %s", ErrInvalid, format, strings.Join(Formats(), ", "))
+		return nil, fmt.Errorf("%w: format %q: use one of %s", ErrInvalid, format, strings.Join(Formats(), ", "))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("render the drill's report: %w", err)
@@ -36,7 +36,7 @@ func (r Report) Render(format string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-var words = map[string]any{
+var functions = map[string]any{
 	"seconds": func(f *float64) string {
 		if f == nil {
 			return "not measured"
@@ -58,13 +58,13 @@ var words = map[string]any{
 		return either(c.WaivedBy != "", "waived by "+c.WaivedBy, either(c.OK, "ok", "NO"))
 	},
 	"verdict": func(v Verdict) string { return either(v == "", "running", string(v)) },
-	// cell keeps what a peer said from breaking a table, or from being markup.
+	// cell escapes text of peers so that it can't break a table or be markup.
 	"cell": func(s string) string {
 		return strings.NewReplacer("|", `\|`, "\n", " ", "<", "&lt;", "`", "'").Replace(s)
 	},
 }
 
-var markdown = template.Must(template.New("markdown").Funcs(words).Parse(`# Drill {{.ID}}: {{verdict .Verdict}}
+var markdown = template.Must(template.New("markdown").Funcs(functions).Parse(`# Drill {{.ID}}: {{verdict .Verdict}}
 
 {{cell .Rehearsed}}.
 {{- if .Why}}
@@ -124,7 +124,7 @@ var markdown = template.Must(template.New("markdown").Funcs(words).Parse(`# Dril
 {{- end}}
 `))
 
-var page = htmltemplate.Must(htmltemplate.New("page").Funcs(words).Parse(`<!doctype html>
+var page = htmltemplate.Must(htmltemplate.New("page").Funcs(functions).Parse(`<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Drill {{.ID}}: {{verdict .Verdict}}</title>
 <style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -17,28 +17,28 @@ const (
 	Pass    Verdict = "pass"
 	Fail    Verdict = "fail"
 	Aborted Verdict = "aborted" // by an operator, or because its runner died
-	Skipped Verdict = "skipped" // it could not begin after all
+	Skipped Verdict = "skipped" // it could not begin
 )
 
 // reportFormat is the version of Report.
 const reportFormat = 1
 
-// Bounds of a report: fifty of them are kept in the agreed state.
+// Bounds of a report: the agreed state keeps fifty of them.
 const (
 	maxEvents     = 100
-	maxWords      = 400 // bytes of one detail
-	maxSamples    = 5   // errors that are shown of each site
+	maxDetail     = 400 // bytes of one detail
+	maxSamples    = 5   // errors shown for each site
 	maxReportSize = 64 << 10
 )
 
-// Report is the evidence of one drill. What nobody measured is nil, and null in
+// Report is the evidence of one drill. A value that was not measured is nil, and null in
 // JSON.
 type Report struct {
 	Format    int        `json:"format"`
 	ID        string     `json:"id"`
 	Kind      Kind       `json:"kind"`
 	Site      string     `json:"site"`
-	By        string     `json:"by"`     // who asked
+	By        string     `json:"by"`     // the operator
 	Runner    string     `json:"runner"` // the node that ran it
 	Rehearsed string     `json:"rehearsed"`
 	StartedAt time.Time  `json:"started_at"`
@@ -46,28 +46,28 @@ type Report struct {
 
 	Primary Change     `json:"primary"`
 	Checks  []Precheck `json:"checks"`
-	// Timeline is what happened, in order, at most 100 events.
+	// Timeline has at most 100 events, in order.
 	Timeline []Event `json:"timeline"`
 
 	RTO Figure `json:"rto_seconds"`
 	RPO Figure `json:"rpo_seconds"`
-	// IdleSeconds of a switchover: no site was the primary for so long.
+	// IdleSeconds is how long no site acted as primary during a switchover.
 	IdleSeconds *float64 `json:"idle_seconds"`
-	// InPlaceSeconds is from the end of the cut until the site was healthy again.
+	// InPlaceSeconds is the time from the end of the cut until the site was healthy.
 	InPlaceSeconds *float64 `json:"in_place_seconds"`
 	RecordsAtRisk  *int64   `json:"records_at_risk"`
 	JobsLost       *int64   `json:"jobs_lost"`
 
 	Clients  []Clients `json:"clients"`
 	Requests int       `json:"requests"`
-	Errors   int       `json:"errors"` // at the sites that are judged
+	Errors   int       `json:"errors"` // at judged sites
 
 	Criteria []Criterion `json:"criteria"`
 	Verdict  Verdict     `json:"verdict"` // empty while it runs
-	Why      string      `json:"why"`     // of a verdict that is not pass
+	Why      string      `json:"why"`     // for any verdict but pass
 }
 
-// Change is what became of the primary.
+// Change is the primary before and after the drill.
 type Change struct {
 	From      string `json:"from"`
 	FromEpoch uint64 `json:"from_epoch"`
@@ -75,10 +75,10 @@ type Change struct {
 	ToEpoch   uint64 `json:"to_epoch"`
 }
 
-// Precheck is a check as it was before the drill.
+// Precheck is a check before the drill.
 type Precheck struct {
 	failover.Check
-	// WaivedBy names who went on although it did not hold.
+	// WaivedBy is the operator who waived the check. Empty when it holds.
 	WaivedBy string `json:"waived_by,omitempty"`
 }
 
@@ -90,27 +90,27 @@ type Event struct {
 	Detail string    `json:"detail,omitempty"`
 }
 
-// Figure is what was reached against what was promised.
+// Figure is a measured value and its target.
 type Figure struct {
 	Achieved *float64 `json:"achieved"`
 	Target   *float64 `json:"target"`
 }
 
-// Clients is what probing clients saw at one site.
+// Clients is what the probe saw at one site.
 type Clients struct {
 	Site string `json:"site"`
-	// Judged: its errors count. Those of a site that is cut off on purpose don't.
+	// Judged: errors at this site count. Those at the site that is cut off don't.
 	Judged   bool `json:"judged"`
 	Requests int  `json:"requests"`
 	Errors   int  `json:"errors"`
-	// Refused were answered 401 or 403, the probe having no key: served, as far
-	// as a client without a key can tell.
+	// Refused counts answers 401 and 403. The probe has no API key, so these count as
+	// served.
 	Refused int           `json:"refused"`
 	Slowest float64       `json:"slowest_seconds"`
 	Samples []ClientError `json:"samples"`
 }
 
-// ClientError is one error that a client saw.
+// ClientError is one error that the probe saw.
 type ClientError struct {
 	At    time.Time `json:"at"`
 	Node  string    `json:"node"`
@@ -118,32 +118,32 @@ type ClientError struct {
 	Error string    `json:"error"`
 }
 
-// Criterion is one thing that a pass needs.
+// Criterion is one condition of a pass.
 type Criterion struct {
 	Name   string `json:"name"`
 	OK     bool   `json:"ok"`
 	Detail string `json:"detail"`
 }
 
-// Outcome is what a drill is judged by.
+// Outcome is all that Judge looks at.
 type Outcome struct {
 	Kind Kind
 	Site string
-	// Aborted and Failed are empty, or why it did not get to its end.
+	// Aborted and Failed tell why the drill did not complete. Empty when it did.
 	Aborted, Failed string
 	Primary         Change
-	// Moves is how many changes of the primary there should have been.
+	// Moves is the expected number of changes of the primary.
 	Moves     uint64
 	RTO       *float64 // nil: no new primary answered
 	RTOTarget float64
 	Requests  int
 	Errors    int
-	// InPlace: the site was heard, caught up and healthy in time after the cut.
+	// InPlace: after the cut the site was heard, caught up and healthy in time.
 	InPlace  bool
 	Returned *bool // nil: no return was asked for
 }
 
-// Judge gives the verdict and what it stands on. It is pure.
+// Judge gives the verdict and its criteria. It is pure.
 func Judge(o Outcome) (Verdict, []Criterion) {
 	var all []Criterion
 	add := func(name string, ok bool, format string, args ...any) {
@@ -166,7 +166,7 @@ func Judge(o Outcome) (Verdict, []Criterion) {
 	}
 	add("client_errors", o.Errors == 0 && o.Requests > 0, "%d of %d requests failed", o.Errors, o.Requests)
 	if o.Kind == Isolation {
-		add("in_its_place", o.InPlace, "%s %s", o.Site, either(o.InPlace, "is healthy again and not the primary by itself", "did not become healthy again in time"))
+		add("in_its_place", o.InPlace, "%s %s", o.Site, either(o.InPlace, "is healthy again and did not become primary by itself", "did not become healthy again in time"))
 	}
 	if o.Returned != nil {
 		add("returned", *o.Returned, "the primary %s", either(*o.Returned, "is back where it was", "did not go back"))
@@ -177,12 +177,12 @@ func Judge(o Outcome) (Verdict, []Criterion) {
 	return Pass, all
 }
 
-// Encode is the report as it is agreed on, within its bound.
+// Encode is the report as JSON, at most maxReportSize bytes.
 func (r Report) Encode() ([]byte, error) {
 	b, err := json.Marshal(r)
 	if err == nil && len(b) > maxReportSize {
-		// Only an absurd number of sites or checks gets here: what happened is
-		// worth more than what clients saw of it.
+		// This takes hundreds of sites or checks. The timeline's end is worth more than
+		// the clients' errors.
 		for i := range r.Clients {
 			r.Clients[i].Samples = nil
 		}
@@ -195,7 +195,7 @@ func (r Report) Encode() ([]byte, error) {
 	return b, nil
 }
 
-// DecodeReport reads a report of a record.
+// DecodeReport reads the report of a drill's record.
 func DecodeReport(b []byte) (Report, error) {
 	var r Report
 	if err := json.Unmarshal(b, &r); err != nil {
@@ -207,10 +207,10 @@ func DecodeReport(b []byte) (Report, error) {
 	return r, nil
 }
 
-// brief cuts what a peer or an error says to what fits.
+// brief cuts the text of a peer or of an error to maxDetail.
 func brief(s string) string {
-	if len(s) > maxWords {
-		return s[:maxWords] + "…"
+	if len(s) > maxDetail {
+		return s[:maxDetail] + "…"
 	}
 	return s
 }

@@ -34,19 +34,19 @@ type Switcher interface {
 	Switchover(ctx context.Context, r failover.SwitchoverRequest) (failover.SwitchoverResult, error)
 }
 
-// Options is what a Runner is made of. All of it is needed.
+// Options are a Runner's. All fields are needed.
 type Options struct {
 	Node, Site  string
 	Agreement   Agreement
 	Switcher    Switcher
 	Quarantined func() bool
-	// Health is what this node says of itself; Unwell says in words what is not
-	// healthy in the cluster.
-	Health func() cluster.Health
-	Unwell func() []string
-	// API is where this node itself is asked.
+	// Health is this node's own health. Unhealthy lists what is not healthy in the
+	// cluster.
+	Health    func() cluster.Health
+	Unhealthy func() []string
+	// API is the address of this node's API port.
 	API string
-	// NewAsker makes what asks as a client would, for one drill.
+	// NewAsker makes the Asker of one drill.
 	NewAsker func(model string) (a Asker, done func())
 	Boottime func() time.Duration
 	Now      func() time.Time
@@ -83,8 +83,7 @@ func (r *Runner) Run(ctx context.Context) error {
 	}
 }
 
-// Plan gives the prechecks of a drill and says in words what it would do. It
-// changes nothing.
+// Plan gives the prechecks of a drill and describes what it would do. It changes nothing.
 func (r *Runner) Plan(q Request) (checks []failover.Check, rehearses string, err error) {
 	if q, err = q.Normal(); err != nil {
 		return nil, "", err
@@ -93,8 +92,7 @@ func (r *Runner) Plan(q Request) (checks []failover.Check, rehearses string, err
 	return Plan(v, q), Rehearses(v, q), nil
 }
 
-// Start checks, agrees on the record, and returns it once the drill has begun.
-// Running it is Run's.
+// Start checks, has the record agreed on and returns it. Run carries the drill out.
 func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, error) {
 	q, err := q.Normal()
 	if err != nil {
@@ -102,12 +100,12 @@ func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, erro
 	}
 	v := r.view(q)
 	if q.Kind == Isolation && q.Site == r.o.Site {
-		return agreed.DrillRecord{}, fmt.Errorf("%w: %s is of %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
+		return agreed.DrillRecord{}, fmt.Errorf("%w: %s is at %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
 	}
 	r.mu.Lock()
 	if r.busy {
 		r.mu.Unlock()
-		return agreed.DrillRecord{}, fmt.Errorf("%w: this node still finishes one", agreed.ErrDrillRunning)
+		return agreed.DrillRecord{}, fmt.Errorf("%w: this node is still finishing one", agreed.ErrDrillRunning)
 	}
 	r.busy = true
 	r.mu.Unlock()
@@ -132,12 +130,12 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 		t.tryModel(ctx)
 	}
 	if bad := blocking(t.checks, q.Waive); len(bad) > 0 {
-		words := make([]string, len(bad))
+		reasons := make([]string, len(bad))
 		for i, c := range bad {
-			words[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
+			reasons[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
 		}
 		t.close()
-		return nil, fmt.Errorf("the drill %w: %s", failover.ErrPrecheck, strings.Join(words, "; "))
+		return nil, fmt.Errorf("the drill %w: %s", failover.ErrPrecheck, strings.Join(reasons, "; "))
 	}
 	if err := t.agree(ctx); err != nil {
 		t.close()
@@ -146,7 +144,7 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 	return t, nil
 }
 
-// Abort ends a drill wherever it runs. An isolated site does not hear of it and
+// Abort ends a drill, whichever node runs it. An isolated site does not learn of it and
 // heals by its timer.
 func (r *Runner) Abort(ctx context.Context, id, by string) error {
 	s := r.o.Agreement.State()
@@ -171,7 +169,7 @@ func (r *Runner) Abort(ctx context.Context, id, by string) error {
 	return err
 }
 
-// Live is the report so far of a drill that runs here.
+// Live is the report so far of a drill that runs on this node.
 func (r *Runner) Live(id string) (Report, bool) {
 	r.mu.Lock()
 	t := r.active
@@ -189,7 +187,7 @@ func (r *Runner) view(q Request) View {
 	now := r.o.Now()
 	v := View{
 		Site: r.o.Site, Primary: s.Primary.Site, Lease: left, Quarantined: r.o.Quarantined(), Held: s.Hold != nil,
-		Unwell:         r.o.Unwell(),
+		Unhealthy:      r.o.Unhealthy(),
 		SwitchoverOpen: s.Switchover != nil && now.Before(s.Switchover.Deadline),
 		Unacknowledged: s.LastFailover != nil && !s.LastFailover.Acknowledged,
 	}
@@ -231,7 +229,7 @@ func (r *Runner) view(q Request) View {
 	return v
 }
 
-// able reports whether a node is heard, leased and in service, and how many of
+// able reports whether a node is heard, holds a lease and is in service, and how many of
 // its upstreams are healthy.
 func (r *Runner) able(name string, p cluster.PeerView) (ready bool, upstreams int) {
 	if name == r.o.Node {
@@ -259,7 +257,7 @@ func (r *Runner) elsewhere() string {
 	return fmt.Sprintf("%s at its admin address %s", best, r.o.Agreement.Peers()[best].Info.Admin)
 }
 
-// targets are all nodes' ports for clients.
+// targets are the API ports of all nodes, within bounds.
 func (r *Runner) targets() []Target {
 	peers := r.o.Agreement.Peers()
 	var all []Target
@@ -278,6 +276,6 @@ func (r *Runner) targets() []Target {
 	return chosen(all)
 }
 
-var errStopped = errors.New("the node that ran it is stopping")
+var errStopped = errors.New("the node that ran the drill is stopping")
 
 func newID() string { return "drill-" + strings.ToLower(rand.Text()[:10]) }

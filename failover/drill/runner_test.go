@@ -20,9 +20,8 @@ import (
 	"github.com/dsnode/dsnode/failover"
 )
 
-// world is a cluster of three sites in virtual time, as b-1 sees it. The site
-// that a drill isolates obeys, and a is replaced 3 s later when it was the
-// primary.
+// world is a cluster of three sites in virtual time, as b-1 sees it. The site of an
+// isolation cuts itself off. If it was the primary, b is promoted 3 s later.
 type world struct {
 	start time.Time
 	over  <-chan struct{} // the test's end
@@ -31,13 +30,13 @@ type world struct {
 	state   *agreed.State
 	changed chan struct{}
 	cut     string        // the site that is cut off now
-	cutAt   time.Duration // since when nothing of it is heard
-	broken  string        // asking this site fails
+	cutAt   time.Duration // since when it is silent
+	broken  string        // requests to this site fail
 
-	stubborn  bool // nobody replaces the primary
-	never     bool // the site stays away
-	disobeys  bool // the site does not cut itself off
-	switchErr error
+	noPromotion bool // the primary is not replaced
+	neverHeals  bool // the site stays cut off
+	disobeys    bool // the site does not cut itself off
+	switchErr   error
 }
 
 const worldConfig = `version: 1
@@ -109,7 +108,7 @@ func (w *world) Peers() map[string]cluster.PeerView {
 	return peers
 }
 
-// Propose applies at once; a record of an isolation makes its site obey.
+// Propose applies at once. The record of an isolation cuts its site off.
 func (w *world) Propose(_ context.Context, t agreed.CommandType, data any) (uint64, error) {
 	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
@@ -132,16 +131,16 @@ func (w *world) isolate(d agreed.DrillRecord) {
 	w.sleep(Lead)
 	w.mu.Lock()
 	w.cut, w.cutAt = d.Site, w.now()
-	primary, stubborn := w.state.Primary, w.stubborn
+	primary, stays := w.state.Primary, w.noPromotion
 	w.mu.Unlock()
-	if primary.Site == d.Site && !stubborn {
+	if primary.Site == d.Site && !stays {
 		w.sleep(3 * time.Second)
 		w.promote("b", primary.Epoch, agreed.FailoverUnplanned)
 	}
 	w.sleep(time.Until(d.Deadline))
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !w.never {
+	if !w.neverHeals {
 		w.cut = ""
 	}
 }
@@ -188,7 +187,7 @@ func (w *world) runner(t *testing.T) *Runner {
 	r := NewRunner(Options{
 		Node: "b-1", Site: "b", API: "b:1", Agreement: w, Switcher: w, Quarantined: func() bool { return false },
 		Health: func() cluster.Health { return cluster.Health{UpstreamsHealthy: 1} },
-		Unwell: func() []string {
+		Unhealthy: func() []string {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			if w.cut != "" {
@@ -211,7 +210,7 @@ func (w *world) runner(t *testing.T) *Runner {
 	return r
 }
 
-// drill runs one to its end.
+// drill runs a drill to its end.
 func (w *world) drill(t *testing.T, r *Runner, q Request) Report {
 	t.Helper()
 	q.By = "ann"
@@ -232,7 +231,7 @@ func (w *world) report(t *testing.T, id string) Report {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	t.Fatal("the drill has no end")
+	t.Fatal("the drill did not end")
 	return Report{}
 }
 
@@ -248,15 +247,15 @@ func TestDrills(t *testing.T) {
 		epoch   uint64
 	}{
 		{"the primary is lost and replaced", isolate, func(*world) {}, Pass, "", "b", 2},
-		{"and the role returns", Request{Kind: Isolation, Site: "a", For: 20 * time.Second, Return: true}, func(*world) {}, Pass, "", "a", 3},
+		{"the primary is lost, replaced and returned", Request{Kind: Isolation, Site: "a", For: 20 * time.Second, Return: true}, func(*world) {}, Pass, "", "a", 3},
 		{"another site is lost", Request{Kind: Isolation, Site: "c", For: 20 * time.Second}, func(*world) {}, Pass, "", "a", 1},
 		{"a switchover", Request{Kind: Switchover, Site: "b"}, func(*world) {}, Pass, "", "b", 2},
 		{"a switchover and back", Request{Kind: Switchover, Site: "c", Return: true}, func(*world) {}, Pass, "", "a", 3},
-		{"nobody takes over", isolate, func(w *world) { w.stubborn = true }, Fail, "another site to be promoted", "a", 1},
-		{"the site does not come back", isolate, func(w *world) { w.never = true }, Fail, "to be heard again", "b", 2},
+		{"no site is promoted", isolate, func(w *world) { w.noPromotion = true }, Fail, "another site to be promoted", "a", 1},
+		{"the site does not come back", isolate, func(w *world) { w.neverHeals = true }, Fail, "to be heard again", "b", 2},
 		{"the site does not cut itself off", isolate, func(w *world) { w.disobeys = true }, Fail, "a to be cut off", "a", 1},
-		{"a client of another site notices", isolate, func(w *world) { w.broken = "c" }, Fail, "requests failed", "b", 2},
-		{"clients of the lost site don't count", isolate, func(w *world) { w.broken = "a" }, Pass, "", "b", 2},
+		{"requests to another site fail", isolate, func(w *world) { w.broken = "c" }, Fail, "requests failed", "b", 2},
+		{"requests to the lost site fail, which does not count", isolate, func(w *world) { w.broken = "a" }, Pass, "", "b", 2},
 		{"the switchover fails", Request{Kind: Switchover, Site: "b"}, func(w *world) { w.switchErr = failover.ErrRolledBack }, Fail, "rolled back", "a", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -278,24 +277,24 @@ func TestDrills(t *testing.T) {
 					t.Errorf("RTO %v", r.RTO.Achieved)
 				}
 				if f := w.State().LastFailover; f != nil && !f.Acknowledged {
-					t.Error("the failover that the drill made waits for a person")
+					t.Error("the failover that the drill caused waits for an acknowledgement")
 				}
 				if r.RPO.Achieved != nil || r.JobsLost != nil || r.RecordsAtRisk != nil {
-					t.Errorf("figures that nobody measured: %+v", r)
+					t.Errorf("figures that were not measured: %+v", r)
 				}
 			})
 		})
 	}
 }
 
-// RTO counts from the last sign of the lost primary to the first answer of the
-// new one.
+// RTO counts from when the lost primary was last heard to the first answer of the new
+// one.
 func TestRTOIsMeasuredFromOutside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		r := w.drill(t, w.runner(t), Request{Kind: Isolation, Site: "a", For: 20 * time.Second})
 		if rto := *r.RTO.Achieved; rto < 3 || rto > 3.5 {
-			t.Errorf("%.2f s, want 3 s of isolation, a ping's and a look's time", rto)
+			t.Errorf("%.2f s, want 3 s of isolation, a ping interval and a poll interval", rto)
 		}
 		if *r.RTO.Target != 900 || r.Requests < 500 {
 			t.Errorf("target %v, %d requests", *r.RTO.Target, r.Requests)
@@ -353,23 +352,23 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 		if n := len(w.State().Drills); n != 0 {
 			t.Errorf("%d records of drills that did not begin", n)
 		}
-		// The one of another node is in the agreed state only.
+		// This drill runs on another node: it is in the agreed state only.
 		other := agreed.DrillRecord{ID: "drill-other", Kind: "switchover", AbandonedAt: time.Now().Add(time.Minute)}
 		if _, err := w.Propose(t.Context(), agreed.CmdDrillPut, other); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := r.Start(t.Context(), Request{Kind: Isolation, Site: "a"}); !errors.Is(err, failover.ErrPrecheck) || !strings.Contains(fmt.Sprint(err), "drill-other") {
-			t.Errorf("beside another: %v", err)
+			t.Errorf("beside a drill of another node: %v", err)
 		}
 		time.Sleep(time.Minute)
-		// Its runner died: it counts no more.
+		// The other drill's runner died: after AbandonedAt it does not count.
 		if got := w.drill(t, r, Request{Kind: Switchover, Site: "b"}); got.Verdict != Pass {
 			t.Errorf("%s: %s", got.Verdict, got.Why)
 		}
 	})
 }
 
-// A node that stops leaves no drill that seems to run.
+// A node that stops ends its drill, which would look running otherwise.
 func TestDrillOfANodeThatStops(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -22,7 +22,7 @@ func (t *trial) switchover(ctx context.Context, out *Outcome) error {
 	return t.answering(ctx, out, t.q.Site, began)
 }
 
-// move is one planned switchover, with its steps in the timeline.
+// move is one planned switchover. Its steps go into the timeline.
 func (t *trial) move(ctx context.Context, to string) (failover.SwitchoverResult, error) {
 	ctx, cancel := context.WithTimeout(ctx, switchTimeout)
 	defer cancel()
@@ -40,8 +40,8 @@ func (t *trial) move(ctx context.Context, to string) (failover.SwitchoverResult,
 	return res, nil
 }
 
-// answering waits until a node of the new primary answers that it acts as such,
-// which ends the RTO that began at since.
+// answering waits until a node of the site answers that it acts as primary. That ends the
+// RTO, which began at since.
 func (t *trial) answering(ctx context.Context, out *Outcome, site string, since time.Duration) error {
 	var at time.Duration
 	err := t.within(ctx, answerTimeout, site+" to answer as the primary", func() (ok bool) {
@@ -58,8 +58,8 @@ func (t *trial) answering(ctx context.Context, out *Outcome, site string, since 
 	return nil
 }
 
-// isolation watches the site go silent, another take over if it was the
-// primary, and the site come back.
+// isolation waits until the site is silent, until another site is primary if this one
+// was, and until the site has recovered.
 func (t *trial) isolation(ctx context.Context, out *Outcome) error {
 	nodes := t.nodesOf(t.q.Site)
 	var lastHeard time.Duration
@@ -84,7 +84,7 @@ func (t *trial) isolation(ctx context.Context, out *Outcome) error {
 // takenOver waits for the new primary.
 func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration) error {
 	var p agreed.Primary
-	// Once the cut has ended nothing more is lost.
+	// After the cut has ended the site is not lost any more.
 	limit := min(promoteTimeout, max(0, t.record.Deadline.Sub(t.o.Now()))+5*time.Second)
 	err := t.within(ctx, limit, "another site to be promoted", func() bool {
 		p = t.o.Agreement.State().Primary
@@ -97,17 +97,17 @@ func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration)
 	if err := t.answering(ctx, out, p.Site, lost); err != nil {
 		return err
 	}
-	// The drill made this failover, and the drill's asker has seen it.
+	// The drill caused this failover, so no operator needs to acknowledge it.
 	_, err = t.o.Agreement.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: p.Epoch, By: "drill " + t.record.ID})
 	if err != nil {
 		return fmt.Errorf("acknowledge the failover: %w", err)
 	}
-	t.event("acknowledged", "the drill made this failover")
+	t.event("acknowledged", "the drill caused this failover")
 	return nil
 }
 
-// healed waits for the timer to end the cut, and for the site to be in its
-// place: heard, leased, caught up, not the primary, and all healthy.
+// healed waits until the site's timers have ended the cut and the site is in its place:
+// heard, with leases, caught up, not the primary, and the cluster healthy.
 func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error {
 	rest := max(0, t.record.Deadline.Sub(t.o.Now())) + healTimeout
 	err := t.within(ctx, rest, t.q.Site+" to be heard again", func() bool { return t.allHeard(nodes) })
@@ -117,7 +117,7 @@ func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error 
 	back := t.o.Boottime()
 	t.event("heard again", "the cut has ended")
 	caughtUp := t.o.Agreement.Raft().CommitIndex
-	var since time.Duration // in its place without a break
+	var since time.Duration // in its place without a gap
 	place := false
 	why := ""
 	err = t.within(ctx, inPlaceTimeout, "", func() bool {
@@ -136,7 +136,7 @@ func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error 
 		return context.Cause(ctx)
 	case err != nil:
 		t.event("not in its place", why)
-		return nil // out.InPlace says so
+		return nil // out.InPlace is false
 	}
 	out.InPlace = true
 	took := (since - back).Seconds()
@@ -145,7 +145,7 @@ func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error 
 	return nil
 }
 
-// goBack returns the primary to where it was before the drill.
+// goBack returns the primary to the site that had it before the drill.
 func (t *trial) goBack(ctx context.Context, out *Outcome) error {
 	home := t.state.Primary.Site
 	returned := t.o.Agreement.State().Primary.Site == home
@@ -171,8 +171,8 @@ func (t *trial) nodesOf(site string) []string {
 	return names
 }
 
-// lastHeard is when a node of the list last answered (Boottime), and whether
-// all of them have been silent for longer than a ping or two takes.
+// lastHeard is when one of the nodes was last heard (Boottime), and whether all of them
+// have been silent for a lease's length, which is longer than a ping or two.
 func (t *trial) lastHeard(nodes []string) (last time.Duration, silent bool) {
 	now, peers := t.o.Boottime(), t.o.Agreement.Peers()
 	for _, name := range nodes {
@@ -212,7 +212,7 @@ func (t *trial) inPlace(nodes []string, index uint64) (ok bool, why string) {
 	if _, acts := t.probe.acting(t.q.Site); acts && t.o.Agreement.State().Primary.Site != t.q.Site {
 		return false, t.q.Site + " still answers as the primary"
 	}
-	if unwell := t.o.Unwell(); len(unwell) > 0 && !t.wasUnwell {
+	if unwell := t.o.Unhealthy(); len(unwell) > 0 && !t.wasUnhealthy {
 		return false, unwell[0]
 	}
 	return true, ""

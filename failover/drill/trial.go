@@ -14,19 +14,19 @@ import (
 	"github.com/dsnode/dsnode/failover"
 )
 
-// Every step of a drill has its deadline.
+// Every step of a drill has a deadline.
 const (
 	agreeTimeout    = 5 * time.Second
-	baselineTime    = time.Second      // of probing before and after, to see what was wrong before
-	silenceTimeout  = 15 * time.Second // from the agreement until the site is not heard any more
+	baselineTime    = time.Second      // of probing before and after the steps
+	silenceTimeout  = 15 * time.Second // from the agreement until the site is silent
 	promoteTimeout  = 90 * time.Second
-	answerTimeout   = 30 * time.Second // from the promotion until the new primary answers so
-	healTimeout     = 30 * time.Second // beyond the timer, until the site is heard
-	inPlaceTimeout  = 30 * time.Second // from when it is heard until it is in its place
+	answerTimeout   = 30 * time.Second // from the promotion until the new primary answers as such
+	healTimeout     = 30 * time.Second // from the end of the cut until the site is heard
+	inPlaceTimeout  = 30 * time.Second // from when the site is heard until it is in its place
 	switchTimeout   = 30 * time.Second
 	recordTimeout   = 30 * time.Second // to have the verdict agreed on
 	lookEvery       = 50 * time.Millisecond
-	settleTime      = time.Second // in its place for so long without a break
+	settleTime      = time.Second // in its place for this long without a gap
 	maxExtraRunning = promoteTimeout + answerTimeout + healTimeout + inPlaceTimeout + 2*switchTimeout + recordTimeout
 )
 
@@ -41,10 +41,10 @@ type trial struct {
 	record agreed.DrillRecord
 	checks []failover.Check
 	probe  *probe
-	done   func()        // gives the asker back
-	state  *agreed.State // as it was before
-	// wasUnwell: something was not healthy before, and that was waived.
-	wasUnwell bool
+	done   func()        // closes the asker
+	state  *agreed.State // before the drill
+	// wasUnhealthy: the cluster was not healthy before, and that was waived.
+	wasUnhealthy bool
 
 	mu     sync.Mutex // guards report
 	report Report
@@ -55,7 +55,7 @@ func newTrial(r *Runner, v View, q Request) *trial {
 	asker, done := r.o.NewAsker(q.ProbeModel)
 	now := r.o.Now().UTC()
 	t := &trial{
-		r: r, o: r.o, q: q, state: s, checks: Plan(v, q), done: done, wasUnwell: len(v.Unwell) > 0,
+		r: r, o: r.o, q: q, state: s, checks: Plan(v, q), done: done, wasUnhealthy: len(v.Unhealthy) > 0,
 		probe: &probe{
 			asker: asker, boottime: r.o.Boottime, now: r.o.Now, paid: q.ProbeModel != "",
 			sites: map[string]*Clients{}, roles: map[string]role{},
@@ -79,8 +79,7 @@ func newTrial(r *Runner, v View, q Request) *trial {
 	return t
 }
 
-// targetsOf takes the promises from the configuration: those of the site whose
-// loss, or whose taking over, is rehearsed.
+// targetsOf takes the targets of the drill's site from the configuration.
 func (t *trial) targetsOf(s *agreed.State) {
 	if s.Parsed == nil {
 		return
@@ -91,8 +90,8 @@ func (t *trial) targetsOf(s *agreed.State) {
 
 func (t *trial) close() { t.done() }
 
-// tryModel asks for one completion at each target beforehand, so that a wrong
-// name or a missing key is not taken for an outage.
+// tryModel asks each target for one completion before the drill, so that a wrong model
+// name or a missing key does not look like an outage.
 func (t *trial) tryModel(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -105,8 +104,8 @@ func (t *trial) tryModel(ctx context.Context) {
 	t.checks = append(t.checks, check)
 }
 
-// agree has the record agreed on. What the proposal says of a leader that moved
-// is not the last word: the record may stand all the same.
+// agree has the record agreed on. When the leadership moved during the proposal, the
+// record may be agreed all the same.
 func (t *trial) agree(ctx context.Context) error {
 	for _, c := range t.checks {
 		p := Precheck{Check: c}
@@ -128,7 +127,7 @@ func (t *trial) agree(ctx context.Context) error {
 	return nil
 }
 
-// standing is the drill's record as it is agreed now.
+// standing is the drill's agreed record, nil when there is none.
 func (t *trial) standing() *agreed.DrillRecord {
 	s := t.o.Agreement.State()
 	if i := slices.IndexFunc(s.Drills, func(d agreed.DrillRecord) bool { return d.ID == t.record.ID }); i >= 0 {
@@ -137,7 +136,7 @@ func (t *trial) standing() *agreed.DrillRecord {
 	return nil
 }
 
-// until looks again and again, also when nothing is agreed on meanwhile.
+// until polls until is gives true.
 func (t *trial) until(ctx context.Context, is func() bool) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
@@ -151,7 +150,7 @@ func (t *trial) until(ctx context.Context, is func() bool) error {
 	return nil
 }
 
-// within is until with a deadline and words for who misses it.
+// within is until with a time limit. Its error tells what was waited for.
 func (t *trial) within(ctx context.Context, limit time.Duration, what string, is func() bool) error {
 	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -174,7 +173,8 @@ func (t *trial) run(ctx context.Context) {
 	var background sync.WaitGroup
 	background.Go(func() { t.probe.run(probing, t.r.targets()) })
 	background.Go(func() {
-		// Somebody may have written its end into the record.
+		// An operator may abort the drill on any node, which writes the verdict into the
+		// record.
 		if t.until(acting, func() bool { d := t.standing(); return d != nil && d.Verdict != "" }) == nil {
 			abort(errAborted)
 		}
@@ -201,7 +201,7 @@ func (t *trial) run(ctx context.Context) {
 	case ctx.Err() != nil:
 		out.Aborted = errStopped.Error()
 	case errors.Is(context.Cause(acting), errAborted):
-		out.Aborted = t.abortWords()
+		out.Aborted = t.abortReason()
 	default:
 		out.Failed = err.Error()
 		t.event("failed", out.Failed)
@@ -212,20 +212,20 @@ func (t *trial) run(ctx context.Context) {
 	t.finish(context.WithoutCancel(ctx), out)
 }
 
-func (t *trial) abortWords() string {
-	words := "aborted by an operator"
+func (t *trial) abortReason() string {
+	reason := "aborted by an operator"
 	if d := t.standing(); d != nil {
 		if r, err := DecodeReport(d.Report); err == nil && r.Why != "" {
-			words = r.Why
+			reason = r.Why
 		}
 	}
 	if t.q.Kind == Isolation {
-		words += fmt.Sprintf("; %s heals by itself by %s at the latest", t.q.Site, t.record.Deadline.Format(time.RFC3339))
+		reason += fmt.Sprintf("; %s heals by itself by %s at the latest", t.q.Site, t.record.Deadline.Format(time.RFC3339))
 	}
-	return words
+	return reason
 }
 
-// finish judges and writes down.
+// finish judges the drill and has its report agreed on.
 func (t *trial) finish(ctx context.Context, out Outcome) {
 	s := t.o.Agreement.State()
 	t.mu.Lock()
@@ -246,13 +246,13 @@ func (t *trial) finish(ctx context.Context, out Outcome) {
 	}
 	t.mu.Unlock()
 	report := t.soFar()
-	t.log.Info("drill ended", "verdict", verdict, "why", report.Why, "requests", report.Requests, "errors", report.Errors)
+	t.log.Info("drill ended", "verdict", verdict, "reason", report.Why, "requests", report.Requests, "errors", report.Errors)
 	if err := t.write(ctx, report); err != nil {
 		t.log.Warn("the drill's report was not agreed on", "err", err)
 	}
 }
 
-// write has the report agreed on, and tries again while there is time.
+// write has the report agreed on. It retries until its time limit.
 func (t *trial) write(ctx context.Context, report Report) error {
 	text, err := report.Encode()
 	if err != nil {
@@ -262,7 +262,7 @@ func (t *trial) write(ctx context.Context, report Report) error {
 	d.Verdict, d.EndedAt, d.Report = string(report.Verdict), *report.EndedAt, text
 	limit := recordTimeout
 	if report.Why == errStopped.Error() {
-		limit = 2 * time.Second // the node is about to end
+		limit = 2 * time.Second // the node is about to stop
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -276,7 +276,7 @@ func (t *trial) write(ctx context.Context, report Report) error {
 	}
 }
 
-// sleep waits, or gives why ctx ended first.
+// sleep waits, or gives the cause when ctx ends first.
 func (t *trial) sleep(ctx context.Context, d time.Duration) error {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -288,7 +288,7 @@ func (t *trial) sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// event adds a line to the timeline and to the log.
+// event adds an event to the timeline and to the log.
 func (t *trial) event(what, detail string) { t.eventAt(t.o.Now(), what, detail) }
 
 func (t *trial) eventAt(at time.Time, what, detail string) {
@@ -303,7 +303,7 @@ func (t *trial) eventAt(at time.Time, what, detail string) {
 	})
 }
 
-// soFar is the report with what clients have seen.
+// soFar is the report, with what the probe has seen so far.
 func (t *trial) soFar() Report {
 	except := ""
 	if t.q.Kind == Isolation {

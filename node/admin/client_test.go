@@ -21,6 +21,7 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/failover/drill"
 )
 
 // closedURL is an address without a listener.
@@ -193,7 +194,7 @@ func TestClientFindsTheNodeThatRunsADrill(t *testing.T) {
 	if err := c.AbortDrill(t.Context(), d.ID, "ann"); err != nil || len(victim.noted()) != 1 || len(runner.noted()) != 2 {
 		t.Errorf("%v; the nodes got %q, %q", err, victim.noted(), runner.noted())
 	}
-	if err := c.AbortDrill(t.Context(), "nothing", ""); !errors.Is(err, ErrUnknownDrill) {
+	if err := c.AbortDrill(t.Context(), "nothing", ""); !errors.Is(err, drill.ErrUnknown) {
 		t.Errorf("abort of an unknown drill: %v", err)
 	}
 }

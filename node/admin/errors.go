@@ -10,10 +10,11 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
+	"github.com/dsnode/dsnode/failover/drill"
 )
 
-// Errors of an operator's request, besides those of package cluster. A Cluster wraps
-// them, and a Client returns the same ones.
+// Errors of an operator's request, besides those of packages cluster, failover and
+// drill. A Cluster wraps them, and a Client returns the same ones.
 var (
 	// ErrUnknownVersion: no such version in the configuration's history.
 	ErrUnknownVersion = errors.New("no such configuration version")
@@ -25,8 +26,6 @@ var (
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
 	// ErrNotQuarantined: there is no quarantine to end.
 	ErrNotQuarantined = errors.New("the cluster is not quarantined")
-	// ErrUnknownDrill: no drill has this id.
-	ErrUnknownDrill = errors.New("no such drill")
 	// ErrInvalidRequest: the request is malformed; the error that wraps this says how.
 	ErrInvalidRequest = errors.New("invalid request")
 	// ErrInvalidConfig: the configuration has problems. errors.As finds them as
@@ -62,6 +61,7 @@ const (
 	hintBootstrap = "start a new cluster with dsnode bootstrap --config cluster.yaml, or wait until this node has joined through its seeds"
 	hintLook      = "check whether the change was made before you try again"
 	hintAgain     = "try again in a few seconds"
+	hintOwnPort   = "ask the node's own admin port with --admin"
 )
 
 // refusals are tried in order. The first one that errors.Is finds is used.
@@ -100,14 +100,15 @@ var refusals = []refusal{
 	{agreed.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
 	{agreed.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},
 	{ErrUnknownVersion, http.StatusNotFound, "unknown_version", "dsnode config history lists the versions that are kept"},
-	{ErrUnknownDrill, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
+	{drill.ErrUnknown, http.StatusNotFound, "unknown_drill", "dsnode drill list shows the ids"},
 	{ErrNothingToAck, http.StatusConflict, "nothing_to_acknowledge", "dsnode status shows the last failover"},
 	{ErrNotQuarantined, http.StatusConflict, "not_quarantined", "dsnode status shows the state of the cluster"},
 	{agreed.ErrDrillRunning, http.StatusConflict, "drill_running", "dsnode drill list shows it; dsnode drill abort ID ends it"},
 	{agreed.ErrDrillEnded, http.StatusConflict, "drill_ended", "dsnode drill report ID shows its result"},
 	{agreed.ErrSwitchover, http.StatusConflict, "switchover", hintAgain},
 	{agreed.ErrStaleEpoch, http.StatusConflict, "stale_epoch", "the primary changed meanwhile: look at dsnode status, then try again"},
-	{ErrWrongNode, http.StatusMisdirectedRequest, "wrong_node", "ask the node's own admin port with --admin"},
+	{ErrWrongNode, http.StatusMisdirectedRequest, "wrong_node", hintOwnPort},
+	{drill.ErrWrongPlace, http.StatusMisdirectedRequest, "wrong_node", hintOwnPort},
 	{agreed.ErrStateFull, http.StatusInsufficientStorage, "state_full", "remove what is no longer needed"},
 	{ErrUnauthorized, http.StatusUnauthorized, "unauthorized", "give the token with --admin-token-file FILE or in DSNODE_ADMIN_TOKEN"},
 	{ErrForbidden, http.StatusForbidden, "forbidden", "use dsnode or curl, or a page of this port"},
@@ -117,6 +118,7 @@ var refusals = []refusal{
 	{ErrMethod, http.StatusMethodNotAllowed, "method_not_allowed", "the routes and their methods are listed in node/API.md"},
 	{ErrInvalidConfig, http.StatusUnprocessableEntity, "invalid_config", ""},
 	{ErrInvalidRequest, http.StatusBadRequest, "invalid_request", ""},
+	{drill.ErrInvalid, http.StatusBadRequest, "invalid_request", ""},
 	{ErrTimeout, http.StatusGatewayTimeout, "timeout", hintLook},
 	{context.DeadlineExceeded, http.StatusGatewayTimeout, "timeout", hintLook},
 	{ErrInternal, http.StatusInternalServerError, "internal", "the node's log says more"},

@@ -16,6 +16,7 @@ import (
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/failover/drill"
 )
 
 // fakeCluster is a Cluster in memory. fail makes every call fail, as on a node without
@@ -300,7 +301,7 @@ func (f *fakeCluster) Drill(_ context.Context, id string) (Drill, error) {
 			return d, nil
 		}
 	}
-	return Drill{}, fmt.Errorf("%w: %s", ErrUnknownDrill, id)
+	return Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 func (f *fakeCluster) AbortDrill(ctx context.Context, id, by string) error {

@@ -11,35 +11,35 @@ import (
 
 // Answer is a complete answer with status 200. It is immutable.
 type Answer struct {
-	// StoredAt is when it was complete, by the clock of the node that kept it.
+	// StoredAt is when the answer was complete, by the clock of the node that kept it.
 	StoredAt time.Time
-	// Purge is the number of purges that were agreed on before its upstream was
+	// Purge is the number of purges that were agreed on before the upstream was
 	// asked; see cluster.CachePurges.
 	Purge       uint64
 	ContentType string
 	Stream      bool
 	Body        []byte
-	// Ends are where the events of a stream end in Body: it is replayed with the
-	// same chunks.
+	// Ends are the offsets in Body at which the events of a stream end, so that a
+	// replay has the same chunks.
 	Ends []int
 }
 
-// weight is what an answer takes in memory, about.
+// weight is about how many bytes of memory an answer takes.
 func (a *Answer) weight() int { return len(a.Body) + 8*len(a.Ends) + 512 }
 
 const (
 	answerFormat = 1
 	flagStream   = 1
 	flagZstd     = 2
-	// Below this, compression gains nothing.
+	// A shorter body gains nothing from compression.
 	minCompressed = 512
 	maxType       = 256
 )
 
 var errAnswer = errors.New("not a kept answer")
 
-// packer packs answers for the shared tier and unpacks them. It is safe for
-// many goroutines.
+// packer encodes answers for the shared tier and decodes them. It is safe for
+// concurrent use.
 type packer struct {
 	enc *zstd.Encoder
 	dec *zstd.Decoder
@@ -63,8 +63,8 @@ func newPacker(most int) (*packer, error) {
 //
 //	format (1) | flags (1) | type | ends as distances | size of the body | body
 //
-// where lengths, counts and distances are varints. StoredAt and Purge are the
-// entry's.
+// where lengths, counts and distances are varints, and the body is compressed if a
+// flag says so. StoredAt and Purge are in the entry's header instead.
 func (p *packer) pack(dst []byte, a *Answer) []byte {
 	flags := byte(0)
 	if a.Stream {
@@ -89,7 +89,7 @@ func (p *packer) pack(dst []byte, a *Answer) []byte {
 	return append(dst, a.Body...)
 }
 
-// unpack reads what pack wrote. Every length is bounded before it is believed.
+// unpack decodes what pack wrote. It checks every length before it uses it.
 func (p *packer) unpack(b []byte) (*Answer, error) {
 	if len(b) < 2 || b[0] != answerFormat || b[1]&^(flagStream|flagZstd) != 0 {
 		return nil, errAnswer

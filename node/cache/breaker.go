@@ -6,24 +6,23 @@ import (
 	"sync/atomic"
 )
 
-// patience is how many failures in a row a shared tier is forgiven. One good
-// command makes up for a third of a failure: of a cluster, one server in three
-// that hangs is too much in the end, one failure now and then is not.
-const patience = 3
+// failureLimit is how many failures in a row open a breaker. A success makes up for a
+// third of a failure: the breaker opens when one server of a cluster of three
+// hangs, but not when a command fails now and then.
+const failureLimit = 3
 
-// breaker leaves a shared tier alone that fails. No request ever tries whether it
-// is back, which would cost that request the whole deadline: Cache.Run does, and
-// only mend closes the breaker.
+// breaker stops the use of a shared tier that fails. While it is open no request tries
+// the tier, since that would cost the request the whole deadline. Cache.Run tries it
+// and calls reset; nothing else closes the breaker.
 type breaker struct {
-	score atomic.Int32
-	why   atomic.Pointer[string] // it is open; nil: it is not
-	moved func(open bool, why error)
+	score   atomic.Int32
+	why     atomic.Pointer[string]     // of the failure; nil: the breaker is closed
+	changed func(open bool, why error) // is called when it opens or closes
 }
 
-// resting reports that the tier is left alone.
-func (b *breaker) resting() bool { return b.why.Load() != nil }
+func (b *breaker) isOpen() bool { return b.why.Load() != nil }
 
-// reason is why the tier is left alone, "" when it is not.
+// reason is why the breaker is open, "" when it is closed.
 func (b *breaker) reason() string {
 	if why := b.why.Load(); why != nil {
 		return *why
@@ -31,10 +30,10 @@ func (b *breaker) reason() string {
 	return ""
 }
 
-// note takes the end of a command.
+// note counts the result of a command.
 func (b *breaker) note(err error) {
 	if err != nil {
-		if b.score.Add(patience) >= patience*patience {
+		if b.score.Add(failureLimit) >= failureLimit*failureLimit {
 			b.trip(err)
 		}
 		return
@@ -47,21 +46,21 @@ func (b *breaker) note(err error) {
 	}
 }
 
-// trip opens the breaker, or tells an open one why it still is. That nothing
-// answered in time takes the place of no other reason.
+// trip opens the breaker. If it is open, trip replaces the reason, except by a timeout,
+// which tells an operator the least.
 func (b *breaker) trip(err error) {
 	why := err.Error()
 	if b.why.CompareAndSwap(nil, &why) {
-		b.moved(true, err)
+		b.changed(true, err)
 	} else if was := b.why.Load(); was != nil && !errors.Is(err, context.DeadlineExceeded) {
 		b.why.CompareAndSwap(was, &why)
 	}
 }
 
-// mend closes it: somebody made sure that the tier answers.
-func (b *breaker) mend() {
+// reset closes the breaker. The caller has seen the tier answer.
+func (b *breaker) reset() {
 	b.score.Store(0)
 	if b.why.Swap(nil) != nil {
-		b.moved(false, nil)
+		b.changed(false, nil)
 	}
 }

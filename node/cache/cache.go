@@ -18,37 +18,39 @@ import (
 )
 
 const (
-	// maxSkew is how far ahead of ours the clock may have been that dated an
-	// answer. One from further ahead would be kept for too long.
+	// maxSkew is how far ahead of this node's clock an answer may be dated. An answer
+	// from further ahead would be kept for too long.
 	maxSkew = 5 * time.Minute
-	// maxAnswer is what the configuration allows an answer to have at most.
+	// maxAnswer is the largest entry_bytes that the configuration allows.
 	maxAnswer = 16 << 20
-	// sealed adds to an answer: header, types, ends that compress badly.
+	// maxOverhead bounds what an entry has beyond the body: header, content type, ends.
 	maxOverhead = 4 << 20
 	sweepEvery  = time.Minute
+	// reopenEvery is how often a tier that can't be opened, or a Redis that fails, is
+	// opened again.
 	reopenEvery = 10 * time.Second
 )
 
-// Options are what a Cache is made of. Dir, Site and Ring are required.
+// Options configure a Cache. Dir, Site and Ring are required.
 type Options struct {
-	Dir  string // of the embedded tier's file
-	Site string // the own site's name in the configuration
+	Dir  string // of the embedded tier's files
+	Site string // name of this node's site in the configuration
 	Ring *keyring.Ring
-	// Purges gives the agreed purges; it must not block. nil: there are none.
+	// Purges gives the agreed purges. It must not block. nil: there are none.
 	Purges func() *agreed.CachePurges
-	// OutboundBytes bounds the entries that wait to be passed on to peers; see
-	// Outbound. 0: none are.
+	// OutboundBytes bounds the entries that wait to be sent to peers; see Outbound.
+	// 0: none are sent.
 	OutboundBytes int
-	Files         Files // of what the configuration points at
+	Files         Files // reads the files and variables that the configuration names
 	Logger        *slog.Logger
 	Registerer    prometheus.Registerer
-	// Now is the process's own by default.
+	// Now is time.Now by default.
 	Now func() time.Time
 }
 
-// Cache keeps answers. Configure it, run it; until then it has the tier in
-// memory alone, and without a MAC key in the ring nothing at all. It is safe for
-// many goroutines.
+// Cache keeps answers. The shared tier is used once Configure was called and Run
+// runs. No question has a key until the ring has a MAC key. A Cache is safe for
+// concurrent use.
 type Cache struct {
 	o      Options
 	log    *slog.Logger
@@ -58,34 +60,34 @@ type Cache struct {
 	counts counts
 	local  *local
 	shared atomic.Pointer[shared] // nil: not open, or off
-	// trouble is why the shared tier is not used, as last logged.
-	trouble atomic.Pointer[string]
-	writes  *Queue[write1]
-	out     *Queue[Entry] // nil: nothing is passed on
+	// tierError is why the shared tier is not used, as last logged; nil: it is used.
+	tierError atomic.Pointer[string]
+	writes    *Queue[pendingWrite]
+	out       *Queue[Entry] // nil: nothing is sent to peers
 
 	macKey atomic.Pointer[keyring.MAC]
 	conf   atomic.Pointer[settings]
 
-	mu      sync.Mutex // guards wanted
-	wanted  tierSpec
-	changed chan struct{} // holds a token when wanted has changed
-	begun   chan struct{} // closed once the first tier is open, or can't be opened
+	mu        sync.Mutex // guards wanted
+	wanted    tierSpec
+	changed   chan struct{} // holds a token when wanted has changed
+	tierTried chan struct{} // closed once the first tier is open, or can't be opened
 }
 
-// settings are the configuration as lookups see it.
+// settings are the parts of the configuration that requests need.
 type settings struct {
 	entryBytes int
 	maxAge     time.Duration
 }
 
-// tierSpec is which shared tier the configuration wants.
+// tierSpec is what the configuration says about the shared tier.
 type tierSpec struct {
 	site   config.SiteCache
 	bytes  int64
 	maxAge time.Duration
 }
 
-// New makes a cache and starts nothing.
+// New makes a cache. It starts nothing.
 func New(o Options) (*Cache, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -100,7 +102,7 @@ func New(o Options) (*Cache, error) {
 		var none agreed.CachePurges
 		o.Purges = func() *agreed.CachePurges { return &none }
 	}
-	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1), begun: make(chan struct{})}
+	c := &Cache{o: o, log: o.Logger, now: o.Now, sealer: o.Ring.Scope(sealPurpose), changed: make(chan struct{}, 1), tierTried: make(chan struct{})}
 	var err error
 	if c.packer, err = newPacker(maxAnswer); err != nil {
 		return nil, err
@@ -112,14 +114,13 @@ func New(o Options) (*Cache, error) {
 	c.conf.Store(&settings{entryBytes: int(def.EntryBytes), maxAge: def.SharedTTL.D() + def.Stale.D()})
 	c.writes = newWrites(&c.counts)
 	if o.OutboundBytes > 0 {
-		c.out = NewQueue(maxWrites, o.OutboundBytes, Entry.Size, func(n int) { c.counts.lost[lostOutbound].Add(uint64(n)) }) //nolint:gosec // not negative
+		c.out = NewQueue(maxWrites, o.OutboundBytes, Entry.Size, func(n int) { c.counts.dropped[dropOutboundFull].Add(uint64(n)) }) //nolint:gosec // not negative
 	}
 	c.register(o.Registerer)
 	return c, nil
 }
 
-// Configure takes over the agreed configuration. What has to be opened for it is
-// opened by Run.
+// Configure applies the agreed configuration. Run opens the shared tier.
 func (c *Cache) Configure(conf *config.Config) {
 	k := conf.Cache
 	c.conf.Store(&settings{entryBytes: int(k.EntryBytes), maxAge: conf.MaxAge()})
@@ -146,7 +147,7 @@ func (c *Cache) want() tierSpec {
 	return c.wanted
 }
 
-// mac gives the MAC for keys, nil until the cluster has agreed on its key.
+// mac gives the MAC that makes keys, nil until the cluster has agreed on its secret.
 func (c *Cache) mac() *keyring.MAC {
 	if m := c.macKey.Load(); m != nil {
 		return m
@@ -159,36 +160,32 @@ func (c *Cache) mac() *keyring.MAC {
 	return m
 }
 
-// Key gives a question's key; false while it can have none: its body is no JSON
-// object, or the cluster has agreed on no keys yet.
-func (c *Cache) Key(q *Question) (Key, bool) { return c.key(q) }
-
-// Life is how long answers of a model are good.
+// Life is how long answers of a model are used.
 type Life struct{ Local, Shared, Stale time.Duration }
 
-// LifeOf reads it from the configuration.
+// LifeOf reads a model's Life from the configuration.
 func LifeOf(m config.ModelCache) Life {
 	return Life{Local: m.LocalTTL.D(), Shared: m.SharedTTL.D(), Stale: m.Stale.D()}
 }
 
-// Found is an answer that was kept.
+// Found is a cached answer.
 type Found struct {
 	Answer *Answer
-	// Fresh: it may be given without asking anybody. Else only when nobody can
-	// answer.
+	// Fresh: it may be given without asking an upstream. A stale answer may be given
+	// only when no upstream can answer.
 	Fresh bool
 	Age   time.Duration // since it was stored
-	Left  time.Duration // until it expires, negative when it has
+	Left  time.Duration // until it expires, negative once it has expired
 }
 
-// EntryBytes bounds the body of an answer that is kept.
+// EntryBytes is the size of the largest body that is kept.
 func (c *Cache) EntryBytes() int { return c.conf.Load().entryBytes }
 
-// Purges is the number of purges agreed on so far: take it before an upstream
-// is asked, for Answer.Purge.
+// Purges is the number of purges agreed on so far. For Answer.Purge it must be read
+// before the upstream is asked.
 func (c *Cache) Purges() uint64 { return c.o.Purges().Count }
 
-// Local looks into the node's memory.
+// Local looks an answer up in the node's memory.
 func (c *Cache) Local(k Key, model string, life Life) (Found, bool) {
 	r, ok := c.local.get(k)
 	if !ok {
@@ -196,7 +193,7 @@ func (c *Cache) Local(k Key, model string, life Life) (Found, bool) {
 		return Found{}, false
 	}
 	now := c.now()
-	f, ok := c.judge(k, model, r.answer, life, now)
+	f, ok := c.usable(k, model, r.answer, life, now)
 	switch {
 	case !ok:
 		c.local.drop(k)
@@ -213,8 +210,8 @@ func (c *Cache) Local(k Key, model string, life Life) (Found, bool) {
 	return f, true
 }
 
-// judge says whether an answer is still of use.
-func (c *Cache) judge(k Key, model string, a *Answer, life Life, now time.Time) (Found, bool) {
+// usable reports whether an answer may be given, and whether it is fresh.
+func (c *Cache) usable(k Key, model string, a *Answer, life Life, now time.Time) (Found, bool) {
 	age := now.Sub(a.StoredAt)
 	if age < -maxSkew || age > life.Shared+life.Stale || a.Purge < c.o.Purges().Least(model, k.String) {
 		return Found{}, false
@@ -222,8 +219,8 @@ func (c *Cache) judge(k Key, model string, a *Answer, life Life, now time.Time) 
 	return Found{Answer: a, Age: max(age, 0), Left: life.Shared - age, Fresh: age <= life.Shared}, true
 }
 
-// Shared looks into the shared tier, for at most 50 ms and not at all while it
-// rests. What is found is in the node's memory from then on.
+// Shared looks an answer up in the shared tier, for at most 50 ms, and not at all
+// while the tier's breaker is open. It puts what it finds into the node's memory.
 func (c *Cache) Shared(ctx context.Context, k Key, model string, life Life) (Found, bool) {
 	s := c.shared.Load()
 	if s == nil {
@@ -231,7 +228,7 @@ func (c *Cache) Shared(ctx context.Context, k Key, model string, life Life) (Fou
 	}
 	value, err := s.get(ctx, k)
 	switch {
-	case errors.Is(err, errResting), errors.Is(err, errBusy):
+	case errors.Is(err, errOpen), errors.Is(err, errBusy):
 		c.Note(SharedSkipped)
 		return Found{}, false
 	case err != nil:
@@ -249,15 +246,15 @@ func (c *Cache) Shared(ctx context.Context, k Key, model string, life Life) (Fou
 		a, err = c.open(e)
 	}
 	if err != nil {
-		// Somebody else's bytes, an entry under another's key, or a data key that
-		// is gone: worth nothing, and dated later than now it would keep good ones away.
+		// The bytes are foreign, the entry belongs to another key, or its data key was
+		// dropped. It must go: dated later than now, it would keep out good ones.
 		c.Note(SharedDamaged)
-		c.writes.Offer(write1{key: k})
-		c.log.Warn("an entry of the shared cache does not open and is not used", "key", k.String(), "err", err)
+		c.writes.Offer(pendingWrite{key: k})
+		c.log.Warn("dropped an entry of the shared cache that can't be opened", "key", k.String(), "err", err)
 		return Found{}, false
 	}
 	now := c.now()
-	f, ok := c.judge(k, model, a, life, now)
+	f, ok := c.usable(k, model, a, life, now)
 	switch {
 	case !ok:
 		c.Note(SharedMiss)
@@ -271,11 +268,11 @@ func (c *Cache) Shared(ctx context.Context, k Key, model string, life Life) (Fou
 	return f, true
 }
 
-// Keep stores an answer: in memory at once, in the shared tier and for the peers
-// soon. It never waits. StoredAt is set here.
+// Keep stores an answer in memory and queues it for the shared tier and the peers. It
+// never waits. It sets StoredAt.
 func (c *Cache) Keep(k Key, model string, a *Answer) {
 	if len(a.Body) > c.EntryBytes() || len(a.ContentType) > maxType {
-		c.counts.lost[lostLarge].Add(1)
+		c.counts.dropped[dropTooLarge].Add(1)
 		return
 	}
 	now := c.now()
@@ -283,19 +280,19 @@ func (c *Cache) Keep(k Key, model string, a *Answer) {
 	c.local.put(k, model, a, now)
 	c.counts.kept.Add(1)
 	if c.shared.Load() != nil || c.out != nil {
-		c.writes.Offer(write1{key: k, answer: a})
+		c.writes.Offer(pendingWrite{key: k, answer: a})
 	}
 }
 
-// Outbound gives every answer that is kept here, sealed, to be passed on to peers;
-// when nobody takes them the oldest go. nil without OutboundBytes.
+// Outbound is the queue of sealed answers to send to peers. It drops the oldest when it
+// is full. nil without OutboundBytes.
 func (c *Cache) Outbound() *Queue[Entry] { return c.out }
 
-// ErrRefused says that an entry of a peer can't be taken.
+// ErrRefused means that a peer's entry is too old, from the future, or of a wrong size.
 var ErrRefused = errors.New("entry refused")
 
-// Absorb takes an entry that a peer has kept, for the shared tier. It never waits
-// for the write, and offers it to no peer again.
+// Absorb queues an entry of a peer for the shared tier. It never waits, and it does
+// not send the entry on to other peers.
 func (c *Cache) Absorb(e Entry) error {
 	switch age := c.now().Sub(e.StoredAt); {
 	case age > c.conf.Load().maxAge:
@@ -306,19 +303,19 @@ func (c *Cache) Absorb(e Entry) error {
 		return fmt.Errorf("%w: it has %d bytes", ErrRefused, len(e.Sealed))
 	}
 	c.counts.absorbed.Add(1)
-	if c.want().site.Shared != config.SharedOff { // open, or to be opened
+	if c.want().site.Shared != config.SharedOff { // it may not be open yet
 		e.StoredAt = e.StoredAt.Truncate(time.Millisecond)
-		c.writes.Offer(write1{entry: &e})
+		c.writes.Offer(pendingWrite{entry: &e})
 	}
 	return nil
 }
 
-// Run keeps the shared tier open, writes to it and sweeps, until ctx ends. Then
-// it writes what waits, for a second at most, and closes.
+// Run opens the shared tier, writes to it and sweeps both tiers, until ctx ends. Then
+// it writes what is queued, for at most a second, and closes the tier.
 func (c *Cache) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return c.keepTier(ctx) })
-	g.Go(func() error { return c.keepWriting(ctx) })
+	g.Go(func() error { return c.runTier(ctx) })
+	g.Go(func() error { return c.runWriter(ctx) })
 	err := g.Wait()
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), batchTime)
 	defer cancel()

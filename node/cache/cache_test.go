@@ -26,9 +26,9 @@ func streamed(events ...string) *Answer {
 	return a
 }
 
-// TestAnAnswerLives: first in memory, then in the shared tier, then only for when
-// nobody can answer, then not at all.
-func TestAnAnswerLives(t *testing.T) {
+// TestExpiry follows an answer: it is fresh in memory, then in the shared tier, then
+// stale, then gone.
+func TestExpiry(t *testing.T) {
 	r := newRig(t, nil, embeddedTier).run()
 	k := r.key("tenant a", `{"model":"m"}`)
 	want := streamed("data: a\n\n", "data: b\n\n", "data: [DONE]\n\n")
@@ -69,8 +69,8 @@ func TestAnAnswerLives(t *testing.T) {
 	}
 }
 
-// TestAnswersSurviveTheProcess: another process finds them in the file.
-func TestAnswersSurviveTheProcess(t *testing.T) {
+// TestRestart: the next process finds the answers of the one before.
+func TestRestart(t *testing.T) {
 	first := newRig(t, nil, embeddedTier).run()
 	k := first.key("tenant a", `{"model":"m"}`)
 	first.keep(k, plainAnswer(`{"x":1}`))
@@ -81,12 +81,12 @@ func TestAnswersSurviveTheProcess(t *testing.T) {
 		t.Fatalf("%v %+v\n%s", ok, f, second.logs)
 	}
 	if second.Stats().Rebuilds != 0 {
-		t.Error("the file was started again")
+		t.Error("a file was found damaged")
 	}
 }
 
 // TestPurges: an answer from before a purge of its model, its key or everything
-// is a miss, in both tiers, however it comes.
+// is a miss in both tiers.
 func TestPurges(t *testing.T) {
 	r := newRig(t, nil, embeddedTier).run()
 	k := r.key("tenant a", `{"model":"m"}`)
@@ -111,7 +111,7 @@ func TestPurges(t *testing.T) {
 		if _, ok := r.Local(k, "m", life); ok != c.hit {
 			t.Errorf("%s: local %v", c.name, ok)
 		}
-		// One whose upstream was asked after the purge is good.
+		// An answer whose upstream was asked after the purge is a hit.
 		a := plainAnswer("{}")
 		a.Purge = r.Purges()
 		r.keep(k, a)
@@ -125,8 +125,8 @@ func TestPurges(t *testing.T) {
 	}
 }
 
-// TestEntriesGoFromPeerToPeer: what is kept in one place is found in another.
-func TestEntriesGoFromPeerToPeer(t *testing.T) {
+// TestReplicatedEntries: an answer that one node keeps is a hit on another.
+func TestReplicatedEntries(t *testing.T) {
 	here := newRig(t, nil, embeddedTier).run()
 	there := newRig(t, nil, embeddedTier)
 	there.ring = here.ring
@@ -141,17 +141,17 @@ func TestEntriesGoFromPeerToPeer(t *testing.T) {
 		t.Fatalf("%v: %v", err, batch)
 	}
 	if bytes.Contains(batch[0].Sealed, []byte(`"x"`)) {
-		t.Error("it goes in clear")
+		t.Error("the entry is not sealed")
 	}
 	if err := there.Absorb(batch[0]); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it is found there", func() bool {
+	eventually(t, "the other node finds it", func() bool {
 		f, ok := there.Shared(t.Context(), k, "m", life)
 		return ok && string(f.Answer.Body) == `{"x":1}`
 	})
 	if n, _ := there.Outbound().Len(); n != 0 {
-		t.Error("it is passed on again")
+		t.Error("the other node sends it on")
 	}
 	old, future, empty := batch[0], batch[0], batch[0]
 	old.StoredAt = old.StoredAt.Add(-48 * time.Hour)
@@ -159,14 +159,14 @@ func TestEntriesGoFromPeerToPeer(t *testing.T) {
 	empty.Sealed = nil
 	for _, e := range []Entry{old, future, empty} {
 		if err := there.Absorb(e); !errors.Is(err, ErrRefused) {
-			t.Errorf("%v was taken: %v", e.StoredAt, err)
+			t.Errorf("an entry of %v: %v", e.StoredAt, err)
 		}
 	}
 }
 
-// TestAMovedEntryDoesNotOpen: under another key, with another age or another
-// count of purges, an entry is nothing.
-func TestAMovedEntryDoesNotOpen(t *testing.T) {
+// TestMovedEntry: an entry can't be opened under another key, with another age or with
+// another purge count.
+func TestMovedEntry(t *testing.T) {
 	r := newRig(t, nil, embeddedTier).run()
 	k, other := r.key("tenant a", `{"model":"m"}`), r.key("tenant b", `{"model":"m"}`)
 	r.keep(k, plainAnswer(`{"x":1}`))
@@ -192,36 +192,36 @@ func TestAMovedEntryDoesNotOpen(t *testing.T) {
 			t.Fatalf("tenant b got %s", f.Answer.Body)
 		}
 		if r.Stats().Requests["shared"]["damaged"] != before+1 {
-			t.Error("it was not counted")
+			t.Error("the damaged entry was not counted")
 		}
 	}
-	// It is dropped, although it is dated later than the good answer that comes.
-	eventually(t, "it is dropped", func() bool {
+	// It is dropped, so that it keeps out no good answer with an earlier date.
+	eventually(t, "the damaged entry is dropped", func() bool {
 		v, err := s.get(t.Context(), other)
 		return err == nil && v == nil
 	})
 	r.keep(other, plainAnswer(`{"y":2}`))
 	if f, ok := r.Shared(t.Context(), other, "m", life); !ok || string(f.Answer.Body) != `{"y":2}` {
-		t.Error("a good answer does not take its place")
+		t.Error("a good answer is not kept in its place")
 	}
 	if f, ok := r.Shared(t.Context(), k, "m", life); !ok || string(f.Answer.Body) != `{"x":1}` {
-		t.Error("in its own place it is lost too")
+		t.Error("the original entry is lost")
 	}
-	// A data key that is gone takes what it sealed along.
+	// Entries can't be opened once their data key was dropped.
 	keys := keyringtest.Rotate(t, r.ring, r.keys)
 	if _, ok := r.Shared(t.Context(), k, "m", life); !ok {
-		t.Error("a rotation lost it")
+		t.Error("the rotation lost the entry")
 	}
 	if err := r.ring.Set(keys[2].ID(), keys[0], keys[2]); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := r.Shared(t.Context(), k, "m", life); ok {
-		t.Error("it opens without its key")
+		t.Error("the entry opens without its data key")
 	}
 }
 
-// TestCanary: nothing of questions and answers is in the file in clear.
-func TestCanary(t *testing.T) {
+// TestNothingInClear: the files have no question and no answer in clear.
+func TestNothingInClear(t *testing.T) {
 	r := newRig(t, nil, embeddedTier).run()
 	const canary = "canary-7f3a91"
 	for i := range 50 {
@@ -239,14 +239,13 @@ func TestCanary(t *testing.T) {
 			t.Fatal(err)
 		}
 		if bytes.Contains(b, []byte("canary")) {
-			t.Errorf("%s holds it in clear", f)
+			t.Errorf("%s has it in clear", f)
 		}
 	}
 }
 
-// TestNoKeyNoCache: before the cluster has agreed on keys nothing has a key, and
-// from then on it has one.
-func TestNoKeyNoCache(t *testing.T) {
+// TestNoKeys: before the cluster has agreed on keys, no question has a key.
+func TestNoKeys(t *testing.T) {
 	ring := keyring.NewRing()
 	r := newRig(t, &rig{dir: t.TempDir(), ring: ring}, embeddedTier).run()
 	q := &Question{Model: "m", Body: []byte(`{"model":"m"}`)}
@@ -261,18 +260,18 @@ func TestNoKeyNoCache(t *testing.T) {
 	if !ok {
 		t.Fatal("no key although there is one")
 	}
-	// Without a key to seal with, memory is all there is.
+	// Without a data key answers are kept in memory only.
 	r.Keep(k, "m", plainAnswer("{}"))
-	eventually(t, "the write is given up", func() bool { return r.Stats().Dropped["write_failed"] == 1 })
+	eventually(t, "the write fails", func() bool { return r.Stats().Dropped["write_failed"] == 1 })
 	if _, ok := r.Local(k, "m", life); !ok {
-		t.Error("not in memory either")
+		t.Error("the answer is not in memory")
 	}
 	if _, ok := r.Key(&Question{Model: "m", Body: []byte("[]")}); ok {
 		t.Error("a list has a key")
 	}
 }
 
-// TestTooLarge: what is beyond the bound is not kept, and counted.
+// TestTooLarge: an answer beyond entry_bytes is not kept, and it is counted.
 func TestTooLarge(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	r.conf.Cache.EntryBytes = 1024
@@ -291,7 +290,7 @@ func TestTooLarge(t *testing.T) {
 	}
 }
 
-// TestLocalBytes: memory stays within its bound under ten times as much.
+// TestLocalBytes keeps ten times as much as local_bytes: memory stays within the bound.
 func TestLocalBytes(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	const bound = 4 << 20
@@ -310,7 +309,7 @@ func TestLocalBytes(t *testing.T) {
 	if most > bound || most < bound/2 {
 		t.Errorf("it held up to %d bytes of %d", most, bound)
 	}
-	// The configuration can take it back.
+	// The bound can be lowered.
 	r.conf.Cache.LocalBytes = 1 << 20
 	r.Configure(r.conf)
 	r.local.held.CleanUp()
@@ -319,7 +318,7 @@ func TestLocalBytes(t *testing.T) {
 	}
 }
 
-func TestQueueDropsTheOldest(t *testing.T) {
+func TestQueueDropsOldest(t *testing.T) {
 	lost := 0
 	q := NewQueue(3, 100, func(n int) int { return n }, func(n int) { lost += n })
 	for _, n := range []int{10, 20, 30, 40} {
@@ -361,7 +360,7 @@ func BenchmarkLocalHit(b *testing.B) {
 	})
 }
 
-// BenchmarkKey is what a request of 1 KiB pays to be looked up.
+// BenchmarkKey measures the key of a request of 1 KiB.
 func BenchmarkKey(b *testing.B) {
 	c, _ := benchCache(b)
 	q := Question{Owner: "tenant a", Endpoint: "/v1/chat/completions", Model: "m", Shape: Plain, Body: []byte(`{"model":"m","messages":[{"role":"system","content":"Answer briefly."},{"role":"user","content":"` + strings.Repeat("word ", 190) + `"}],"temperature":0,"max_tokens":50}`)}

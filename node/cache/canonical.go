@@ -7,21 +7,20 @@ import (
 	"unicode/utf8"
 )
 
-// maxDepth bounds the nesting of a request; the gateway refuses deeper ones.
+// maxDepth bounds the nesting of a request. The gateway refuses deeper ones.
 const maxDepth = 128
 
-// canonical is a request's JSON in the one form that all spellings of it have:
-// no white space between tokens, members in the order of their names, strings
-// with the escapes that must be and no others. Numbers stay as they are spelt:
-// whether 1.0 is 1 is the model server's business. Members that stand twice stay
-// in their order, so that no two meanings ever share a form.
+// canonical writes JSON in one form that all spellings of a request share: without
+// white space, with the members of objects sorted by name, and with as few escapes as
+// possible. Numbers stay as they are spelt, since a model server may tell 1.0 from 1.
+// Duplicate members keep their order. So two different requests never share a form.
 type canonical struct {
 	in      []byte
 	i       int
 	out     []byte
 	members []member // of all open objects, innermost last
 	scratch []byte
-	// names and parts are Cache.key's.
+	// Cache.Key uses names and parts.
 	names []byte
 	parts [][]byte
 }
@@ -29,8 +28,8 @@ type canonical struct {
 // member is where `"name":value` stands in out, and where its name ends.
 type member struct{ from, name, to int }
 
-// object writes the canonical form of one object, without the top-level members
-// that omit names. It is false for what is no JSON object.
+// object writes the canonical form of one object to out, without the top-level members
+// that omit selects. It returns false if in is not a JSON object.
 func (c *canonical) object(in []byte, omit func(name []byte) bool) bool {
 	c.in, c.i = in, 0
 	c.out, c.members = c.out[:0], c.members[:0]
@@ -53,7 +52,7 @@ func (c *canonical) space() {
 	}
 }
 
-// next takes b after white space.
+// next skips white space and consumes b, if b comes next.
 func (c *canonical) next(b byte) bool {
 	c.space()
 	if c.i < len(c.in) && c.in[c.i] == b {
@@ -76,16 +75,16 @@ func (c *canonical) value(depth int) bool {
 	case '"':
 		return c.str()
 	case 't':
-		return c.word("true")
+		return c.literal("true")
 	case 'f':
-		return c.word("false")
+		return c.literal("false")
 	case 'n':
-		return c.word("null")
+		return c.literal("null")
 	}
 	return c.number()
 }
 
-func (c *canonical) word(w string) bool {
+func (c *canonical) literal(w string) bool {
 	if !bytes.HasPrefix(c.in[c.i:], []byte(w)) {
 		return false
 	}
@@ -94,8 +93,8 @@ func (c *canonical) word(w string) bool {
 	return true
 }
 
-// number copies a number; what the grammar allows beyond these characters does
-// not matter here, the model server judges it.
+// number copies everything that looks like a number. The model server checks its
+// grammar.
 func (c *canonical) number() bool {
 	from := c.i
 	for c.i < len(c.in) {
@@ -175,7 +174,7 @@ func (c *canonical) membersOf(depth int, omit func([]byte) bool) bool {
 	return true
 }
 
-// sort puts what was written from start on into the order of the names.
+// sort sorts by name the members ms, which out holds from start on.
 func (c *canonical) sort(ms []member, start int) {
 	byName := func(a, b member) int { return bytes.Compare(c.out[a.from:a.name], c.out[b.from:b.name]) }
 	if slices.IsSortedFunc(ms, byName) {
@@ -189,7 +188,7 @@ func (c *canonical) sort(ms []member, start int) {
 	}
 }
 
-// str reads the string at i, quotes included.
+// str reads the string at i, with its quotes.
 func (c *canonical) str() bool {
 	rest := c.in[c.i+1:]
 	end := bytes.IndexByte(rest, '"')
@@ -207,7 +206,7 @@ func (c *canonical) str() bool {
 	return true
 }
 
-// escaped goes on at the first backslash of a string.
+// escaped reads the rest of a string, from its first backslash on.
 func (c *canonical) escaped() bool {
 	for c.i < len(c.in) {
 		b := c.in[c.i]
@@ -242,7 +241,7 @@ func (c *canonical) escaped() bool {
 
 const hexDigits = "0123456789abcdef"
 
-// unicode reads the four digits after \u, and a second half when there is one.
+// unicode reads the four digits after \u, and the second half of a surrogate pair.
 func (c *canonical) unicode() bool {
 	r, ok := c.hex4()
 	if !ok {
@@ -262,7 +261,7 @@ func (c *canonical) unicode() bool {
 			}
 			c.i = at
 		}
-		// Half a pair is no character: it stays as it is.
+		// A lone surrogate is not a character. It stays escaped.
 		c.hexEscape(r)
 		return true
 	}

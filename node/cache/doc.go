@@ -1,11 +1,12 @@
-// Package cache keeps answers so that a question asked again costs no model
-// server: in the node's memory (local.go), and in a shared tier that outlives the
-// process, a file of the node's own (embedded.go) or the site's Redis (redis.go).
-// What leaves the memory is sealed (entry.go), what it is found by is an HMAC of
-// all that the answer depends on (key.go, canonical.go).
+// Package cache keeps answers, so that a model server is not asked the same question
+// twice. It has two tiers: the node's memory (local.go), and a shared tier, which
+// survives a restart. That is either files of this node (embedded.go, segment.go) or
+// the site's Redis (redis.go). Entries of the shared tier are sealed (entry.go). A
+// key is an HMAC of all that an answer depends on (key.go, canonical.go).
 //
-// It is a help that may vanish at any moment: a shared tier gets 50 ms, then it is
-// left alone until it answers again (shared.go), and writing is never waited for
-// (writer.go). Which requests may be answered from here and which answers are
-// kept is node/serving's to decide. Start reading at Cache.Find and Cache.Keep.
+// No request depends on the cache. A lookup in the shared tier gets 50 ms. A breaker
+// stops lookups while the tier fails (shared.go, breaker.go). Writes go through a
+// queue, so no request waits for one (writer.go). node/serving decides which requests
+// are answered from here and which answers are kept. Start reading at Cache.Local,
+// Cache.Shared and Cache.Keep.
 package cache

@@ -19,41 +19,40 @@ import (
 
 const (
 	segmentSuffix = ".segment"
-	// oldFile is where earlier versions kept their entries. It is removed, since this
-	// version can't read it.
+	// oldFile has the entries of earlier versions. It is removed, since this version
+	// can't read it.
 	oldFile = "cache.db"
 
-	// A segment is full when it has its share of the tier's bounds. It is also ended
-	// after this part of an entry's life, so that old entries go although few new
-	// ones come.
+	// A segment ends when it has 1/segmentShare of a bound of the tier, or after
+	// 1/lifeShare of an entry's life. Without the latter, entries that come slowly
+	// would stay long after they have expired.
 	segmentShare = 32
 	lifeShare    = 16
 	// maxSegmentBytes lets 32 bits hold any offset in a segment.
 	maxSegmentBytes = 2 << 30
-	// The indexes hold one entry for each bytesPerEntry of the tier's bound, and at
-	// most maxIndexed. An entry takes up to 40 bytes of memory there: 40 MiB for
-	// a tier of 1 GiB, 160 MiB for any.
+	// The indexes have at most one entry for each bytesPerEntry of the tier's bound,
+	// and maxIndexed in all. An entry takes up to 40 bytes of memory: 40 MiB for a
+	// tier of 1 GiB, 160 MiB for the largest.
 	bytesPerEntry = 1 << 10
 	maxIndexed    = 4 << 20
 )
 
-// embedded is a shared tier in files of this node alone. Entries are appended to
-// the newest segment. The oldest segments are dropped whole when the tier reaches a
-// bound, and when all their entries are too old. Nothing is fsynced: a machine that
-// loses power may lose entries.
+// embedded is a shared tier in files of this node. Entries are appended to the newest
+// segment. The oldest segments are deleted whole when the tier reaches a bound, or when
+// all their entries are too old. Nothing is fsynced: a power failure may lose entries.
 type embedded struct {
 	dir        string
 	limit      int64 // bytes of all segments
 	maxEntries int   // in the indexes of all segments
 	now        func() time.Time
 	log        *slog.Logger
-	damaged    func() // told of each segment that is dropped because of damage
+	damaged    func() // is called for each segment that is dropped because of damage
 
-	writing *semaphore.Weighted // a mutex whose waiters give up with their context
+	writing *semaphore.Weighted // a mutex whose waiters stop when their context ends
 	closed  bool                // guarded by writing
 
-	mu       sync.RWMutex // guards what follows and its indexes; not held during disk access
-	segments []*segment   // oldest first; writes go to the last
+	mu       sync.RWMutex // guards segments and their fields; not held during disk access
+	segments []*segment   // oldest first; writes go to the last one
 }
 
 func openEmbedded(dir string, limit int64, now func() time.Time, log *slog.Logger, damaged func()) (*embedded, error) {
@@ -75,7 +74,7 @@ func openEmbedded(dir string, limit int64, now func() time.Time, log *slog.Logge
 		s, err := openSegment(path, made)
 		if err != nil {
 			e.noteDamage(path, err)
-			_ = os.Remove(path) // what can't be removed is found damaged again at the next start
+			_ = os.Remove(path) // if that fails, the next start tries again
 			continue
 		}
 		for k := range s.index {
@@ -95,14 +94,14 @@ func (e *embedded) noteDamage(path string, err error) {
 	e.damaged()
 }
 
-// forget takes a key out of the indexes; the caller holds mu.
+// forget removes a key from the indexes. The caller holds mu.
 func (e *embedded) forget(k recordKey) {
 	for _, s := range e.segments {
 		delete(s.index, k)
 	}
 }
 
-// used counts entries and bytes; the caller holds mu.
+// used counts entries and bytes. The caller holds mu.
 func (e *embedded) used() (entries int, bytes int64) {
 	for _, s := range e.segments {
 		entries += len(s.index)
@@ -111,14 +110,14 @@ func (e *embedded) used() (entries int, bytes int64) {
 	return entries, bytes
 }
 
-// isFull says whether one more record of n bytes would exceed a bound; the caller
-// holds mu.
+// isFull reports whether one more record of n bytes would exceed a bound. The caller holds
+// mu.
 func (e *embedded) isFull(n int64) bool {
 	entries, bytes := e.used()
 	return entries >= e.maxEntries || bytes+n > e.limit
 }
 
-// evict drops the oldest segments while tooMuch, which is called with mu held.
+// evict drops the oldest segment as long as tooMuch, which is called with mu held.
 func (e *embedded) evict(tooMuch func() bool) {
 	e.mu.Lock()
 	var old []*segment
@@ -132,7 +131,7 @@ func (e *embedded) evict(tooMuch func() bool) {
 	}
 }
 
-// find gives the place of a key's record; a nil segment: there is none.
+// find gives the place of a key's record. The segment is nil if there is none.
 func (e *embedded) find(k Key) (*segment, recordPlace) {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
@@ -144,7 +143,8 @@ func (e *embedded) find(k Key) (*segment, recordPlace) {
 	return nil, recordPlace{}
 }
 
-// read reads a record; the zero record: it is damaged, and its segment is dropped.
+// read reads a record. If the record is damaged, read drops its segment and returns the
+// zero record.
 func (e *embedded) read(s *segment, p recordPlace) (record, []byte) {
 	b := make([]byte, p.size)
 	_, err := s.file.ReadAt(b, int64(p.offset))
@@ -177,8 +177,8 @@ func (e *embedded) get(_ context.Context, k Key) ([]byte, error) {
 	return nil, nil
 }
 
-// ping reads any entry of the oldest segment. While the disk hangs, entries that are
-// in the page cache can still be read; old ones are least likely to be there.
+// ping reads any entry of the oldest segment, because it is the least likely to be in the
+// page cache, which can be read also while the disk hangs.
 func (e *embedded) ping(context.Context) error {
 	e.mu.RLock()
 	for _, s := range e.segments {
@@ -209,8 +209,8 @@ func (e *embedded) put(ctx context.Context, batch []Entry, keep time.Duration) e
 	return nil
 }
 
-// putOne writes an entry, unless there is a newer one of its key or the tier can't
-// hold it at all.
+// putOne writes an entry, unless there is a newer one of its key, or the entry is larger
+// than the whole tier may be.
 func (e *embedded) putOne(entry Entry, keep time.Duration) error {
 	if s, p := e.find(entry.Key); s != nil {
 		if r, _ := e.read(s, p); r.storedAt > entry.StoredAt.UnixMilli() {
@@ -228,7 +228,7 @@ func (e *embedded) putOne(entry Entry, keep time.Duration) error {
 		return err
 	}
 	if _, err := s.file.WriteAt(b, s.size); err != nil {
-		_ = s.file.Truncate(s.size) // a part of b, after a shorter record, would look like damage
+		_ = s.file.Truncate(s.size) // the rest of b after a shorter record would look like damage
 		return err
 	}
 	e.mu.Lock()
@@ -238,7 +238,7 @@ func (e *embedded) putOne(entry Entry, keep time.Duration) error {
 	return nil
 }
 
-// last gives the segment to append to. It makes a new one when the last has ended.
+// last gives the segment to append to. It begins a new one if the last one has ended.
 func (e *embedded) last(keep time.Duration) (*segment, error) {
 	if e.closed {
 		return nil, fs.ErrClosed
@@ -266,8 +266,8 @@ func (e *embedded) last(keep time.Duration) (*segment, error) {
 	return s, nil
 }
 
-// drop forgets keys. Their records stay in the files, where a restart finds them
-// again unless newer ones follow.
+// drop removes keys from the indexes. Their records stay in the files, and a restart
+// finds them again unless later records replace them.
 func (e *embedded) drop(_ context.Context, keys []Key) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()

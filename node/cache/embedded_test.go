@@ -124,8 +124,8 @@ func TestFileBytes(t *testing.T) {
 	}
 }
 
-// TestIndexBound writes many tiny entries: their number is bounded, too, also when a
-// lower bound is configured later.
+// TestIndexBound writes many tiny entries: their number is bounded, also after a restart
+// with a lower bound.
 func TestIndexBound(t *testing.T) {
 	const limit = 1 << 20
 	dir := t.TempDir()
@@ -155,8 +155,8 @@ func TestIndexBound(t *testing.T) {
 	}
 }
 
-// TestReplacedEntries are counted once, and an older answer never takes the place
-// of a newer one, also after a restart.
+// TestReplacedEntries: replaced entries are not counted, and an older answer does not
+// replace a newer one, also after a restart.
 func TestReplacedEntries(t *testing.T) {
 	dir := t.TempDir()
 	e, _ := openFiles(t, dir, 16<<20)
@@ -200,9 +200,9 @@ func later(e *embedded, by time.Duration) {
 	e.now = func() time.Time { return now().Add(by) }
 }
 
-// TestSegmentsEndWithAge: entries that come slowly are not all in one segment, which
-// could be dropped only with its newest.
-func TestSegmentsEndWithAge(t *testing.T) {
+// TestSegmentAge: entries that come slowly are spread over several segments, so that the
+// old ones can be dropped.
+func TestSegmentAge(t *testing.T) {
 	dir := t.TempDir()
 	e, _ := openFiles(t, dir, 16<<20)
 	begun := time.Now()
@@ -235,7 +235,8 @@ func TestSegmentsEndWithAge(t *testing.T) {
 	}
 }
 
-// TestDroppedKeys are not found any more, and a restart finds what was written last.
+// TestDroppedKeys: dropped keys are misses, and a restart finds what was written after
+// the drop.
 func TestDroppedKeys(t *testing.T) {
 	dir := t.TempDir()
 	e, _ := openFiles(t, dir, 16<<20)
@@ -258,8 +259,8 @@ func TestDroppedKeys(t *testing.T) {
 	}
 }
 
-// TestDamagedFiles: files that were harmed while the tier was closed cost entries
-// and nothing else.
+// TestDamagedFiles damages files while the tier is closed: entries are lost, and nothing
+// else happens.
 func TestDamagedFiles(t *testing.T) {
 	const entries, perFile = 30, 10
 	record := int64(recordHead + 500)
@@ -284,8 +285,8 @@ func TestDamagedFiles(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name    string
-		harm    func(t *testing.T, paths []string)
-		lost    []int // entries, from the first to the last
+		damage  func(t *testing.T, paths []string)
+		lost    []int // the first and the last entry that is lost
 		damaged int64
 	}{
 		{"nothing", func(*testing.T, []string) {}, nil, 0},
@@ -294,7 +295,7 @@ func TestDamagedFiles(t *testing.T) {
 			if err := os.WriteFile(paths[1], []byte("hello"), 0o600); err != nil {
 				t.Fatal(err)
 			}
-		}, []int{10, 19}, 0}, // as if a process was killed right after it had made the file
+		}, []int{10, 19}, 0}, // looks like a file whose writer was killed
 		{"a flipped bit in a head", func(t *testing.T, paths []string) { write(t, paths[0], 3*record+20, []byte{0x99}) }, []int{0, 9}, 1},
 		{"a length of 4 GiB", func(t *testing.T, paths []string) { write(t, paths[0], 3*record+4, []byte{0xff, 0xff, 0xff, 0xff}) }, []int{0, 9}, 1},
 		{"zeros at the end", func(t *testing.T, paths []string) { write(t, paths[2], 8*record, make([]byte, 2*record)) }, []int{20, 29}, 1},
@@ -338,7 +339,7 @@ func TestDamagedFiles(t *testing.T) {
 			if len(paths) != entries/perFile {
 				t.Fatalf("%d files", len(paths))
 			}
-			c.harm(t, paths)
+			c.damage(t, paths)
 			e, damaged := openFiles(t, dir, 16<<20)
 			for i := range entries {
 				lost := len(c.lost) > 0 && i >= c.lost[0] && i <= c.lost[1]
@@ -349,7 +350,7 @@ func TestDamagedFiles(t *testing.T) {
 			if got := damaged.Load(); got != c.damaged {
 				t.Errorf("%d files were found damaged, want %d", got, c.damaged)
 			}
-			// It goes on, and the next start finds no damage.
+			// The tier works, and the next start finds no damage.
 			put(t, e, entry(1000, now, 100))
 			count, bytes, _ := e.size()
 			if err := e.close(); err != nil {
@@ -363,10 +364,10 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
-// TestFilesHarmedInUse: what is harmed while the tier is open is dropped when a
-// read finds it, and writes go on.
-func TestFilesHarmedInUse(t *testing.T) {
-	for name, harm := range map[string]func(t *testing.T, path string){
+// TestDamageInUse damages a file while the tier is open: the first read that finds the
+// damage drops the file, and writes work.
+func TestDamageInUse(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, path string){
 		"cut": func(t *testing.T, path string) {
 			if err := os.Truncate(path, 5000); err != nil {
 				t.Fatal(err)
@@ -391,7 +392,7 @@ func TestFilesHarmedInUse(t *testing.T) {
 			for i := range 200 {
 				put(t, e, entry(i, now, 500))
 			}
-			harm(t, segmentFiles(t, dir)[0])
+			damage(t, segmentFiles(t, dir)[0])
 			held := 0
 			for i := range 200 {
 				if value, err := e.get(t.Context(), entry(i, now, 0).Key); err != nil {
@@ -409,7 +410,7 @@ func TestFilesHarmedInUse(t *testing.T) {
 			}
 		})
 	}
-	t.Run("a ping finds it", func(t *testing.T) {
+	t.Run("found by ping", func(t *testing.T) {
 		dir := t.TempDir()
 		e, damaged := openFiles(t, dir, 16<<20)
 		if err := e.ping(t.Context()); err != nil {
@@ -425,8 +426,8 @@ func TestFilesHarmedInUse(t *testing.T) {
 	})
 }
 
-// TestFailedWrite: an entry that could not be written is not there, the others are,
-// and failing writes make no files.
+// TestFailedWrite: an entry whose write failed is a miss, other entries are not affected,
+// and failing writes create no files.
 func TestFailedWrite(t *testing.T) {
 	dir, now := t.TempDir(), time.Now()
 	e, _ := openFiles(t, dir, 16<<20)
@@ -460,14 +461,14 @@ func TestFailedWrite(t *testing.T) {
 	}
 }
 
-// TestReadsWaitForNoWrite: while a write hangs, entries are found, and the next
-// writer gives up with its context.
-func TestReadsWaitForNoWrite(t *testing.T) {
+// TestHangingWrite: while a write hangs, reads work, and another writer stops when its
+// context ends.
+func TestHangingWrite(t *testing.T) {
 	e, _ := openFiles(t, t.TempDir(), 16<<20)
 	now := time.Now()
 	put(t, e, entry(1, now, 100))
 	if !e.writing.TryAcquire(1) {
-		t.Fatal("somebody writes")
+		t.Fatal("the lock is held")
 	}
 	defer e.writing.Release(1)
 	if !holds(t, e, entry(1, now, 100)) {
@@ -480,8 +481,9 @@ func TestReadsWaitForNoWrite(t *testing.T) {
 	}
 }
 
-// TestTooLargeForTheFiles: such an entry is skipped, and takes no other along.
-func TestTooLargeForTheFiles(t *testing.T) {
+// TestLargerThanTier: an entry that is larger than the whole tier is skipped, and the
+// others of its batch are written.
+func TestLargerThanTier(t *testing.T) {
 	e, _ := openFiles(t, t.TempDir(), 64<<10)
 	now := time.Now()
 	put(t, e, entry(1, now, 100), entry(2, now, 64<<10), entry(3, now, 100))
@@ -490,7 +492,7 @@ func TestTooLargeForTheFiles(t *testing.T) {
 	}
 }
 
-// TestOtherFiles: the file of earlier versions is removed, other files are left.
+// TestOtherFiles: the file of earlier versions is removed, other files stay.
 func TestOtherFiles(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{oldFile, "notes.txt", "x" + segmentSuffix} {
@@ -505,8 +507,8 @@ func TestOtherFiles(t *testing.T) {
 	}
 }
 
-// TestManyAtOnce reads, writes, drops, sweeps and damages at the same time.
-func TestManyAtOnce(t *testing.T) {
+// TestConcurrentUse reads, writes, drops, sweeps and damages files at the same time.
+func TestConcurrentUse(t *testing.T) {
 	dir, now := t.TempDir(), time.Now()
 	e, damaged := openFiles(t, dir, 256<<10)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -529,25 +531,25 @@ func TestManyAtOnce(t *testing.T) {
 			_ = e.drop(ctx, []Key{entry(rand.IntN(500), now, 0).Key}) //nolint:gosec // a test's
 			_ = e.sweep(ctx, now.Add(-time.Hour))
 			for _, path := range segmentFiles(t, dir) {
-				_ = os.Truncate(path, 1) // may be gone already
+				_ = os.Truncate(path, 1) // it may have been removed
 				break
 			}
 		}
 	})
 	for i := 0; damaged.Load() < 20; i++ {
-		_ = e.put(ctx, []Entry{entry(i%500, now, 300)}, time.Hour) // fails while its file is dropped
+		_ = e.put(ctx, []Entry{entry(i%500, now, 300)}, time.Hour) // fails if its file was just dropped
 	}
 	cancel()
 	others.Wait()
 }
 
-// TestKilledWriter kills a process at any moment while it writes: what it had said to
-// be written is found by the next.
+// TestKilledWriter kills a process while it writes: the next one finds all entries that
+// were written.
 func TestKilledWriter(t *testing.T) {
 	const size = 5000
 	at := time.UnixMilli(1_800_000_000_000)
-	if dir := os.Getenv("DSNODE_TEST_CACHE_DIR"); dir != "" {
-		e, _ := openFiles(t, dir, 64<<20)
+	if os.Getenv("DSNODE_TEST_CACHE_WRITER") != "" { // the process that is killed
+		e, _ := openFiles(t, ".", 64<<20)
 		for i := 0; ; i++ {
 			put(t, e, entry(i, at, size))
 			fmt.Println("written", i)
@@ -556,7 +558,7 @@ func TestKilledWriter(t *testing.T) {
 	for round := range 5 {
 		dir := t.TempDir()
 		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestKilledWriter$")
-		cmd.Env = append(os.Environ(), "DSNODE_TEST_CACHE_DIR="+dir)
+		cmd.Dir, cmd.Env = dir, append(os.Environ(), "DSNODE_TEST_CACHE_WRITER=1")
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			t.Fatal(err)
@@ -567,7 +569,7 @@ func TestKilledWriter(t *testing.T) {
 		written := -1
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			if _, err := fmt.Sscanf(lines.Text(), "written %d", &written); err == nil && written == 50*(round+1) {
-				_ = cmd.Process.Kill() // the lines that it wrote meanwhile are still read
+				_ = cmd.Process.Kill() // lines that it wrote before are still read
 			}
 		}
 		_ = cmd.Wait() // it was killed
@@ -586,9 +588,9 @@ func TestKilledWriter(t *testing.T) {
 	}
 }
 
-// TestNoHarmGivesAWrongAnswer harms files at random: an answer that is found, however
-// old or odd its file, is the one that was kept.
-func TestNoHarmGivesAWrongAnswer(t *testing.T) {
+// TestNoWrongAnswer damages files at random: an answer that is found is the one that was
+// kept.
+func TestNoWrongAnswer(t *testing.T) {
 	first := newRig(t, nil, embeddedTier).run()
 	const answers = 12
 	keys, bodies := make([]Key, answers), make([]string, answers)
@@ -607,7 +609,7 @@ func TestNoHarmGivesAWrongAnswer(t *testing.T) {
 	}
 	rapid.Check(t, func(rt *rapid.T) {
 		b := bytes.Clone(good)
-		for range rapid.IntRange(1, 4).Draw(rt, "harms") {
+		for range rapid.IntRange(1, 4).Draw(rt, "damages") {
 			at := rapid.IntRange(0, len(b)).Draw(rt, "at")
 			n := min(rapid.IntRange(0, 400).Draw(rt, "bytes"), len(b)-at)
 			switch rapid.IntRange(0, 4).Draw(rt, "kind") {
@@ -625,7 +627,7 @@ func TestNoHarmGivesAWrongAnswer(t *testing.T) {
 				b = append(b[:at+n:at+n], b[at:]...)
 			}
 		}
-		dir, err := os.MkdirTemp(first.dir, "harmed")
+		dir, err := os.MkdirTemp(first.dir, "damaged")
 		if err != nil {
 			rt.Fatal(err)
 		}
@@ -647,12 +649,12 @@ func TestNoHarmGivesAWrongAnswer(t *testing.T) {
 		}
 	})
 	if first.Stats().Requests["shared"]["hit"] == 0 {
-		t.Error("nothing was ever found")
+		t.Error("no answer was found in any file")
 	}
 }
 
-// FuzzSegment: whatever a file holds, its records lie within it one after the other,
-// and those that are read are what would be written.
+// FuzzSegment: the records of any file are consecutive parts of it, and writing what was
+// read gives the same bytes.
 func FuzzSegment(f *testing.F) {
 	var b []byte
 	for i := range 3 {
@@ -662,8 +664,8 @@ func FuzzSegment(f *testing.F) {
 	f.Add(b, recordHead+3)
 	f.Add([]byte("hello"), 0)
 	f.Fuzz(func(t *testing.T, b []byte, fix int) {
-		if fix >= 0 && fix <= len(b)-recordHead { // else no mutation of a head passes its sum
-			binary.LittleEndian.PutUint32(b[fix:], crc32.Checksum(b[fix+4:fix+recordHead], castagnoli))
+		if fix >= 0 && fix <= len(b)-recordHead { // else no mutated head passes its checksum
+			binary.BigEndian.PutUint32(b[fix:], crc32.Checksum(b[fix+4:fix+recordHead], castagnoli))
 		}
 		end := int64(0)
 		err := scanRecords(bytes.NewReader(b), int64(len(b)), func(r record, at int64) {
@@ -706,7 +708,7 @@ func BenchmarkOpenFiles(b *testing.B) {
 	}
 }
 
-// BenchmarkFileHit reads an entry of 1 KiB; keys are those of a full tier.
+// BenchmarkFileHit reads entries of 1 KiB from a tier of 100,000.
 func BenchmarkFileHit(b *testing.B) {
 	e, _ := openFiles(b, b.TempDir(), 128<<20)
 	entries := make([]Entry, 100_000)

@@ -20,17 +20,17 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// rig is a cache with a clock, purges and a log of its own.
+// rig is a cache whose clock, purges, log and configuration the test controls.
 type rig struct {
 	*Cache
 	t      *testing.T
 	dir    string
 	ring   *keyring.Ring
 	keys   []keyring.DataKey
-	ahead  atomic.Int64 // of the clock, nanoseconds
+	ahead  atomic.Int64 // how far the cache's clock is ahead, nanoseconds
 	purges atomic.Pointer[agreed.CachePurges]
 	logs   *log
-	env    sync.Map // of secrets, by name
+	env    sync.Map // environment variables
 	conf   *config.Config
 	stop   func()
 }
@@ -52,7 +52,8 @@ func (l *log) String() string {
 	return l.b.String()
 }
 
-// newRig makes a cache whose shared tier is as told; it does not run yet.
+// newRig makes a cache with the given shared tier, and with the directory, ring and clock
+// of like, unless that is nil. It does not run yet.
 func newRig(t *testing.T, like *rig, site config.SiteCache) *rig {
 	t.Helper()
 	r := &rig{t: t, logs: &log{}}
@@ -91,7 +92,7 @@ var (
 	life         = Life{Local: 10 * time.Minute, Shared: time.Hour, Stale: 24 * time.Hour}
 )
 
-// run starts the cache and waits until its shared tier is open.
+// run starts the cache and waits until the shared tier is open.
 func (r *rig) run() *rig {
 	r.t.Helper()
 	r.start()
@@ -138,7 +139,7 @@ func (r *rig) keep(k Key, a *Answer) {
 	r.Keep(k, "m", a)
 	again := time.Now().Add(time.Second)
 	eventually(r.t, "the answer is written", func() bool {
-		if time.Now().After(again) { // on a busy machine a write may take more than it has
+		if time.Now().After(again) { // on a busy machine a write may time out
 			again = time.Now().Add(time.Second)
 			r.Keep(k, "m", a)
 		}
@@ -158,7 +159,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	defer tick.Stop()
 	for !is() {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain: %s", what)
+			t.Fatalf("not after 20 s: %s", what)
 		}
 		<-tick.C
 	}

@@ -5,20 +5,20 @@ import (
 	"sync"
 )
 
-// Key names one answer: an HMAC of everything that the answer depends on. It
-// tells nothing of it.
+// Key identifies one answer. It is an HMAC of everything that the answer depends on, so
+// it reveals nothing of that.
 type Key [32]byte
 
-// String is the key as operators and Cache-Status write it: 43 characters.
+// String is the key as operators and the header Cache-Status write it: 43 characters.
 func (k Key) String() string { return base64.RawURLEncoding.EncodeToString(k[:]) }
 
-// Append is String for those who have a buffer.
+// Append appends String to a buffer.
 func (k Key) Append(b []byte) []byte { return base64.RawURLEncoding.AppendEncode(b, k[:]) }
 
-// IsZero: it is no key.
+// IsZero reports whether k is the zero key, which no question has.
 func (k Key) IsZero() bool { return k == Key{} }
 
-// ParseKey reads what String wrote; false for anything else.
+// ParseKey reads what String wrote. False: text is something else.
 func ParseKey(text string) (k Key, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(text)
 	if err != nil || len(b) != len(k) {
@@ -27,7 +27,7 @@ func ParseKey(text string) (k Key, ok bool) {
 	return Key(b), true
 }
 
-// Shape is the form that an answer has on the wire. Each is kept by itself.
+// Shape is the form of an answer on the wire. The shapes have separate entries.
 type Shape string
 
 // The shapes.
@@ -36,31 +36,31 @@ const (
 	Stream Shape = "stream"
 )
 
-// Question is what an answer depends on.
+// Question is everything that an answer depends on.
 type Question struct {
-	// Owner is who may see the answer: a tenant, or a key without one.
+	// Owner is the tenant that may see the answer, or an API key without a tenant.
 	Owner    string
 	Endpoint string // canonical path
-	Model    string // as asked for, after any split
+	Model    string // as requested, after any split
 	Revision string // of the weights, "" when none is configured
 	Shape    Shape
-	// Headers are those of the request's that may change an answer, as
-	// alternating names and values.
+	// Headers are the request's headers that may change an answer: names and values
+	// alternate.
 	Headers []string
 	Body    []byte // JSON
 }
 
 const (
 	keyPurpose = "cache key v1"
-	// maxPooled bounds the buffers that are kept for the next request.
+	// maxPooled bounds the buffers that are reused.
 	maxPooled = 256 << 10
 )
 
 var forms = sync.Pool{New: func() any { return &canonical{} }}
 
-// key gives the question's key; false when it can't have one: the body is no
-// JSON object, or nothing is agreed on yet.
-func (c *Cache) key(q *Question) (Key, bool) {
+// Key gives a question's key. False: the body is not a JSON object, or the cluster has
+// not agreed on a secret yet.
+func (c *Cache) Key(q *Question) (Key, bool) {
 	mac := c.mac()
 	if mac == nil {
 		return Key{}, false
@@ -85,16 +85,16 @@ func (c *Cache) key(q *Question) (Key, bool) {
 	return Key(mac.Sum(append(form.parts, form.out)...)), true
 }
 
-// part adds a text to what the key is made of. Parts that were added before keep
-// the bytes they have when names grows and moves.
+// part appends a text to parts. When names grows, earlier parts keep pointing to the old
+// array, which still has their bytes.
 func (c *canonical) part(s string) {
 	from := len(c.names)
 	c.names = append(c.names, s...)
 	c.parts = append(c.parts, c.names[from:])
 }
 
-// omits says which members of a body say only how the answer travels. Of a
-// stream, its options change the chunks.
+// omits says which top-level members do not change an answer: those that only say
+// whether it is streamed. The options of a stream change its chunks.
 func (q *Question) omits(name []byte) bool {
 	switch string(name) {
 	case "stream":

@@ -9,14 +9,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 	"unicode/utf8"
 
 	"pgregory.net/rapid"
 )
 
-// Every member of OpenAI's requests, and a few of vLLM's and DeepSeek's, with
-// another value than the base has.
+// Requests, and for every member of OpenAI's requests and a few of vLLM's and DeepSeek's
+// a value that the request does not have.
 var (
 	chatBase  = `{"model":"m","messages":[{"role":"system","content":"be brief"},{"role":"user","content":"hi"}],"temperature":0}`
 	chatOther = map[string]string{
@@ -53,8 +52,8 @@ func with(t *testing.T, base, name, value string) string {
 	return string(b)
 }
 
-// TestEveryFieldIsInTheKey: no two of all these questions share an answer.
-func TestEveryFieldIsInTheKey(t *testing.T) {
+// TestKeyHasEveryField: no two of all these questions share a key.
+func TestKeyHasEveryField(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	seen := map[Key]string{}
 	ask := func(what string, q Question) {
@@ -101,8 +100,8 @@ func TestEveryFieldIsInTheKey(t *testing.T) {
 	}
 }
 
-// TestTheSameQuestion: other spellings of one question.
-func TestTheSameQuestion(t *testing.T) {
+// TestSpellings: all spellings of a question share its key, other questions do not.
+func TestSpellings(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	key := func(shape Shape, body string) Key {
 		k, ok := r.Key(&Question{Owner: "tenant a", Model: "m", Shape: shape, Body: []byte(body)})
@@ -134,7 +133,7 @@ func TestTheSameQuestion(t *testing.T) {
 		}
 	}
 	if key(Stream, `{"stream_options":{"a":1}}`) == key(Stream, `{"stream_options":{"a":2}}`) {
-		t.Error("the options of a stream are not in its key")
+		t.Error("stream_options do not change the key of a stream")
 	}
 	for _, none := range []string{``, `[]`, `{`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{"a":"`, `{"a":"\x"}`, `{"a":"\u12"}`, `{} x`, `{"a":tru}`, `null`, strings.Repeat(`{"a":`, 200) + `1` + strings.Repeat(`}`, 200)} {
 		if _, ok := r.Key(&Question{Body: []byte(none)}); ok {
@@ -143,8 +142,9 @@ func TestTheSameQuestion(t *testing.T) {
 	}
 }
 
-// TestAnyChangeChangesTheKey, and no re-spelling does.
-func TestAnyChangeChangesTheKey(t *testing.T) {
+// TestChangesAndSpellings: a random change of a request changes its key, a random
+// re-spelling does not.
+func TestChangesAndSpellings(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	key := func(t *rapid.T, body string) Key {
 		k, ok := r.Key(&Question{Owner: "tenant a", Model: "m", Shape: Plain, Body: []byte(body)})
@@ -240,7 +240,7 @@ func drawValue(depth int) *rapid.Generator[any] {
 	})
 }
 
-// spell writes a value in some way that JSON has.
+// spell writes a value in one of the ways that JSON allows.
 func spell(t *rapid.T, v any) string {
 	space := func() string { return rapid.SampledFrom([]string{"", "", " ", "\n\t"}).Draw(t, "space") }
 	switch v := v.(type) {
@@ -282,7 +282,7 @@ func spell(t *rapid.T, v any) string {
 	}
 }
 
-// FuzzCanonical: the form says the same as the text, and is its own form.
+// FuzzCanonical: the canonical form has the meaning of the text, and is its own form.
 func FuzzCanonical(f *testing.F) {
 	for _, seed := range []string{chatBase, `{"b":1,"a":[{"d":"\ud83d\ude00","c":null}]}`, `{"a":"\ud800","\u0061":1e5}`, `{"a":{"z":1,"y":2,"z":3}}`} {
 		f.Add([]byte(seed))
@@ -311,35 +311,6 @@ func FuzzCanonical(f *testing.F) {
 		}
 		if a, b := read(in), read(c.out); !reflect.DeepEqual(a, b) {
 			t.Fatalf("%q says %v, %q says %v", in, a, c.out, b)
-		}
-	})
-}
-
-func FuzzUnpack(f *testing.F) {
-	p, err := newPacker(1 << 20)
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(p.pack(nil, streamed("data: a\n\n", "data: [DONE]\n\n")))
-	f.Add(p.pack(nil, plainAnswer(strings.Repeat("word ", 500))))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		a, err := p.unpack(b)
-		if err != nil {
-			return
-		}
-		again, err := p.unpack(p.pack(nil, a))
-		if err != nil || !bytes.Equal(a.Body, again.Body) || !slices.Equal(a.Ends, again.Ends) || a.Stream != again.Stream || a.ContentType != again.ContentType {
-			t.Fatalf("%v: %+v became %+v", err, a, again)
-		}
-	})
-}
-
-func FuzzParseEntry(f *testing.F) {
-	f.Add(entry(1, time.UnixMilli(1_790_000_000_000), 100).value())
-	f.Fuzz(func(t *testing.T, b []byte) {
-		e, err := parseEntry(Key{}, b)
-		if err == nil && !bytes.Equal(e.value(), b) {
-			t.Fatalf("%x became %x", b, e.value())
 		}
 	})
 }

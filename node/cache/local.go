@@ -7,17 +7,18 @@ import (
 	"github.com/maypok86/otter/v2"
 )
 
-// local is the tier in memory. Reads take no lock; what is written beyond the
-// bound pushes out what is asked for least.
+// local is the tier in memory. Reads take no lock. At the bound, answers that are
+// rarely asked for are evicted.
 type local struct {
 	held *otter.Cache[Key, *resident]
 }
 
-// resident is an answer in memory. An answer that came from the shared tier is
-// used from here for the local time only, then looked for there again.
+// resident is an answer in memory.
 type resident struct {
-	answer  *Answer
-	model   string
+	answer *Answer
+	model  string
+	// arrived is when the answer came into memory, from an upstream or the shared
+	// tier. After Life.Local the shared tier is asked again.
 	arrived time.Time
 }
 
@@ -42,8 +43,8 @@ func (l *local) put(k Key, model string, a *Answer, now time.Time) {
 
 func (l *local) drop(k Key) { l.held.Invalidate(k) }
 
-// sweep drops what is of no use any more; nobody asks for it, so nothing else
-// would unless room is needed.
+// sweep drops useless answers. Without it they would take memory until other answers
+// need it.
 func (l *local) sweep(useless func(Key, *resident) bool) {
 	for k, r := range l.held.All() {
 		if useless(k, r) {

@@ -5,8 +5,8 @@ import (
 	"sync"
 )
 
-// Queue holds what waits, bounded in number and bytes. When there is no room the
-// oldest go: nobody waits for room. It is safe for many goroutines.
+// Queue is a FIFO queue, bounded in items and bytes. When it is full, Offer drops the
+// oldest items. It is safe for concurrent use.
 type Queue[T any] struct {
 	size            func(T) int
 	maxLen, maxSize int
@@ -16,11 +16,11 @@ type Queue[T any] struct {
 	items  []T
 	head   int
 	bytes  int
-	filled chan struct{} // holds a token when there is something to take
+	filled chan struct{} // holds a token when there may be items
 }
 
-// NewQueue makes an empty queue of at most maxLen things of maxBytes in all.
-// dropped is told of those that went without being taken; nil: nobody is.
+// NewQueue makes a queue of at most maxLen items with at most maxBytes in all. dropped,
+// unless it is nil, is called with the number of items that Offer has dropped.
 func NewQueue[T any](maxLen, maxBytes int, size func(T) int, dropped func(n int)) *Queue[T] {
 	if dropped == nil {
 		dropped = func(int) {}
@@ -28,7 +28,7 @@ func NewQueue[T any](maxLen, maxBytes int, size func(T) int, dropped func(n int)
 	return &Queue[T]{size: size, maxLen: maxLen, maxSize: maxBytes, dropped: dropped, filled: make(chan struct{}, 1)}
 }
 
-// Offer adds one thing and never waits.
+// Offer adds an item. It never waits. It drops an item that exceeds maxBytes by itself.
 func (q *Queue[T]) Offer(v T) {
 	n := q.size(v)
 	if n > q.maxSize {
@@ -53,8 +53,8 @@ func (q *Queue[T]) Offer(v T) {
 	}
 }
 
-// Take waits for something and gives all that is there, oldest first, up to a
-// number. The error is ctx's.
+// Take waits for an item, then takes up to most items, oldest first. The error is
+// ctx's.
 func (q *Queue[T]) Take(ctx context.Context, most int) ([]T, error) {
 	for {
 		if batch := q.now(most); len(batch) > 0 {
@@ -68,7 +68,7 @@ func (q *Queue[T]) Take(ctx context.Context, most int) ([]T, error) {
 	}
 }
 
-// now takes what is there.
+// now is Take without waiting. It may take none.
 func (q *Queue[T]) now(most int) []T {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -79,7 +79,7 @@ func (q *Queue[T]) now(most int) []T {
 	return batch
 }
 
-// Len is how many wait, and their bytes.
+// Len gives the number of items and their bytes.
 func (q *Queue[T]) Len() (n, bytes int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -20,30 +20,30 @@ import (
 const (
 	redisPrefix = "dsnode:cache:1:"
 	redisConns  = 32
-	// dialTime bounds the making of a connection, which goes on without the
-	// command that wanted it: with TLS it may take longer than that one has.
+	// dialTime bounds the dialling of a connection. With TLS it may take longer than a
+	// command has, so it continues after the command has failed.
 	dialTime = 500 * time.Millisecond
 )
 
-// Files reads what the configuration points at.
+// Files reads the files and environment variables that the configuration names.
 type Files struct {
 	LookupEnv func(string) (string, bool)
 	ReadFile  func(string) ([]byte, error)
 }
 
-// remote is a Redis or Valkey of the site.
-type remote struct {
+// redisStore is a shared tier in the site's Redis or Valkey.
+type redisStore struct {
 	client redis.UniversalClient
 	max    int // bytes of a value
 }
 
-// quiet ends go-redis's own lines on stderr, one for each failed dial: the breaker
-// has a line of ours for each outage. Its logger is a global that no option
-// replaces, and may be set only while nobody uses it.
-var quiet sync.Once
+// silenceClient disables go-redis's own logging to stderr, which has a line for each
+// failed dial; the breaker logs each outage once. The library's logger is global, and
+// may be set only while no client is in use.
+var silenceClient sync.Once
 
-func openRedis(conf config.Redis, maxValue int, files Files) (*remote, error) {
-	quiet.Do(logging.Disable)
+func openRedis(conf config.Redis, maxValue int, files Files) (*redisStore, error) {
+	silenceClient.Do(logging.Disable)
 	at, err := conf.Addresses()
 	if err != nil {
 		return nil, fmt.Errorf("redis: %w", err)
@@ -52,7 +52,7 @@ func openRedis(conf config.Redis, maxValue int, files Files) (*remote, error) {
 		Addrs: at.Hosts, DB: at.DB, Username: at.User, MasterName: conf.Master, IsClusterMode: conf.Mode == config.RedisCluster,
 		ContextTimeoutEnabled: true, // off by default: a deadline would mean nothing
 		DialTimeout:           dialTime, ReadTimeout: commandTime, WriteTimeout: commandTime, PoolTimeout: commandTime,
-		// Another try would double the wait; a miss is cheaper.
+		// A miss costs less than a retry, which doubles the wait.
 		MaxRetries: -1, DialerRetries: 1, MaxRedirects: 2,
 		PoolSize: redisConns, MaxActiveConns: redisConns, MaxConcurrentDials: redisConns, PipelinePoolSize: -1,
 		ConnMaxIdleTime: time.Minute, DisableIdentity: true,
@@ -65,8 +65,8 @@ func openRedis(conf config.Redis, maxValue int, files Files) (*remote, error) {
 	if o.SentinelPassword, err = secret("sentinel_password", conf.SentinelPassword, files); err != nil {
 		return nil, err
 	}
-	// One dialer for servers and sentinels. It heeds the context, which the
-	// library's own does not once it speaks TLS.
+	// One dialer for servers and sentinels. The library's own dialer ignores the
+	// context during a TLS handshake.
 	plain := &net.Dialer{Timeout: dialTime, KeepAlive: 15 * time.Second}
 	o.Dialer = plain.DialContext
 	if conf.Secure() {
@@ -74,15 +74,15 @@ func openRedis(conf config.Redis, maxValue int, files Files) (*remote, error) {
 		if err != nil {
 			return nil, err
 		}
-		// Without server_name each server is known by the host of its address.
+		// Without server_name the certificate is checked against each address's host.
 		o.Dialer = (&tls.Dialer{NetDialer: plain, Config: c}).DialContext
 	}
 	if conf.Mode != config.RedisCluster {
-		return &remote{client: redis.NewUniversalClient(o), max: maxValue}, nil
+		return &redisStore{client: redis.NewUniversalClient(o), max: maxValue}, nil
 	}
 	c := o.Cluster()
-	c.DisableRoutingPolicies = true // or each server is asked for a list of all commands
-	return &remote{client: redis.NewClusterClient(c), max: maxValue}, nil
+	c.DisableRoutingPolicies = true // else the client asks each server for a list of all commands
+	return &redisStore{client: redis.NewClusterClient(c), max: maxValue}, nil
 }
 
 func secret(what string, s config.Secret, files Files) (string, error) {
@@ -129,11 +129,11 @@ func redisTLS(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls
 	return conf, nil
 }
 
-func name(k Key) string { return redisPrefix + k.String() }
+func redisKey(k Key) string { return redisPrefix + k.String() }
 
-// get reads no more than an entry can have, whatever stands there.
-func (r *remote) get(ctx context.Context, k Key) ([]byte, error) {
-	value, err := r.client.GetRange(ctx, name(k), 0, int64(r.max)).Bytes()
+// get reads no more bytes than an entry can have, however large the value is.
+func (r *redisStore) get(ctx context.Context, k Key) ([]byte, error) {
+	value, err := r.client.GetRange(ctx, redisKey(k), 0, int64(r.max)).Bytes()
 	switch {
 	case errors.Is(err, redis.Nil):
 		return nil, nil
@@ -145,9 +145,10 @@ func (r *remote) get(ctx context.Context, k Key) ([]byte, error) {
 	return value, nil
 }
 
-// put writes one after the other, each within its own time: in a cluster they
-// belong to different servers, and one that fails takes none of the others along.
-func (r *remote) put(ctx context.Context, batch []Entry, keep time.Duration) error {
+// put writes the entries one after the other, each with its own deadline. In a cluster
+// they belong to different servers, and one server that fails must not stop the others'
+// writes.
+func (r *redisStore) put(ctx context.Context, batch []Entry, keep time.Duration) error {
 	var failed error
 	for _, e := range batch {
 		left := keep - time.Since(e.StoredAt)
@@ -164,38 +165,38 @@ func (r *remote) put(ctx context.Context, batch []Entry, keep time.Duration) err
 	return failed
 }
 
-// putOne looks first whether what is there is newer: what peers kept comes in any
-// order. Between the look and the write another may come, which then lasts until
-// the answer expires; it is no worse an answer.
-func (r *remote) putOne(ctx context.Context, e Entry, keep time.Duration) error {
+// putOne writes an entry unless the one that is there is newer: peers' entries come in
+// any order. Another write may happen between the check and this write, and then the older
+// of the two answers may stay. It is valid too.
+func (r *redisStore) putOne(ctx context.Context, e Entry, keep time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, commandTime)
 	defer cancel()
-	head, err := r.client.GetRange(ctx, name(e.Key), 0, entryHeader-1).Bytes()
+	head, err := r.client.GetRange(ctx, redisKey(e.Key), 0, entryHeader-1).Bytes()
 	if err != nil && !errors.Is(err, redis.Nil) {
 		return err
 	}
 	if at, ok := stampOf(head); ok && at.After(e.StoredAt) {
 		return nil
 	}
-	return r.client.Set(ctx, name(e.Key), e.value(), keep).Err()
+	return r.client.Set(ctx, redisKey(e.Key), e.value(), keep).Err()
 }
 
-func (r *remote) drop(ctx context.Context, keys []Key) error {
-	for _, k := range keys { // of different servers, in a cluster
-		if err := r.client.Del(ctx, name(k)).Err(); err != nil {
+func (r *redisStore) drop(ctx context.Context, keys []Key) error {
+	for _, k := range keys { // in a cluster they belong to different servers
+		if err := r.client.Del(ctx, redisKey(k)).Err(); err != nil {
 			return fmt.Errorf("redis: %w", err)
 		}
 	}
 	return nil
 }
 
-// sweep has nothing to do: each key has its own time.
-func (*remote) sweep(context.Context, time.Time) error { return nil }
+// sweep does nothing: Redis expires each key.
+func (*redisStore) sweep(context.Context, time.Time) error { return nil }
 
-// ping looks for an entry: a server that loads its data, or a replica that was cut
-// off, answers PING. A cluster is back when each of its masters is: asked for one
-// key, it would seem back and gone in turns.
-func (r *remote) ping(ctx context.Context) error {
+// ping looks a key up, since a server that is loading its data, or a replica that lost
+// its master, answers PING. All masters of a cluster must answer: if one of them is down,
+// single keys would work or fail depending on their slot.
+func (r *redisStore) ping(ctx context.Context) error {
 	if c, ok := r.client.(*redis.ClusterClient); ok {
 		err := c.ForEachMaster(ctx, func(ctx context.Context, one *redis.Client) error { return one.Ping(ctx).Err() })
 		if err != nil {
@@ -206,6 +207,6 @@ func (r *remote) ping(ctx context.Context) error {
 	return err
 }
 
-func (*remote) size() (entries, bytes int64, known bool) { return 0, 0, false }
+func (*redisStore) size() (entries, bytes int64, known bool) { return 0, 0, false }
 
-func (r *remote) close() error { return r.client.Close() }
+func (r *redisStore) close() error { return r.client.Close() }

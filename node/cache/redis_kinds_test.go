@@ -22,7 +22,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// client has all the time that it needs.
+// client gives a client of the server without the cache's deadlines.
 func (s *server) client(o redis.Options) *redis.Client {
 	o.Addr, o.MaintNotificationsConfig = s.addr, nil
 	c := redis.NewClient(&o)
@@ -65,9 +65,9 @@ func (r *rig) wantAll(what string, keys []Key) {
 			if _, ok := r.Shared(r.t.Context(), k, "m", life); ok {
 				continue
 			}
-			if f, ok := r.Local(k, "m", life); late && ok { // a write may have had no time on a busy machine
+			if f, ok := r.Local(k, "m", life); late && ok { // on a busy machine a write may time out
 				again = time.Now().Add(time.Second)
-				r.writes.Offer(write1{key: k, answer: f.Answer})
+				r.writes.Offer(pendingWrite{key: k, answer: f.Answer})
 			}
 			return false
 		}
@@ -80,9 +80,8 @@ func (r *rig) wantState(state string) {
 	eventually(r.t, "the shared tier is "+state, func() bool { return r.Stats().Shared.State == state })
 }
 
-// TestRedisSentinel: the server that sentinels know by a name is used, with users
-// and passwords of its own and theirs; when it dies, the one that takes over is
-// used by itself.
+// TestRedisSentinel: the master that the sentinels name is used, with a user and
+// passwords for it and for them. When it dies, the new master is used.
 func TestRedisSentinel(t *testing.T) {
 	t.Parallel()
 	auth := []string{
@@ -100,7 +99,7 @@ func TestRedisSentinel(t *testing.T) {
 		return strings.Contains(watch.do(sentinel, "sentinel", "replicas", "cache"), portOf(t, second.addr))
 	})
 	conf := config.SiteCache{Shared: config.SharedRedis, Redis: config.Redis{
-		URL:  "redis://dsnode@" + freeAddr(t) + "/0?addr=" + watch.addr, // one of the sentinels is down
+		URL:  "redis://dsnode@" + freeAddr(t) + "/0?addr=" + watch.addr, // the first sentinel is down
 		Mode: config.RedisSentinel, Master: "cache", Password: config.Secret{Env: "R"}, SentinelPassword: config.Secret{Env: "S"},
 	}}
 	r := newRig(t, nil, conf)
@@ -113,16 +112,16 @@ func TestRedisSentinel(t *testing.T) {
 	eventually(t, "the replica has them", func() bool { return second.do(to, "dbsize") == "20" })
 
 	first.kill()
-	r.wantPatience(r.key("tenant a", `{"not":"there"}`))
-	r.wantAll("the one that took over is used", before)
-	r.wantAll("and written to", r.keepMany(5))
+	r.wantNoWaiting(r.key("tenant a", `{"not":"there"}`))
+	r.wantAll("the new master is used", before)
+	r.wantAll("the new master is written to", r.keepMany(5))
 	if !strings.Contains(second.do(to, "role"), "master") {
-		t.Error("nobody took over")
+		t.Error("the replica is not the master")
 	}
 }
 
-// TestRedisCluster: each key goes to its server; a slot may move; a server that
-// dies makes the whole tier rest, until another has taken its place.
+// TestRedisCluster: each key goes to its server, also while its slot moves. A server that
+// dies opens the breaker of the whole tier, until its replica has taken over.
 func TestRedisCluster(t *testing.T) {
 	t.Parallel()
 	var servers []*server
@@ -139,7 +138,7 @@ func TestRedisCluster(t *testing.T) {
 	for i := 1; i < len(servers); i++ {
 		servers[i].do(to[i], "cluster", "meet", "127.0.0.1", portOf(t, servers[0].addr))
 	}
-	eventually(t, "all know all", func() bool {
+	eventually(t, "all servers know each other", func() bool {
 		for i, s := range servers {
 			if !strings.Contains(s.do(to[i], "cluster", "info"), "cluster_known_nodes:4") {
 				return false
@@ -170,20 +169,20 @@ func TestRedisCluster(t *testing.T) {
 		}
 	}
 
-	// The slot of some key of the first moves to the second, with what is in it.
+	// A slot of the first server moves to the second, with its keys.
 	var moved Key
 	slot := int64(-1)
 	for _, k := range keys {
-		if n, err := to[0].ClusterKeySlot(t.Context(), name(k)).Result(); err == nil && n <= 5460 {
+		if n, err := to[0].ClusterKeySlot(t.Context(), redisKey(k)).Result(); err == nil && n <= 5460 {
 			moved, slot = k, n
 			break
 		}
 	}
 	servers[1].do(to[1], "cluster", "setslot", slot, "importing", id(0))
 	servers[0].do(to[0], "cluster", "setslot", slot, "migrating", id(1))
-	servers[0].do(to[0], "migrate", "127.0.0.1", portOf(t, servers[1].addr), name(moved), 0, 1000)
+	servers[0].do(to[0], "migrate", "127.0.0.1", portOf(t, servers[1].addr), redisKey(moved), 0, 1000)
 	if _, ok := r.Shared(t.Context(), moved, "m", life); !ok {
-		t.Error("no hit while its slot moves")
+		t.Error("a miss while the slot moves")
 	}
 	for _, i := range []int{1, 0} {
 		servers[i].do(to[i], "cluster", "setslot", slot, "node", id(1))
@@ -193,7 +192,7 @@ func TestRedisCluster(t *testing.T) {
 	eventually(t, "the replica has the third's", func() bool { return servers[3].do(to[3], "dbsize") == servers[2].do(to[2], "dbsize") })
 	servers[2].kill()
 	slow, most := 0, time.Duration(0)
-	eventually(t, "the tier rests although two of three answer", func() bool {
+	eventually(t, "the breaker opens although two of three servers answer", func() bool {
 		for _, k := range keys {
 			begun := time.Now()
 			_, _ = r.Shared(t.Context(), k, "m", life)
@@ -203,17 +202,17 @@ func TestRedisCluster(t *testing.T) {
 				slow++
 			}
 		}
-		return r.shared.Load().reads.resting()
+		return r.shared.Load().reads.isOpen()
 	})
 	if slow > 5 {
-		t.Errorf("%d looks took more than 60 ms, one %s", slow, most)
+		t.Errorf("%d lookups took more than 60 ms, one %s", slow, most)
 	}
 	servers[3].do(to[3], "cluster", "failover", "takeover")
-	r.wantAll("the one that took over is used", keys)
+	r.wantAll("the replica is used", keys)
 	r.wantState("ok")
 }
 
-// authority makes certificates for the test's servers.
+// authority issues certificates for the test's servers.
 type authority struct {
 	t    *testing.T
 	dir  string
@@ -266,9 +265,8 @@ func (a *authority) issue(name string, by *authority) (*x509.Certificate, *ecdsa
 	return cert, key
 }
 
-// TestRedisTLS: a server that asks for a certificate and a password is used with
-// them. With a wrong authority, password or none it is not, the reason is told,
-// and no look waits for it; put right, it is used by itself.
+// TestRedisTLS: a server that wants a certificate and a password is used with them. With
+// wrong ones or without, it is not used, the reason is reported, and no lookup waits.
 func TestRedisTLS(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
@@ -297,11 +295,11 @@ func TestRedisTLS(t *testing.T) {
 		{"all right", func(*config.Redis) {}, ""},
 		{"another authority", func(c *config.Redis) { c.TLS.CAFile = other.file("ca.pem") }, "certificate signed by unknown authority"},
 		{"another name", func(c *config.Redis) { c.TLS.ServerName = "redis.example.org" }, "redis.example.org"},
-		{"no certificate of ours", func(c *config.Redis) { c.TLS.CertFile, c.TLS.KeyFile = "", "" }, "certificate required"},
+		{"no client certificate", func(c *config.Redis) { c.TLS.CertFile, c.TLS.KeyFile = "", "" }, "certificate required"},
 		{"a wrong password", func(c *config.Redis) { c.Password.Env = "WRONG" }, "WRONGPASS"},
 		{"no password", func(c *config.Redis) { c.Password = config.Secret{} }, "NOAUTH"},
 		{"a password that is not there", func(c *config.Redis) { c.Password.Env = "NOWHERE" }, "NOWHERE"},
-		{"in clear", func(c *config.Redis) { c.URL = "redis://" + addr + "/2" }, "redis: "},
+		{"without TLS", func(c *config.Redis) { c.URL = "redis://" + addr + "/2" }, "redis: "},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, nil, at(c.change))
@@ -314,11 +312,11 @@ func TestRedisTLS(t *testing.T) {
 				return
 			}
 			r.start()
-			eventually(t, "the reason is told", func() bool {
+			eventually(t, "the reason is reported", func() bool {
 				return strings.Contains(r.Stats().Shared.Reason, c.why) && strings.Contains(r.logs.String(), c.why)
 			})
 			if text := r.logs.String() + r.Stats().Shared.Reason; strings.Contains(text, "hunter") {
-				t.Errorf("a password is told, too: %s", text)
+				t.Errorf("a password is in: %s", text)
 			}
 			k := r.key("tenant a", "{}")
 			begun := time.Now()
@@ -328,7 +326,7 @@ func TestRedisTLS(t *testing.T) {
 				}
 			}
 			if took := time.Since(begun); took > 100*time.Millisecond {
-				t.Errorf("100 looks took %s", took)
+				t.Errorf("100 lookups took %s", took)
 			}
 		})
 	}

@@ -20,12 +20,13 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// server is a real redis-server, or what DSNODE_TEST_REDIS names: a valkey-server.
+// server is a real redis-server, or the program that DSNODE_TEST_REDIS names, such as
+// valkey-server.
 type server struct {
 	t    *testing.T
 	addr string
 	dir  string
-	args []string // beyond those that all have
+	args []string // in addition to those of all servers
 	cmd  *exec.Cmd
 }
 
@@ -49,7 +50,7 @@ func redisBinary(t *testing.T) string {
 	return path
 }
 
-// freeAddr is an address that nobody uses now.
+// freeAddr gives an address that is free now.
 func freeAddr(t *testing.T) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -92,15 +93,15 @@ func (s *server) start() {
 		args = append(args, s.args...)
 	}
 	s.cmd = exec.Command(path, args...)
-	said := &log{}
-	s.cmd.Stdout, s.cmd.Stderr = said, said
+	output := &log{}
+	s.cmd.Stdout, s.cmd.Stderr = output, output
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
 	s.t.Cleanup(func() {
 		s.kill()
 		if s.t.Failed() {
-			s.t.Logf("%v said:\n%s", args, said)
+			s.t.Logf("output of %v:\n%s", args, output)
 		}
 	})
 	eventually(s.t, "redis answers", func() bool {
@@ -123,8 +124,8 @@ func (s *server) kill() {
 	if s.cmd == nil {
 		return
 	}
-	_ = s.cmd.Process.Kill() // it may be gone
-	_ = s.cmd.Wait()         // and was killed
+	_ = s.cmd.Process.Kill() // it may have ended
+	_ = s.cmd.Wait()         // it was killed
 	s.cmd = nil
 }
 
@@ -132,7 +133,7 @@ func redisAt(addr string) config.SiteCache {
 	return config.SiteCache{Shared: config.SharedRedis, Redis: config.Redis{URL: "redis://" + addr + "/1", Mode: config.RedisSingle}}
 }
 
-// TestRedis: answers are found there, in clear by nobody, and not for ever.
+// TestRedis: Redis has the answers, sealed, with an expiry.
 func TestRedis(t *testing.T) {
 	s := startRedis(t)
 	r := newRig(t, nil, redisAt(s.addr)).run()
@@ -143,7 +144,7 @@ func TestRedis(t *testing.T) {
 	if !ok || !f.Fresh || string(f.Answer.Body) != "data: "+canary+"\n\ndata: [DONE]\n\n" || len(f.Answer.Ends) != 2 {
 		t.Fatalf("%v %+v", ok, f)
 	}
-	client := redis.NewClient(&redis.Options{Addr: s.addr, DB: 1}) // with all the time that it needs
+	client := redis.NewClient(&redis.Options{Addr: s.addr, DB: 1}) // without the cache's deadlines
 	defer func() {
 		if err := client.Close(); err != nil {
 			t.Error(err)
@@ -160,23 +161,23 @@ func TestRedis(t *testing.T) {
 	if ttl := client.PTTL(t.Context(), names[0]).Val(); ttl < 24*time.Hour || ttl > 25*time.Hour {
 		t.Errorf("kept for %s", ttl)
 	}
-	// Somebody copies it to another's key: nobody is given it.
+	// A copy under another key is not used.
 	other := r.key("tenant b", `{"prompt":"x"}`)
-	if err := client.Set(t.Context(), name(other), value, 0).Err(); err != nil {
+	if err := client.Set(t.Context(), redisKey(other), value, 0).Err(); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := r.Shared(t.Context(), other, "m", life); ok {
-		t.Error("a moved entry opens")
+		t.Error("the copy opens")
 	}
-	// A value as large as memory is not read whole.
-	if err := client.SetRange(t.Context(), name(other), maxAnswer+2*maxOverhead, "x").Err(); err != nil {
+	// A huge value is not read whole.
+	if err := client.SetRange(t.Context(), redisKey(other), maxAnswer+2*maxOverhead, "x").Err(); err != nil {
 		t.Fatal(err)
 	}
 	got, _ := r.shared.Load().store.get(t.Context(), other)
 	if len(got) > maxAnswer+maxOverhead+1 {
 		t.Errorf("%d bytes were read", len(got))
 	}
-	// Dumped to a disk it is sealed, too.
+	// It is sealed in a dump, too.
 	if err := client.Save(t.Context()).Err(); err != nil {
 		t.Fatal(err)
 	}
@@ -186,8 +187,8 @@ func TestRedis(t *testing.T) {
 	}
 }
 
-// TestRedisFails: whatever happens to it, a look takes 60 ms at most for the
-// first few, and nothing once it is left alone; and it is used again by itself.
+// TestRedisFails: when Redis fails, a few lookups take up to 60 ms, then the breaker opens
+// and lookups take no time. When Redis is back, the breaker closes by itself.
 func TestRedisFails(t *testing.T) {
 	for _, c := range []struct {
 		name       string
@@ -202,16 +203,16 @@ func TestRedisFails(t *testing.T) {
 			k := r.key("tenant a", `{"model":"m"}`)
 			r.keep(k, plainAnswer("{}"))
 			c.harm(s)
-			r.wantPatience(k)
+			r.wantNoWaiting(k)
 			c.mend(s)
-			eventually(t, "it is asked again", func() bool { return !r.shared.Load().reads.resting() })
+			eventually(t, "the breaker closes", func() bool { return !r.shared.Load().reads.isOpen() })
 			r.keep(r.key("tenant a", `{"model":"n"}`), plainAnswer("{}"))
 		})
 	}
 }
 
-// TestRedisBlackHole: a server that takes connections and never says a word, and
-// one whose packets are dropped, cost no more than one that is down.
+// TestRedisBlackHole: a server that accepts connections and never answers, and one whose
+// packets are dropped, cost no more than one that is down.
 func TestRedisBlackHole(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -244,13 +245,13 @@ func TestRedisBlackHole(t *testing.T) {
 	}()
 	for _, addr := range []string{ln.Addr().String(), fullBacklog(t)} {
 		r := newRig(t, nil, redisAt(addr)).run()
-		r.wantPatience(r.key("tenant a", `{"model":"m"}`))
+		r.wantNoWaiting(r.key("tenant a", `{"model":"m"}`))
 		r.stop()
 	}
 }
 
-// fullBacklog is an address whose listener takes no more connections: their
-// packets are dropped.
+// fullBacklog gives the address of a listener whose backlog is full, so that the kernel
+// drops packets to it.
 func fullBacklog(t *testing.T) string {
 	t.Helper()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
@@ -276,39 +277,38 @@ func fullBacklog(t *testing.T) string {
 		}
 		t.Cleanup(func() { _ = c.Close() }) // the test is over
 	}
-	t.Fatal("the backlog never fills")
+	t.Fatal("the backlog does not fill up")
 	return ""
 }
 
-// wantPatience looks a key up again and again while the tier is broken.
-func (r *rig) wantPatience(k Key) {
+// wantNoWaiting looks a key up while the tier fails, and wants the breaker to open.
+func (r *rig) wantNoWaiting(k Key) {
 	r.t.Helper()
-	// A busy machine wakes nobody in time: what we took ourselves is not counted.
 	allowed := 60 * time.Millisecond
 	var first []time.Duration
 	for range 20 {
 		begun := time.Now()
 		if _, ok := r.Shared(r.t.Context(), k, "m", life); ok {
-			r.t.Fatal("a broken tier gave an answer")
+			r.t.Fatal("a hit")
 		}
 		first = append(first, time.Since(begun))
-		if r.shared.Load().reads.resting() {
+		if r.shared.Load().reads.isOpen() {
 			break
 		}
 	}
-	if !r.shared.Load().reads.resting() {
-		r.t.Fatalf("it is not left alone after %v", first)
+	if !r.shared.Load().reads.isOpen() {
+		r.t.Fatalf("the breaker is closed after %v", first)
 	}
-	late := 0
+	late := 0 // on a busy machine a few are
 	for _, d := range first {
 		if d > allowed {
 			late++
 		}
 	}
 	if late > len(first)/2 {
-		r.t.Errorf("the first looks took %v", first)
+		r.t.Errorf("the first lookups took %v", first)
 	}
-	// Now nobody waits, and writing waits for nobody either.
+	// Now neither lookups nor writes wait.
 	var most, all time.Duration
 	for range 200 {
 		begun := time.Now()
@@ -319,14 +319,14 @@ func (r *rig) wantPatience(k Key) {
 		most = max(most, took)
 	}
 	if mean := all / 200; mean > time.Millisecond {
-		r.t.Errorf("a look at a tier that rests takes %s, at most %s", mean, most)
+		r.t.Errorf("with an open breaker a lookup takes %s, at most %s", mean, most)
 	}
-	r.t.Logf("the first looks took %v, later ones %s on average, %s at most", first, all/200, most)
+	r.t.Logf("the first lookups took %v, later ones %s on average, %s at most", first, all/200, most)
 }
 
-// TestATierThatHangs: a disk that hangs heeds no context. Looks end all the same,
-// and hold no more goroutines than the bound.
-func TestATierThatHangs(t *testing.T) {
+// TestHangingTier: lookups end although the store ignores their context, and they hold
+// no more goroutines than the bound.
+func TestHangingTier(t *testing.T) {
 	r := newRig(t, nil, noTier)
 	release := make(chan struct{})
 	defer close(release)
@@ -344,20 +344,20 @@ func TestATierThatHangs(t *testing.T) {
 	}
 	group.Wait()
 	if n := len(s.slots); n > maxCommands {
-		t.Errorf("%d looks hang", n)
+		t.Errorf("%d commands hang", n)
 	}
-	if !s.reads.resting() {
-		t.Error("it is asked on")
+	if !s.reads.isOpen() {
+		t.Error("the breaker is closed")
 	}
-	// A client that has gone says nothing of the tier.
+	// A client that goes away is not a failure of the tier.
 	fresh := newShared(hanging{release}, func(bool, error) {}, func(bool, error) {})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 10 {
 		_, _ = fresh.get(ctx, k)
 	}
-	if fresh.reads.resting() {
-		t.Error("clients that left made it rest")
+	if fresh.reads.isOpen() {
+		t.Error("clients that went away opened the breaker")
 	}
 }
 

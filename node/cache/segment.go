@@ -14,8 +14,8 @@ import (
 //
 //	CRC-32C of the rest of the head (4) | bytes sealed (4) | key (32) | Entry.value
 //
-// The head ends where the sealed answer begins: opening a file reads no answers.
-// The seal itself tells whether an answer is damaged.
+// The head ends where the sealed answer begins, so that opening a file reads only heads.
+// The seal tells whether an answer is damaged. Integers are big-endian.
 const (
 	recordValue = 4 + 4 + len(Key{})
 	recordHead  = recordValue + entryHeader
@@ -28,15 +28,15 @@ var (
 
 func appendRecord(b []byte, e Entry) []byte {
 	from := len(b)
-	b = append(b, 0, 0, 0, 0) // the sum
-	b = binary.LittleEndian.AppendUint32(b, uint32(len(e.Sealed)))
+	b = append(b, 0, 0, 0, 0) // the CRC
+	b = binary.BigEndian.AppendUint32(b, uint32(len(e.Sealed)))
 	b = append(b, e.Key[:]...)
 	b = e.appendHeader(b)
-	binary.LittleEndian.PutUint32(b[from:], crc32.Checksum(b[from+4:], castagnoli))
+	binary.BigEndian.PutUint32(b[from:], crc32.Checksum(b[from+4:], castagnoli))
 	return append(b, e.Sealed...)
 }
 
-// record is what the head of a record says.
+// record is the content of a record's head.
 type record struct {
 	key      Key
 	storedAt int64 // milliseconds
@@ -45,7 +45,7 @@ type record struct {
 
 // parseRecord reads the head at the beginning of b.
 func parseRecord(b []byte) (record, error) {
-	if len(b) < recordHead || binary.LittleEndian.Uint32(b) != crc32.Checksum(b[4:recordHead], castagnoli) {
+	if len(b) < recordHead || binary.BigEndian.Uint32(b) != crc32.Checksum(b[4:recordHead], castagnoli) {
 		return record{}, errDamaged
 	}
 	at, ok := stampOf(b[recordValue:recordHead])
@@ -54,12 +54,12 @@ func parseRecord(b []byte) (record, error) {
 	}
 	return record{
 		key: Key(b[recordValue-len(Key{}) : recordValue]), storedAt: at.UnixMilli(),
-		size: int64(recordHead) + int64(binary.LittleEndian.Uint32(b[4:])),
+		size: int64(recordHead) + int64(binary.BigEndian.Uint32(b[4:])),
 	}, nil
 }
 
-// scanRecords gives all records of a segment of so many bytes to found. It ignores an
-// incomplete one at the end: a process that was killed while it wrote leaves that.
+// scanRecords calls found for each record of a segment of size bytes. It ignores an
+// incomplete record at the end, which a killed process may leave.
 func scanRecords(in io.ReaderAt, size int64, found func(r record, offset int64)) error {
 	b := make([]byte, recordHead)
 	for at := int64(0); size-at >= int64(recordHead); {
@@ -79,14 +79,15 @@ func scanRecords(in io.ReaderAt, size int64, found func(r record, offset int64))
 	return nil
 }
 
-// recordKey is the part of a key that an index has. Keys are HMACs, so two of them
-// practically never share it; whoever reads a record compares the whole key.
+// recordKey is the first part of a key, for the indexes. Two keys practically never share
+// it, since keys are HMACs; if they do, one of them is a miss, because get compares the
+// whole key of the record.
 type recordKey uint64
 
-func (k Key) record() recordKey { return recordKey(binary.LittleEndian.Uint64(k[:])) }
+func (k Key) record() recordKey { return recordKey(binary.BigEndian.Uint64(k[:])) }
 
-// recordPlace is where a record is in its segment. It is small, since a full tier has
-// millions of them in memory.
+// recordPlace is where a record is in its segment. It is small, since there are millions of
+// them in memory.
 type recordPlace struct{ offset, size uint32 }
 
 // segment is one file of the embedded tier and the index of its records.
@@ -104,7 +105,7 @@ func (s *segment) add(r record, offset int64) {
 	s.size = offset + r.size
 }
 
-// openSegment opens a file and indexes what it holds. One that does not exist is made.
+// openSegment opens or creates a file and indexes its records.
 func openSegment(path string, made int64) (*segment, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -116,15 +117,14 @@ func openSegment(path string, made int64) (*segment, error) {
 		err = scanRecords(f, info.Size(), s.add)
 	}
 	if err == nil {
-		err = f.Truncate(s.size) // an incomplete record; the next one takes its place
+		err = f.Truncate(s.size) // cuts off an incomplete record
 	}
 	if err != nil {
-		_ = f.Close() // it is only removed
+		_ = f.Close() // nothing was written
 		return nil, err
 	}
 	return s, nil
 }
 
-// remove deletes the file. A read that is under way ends first or fails with
-// os.ErrClosed.
+// remove closes and deletes the file. A concurrent read works or fails with os.ErrClosed.
 func (s *segment) remove() { _, _ = s.file.Close(), os.Remove(s.file.Name()) }

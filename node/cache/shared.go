@@ -11,52 +11,54 @@ import (
 const (
 	// commandTime bounds every command of a shared tier.
 	commandTime = 50 * time.Millisecond
-	// batchTime bounds one of many writes, which nobody waits for.
+	// batchTime bounds a batch of writes, which no request waits for.
 	batchTime = time.Second
-	// maxCommands bounds the lookups that wait at once: a disk or a server that
-	// hangs holds no more goroutines than this.
+	// maxCommands bounds the commands that run at once, and so the goroutines that
+	// a disk or a server that hangs can hold.
 	maxCommands = 128
-	// tryEvery is how often a tier that rests is tried.
+	// tryEvery is how often a tier is tried whose breaker is open.
 	tryEvery = 500 * time.Millisecond
 )
 
-// Why a shared tier was not asked, or gave nothing.
+// Why a shared tier was not asked, or gave no result.
 var (
-	errResting = errors.New("the shared tier rests after failures")
-	errBusy    = errors.New("too many lookups wait for the shared tier")
-	errSlow    = fmt.Errorf("no answer within %s", commandTime)
+	errOpen = errors.New("the shared tier is not used after failures")
+	errBusy = errors.New("too many commands wait for the shared tier")
+	errSlow = fmt.Errorf("no answer within %s", commandTime)
 )
 
-// store is a kind of shared tier. Its methods may hang; nobody trusts them.
+// store is a kind of shared tier. Its methods may hang, and what get returns may be
+// anything.
 type store interface {
-	// get gives a value that is the caller's, nil when there is none.
+	// get gives the value of a key, nil when there is none. The caller owns it.
 	get(ctx context.Context, k Key) ([]byte, error)
-	// put keeps values, unless a newer one of the key is there; each may be
-	// dropped after the time.
+	// put writes entries, except where a newer one of the key is there. The store may
+	// drop each of them once it is older than keep.
 	put(ctx context.Context, batch []Entry, keep time.Duration) error
-	// drop forgets what stands under the keys.
 	drop(ctx context.Context, keys []Key) error
-	// sweep drops what is older than the time.
+	// sweep drops entries that are older than before.
 	sweep(ctx context.Context, before time.Time) error
-	// ping says whether it would answer, whatever it was asked.
+	// ping reports whether get would work now.
 	ping(ctx context.Context) error
 	size() (entries, bytes int64, known bool)
 	close() error
 }
 
-// shared guards a store: a deadline for each command, however it hangs, and two
-// breakers, since a full disk and a full Redis give answers still.
+// shared wraps a store. Each command has a deadline, also when the store ignores its
+// context. Reads and writes have a breaker each, since a full disk or a full Redis can
+// still be read.
 type shared struct {
 	store  store
 	reads  breaker
 	writes breaker
-	// again allows one write while writes rest: nobody waits for it.
-	again atomic.Bool
-	slots chan struct{}
+	// tryWrite lets one write through while the breaker of writes is open. No request
+	// waits for a write, so a write itself may find out whether writing works again.
+	tryWrite atomic.Bool
+	slots    chan struct{}
 }
 
 func newShared(s store, reads, writes func(open bool, why error)) *shared {
-	return &shared{store: s, reads: breaker{moved: reads}, writes: breaker{moved: writes}, slots: make(chan struct{}, maxCommands)}
+	return &shared{store: s, reads: breaker{changed: reads}, writes: breaker{changed: writes}, slots: make(chan struct{}, maxCommands)}
 }
 
 type fetched struct {
@@ -66,8 +68,8 @@ type fetched struct {
 
 // get looks a key up, for at most commandTime.
 func (s *shared) get(ctx context.Context, k Key) ([]byte, error) {
-	if s.reads.resting() {
-		return nil, errResting
+	if s.reads.isOpen() {
+		return nil, errOpen
 	}
 	select {
 	case s.slots <- struct{}{}:
@@ -77,7 +79,7 @@ func (s *shared) get(ctx context.Context, k Key) ([]byte, error) {
 	limited, cancel := context.WithTimeout(ctx, commandTime)
 	defer cancel()
 	done := make(chan fetched, 1)
-	// A page fault on a disk that hangs heeds no context.
+	// In a goroutine, because a read from a disk that hangs ignores the context.
 	go func() {
 		defer func() { <-s.slots }()
 		value, err := s.store.get(limited, k)
@@ -90,13 +92,12 @@ func (s *shared) get(ctx context.Context, k Key) ([]byte, error) {
 		got.err = errSlow
 	}
 	if ctx.Err() != nil {
-		return nil, ctx.Err() // who asked has gone, which says nothing of the tier
+		return nil, ctx.Err() // the client went away: not a failure of the tier
 	}
 	s.reads.note(got.err)
 	return got.value, got.err
 }
 
-// put writes a batch, in the writer's own time.
 func (s *shared) put(ctx context.Context, batch []Entry, keep time.Duration) error {
 	return s.write(ctx, func(ctx context.Context) error { return s.store.put(ctx, batch, keep) })
 }
@@ -109,53 +110,55 @@ func (s *shared) sweep(ctx context.Context, before time.Time) error {
 	return s.write(ctx, func(ctx context.Context) error { return s.store.sweep(ctx, before) })
 }
 
+// write runs a command that changes the store, for at most batchTime.
 func (s *shared) write(ctx context.Context, f func(context.Context) error) error {
-	if s.reads.resting() || s.writes.resting() && !s.again.Swap(false) {
-		return errResting
+	if s.reads.isOpen() || s.writes.isOpen() && !s.tryWrite.Swap(false) {
+		return errOpen
 	}
-	err := s.guarded(ctx, batchTime, f)
+	err := s.run(ctx, batchTime, f)
 	switch {
-	case ctx.Err() != nil, errors.Is(err, errBusy): // says nothing of the tier
-	case err == nil && s.writes.resting():
-		s.writes.mend()
+	case ctx.Err() != nil, errors.Is(err, errBusy): // not a failure of the tier
+	case err == nil && s.writes.isOpen():
+		s.writes.reset()
 	default:
 		s.writes.note(err)
 	}
 	return err
 }
 
-// begin asks a tier that was just opened, and lets it rest when it does not
-// answer. That it is slow the first time, when it has to connect, says nothing.
+// begin tries a tier that was just opened, and opens the breaker when it does not
+// answer. It tries more than once: a store that has to connect first may be slow.
 func (s *shared) begin(ctx context.Context) {
-	for range patience {
-		if s.ask(ctx); !s.reads.resting() {
+	for range failureLimit {
+		if s.tryRead(ctx); !s.reads.isOpen() {
 			return
 		}
 	}
 }
 
-// try asks a tier that rests whether it is back.
+// try finds out whether a tier whose breakers are open works again.
 func (s *shared) try(ctx context.Context) {
-	if s.writes.resting() {
-		s.again.Store(true)
+	if s.writes.isOpen() {
+		s.tryWrite.Store(true)
 	}
-	if s.reads.resting() {
-		s.ask(ctx)
+	if s.reads.isOpen() {
+		s.tryRead(ctx)
 	}
 }
 
-func (s *shared) ask(ctx context.Context) {
-	err := s.guarded(ctx, commandTime, s.store.ping)
+func (s *shared) tryRead(ctx context.Context) {
+	err := s.run(ctx, commandTime, s.store.ping)
 	switch {
 	case ctx.Err() != nil, errors.Is(err, errBusy):
 	case err == nil:
-		s.reads.mend()
+		s.reads.reset()
 	default:
 		s.reads.trip(err)
 	}
 }
 
-func (s *shared) guarded(ctx context.Context, within time.Duration, f func(context.Context) error) error {
+// run runs a command, in a goroutine since it may ignore its context.
+func (s *shared) run(ctx context.Context, within time.Duration, f func(context.Context) error) error {
 	select {
 	case s.slots <- struct{}{}:
 	default:

@@ -2,7 +2,6 @@ package operate
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -26,7 +25,7 @@ func (o *Operator) PlanDrill(_ context.Context, r admin.DrillRequest, by string)
 	}
 	checks, rehearses, err := c.Drills.Plan(drillRequest(r, by))
 	if err != nil {
-		return admin.DrillPlan{}, drillError(err)
+		return admin.DrillPlan{}, err
 	}
 	p := admin.DrillPlan{Kind: r.Kind, Site: r.Site, Rehearses: rehearses}
 	p.Checks, p.OK = checks, allPass(checks, r.Waive)
@@ -41,26 +40,9 @@ func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by stri
 	}
 	d, err := c.Drills.Start(ctx, drillRequest(r, by))
 	if err != nil {
-		return admin.Drill{}, drillError(err)
+		return admin.Drill{}, err
 	}
 	return drillInfo(d), nil
-}
-
-// drillError gives an error of package drill the code that the admin API has for it.
-func drillError(err error) error {
-	for _, known := range []struct {
-		is   error
-		code string
-	}{
-		{drill.ErrWrongPlace, "wrong_node"},
-		{drill.ErrInvalid, "invalid_request"},
-		{drill.ErrUnknown, "unknown_drill"},
-	} {
-		if errors.Is(err, known.is) {
-			return &admin.Error{Code: known.code, Message: err.Error()}
-		}
-	}
-	return err
 }
 
 // drillInfo describes a drill without its report. A drill whose runner has ended without a
@@ -114,7 +96,7 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		}
 		return out, nil
 	}
-	return admin.Drill{}, fmt.Errorf("%w: %s", admin.ErrUnknownDrill, id)
+	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
 // liveReport returns the report so far of a drill that this node runs, or nil.
@@ -143,5 +125,5 @@ func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
 	if err != nil {
 		return err
 	}
-	return drillError(c.Drills.Abort(ctx, id, by))
+	return c.Drills.Abort(ctx, id, by)
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
 
-// input gathers what this node has observed, for the detector.
+// input gathers for the detector what this node has observed.
 func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	peers := c.o.Agreement.Peers()
 	left, _ := c.o.Agreement.Lease()
@@ -32,7 +32,7 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	health := c.o.Health()
 	able := left > 0 && !health.Draining
 	in.Members = append(in.Members, Member{
-		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Calm: able, CaughtUp: true,
+		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Responsive: able, CaughtUp: true,
 		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name],
 	})
 	for name, p := range peers {
@@ -43,7 +43,7 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold
 			m.Ready = able && p.HeardWithin(c.timing.Lease)
 			m.Steady = able && p.HeardWithin(c.timing.Patience)
-			m.Calm = able && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
+			m.Responsive = able && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
 			m.CaughtUp = p.AppliedIndex+onItsWay >= raft.CommitIndex
 			in.Others = append(in.Others, observationOf(p))
 		}
@@ -53,11 +53,11 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	return in
 }
 
-// onItsWay is how many entries a node may lack and yet be caught up: they are
-// two seconds of ticks.
+// onItsWay is how many entries a node may lack and still count as caught up: two
+// seconds of ticks.
 const onItsWay = 8
 
-// observationOf is a peer's own table as its last answer carried it.
+// observationOf is a peer's own table, as its newest ping answer carried it.
 func observationOf(p cluster.PeerView) Observation {
 	o := Observation{
 		Observer: p.Name, Site: p.Site, Age: p.Ago, Paused: p.Paused,
@@ -83,7 +83,7 @@ func (c *Coordinator) newView(s *agreed.State, sites []SiteView, now time.Durati
 		Quorum: left > 0, Quarantined: c.o.Quarantined(), Held: s.Hold != nil,
 		NewLeaderWait: c.timing.NewLeaderWait, Patience: c.timing.Patience, NoLease: c.timing.NoLease,
 		Primary: s.Primary.Site, Sites: sites,
-		Dwell: dwell(c.timing), Grudge: grudgeTime,
+		Dwell: dwell(c.timing), Penalty: penaltyTime,
 	}
 	if l, leads := c.o.Agreement.Leading(); leads {
 		v.LeadingFor = now - l.FirstCommit

@@ -9,10 +9,9 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// raftLogger gives raft's lines to slog. raft logs a missed heartbeat and a
-// failed dial at error level several times a second while a peer is away; those
-// are this cluster's daily bread, so everything below a warning of its own is
-// demoted by one level.
+// raftLogger sends raft's log lines to slog. While a peer is offline, raft logs missed
+// heartbeats and failed dials several times per second at error level, although they are
+// expected, so every level is lowered by one.
 type raftLogger struct {
 	log  *slog.Logger
 	name string
@@ -42,7 +41,7 @@ func (l *raftLogger) Log(level hclog.Level, msg string, args ...any) {
 			args[i] = f[0]
 		}
 	}
-	l.log.Log(context.Background(), sl, "raft", append([]any{"part", l.name, "said", msg}, args...)...)
+	l.log.Log(context.Background(), sl, "raft", append([]any{"logger", l.name, "message", msg}, args...)...)
 }
 
 func (l *raftLogger) Trace(string, ...any)             {}

@@ -1,0 +1,128 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/mesh"
+	"github.com/dsnode/dsnode/storage/atomicfile"
+)
+
+const (
+	memberFileFormat = 1
+	memberFileEvery  = 2 * time.Second // between checks for new addresses
+)
+
+// memberFile has what a node must know before raft can run: the cluster that it
+// belongs to, and the last known addresses of the other nodes. It contains no secret.
+type memberFile struct {
+	Format      int               `json:"format"`
+	ClusterID   string            `json:"cluster_id"`
+	Name        string            `json:"name"`
+	Generation  agreed.Generation `json:"generation"`
+	HeartbeatMS int64             `json:"heartbeat_ms"`
+	Nodes       []agreed.Node     `json:"nodes"`
+	// Founder is true from the bootstrap until this node has applied the cluster's
+	// first entry. Only then may it bootstrap empty raft stores: later, empty stores
+	// mean a lost disk, and a bootstrap would create a second cluster.
+	Founder bool `json:"founder,omitempty"`
+	// VoteFrom is the index of the entry that admitted this node; see
+	// voterTransport.
+	VoteFrom uint64 `json:"vote_from,omitempty"`
+}
+
+func (m memberFile) membership() mesh.Membership {
+	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation}
+}
+
+func (m memberFile) heartbeat() time.Duration {
+	return time.Duration(m.HeartbeatMS) * time.Millisecond
+}
+
+func memberPath(dir string) string { return filepath.Join(dir, "cluster.json") }
+
+// readMemberFile returns a zero memberFile if there is none: the node is new.
+func readMemberFile(dir string) (memberFile, error) {
+	b, err := os.ReadFile(memberPath(dir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return memberFile{}, nil
+	}
+	if err != nil {
+		return memberFile{}, fmt.Errorf("read member file: %w", err)
+	}
+	var m memberFile
+	if err := json.Unmarshal(b, &m); err != nil {
+		return memberFile{}, fmt.Errorf("%s is damaged (%w): restore it from a backup, or wipe the data directory to join again", memberPath(dir), err)
+	}
+	if m.Format > memberFileFormat {
+		return memberFile{}, fmt.Errorf("%s has format %d, this version reads up to %d: %w", memberPath(dir), m.Format, memberFileFormat, agreed.ErrUnknownCommand)
+	}
+	return m, nil
+}
+
+// writeMemberFile replaces the file atomically: after a crash it is the old one or the
+// new one.
+func writeMemberFile(dir string, m memberFile) error {
+	m.Format = memberFileFormat
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode member file: %w", err)
+	}
+	if err := atomicfile.Replace(memberPath(dir), append(b, '\n')); err != nil {
+		return fmt.Errorf("write member file: %w", err)
+	}
+	return nil
+}
+
+// keepMemberFile keeps the member file's list of nodes up to date for the next start.
+func (c *Cluster) keepMemberFile(ctx context.Context) error {
+	tick := time.NewTicker(memberFileEvery)
+	defer tick.Stop()
+	for {
+		changed := c.Changed()
+		if err := c.updateMemberFile(); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return c.updateMemberFile()
+		case <-changed:
+		case <-tick.C:
+		}
+	}
+}
+
+func (c *Cluster) updateMemberFile() error {
+	s, m := c.State(), *c.member.Load()
+	if s.ClusterID == "" {
+		return nil
+	}
+	nodes := make([]agreed.Node, 0, len(s.Nodes))
+	for name, n := range s.Nodes {
+		if known, ok := c.book.node(name); ok && known.StartedAt.After(n.StartedAt) {
+			known.JoinedAt = n.JoinedAt
+			n = known
+		}
+		nodes = append(nodes, n)
+	}
+	slices.SortFunc(nodes, func(a, b agreed.Node) int { return strings.Compare(a.Name, b.Name) })
+	if !m.Founder && slices.Equal(nodes, m.Nodes) {
+		return nil
+	}
+	m.Nodes, m.Founder = nodes, false
+	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
+		c.log.Warn("could not save the addresses of the nodes; the next start uses older ones", "err", err)
+		return nil
+	}
+	c.member.Store(&m)
+	return nil
+}

@@ -1,0 +1,104 @@
+package cluster
+
+import (
+	"context"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/dsnode/dsnode/cluster/clock"
+)
+
+// raftLayer is raft's stream layer. Its dials wait for peers that are offline, and the
+// disk watchdog can block it.
+type raftLayer struct {
+	raft.StreamLayer
+	ctx     context.Context // ends waiting dials
+	wait    func(ctx context.Context, node string)
+	blocked atomic.Bool
+
+	mu      sync.Mutex // guards waiting
+	waiting map[string]int
+}
+
+// maxWaitingDials is how many dials to one peer wait: raft's leader has one goroutine
+// for entries and one for heartbeats of each peer.
+const maxWaitingDials = 2
+
+func newRaftLayer(ctx context.Context, l raft.StreamLayer, wait func(context.Context, string)) *raftLayer {
+	return &raftLayer{StreamLayer: l, ctx: ctx, wait: wait, waiting: map[string]int{}}
+}
+
+// setBlocked refuses all dials and connections while blocked is true.
+func (l *raftLayer) setBlocked(blocked bool) { l.blocked.Store(blocked) }
+
+// Dial waits while the peer is known to be offline, and then dials. After failed dials
+// raft backs off for up to 10 s, so if dials failed at once, a peer that was offline for
+// half a minute would get its entries up to 10 s after its return. A dial that waits
+// succeeds as soon as the peer answers pings.
+func (l *raftLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	if l.blocked.Load() {
+		return nil, ErrDiskStalled
+	}
+	if l.beginWait(string(address)) {
+		l.wait(l.ctx, string(address))
+		l.endWait(string(address))
+	}
+	if l.blocked.Load() {
+		return nil, ErrDiskStalled
+	}
+	if l.ctx.Err() != nil {
+		return nil, ErrStopped
+	}
+	return l.StreamLayer.Dial(address, timeout)
+}
+
+func (l *raftLayer) beginWait(node string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting[node] >= maxWaitingDials {
+		return false
+	}
+	l.waiting[node]++
+	return true
+}
+
+func (l *raftLayer) endWait(node string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting[node]--; l.waiting[node] == 0 {
+		delete(l.waiting, node)
+	}
+}
+
+// Accept closes new connections while the layer is blocked.
+func (l *raftLayer) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.StreamLayer.Accept()
+		if err != nil || !l.blocked.Load() {
+			return conn, err
+		}
+		_ = conn.Close() // nothing was sent on it
+	}
+}
+
+// waitForPeer blocks while this node leads and the peer does not answer pings.
+func (c *Cluster) waitForPeer(ctx context.Context, node string) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		r := c.raft.Load()
+		a, heard := c.peers.get(node)
+		if r == nil || r.State() != raft.Leader || !c.isMember(node) || !heard || clock.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
