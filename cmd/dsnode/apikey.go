@@ -49,7 +49,7 @@ func newAPIKeyCreateCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, key, func(w io.Writer) error {
+		return s.show(key, func(w io.Writer) error {
 			say(env.stderr, "done", fmt.Sprintf("created key %s for %s; keep the secret, it is not shown again", key.ID, key.Tenant))
 			return emit(w, "%s\n", key.Secret)
 		})
@@ -63,9 +63,7 @@ func newAPIKeyListCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, keys, func(w io.Writer) error {
-			return keysGrid(keys, time.Now()).write(w, env.palette())
-		})
+		return s.showGrid(keys, keysGrid(keys, time.Now()))
 	})
 }
 
@@ -88,10 +86,6 @@ func keysGrid(keys []admin.APIKeyInfo, now time.Time) *grid {
 func newAPIKeyRevokeCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{Use: "revoke ID", Short: "Revoke a key permanently", Args: takes("the ID of a key")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.RevokeAPIKey(ctx, args[0]); err != nil {
-			return err
-		}
-		say(env.stderr, "done", fmt.Sprintf("key %s is revoked", args[0]))
-		return nil
+		return s.done(s.RevokeAPIKey(ctx, args[0]), "key %s is revoked", args[0])
 	})
 }

@@ -25,10 +25,6 @@ func newBootstrapCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := s.Bootstrap(ctx, text, ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", "the cluster is bootstrapped; dsnode status shows it, dsnode apikey create makes the first client key")
-		return nil
+		return s.done(s.Bootstrap(ctx, text, ""), "the cluster is bootstrapped; dsnode status shows it, dsnode apikey create makes the first client key")
 	})
 }

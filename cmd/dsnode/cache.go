@@ -29,7 +29,7 @@ func newCacheStatsCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, stats, func(w io.Writer) error {
+		return s.show(stats, func(w io.Writer) error {
 			tiers := &grid{heads: []string{"TIER", "KIND", "STATE", "ENTRIES", "BYTES", "OF"}}
 			for _, t := range []struct {
 				name string
@@ -89,9 +89,6 @@ func newCachePurgeCommand(env *environment) *cobra.Command {
 		if named != 1 {
 			return usage("dsnode cache purge --all purges everything", "give exactly one of --all, --model and --key")
 		}
-		if err := s.PurgeCache(ctx, r, ""); err != nil {
-			return err
-		}
 		what := "all cached answers"
 		switch {
 		case r.Model != "":
@@ -99,7 +96,6 @@ func newCachePurgeCommand(env *environment) *cobra.Command {
 		case r.Key != "":
 			what = "the answer"
 		}
-		say(env.stderr, "done", "purged "+what+" in every site")
-		return nil
+		return s.done(s.PurgeCache(ctx, r, ""), "purged %s in every site", what)
 	})
 }

@@ -38,7 +38,7 @@ func newConfigGetCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, config, func(w io.Writer) error { return emit(w, "%s", config.Text) })
+		return s.show(config, func(w io.Writer) error { return emit(w, "%s", config.Text) })
 	})
 }
 
@@ -130,7 +130,7 @@ func newConfigApplyCommand(env *environment) *cobra.Command {
 
 // showChange writes the new version for scripts. For people a message was printed.
 func showChange(s *session, v admin.ConfigVersion) error {
-	return show(s.env.stdout, s.output, v, func(io.Writer) error { return nil })
+	return s.show(v, func(io.Writer) error { return nil })
 }
 
 func newConfigHistoryCommand(env *environment) *cobra.Command {
@@ -148,9 +148,7 @@ func newConfigHistoryCommand(env *environment) *cobra.Command {
 		versions = slices.DeleteFunc(versions, func(v admin.ConfigVersion) bool { return v.Version >= config.Version })
 		versions = append(versions, config)
 		slices.SortFunc(versions, func(a, b admin.ConfigVersion) int { return cmp.Compare(b.Version, a.Version) })
-		return show(env.stdout, s.output, versions, func(w io.Writer) error {
-			return historyGrid(versions).write(w, env.palette())
-		})
+		return s.showGrid(versions, historyGrid(versions))
 	})
 }
 

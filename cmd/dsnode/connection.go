@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/user"
 	"strings"
@@ -55,11 +56,7 @@ func onClusterAs(env *environment, cmd *cobra.Command, formats []string, work fu
 			return err
 		}
 		defer s.Close()
-		ctx := cmd.Context()
-		if ctx == nil {
-			ctx = context.Background()
-		}
-		return work(ctx, s, args)
+		return work(cmd.Context(), s, args)
 	}
 	return cmd
 }
@@ -82,6 +79,24 @@ func (c *connection) open(env *environment) (*session, error) {
 		return nil, &exitError{code: exitUsage, err: err, hint: "check --admin, --admin-ca and DSNODE_ADMIN"}
 	}
 	return &session{Client: client, env: env, output: c.output, timeout: c.timeout}, nil
+}
+
+// show writes value as JSON or YAML, or calls table for the output for people.
+func (s *session) show(value any, table func(io.Writer) error) error {
+	return show(s.env.stdout, s.output, value, table)
+}
+
+// showGrid is show with a table that is only a grid.
+func (s *session) showGrid(value any, g *grid) error {
+	return s.show(value, func(w io.Writer) error { return g.write(w, s.env.palette()) })
+}
+
+// done returns the error of a change. Without one it tells the user that the change is made.
+func (s *session) done(err error, format string, args ...any) error {
+	if err == nil {
+		say(s.env.stderr, "done", fmt.Sprintf(format, args...))
+	}
+	return err
 }
 
 // patient sets the default of --timeout for a command whose request takes long.

@@ -66,9 +66,6 @@ The same --data-dir starts the same cluster again.`,
 
 // runDev starts a dev cluster, prints what runs where, and ends it on Ctrl-C.
 func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
-	if ctx == nil {
-		ctx = context.Background()
-	}
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 

@@ -63,7 +63,7 @@ func newDrillPlanCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		err = show(env.stdout, s.output, p, func(w io.Writer) error {
+		err = s.show(p, func(w io.Writer) error {
 			if err := emit(w, "It would rehearse %s.\n\n", printable(p.Rehearses)); err != nil {
 				return err
 			}
@@ -83,7 +83,7 @@ func newDrillListCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, drills, func(w io.Writer) error {
+		return s.show(drills, func(w io.Writer) error {
 			g := &grid{heads: []string{"DRILL", "KIND", "SITE", "STARTED", "VERDICT", "BY"}}
 			for _, d := range slices.Backward(drills) {
 				g.add(plain(d.ID), plain(d.Kind), plain(d.Site), plain(d.StartedAt.UTC().Format(time.RFC3339)), drillVerdict(d), plain(d.By))
@@ -91,6 +91,13 @@ func newDrillListCommand(env *environment) *cobra.Command {
 			return g.write(w, env.palette())
 		})
 	})
+}
+
+func okCell(ok bool) cell {
+	if ok {
+		return cell{"ok", green}
+	}
+	return cell{"NO", red}
 }
 
 func drillVerdict(d admin.Drill) cell {
@@ -113,7 +120,7 @@ func newDrillShowCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, d, func(w io.Writer) error { return drillText(w, env.palette(), d) })
+		return s.show(d, func(w io.Writer) error { return drillText(w, env.palette(), d) })
 	})
 }
 
@@ -135,11 +142,7 @@ func drillText(w io.Writer, p palette, d admin.Drill) error {
 		g.add(plain(fmt.Sprintf("%.1fs", e.After)), plain(e.What), plain(e.Detail))
 	}
 	for _, c := range r.Criteria {
-		mark := cell{"ok", green}
-		if !c.OK {
-			mark = cell{"NO", red}
-		}
-		g.add(mark, plain(c.Name), plain(c.Detail))
+		g.add(okCell(c.OK), plain(c.Name), plain(c.Detail))
 	}
 	if r.Why != "" {
 		if err := emit(w, "%s\n", printable(r.Why)); err != nil {
@@ -190,10 +193,6 @@ func newDrillAbortCommand(env *environment) *cobra.Command {
 		Args: takes("the drill's ID"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.AbortDrill(ctx, args[0], ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", args[0]+" is aborted")
-		return nil
+		return s.done(s.AbortDrill(ctx, args[0], ""), "%s is aborted", args[0])
 	})
 }

@@ -127,18 +127,14 @@ func concludeDrill(s *session, d admin.Drill, r drill.Report, known bool) error 
 			sum.Errors, sum.Requests = &r.Errors, &r.Requests
 		}
 	}
-	err := show(s.env.stdout, s.output, sum, func(w io.Writer) error {
+	err := s.show(sum, func(w io.Writer) error {
 		v := drillVerdict(d)
 		if err := emit(w, "%s: %s\n", printable(d.ID), s.env.palette().paint(v.colour, printable(v.text))); err != nil {
 			return err
 		}
 		g := &grid{heads: []string{"CRITERION", "", "DETAIL"}}
 		for _, c := range r.Criteria {
-			mark := cell{"ok", green}
-			if !c.OK {
-				mark = cell{"NO", red}
-			}
-			g.add(plain(c.Name), mark, plain(c.Detail))
+			g.add(plain(c.Name), okCell(c.OK), plain(c.Detail))
 		}
 		if len(g.rows) > 0 {
 			if err := g.write(w, s.env.palette()); err != nil {

@@ -47,7 +47,7 @@ func newFailoverCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, res, func(w io.Writer) error { return failoverText(w, env.palette(), res) })
+		return s.show(res, func(w io.Writer) error { return failoverText(w, env.palette(), res) })
 	})
 	patient(cmd, time.Minute)
 	cmd.AddCommand(newFailoverAckCommand(env), newFailoverHoldCommand(env), newFailoverResumeCommand(env))
@@ -59,7 +59,7 @@ func planFailover(ctx context.Context, s *session, r admin.FailoverRequest) erro
 	if err != nil {
 		return err
 	}
-	err = show(s.env.stdout, s.output, p, func(w io.Writer) error {
+	err = s.show(p, func(w io.Writer) error {
 		if err := emit(w, "The primary would move from %s to %s.\n\n", text(p.From), printable(p.To)); err != nil {
 			return err
 		}
@@ -120,11 +120,7 @@ func newFailoverAckCommand(env *environment) *cobra.Command {
 		Args:  takes(),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
-		if err := s.AckFailover(ctx, ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", "the failover is acknowledged")
-		return nil
+		return s.done(s.AckFailover(ctx, ""), "the failover is acknowledged")
 	})
 }
 
@@ -138,22 +134,14 @@ func newFailoverHoldCommand(env *environment) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "`TEXT` that the status shows")
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
-		if err := s.HoldFailover(ctx, reason, ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", "automatic failovers are paused; dsnode failover resume ends the pause")
-		return nil
+		return s.done(s.HoldFailover(ctx, reason, ""), "automatic failovers are paused; dsnode failover resume ends the pause")
 	})
 }
 
 func newFailoverResumeCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{Use: "resume", Short: "End the pause of automatic failovers", Args: takes()}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, _ []string) error {
-		if err := s.ResumeFailover(ctx, ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", "automatic failovers are on")
-		return nil
+		return s.done(s.ResumeFailover(ctx, ""), "automatic failovers are on")
 	})
 }
 

@@ -77,7 +77,7 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 			Voters: ptr(3), Quorum: true, QuorumSince: ptr(fakeStart.Add(time.Minute)),
 		},
 	}
-	roles := map[string]admin.Role{"shanghai-a": admin.RolePrimary, "shanghai-b": admin.RoleSameCity, "beijing": admin.RoleRemote}
+	roles := map[string]admin.Role{"shanghai-a": "primary", "shanghai-b": "same-city", "beijing": "remote"}
 	for i, name := range []string{"shanghai-a", "shanghai-b", "beijing"} {
 		site := admin.SiteStatus{
 			Name: name, City: "shanghai", Role: roles[name], State: admin.SiteHealthy, NodesAlive: ptr(1), NodesTotal: ptr(1),

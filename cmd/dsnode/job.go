@@ -81,10 +81,14 @@ func newJobSubmitCommand(env *environment) *cobra.Command {
 			say(env.stderr, "job", job.ID+" is accepted, durability "+job.Durability)
 			return waitForJob(ctx, s, job.ID, 0)
 		}
-		return show(env.stdout, s.output, job, func(w io.Writer) error {
-			say(env.stderr, "done", "accepted, durability "+job.Durability)
-			return emit(w, "%s\n", printable(job.ID))
-		})
+		return showAccepted(s, job)
+	})
+}
+
+func showAccepted(s *session, job admin.Job) error {
+	return s.show(job, func(w io.Writer) error {
+		say(s.env.stderr, "done", "accepted, durability "+job.Durability)
+		return emit(w, "%s\n", printable(job.ID))
 	})
 }
 
@@ -120,7 +124,7 @@ func newJobGetCommand(env *environment) *cobra.Command {
 }
 
 func showJob(s *session, job admin.Job) error {
-	return show(s.env.stdout, s.output, job, func(w io.Writer) error { return jobText(w, s.env.palette(), job) })
+	return s.show(job, func(w io.Writer) error { return jobText(w, s.env.palette(), job) })
 }
 
 func jobText(w io.Writer, p palette, j admin.Job) error {
@@ -194,7 +198,7 @@ func newJobListCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, page, func(w io.Writer) error {
+		return s.show(page, func(w io.Writer) error {
 			g := &grid{heads: []string{"JOB", "STATUS", "TENANT", "MODEL", "SITE", "PRIO", "TRIES", "CREATED"}}
 			for _, j := range page.Data {
 				g.add(plain(j.ID), jobStatus(j.Status), plain(j.Tenant), plain(j.Model), plain(j.Site),
@@ -290,7 +294,7 @@ func newJobCancelCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, job, func(io.Writer) error {
+		return s.show(job, func(io.Writer) error {
 			text := "is " + job.Status
 			if !job.Final() {
 				text += "; the node that owns it is asked to cancel it"
@@ -312,20 +316,13 @@ func newJobRetryCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, job, func(w io.Writer) error {
-			say(env.stderr, "done", "accepted, durability "+job.Durability)
-			return emit(w, "%s\n", printable(job.ID))
-		})
+		return showAccepted(s, job)
 	})
 }
 
 func newJobDeleteCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{Use: "delete ID", Short: "Delete a job that has ended", Args: takes("the job's ID")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.DeleteJob(ctx, args[0]); err != nil {
-			return err
-		}
-		say(env.stderr, "done", strings.TrimSpace(args[0])+" is deleted")
-		return nil
+		return s.done(s.DeleteJob(ctx, args[0]), "%s is deleted", strings.TrimSpace(args[0]))
 	})
 }

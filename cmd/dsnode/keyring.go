@@ -39,7 +39,7 @@ func newKeyringListCommand(env *environment) *cobra.Command {
 }
 
 func showKeyring(s *session, k admin.Keyring) error {
-	return show(s.env.stdout, s.output, k, func(w io.Writer) error {
+	return s.show(k, func(w io.Writer) error {
 		if err := dataKeysGrid(k, time.Now()).write(w, s.env.palette()); err != nil || k.OperatorKey == nil {
 			return err
 		}
@@ -102,7 +102,7 @@ func newKeyringRotateCommand(env *environment) *cobra.Command {
 			return failure("it becomes active when they have confirmed it; dsnode node remove NAME removes a node that will not come back",
 				"data key %s is not active yet: not confirmed by %s", key.ID, bySite(key.Missing, nodes))
 		}
-		return show(env.stdout, s.output, key, func(w io.Writer) error {
+		return s.show(key, func(w io.Writer) error {
 			return emit(w, "Data key %s is active. dsnode keyring list shows how many records the previous key still has.\n", printable(key.ID))
 		})
 	})

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -32,9 +31,7 @@ func newNodeListCommand(env *environment) *cobra.Command {
 		if nodes == nil {
 			nodes = []admin.NodeStatus{}
 		}
-		return show(env.stdout, s.output, nodes, func(w io.Writer) error {
-			return nodesGrid(nodes, status.ObservedAt).write(w, env.palette())
-		})
+		return s.showGrid(nodes, nodesGrid(nodes, status.ObservedAt))
 	})
 }
 
@@ -58,22 +55,16 @@ func newNodeDrainCommand(env *environment) *cobra.Command {
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.DrainNode(ctx, args[0]); err != nil {
-			return whichNode(ctx, s, args[0], err)
-		}
-		say(env.stderr, "done", fmt.Sprintf("%s is draining; dsnode node resume %s ends the drain", args[0], args[0]))
-		return nil
+		err := s.DrainNode(ctx, args[0])
+		return s.done(whichNode(ctx, s, args[0], err), "%s is draining; dsnode node resume %s ends the drain", args[0], args[0])
 	})
 }
 
 func newNodeResumeCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{Use: "resume NODE", Short: "End the drain of a node", Args: takes("the NODE's name")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.ResumeNode(ctx, args[0]); err != nil {
-			return whichNode(ctx, s, args[0], err)
-		}
-		say(env.stderr, "done", args[0]+" is ready for clients again")
-		return nil
+		err := s.ResumeNode(ctx, args[0])
+		return s.done(whichNode(ctx, s, args[0], err), "%s is ready for clients again", args[0])
 	})
 }
 
@@ -86,11 +77,7 @@ func newNodeRemoveCommand(env *environment) *cobra.Command {
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.RemoveNode(ctx, args[0]); err != nil {
-			return err
-		}
-		say(env.stderr, "done", args[0]+" is no longer a member")
-		return nil
+		return s.done(s.RemoveNode(ctx, args[0]), "%s is no longer a member", args[0])
 	})
 }
 

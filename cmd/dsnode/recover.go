@@ -26,10 +26,6 @@ func newRecoverReleaseCommand(env *environment) *cobra.Command {
 		if err := confirm(env, yes, "Do you confirm that this cluster was not recovered elsewhere?"); err != nil {
 			return err
 		}
-		if err := s.ReleaseQuarantine(ctx); err != nil {
-			return err
-		}
-		say(env.stderr, "done", "the quarantine has ended; dsnode status shows the cluster")
-		return nil
+		return s.done(s.ReleaseQuarantine(ctx), "the quarantine has ended; dsnode status shows the cluster")
 	})
 }

@@ -23,11 +23,7 @@ func newRunCommand(env *environment) *cobra.Command {
 			if file == "" {
 				return usage("deploy/node.yaml is an example", "run needs --config node.yaml")
 			}
-			ctx := cmd.Context()
-			if ctx == nil {
-				ctx = context.Background()
-			}
-			return runNode(ctx, env, file)
+			return runNode(cmd.Context(), env, file)
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", "", "the node's configuration `FILE`, a node.yaml (required)")

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -25,22 +24,14 @@ func newUpstreamDrainCommand(env *environment) *cobra.Command {
 		Args: takes("the upstream's NAME"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.DrainUpstream(ctx, args[0], ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", fmt.Sprintf("%s gets no new requests; dsnode upstream resume %s ends the drain", args[0], args[0]))
-		return nil
+		return s.done(s.DrainUpstream(ctx, args[0], ""), "%s gets no new requests; dsnode upstream resume %s ends the drain", args[0], args[0])
 	})
 }
 
 func newUpstreamResumeCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{Use: "resume NAME", Short: "End the drain of a model server", Args: takes("the upstream's NAME")}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		if err := s.ResumeUpstream(ctx, args[0], ""); err != nil {
-			return err
-		}
-		say(env.stderr, "done", args[0]+" gets requests again")
-		return nil
+		return s.done(s.ResumeUpstream(ctx, args[0], ""), "%s gets requests again", args[0])
 	})
 }
 
@@ -57,9 +48,7 @@ func newUpstreamListCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		return show(env.stdout, s.output, upstreams, func(w io.Writer) error {
-			return upstreamsGrid(upstreams).write(w, env.palette())
-		})
+		return s.showGrid(upstreams, upstreamsGrid(upstreams))
 	})
 }
 

@@ -50,10 +50,6 @@ type CachePurge struct {
 	Key   string `json:"key,omitempty"` // as Cache-Status shows it
 }
 
-func (s *Server) getCache(ctx context.Context, _ call) (any, error) {
-	return s.cluster.CacheStats(ctx)
-}
-
 func (s *Server) postCachePurge(ctx context.Context, c call) (any, error) {
 	var r CachePurge
 	if err := c.decode(&r, "a purge"); err != nil {

@@ -151,14 +151,12 @@ func (c *Client) Upstreams(ctx context.Context) ([]UpstreamInfo, error) {
 
 // DrainUpstream implements Cluster.
 func (c *Client) DrainUpstream(ctx context.Context, name, by string) error {
-	_, err := ask[struct{}](ctx, c, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/drain", c.by(by), nil)
-	return err
+	return c.do(ctx, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/drain", c.by(by))
 }
 
 // ResumeUpstream implements Cluster.
 func (c *Client) ResumeUpstream(ctx context.Context, name, by string) error {
-	_, err := ask[struct{}](ctx, c, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/resume", c.by(by), nil)
-	return err
+	return c.do(ctx, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/resume", c.by(by))
 }
 
 // Bootstrap implements Cluster.
@@ -207,26 +205,27 @@ func (c *Client) APIKeys(ctx context.Context) ([]APIKeyInfo, error) {
 
 // RevokeAPIKey implements Cluster.
 func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
-	return c.do(ctx, http.MethodDelete, "/admin/v1/apikeys/"+url.PathEscape(id))
+	return c.do(ctx, http.MethodDelete, "/admin/v1/apikeys/"+url.PathEscape(id), c.by(""))
 }
 
 // RemoveNode implements Cluster.
 func (c *Client) RemoveNode(ctx context.Context, name string) error {
-	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name))
+	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name), c.by(""))
 }
 
 // DrainNode implements Cluster. It tries the URLs until one is the node's own.
 func (c *Client) DrainNode(ctx context.Context, name string) error {
-	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/drain")
+	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/drain", c.by(""))
 }
 
 // ResumeNode implements Cluster. It tries the URLs until one is the node's own.
 func (c *Client) ResumeNode(ctx context.Context, name string) error {
-	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/resume")
+	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/resume", c.by(""))
 }
 
-func (c *Client) do(ctx context.Context, method, path string) error {
-	_, err := ask[struct{}](ctx, c, method, path, c.by(""), nil)
+// do makes a change that has neither a body nor an answer.
+func (c *Client) do(ctx context.Context, method, path string, query url.Values) error {
+	_, err := ask[struct{}](ctx, c, method, path, query, nil)
 	return err
 }
 

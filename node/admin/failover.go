@@ -113,16 +113,8 @@ func (s *Server) postDrill(ctx context.Context, c call) (any, error) {
 	return s.cluster.StartDrill(ctx, r, c.author)
 }
 
-func (s *Server) getDrills(ctx context.Context, _ call) (any, error) {
-	return listOf(s.cluster.Drills(ctx))
-}
-
 func (s *Server) getDrill(ctx context.Context, c call) (any, error) {
 	return s.cluster.Drill(ctx, c.path("id"))
-}
-
-func (s *Server) postDrillAbort(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.AbortDrill(ctx, c.path("id"), c.author)
 }
 
 // decode parses a body that must be exactly one JSON object of a known type.
@@ -178,7 +170,7 @@ func (c *Client) Failover(ctx context.Context, r FailoverRequest, by string) (Fa
 
 // AckFailover implements Failovers.
 func (c *Client) AckFailover(ctx context.Context, by string) error {
-	return c.post(ctx, "/admin/v1/failover/ack", c.by(by))
+	return c.do(ctx, http.MethodPost, "/admin/v1/failover/ack", c.by(by))
 }
 
 // HoldFailover implements Failovers.
@@ -187,22 +179,17 @@ func (c *Client) HoldFailover(ctx context.Context, reason, by string) error {
 	if reason != "" {
 		q.Set("reason", reason)
 	}
-	return c.post(ctx, "/admin/v1/failover/hold", q)
+	return c.do(ctx, http.MethodPost, "/admin/v1/failover/hold", q)
 }
 
 // ResumeFailover implements Failovers.
 func (c *Client) ResumeFailover(ctx context.Context, by string) error {
-	return c.post(ctx, "/admin/v1/failover/resume", c.by(by))
+	return c.do(ctx, http.MethodPost, "/admin/v1/failover/resume", c.by(by))
 }
 
 // ReleaseQuarantine implements Failovers. It tries the URLs until one is the leader's.
 func (c *Client) ReleaseQuarantine(ctx context.Context) error {
-	return c.post(ctx, "/admin/v1/recover/release", c.by(""))
-}
-
-func (c *Client) post(ctx context.Context, path string, q url.Values) error {
-	_, err := ask[struct{}](ctx, c, http.MethodPost, path, q, nil)
-	return err
+	return c.do(ctx, http.MethodPost, "/admin/v1/recover/release", c.by(""))
 }
 
 // PlanDrill implements Drills.
@@ -249,7 +236,7 @@ func (c *Client) AbortDrill(ctx context.Context, id, by string) error {
 	done := false
 	for _, u := range c.urls {
 		one := &Client{urls: []*url.URL{u}, token: c.token, author: c.author, timeout: c.timeout, http: c.http}
-		err := one.post(ctx, "/admin/v1/drills/"+url.PathEscape(id)+"/abort", c.by(by))
+		err := one.do(ctx, http.MethodPost, "/admin/v1/drills/"+url.PathEscape(id)+"/abort", c.by(by))
 		done = done || err == nil
 		errs = append(errs, err)
 	}

@@ -26,16 +26,19 @@ func (s *Server) getStatus(ctx context.Context, _ call) (any, error) {
 	return status, err
 }
 
-func (s *Server) getUpstreams(ctx context.Context, _ call) (any, error) {
-	return listOf(s.cluster.Upstreams(ctx))
+// value is the handler of a value that needs no parameters.
+func value[T any](read func(context.Context) (T, error)) handler {
+	return func(ctx context.Context, _ call) (any, error) { return read(ctx) }
 }
 
-func (s *Server) postUpstreamDrain(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.DrainUpstream(ctx, c.path("name"), c.author)
+// named is the handler of a change to what the route's wildcard names.
+func named(wildcard string, change func(ctx context.Context, name string) error) handler {
+	return func(ctx context.Context, c call) (any, error) { return nil, change(ctx, c.path(wildcard)) }
 }
 
-func (s *Server) postUpstreamResume(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.ResumeUpstream(ctx, c.path("name"), c.author)
+// namedBy is named for a change that records its author.
+func namedBy(wildcard string, change func(ctx context.Context, name, author string) error) handler {
+	return func(ctx context.Context, c call) (any, error) { return nil, change(ctx, c.path(wildcard), c.author) }
 }
 
 func (s *Server) postBootstrap(ctx context.Context, c call) (any, error) {
@@ -43,14 +46,6 @@ func (s *Server) postBootstrap(ctx context.Context, c call) (any, error) {
 		return nil, err
 	}
 	return s.cluster.Config(ctx)
-}
-
-func (s *Server) getConfig(ctx context.Context, _ call) (any, error) {
-	return s.cluster.Config(ctx)
-}
-
-func (s *Server) getHistory(ctx context.Context, _ call) (any, error) {
-	return listOf(s.cluster.ConfigHistory(ctx))
 }
 
 func (s *Server) putConfig(ctx context.Context, c call) (any, error) {
@@ -76,32 +71,12 @@ func (s *Server) postRollback(ctx context.Context, c call) (any, error) {
 	return s.cluster.RollbackConfig(ctx, *to, expect, c.author)
 }
 
-func (s *Server) getAPIKeys(ctx context.Context, _ call) (any, error) {
-	return listOf(s.cluster.APIKeys(ctx))
-}
-
 func (s *Server) postAPIKey(ctx context.Context, c call) (any, error) {
 	var req APIKeyRequest
 	if err := c.decode(&req, "a key"); err != nil {
 		return nil, err
 	}
 	return s.cluster.CreateAPIKey(ctx, req)
-}
-
-func (s *Server) deleteAPIKey(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.RevokeAPIKey(ctx, c.path("id"))
-}
-
-func (s *Server) deleteNode(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.RemoveNode(ctx, c.path("name"))
-}
-
-func (s *Server) postDrain(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.DrainNode(ctx, c.path("name"))
-}
-
-func (s *Server) postResume(ctx context.Context, c call) (any, error) {
-	return nil, s.cluster.ResumeNode(ctx, c.path("name"))
 }
 
 // number parses a parameter; nil when it is absent.
@@ -122,12 +97,13 @@ type list[T any] struct {
 	Data []T `json:"data"`
 }
 
-func listOf[T any](items []T, err error) (any, error) {
-	if err != nil {
-		return nil, err
+// items is the handler of a list that needs no parameters.
+func items[T any](read func(context.Context) ([]T, error)) handler {
+	return func(ctx context.Context, _ call) (any, error) {
+		data, err := read(ctx)
+		if data == nil {
+			data = []T{}
+		}
+		return list[T]{Data: data}, err
 	}
-	if items == nil {
-		items = []T{}
-	}
-	return list[T]{Data: items}, nil
 }

@@ -24,10 +24,6 @@ type JobStreams struct {
 	Data      []agreed.JobStream `json:"data"`
 }
 
-func (s *Server) getJobStreams(ctx context.Context, _ call) (any, error) {
-	return s.cluster.JobStreams(ctx)
-}
-
 // JobStreams implements Cluster.
 func (c *Client) JobStreams(ctx context.Context) (JobStreams, error) {
 	return ask[JobStreams](ctx, c, http.MethodGet, "/admin/v1/jobs/streams", nil, nil)

@@ -54,10 +54,6 @@ type KeyringNode struct {
 	OperatorKeyPrevious *string `json:"operator_key_previous"`
 }
 
-func (s *Server) getKeyring(ctx context.Context, _ call) (any, error) {
-	return s.cluster.Keyring(ctx)
-}
-
 func (s *Server) postKeyringRotate(ctx context.Context, c call) (any, error) {
 	return s.cluster.RotateKeyring(ctx, c.author)
 }

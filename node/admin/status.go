@@ -67,15 +67,8 @@ const (
 	SiteUnknown  SiteState = "unknown"
 )
 
-// Role is a site's relation to the primary.
+// Role is a site's relation to the primary: primary, same-city or remote.
 type Role string
-
-// The roles of a site.
-const (
-	RolePrimary  Role = "primary"
-	RoleSameCity Role = "same-city"
-	RoleRemote   Role = "remote"
-)
 
 // SiteStatus is the state of a site.
 type SiteStatus struct {

@@ -18,7 +18,7 @@ func healthyStatus() Status {
 			CommitIndex: ptr(uint64(41)), Voters: ptr(1), Quorum: true, QuorumSince: &since,
 		},
 		Sites: []SiteStatus{{
-			Name: "shanghai-a", City: "shanghai", Role: RolePrimary, State: SiteHealthy,
+			Name: "shanghai-a", City: "shanghai", Role: "primary", State: SiteHealthy,
 			NodesAlive: ptr(1), NodesTotal: ptr(1), UpstreamsHealthy: ptr(1), UpstreamsTotal: ptr(1), LastHeardSeconds: ptr(0.2),
 		}},
 		Nodes: []NodeStatus{{

@@ -77,7 +77,7 @@ func TestStatusOfAHealthyCluster(t *testing.T) {
 	for _, site := range s.Sites {
 		roles[site.Name] = site.Role
 	}
-	if roles["a"] != admin.RolePrimary || roles["b"] != admin.RoleSameCity || roles["c"] != admin.RoleRemote {
+	if roles["a"] != "primary" || roles["b"] != "same-city" || roles["c"] != "remote" {
 		t.Errorf("roles %v", roles)
 	}
 }

@@ -69,7 +69,7 @@ func (f *failures) add(a *attempt, o *outcome) {
 	switch o.Result {
 	case upstream.RateLimited:
 		f.busy = true
-		f.waitFor(cmp.Or(a.permit.Paused(), o.RetryAfter, upstream.DefaultPause))
+		f.waitFor(cmp.Or(o.RetryAfter, upstream.DefaultPause))
 	case upstream.NotServed:
 		f.status = o.status
 	case upstream.PeerBusy:

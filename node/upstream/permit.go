@@ -88,9 +88,3 @@ func (p *Permit) Withdraw() { p.backend.withdraw(p.trial) }
 
 // Broken reports whether the server's breaker is open now.
 func (p *Permit) Broken() bool { return p.backend.open(p.fleet.o.Now()) }
-
-// Paused says for how long the server will not be asked because it answered 429.
-func (p *Permit) Paused() time.Duration {
-	paused, _ := p.backend.away(p.fleet.o.Now())
-	return paused
-}
