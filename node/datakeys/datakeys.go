@@ -19,7 +19,7 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Agreement is what Keys needs of the cluster; *cluster.Cluster implements it.
+// Agreement is what Keys needs of *cluster.Cluster.
 type Agreement interface {
 	State() *agreed.State
 	Changed() <-chan struct{}
@@ -30,8 +30,6 @@ type Agreement interface {
 	Carried(ctx context.Context, node string) (map[string]int64, error)
 	WhileLeader(ctx context.Context, lead func(context.Context, cluster.Leadership) error) error
 }
-
-var _ Agreement = (*cluster.Cluster)(nil)
 
 // Keys is a node's part in the cluster's data keys.
 type Keys struct {
@@ -210,7 +208,8 @@ func (ks *Keys) apply(s *agreed.State) (opened []string, err error) {
 			}
 			key = kept
 		}
-		// A pending MAC key is left out: a sum made with it would be valid for ever.
+		// A pending MAC key is left out. Ids and digests that are made with it are permanent,
+		// so all nodes must be able to open it first.
 		if key.Kind() == keyring.KindMAC && k.State() == agreed.DataKeyPending {
 			continue
 		}
@@ -222,7 +221,7 @@ func (ks *Keys) apply(s *agreed.State) (opened []string, err error) {
 	if sameCluster {
 		next.Keys = append(next.Keys, ks.retained(s)...)
 	}
-	if caughtUp { // an older list says nothing about the present keys
+	if caughtUp { // an older list may have keys that are no longer in use
 		ks.setProblem(errors.Join(problems...))
 	}
 	return opened, ks.setRing(next, version)

@@ -103,8 +103,8 @@ func (ks *Keys) Rewrap(ctx context.Context, by string) error {
 	return nil
 }
 
-// checkRewrap refuses what Apply would refuse, with a sentence that names the nodes. It
-// also finds out that the asked node is one that still has the old operator key.
+// checkRewrap refuses a rewrap that Apply would refuse, with a better message: it tells an
+// operator who asks a node with the old operator key from one who asks too early.
 func checkRewrap(s *agreed.State, asked, to string) error {
 	lack := s.LackOperatorKey(to)
 	if len(lack) == 0 {

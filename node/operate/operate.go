@@ -24,7 +24,7 @@ import (
 	"github.com/dsnode/dsnode/replication"
 )
 
-// Cluster is what an Operator needs of the cluster; *cluster.Cluster implements it.
+// Cluster is what an Operator needs of *cluster.Cluster.
 type Cluster interface {
 	State() *agreed.State
 	Bootstrap(ctx context.Context, configText []byte, author string) error
@@ -41,8 +41,6 @@ type Cluster interface {
 	Quarantined() string
 	LeftBehind() string
 }
-
-var _ Cluster = (*cluster.Cluster)(nil)
 
 // Jobs is what an Operator needs of the node's asynchronous jobs.
 type Jobs interface {

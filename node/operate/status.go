@@ -30,7 +30,7 @@ type view struct {
 	copies   map[string]replication.Copy // by site; absent: unknown
 	failback *string                     // the site to which the primary could go back
 
-	// What is wrong, in words; empty: nothing.
+	// Problems, as sentences; empty: none.
 	waiting     string // why this node is not a member yet
 	quarantine  string // why this node, the Raft leader, changes nothing
 	leftBehind  string // that the cluster was recovered without this node
