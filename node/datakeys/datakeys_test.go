@@ -403,8 +403,8 @@ func TestRetiredKeyExpiresAfterItsGrace(t *testing.T) {
 	}
 	for name, rounds := range map[string][]round{
 		"unused for all of grace": {{1, counts(0, 0), false}, {20 * time.Second, counts(0, 0), false}, {grace + 1, counts(0, 0), true}},
-		"used in between":    {{1, counts(0, 0), false}, {20 * time.Second, counts(0, 2), false}, {grace + 1, counts(0, 0), false}, {2*grace + 1, counts(0, 0), true}},
-		"no answer in between":       {{1, counts(0, 0), false}, {20 * time.Second, counts(0, -1), false}, {grace + 1, counts(0, 0), false}},
+		"used in between":         {{1, counts(0, 0), false}, {20 * time.Second, counts(0, 2), false}, {grace + 1, counts(0, 0), false}, {2*grace + 1, counts(0, 0), true}},
+		"no answer in between":    {{1, counts(0, 0), false}, {20 * time.Second, counts(0, -1), false}, {grace + 1, counts(0, 0), false}},
 		"a new member":            {{1, counts(0, 0), false}, {grace + 1, third, false}, {2*grace + 1, third, true}},
 		"never unused":            {{1, counts(1, 0), false}, {grace * 9, counts(1, 0), false}},
 	} {
