@@ -8,8 +8,8 @@ import (
 	"github.com/dsnode/dsnode/node/serving"
 )
 
-// keyCheck judges clients' keys by the local copy of the agreed state: no
-// quorum is needed, and losing it turns no valid key into a 401.
+// keyCheck checks clients' keys against the local copy of the agreed state. Without a
+// quorum, valid keys stay valid.
 type keyCheck struct{ cluster *cluster.Cluster }
 
 // Authenticate implements gateway.Auth.
@@ -18,10 +18,9 @@ func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, err
 	if s.Parsed == nil {
 		return serving.Principal{}, gateway.ErrKeyUnknowable
 	}
-	// Clients of OpenAI's libraries must send some key; where none exists any
-	// will do.
-	free := s.Parsed.Access.Anonymous || (len(s.APIKeys) == 0 && local)
-	if free && (token == "" || len(s.APIKeys) == 0) {
+	// OpenAI's client libraries always send a key. While no key exists, any is accepted.
+	anonymous := s.Parsed.Access.Anonymous || (len(s.APIKeys) == 0 && local)
+	if anonymous && (token == "" || len(s.APIKeys) == 0) {
 		return serving.Principal{}, nil
 	}
 	key, err := s.Authenticate(token, time.Now())

@@ -10,42 +10,13 @@ import (
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// This file wires the answer cache into a node.
-
-// cacheDir is the directory of the embedded tier's files in the data directory.
-const cacheDir = "cache"
-
 const (
-	// cacheOutbound bounds the bytes of answers that wait to be handed to replication.
-	cacheOutbound = 16 << 20
-	cacheBatch    = 64
+	cacheDir = "cache" // in the data directory; has the files of the embedded tier
+	// outboundBytes bounds the cache entries that wait to be offered to other nodes.
+	outboundBytes = 16 << 20
+	// outboundBatch is how many entries are taken at a time.
+	outboundBatch = 64
 )
-
-// passOn hands the answers that this node keeps to replication, until ctx ends.
-func (n *Node) passOn(ctx context.Context) error {
-	for {
-		batch, err := n.cache.Outbound().Take(ctx, cacheBatch)
-		if err != nil {
-			return nil // ctx has ended
-		}
-		for _, e := range batch {
-			if err := n.work.replication.Offer(e.AppendTo(nil)); err != nil {
-				n.log.Debug("can't send an answer of the cache to other nodes", "err", err)
-			}
-		}
-	}
-}
-
-// absorb adds an answer of another node to the cache.
-func (n *Node) absorb(item []byte) {
-	e, err := cache.DecodeEntry(item)
-	if err == nil {
-		err = n.cache.Absorb(e)
-	}
-	if err != nil {
-		n.log.Debug("refused another node's answer for the cache", "err", err)
-	}
-}
 
 func (n *Node) openCache() error {
 	dir := filepath.Join(n.cfg.DataDir, cacheDir)
@@ -60,10 +31,37 @@ func (n *Node) openCache() error {
 			LookupEnv: os.LookupEnv,
 			ReadFile:  func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 		},
-		OutboundBytes: cacheOutbound, Logger: n.log, Registerer: n.reg,
+		OutboundBytes: outboundBytes, Logger: n.log, Registerer: n.reg,
 	})
 	if err != nil {
 		return fmt.Errorf("make the cache: %w", err)
 	}
 	return nil
+}
+
+// replicateEntries offers the cache entries of this node to the other nodes, until ctx
+// ends.
+func (n *Node) replicateEntries(ctx context.Context) error {
+	for {
+		batch, err := n.cache.Outbound().Take(ctx, outboundBatch)
+		if err != nil {
+			return nil // ctx has ended
+		}
+		for _, e := range batch {
+			if err := n.jobs.replication.Offer(e.AppendTo(nil)); err != nil {
+				n.log.Debug("can't offer a cache entry to other nodes", "err", err)
+			}
+		}
+	}
+}
+
+// storeEntry stores a cache entry of another node.
+func (n *Node) storeEntry(item []byte) {
+	e, err := cache.DecodeEntry(item)
+	if err == nil {
+		err = n.cache.Absorb(e)
+	}
+	if err != nil {
+		n.log.Debug("can't store a cache entry of another node", "err", err)
+	}
 }

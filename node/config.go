@@ -13,13 +13,12 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// Config is node.yaml: what one node alone knows. What the whole cluster agrees
-// on is cluster.Config. LoadConfig and ParseConfig are its makers outside tests
-// and dev mode; what they return is complete (no defaults left to fill in) and
-// has absolute paths.
+// Config is node.yaml: the settings of one node. The settings that the cluster agrees on
+// are config.Config. LoadConfig and ParseConfig return a Config with all defaults filled
+// in and with absolute paths.
 type Config struct {
 	Version int `yaml:"version"`
-	// Cluster, Site and Name are what the rpc certificate must say too.
+	// Cluster, Site and Name must match the rpc certificate.
 	Cluster string `yaml:"cluster"`
 	Name    string `yaml:"name"`
 	Site    string `yaml:"site"`
@@ -31,50 +30,50 @@ type Config struct {
 	Gossip  GossipConfig  `yaml:"gossip"`
 	RPC     RPCConfig     `yaml:"rpc"`
 
-	// Seeds are rpc addresses of other nodes: whom to ask when nobody is known.
+	// Seeds are rpc addresses of other nodes. A node that knows no members asks them.
 	Seeds       []string      `yaml:"seeds,omitempty"`
 	OperatorKey config.Secret `yaml:"operator_key"`
-	// OperatorKeyPrevious still opens things while the cluster changes to
-	// another operator key.
+	// OperatorKeyPrevious opens what the current operator key does not open yet, while
+	// the cluster changes to another operator key.
 	OperatorKeyPrevious config.Secret  `yaml:"operator_key_previous,omitempty"`
 	Shutdown            ShutdownConfig `yaml:"shutdown"`
 	Log                 LogConfig      `yaml:"log"`
 
-	dir string // node.yaml's, absolute; what relative paths start from
+	dir string // of node.yaml, absolute; relative paths start there
 }
 
-// APIConfig is the door for clients.
+// APIConfig is the port for clients.
 type APIConfig struct {
 	Bind string `yaml:"bind"` // host:port; port 0 takes a free one
-	// Advertise is how others reach Bind. Its port is never 0 unless Bind's is:
-	// then the real port is known only after listening.
+	// Advertise is the address of Bind for others. Its port is 0 only if Bind's is:
+	// then the real port is known only after the port is open.
 	Advertise string    `yaml:"advertise,omitempty"`
 	TLS       ServerTLS `yaml:"tls,omitempty"` // zero: plain HTTP
 }
 
-// AdminConfig is the door for operators.
+// AdminConfig is the port for operators.
 type AdminConfig struct {
 	Bind      string `yaml:"bind"`
 	Advertise string `yaml:"advertise,omitempty"`
-	// TokenFile holds the operator's bearer token; "" asks for none, which only
-	// loopback may do.
+	// TokenFile holds the operator's bearer token. It may be empty (no token is asked for)
+	// only on loopback.
 	TokenFile string    `yaml:"token_file,omitempty"`
 	TLS       ServerTLS `yaml:"tls,omitempty"`
 }
 
-// MetricsConfig is a door that shows metrics alone, to anybody.
+// MetricsConfig is a port that serves metrics only, without authentication.
 type MetricsConfig struct {
 	Bind string `yaml:"bind,omitempty"` // "": off
 }
 
-// GossipConfig is membership, over tcp and udp.
+// GossipConfig is the port for membership, tcp and udp.
 type GossipConfig struct {
 	Bind      string `yaml:"bind"`
 	Advertise string `yaml:"advertise,omitempty"`
 	KeyFile   string `yaml:"key_file"` // see ParseGossipKey
 }
 
-// RPCConfig is the door for peers, with mutual TLS.
+// RPCConfig is the port for peers, with mutual TLS.
 type RPCConfig struct {
 	Bind      string  `yaml:"bind"`
 	Advertise string  `yaml:"advertise,omitempty"`
@@ -90,29 +89,29 @@ type ServerTLS struct {
 // On reports whether TLS is configured.
 func (t ServerTLS) On() bool { return t != ServerTLS{} }
 
-// PeerTLS is a node's identity and the authority that peers must be of.
+// PeerTLS has the node's certificate, and the authority that must have issued the
+// certificates of its peers.
 type PeerTLS struct {
 	CertFile string `yaml:"cert_file"`
 	KeyFile  string `yaml:"key_file"`
 	CAFile   string `yaml:"ca_file"`
 }
 
-// ShutdownConfig is how SIGTERM is answered.
+// ShutdownConfig says how the node stops at SIGTERM.
 type ShutdownConfig struct {
-	// Delay is how long the listeners stay after readiness has gone, so that
+	// Delay is how long the node serves on after it reports that it is not ready, so that
 	// load balancers notice first.
 	Delay config.Duration `yaml:"delay"`
-	// Grace is how long running requests may take to finish after that.
+	// Grace is how long running requests may take after that.
 	Grace config.Duration `yaml:"grace"`
 }
 
-// LogConfig says what is logged.
+// LogConfig configures the log.
 type LogConfig struct {
 	Level string `yaml:"level"` // debug, info, warn or error
 }
 
-// DefaultConfig is what a node.yaml need not say. Names, certificates and keys
-// are missing.
+// DefaultConfig has the defaults. Names, certificates and keys have none.
 func DefaultConfig() *Config {
 	return &Config{
 		Version: 1,
@@ -128,9 +127,8 @@ func DefaultConfig() *Config {
 	}
 }
 
-// LoadConfig reads a node.yaml and checks everything that can be known without
-// starting: its text and the files and variables that it names. The error is a
-// cluster.Problems with all that is wrong.
+// LoadConfig reads a node.yaml and checks its text, and the files and environment variables
+// that it names. The error is a config.Problems that lists all mistakes.
 func LoadConfig(path string) (*Config, error) {
 	text, err := readBounded(path)
 	if err != nil {
@@ -150,9 +148,9 @@ func LoadConfig(path string) (*Config, error) {
 	return c, nil
 }
 
-// ParseConfig checks the text of a node.yaml alone and opens no file. name
-// stands in the messages; relative paths start from dir. The error is a
-// cluster.Problems with all that is wrong.
+// ParseConfig checks the text of a node.yaml and opens no file. name is the file's name in
+// messages, and relative paths start from dir. The error is a config.Problems that lists
+// all mistakes.
 func ParseConfig(name string, text []byte, dir string) (*Config, error) {
 	c, src := parseConfig(name, text, dir)
 	if err := src.Err(); err != nil {
@@ -185,8 +183,8 @@ func (c *Config) resolvePaths() {
 	}
 }
 
-// Path makes a path absolute as node.yaml's own are: from the directory that
-// node.yaml is in. The files that cluster.yaml names are found in the same way.
+// Path makes a path absolute, starting from the directory of node.yaml. The files that
+// cluster.yaml names are found in the same way.
 func (c *Config) Path(p string) string {
 	if filepath.IsAbs(p) || c.dir == "" {
 		return filepath.Clean(p)
@@ -203,11 +201,9 @@ func (c *Config) Encode() ([]byte, error) {
 	return text, nil
 }
 
-// errTooLarge is a file that can't be what it is named as.
 var errTooLarge = fmt.Errorf("has more than %d bytes", config.MaxBytes)
 
-// readBounded reads a file that a configuration names, of at most the size that
-// a configuration itself may have. Its errors are PathErrors.
+// readBounded reads a file of at most config.MaxBytes. Its errors are PathErrors.
 func readBounded(path string) ([]byte, error) {
 	info, err := os.Stat(path)
 	if err != nil {

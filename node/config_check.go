@@ -19,7 +19,7 @@ import (
 
 const maxSeeds = 64
 
-// configCheck is the list of rules for node.yaml's text.
+// configCheck checks the text of a node.yaml.
 type configCheck struct {
 	*Config
 	src *config.Source
@@ -33,9 +33,9 @@ func (c *configCheck) all() {
 		c.reject(config.At("version"), "write version: 1", "version %d is not supported", c.Version)
 	}
 	c.name("cluster", c.Cluster, "write the name that the certificates were issued for")
-	c.name("name", c.Name, "write a name of its own for each node, such as shanghai-a-1")
+	c.name("name", c.Name, "write a name that no other node has, such as shanghai-a-1")
 	c.name("site", c.Site, "write the site's name in cluster.yaml")
-	c.required(config.At("data_dir"), c.DataDir, "write the directory for what the node keeps")
+	c.required(config.At("data_dir"), c.DataDir, "write the directory for the node's files")
 
 	c.rpc()
 	c.gossip()
@@ -44,7 +44,7 @@ func (c *configCheck) all() {
 	if c.Metrics.Bind != "" {
 		c.bind("metrics", c.Metrics.Bind)
 	}
-	c.portsApart()
+	c.distinctPorts()
 	c.seeds()
 	c.operatorKey()
 	c.within(config.At("shutdown", "delay"), c.Shutdown.Delay, 10*time.Minute)
@@ -102,12 +102,12 @@ func (c *configCheck) gossip() {
 }
 
 func (c *configCheck) api() {
-	c.API.Advertise = c.advertiseLike("api", c.API.Bind, c.API.Advertise)
+	c.API.Advertise = c.advertiseDefault("api", c.API.Bind, c.API.Advertise)
 	c.serverTLS(config.At("api", "tls"), c.API.TLS)
 }
 
 func (c *configCheck) admin() {
-	c.Admin.Advertise = c.advertiseLike("admin", c.Admin.Bind, c.Admin.Advertise)
+	c.Admin.Advertise = c.advertiseDefault("admin", c.Admin.Bind, c.Admin.Advertise)
 	c.serverTLS(config.At("admin", "tls"), c.Admin.TLS)
 	host, _, ok := splitAddress(c.Admin.Bind)
 	if !ok || isLoopback(host) || c.Admin.TokenFile != "" && c.Admin.TLS.On() {
@@ -121,7 +121,7 @@ func (c *configCheck) admin() {
 		lacks = "no token_file"
 	}
 	c.reject(config.At("admin", "bind"), "write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1",
-		"others than this machine can reach %s, and there is %s", c.Admin.Bind, lacks)
+		"other machines can reach %s, and there is %s", c.Admin.Bind, lacks)
 }
 
 func (c *configCheck) serverTLS(at config.Path, t ServerTLS) {
@@ -144,79 +144,79 @@ func (c *configCheck) bind(section, bind string) (host string, port int, ok bool
 	return host, port, ok
 }
 
-// advertise gives how peers reach a port: as written, or the bind address when
-// that can be dialled.
+// advertise returns the address of a port for peers: the configured one, or the bind
+// address if that can be dialled.
 func (c *configCheck) advertise(section, bind, advertise string) string {
 	host, port, ok := c.bind(section, bind)
 	if !ok {
 		return advertise
 	}
 	if advertise != "" {
-		return c.writtenAdvertise(section, advertise, port)
+		return c.checkAdvertise(section, advertise, port)
 	}
 	if isWildcard(host) {
 		c.reject(config.At(section, "advertise"), fmt.Sprintf("write the address under which other nodes reach this one, such as advertise: %s",
-			net.JoinHostPort("10.0.0.5", strconv.Itoa(port))), "is missing, and bind %s is no address that can be dialled", bind)
+			net.JoinHostPort("10.0.0.5", strconv.Itoa(port))), "is missing, and other nodes can't dial bind %s", bind)
 		return ""
 	}
 	return bind
 }
 
-// advertiseLike is advertise for the ports that peers don't dial: on a
-// wildcard the host is rpc's.
-func (c *configCheck) advertiseLike(section, bind, advertise string) string {
+// advertiseDefault is advertise for the ports that peers don't dial: a wildcard is replaced
+// by the host of rpc.
+func (c *configCheck) advertiseDefault(section, bind, advertise string) string {
 	host, port, ok := c.bind(section, bind)
 	switch {
 	case !ok:
 		return advertise
 	case advertise != "":
-		return c.writtenAdvertise(section, advertise, port)
+		return c.checkAdvertise(section, advertise, port)
 	case !isWildcard(host):
 		return bind
 	}
 	host, _, ok = splitAddress(c.RPC.Advertise)
 	if !ok {
-		return "" // rpc has a problem of its own
+		return "" // the check of rpc has reported it
 	}
 	return net.JoinHostPort(host, strconv.Itoa(port))
 }
 
-func (c *configCheck) writtenAdvertise(section, advertise string, bound int) string {
+func (c *configCheck) checkAdvertise(section, advertise string, bound int) string {
 	p := config.At(section, "advertise")
 	host, port, ok := splitAddress(advertise)
 	switch {
 	case !ok:
 		c.reject(p, "write host:port, such as 10.0.0.5:8080 or node1.example.org:8080", "%q is not an address", advertise)
 	case isWildcard(host):
-		c.reject(p, "write a host that other nodes can dial", "%q is no address that can be dialled", advertise)
+		c.reject(p, "write a host that other nodes can dial", "other nodes can't dial %q", advertise)
 	case port == 0:
 		return net.JoinHostPort(host, strconv.Itoa(bound))
 	}
 	return advertise
 }
 
-// portsApart refuses two doors on one tcp port, which would fail at start with
-// fewer words.
-func (c *configCheck) portsApart() {
-	type door struct {
+// distinctPorts refuses two sections with one tcp port. Without it the start would fail
+// with a worse message.
+func (c *configCheck) distinctPorts() {
+	type address struct {
 		section, host string
 		port          int
 	}
-	var doors []door
-	for _, d := range []struct{ section, bind string }{
+	var seen []address
+	for _, s := range []struct{ section, bind string }{
 		{"api", c.API.Bind}, {"admin", c.Admin.Bind}, {"metrics", c.Metrics.Bind}, {"gossip", c.Gossip.Bind}, {"rpc", c.RPC.Bind},
 	} {
-		host, port, ok := splitAddress(d.bind)
+		host, port, ok := splitAddress(s.bind)
 		if !ok || port == 0 {
 			continue
 		}
-		for _, o := range doors {
+		for _, o := range seen {
 			if o.port == port && (o.host == host || isWildcard(o.host) || isWildcard(host)) {
-				c.reject(config.At(d.section, "bind"), "give each its own", "port %d is already that of %s.bind", port, o.section)
+				c.reject(config.At(s.section, "bind"), "choose another port", "port %d is already used by %s.bind", port, o.section)
 				break
 			}
 		}
-		doors = append(doors, door{d.section, host, port})
+		seen = append(seen, address{s.section, host, port})
 	}
 }
 
@@ -232,7 +232,7 @@ func (c *configCheck) seeds() {
 		case !ok || isWildcard(host) || port == 0:
 			c.reject(p, "write the rpc address of another node, such as 10.0.0.6:7957", "%q is not an address", s)
 		case slices.Contains(c.Seeds[:i], s):
-			c.reject(p, "remove it", "%q stands here a second time", s)
+			c.reject(p, "remove it", "%q is listed twice", s)
 		}
 	}
 }
@@ -292,7 +292,7 @@ func isLoopback(host string) bool {
 	return host == "localhost" || err == nil && ip.IsLoopback()
 }
 
-// ErrGossipKey is a gossip key that is none.
+// ErrGossipKey means that a text is not a gossip key.
 var ErrGossipKey = errors.New("not a gossip key")
 
 const (
@@ -300,7 +300,7 @@ const (
 	gossipKeyHint = "write a file with 32 random bytes in base64, the same on all nodes, as head -c 32 /dev/urandom | base64 prints them"
 )
 
-// ParseGossipKey reads 32 bytes in base64; white space around them is ignored.
+// ParseGossipKey reads 32 bytes in base64. It ignores white space around them.
 func ParseGossipKey(text []byte) ([]byte, error) {
 	key, err := base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(string(text)))
 	if err != nil || len(key) != gossipKeySize {
@@ -309,8 +309,7 @@ func ParseGossipKey(text []byte) ([]byte, error) {
 	return key, nil
 }
 
-// checkFiles rejects what is wrong with the files and variables that the
-// configuration names.
+// checkFiles checks the files and environment variables that the configuration names.
 func (c *Config) checkFiles(src *config.Source) {
 	at := config.At("rpc", "tls")
 	if t := c.RPC.TLS; t.CertFile != "" && t.KeyFile != "" {
@@ -322,7 +321,7 @@ func (c *Config) checkFiles(src *config.Source) {
 			case err != nil:
 				src.Reject(at.At("cert_file"), err.Error(), hint)
 			case want.Validate() != nil:
-				// The names have a problem of their own.
+				// The check of the names has reported it.
 			case id != want:
 				src.Reject(at.At("cert_file"), fmt.Sprintf("the certificate is for %s, not for %s", id, want), hint)
 			}
@@ -342,7 +341,7 @@ func (c *Config) checkFiles(src *config.Source) {
 	if c.Gossip.KeyFile != "" {
 		if text, ok := src.CheckFile(config.At("gossip", "key_file"), c.Gossip.KeyFile, readBounded); ok {
 			if _, err := ParseGossipKey(text); err != nil {
-				src.Reject(config.At("gossip", "key_file"), "the file "+c.Gossip.KeyFile+" holds no gossip key", gossipKeyHint)
+				src.Reject(config.At("gossip", "key_file"), "the file "+c.Gossip.KeyFile+" is not a gossip key", gossipKeyHint)
 			}
 		}
 	}

@@ -18,7 +18,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
-// good is a node.yaml that says no more than it must, on lines 1 to 8.
+// good is a minimal node.yaml, on lines 1 to 8.
 const good = `version: 1
 cluster: dev
 name: a-1
@@ -72,8 +72,8 @@ api: {bind: "%s", advertise: "%s"}
 	}{
 		{"concrete", "10.0.0.5:1", "", "n.example:2", "", "[2001:db8::1]:3", "", "10.0.0.5:1", "n.example:2", "[2001:db8::1]:3"},
 		{"free ports", "127.0.0.1:0", "", "127.0.0.1:0", "", "127.0.0.1:0", "", "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"},
-		{"written", "0.0.0.0:1", "h:11", ":2", "h:22", "[::]:3", "g:33", "h:11", "h:22", "g:33"},
-		{"written without a port", "0.0.0.0:1", "h:0", ":2", "h:0", "[::]:3", "g:0", "h:1", "h:2", "g:3"},
+		{"configured", "0.0.0.0:1", "h:11", ":2", "h:22", "[::]:3", "g:33", "h:11", "h:22", "g:33"},
+		{"configured without a port", "0.0.0.0:1", "h:0", ":2", "h:0", "[::]:3", "g:0", "h:1", "h:2", "g:3"},
 		{"api on a wildcard takes rpc's host", "0.0.0.0:1", "h:11", "[::]:2", "[2001:db8::2]:22", ":0", "", "h:11", "[2001:db8::2]:22", "[2001:db8::2]:0"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -88,7 +88,7 @@ api: {bind: "%s", advertise: "%s"}
 	}
 }
 
-// One mistake in an otherwise good file gives one problem, in these words.
+// One mistake in a good file gives one problem, with this text.
 func TestParseConfigRefuses(t *testing.T) {
 	swap := func(old, new string) string {
 		if !strings.Contains(good, old) {
@@ -105,14 +105,14 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"no version", swap("version: 1\n", ""), `node.yaml:1: version: is missing; write version: 1`},
 		{"version", swap("version: 1", "version: 2"), `node.yaml:1: version: version 2 is not supported; write version: 1`},
 		{"no cluster", swap("cluster: dev\n", ""), `node.yaml:1: cluster: is missing; write the name that the certificates were issued for`},
-		{"no name", swap("name: a-1\n", ""), `node.yaml:1: name: is missing; write a name of its own for each node, such as shanghai-a-1`},
-		{"empty name", swap("name: a-1", "name: ''"), `node.yaml:3: name: is empty; write a name of its own for each node, such as shanghai-a-1`},
+		{"no name", swap("name: a-1\n", ""), `node.yaml:1: name: is missing; write a name that no other node has, such as shanghai-a-1`},
+		{"empty name", swap("name: a-1", "name: ''"), `node.yaml:3: name: is empty; write a name that no other node has, such as shanghai-a-1`},
 		{"no site", swap("site: a\n", ""), `node.yaml:1: site: is missing; write the site's name in cluster.yaml`},
 		{"name", swap("name: a-1", "name: A_1"), `node.yaml:3: name: "A_1" cannot be a name; write up to 63 lower-case letters, digits and dashes, no dash first or last`},
-		{"no data directory", good + "data_dir: ''\n", `node.yaml:9: data_dir: is empty; write the directory for what the node keeps`},
-		{"gossip on a wildcard", swap(`advertise: "10.0.0.5:7956", `, ""), `node.yaml:5: gossip.advertise: is missing, and bind 0.0.0.0:7956 is no address that can be dialled; write the address under which other nodes reach this one, such as advertise: 10.0.0.5:7956`},
-		{"rpc on a wildcard", swap(`advertise: "10.0.0.5:7957"`, `bind: ":7957"`), `node.yaml:6: rpc.advertise: is missing, and bind :7957 is no address that can be dialled; write the address under which other nodes reach this one, such as advertise: 10.0.0.5:7957`},
-		{"advertised wildcard", swap("10.0.0.5:7957", "[::]:7957"), `node.yaml:7: rpc.advertise: "[::]:7957" is no address that can be dialled; write a host that other nodes can dial`},
+		{"no data directory", good + "data_dir: ''\n", `node.yaml:9: data_dir: is empty; write the directory for the node's files`},
+		{"gossip on a wildcard", swap(`advertise: "10.0.0.5:7956", `, ""), `node.yaml:5: gossip.advertise: is missing, and other nodes can't dial bind 0.0.0.0:7956; write the address under which other nodes reach this one, such as advertise: 10.0.0.5:7956`},
+		{"rpc on a wildcard", swap(`advertise: "10.0.0.5:7957"`, `bind: ":7957"`), `node.yaml:6: rpc.advertise: is missing, and other nodes can't dial bind :7957; write the address under which other nodes reach this one, such as advertise: 10.0.0.5:7957`},
+		{"advertised wildcard", swap("10.0.0.5:7957", "[::]:7957"), `node.yaml:7: rpc.advertise: other nodes can't dial "[::]:7957"; write a host that other nodes can dial`},
 		{"advertise without a port", swap("10.0.0.5:7957", "10.0.0.5"), `node.yaml:7: rpc.advertise: "10.0.0.5" is not an address; write host:port, such as 10.0.0.5:8080 or node1.example.org:8080`},
 		{"bind without a port", good + "api: {bind: 0.0.0.0}\n", `node.yaml:9: api.bind: "0.0.0.0" is not an address; write host:port, such as 0.0.0.0:8080 or [::1]:8080`},
 		{"bind is a port", good + "api: {bind: 8080}\n", `node.yaml:9: api.bind: "8080" is not an address; write host:port, such as 0.0.0.0:8080 or [::1]:8080`},
@@ -121,17 +121,17 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"bind to nothing", good + "api: {bind: ''}\n", `node.yaml:9: api.bind: is empty; write host:port, such as 127.0.0.1:8080, or remove the key for the default`},
 		{"bind without a value", good + "api: {bind: }\n", `node.yaml:9: api.bind: has no value; write one, or remove the key for the default`},
 		{"half of api's TLS", good + "api: {tls: {cert_file: x}}\n", `node.yaml:9: api.tls: cert_file and key_file go together; write both, or none for plain HTTP`},
-		{"admin for everybody", good + "admin: {bind: ':8081'}\n", `node.yaml:9: admin.bind: others than this machine can reach :8081, and there is no token_file and no tls; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
-		{"admin without TLS", good + "admin: {bind: '10.0.0.5:8081', token_file: t}\n", `node.yaml:9: admin.bind: others than this machine can reach 10.0.0.5:8081, and there is no tls; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
-		{"admin without a token", good + "admin: {bind: 'localhost.example:8081', tls: " + server + "}\n", `node.yaml:9: admin.bind: others than this machine can reach localhost.example:8081, and there is no token_file; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
+		{"admin without token and TLS", good + "admin: {bind: ':8081'}\n", `node.yaml:9: admin.bind: other machines can reach :8081, and there is no token_file and no tls; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
+		{"admin without TLS", good + "admin: {bind: '10.0.0.5:8081', token_file: t}\n", `node.yaml:9: admin.bind: other machines can reach 10.0.0.5:8081, and there is no tls; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
+		{"admin without a token", good + "admin: {bind: 'localhost.example:8081', tls: " + server + "}\n", `node.yaml:9: admin.bind: other machines can reach localhost.example:8081, and there is no token_file; write token_file and tls: {cert_file, key_file}, or bind it to 127.0.0.1`},
 		{"no gossip key", swap(", key_file: gossip.key", ""), `node.yaml:5: gossip.key_file: is missing; write a file with 32 random bytes in base64, the same on all nodes, as head -c 32 /dev/urandom | base64 prints them`},
 		{"no rpc certificate", swap("cert_file: node.pem, ", ""), `node.yaml:7: rpc.tls.cert_file: is missing; write the files that dsnode tls issue has made for this node`},
 		{"no rpc key", swap("key_file: node.key, ", ""), `node.yaml:7: rpc.tls.key_file: is missing; write the files that dsnode tls issue has made for this node`},
 		{"no rpc CA", swap(", ca_file: ca.pem", ""), `node.yaml:7: rpc.tls.ca_file: is missing; write the certificate that dsnode tls ca has made`},
-		{"same port", good + "metrics: {bind: '127.0.0.1:8080'}\n", `node.yaml:9: metrics.bind: port 8080 is already that of api.bind; give each its own`},
+		{"same port", good + "metrics: {bind: '127.0.0.1:8080'}\n", `node.yaml:9: metrics.bind: port 8080 is already used by api.bind; choose another port`},
 		{"seed with a scheme", good + "seeds: ['https://10.0.0.6:7957']\n", `node.yaml:9: seeds[0]: "https://10.0.0.6:7957" is not an address; write the rpc address of another node, such as 10.0.0.6:7957`},
 		{"seed without a port", good + "seeds:\n  - 10.0.0.6:7957\n  - 10.0.0.7\n", `node.yaml:11: seeds[1]: "10.0.0.7" is not an address; write the rpc address of another node, such as 10.0.0.6:7957`},
-		{"seed twice", good + "seeds: ['h:1', 'h:1']\n", `node.yaml:9: seeds[1]: "h:1" stands here a second time; remove it`},
+		{"seed twice", good + "seeds: ['h:1', 'h:1']\n", `node.yaml:9: seeds[1]: "h:1" is listed twice; remove it`},
 		{"seeds in a row", good + "seeds: h:1,g:1\n", `node.yaml:9: seeds: must be a list, not "h:1,g:1"; write - before each entry, or [a, b]`},
 		{"too many seeds", good + "seeds: [" + strings.Repeat("h:1,", 65) + "]\n", `node.yaml:9: seeds: has 65 entries, more than the limit of 64; name a few nodes of each site`},
 		{"no operator key", swap("operator_key: {file: operator.key}\n", ""), `node.yaml:1: operator_key: is missing; write {file: PATH} or {env: NAME}; the key has 32 random bytes in base64, as head -c 32 /dev/urandom | base64 prints them`},
@@ -169,7 +169,7 @@ func TestAdminMayBeReachedFromOutsideWithTokenAndTLS(t *testing.T) {
 	}
 }
 
-// writeNode puts a good node.yaml and all that it names into a new directory.
+// writeNode writes a node.yaml and all files that it names into a new directory.
 func writeNode(t testing.TB, text string) (dir, path string) {
 	t.Helper()
 	dir = t.TempDir()
@@ -216,11 +216,11 @@ func TestLoadConfigReadsWhatTheFileNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := LoadConfig(path); err == nil || !strings.Contains(err.Error(), "node.yaml:9: operator_key_previous: file ") {
-		t.Errorf("a previous operator key that is none: %v", err)
+		t.Errorf("a file that is not a previous operator key: %v", err)
 	}
 }
 
-func TestLoadConfigTellsEverythingThatIsMissing(t *testing.T) {
+func TestLoadConfigReportsAllMistakes(t *testing.T) {
 	dir, path := writeNode(t, `version: 1
 cluster: dev
 name: A
@@ -253,7 +253,7 @@ log: {level: loud}
 		`DIR/node.yaml:8: admin.token_file: secret cannot be read: the file DIR/empty is empty; put the secret there`,
 		`DIR/node.yaml:9: admin.tls.cert_file: the file DIR/none.pem does not exist; create it or correct the path`,
 		`DIR/node.yaml:9: admin.tls.key_file: the file DIR/empty is empty; fill it or correct the path`,
-		`DIR/node.yaml:12: gossip.key_file: the file DIR/words holds no gossip key; write a file with 32 random bytes in base64, the same on all nodes, as head -c 32 /dev/urandom | base64 prints them`,
+		`DIR/node.yaml:12: gossip.key_file: the file DIR/words is not a gossip key; write a file with 32 random bytes in base64, the same on all nodes, as head -c 32 /dev/urandom | base64 prints them`,
 		`DIR/node.yaml:16: rpc.tls.cert_file: the files DIR/node.pem and DIR/ca.key are not a certificate and its key (private key does not match public key); create both together with dsnode tls issue`,
 		`DIR/node.yaml:18: rpc.tls.ca_file: the file DIR cannot be read: is a directory`,
 		`DIR/node.yaml:19: operator_key: no operator key: environment variable DSNODE_TEST_NO_SUCH_KEY is not set`,
@@ -277,10 +277,10 @@ func TestLoadConfigComparesNamesWithTheCertificate(t *testing.T) {
 	}
 }
 
-func TestLoadConfigOfNoFile(t *testing.T) {
+func TestLoadConfigOfMissingOrHugeFile(t *testing.T) {
 	_, err := LoadConfig(filepath.Join(t.TempDir(), "none.yaml"))
 	if !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("%v does not say that the file is missing", err)
+		t.Errorf("the error of a missing file: %v", err)
 	}
 	big := filepath.Join(t.TempDir(), "big.yaml")
 	if err := os.WriteFile(big, make([]byte, config.MaxBytes+1), 0o600); err != nil {

@@ -22,11 +22,11 @@ import (
 	"github.com/dsnode/dsnode/test/async"
 )
 
-// keyCluster is real nodes in this process, on loopback.
+// keyCluster is a cluster of real nodes in this process, on loopback.
 type keyCluster struct {
 	t         *testing.T
 	dir       string
-	cert, key []byte // of the authority
+	cert, key []byte // of the CA
 	log       *async.Buffer
 	nodes     map[string]*Node
 	stops     map[string]func() error
@@ -69,7 +69,7 @@ func (c *keyCluster) write(name string, b []byte) string {
 	return path
 }
 
-// boot runs a node in its data directory and gives what its Run returns.
+// boot runs a node in its data directory. ended has the result of its Run.
 func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n *Node, ended <-chan error) {
 	c.t.Helper()
 	cert, key, err := mesh.Issue(c.cert, c.key, mesh.Identity{Cluster: "dev", Site: name[:1], Node: name}, []string{"127.0.0.1"}, time.Hour)
@@ -96,7 +96,7 @@ func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	n.keys.Every, n.keys.Grace = 50*time.Millisecond, 200*time.Millisecond
+	n.keys.PollInterval, n.keys.DropGrace = 50*time.Millisecond, 200*time.Millisecond
 	ctx, cancel := context.WithCancel(context.Background())
 	end := make(chan error, 1)
 	done := make(chan struct{})
@@ -108,24 +108,25 @@ func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n
 	}()
 	stop := func() error { cancel(); <-done; return result }
 	c.nodes[name], c.stops[name] = n, stop
-	c.t.Cleanup(func() { _ = stop() }) // its error, if one is expected, was looked at
+	c.t.Cleanup(func() { _ = stop() }) // a test that expects an error has checked it
 	return n, end
 }
 
 func (c *keyCluster) stop(name string) {
 	c.t.Helper()
 	if err := c.stops[name](); err != nil {
-		c.t.Fatalf("%s ended with %v", name, err)
+		c.t.Fatalf("%s: Run returned %v", name, err)
 	}
 	delete(c.nodes, name)
 }
 
-// sealing reports whether all nodes that run seal with one key, other than not.
-func (c *keyCluster) sealing(not string) bool {
+// sealing reports whether all running nodes seal with the same key, and that is not
+// except.
+func (c *keyCluster) sealing(except string) bool {
 	var ids []string
 	for _, n := range c.nodes {
 		id, _ := n.keys.Ring.Current()
-		if !n.keys.Ring.Ready() || id.String() == not {
+		if !n.keys.Ring.Ready() || id.String() == except {
 			return false
 		}
 		ids = append(ids, id.String())
@@ -133,7 +134,7 @@ func (c *keyCluster) sealing(not string) bool {
 	return len(slices.Compact(ids)) == 1
 }
 
-// secretsIn are the keys that the node of a data directory keeps, and operator keys.
+// secretsIn returns the keys kept in a data directory, and the operator keys.
 func secretsIn(t *testing.T, dir string, operator ...keyring.OperatorKey) [][]byte {
 	t.Helper()
 	sealer, err := keyring.OpenNodeKey(dir, operator[0])
@@ -153,7 +154,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	old, next := keyring.GenerateOperatorKey(), keyring.GenerateOperatorKey()
 	a, _ := c.boot("a-1", old, none)
 	c.seed = a.Addresses().RPC
-	async.Await(t, "the first node founds the cluster", func() bool {
+	async.Await(t, "the first node bootstraps the cluster", func() bool {
 		return a.operator.Bootstrap(t.Context(), []byte(keyClusterConfig), "me") == nil
 	})
 	async.Await(t, "it has a key", a.keys.Ring.Ready)
@@ -162,7 +163,8 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	async.Await(t, "three nodes share it", func() bool { return len(a.cluster.State().Nodes) == 3 && c.sealing("") })
 	first, _ := a.keys.Ring.Current()
 
-	// Rotation, asked of a follower; the first key goes since nothing carries it.
+	// A follower is asked to rotate. The first key is dropped, because no record is sealed
+	// with it.
 	k, err := c.nodes["c-1"].operator.RotateKeyring(t.Context(), "ann")
 	if err != nil {
 		t.Fatal(err)
@@ -187,22 +189,22 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		t.Fatal(diff)
 	}
 	if got, _ := c.nodes["b-1"].keys.Ring.Current(); got.String() != k.ID {
-		t.Fatalf("%s seals, not %s", got, k.ID)
+		t.Fatalf("new records are sealed with %s, want %s", got, k.ID)
 	}
 
-	// A node with another operator key is not let in, and ends with a reason.
+	// A node with another operator key can't join, and its Run returns the reason.
 	_, ended := c.boot("b-9", keyring.GenerateOperatorKey(), none)
 	select {
 	case err := <-ended:
 		if !errors.Is(err, agreed.ErrOperatorKey) || !strings.Contains(err.Error(), old.Fingerprint()) || !strings.Contains(err.Error(), "give it the cluster's operator key") {
-			t.Fatalf("it ended with %v", err)
+			t.Fatalf("Run returned %v", err)
 		}
 	case <-time.After(time.Minute):
-		t.Fatal("a node with a wrong operator key goes on")
+		t.Fatal("a node with a wrong operator key still runs")
 	}
 	delete(c.nodes, "b-9")
 	if _, member := a.cluster.State().Nodes["b-9"]; member {
-		t.Fatal("it was let in")
+		t.Fatal("the node has joined")
 	}
 
 	// The operator key changes, one node after the other.
@@ -210,7 +212,7 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		c.stop(name)
 		c.boot(name, next, old)
 	}
-	async.Await(t, "two nodes said that they have it", func() bool {
+	async.Await(t, "two nodes have registered the new operator key", func() bool {
 		return cmp.Equal(c.nodes["b-1"].cluster.State().LackOperatorKey(next.Fingerprint()), []string{"a-1"})
 	})
 	async.Await(t, "the refusal names the node that lacks it", func() bool {
@@ -221,18 +223,18 @@ func TestKeyringOfRealNodes(t *testing.T) {
 	c.seed = c.nodes["b-1"].Addresses().RPC
 	a, _ = c.boot("a-1", next, old)
 	if !a.keys.Ring.Ready() {
-		t.Fatal("a node that comes back has to wait for the others to open its records")
+		t.Fatal("a restarted node can't open its records before it hears the others")
 	}
 	async.Await(t, "rewrapped", func() bool {
 		_, err := a.operator.RewrapKeyring(t.Context(), "ann")
 		return err == nil && a.cluster.State().OperatorKey() == next.Fingerprint()
 	})
-	async.Await(t, "all have opened what was wrapped anew", func() bool {
+	async.Await(t, "all have confirmed the rewrapped keys", func() bool {
 		s := a.cluster.State()
 		return !slices.ContainsFunc(s.DataKeys, func(k agreed.DataKey) bool { return len(s.Unconfirmed(k)) > 0 })
 	})
 	c.boot("c-2", next, none)
-	async.Await(t, "a newcomer with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })
+	async.Await(t, "a new node with the new key alone is ready", func() bool { return len(a.cluster.State().Nodes) == 4 && c.sealing(first.String()) })
 
 	secrets := secretsIn(t, filepath.Join(c.dir, "data-a-1"), next, old)
 	state, err := a.cluster.State().Encode()
@@ -255,6 +257,6 @@ func TestKeyringOfRealNodes(t *testing.T) {
 		return err
 	})
 	if err != nil || files < 12 {
-		t.Fatalf("%d files were looked into: %v", files, err)
+		t.Fatalf("%d files were searched: %v", files, err)
 	}
 }

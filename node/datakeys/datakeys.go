@@ -1,5 +1,5 @@
-// Package datakeys keeps a node's data-encryption keys in step with what the cluster
-// agreed on: it opens and confirms agreed keys, re-seals records whose key retires,
+// Package datakeys keeps a node's data keys in step with those that the cluster has
+// agreed on. It opens and confirms agreed keys, re-seals the records of retired ones
 // and, on the Raft leader, adds, activates and drops keys. Start at Keys.Run.
 package datakeys
 
@@ -19,198 +19,197 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Agreement is what Keys needs of the cluster.
+// Agreement is what Keys needs of *cluster.Cluster.
 type Agreement interface {
 	State() *agreed.State
 	Changed() <-chan struct{}
+	// Instance identifies this process.
 	Instance() string
 	Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error)
+	// Carried asks a node how many of its records are sealed with each data key.
 	Carried(ctx context.Context, node string) (map[string]int64, error)
+	WhileLeader(ctx context.Context, lead func(context.Context, cluster.Leadership) error) error
 }
 
-var _ Agreement = (*cluster.Cluster)(nil)
-
-// operatorKeys are the ones that this node was started with.
-type Operator struct {
-	Current  keyring.OperatorKey
-	Previous keyring.OperatorKey // may be none
-}
-
-// named gives the one of a fingerprint.
-func (o Operator) named(fingerprint string) (keyring.OperatorKey, bool) {
-	for _, k := range []keyring.OperatorKey{o.Current, o.Previous} {
-		if fingerprint != "" && k.Fingerprint() == fingerprint {
-			return k, true
-		}
-	}
-	return keyring.OperatorKey{}, false
-}
-
-// Keys is this node's part in the cluster's data keys: it opens what is
-// agreed, says so, and keeps the ring in step. On the raft leader it also takes
-// the steps that somebody must take (keyring_leader.go). Start at follow.
+// Keys is a node's part in the cluster's data keys.
 type Keys struct {
+	// Ring holds the opened keys. It has those of the node's last run as soon as New
+	// returns.
+	Ring *keyring.Ring
+	// PollInterval is the pause between two counts of the records that are sealed with
+	// retired keys, and between two attempts to re-seal them: 5 s unless it is changed
+	// before Run.
+	PollInterval time.Duration
+	// DropGrace is for how long every node must have reported no record of a retired
+	// key before the leader drops that key: 30 s unless it is changed before Run. It is
+	// far longer than a record is under way between two nodes.
+	DropGrace time.Duration
+
 	node     string
-	Ring     *keyring.Ring
-	dir      string         // of data.keys
-	sealer   keyring.Sealer // the node's own
-	operator Operator
+	dir      string
+	sealer   keyring.Sealer
+	operator OperatorKeys
 	agreed   Agreement
 	log      *slog.Logger
 
-	// How often a node asks what its records are sealed with while a key is to
-	// go, and how long nobody must carry one before it goes.
-	Every, Grace time.Duration
-
-	mu       sync.Mutex // guards what follows
-	carriers []carrier
-	kept     keyring.Kept
-	adopted  adoption
-	problem  string // why some key can't be opened; empty: all can
+	mu      sync.Mutex // guards what follows
+	stores  []namedStore
+	kept    keyring.Kept // what the ring and the file of kept keys hold
+	version listVersion  // of the agreed list that kept was made from
+	problem string       // why some key can't be opened; empty: all can
 }
 
-// adoption is which list of keys the ring shows.
-type adoption struct {
+// listVersion identifies an agreed list of data keys.
+type listVersion struct {
 	cluster             string
 	generation, version uint64
 }
 
-func (a adoption) newerThan(b adoption) bool {
-	if a.generation != b.generation {
-		return a.generation > b.generation
+func (v listVersion) newerThan(o listVersion) bool {
+	if v.generation != o.generation {
+		return v.generation > o.generation
 	}
-	return a.version > b.version
+	return v.version > o.version
 }
 
 const (
-	carriedEvery = 5 * time.Second
-	// Far longer than a record is under way between two nodes.
-	carriedGrace = 30 * time.Second
-	// retryEvery is the pause after something that may work a moment later.
-	retryEvery = time.Second
-	// maxRetained bounds the keys that the cluster has given up and this node
-	// still needs.
+	defaultPollInterval = 5 * time.Second
+	defaultDropGrace    = 30 * time.Second
+	// retryPause is the pause after a proposal that failed.
+	retryPause = time.Second
+	// maxRetained bounds the keys that the cluster has dropped and this node still
+	// needs.
 	maxRetained = 16
 )
 
-// newDataKeys fills the ring with what the node kept from its last run: it opens
-// its records before it has heard of anybody. agreed is set before any loop runs.
-func New(node, dir string, sealer keyring.Sealer, operator Operator, log *slog.Logger) (*Keys, error) {
-	d := &Keys{
-		node: node, Ring: keyring.NewRing(), dir: dir, sealer: sealer, operator: operator, log: log,
-		Every: carriedEvery, Grace: carriedGrace,
+// Options are what New needs. All are required.
+type Options struct {
+	Node     string
+	Dir      string         // data directory
+	Sealer   keyring.Sealer // seals the file of kept keys
+	Operator OperatorKeys
+	Logger   *slog.Logger
+}
+
+// New fills the ring with the keys that the node kept from its last run, so that it can
+// open its records before it has contact to another node.
+func New(o Options) (*Keys, error) {
+	ks := &Keys{
+		Ring: keyring.NewRing(), PollInterval: defaultPollInterval, DropGrace: defaultDropGrace,
+		node: o.Node, dir: o.Dir, sealer: o.Sealer, operator: o.Operator, log: o.Logger,
 	}
-	kept, err := keyring.ReadKept(dir, sealer)
+	kept, err := keyring.ReadKept(o.Dir, o.Sealer)
 	switch {
 	case errors.Is(err, keyring.ErrDamaged), errors.Is(err, keyring.ErrWrongKey):
-		log.Warn("the data keys kept here can't be read; they come again with the agreed state", "err", err)
+		ks.log.Warn("can't read the data keys kept on disk, waiting for those of the agreed state", "err", err)
 		kept = keyring.Kept{}
 	case err != nil:
 		return nil, err
 	}
-	d.kept = kept
-	d.adopted = adoption{cluster: kept.ClusterID, generation: kept.Generation, version: kept.Version}
-	if err := d.Ring.Set(kept.Current, kept.Keys...); err != nil {
+	ks.kept = kept
+	ks.version = listVersion{cluster: kept.ClusterID, generation: kept.Generation, version: kept.Version}
+	if err := ks.Ring.Set(kept.Current, kept.Keys...); err != nil {
 		return nil, fmt.Errorf("data keys kept from the last run: %w", err)
 	}
-	return d, nil
+	return ks, nil
 }
 
-// Connect sets the cluster that the keys are agreed on in. Call it before Run.
-func (d *Keys) Connect(a Agreement) { d.agreed = a }
+// Connect sets the cluster that agrees on the keys. It must be called before Run.
+func (ks *Keys) Connect(a Agreement) { ks.agreed = a }
 
-// Run keeps this node's ring, re-seals its records and, while it is the Raft
-// leader, takes the steps that only one node may take. It blocks until ctx ends, or
-// until a key that is in use can't be opened.
-func (d *Keys) Run(ctx context.Context, whileLeader func(context.Context, func(context.Context, cluster.Leadership) error) error) error {
+// Run keeps the ring in step with the agreed keys, re-seals records and, while this node
+// is the Raft leader, takes the leader's steps. It blocks until ctx ends, or until a key
+// that is in use can't be opened.
+func (ks *Keys) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return d.follow(ctx) })
-	g.Go(func() error { return d.reseal(ctx) })
-	g.Go(func() error { return whileLeader(ctx, d.tend) })
+	g.Go(func() error { return ks.follow(ctx) })
+	g.Go(func() error { return ks.reseal(ctx) })
+	g.Go(func() error { return ks.agreed.WhileLeader(ctx, ks.lead) })
 	return g.Wait()
 }
 
-// follow keeps the ring in step with what is agreed and confirms each key that
-// could be opened, until ctx ends. It fails when a key that is in use can't be
-// opened: such a node could read nothing, and must not run.
-func (d *Keys) follow(ctx context.Context) error {
+// follow applies each agreed list and confirms the keys that it could open, until ctx
+// ends. It returns an error when a key that is in use can't be opened: the node could
+// read none of the new records and must not run.
+func (ks *Keys) follow(ctx context.Context) error {
 	for {
-		changed := d.agreed.Changed()
-		s := d.agreed.State()
-		opened, err := d.adopt(s)
+		changed := ks.agreed.Changed()
+		s := ks.agreed.State()
+		opened, err := ks.apply(s)
 		if err != nil {
-			d.log.Error("this node can't go on", "err", err)
+			ks.log.Error("can't use the agreed data keys, this node stops", "err", err)
 			return err
 		}
-		again := time.Duration(0)
-		if err := d.confirm(ctx, s, opened); err != nil && ctx.Err() == nil {
-			d.log.Debug("data keys not confirmed yet", "err", err)
-			again = retryEvery
+		retry := time.Duration(0)
+		if err := ks.confirm(ctx, s, opened); err != nil && ctx.Err() == nil {
+			ks.log.Debug("can't confirm data keys yet", "err", err)
+			retry = retryPause
 		}
-		if !wait(ctx, changed, again) {
+		if !wait(ctx, changed, retry) {
 			return nil
 		}
 	}
 }
 
-// wait returns when something has changed or, if there is one, a time has
-// passed; false when ctx has ended.
-func wait(ctx context.Context, changed <-chan struct{}, atMost time.Duration) bool {
-	var late <-chan time.Time
-	if atMost > 0 {
-		t := time.NewTimer(atMost)
+// wait returns true at a change or, unless timeout is 0, after the timeout. It returns
+// false when ctx has ended.
+func wait(ctx context.Context, changed <-chan struct{}, timeout time.Duration) bool {
+	var expired <-chan time.Time
+	if timeout > 0 {
+		t := time.NewTimer(timeout)
 		defer t.Stop()
-		late = t.C
+		expired = t.C
 	}
 	select {
 	case <-ctx.Done():
 		return false
 	case <-changed:
-	case <-late:
+	case <-expired:
 	}
 	return ctx.Err() == nil
 }
 
-// fresh reports whether a state is no older than this process: it knows that the
-// process has started. While the log is replayed older ones pass by.
-func (d *Keys) fresh(s *agreed.State) bool {
-	n, member := s.Nodes[d.node]
-	return member && n.Instance == d.agreed.Instance()
+// caughtUp reports whether a state is at least as new as this process: it contains the
+// process's own registration. While the Raft log is replayed, older states pass by.
+func (ks *Keys) caughtUp(s *agreed.State) bool {
+	n, member := s.Nodes[ks.node]
+	return member && n.Instance == ks.agreed.Instance()
 }
 
-// adopt opens the agreed keys and gives the ids of those that it could open as
-// they are wrapped now. What it shows in the ring never goes back.
-func (d *Keys) adopt(s *agreed.State) (opened []string, err error) {
+// apply opens the agreed keys and puts them into the ring, unless the ring has a newer
+// list. It returns the ids of the keys that it could open as they are wrapped now.
+func (ks *Keys) apply(s *agreed.State) (opened []string, err error) {
 	if s.ClusterID == "" {
 		return nil, nil
 	}
-	now := adoption{cluster: s.ClusterID, generation: s.Generation.Number, version: s.DataKeysVersion}
-	fresh := d.fresh(s)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	same := d.adopted.cluster == now.cluster
-	if !fresh && (!same || d.adopted.newerThan(now)) {
+	version := listVersion{cluster: s.ClusterID, generation: s.Generation.Number, version: s.DataKeysVersion}
+	caughtUp := ks.caughtUp(s)
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	sameCluster := ks.version.cluster == version.cluster
+	if !caughtUp && (!sameCluster || ks.version.newerThan(version)) {
 		return nil, nil
 	}
-	next := keyring.Kept{ClusterID: now.cluster, Generation: now.generation, Version: now.version}
+	next := keyring.Kept{ClusterID: version.cluster, Generation: version.generation, Version: version.version}
 	var problems []error
 	for _, k := range s.DataKeys {
-		key, err := d.open(s.ClusterID, k)
+		key, err := ks.unwrap(s.ClusterID, k)
 		if err == nil {
 			opened = append(opened, k.ID)
 		} else {
 			problems = append(problems, err)
-			held, ok := d.held(k.ID)
-			if !ok && fresh && k.State() != agreed.DataKeyPending {
-				d.problem = err.Error()
+			kept, ok := ks.keptKey(k.ID)
+			if !ok && caughtUp && k.State() != agreed.DataKeyPending {
+				ks.problem = err.Error()
 				return nil, err
 			}
 			if !ok {
 				continue
 			}
-			key = held
+			key = kept
 		}
-		// A MAC key is not shown before it is in use: its sums are for ever.
+		// A pending MAC key is left out. Ids and digests that are made with it are permanent,
+		// so all nodes must be able to open it first.
 		if key.Kind() == keyring.KindMAC && k.State() == agreed.DataKeyPending {
 			continue
 		}
@@ -219,48 +218,48 @@ func (d *Keys) adopt(s *agreed.State) (opened []string, err error) {
 			next.Current = key.ID()
 		}
 	}
-	if same {
-		next.Keys = append(next.Keys, d.retained(s)...)
+	if sameCluster {
+		next.Keys = append(next.Keys, ks.retained(s)...)
 	}
-	if fresh { // else it may be an old list that passes by
-		d.note(errors.Join(problems...))
+	if caughtUp { // an older list may have keys that are no longer in use
+		ks.setProblem(errors.Join(problems...))
 	}
-	return opened, d.show(next, now)
+	return opened, ks.setRing(next, version)
 }
 
-// open unwraps an agreed key.
-func (d *Keys) open(clusterID string, k agreed.DataKey) (keyring.DataKey, error) {
+// unwrap opens an agreed key with the operator key that wraps it.
+func (ks *Keys) unwrap(clusterID string, k agreed.DataKey) (keyring.DataKey, error) {
 	id, err := keyring.ParseKeyID(k.ID)
 	if err != nil {
 		return keyring.DataKey{}, err
 	}
-	op, ok := d.operator.named(k.OperatorKey)
-	if ok {
-		var key keyring.DataKey
-		if key, err = keyring.UnwrapDataKey(op, clusterID, id, keyring.Kind(k.Kind), k.Wrapped); err == nil {
-			return key, nil
-		}
+	op, ok := ks.operator.byFingerprint(k.OperatorKey)
+	if !ok {
+		return keyring.DataKey{}, fmt.Errorf("%w: data key %s of the cluster is wrapped with operator key %s, this node was started with %s: "+
+			"give it the cluster's operator key, as operator_key_previous while the cluster changes to another one, and start it again",
+			keyring.ErrWrongOperatorKey, k.ID, k.OperatorKey, ks.operator.Current.Fingerprint())
+	}
+	key, err := keyring.UnwrapDataKey(op, clusterID, id, keyring.Kind(k.Kind), k.Wrapped)
+	if err != nil {
 		return keyring.DataKey{}, fmt.Errorf("%w, although operator key %s is the right one: the agreed state is damaged, or a newer version wrote it", err, k.OperatorKey)
 	}
-	return keyring.DataKey{}, fmt.Errorf("%w: data key %s of the cluster is wrapped with operator key %s, this node was started with %s: "+
-		"give it the cluster's operator key, as operator_key_previous while the cluster changes to another one, and start it again",
-		keyring.ErrWrongOperatorKey, k.ID, k.OperatorKey, d.operator.Current.Fingerprint())
+	return key, nil
 }
 
-// held finds a key that the ring shows already.
-func (d *Keys) held(id string) (keyring.DataKey, bool) {
-	i := slices.IndexFunc(d.kept.Keys, func(k keyring.DataKey) bool { return k.ID().String() == id })
+// keptKey finds a key that the ring has already. ks.mu is held.
+func (ks *Keys) keptKey(id string) (keyring.DataKey, bool) {
+	i := slices.IndexFunc(ks.kept.Keys, func(k keyring.DataKey) bool { return k.ID().String() == id })
 	if i < 0 {
 		return keyring.DataKey{}, false
 	}
-	return d.kept.Keys[i], true
+	return ks.kept.Keys[i], true
 }
 
-// retained are the sealing keys that the cluster has given up and some record
-// here may still need: shed lets them go.
-func (d *Keys) retained(s *agreed.State) []keyring.DataKey {
+// retained returns the sealing keys that the cluster has dropped and that a record of
+// this node may still need; forgetDropped removes them. ks.mu is held.
+func (ks *Keys) retained(s *agreed.State) []keyring.DataKey {
 	var keep []keyring.DataKey
-	for _, k := range d.kept.Keys {
+	for _, k := range ks.kept.Keys {
 		if _, agreed := s.DataKey(k.ID().String()); !agreed && k.Kind() == keyring.KindSeal {
 			keep = append(keep, k)
 		}
@@ -268,56 +267,56 @@ func (d *Keys) retained(s *agreed.State) []keyring.DataKey {
 	return keep[max(0, len(keep)-maxRetained):]
 }
 
-// note remembers what can't be opened, and logs it once.
-func (d *Keys) note(err error) {
-	words := ""
+// setProblem stores why keys can't be opened, and logs each change. ks.mu is held.
+func (ks *Keys) setProblem(err error) {
+	problem := ""
 	if err != nil {
-		words = err.Error()
+		problem = err.Error()
 	}
-	if words != d.problem && words != "" {
-		d.log.Error("a data key can't be opened; this node does not confirm it", "err", err)
+	if problem != ks.problem && problem != "" {
+		ks.log.Error("can't open a data key, so this node does not confirm it", "err", err)
 	}
-	d.problem = words
+	ks.problem = problem
 }
 
-// show makes the ring and the kept file say the same; the file is first, so that
-// nothing is sealed with a key that a restart would not find.
-func (d *Keys) show(next keyring.Kept, now adoption) error {
-	if !slices.Equal(next.Keys, d.kept.Keys) || next.Current != d.kept.Current || next.ClusterID != d.kept.ClusterID {
-		if err := keyring.WriteKept(d.dir, d.sealer, next); err != nil {
+// setRing writes the file of kept keys and then sets the ring. In this order nothing is
+// sealed with a key that a restart would not find. ks.mu is held.
+func (ks *Keys) setRing(next keyring.Kept, version listVersion) error {
+	if !slices.Equal(next.Keys, ks.kept.Keys) || next.Current != ks.kept.Current || next.ClusterID != ks.kept.ClusterID {
+		if err := keyring.WriteKept(ks.dir, ks.sealer, next); err != nil {
 			return err
 		}
-		if next.Current != d.kept.Current {
-			d.log.Info("records are sealed with another data key from now on", "key", next.Current.String(), "before", d.kept.Current.String())
+		if next.Current != ks.kept.Current {
+			ks.log.Info("new records are sealed with another data key", "key", next.Current.String(), "before", ks.kept.Current.String())
 		}
 	}
-	d.kept, d.adopted = next, now
-	return d.Ring.Set(next.Current, next.Keys...)
+	ks.kept, ks.version = next, version
+	return ks.Ring.Set(next.Current, next.Keys...)
 }
 
-// Problem says which data key can't be opened here and why; empty when all can.
-func (d *Keys) Problem() string {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.problem
+// Problem says which data key this node can't open and why; empty: it can open all.
+func (ks *Keys) Problem() string {
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	return ks.problem
 }
 
-// confirm tells the cluster which keys this node has opened, unless it knows.
-func (d *Keys) confirm(ctx context.Context, s *agreed.State, opened []string) error {
-	if !d.fresh(s) {
+// confirm tells the cluster which keys this node has opened, if the state lacks that.
+func (ks *Keys) confirm(ctx context.Context, s *agreed.State, opened []string) error {
+	if !ks.caughtUp(s) {
 		return nil
 	}
 	opened = slices.DeleteFunc(slices.Clone(opened), func(id string) bool {
 		k, _ := s.DataKey(id)
-		_, confirmed := k.Confirmed[d.node]
+		_, confirmed := k.Confirmed[ks.node]
 		return confirmed
 	})
 	if len(opened) == 0 {
 		return nil
 	}
-	_, err := d.agreed.Propose(ctx, agreed.CmdDataKeyConfirm, agreed.DataKeyConfirm{Node: d.node, IDs: opened, OperatorKey: s.OperatorKey()})
+	_, err := ks.agreed.Propose(ctx, agreed.CmdDataKeyConfirm, agreed.DataKeyConfirm{Node: ks.node, IDs: opened, OperatorKey: s.OperatorKey()})
 	if err == nil {
-		d.log.Info("data keys opened and confirmed", "keys", opened, "operator_key", s.OperatorKey())
+		ks.log.Info("data keys opened and confirmed", "keys", opened, "operator_key", s.OperatorKey())
 	}
 	return err
 }

@@ -9,40 +9,43 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// Carrier holds records that are sealed with data keys.
-type Carrier interface {
-	// Carries counts the records by the data key that they are sealed with. Keys
-	// that none is sealed with may be absent. While a key is to go it is asked
-	// every few seconds.
-	Carries(ctx context.Context) (map[keyring.KeyID]int64, error)
-	// Reseal seals some of the records that are sealed with a key anew, with the
-	// ring's current one, and says how many are left. It is called again until
-	// none is; how much it does at a time, and how fast, is its own choice.
+// Store holds records that are sealed with data keys.
+type Store interface {
+	// Count returns the number of records by the data key that they are sealed with.
+	// Keys without records may be absent. While a key is retired, Count is called every
+	// Keys.PollInterval.
+	Count(ctx context.Context) (map[keyring.KeyID]int64, error)
+	// Reseal seals some of the records of a key again, with the ring's current key, and
+	// returns how many are left. It is called again until none is left. The store
+	// decides how many records it takes at a time, and how fast.
 	Reseal(ctx context.Context, from keyring.KeyID) (left int64, err error)
 }
 
-type carrier struct {
+type namedStore struct {
 	name string
-	Carrier
+	Store
 }
 
-// carry makes a store known; before the loops run.
-func (d *Keys) Carry(name string, c Carrier) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.carriers = append(d.carriers, carrier{name, c})
+// AddStore registers a store of this node. It must be called before Run.
+func (ks *Keys) AddStore(name string, s Store) {
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	ks.stores = append(ks.stores, namedStore{name, s})
 }
 
-// count is how many records here are sealed with each key.
-func (d *Keys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
-	d.mu.Lock()
-	carriers := slices.Clone(d.carriers)
-	d.mu.Unlock()
+func (ks *Keys) allStores() []namedStore {
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	return slices.Clone(ks.stores)
+}
+
+// count returns how many records of this node are sealed with each key.
+func (ks *Keys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	sum := map[keyring.KeyID]int64{}
-	for _, c := range carriers {
-		counts, err := c.Carries(ctx)
+	for _, store := range ks.allStores() {
+		counts, err := store.Count(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", c.name, err)
+			return nil, fmt.Errorf("%s: %w", store.name, err)
 		}
 		for id, n := range counts {
 			sum[id] += n
@@ -51,9 +54,10 @@ func (d *Keys) count(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	return sum, nil
 }
 
-// carried is count as peers are told.
-func (d *Keys) Carried(ctx context.Context) (map[string]int64, error) {
-	counts, err := d.count(ctx)
+// CountRecords returns what this node reports to others: how many of its records are
+// sealed with each key, by the id of the key.
+func (ks *Keys) CountRecords(ctx context.Context) (map[string]int64, error) {
+	counts, err := ks.count(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -64,122 +68,118 @@ func (d *Keys) Carried(ctx context.Context) (map[string]int64, error) {
 	return named, nil
 }
 
-// leaving are the keys that open records here and must not for long: the
-// sealing keys other than the current one, unless they wait to become it.
-func (d *Keys) leaving() (retired, given []keyring.KeyID) {
-	s := d.agreed.State()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.kept.Current.IsZero() {
+// obsolete returns the sealing keys whose records must be sealed again: those that the
+// cluster has retired, and those that it has dropped although this node kept them.
+func (ks *Keys) obsolete() (retired, dropped []keyring.KeyID) {
+	s := ks.agreed.State()
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	if ks.kept.Current.IsZero() {
 		return nil, nil
 	}
-	for _, k := range d.kept.Keys {
-		if k.Kind() != keyring.KindSeal || k.ID() == d.kept.Current {
+	for _, k := range ks.kept.Keys {
+		if k.Kind() != keyring.KindSeal || k.ID() == ks.kept.Current {
 			continue
 		}
-		agreed, there := s.DataKey(k.ID().String())
+		agreed, known := s.DataKey(k.ID().String())
 		switch {
-		case !there:
-			given = append(given, k.ID())
+		case !known:
+			dropped = append(dropped, k.ID())
 		case !agreed.RetiredAt.IsZero():
 			retired = append(retired, k.ID())
 		}
 	}
-	return retired, given
+	return retired, dropped
 }
 
-// reseal seals what retired keys have sealed anew, in the background, until ctx
-// ends.
-func (d *Keys) reseal(ctx context.Context) error {
-	said := ""
+// reseal seals the records of obsolete keys again, in the background, until ctx ends.
+func (ks *Keys) reseal(ctx context.Context) error {
+	logged := ""
 	for {
-		// The ring follows what is agreed a moment later, so both count.
-		changed, shown := d.agreed.Changed(), d.Ring.Changed()
-		retired, given := d.leaving()
-		if len(retired)+len(given) == 0 {
+		// The ring follows the agreed state with a delay, so a change of either counts.
+		changed, ringChanged := ks.agreed.Changed(), ks.Ring.Changed()
+		retired, dropped := ks.obsolete()
+		if len(retired)+len(dropped) == 0 {
 			select {
 			case <-ctx.Done():
 				return nil
 			case <-changed:
-			case <-shown:
+			case <-ringChanged:
 			}
 			continue
 		}
-		more, err := d.resealSome(ctx, slices.Concat(given, retired))
+		more, err := ks.resealSome(ctx, slices.Concat(dropped, retired))
 		if ctx.Err() != nil {
 			return nil
 		}
 		if err == nil && !more {
-			err = d.shed(ctx, given)
+			err = ks.forgetDropped(ctx, dropped)
 		}
-		words := ""
+		problem := ""
 		if err != nil {
-			words = err.Error()
+			problem = err.Error()
 		}
-		if words != said && words != "" {
-			d.log.Warn("records are not sealed anew yet; it is tried again", "err", err)
+		if problem != logged && problem != "" {
+			ks.log.Warn("can't re-seal records yet, trying again", "err", err)
 		}
-		if said = words; err == nil && more {
+		if logged = problem; err == nil && more {
 			continue
 		}
-		if !wait(ctx, changed, d.Every) {
+		if !wait(ctx, changed, ks.PollInterval) {
 			return nil
 		}
 	}
 }
 
-// resealSome asks each store once for each key that it carries; more says
-// whether to go on at once.
-func (d *Keys) resealSome(ctx context.Context, leaving []keyring.KeyID) (more bool, err error) {
-	d.mu.Lock()
-	carriers := slices.Clone(d.carriers)
-	d.mu.Unlock()
-	for _, c := range carriers {
-		counts, err := c.Carries(ctx)
+// resealSome calls each store once for each obsolete key that it has records of. more
+// says whether to go on without a pause.
+func (ks *Keys) resealSome(ctx context.Context, obsolete []keyring.KeyID) (more bool, err error) {
+	for _, store := range ks.allStores() {
+		counts, err := store.Count(ctx)
 		if err != nil {
-			return false, fmt.Errorf("%s: %w", c.name, err)
+			return false, fmt.Errorf("%s: %w", store.name, err)
 		}
-		for _, id := range leaving {
+		for _, id := range obsolete {
 			before := counts[id]
 			if before == 0 {
 				continue
 			}
-			left, err := c.Reseal(ctx, id)
+			left, err := store.Reseal(ctx, id)
 			if err != nil {
-				return false, fmt.Errorf("%s: %d records sealed with %s: %w", c.name, before, id, err)
+				return false, fmt.Errorf("%s: %d records sealed with %s: %w", store.name, before, id, err)
 			}
 			if left == 0 {
-				d.log.Info("records sealed anew", "store", c.name, "records", before, "key", id.String())
+				ks.log.Info("records re-sealed", "store", store.name, "records", before, "key", id.String())
 			}
-			// A store that makes no progress is asked again later, not at once.
+			// A store that makes no progress is called again after a pause.
 			more = more || left > 0 && left < before
 		}
 	}
 	return more, nil
 }
 
-// shed lets go of the keys that the cluster has given up and nothing here needs
-// any more.
-func (d *Keys) shed(ctx context.Context, given []keyring.KeyID) error {
-	if len(given) == 0 {
+// forgetDropped removes the keys from the ring that the cluster has dropped and no record
+// of this node needs.
+func (ks *Keys) forgetDropped(ctx context.Context, dropped []keyring.KeyID) error {
+	if len(dropped) == 0 {
 		return nil
 	}
-	counts, err := d.count(ctx)
+	counts, err := ks.count(ctx)
 	if err != nil {
 		return err
 	}
-	s := d.agreed.State()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	next := d.kept
-	next.Keys = slices.DeleteFunc(slices.Clone(d.kept.Keys), func(k keyring.DataKey) bool {
+	s := ks.agreed.State()
+	ks.mu.Lock()
+	defer ks.mu.Unlock()
+	next := ks.kept
+	next.Keys = slices.DeleteFunc(slices.Clone(ks.kept.Keys), func(k keyring.DataKey) bool {
 		_, agreed := s.DataKey(k.ID().String())
-		return !agreed && counts[k.ID()] == 0 && slices.Contains(given, k.ID())
+		return !agreed && counts[k.ID()] == 0 && slices.Contains(dropped, k.ID())
 	})
-	if len(next.Keys) == len(d.kept.Keys) {
+	if len(next.Keys) == len(ks.kept.Keys) {
 		left := maps.Clone(counts)
-		maps.DeleteFunc(left, func(id keyring.KeyID, _ int64) bool { return !slices.Contains(given, id) })
+		maps.DeleteFunc(left, func(id keyring.KeyID, _ int64) bool { return !slices.Contains(dropped, id) })
 		return fmt.Errorf("the cluster has dropped data keys that records here are sealed with: %v", left)
 	}
-	return d.show(next, d.adopted)
+	return ks.setRing(next, ks.version)
 }

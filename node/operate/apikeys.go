@@ -10,8 +10,8 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// CreateAPIKey makes a client's key; its secret is in the answer and nowhere
-// else.
+// CreateAPIKey makes a client's key. Only the answer contains its secret: the agreed state
+// has a hash.
 func (o *Operator) CreateAPIKey(ctx context.Context, r admin.APIKeyRequest) (admin.APIKeyCreated, error) {
 	s := o.cluster.State()
 	if s.Parsed == nil {
@@ -61,7 +61,7 @@ func (o *Operator) APIKeys(context.Context) ([]admin.APIKeyInfo, error) {
 	return keys, nil
 }
 
-// RevokeAPIKey ends a key at once, on every node that hears of it.
+// RevokeAPIKey makes a key invalid, on each node as soon as it has applied the change.
 func (o *Operator) RevokeAPIKey(ctx context.Context, id string) error {
 	_, err := o.cluster.Propose(ctx, agreed.CmdAPIKeyRevoke, agreed.APIKeyRevoke{ID: id})
 	return err

@@ -10,7 +10,7 @@ import (
 	"github.com/dsnode/dsnode/node/cache"
 )
 
-// CacheStats gives the figures of this node's cache.
+// CacheStats returns the statistics of this node's cache.
 func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
 	s := o.cache.Stats()
 	tier := func(t cache.TierStats) admin.CacheTier {
@@ -22,8 +22,8 @@ func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
 	}, nil
 }
 
-// PurgeCache makes cached answers unusable on all nodes. A node that is unreachable now
-// uses none of them once it has the agreed state again.
+// PurgeCache makes cached answers unusable on each node as soon as it has applied the
+// purge.
 func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
 	s := o.cluster.State()
 	if s.Parsed == nil {
@@ -33,7 +33,7 @@ func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string
 		return fmt.Errorf("%w: model %q is not in the configuration", admin.ErrInvalidRequest, r.Model)
 	}
 	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
-		return fmt.Errorf("%w: %q is not a key of the cache; the header Cache-Status shows keys", admin.ErrInvalidRequest, r.Key)
+		return fmt.Errorf("%w: %q is not a cache key: the Cache-Status header of an answer shows the key", admin.ErrInvalidRequest, r.Key)
 	}
 	now := time.Now()
 	_, err := o.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{

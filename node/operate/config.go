@@ -11,12 +11,12 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// Bootstrap founds the cluster with this node.
+// Bootstrap makes this node the first member of a new cluster.
 func (o *Operator) Bootstrap(ctx context.Context, text []byte, author string) error {
 	return o.cluster.Bootstrap(ctx, text, author)
 }
 
-// Config is the agreed configuration.
+// Config returns the agreed configuration.
 func (o *Operator) Config(context.Context) (admin.ConfigVersion, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -25,7 +25,7 @@ func (o *Operator) Config(context.Context) (admin.ConfigVersion, error) {
 	return s.Config, nil
 }
 
-// ConfigHistory lists the versions before the current one.
+// ConfigHistory lists the versions before the current one, oldest first.
 func (o *Operator) ConfigHistory(context.Context) ([]admin.ConfigVersion, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -34,7 +34,8 @@ func (o *Operator) ConfigHistory(context.Context) ([]admin.ConfigVersion, error)
 	return s.History, nil
 }
 
-// ApplyConfig agrees on another configuration.
+// ApplyConfig replaces the configuration. expect is the version that it replaces, nil for
+// the current one.
 func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64, author string) (admin.ConfigVersion, error) {
 	next, err := config.Parse("cluster.yaml", text)
 	if err != nil {
@@ -44,7 +45,7 @@ func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64,
 	if s.ClusterID == "" {
 		return admin.ConfigVersion{}, o.notMember()
 	}
-	if err := mayFollow(s, next); err != nil {
+	if err := checkChange(s, next); err != nil {
 		return admin.ConfigVersion{}, err
 	}
 	version := s.Config.Version
@@ -53,7 +54,7 @@ func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64,
 	}
 	hash := cluster.HashConfig(text)
 	if version == s.Config.Version && hash == s.Config.Hash {
-		return s.Config, nil // nothing to agree on
+		return s.Config, nil
 	}
 	_, err = o.cluster.Propose(ctx, agreed.CmdConfigSet, agreed.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
 	if err != nil {
@@ -62,11 +63,10 @@ func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64,
 	return o.cluster.State().Config, nil
 }
 
-// mayFollow refuses what is valid in itself but can't follow the present
-// configuration.
-func mayFollow(s *agreed.State, next *config.Config) error {
+// checkChange refuses a configuration that is valid but can't replace the present one.
+func checkChange(s *agreed.State, next *config.Config) error {
 	if s.Parsed != nil && next.Timing != s.Parsed.Timing {
-		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes would differ about who is in charge",
+		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes with different leases could act as primary at the same time",
 			admin.ErrInvalidConfig, s.Parsed.Timing.Heartbeat)
 	}
 	for name, node := range s.Nodes {
@@ -80,7 +80,7 @@ func mayFollow(s *agreed.State, next *config.Config) error {
 	return nil
 }
 
-// RollbackConfig agrees on the text of an earlier version, as a new one.
+// RollbackConfig applies the text of an earlier version as a new version.
 func (o *Operator) RollbackConfig(ctx context.Context, to uint64, expect *uint64, author string) (admin.ConfigVersion, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {

@@ -10,8 +10,6 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Drills.
-
 func drillRequest(r admin.DrillRequest, by string) drill.Request {
 	return drill.Request{
 		Kind: drill.Kind(r.Kind), Site: r.Site, For: time.Duration(r.ForSeconds * float64(time.Second)),
@@ -19,9 +17,9 @@ func drillRequest(r admin.DrillRequest, by string) drill.Request {
 	}
 }
 
-// PlanDrill gives the prechecks of a drill and changes nothing.
+// PlanDrill runs the prechecks of a drill and changes nothing.
 func (o *Operator) PlanDrill(_ context.Context, r admin.DrillRequest, by string) (admin.DrillPlan, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.DrillPlan{}, err
 	}
@@ -34,9 +32,9 @@ func (o *Operator) PlanDrill(_ context.Context, r admin.DrillRequest, by string)
 	return p, nil
 }
 
-// StartDrill begins a drill, which this node runs.
+// StartDrill begins a drill, which this node runs in the background.
 func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by string) (admin.Drill, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.Drill{}, err
 	}
@@ -44,11 +42,12 @@ func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by stri
 	if err != nil {
 		return admin.Drill{}, err
 	}
-	return o.drillOf(d), nil
+	return drillInfo(d), nil
 }
 
-// drillOf is a drill's record without its report. A drill whose runner died is aborted.
-func (o *Operator) drillOf(d agreed.DrillRecord) admin.Drill {
+// drillInfo describes a drill without its report. A drill whose runner has ended without a
+// verdict counts as aborted.
+func drillInfo(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
 	if verdict == "" && !d.Running(time.Now()) {
@@ -71,13 +70,13 @@ func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	}
 	list := []admin.Drill{}
 	for _, d := range s.Drills {
-		list = append(list, o.drillOf(d))
+		list = append(list, drillInfo(d))
 	}
 	return list, nil
 }
 
-// Drill gives a drill with its report. While the drill runs, the node that runs it gives
-// the report so far, and other nodes give none.
+// Drill returns a drill with its report. While the drill runs, the node that runs it has
+// the report so far, and other nodes have none.
 func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
@@ -87,12 +86,11 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		if d.ID != id {
 			continue
 		}
-		out := o.drillOf(d)
-		switch {
-		case len(d.Report) > 0:
-			out.Report = d.Report
-		default:
-			if err := o.liveReport(&out); err != nil {
+		out := drillInfo(d)
+		out.Report = d.Report
+		if len(d.Report) == 0 {
+			var err error
+			if out.Report, err = o.liveReport(id); err != nil {
 				return admin.Drill{}, err
 			}
 		}
@@ -101,33 +99,29 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 	return admin.Drill{}, fmt.Errorf("%w: %s", drill.ErrUnknown, id)
 }
 
-func (o *Operator) liveReport(d *admin.Drill) error {
-	c := o.command()
+// liveReport returns the report so far of a drill that this node runs, or nil.
+func (o *Operator) liveReport(id string) ([]byte, error) {
+	c := o.loadControl()
 	if c == nil {
-		return nil
+		return nil, nil
 	}
-	r, runs := c.Drills.Live(d.ID)
+	r, runs := c.Drills.Live(id)
 	if !runs {
-		return nil
+		return nil, nil
 	}
-	text, err := r.Encode()
-	if err != nil {
-		return err
-	}
-	d.Report = text
-	return nil
+	return r.Encode()
 }
 
-// AbortDrill ends a drill, whichever node runs it, and this node's isolation at once.
+// AbortDrill ends a drill on whichever node it runs.
 func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
-	if o.isolation.Heal(id) {
-		// This node was cut off, so it can't change the record yet. The runner notices
-		// that the site is heard early. Other nodes of this site that get no abort heal
-		// by their own timers.
-		o.log.Warn("drill aborted at this node", "drill", id, "by", by)
+	if o.reconnect(id) {
+		// This node is cut off and can't change the drill's record yet. The node that runs
+		// the drill sees the site again before the planned time. The other nodes of this
+		// site stay cut off until they get the same call, or until their own timer ends.
+		o.log.Warn("drill aborted on this node", "drill", id, "by", by)
 		return nil
 	}
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return err
 	}

@@ -10,27 +10,17 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// This file is admin.Failovers: planned switchovers, the hold, and the quarantine.
-
-// commanding gives the coordinator and the drills, or the reason why there are none yet.
-func (o *Operator) commanding() (*Command, error) {
-	if c := o.command(); c != nil {
-		return c, nil
-	}
-	return nil, o.notMember()
-}
-
-func switchoverOf(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
+func switchoverRequest(r admin.FailoverRequest, by string) failover.SwitchoverRequest {
 	return failover.SwitchoverRequest{To: r.To, By: by, Kind: agreed.FailoverPlanned, AcceptLoss: r.AcceptLoss, Waive: r.Waive}
 }
 
-// PlanFailover gives the checks of a switchover and changes nothing.
+// PlanFailover runs the checks of a switchover and changes nothing.
 func (o *Operator) PlanFailover(_ context.Context, r admin.FailoverRequest, by string) (admin.FailoverPlan, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.FailoverPlan{}, err
 	}
-	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverOf(r, by))}
+	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverRequest(r, by))}
 	p.OK = allPass(p.Checks, r.Waive)
 	if s := o.cluster.State(); s.ClusterID != "" {
 		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
@@ -42,14 +32,14 @@ func allPass(checks []failover.Check, waive []string) bool {
 	return !slices.ContainsFunc(checks, func(c failover.Check) bool { return !c.Passes(waive) })
 }
 
-// Failover carries out a planned switchover. It goes on when the client disconnects:
+// Failover moves the primary in a planned switchover. It goes on when the caller hangs up:
 // every step has its own deadline.
 func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by string) (admin.FailoverResult, error) {
-	c, err := o.commanding()
+	c, err := o.control()
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
-	res, err := c.Coordinator.Switchover(context.WithoutCancel(ctx), switchoverOf(r, by))
+	res, err := c.Coordinator.Switchover(context.WithoutCancel(ctx), switchoverRequest(r, by))
 	if err != nil {
 		return admin.FailoverResult{}, err
 	}
@@ -82,27 +72,26 @@ func (o *Operator) HoldFailover(ctx context.Context, reason, by string) error {
 	return err
 }
 
-// ResumeFailover ends the pause.
+// ResumeFailover allows automatic promotions again.
 func (o *Operator) ResumeFailover(ctx context.Context, by string) error {
 	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
 }
 
-// ReleaseQuarantine ends the quarantine: an operator knows that the cluster was not
-// recovered elsewhere. Only the node that leads Raft can do it.
+// ReleaseQuarantine ends the quarantine, because an operator knows that the cluster was
+// not recovered elsewhere. Only the Raft leader can do it.
 func (o *Operator) ReleaseQuarantine(context.Context) error {
 	if o.cluster.Quarantined() == "" {
-		return o.notHere()
+		return o.notQuarantined()
 	}
-	o.coldStart.Release()
+	o.releaseQuarantine()
 	o.log.Warn("quarantine released by an operator")
 	return nil
 }
 
-// failbackAvailable is the site to which a switchover could return, by the
-// coordinator's newest look; nil when there is none.
+// failbackAvailable is the site to which the primary could be moved back, nil for none.
 func (o *Operator) failbackAvailable() *string {
-	c := o.command()
+	c := o.loadControl()
 	if c == nil {
 		return nil
 	}
@@ -117,14 +106,14 @@ func (o *Operator) failbackAvailable() *string {
 	return &site
 }
 
-// notHere tells why the quarantine can't be ended on this node.
-func (o *Operator) notHere() error {
+// notQuarantined says why this node can't end a quarantine.
+func (o *Operator) notQuarantined() error {
 	r := o.cluster.Raft()
 	if r.Quorum || r.Leads {
 		return admin.ErrNotQuarantined
 	}
 	if m, known := o.cluster.State().Nodes[r.Leader]; known {
-		return fmt.Errorf("%w: ask the raft leader %s at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
+		return fmt.Errorf("%w: ask the raft leader, %s, at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
 	}
-	return fmt.Errorf("%w: this node does not lead raft, and knows no leader", admin.ErrWrongNode)
+	return fmt.Errorf("%w: it is not the raft leader, and it does not know the leader", admin.ErrWrongNode)
 }

@@ -2,8 +2,6 @@ package operate
 
 import (
 	"context"
-	"maps"
-	"slices"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
@@ -16,7 +14,7 @@ func (o *Operator) CheckJobs(ctx context.Context) error { return o.jobs.Check(ct
 func (o *Operator) JobStreams(context.Context) (admin.JobStreams, error) {
 	s := o.cluster.State()
 	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]agreed.JobStream, 0, len(s.Streams))}
-	for _, key := range slices.Sorted(maps.Keys(s.Streams)) {
+	for _, key := range sortedNames(s.Streams) {
 		streams.Data = append(streams.Data, s.Streams[key])
 	}
 	return streams, nil

@@ -9,20 +9,19 @@ import (
 	"github.com/dsnode/dsnode/node/datakeys"
 )
 
-// askedWithin is how long a question about keys waits for the other nodes.
-const askedWithin = 2 * time.Second
+// recordsTimeout bounds the wait for the other nodes' counts of records.
+const recordsTimeout = 2 * time.Second
 
-// Keyring lists the data keys, with what every node carries of them.
+// Keyring lists the data keys, with the number of records that are sealed with each.
 func (o *Operator) Keyring(ctx context.Context) (admin.Keyring, error) {
 	s := o.cluster.State()
 	if s.ClusterID == "" {
 		return admin.Keyring{}, o.notMember()
 	}
-	return describeKeyring(s, o.keys.Ask(ctx, s, askedWithin)), nil
+	return describeKeyring(s, o.keys.Records(ctx, s, recordsTimeout)), nil
 }
 
-// RotateKeyring makes a new sealing key, or gives the one that waits to be
-// confirmed already.
+// RotateKeyring makes a new sealing key. While one is pending, it returns that one instead.
 func (o *Operator) RotateKeyring(ctx context.Context, by string) (admin.DataKey, error) {
 	if o.cluster.State().ClusterID == "" {
 		return admin.DataKey{}, o.notMember()
@@ -34,8 +33,8 @@ func (o *Operator) RotateKeyring(ctx context.Context, by string) (admin.DataKey,
 	return describeKey(o.cluster.State(), k, nil), nil
 }
 
-// RewrapKeyring wraps all data keys with the operator key that every node has by
-// now.
+// RewrapKeyring wraps all data keys with this node's operator key. Every node must have
+// that key already.
 func (o *Operator) RewrapKeyring(ctx context.Context, by string) (admin.Keyring, error) {
 	if o.cluster.State().ClusterID == "" {
 		return admin.Keyring{}, o.notMember()
@@ -46,14 +45,13 @@ func (o *Operator) RewrapKeyring(ctx context.Context, by string) (admin.Keyring,
 	return o.Keyring(ctx)
 }
 
-// describeKeyring puts the agreed keys into an operator's terms.
-func describeKeyring(s *agreed.State, all map[string]datakeys.Carried) admin.Keyring {
+func describeKeyring(s *agreed.State, records datakeys.Records) admin.Keyring {
 	r := admin.Keyring{Keys: []admin.DataKey{}, Nodes: []admin.KeyringNode{}}
 	if op := s.OperatorKey(); op != "" {
 		r.OperatorKey = &op
 	}
 	for _, k := range s.DataKeys {
-		r.Keys = append(r.Keys, describeKey(s, k, all))
+		r.Keys = append(r.Keys, describeKey(s, k, records))
 	}
 	for _, name := range sortedNames(s.Nodes) {
 		m := s.Nodes[name]
@@ -64,7 +62,7 @@ func describeKeyring(s *agreed.State, all map[string]datakeys.Carried) admin.Key
 	return r
 }
 
-func describeKey(s *agreed.State, k agreed.DataKey, all map[string]datakeys.Carried) admin.DataKey {
+func describeKey(s *agreed.State, k agreed.DataKey, records datakeys.Records) admin.DataKey {
 	d := admin.DataKey{
 		ID: k.ID, Kind: string(k.Kind), State: string(k.State()), CreatedAt: k.CreatedAt, CreatedBy: k.CreatedBy,
 		Confirmed: sortedNames(k.Confirmed), Missing: s.Unconfirmed(k),
@@ -82,7 +80,7 @@ func describeKey(s *agreed.State, k agreed.DataKey, all map[string]datakeys.Carr
 		d.RetiredAt = &k.RetiredAt
 	}
 	if k.Kind == agreed.DataKeySeal {
-		d.Records = datakeys.RecordsSealedWith(all, k.ID)
+		d.Records = records.SealedWith(k.ID)
 	}
 	return d
 }

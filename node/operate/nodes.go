@@ -8,8 +8,8 @@ import (
 	"github.com/dsnode/dsnode/node/admin"
 )
 
-// RemoveNode takes a node that is gone for good out of the cluster; the raft
-// leader then takes away its vote.
+// RemoveNode removes a node that will not come back from the cluster. The Raft leader then
+// removes it from the voters.
 func (o *Operator) RemoveNode(ctx context.Context, name string) error {
 	s := o.cluster.State()
 	if _, known := s.Nodes[name]; !known {
@@ -25,15 +25,14 @@ func (o *Operator) RemoveNode(ctx context.Context, name string) error {
 	return err
 }
 
-// DrainNode takes this node out of the balancers' sight.
-func (o *Operator) DrainNode(_ context.Context, name string) error { return o.ownDraining(name, true) }
+// DrainNode makes this node not ready, so that load balancers send it no new requests.
+func (o *Operator) DrainNode(_ context.Context, name string) error { return o.drain(name, true) }
 
-// ResumeNode brings it back.
-func (o *Operator) ResumeNode(_ context.Context, name string) error {
-	return o.ownDraining(name, false)
-}
+// ResumeNode makes this node ready again.
+func (o *Operator) ResumeNode(_ context.Context, name string) error { return o.drain(name, false) }
 
-func (o *Operator) ownDraining(name string, draining bool) error {
+// drain works for this node only. For another one it says where to ask.
+func (o *Operator) drain(name string, draining bool) error {
 	if name == o.name {
 		o.setDraining(draining)
 		return nil

@@ -1,7 +1,6 @@
-// Package operate carries out what operators ask of a node: its status, changes of
-// the agreed configuration, API keys, nodes and upstreams, failovers, drills, data keys
-// and the cache. It has no connection of its own: node/admin serves it over HTTP. Start
-// at Operator; each subject has a file.
+// Package operate carries out what operators ask of a node: its status, changes of the
+// agreed configuration, API keys, nodes and upstreams, failovers, drills, data keys and
+// the cache. node/admin serves it over HTTP. Start at Operator; each subject has a file.
 package operate
 
 import (
@@ -25,7 +24,7 @@ import (
 	"github.com/dsnode/dsnode/replication"
 )
 
-// Cluster is what an Operator needs of the cluster; *cluster.Cluster implements it.
+// Cluster is what an Operator needs of *cluster.Cluster.
 type Cluster interface {
 	State() *agreed.State
 	Bootstrap(ctx context.Context, configText []byte, author string) error
@@ -43,23 +42,19 @@ type Cluster interface {
 	LeftBehind() string
 }
 
-var _ Cluster = (*cluster.Cluster)(nil)
-
-// Jobs is what a node knows of asynchronous jobs.
+// Jobs is what an Operator needs of the node's asynchronous jobs.
 type Jobs interface {
 	// Status returns the counts of jobs and, by site, how far its copies are behind.
 	// Unknown is nil and absent.
 	Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy)
-	// Damaged says what the node's own journals have lost, Partial why its table may
-	// lack rows. Each is empty when nothing is wrong.
-	Damaged() string
-	Partial() string
+	// Problems says what is wrong with the node's journals and its job table.
+	Problems() []string
 	// Check returns nil if the job table agrees with the journals.
 	Check(ctx context.Context) error
 }
 
-// Command is what decides about the primary. It exists once the node is a member.
-type Command struct {
+// Control changes the primary, and rehearses that in drills.
+type Control struct {
 	Coordinator *failover.Coordinator
 	Drills      *drill.Runner
 }
@@ -73,12 +68,14 @@ type Options struct {
 	Fleet   *upstream.Fleet
 	Cache   *cache.Cache
 	Keys    *datakeys.Keys
-	// Command is nil before the node is a member.
-	Command func() *Command
-	// Isolator cuts the node off during a drill, ColdStart holds a restarted majority.
-	Isolator  *drill.Isolator
-	ColdStart *failover.ColdStart
-	// Health is what the node tells its peers of itself.
+	// Control returns nil before the node is a member.
+	Control func() *Control
+	// Reconnect ends this node's part in an isolation drill, and reports whether it had
+	// one.
+	Reconnect func(drill string) bool
+	// ReleaseQuarantine lets a quarantined Raft leader make changes again.
+	ReleaseQuarantine func()
+	// Health is what the node tells its peers about itself.
 	Health func() cluster.Health
 	// SetDraining takes the node out of load balancers, or puts it back.
 	SetDraining func(draining bool)
@@ -89,17 +86,17 @@ type Options struct {
 type Operator struct {
 	clusterName, name, site, version string
 
-	cluster     Cluster
-	jobs        Jobs
-	fleet       *upstream.Fleet
-	cache       *cache.Cache
-	keys        *datakeys.Keys
-	command     func() *Command
-	isolation   *drill.Isolator
-	coldStart   *failover.ColdStart
-	health      func() cluster.Health
-	setDraining func(bool)
-	log         *slog.Logger
+	cluster           Cluster
+	jobs              Jobs
+	fleet             *upstream.Fleet
+	cache             *cache.Cache
+	keys              *datakeys.Keys
+	loadControl       func() *Control
+	reconnect         func(drill string) bool
+	releaseQuarantine func()
+	health            func() cluster.Health
+	setDraining       func(bool)
+	log               *slog.Logger
 }
 
 var _ admin.Cluster = (*Operator)(nil)
@@ -108,9 +105,18 @@ var _ admin.Cluster = (*Operator)(nil)
 func New(o Options) *Operator {
 	return &Operator{
 		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
-		cluster: o.Cluster, jobs: o.Jobs, fleet: o.Fleet, cache: o.Cache, keys: o.Keys, command: o.Command,
-		isolation: o.Isolator, coldStart: o.ColdStart, health: o.Health, setDraining: o.SetDraining, log: o.Logger,
+		cluster: o.Cluster, jobs: o.Jobs, fleet: o.Fleet, cache: o.Cache, keys: o.Keys, loadControl: o.Control,
+		reconnect: o.Reconnect, releaseQuarantine: o.ReleaseQuarantine, health: o.Health, setDraining: o.SetDraining,
+		log: o.Logger,
 	}
+}
+
+// control returns an error that says why this node is not a member, if it is none.
+func (o *Operator) control() (*Control, error) {
+	if c := o.loadControl(); c != nil {
+		return c, nil
+	}
+	return nil, o.notMember()
 }
 
 // notMember says why this node has no agreed state yet.
@@ -118,8 +124,10 @@ func (o *Operator) notMember() error {
 	if why := o.cluster.Waiting(); why != "" {
 		return fmt.Errorf("%w; %s", cluster.ErrNotMember, why)
 	}
-	return fmt.Errorf("%w: it has not heard the agreed state since its start", cluster.ErrNoQuorum)
+	return fmt.Errorf("%w: %s", cluster.ErrNoQuorum, noState)
 }
 
-// sortedNames are the keys of m, sorted.
+const noState = "this node has not received the agreed state since its start"
+
+// sortedNames returns the keys of m, sorted.
 func sortedNames[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -23,8 +23,8 @@ models:
   m: {serve: [{upstream: ua}, {upstream: ub}]}
 `
 
-// well is a cluster of three sites as a-1 sees it when all is as it should be.
-func well(t *testing.T) sight {
+// healthyView is what a-1 sees of a healthy cluster with three sites.
+func healthyView(t *testing.T) view {
 	t.Helper()
 	cfg, err := config.Parse("cluster.yaml", []byte(statusConfig))
 	if err != nil {
@@ -48,8 +48,8 @@ func well(t *testing.T) sight {
 		}
 		peers[n.Name] = p
 	}
-	return sight{
-		name: "a-1", site: "a", version: "1", now: now, patience: 2500 * time.Millisecond, started: now.Add(-time.Hour),
+	return view{
+		clusterName: "test", name: "a-1", site: "a", version: "1", now: now, patience: 2500 * time.Millisecond, started: now.Add(-time.Hour),
 		state: &agreed.State{
 			ClusterID: "c", Name: "test", Generation: agreed.Generation{Number: 1}, Nodes: nodes,
 			Primary: agreed.Primary{Site: "a", Epoch: 3}, Parsed: cfg,
@@ -59,14 +59,14 @@ func well(t *testing.T) sight {
 	}
 }
 
-func change(v *sight, node string, f func(*cluster.PeerView)) {
+func changePeer(v *view, node string, f func(*cluster.PeerView)) {
 	p := v.peers[node]
 	f(&p)
 	v.peers[node] = p
 }
 
-func TestStatusOfAWellClusterIsHealthy(t *testing.T) {
-	s := describe(well(t))
+func TestStatusOfAHealthyCluster(t *testing.T) {
+	s := describe(healthyView(t))
 	if !s.Healthy || len(s.Reasons) != 0 {
 		t.Fatalf("healthy %v, reasons %q", s.Healthy, s.Reasons)
 	}
@@ -82,104 +82,101 @@ func TestStatusOfAWellClusterIsHealthy(t *testing.T) {
 	}
 }
 
-func TestStatusSaysWhatIsNotWell(t *testing.T) {
+func TestStatusGivesReasons(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
-		change func(*sight)
+		change func(*view)
 		site   string
 		state  admin.SiteState
 		node   string
 		nodeIs admin.NodeState
-		words  string
+		reason string
 	}{
 		{
-			"a silent site is suspect first", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second }) },
+			"a silent site is suspect first", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second }) },
 			"c", admin.SiteDown, "c-1", admin.NodeSuspect, "site c is down: last heard 3s ago",
 		},
 		{
-			"then dead", func(v *sight) { change(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute }) },
+			"later it is dead", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute }) },
 			"c", admin.SiteDown, "c-1", admin.NodeDead, "site c is down: last heard 1m0s ago",
 		},
-		{"one that said goodbye has left", func(v *sight) {
-			change(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second })
+		{"a node that left the gossip", func(v *view) {
+			changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second })
 			v.left["c-1"] = true
 		}, "c", admin.SiteDown, "c-1", admin.NodeLeft, "site c is down"},
-		{"one heard by a third is isolated", func(v *sight) {
-			change(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute })
-			change(v, "b-1", func(p *cluster.PeerView) { p.HeardBy["c-1"] = 100 * time.Millisecond })
+		{"a site that only a third site hears is isolated", func(v *view) {
+			changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute })
+			changePeer(v, "b-1", func(p *cluster.PeerView) { p.HeardBy["c-1"] = 100 * time.Millisecond })
 		}, "c", admin.SiteIsolated, "c-1", admin.NodeDead, "site c is isolated"},
-		{"hearing nobody, one is isolated oneself", func(v *sight) {
+		{"a site that hears no other is isolated", func(v *view) {
 			for _, name := range []string{"b-1", "c-1"} {
-				change(v, name, func(p *cluster.PeerView) { p.Ago = time.Minute })
+				changePeer(v, name, func(p *cluster.PeerView) { p.Ago = time.Minute })
 			}
 			v.raft.Quorum = false
 		}, "a", admin.SiteIsolated, "a-1", admin.NodeAlive, "no quorum since"},
-		{"just started, nothing is known", func(v *sight) {
+		{"unknown just after the start", func(v *view) {
 			v.started = v.now.Add(-time.Second)
-			change(v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
-		}, "c", admin.SiteUnknown, "c-1", admin.NodeSuspect, "site c: not heard of yet"},
+			changePeer(v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
+		}, "c", admin.SiteUnknown, "c-1", admin.NodeSuspect, "site c: not heard yet"},
 		{
-			"a broken upstream elsewhere", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy = 0 }) },
+			"a broken upstream elsewhere", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy = 0 }) },
 			"b", admin.SiteDegraded, "b-1", admin.NodeAlive, "site b: 0 of 1 upstreams are healthy",
 		},
 		{
-			"a broken upstream here", func(v *sight) { v.health.UpstreamsHealthy = 0 },
+			"a broken upstream here", func(v *view) { v.health.UpstreamsHealthy = 0 },
 			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "site a: 0 of 1 upstreams are healthy",
 		},
 		{
-			"a draining peer", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Draining = true }) },
+			"a draining peer", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Draining = true }) },
 			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 is draining",
 		},
-		{"a drained upstream", func(v *sight) {
+		{"a drained upstream", func(v *view) {
 			v.state.Drained = map[string]agreed.DrainedUpstream{"ub": {By: "ann"}}
-			change(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy, p.UpstreamsTotal = 0, 0 })
+			changePeer(v, "b-1", func(p *cluster.PeerView) { p.UpstreamsHealthy, p.UpstreamsTotal = 0, 0 })
 		}, "b", admin.SiteHealthy, "b-1", admin.NodeAlive, "upstream ub of site b is drained"},
 		{
-			"an epoch heard of, and not known", func(v *sight) { v.raft.Epoch = 4 },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 has heard of epoch 4 and knows the primary of epoch 3 only",
+			"a newer epoch than that of the copy", func(v *view) { v.raft.Epoch = 4 },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 knows the primary of epoch 3, and epoch 4 has begun",
 		},
 		{
-			"a lease, but no entries since the start", func(v *sight) { v.raft.Ticked = false },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since its start: what it says of the agreed state may be old",
+			"a lease, but no entries since the start", func(v *view) { v.raft.Ticked = false },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since its start: its copy of the agreed state may be old",
 		},
 		{
-			"a lease, but no entries", func(v *sight) { v.raft.TickAgo = 4 * time.Second },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: what it says of the agreed state may be old",
+			"a lease, but no entries", func(v *view) { v.raft.TickAgo = 4 * time.Second },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: its copy of the agreed state may be old",
 		},
 		{
-			"three sites and one vote", func(v *sight) { v.raft.Servers = v.raft.Servers[:1] },
+			"three sites and one voter", func(v *view) { v.raft.Servers = v.raft.Servers[:1] },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "1 of 3 voters are placed",
 		},
 		{
-			"a peer that answers, and applies nothing", func(v *sight) { change(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
-			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 answers, but has not followed the agreed state for 3s",
+			"a peer that answers but applies no entries", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 answers, but has applied no raft entry for 3s",
 		},
 		{
-			"a data key that can't be opened", func(v *sight) { v.keys = "wrong operator key" },
+			"a data key that can't be opened", func(v *view) { v.keyProblem = "wrong operator key" },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: wrong operator key",
 		},
 		{
-			"damaged journals", func(v *sight) { v.journals = "its journal lost records" },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its journal lost records",
+			"damaged journals and a job table that is being rebuilt",
+			func(v *view) { v.jobProblems = []string{"its journal lost records", "its job table is being rebuilt"} },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table is being rebuilt",
 		},
-		{
-			"a job table that is being rebuilt", func(v *sight) { v.table = "its job table is being rebuilt" },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its job table is being rebuilt",
-		},
-		{"a site nobody joined from", func(v *sight) {
+		{"a site without members", func(v *view) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")
 		}, "c", admin.SiteUnknown, "", "", "site c: no node has joined yet"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			v := well(t)
+			v := healthyView(t)
 			tc.change(&v)
 			s := describe(v)
 			if s.Healthy {
-				t.Error("it says healthy")
+				t.Error("the status says healthy")
 			}
-			if all := strings.Join(s.Reasons, "; "); !strings.Contains(all, tc.words) {
-				t.Errorf("reasons %q, want %q among them", all, tc.words)
+			if all := strings.Join(s.Reasons, "; "); !strings.Contains(all, tc.reason) {
+				t.Errorf("reasons %q, want %q among them", all, tc.reason)
 			}
 			for _, site := range s.Sites {
 				if site.Name == tc.site && site.State != tc.state {
@@ -195,9 +192,9 @@ func TestStatusSaysWhatIsNotWell(t *testing.T) {
 	}
 }
 
-// What a person should know, and what makes nothing unhealthy.
-func TestStatusNotes(t *testing.T) {
-	v := well(t)
+// A failover, a hold and an available failback are shown, and the cluster stays healthy.
+func TestStatusShowsFailoverAndHold(t *testing.T) {
+	v := healthyView(t)
 	home := "b"
 	v.failback = &home
 	v.state.Hold = &agreed.Hold{Reason: "new switches", By: "ann", At: v.now}
@@ -208,10 +205,10 @@ func TestStatusNotes(t *testing.T) {
 	}
 }
 
-// What nobody told is null, never a zero.
-func TestStatusOfTheUnknownIsNull(t *testing.T) {
-	v := well(t)
-	change(&v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
+// A value that no node has reported is null, never zero.
+func TestUnknownValuesAreNull(t *testing.T) {
+	v := healthyView(t)
+	changePeer(&v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
 	v.raft.Quorum, v.raft.Since = false, time.Time{}
 	s := describe(v)
 	for _, n := range s.Nodes {
@@ -224,25 +221,25 @@ func TestStatusOfTheUnknownIsNull(t *testing.T) {
 			t.Errorf("site never heard: %+v", site)
 		}
 		if site.Replication.LagSeconds != nil || site.Replication.RecordsBehind != nil {
-			t.Errorf("replication that nobody measures: %+v", site.Replication)
+			t.Errorf("replication that no node measures: %+v", site.Replication)
 		}
 	}
 	if s.Raft.Leader != nil || s.Raft.QuorumSince != nil {
-		t.Errorf("raft without any proof of a quorum: %+v", s.Raft)
+		t.Errorf("raft without a quorum: %+v", s.Raft)
 	}
 	if s.LastFailover != nil || s.Jobs != nil {
 		t.Error("there was no failover, and there are no jobs")
 	}
 
-	fresh := describe(sight{name: "a-1", site: "a", state: &agreed.State{}, waiting: "waiting for dsnode bootstrap"})
+	fresh := describe(view{name: "a-1", site: "a", state: &agreed.State{}, waiting: "waiting for dsnode bootstrap"})
 	if fresh.Healthy || fresh.Primary != nil || fresh.Generation != nil || len(fresh.Reasons) != 1 {
 		t.Errorf("a node without a cluster: %+v", fresh)
 	}
 }
 
-func TestConfigurationThatCannotFollow(t *testing.T) {
-	v := well(t)
-	for _, tc := range []struct{ text, words string }{
+func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
+	v := healthyView(t)
+	for _, tc := range []struct{ text, want string }{
 		{strings.Replace(statusConfig, "version: 1\n", "version: 1\ntiming: {heartbeat: 1s}\n", 1), "timing.heartbeat"},
 		{strings.Replace(statusConfig, "  c: {city: y, priority: 3}\n", "", 1), "site c still has node c-1"},
 	} {
@@ -250,11 +247,11 @@ func TestConfigurationThatCannotFollow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := mayFollow(v.state, next); err == nil || !strings.Contains(err.Error(), tc.words) {
-			t.Errorf("%v, want %q", err, tc.words)
+		if err := checkChange(v.state, next); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%v, want %q", err, tc.want)
 		}
 	}
-	if err := mayFollow(v.state, v.state.Parsed); err != nil {
+	if err := checkChange(v.state, v.state.Parsed); err != nil {
 		t.Errorf("the same configuration: %v", err)
 	}
 }

@@ -11,8 +11,8 @@ import (
 	"github.com/dsnode/dsnode/node/upstream"
 )
 
-// Upstreams lists every configured upstream: the own site's as this node sees
-// them, the others' as their sites' nodes said last.
+// Upstreams lists every configured upstream. The state of the own site's upstreams is what
+// this node sees; for other sites it is what their nodes have last reported.
 func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	s := o.cluster.State()
 	if s.Parsed == nil {
@@ -35,7 +35,7 @@ func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 			}
 		}
 		if u.Site != o.site {
-			o.hearsay(&info)
+			o.reportedByPeers(&info)
 		}
 		at[name] = len(list)
 		list = append(list, info)
@@ -47,10 +47,10 @@ func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 		}
 		info := &list[i]
 		info.InFlight = &u.InFlight
-		info.State, info.Reason = stateOf(u.Health)
+		info.State, info.Reason = upstreamState(u.Health)
 		for _, i := range u.Instances {
-			state, why := stateOf(i.Health)
-			info.Instances = append(info.Instances, admin.InstanceInfo{Address: i.Address, State: state, Reason: why, InFlight: i.InFlight})
+			state, reason := upstreamState(i.Health)
+			info.Instances = append(info.Instances, admin.InstanceInfo{Address: i.Address, State: state, Reason: reason, InFlight: i.InFlight})
 		}
 		if !u.Since.IsZero() {
 			info.Since = &u.Since
@@ -59,7 +59,7 @@ func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 	return list, nil
 }
 
-func stateOf(s upstream.Health) (admin.UpstreamState, string) {
+func upstreamState(s upstream.Health) (admin.UpstreamState, string) {
 	switch {
 	case s.Healthy:
 		return admin.UpstreamHealthy, ""
@@ -69,12 +69,12 @@ func stateOf(s upstream.Health) (admin.UpstreamState, string) {
 	return admin.UpstreamUnknown, ""
 }
 
-// DrainUpstream lets an upstream get no new request from any node.
+// DrainUpstream makes all nodes send the upstream no new requests.
 func (o *Operator) DrainUpstream(ctx context.Context, name, by string) error {
 	return o.setUpstream(ctx, agreed.UpstreamDrain{Name: name, Drained: true, By: by})
 }
 
-// ResumeUpstream ends that.
+// ResumeUpstream makes all nodes use the upstream again.
 func (o *Operator) ResumeUpstream(ctx context.Context, name, by string) error {
 	return o.setUpstream(ctx, agreed.UpstreamDrain{Name: name, By: by})
 }
@@ -92,8 +92,11 @@ func (o *Operator) setUpstream(ctx context.Context, d agreed.UpstreamDrain) erro
 	return err
 }
 
-// hearsay fills in what a node of the upstream's site said in its newest ping.
-func (o *Operator) hearsay(info *admin.UpstreamInfo) {
+// reportedByPeers fills in the state that a node of the upstream's site has reported with
+// its newest ping. A peer's ping has the unhealthy upstreams by name and the number of
+// healthy ones: a name that is not listed is healthy only if every upstream is accounted
+// for.
+func (o *Operator) reportedByPeers(info *admin.UpstreamInfo) {
 	var newest time.Duration = -1
 	for _, p := range o.cluster.Peers() {
 		if p.Site != info.Site || !p.HeardWithin(o.cluster.Timing().Patience) || (newest >= 0 && p.Ago > newest) {
@@ -102,7 +105,7 @@ func (o *Operator) hearsay(info *admin.UpstreamInfo) {
 		newest = p.Ago
 		switch {
 		case slices.Contains(p.UpstreamsDown, info.Name):
-			info.State, info.Reason = admin.UpstreamUnhealthy, "says node "+p.Name
+			info.State, info.Reason = admin.UpstreamUnhealthy, "reported by node "+p.Name
 		case p.UpstreamsHealthy+len(p.UpstreamsDown) == p.UpstreamsTotal:
 			info.State, info.Reason = admin.UpstreamHealthy, ""
 		}

@@ -11,10 +11,15 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
-// loadOperatorKeys reads the operator keys that node.yaml names. The previous one
-// is optional: its zero value names none.
-func LoadOperator(current, previous keyring.KeyRef) (Operator, error) {
-	var o Operator
+// OperatorKeys are the operator keys that this node was started with.
+type OperatorKeys struct {
+	Current  keyring.OperatorKey
+	Previous keyring.OperatorKey // zero: none
+}
+
+// LoadOperatorKeys reads the operator keys that node.yaml names. previous may be zero.
+func LoadOperatorKeys(current, previous keyring.KeyRef) (OperatorKeys, error) {
+	var o OperatorKeys
 	var err error
 	if o.Current, err = keyring.LoadOperatorKey(current); err != nil {
 		return o, err
@@ -27,9 +32,18 @@ func LoadOperator(current, previous keyring.KeyRef) (Operator, error) {
 	return o, nil
 }
 
-// openNodeKey opens node.key, and wraps it with the present operator key when
-// only the one before it opens it.
-func (o Operator) OpenNodeKey(dir string, log *slog.Logger) (keyring.Sealer, error) {
+func (o OperatorKeys) byFingerprint(fingerprint string) (keyring.OperatorKey, bool) {
+	for _, k := range []keyring.OperatorKey{o.Current, o.Previous} {
+		if fingerprint != "" && k.Fingerprint() == fingerprint {
+			return k, true
+		}
+	}
+	return keyring.OperatorKey{}, false
+}
+
+// OpenNodeKey opens the node's key in a data directory. If only the previous operator key
+// opens it, the current one then wraps it.
+func (o OperatorKeys) OpenNodeKey(dir string, log *slog.Logger) (keyring.Sealer, error) {
 	sealer, err := keyring.OpenNodeKey(dir, o.Current)
 	if !errors.Is(err, keyring.ErrWrongOperatorKey) || o.Previous == (keyring.OperatorKey{}) {
 		return sealer, err
@@ -41,11 +55,10 @@ func (o Operator) OpenNodeKey(dir string, log *slog.Logger) (keyring.Sealer, err
 	return keyring.OpenNodeKey(dir, o.Current)
 }
 
-// rotate proposes a new sealing key. It returns the pending one when there is one
-// already.
-func (d *Keys) Rotate(ctx context.Context, by string) (agreed.DataKey, error) {
-	id, err := d.add(ctx, keyring.KindSeal, by)
-	s := d.agreed.State()
+// Rotate proposes a new sealing key. While one is pending, it returns that one instead.
+func (ks *Keys) Rotate(ctx context.Context, by string) (agreed.DataKey, error) {
+	id, err := ks.add(ctx, keyring.KindSeal, by)
+	s := ks.agreed.State()
 	if errors.Is(err, agreed.ErrDataKeyPending) {
 		if k, pending := s.PendingDataKey(); pending {
 			return k, nil
@@ -61,22 +74,21 @@ func (d *Keys) Rotate(ctx context.Context, by string) (agreed.DataKey, error) {
 	return k, nil
 }
 
-// rewrap wraps all data keys with this node's operator key, which every node must
-// have by now.
-
-func (d *Keys) Rewrap(ctx context.Context, by string) error {
-	s := d.agreed.State()
-	op := d.operator.Current
+// Rewrap wraps all data keys with this node's operator key. Every node must have that key
+// already.
+func (ks *Keys) Rewrap(ctx context.Context, by string) error {
+	s := ks.agreed.State()
+	op := ks.operator.Current
 	to := op.Fingerprint()
-	if err := mayRewrap(s, d.node, to); err != nil {
+	if err := checkRewrap(s, ks.node, to); err != nil {
 		return err
 	}
 	if len(s.DataKeys) > 0 && s.OperatorKey() == to {
-		return nil // it has happened
+		return nil
 	}
 	wrapped := map[string][]byte{}
 	for _, k := range s.DataKeys {
-		key, err := d.open(s.ClusterID, k)
+		key, err := ks.unwrap(s.ClusterID, k)
 		if err != nil {
 			return err
 		}
@@ -84,16 +96,16 @@ func (d *Keys) Rewrap(ctx context.Context, by string) error {
 			return err
 		}
 	}
-	if _, err := d.agreed.Propose(ctx, agreed.CmdDataKeyRewrap, agreed.DataKeyRewrap{OperatorKey: to, Wrapped: wrapped, By: by}); err != nil {
+	if _, err := ks.agreed.Propose(ctx, agreed.CmdDataKeyRewrap, agreed.DataKeyRewrap{OperatorKey: to, Wrapped: wrapped, By: by}); err != nil {
 		return err
 	}
-	d.log.Info("data keys wrapped with another operator key", "operator_key", to, "before", s.OperatorKey(), "by", by)
+	ks.log.Info("data keys wrapped with another operator key", "operator_key", to, "before", s.OperatorKey(), "by", by)
 	return nil
 }
 
-// mayRewrap refuses in words what Apply would refuse, and a question to a node
-// that is not the right one.
-func mayRewrap(s *agreed.State, asked, to string) error {
+// checkRewrap refuses a rewrap that Apply would refuse, with a better message: it tells an
+// operator who asks a node with the old operator key from one who asks too early.
+func checkRewrap(s *agreed.State, asked, to string) error {
 	lack := s.LackOperatorKey(to)
 	if len(lack) == 0 {
 		return nil
@@ -105,9 +117,9 @@ func mayRewrap(s *agreed.State, asked, to string) error {
 	return fmt.Errorf("%w: %s, which node %s has, is not that of %s", agreed.ErrOperatorKeyMissing, to, asked, strings.Join(lack, ", "))
 }
 
-// unconfirmed lists, in sentences for the status, why the first data keys are not in
-// use yet. Until they are, no job can be accepted.
-func NotInUse(s *agreed.State) []string {
+// Unconfirmed says, in sentences for the status, why the first data keys are not in use
+// yet. Until they are, no job can be accepted.
+func Unconfirmed(s *agreed.State) []string {
 	var out []string
 	for _, kind := range []agreed.DataKeyKind{agreed.DataKeySeal, agreed.DataKeyMAC} {
 		var first agreed.DataKey
@@ -122,7 +134,7 @@ func NotInUse(s *agreed.State) []string {
 			}
 		}
 		if missing := s.Unconfirmed(first); !used && first.ID != "" && len(missing) > 0 {
-			out = append(out, fmt.Sprintf("no job can be taken: data key %s is not confirmed by %s", first.ID, strings.Join(missing, ", ")))
+			out = append(out, fmt.Sprintf("no job can be accepted: data key %s is not confirmed by %s", first.ID, strings.Join(missing, ", ")))
 		}
 	}
 	return out

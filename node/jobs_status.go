@@ -1,0 +1,71 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/replication"
+)
+
+// Status returns the counts of jobs, and how far the copies of each site are behind. Both
+// are nil before run is ready.
+func (j *asyncJobs) Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy) {
+	c, err := j.service.Counts()
+	if errors.Is(err, jobs.ErrNotReady) || s.Parsed == nil {
+		return nil, nil
+	}
+	copies := make(map[string]replication.Copy, len(s.Parsed.Sites))
+	for site := range s.Parsed.Sites {
+		copies[site] = j.replication.Copy(site)
+	}
+	if err != nil { // rows are missing: the counts are unknown
+		return &admin.Jobs{}, copies
+	}
+	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
+}
+
+// Problems says what is wrong with the journals and the table of this node.
+func (j *asyncJobs) Problems() []string {
+	var problems []string
+	if damaged := j.damaged(); damaged != "" {
+		problems = append(problems, damaged)
+	}
+	if j.table.Partial() {
+		problems = append(problems, "its job table was damaged and is being rebuilt with the rows of other nodes: until a node that has all rows is heard, "+
+			"ask another node for jobs; jobs that were accepted here before are not executed")
+	}
+	return problems
+}
+
+// damaged says which records this node's own journals have lost; empty: none.
+func (j *asyncJobs) damaged() string {
+	for s, end := range j.log.Ends() {
+		if s.Origin == j.n.cfg.Name && end.Damaged != 0 {
+			return fmt.Sprintf("its journal %s lost records %d to %d to damage, and no node that is heard has them: "+
+				"start a node that has them, or remove this one (dsnode node remove) so that other nodes take over its jobs",
+				s, end.Durable+1, end.Damaged)
+		}
+	}
+	return ""
+}
+
+// Check compares the table with the journals, for operators and tests.
+func (j *asyncJobs) Check(ctx context.Context) error {
+	if _, err := j.service.Counts(); err != nil {
+		return err
+	}
+	ends := j.log.Ends()
+	if err := j.table.Check(ctx); err != nil {
+		return err
+	}
+	for s, end := range ends {
+		if applied := j.table.Applied(s); applied < end.Durable {
+			return fmt.Errorf("the table has %s up to %d, the journal up to %d", s, applied, end.Durable)
+		}
+	}
+	return nil
+}
