@@ -143,7 +143,7 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 		}
 	}()
 	for {
-		changed := c.fsm.watch()
+		changed := c.Changed()
 		members := c.members()
 		for name := range members {
 			if name == c.opts.Name || running[name] != nil {
