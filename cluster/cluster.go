@@ -474,7 +474,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 }
 
 func (c *Cluster) diskStalled(stalled bool) {
-	c.layer.setBlocked(stalled)
+	c.layer.blocked.Store(stalled)
 	if stalled {
 		c.mesh.CloseKind(mesh.KindRaft)
 	}
