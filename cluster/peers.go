@@ -181,7 +181,10 @@ func (c *Cluster) members() map[string]agreed.Node {
 	return nodes
 }
 
-// pingResponse is the answer to a ping.
+func (c *Cluster) pingRequest() *clusterpb.PingRequest {
+	return &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()}
+}
+
 func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	left, heard := c.lease.left()
 	heard = heard.merge(fencesOf(c.State()))
