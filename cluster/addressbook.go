@@ -1,6 +1,8 @@
 package cluster
 
 import (
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
@@ -13,16 +15,11 @@ import (
 // started later.
 type addressBook struct {
 	mu      sync.RWMutex // guards entries
-	entries map[string]bookEntry
-}
-
-type bookEntry struct {
-	node   agreed.Node
-	direct bool // from the node itself, over mutual TLS
+	entries map[string]agreed.Node
 }
 
 func newAddressBook() *addressBook {
-	return &addressBook{entries: map[string]bookEntry{}}
+	return &addressBook{entries: map[string]agreed.Node{}}
 }
 
 // recordDirect stores what a node sent about itself over an authenticated connection.
@@ -32,7 +29,7 @@ func (b *addressBook) recordDirect(n agreed.Node) {
 	if _, known := b.entries[n.Name]; !known && len(b.entries) >= agreed.MaxNodes {
 		return
 	}
-	b.entries[n.Name] = bookEntry{node: n, direct: true}
+	b.entries[n.Name] = n
 }
 
 // recordIndirect stores what another source says about a node, if there is no entry
@@ -47,10 +44,10 @@ func (b *addressBook) recordIndirect(n agreed.Node) {
 	if !known && len(b.entries) >= agreed.MaxNodes {
 		return
 	}
-	if known && !n.StartedAt.After(old.node.StartedAt) {
+	if known && !n.StartedAt.After(old.StartedAt) {
 		return
 	}
-	b.entries[n.Name] = bookEntry{node: n}
+	b.entries[n.Name] = n
 }
 
 // remove drops a removed node.
@@ -64,8 +61,8 @@ func (b *addressBook) remove(name string) {
 func (b *addressBook) node(name string) (agreed.Node, bool) {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	e, ok := b.entries[name]
-	return e.node, ok
+	n, ok := b.entries[name]
+	return n, ok
 }
 
 // rpc returns a node's rpc address.
@@ -78,9 +75,5 @@ func (b *addressBook) rpc(name string) (string, bool) {
 func (b *addressBook) all() []agreed.Node {
 	b.mu.RLock()
 	defer b.mu.RUnlock()
-	nodes := make([]agreed.Node, 0, len(b.entries))
-	for _, e := range b.entries {
-		nodes = append(nodes, e.node)
-	}
-	return nodes
+	return slices.Collect(maps.Values(b.entries))
 }

@@ -112,8 +112,7 @@ func (c *Cluster) checkSeed(ctx context.Context, seed string) error {
 		return nil
 	}
 	defer done()
-	_, err = client.Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
-	if err != nil {
+	if _, err := client.Ping(ctx, c.pingRequest()); err != nil {
 		return nil
 	}
 	got, err := client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(c.self())})

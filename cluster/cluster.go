@@ -147,7 +147,6 @@ func New(o Options) (*Cluster, error) {
 	}
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
-	c.leadership.init()
 	if m.ClusterID != "" {
 		c.member.Store(&m)
 		close(c.joined)
@@ -202,7 +201,7 @@ func (c *Cluster) StartedAt() time.Time { return c.started }
 func (c *Cluster) State() *agreed.State { return c.fsm.state.Load() }
 
 // Changed returns a channel that closes at the next change of State.
-func (c *Cluster) Changed() <-chan struct{} { return c.fsm.watch() }
+func (c *Cluster) Changed() <-chan struct{} { return c.fsm.changed.Next() }
 
 // Membership is what this node sends in the preface of each connection.
 func (c *Cluster) Membership() mesh.Membership {
@@ -256,7 +255,7 @@ func (c *Cluster) OwnershipLease() (left time.Duration, ownership uint64) {
 // LeaseChanged returns a channel that closes when a lease begins, or when the node
 // learns of a higher epoch or ownership. It does not close when the lease ends: Lease
 // returns that time beforehand.
-func (c *Cluster) LeaseChanged() <-chan struct{} { return c.lease.changed() }
+func (c *Cluster) LeaseChanged() <-chan struct{} { return c.lease.changed.Next() }
 
 // Founded reports whether this process founded the cluster: then no node has an
 // older state.
@@ -475,7 +474,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 }
 
 func (c *Cluster) diskStalled(stalled bool) {
-	c.layer.setBlocked(stalled)
+	c.layer.blocked.Store(stalled)
 	if stalled {
 		c.mesh.CloseKind(mesh.KindRaft)
 	}

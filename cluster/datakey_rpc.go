@@ -4,9 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
 
@@ -43,15 +40,10 @@ func (c *Cluster) Carried(ctx context.Context, node string) (map[string]int64, e
 // CarriedKeys returns how many of this node's records each data key seals.
 func (s *peerServer) CarriedKeys(ctx context.Context, _ *clusterpb.CarriedKeysRequest) (*clusterpb.CarriedKeysResponse, error) {
 	counts, err := s.c.carried(ctx)
-	if err != nil {
-		if no := refusal(err); no != nil {
-			return &clusterpb.CarriedKeysResponse{Format: rpcFormat, Refused: no}, nil
-		}
-		return nil, status.Error(codes.Internal, err.Error())
-	}
-	resp := &clusterpb.CarriedKeysResponse{Format: rpcFormat}
+	refused, err := refusal(err)
+	resp := &clusterpb.CarriedKeysResponse{Format: rpcFormat, Refused: refused}
 	for _, id := range sortedKeys(counts) {
 		resp.Carried = append(resp.Carried, &clusterpb.CarriedKey{Key: id, Records: counts[id]})
 	}
-	return resp, nil
+	return resp, err
 }

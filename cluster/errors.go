@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 )
@@ -76,14 +79,18 @@ var wire = []struct {
 	{"still_member", agreed.ErrStillMember},
 }
 
-// refusal encodes an error in wire; nil for any other.
-func refusal(err error) *clusterpb.Refusal {
+// refusal encodes an error in wire for a response. Any other error becomes that of the
+// call. nil is neither.
+func refusal(err error) (*clusterpb.Refusal, error) {
+	if err == nil {
+		return nil, nil
+	}
 	for _, w := range wire {
 		if errors.Is(err, w.err) {
-			return &clusterpb.Refusal{Code: w.code, Message: err.Error()}
+			return &clusterpb.Refusal{Code: w.code, Message: err.Error()}, nil
 		}
 	}
-	return nil
+	return nil, status.Error(codes.Internal, err.Error())
 }
 
 // unrefuse decodes the error that refusal encoded.

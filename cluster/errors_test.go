@@ -10,6 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // A follower forwards a change to the leader. Each refusal of agreed.Apply must reach
@@ -63,11 +66,15 @@ func TestRefusalsKeepTheirSentinelAndMessage(t *testing.T) {
 		}
 		seen[row.code] = true
 		err := fmt.Errorf("node z: %w", row.err)
-		if back := unrefuse(refusal(err)); !errors.Is(back, row.err) || back.Error() != err.Error() {
-			t.Errorf("%s: %v was decoded as %v", row.code, err, back)
+		encoded, failed := refusal(err)
+		if back := unrefuse(encoded); failed != nil || !errors.Is(back, row.err) || back.Error() != err.Error() {
+			t.Errorf("%s: %v was decoded as %v, %v", row.code, err, back, failed)
 		}
 	}
-	if refusal(errors.New("unexpected")) != nil {
-		t.Error("an error without a row in wire was encoded")
+	if encoded, err := refusal(errors.New("unexpected")); encoded != nil || status.Code(err) != codes.Internal {
+		t.Errorf("an error without a row in wire was encoded as %v, %v", encoded, err)
+	}
+	if encoded, err := refusal(nil); encoded != nil || err != nil {
+		t.Errorf("no error was encoded as %v, %v", encoded, err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 
 	"github.com/hashicorp/raft"
@@ -13,6 +12,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // fsm applies committed entries to the agreed state and notifies waiters of changes.
@@ -29,13 +29,12 @@ type fsm struct {
 	// start, 0 if there is none.
 	configured atomic.Uint64
 
-	mu       sync.Mutex    // guards changed, advanced
-	changed  chan struct{} // closes at the next change of the state
-	advanced chan struct{} // closes when the next entry is applied
+	changed  notify.Broadcast // sent at each change of the state
+	advanced notify.Broadcast // sent when an entry is applied
 }
 
 func newFSM(log *slog.Logger, fatal func(error)) *fsm {
-	f := &fsm{log: log, fatal: fatal, changed: make(chan struct{}), advanced: make(chan struct{})}
+	f := &fsm{log: log, fatal: fatal}
 	f.state.Store(agreed.NewState())
 	return f
 }
@@ -100,33 +99,13 @@ func (f *fsm) publish(old, next *agreed.State) {
 		}
 	}
 	f.state.Store(next)
-	f.mu.Lock()
-	close(f.changed)
-	f.changed = make(chan struct{})
-	f.mu.Unlock()
+	f.changed.Send()
 }
 
 // advance sets the applied index and wakes the waiters for it.
 func (f *fsm) advance(index uint64) {
 	f.applied.Store(index)
-	f.mu.Lock()
-	close(f.advanced)
-	f.advanced = make(chan struct{})
-	f.mu.Unlock()
-}
-
-// watch returns a channel that closes at the next change of the state.
-func (f *fsm) watch() <-chan struct{} {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.changed
-}
-
-// watchApplied returns a channel that closes when the next entry is applied.
-func (f *fsm) watchApplied() <-chan struct{} {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.advanced
+	f.advanced.Send()
 }
 
 // Snapshot is raft's callback; the state is immutable, so it costs nothing.

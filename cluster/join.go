@@ -220,7 +220,7 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 	if old.Site != n.Site {
 		return fmt.Errorf("%w: %s is a node of site %s; remove it there first with dsnode node remove", ErrNameTaken, n.Name, old.Site)
 	}
-	if instance, alive := c.instanceAt(ctx, old.RPC); alive && instance == old.Instance && instance != n.Instance {
+	if there, alive := c.pingAddr(ctx, old.RPC); alive && there.Instance == old.Instance {
 		return fmt.Errorf("%w: %s runs at %s since %s; stop it, or give the new node another name", ErrNameTaken, n.Name, old.RPC, old.StartedAt.Format(time.RFC3339))
 	}
 	return nil
@@ -228,20 +228,17 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
-// instanceAt asks the node at addr for its instance.
-func (c *Cluster) instanceAt(ctx context.Context, addr string) (string, bool) {
+// pingAddr asks the node at addr about itself; false if it does not answer.
+func (c *Cluster) pingAddr(ctx context.Context, addr string) (agreed.Node, bool) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	client, done, err := c.dialSeed(addr)
 	if err != nil {
-		return "", false
+		return agreed.Node{}, false
 	}
 	defer done()
-	got, err := client.Ping(ctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
-	if err != nil {
-		return "", false
-	}
-	return got.GetNode().GetInstance(), true
+	got, err := client.Ping(ctx, c.pingRequest())
+	return nodeOf(got.GetNode()), err == nil
 }
 
 // announce proposes this process's addresses, version and instance until the agreed
@@ -284,16 +281,8 @@ func (c *Cluster) announce(ctx context.Context) error {
 // new addresses.
 func (c *Cluster) pingSeeds(ctx context.Context) {
 	for _, seed := range c.opts.Seeds {
-		client, done, err := c.dialSeed(seed)
-		if err != nil {
-			continue
-		}
-		sctx, cancel := context.WithTimeout(ctx, probeTimeout)
-		got, err := client.Ping(sctx, &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()})
-		cancel()
-		done()
-		if err == nil && c.isMember(got.GetNode().GetName()) {
-			c.book.recordDirect(nodeOf(got.GetNode()))
+		if n, alive := c.pingAddr(ctx, seed); alive && c.isMember(n.Name) {
+			c.book.recordDirect(n)
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // Leadership is a period in which this node leads raft and commits ticks. It begins
@@ -27,17 +28,14 @@ type leadershipState struct {
 	mu    sync.Mutex // guards the fields below
 	now   *Leadership
 	ctx   context.Context
-	begun chan struct{}
+	begun notify.Broadcast
 }
-
-func (b *leadershipState) init() { b.begun = make(chan struct{}) }
 
 func (b *leadershipState) begin(ctx context.Context, l Leadership) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.now, b.ctx = &l, ctx
-	close(b.begun)
-	b.begun = make(chan struct{})
+	b.begun.Send()
 }
 
 func (b *leadershipState) current() (*Leadership, context.Context, <-chan struct{}) {
@@ -46,7 +44,7 @@ func (b *leadershipState) current() (*Leadership, context.Context, <-chan struct
 	if b.ctx != nil && b.ctx.Err() != nil {
 		b.now, b.ctx = nil, nil
 	}
-	return b.now, b.ctx, b.begun
+	return b.now, b.ctx, b.begun.Next()
 }
 
 // Leading returns the current leadership, false if this node does not lead.

@@ -6,6 +6,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // lease is the time for which this node knows that no new leader can have promoted a
@@ -26,13 +27,15 @@ import (
 // All times are Boottime. Every step makes the lease rather too short: a tick counts from
 // before it was proposed, a ping's answer from before the ping was sent.
 type lease struct {
-	mu        sync.Mutex // guards the fields below
-	length    time.Duration
-	until     time.Duration
-	since     time.Duration // start of the uninterrupted lease
-	held      bool          // whether there was a lease since the process started
-	heard     fences        // the highest learned of
-	changedCh chan struct{} // closes when a lease begins or higher fences are learned of; nil: no waiters
+	mu     sync.Mutex // guards the fields below
+	length time.Duration
+	until  time.Duration
+	since  time.Duration // start of the uninterrupted lease
+	held   bool          // whether there was a lease since the process started
+	heard  fences        // the highest learned of
+	// changed is sent when a lease begins or higher fences are learned of. It is not sent
+	// when a lease is extended, nor when it ends: left returns that time beforehand.
+	changed notify.Broadcast
 }
 
 // fences are the counters that a lease carries; they only rise.
@@ -79,37 +82,17 @@ func (l *lease) extend(until time.Duration, known fences) {
 	now := clock.Boottime()
 	if heard := l.heard.merge(known); heard != l.heard {
 		l.heard = heard
-		l.notify()
+		l.changed.Send()
 	}
 	if until <= l.until || until <= now {
 		return
 	}
 	if l.until < now {
 		l.since = now
-		l.notify()
+		l.changed.Send()
 	}
 	l.until = until
 	l.held = true
-}
-
-// notify wakes the waiters. The caller holds mu.
-func (l *lease) notify() {
-	if l.changedCh != nil {
-		close(l.changedCh)
-		l.changedCh = nil
-	}
-}
-
-// changed returns a channel that closes when a lease begins or when higher fences are
-// learned of. It does not close when a lease is extended, nor when it ends: left returns
-// that time beforehand.
-func (l *lease) changed() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.changedCh == nil {
-		l.changedCh = make(chan struct{})
-	}
-	return l.changedCh
 }
 
 // left is how long the lease lasts (zero or less: there is none), and the highest

@@ -14,7 +14,7 @@ import (
 func TestLeaseNotifiesOfNewLeasesAndHigherFences(t *testing.T) {
 	l := &lease{length: time.Minute}
 	notified := func(f func()) bool {
-		changed := l.changed()
+		changed := l.changed.Next()
 		f()
 		select {
 		case <-changed:

@@ -22,24 +22,22 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	gauge := func(name, help string, value func() float64) {
 		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
 	}
-	gauge("dsnode_quorum", "1 while a quorum was alive within the lease's length.", func() float64 {
-		if ok, _ := c.lease.quorum(); ok {
-			return 1
-		}
-		return 0
-	})
+	flag := func(name, help string, value func() bool) {
+		gauge(name, help, func() float64 {
+			if value() {
+				return 1
+			}
+			return 0
+		})
+	}
+	flag("dsnode_quorum", "1 while a quorum was alive within the lease's length.", func() bool { ok, _ := c.lease.quorum(); return ok })
 	gauge("dsnode_epoch", "Counter of the changes of the primary site.", func() float64 { return float64(c.State().Primary.Epoch) })
 	gauge("dsnode_generation", "Counter of the recoveries by an operator.", func() float64 { return float64(c.State().Generation.Number) })
 	gauge("dsnode_feature_level", "Agreed feature level.", func() float64 { return float64(c.State().FeatureLevel) })
 	gauge("dsnode_raft_term", "Raft term.", func() float64 { return float64(c.Raft().Term) })
 	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
 	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })
-	gauge("dsnode_raft_leader", "1 while this node leads raft.", func() float64 {
-		if c.Raft().Leads {
-			return 1
-		}
-		return 0
-	})
+	flag("dsnode_raft_leader", "1 while this node leads raft.", func() bool { return c.Raft().Leads })
 	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
 	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the primary site.", []string{"site"}, nil)})
 	return &metrics{

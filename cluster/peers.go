@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"maps"
 	"sync"
 	"time"
 
@@ -18,7 +19,6 @@ type Health struct {
 	UpstreamsTotal   int
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
-	LastLogIndex     uint64
 	Cold             bool // it has held no lease since its start
 }
 
@@ -39,9 +39,6 @@ type PeerView struct {
 	HeardBy map[string]time.Duration
 	// LeaseLeft is how long the peer's lease lasts now, by its newest answer.
 	LeaseLeft time.Duration
-	Leader    string
-	Term      uint64
-	Epoch     uint64
 	Paused    time.Duration // the longest recent time for which the peer did not run
 	// Stuck is for how long its answers have shown no progress in applying
 	// entries. While there is a leader, it commits several ticks per second: then
@@ -109,14 +106,11 @@ func (t *peerTable) get(node string) (answer, bool) {
 	return a, ok
 }
 
-func (t *peerTable) retain(keep func(string) bool) {
+// retain drops the answers of former members.
+func (t *peerTable) retain(members map[string]agreed.Node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for name := range t.answers {
-		if !keep(name) {
-			delete(t.answers, name)
-		}
-	}
+	maps.DeleteFunc(t.answers, func(name string, _ answer) bool { _, member := members[name]; return !member })
 }
 
 // heard is this node's table in the form for a ping's answer.
@@ -143,7 +137,7 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 		}
 	}()
 	for {
-		changed := c.fsm.watch()
+		changed := c.Changed()
 		members := c.members()
 		for name := range members {
 			if name == c.opts.Name || running[name] != nil {
@@ -164,7 +158,7 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 				}
 			}
 		}
-		c.peers.retain(func(name string) bool { _, member := members[name]; return member })
+		c.peers.retain(members)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -187,7 +181,10 @@ func (c *Cluster) members() map[string]agreed.Node {
 	return nodes
 }
 
-// answerPing is the other side of ping.
+func (c *Cluster) pingRequest() *clusterpb.PingRequest {
+	return &clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(c.self()), Health: c.health()}
+}
+
 func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	left, heard := c.lease.left()
 	heard = heard.merge(fencesOf(c.State()))
@@ -228,11 +225,10 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
-		LastLogIndex: h.GetLastLogIndex(), Cold: h.GetCold(),
+		Cold: h.GetCold(),
 	}
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
-	v.Leader, v.Term, v.Epoch = g.GetLeader(), g.GetTerm(), g.GetEpoch()
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond
 }
 

@@ -76,7 +76,7 @@ func (p *pinger) ping(ctx context.Context) (err error) {
 	sent := clock.Boottime()
 	var got *clusterpb.PingResponse
 	// Send fails with io.EOF when the call has ended; Recv then returns the reason.
-	if err = p.call.Send(&clusterpb.PingRequest{Format: rpcFormat, Node: infoOf(p.c.self()), Health: p.c.health()}); err == nil || errors.Is(err, io.EOF) {
+	if err = p.call.Send(p.c.pingRequest()); err == nil || errors.Is(err, io.EOF) {
 		got, err = p.call.Recv()
 	}
 	if err != nil {

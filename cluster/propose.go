@@ -10,6 +10,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -113,10 +114,7 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 	// Followers learn with the next entry that this one is committed. So lead commits a
 	// tick at once: a follower that waits for this entry waits half a round trip longer,
 	// without a short CommitTimeout, whose timer would run all the time.
-	select {
-	case c.committed <- struct{}{}:
-	default: // a tick has been requested already
-	}
+	notify.Wake(c.committed)
 	if err, refused := f.Response().(error); refused {
 		return 0, err
 	}
@@ -125,7 +123,7 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 
 func (c *Cluster) waitApplied(ctx context.Context, index uint64) error {
 	for {
-		advanced := c.fsm.watchApplied()
+		advanced := c.fsm.advanced.Next()
 		if c.fsm.applied.Load() >= index {
 			return nil
 		}

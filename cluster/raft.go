@@ -114,8 +114,6 @@ type RaftView struct {
 	Leads       bool   // this node is the leader
 	Term        uint64
 	CommitIndex uint64
-	LastIndex   uint64
-	Applied     uint64
 	Servers     []Server
 	// Quorum says whether this node holds a lease, which proves a quorum; Since is when
 	// that began or ended. A zero Since means that there was no lease yet.
@@ -137,18 +135,15 @@ func (c *Cluster) Raft() RaftView {
 	if r == nil {
 		return RaftView{}
 	}
-	v := RaftView{
-		CommitIndex: r.CommitIndex(), LastIndex: r.LastIndex(), Applied: c.fsm.applied.Load(),
-		Leads: r.State() == raft.Leader,
-	}
+	v := RaftView{CommitIndex: r.CommitIndex(), Leads: r.State() == raft.Leader}
 	v.Leader, v.Term = c.leader()
 	if f := r.GetConfiguration(); f.Error() == nil {
 		for _, s := range f.Configuration().Servers {
 			v.Servers = append(v.Servers, Server{Name: string(s.ID), Voter: s.Suffrage == raft.Voter})
 		}
 	}
-	ok, since := c.lease.quorum()
-	v.Quorum = ok
+	quorum, since := c.lease.quorum()
+	v.Quorum = quorum
 	_, v.Epoch = c.Lease()
 	if ticked := c.fsm.ticked.Load(); ticked != 0 {
 		v.Ticked, v.TickAgo = true, clock.Boottime()-time.Duration(ticked)

@@ -18,7 +18,7 @@ type raftLayer struct {
 	raft.StreamLayer
 	ctx     context.Context // ends waiting dials
 	wait    func(ctx context.Context, node string)
-	blocked atomic.Bool
+	blocked atomic.Bool // refuse all dials and connections
 
 	mu      sync.Mutex // guards waiting
 	waiting map[string]int
@@ -31,9 +31,6 @@ const maxWaitingDials = 2
 func newRaftLayer(ctx context.Context, l raft.StreamLayer, wait func(context.Context, string)) *raftLayer {
 	return &raftLayer{StreamLayer: l, ctx: ctx, wait: wait, waiting: map[string]int{}}
 }
-
-// setBlocked refuses all dials and connections while blocked is true.
-func (l *raftLayer) setBlocked(blocked bool) { l.blocked.Store(blocked) }
 
 // Dial waits while the peer is known to be offline, and then dials. After failed dials
 // raft backs off for up to 10 s, so if dials failed at once, a peer that was offline for

@@ -13,8 +13,7 @@ import (
 // all restart would not come back. Therefore restoredLog reports as committed only the
 // entries before the newest configuration, unless a snapshot has that configuration.
 type restoredLog struct {
-	raft.LogStore
-	tracking  raft.CommitTrackingLogStore // the same store
+	raft.CommitTrackingLogStore
 	snapshots raft.SnapshotStore
 }
 
@@ -23,16 +22,13 @@ func newRestoredLog(logs raft.LogStore, snapshots raft.SnapshotStore) raft.LogSt
 	if !ok {
 		return logs
 	}
-	return &restoredLog{LogStore: logs, tracking: tracking, snapshots: snapshots}
+	return &restoredLog{CommitTrackingLogStore: tracking, snapshots: snapshots}
 }
-
-// StageCommitIndex implements raft.CommitTrackingLogStore.
-func (l *restoredLog) StageCommitIndex(index uint64) error { return l.tracking.StageCommitIndex(index) }
 
 // GetCommitIndex implements raft.CommitTrackingLogStore. It reads the log
 // backwards, at most from its end to the newest snapshot, once at each start.
 func (l *restoredLog) GetCommitIndex() (uint64, error) {
-	committed, err := l.tracking.GetCommitIndex()
+	committed, err := l.CommitTrackingLogStore.GetCommitIndex()
 	if err != nil || committed == 0 {
 		return 0, err
 	}

@@ -65,13 +65,8 @@ func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (
 	if err == nil {
 		index, err = s.c.commit(ctx, cmd, r.GetCommand())
 	}
-	if err != nil {
-		if no := refusal(err); no != nil {
-			return &clusterpb.ProposeResponse{Format: rpcFormat, Refused: no}, nil
-		}
-		return nil, status.Error(codes.Internal, err.Error())
-	}
-	return &clusterpb.ProposeResponse{Format: rpcFormat, Index: index}, nil
+	refused, err := refusal(err)
+	return &clusterpb.ProposeResponse{Format: rpcFormat, Refused: refused, Index: index}, err
 }
 
 // Join admits the caller, here or through the leader.
@@ -80,34 +75,29 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 	if err != nil {
 		return nil, err
 	}
-	if r.GetFormat() > rpcFormat {
-		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: join format %d, this node reads %d: upgrade the cluster first", ErrNewerPeer, r.GetFormat(), rpcFormat))}, nil
-	}
 	n := nodeOf(r.GetNode())
+	var resp *clusterpb.JoinResponse
+	switch {
+	case r.GetFormat() > rpcFormat:
+		err = fmt.Errorf("%w: join format %d, this node reads %d: upgrade the cluster first", ErrNewerPeer, r.GetFormat(), rpcFormat)
 	// A forwarded request has the joining node's data, but a member as its caller. Only
 	// a direct caller must be the joining node itself.
-	if !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site) {
-		return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refusal(fmt.Errorf("%w: the certificate is of site %s node %s, the configuration of site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name))}, nil
+	case !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site):
+		err = fmt.Errorf("%w: the certificate is of site %s node %s, the configuration of site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name)
+	default:
+		resp, err = s.c.join(ctx, n, r.GetFresh(), r.GetForwarded())
 	}
-	resp, err := s.c.join(ctx, n, r.GetFresh(), r.GetForwarded())
-	if err != nil {
-		if no := refusal(err); no != nil {
-			return &clusterpb.JoinResponse{Format: rpcFormat, Refused: no}, nil
-		}
-		return nil, status.Error(codes.Internal, err.Error())
+	if err == nil {
+		return resp, nil
 	}
-	return resp, nil
+	refused, err := refusal(err)
+	return &clusterpb.JoinResponse{Format: rpcFormat, Refused: refused}, err
 }
 
 // Yield transfers leadership from this node.
 func (s *peerServer) Yield(ctx context.Context, r *clusterpb.YieldRequest) (*clusterpb.YieldResponse, error) {
-	if err := s.c.yield(ctx, r.GetTo()); err != nil {
-		if no := refusal(err); no != nil {
-			return &clusterpb.YieldResponse{Format: rpcFormat, Refused: no}, nil
-		}
-		return nil, status.Error(codes.Internal, err.Error())
-	}
-	return &clusterpb.YieldResponse{Format: rpcFormat}, nil
+	refused, err := refusal(s.c.yield(ctx, r.GetTo()))
+	return &clusterpb.YieldResponse{Format: rpcFormat, Refused: refused}, err
 }
 
 func (c *Cluster) requestYield(ctx context.Context, leader, to string) error {
@@ -146,11 +136,6 @@ func (c *Cluster) Release(ctx context.Context, node, switchoverID string) error 
 
 // Release releases the role of primary on this node.
 func (s *peerServer) Release(ctx context.Context, r *clusterpb.ReleaseRequest) (*clusterpb.ReleaseResponse, error) {
-	if err := s.c.release(ctx, r.GetSwitchover()); err != nil {
-		if no := refusal(err); no != nil {
-			return &clusterpb.ReleaseResponse{Format: rpcFormat, Refused: no}, nil
-		}
-		return nil, status.Error(codes.Internal, err.Error())
-	}
-	return &clusterpb.ReleaseResponse{Format: rpcFormat}, nil
+	refused, err := refusal(s.c.release(ctx, r.GetSwitchover()))
+	return &clusterpb.ReleaseResponse{Format: rpcFormat, Refused: refused}, err
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // diskWatchdog detects a disk that hangs. Raft can't: a leader whose StoreLogs does not
@@ -129,10 +130,7 @@ func (w *diskWatchdog) probe(path string) error {
 
 func (w *diskWatchdog) setStarted(started int64) {
 	w.started.Store(started)
-	select {
-	case w.changed <- struct{}{}:
-	default: // a notification is pending already
-	}
+	notify.Wake(w.changed)
 }
 
 func writeAndSync(path string) error {

@@ -23,7 +23,7 @@ const (
 func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 	reported := map[string]map[journal.Stream]uint64{}
 	for {
-		changed := r.tracker.watch()
+		changed := r.tracker.changed.Next()
 		_, living := r.members(func(m Member) bool { return m.Heard })
 		r.askHolders(ctx, living, reported)
 		if r.caughtUp(living, reported) && !r.opts.Table.Partial() {

@@ -163,7 +163,7 @@ func (n *durableNote) update(now map[journal.Stream]levelSeqs) error {
 // be written, because then results could no longer be shown.
 func (r *Replication) keepDurableNote(ctx context.Context) error {
 	for {
-		changed := r.tracker.watch()
+		changed := r.tracker.changed.Next()
 		began := time.Now()
 		if err := r.note.update(r.durableLevels()); err != nil {
 			return err

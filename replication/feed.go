@@ -14,6 +14,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/replication/replicationpb"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -100,7 +101,7 @@ func (l *outbox) push(item feedItem) (dropped int) {
 		l.items = l.items[1:]
 		dropped++
 	}
-	notify(l.wake)
+	notify.Wake(l.wake)
 	return dropped
 }
 
@@ -115,7 +116,7 @@ func (l *outbox) requeue(items []feedItem) (dropped int) {
 		l.bytes += len(items[first].data)
 	}
 	l.items = append(slices.Clone(items[first:]), l.items...)
-	notify(l.wake)
+	notify.Wake(l.wake)
 	return first
 }
 
@@ -204,7 +205,7 @@ func (f *feed) setTargets(targets map[feedTarget]string, serve func(node string,
 		}
 		if l.to = node; node != "" {
 			l.stop = serve(node, l)
-			notify(l.wake)
+			notify.Wake(l.wake)
 		}
 	}
 }
@@ -217,7 +218,7 @@ func (f *feed) serve(ctx context.Context, node string, l *outbox) {
 			return
 		case <-l.wake:
 		}
-		notify(l.wake)
+		notify.Wake(l.wake)
 		if err := f.call(ctx, node, l); err != nil && ctx.Err() == nil {
 			f.r.opts.Logger.Debug("the feed to a peer broke off", "peer", node, "err", err)
 			if !pause(ctx, backoffMax) {
@@ -283,7 +284,7 @@ func (f *feed) send(ctx context.Context, stream grpc.BidiStreamingClient[replica
 		if !ok {
 			continue
 		}
-		notify(l.wake) // there may be more
+		notify.Wake(l.wake) // there may be more
 		flight, out = append(flight, item), out+len(item.data)
 		if err := stream.Send(&replicationpb.FeedItem{Format: wireFormat, Item: item.data, Relay: item.relay}); err != nil {
 			return err

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dsnode/dsnode/replication/replicationpb"
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -56,7 +57,7 @@ func (k *puller) want(origins []string) bool {
 		return false
 	}
 	k.origins = origins
-	notify(k.changed)
+	notify.Wake(k.changed)
 	return true
 }
 
@@ -158,10 +159,10 @@ func (c *pullSession) send() error {
 	var sent []string // the origins that the source was asked for
 	var flush <-chan time.Time
 	agesAt := -agesEvery
-	notify(c.changed) // the first message must contain the wanted origins
+	notify.Wake(c.changed) // the first message must contain the wanted origins
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	notify(c.updates.wake)
+	notify.Wake(c.updates.wake)
 	for {
 		q := &replicationpb.PullRequest{Format: wireFormat}
 		probe := timer.C
@@ -214,7 +215,7 @@ func hasContent(q *replicationpb.PullRequest) bool {
 func (c *pullSession) marks() []*replicationpb.HolderMarks {
 	marks, more := c.updates.take()
 	if more {
-		notify(c.updates.wake)
+		notify.Wake(c.updates.wake)
 	}
 	return wireMarks(marks)
 }
@@ -370,7 +371,7 @@ func (c *pullSession) acknowledge(s journal.Stream) {
 	c.mu.Lock()
 	c.acks[s] = struct{}{}
 	c.mu.Unlock()
-	notify(c.wake)
+	notify.Wake(c.wake)
 }
 
 // requestAfter asks the source to continue a stream after the given record.
@@ -378,7 +379,7 @@ func (c *pullSession) requestAfter(s journal.Stream, held uint64) {
 	c.mu.Lock()
 	c.resume[s] = held
 	c.mu.Unlock()
-	notify(c.wake)
+	notify.Wake(c.wake)
 }
 
 // acknowledgePage reports to the source that a page of a snapshot is merged.
@@ -386,5 +387,5 @@ func (c *pullSession) acknowledgePage(page uint64) {
 	c.mu.Lock()
 	c.page = page
 	c.mu.Unlock()
-	notify(c.wake)
+	notify.Wake(c.wake)
 }

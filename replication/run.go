@@ -15,6 +15,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -147,7 +148,7 @@ func (n *streamChanges) publish(streams []journal.Stream) {
 		for _, s := range streams {
 			h.streams[s] = struct{}{}
 		}
-		notify(h.wake)
+		notify.Wake(h.wake)
 	}
 }
 
@@ -166,14 +167,6 @@ func (h *changeSub) close() {
 	h.n.mu.Lock()
 	defer h.n.mu.Unlock()
 	delete(h.n.subs, h)
-}
-
-// notify signals a channel with a capacity of 1.
-func notify(wake chan struct{}) {
-	select {
-	case wake <- struct{}{}:
-	default:
-	}
 }
 
 // pullAll keeps one puller for each node that this node pulls from.
@@ -216,7 +209,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 			}
 			continue
 		}
-		marks = r.tracker.watch()
+		marks = r.tracker.changed.Next()
 		plan := Plan(r.view(members, links, &stalls))
 		for source, k := range links {
 			if _, wanted := plan[source]; !wanted {

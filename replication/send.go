@@ -14,6 +14,7 @@ import (
 
 	"github.com/dsnode/dsnode/replication/replicationpb"
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // maxPiece bounds the data of one message, far below gRPC's limit.
@@ -128,7 +129,7 @@ func (c *sender) handle(q *replicationpb.PullRequest) error {
 			}
 		}
 	}
-	notify(c.wake)
+	notify.Wake(c.wake)
 	return nil
 }
 
@@ -188,7 +189,7 @@ func (c *sender) send(ctx context.Context) error {
 			flush = nil
 			marks, more := c.updates.take()
 			if more {
-				notify(c.updates.wake)
+				notify.Wake(c.updates.wake)
 			}
 			if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Marks: wireMarks(marks)}); err != nil {
 				return err
@@ -284,7 +285,7 @@ func (c *sender) checkRead(cur *cursor, err error) error {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.queue.park(cur)
-		notify(c.wake)
+		notify.Wake(c.wake)
 		return nil
 	case errors.Is(err, journal.ErrNoStream), errors.Is(err, journal.ErrGap):
 		c.mu.Lock()

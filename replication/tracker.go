@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // maxMarks bounds the tracked streams of one holder: twice the streams of a log, since
@@ -23,6 +24,7 @@ type tracker struct {
 	self    string
 	waiting int // maximum of waiters
 	log     *slog.Logger
+	changed notify.Broadcast // sent at each change of a watermark or the members
 
 	mu      sync.Mutex // guards the fields below
 	marks   Watermarks
@@ -31,8 +33,7 @@ type tracker struct {
 	waits   map[journal.Stream]*waits
 	waiters int
 	updates map[*markUpdates]struct{}
-	changed chan struct{} // closed at the next change of a watermark or the members
-	full    bool          // a limit was reached and logged
+	full    bool // a limit was reached and logged
 }
 
 func newTracker(self string, epoch uint64, waiting int, log *slog.Logger) *tracker {
@@ -40,7 +41,6 @@ func newTracker(self string, epoch uint64, waiting int, log *slog.Logger) *track
 		self: self, waiting: waiting, log: log,
 		marks: Watermarks{self: {Epoch: epoch, Ends: map[journal.Stream]uint64{}}},
 		waits: map[journal.Stream]*waits{}, updates: map[*markUpdates]struct{}{},
-		changed: make(chan struct{}),
 	}
 }
 
@@ -131,25 +131,9 @@ func (l *tracker) markChanged(holder string, s journal.Stream, except string) {
 			continue
 		}
 		t.dirty[markKey{holder, s}] = struct{}{}
-		select {
-		case t.wake <- struct{}{}:
-		default:
-		}
+		notify.Wake(t.wake)
 	}
 	l.releaseWaiters(s)
-}
-
-func (l *tracker) broadcast() {
-	close(l.changed)
-	l.changed = make(chan struct{})
-}
-
-// watch returns a channel that is closed at the next change of a watermark or the
-// members.
-func (l *tracker) watch() <-chan struct{} {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.changed
 }
 
 // setOwn updates this node's own watermarks and returns the streams that advanced. They
@@ -166,7 +150,7 @@ func (l *tracker) setOwn(ends map[journal.Stream]uint64) (advanced []journal.Str
 		}
 	}
 	if len(advanced) > 0 {
-		l.broadcast()
+		l.changed.Send()
 	}
 	return advanced
 }
@@ -187,7 +171,7 @@ func (l *tracker) raiseEpoch(epoch uint64, ends map[journal.Stream]uint64) {
 			l.markChanged(l.self, s, "")
 		}
 	}
-	l.broadcast()
+	l.changed.Send()
 }
 
 // merge merges the watermarks that a peer sent. Only this node knows what it holds: when
@@ -219,7 +203,7 @@ func (l *tracker) merge(from string, theirs Watermarks) {
 		l.markChanged(holder, s, from)
 	})
 	if any {
-		l.broadcast()
+		l.changed.Send()
 	}
 }
 
@@ -263,7 +247,7 @@ func (l *tracker) setMembers(members []Member) {
 	for s := range l.waits {
 		l.releaseWaiters(s)
 	}
-	l.broadcast()
+	l.changed.Send()
 }
 
 // held returns up to where a node holds a stream.

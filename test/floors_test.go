@@ -55,6 +55,7 @@ var floor = map[string]int{
 	"storage/journal":    1,
 	"storage/boltfile":   0,
 	"storage/atomicfile": -2,
+	"storage/notify":     -4, // a leaf: wakes goroutines that wait for a change
 	"storage/keyring":    -1,
 
 	"storage/keyring/keyringtest": 0, // rings for the tests of those who seal
@@ -167,13 +168,19 @@ var arrows = []arrow{
 	{"cluster", "cluster/agreed", "the state machine of its Raft log"},
 	{"cluster/agreed", "cluster/config", "a configuration is agreed on as text, and read as parsed"},
 	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
+	{"cluster", "storage/notify", "wakes those who wait for the agreed state, a lease or a leadership"},
+	{"cluster/gossip", "storage/notify", "wakes its loops"},
 	{"replication", "replication/replicationpb", "what is said on the rpc port"},
 	{"replication", "cluster/clock", "shared ticks"},
 	{"replication", "cluster/mesh", "who calls"},
 	{"replication", "storage/atomicfile", "notes how durable records are"},
+	{"replication", "storage/notify", "wakes its loops"},
 	{"replication", "storage/journal", "streams are what it carries"},
 	{"replication", "storage/keyring", "which key a record is sealed with: nothing is acknowledged that can't be opened"},
 
+	{"storage/keyring", "storage/notify", "announces a change of the keys"},
+	{"storage/journal", "storage/notify", "announces new records"},
+	{"storage/jobtable", "storage/notify", "wakes those who wait for a commit"},
 	{"storage/keyring", "storage/atomicfile", "replaces the node's key and the data keys that it keeps"},
 	{"storage", "storage/keyring", "what is at rest is sealed"},
 	{"storage", "storage/boltfile", "may bbolt open Raft's file"},

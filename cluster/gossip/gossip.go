@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // MemberState is a member's state according to gossip. No decision may depend on it
@@ -215,7 +216,7 @@ func (g *Gossip) Addr() string {
 func (g *Gossip) Members() []Member { return g.table.snapshot(time.Now()) }
 
 // Update calls Options.Self again, and publishes the result if it has changed.
-func (g *Gossip) Update() { notify(g.update) }
+func (g *Gossip) Update() { notify.Wake(g.update) }
 
 func (g *Gossip) validate() error {
 	switch len(g.opts.Key) {

@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/memberlist"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -78,15 +79,6 @@ func (e *entry) set(state MemberState, now time.Time) {
 	}
 }
 
-// notify wakes a loop. It never blocks: c has a buffer of one, and the loop looks at
-// everything when it wakes.
-func notify(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
 // NotifyAlive refuses a member with an invalid name or invalid metadata, before
 // memberlist accepts it.
 func (t *table) NotifyAlive(n *memberlist.Node) error {
@@ -106,7 +98,7 @@ func (t *table) NotifyAlive(n *memberlist.Node) error {
 		// The member refutes the suspicion, or another one still reports it as alive.
 		// If it is dead all the same, the next probe fails again.
 		e.set(MemberAlive, time.Now())
-		notify(t.wakeRun)
+		notify.Wake(t.wakeRun)
 	}
 	return nil
 }
@@ -133,7 +125,7 @@ func (t *table) update(n *memberlist.Node) {
 	m.State, m.Since = e.member.State, e.member.Since
 	e.member, e.addr, e.leaving = m, nodeAddr(n), leaving
 	e.set(MemberAlive, now)
-	notify(t.wakeRun)
+	notify.Wake(t.wakeRun)
 }
 
 // NotifyLeave is called when a member is dead or has left. memberlist does not tell
@@ -151,8 +143,8 @@ func (t *table) NotifyLeave(n *memberlist.Node) {
 	}
 	e.set(state, time.Now())
 	e.udpBlocked = false
-	notify(t.wakeRun)
-	notify(t.wakeJoin)
+	notify.Wake(t.wakeRun)
+	notify.Wake(t.wakeJoin)
 }
 
 // NotifyConflict is called when a name is heard with another address than the one
@@ -165,7 +157,7 @@ func (t *table) NotifyConflict(_, other *memberlist.Node) {
 	defer t.mu.Unlock()
 	if other.Name == t.self {
 		t.selfConflict = now
-		notify(t.wakeJoin)
+		notify.Wake(t.wakeJoin)
 		return
 	}
 	e, ok := t.entries[other.Name]
@@ -177,7 +169,7 @@ func (t *table) NotifyConflict(_, other *memberlist.Node) {
 	}
 	m.State, m.Since = MemberAlive, e.claimSince
 	e.claim, e.claimAddr, e.claimAt = m, nodeAddr(other), now
-	notify(t.wakeRun)
+	notify.Wake(t.wakeRun)
 }
 
 // AckPayload adds nothing to the answers to probes.
@@ -194,7 +186,7 @@ func (t *table) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte
 	e.udpBlocked = false
 	if e.member.State == MemberSuspect {
 		e.set(MemberAlive, time.Now())
-		notify(t.wakeRun)
+		notify.Wake(t.wakeRun)
 	}
 }
 
@@ -204,7 +196,7 @@ func (t *table) suspect(name string) {
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok && e.member.State == MemberAlive {
 		e.set(MemberSuspect, time.Now())
-		notify(t.wakeRun)
+		notify.Wake(t.wakeRun)
 	}
 }
 
@@ -214,7 +206,7 @@ func (t *table) setUDPBlocked(name string) {
 	defer t.mu.Unlock()
 	if e, ok := t.entries[name]; ok {
 		e.udpBlocked = true
-		notify(t.wakeRun)
+		notify.Wake(t.wakeRun)
 	}
 }
 

@@ -187,8 +187,8 @@ func (t *Table) retire(b *batch) {
 	}
 	t.done = t.begun
 	t.mu.Unlock()
-	t.space.open()
-	t.finished.open()
+	t.space.Send()
+	t.finished.Send()
 }
 
 func (t *Table) write(b *batch) (err error) {

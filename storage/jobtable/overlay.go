@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 const (
@@ -89,7 +90,7 @@ func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 	p := t.position(s)
 	p.seen = max(p.seen, applied)
 	t.mu.Unlock()
-	signal(t.kick)
+	notify.Wake(t.kick)
 }
 
 // Merge joins rows of another node, as returned by its Rows or Bucket. They are
@@ -172,9 +173,9 @@ func (t *Table) join(id journal.JobID, records []journal.Record, seen absence) e
 	})
 }
 
-// change replaces a row's state by the result of f; notify says whether to call
+// change replaces a row's state by the result of f; tell says whether to call
 // watchers.
-func (t *Table) change(id journal.JobID, notify bool, seen absence, f func(state) (state, bool)) error {
+func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) (state, bool)) error {
 	s := t.stripe(id)
 	s.mu.Lock()
 	e := s.entries[id]
@@ -210,12 +211,12 @@ func (t *Table) change(id journal.JobID, notify bool, seen absence, f func(state
 	row := next.row(id)
 	watchers := t.watch.Load()
 	var ticket uint64
-	if notify && watchers != nil && row.visible() {
+	if tell && watchers != nil && row.visible() {
 		s.tickets++
 		ticket = s.tickets
 	}
 	s.mu.Unlock()
-	signal(t.kick)
+	notify.Wake(t.kick)
 	if ticket > 0 {
 		s.notify(*watchers, row, ticket)
 	}
@@ -310,15 +311,15 @@ func (t *Table) waitForSpace() error {
 		}
 		if pending := t.pending.Load(); pending < maxPending {
 			if pending > commitEarly {
-				signal(t.urgent)
+				notify.Wake(t.urgent)
 			}
 			return nil
 		}
-		space := t.space.wait()
+		space := t.space.Next()
 		if t.pending.Load() < maxPending {
 			continue // a commit ended in between
 		}
-		signal(t.urgent)
+		notify.Wake(t.urgent)
 		select {
 		case <-space:
 		case <-t.failed:
@@ -332,14 +333,14 @@ func (t *Table) flush(ctx context.Context) error {
 	want := t.begun + 1 // a commit that is running may not include all changes
 	t.mu.Unlock()
 	for {
-		done := t.finished.wait()
+		done := t.finished.Next()
 		t.mu.Lock()
 		enough := t.done >= want
 		t.mu.Unlock()
 		if enough {
 			return nil
 		}
-		signal(t.urgent)
+		notify.Wake(t.urgent)
 		select {
 		case <-done:
 		case <-t.failed:
@@ -347,12 +348,5 @@ func (t *Table) flush(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-	}
-}
-
-func signal(ch chan struct{}) {
-	select {
-	case ch <- struct{}{}:
-	default: // already signalled
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // Table stores the rows of all jobs. Changes are in memory (overlay.go) until Run
@@ -36,7 +37,7 @@ type Table struct {
 	// retired counts the commits whose entries leave the stripes. It is incremented
 	// before the first entry leaves.
 	retired atomic.Uint64
-	space   gate // opened by each commit
+	space   notify.Broadcast // sent by each commit
 
 	counts [len(statuses)]atomic.Int64 // of the visible state
 	watch  atomic.Pointer[[]func(Row)]
@@ -49,9 +50,9 @@ type Table struct {
 	begun   uint64 // number of the last commit that has begun
 	done    uint64 // number of the last commit that is durable
 
-	kick     chan struct{} // capacity 1: there is something to commit
-	urgent   chan struct{} // capacity 1: commit at once
-	finished gate          // opened when a commit is done
+	kick     chan struct{}    // capacity 1: there is something to commit
+	urgent   chan struct{}    // capacity 1: commit at once
+	finished notify.Broadcast // sent when a commit is done
 
 	fail   sync.Once
 	failed chan struct{} // closed by setFailed and Close
@@ -79,8 +80,6 @@ func Open(o Options) (*Table, error) {
 		failed:  make(chan struct{}),
 	}
 	t.metrics = newMetrics()
-	t.space.init()
-	t.finished.init()
 	for i := range t.stripes {
 		t.stripes[i].init()
 	}
@@ -276,26 +275,4 @@ func (t *Table) Watch(f func(Row)) {
 	}
 	all = append(all, f)
 	t.watch.Store(&all)
-}
-
-// gate releases all waiters each time it is opened.
-type gate struct {
-	mu sync.Mutex // guards ch
-	ch chan struct{}
-}
-
-func (g *gate) init() { g.ch = make(chan struct{}) }
-
-// wait returns a channel that is closed the next time the gate is opened.
-func (g *gate) wait() <-chan struct{} {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.ch
-}
-
-func (g *gate) open() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	close(g.ch)
-	g.ch = make(chan struct{})
 }

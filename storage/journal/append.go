@@ -150,7 +150,7 @@ func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error
 	if q != nil {
 		l.committers.Go(func() { l.commit(s, q) })
 	}
-	l.changed.notify()
+	l.changed.Send()
 	return s, nil
 }
 
@@ -341,7 +341,7 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 
 	l.bytes.Add(int64(len(buf)))
 	l.tails.add(s.id, records[0].Seq, s.durable, buf[batchHeaderSize:])
-	l.changed.notify()
+	l.changed.Send()
 	l.metrics.fsync.Observe(took.Seconds())
 	l.metrics.batch.Observe(float64(len(records)))
 	counts.records.Add(float64(len(records)))

@@ -234,6 +234,6 @@ func (l *Log) clearDamage(s *stream) error {
 	s.mu.Lock()
 	s.damaged = 0
 	s.mu.Unlock()
-	l.changed.notify()
+	l.changed.Send()
 	return nil
 }

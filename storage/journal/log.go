@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // MaxStreams bounds the streams of one log.
@@ -57,7 +59,7 @@ type Log struct {
 	store      storeID
 	space      freeSpace
 	tails      tails
-	changed    broadcast
+	changed    notify.Broadcast
 	openSegs   openSegments
 	watermarks *watermarks
 
@@ -288,37 +290,13 @@ func (l *Log) End(id Stream) (End, bool) {
 
 // Changed is closed at the next change of Ends. Call it before Ends, or a change in
 // between goes unnoticed.
-func (l *Log) Changed() <-chan struct{} { return l.changed.wait() }
+func (l *Log) Changed() <-chan struct{} { return l.changed.Next() }
 
 // isDropped reports whether Drop has begun to delete the stream's files.
 func (s *stream) isDropped() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dropped
-}
-
-// broadcast wakes any number of waiters, and costs little when there are none.
-type broadcast struct {
-	mu sync.Mutex // guards ch
-	ch chan struct{}
-}
-
-func (n *broadcast) wait() <-chan struct{} {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ch == nil {
-		n.ch = make(chan struct{})
-	}
-	return n.ch
-}
-
-func (n *broadcast) notify() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.ch != nil {
-		close(n.ch)
-		n.ch = nil
-	}
 }
 
 // freeSpace checks the free bytes of the disk, from time to time.

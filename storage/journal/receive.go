@@ -215,7 +215,7 @@ func (l *Log) restartAt(s *stream, first uint64) error {
 	healed := s.damaged != 0 && s.durable >= s.damaged
 	s.mu.Unlock()
 	l.tails.drop(s.id)
-	l.changed.notify()
+	l.changed.Send()
 	if healed {
 		if err := l.clearDamage(s); err != nil {
 			return err

@@ -35,7 +35,7 @@ func (l *Log) Trim(id Stream, keepFrom uint64) error {
 	if n == 0 {
 		return nil
 	}
-	l.changed.notify()
+	l.changed.Send()
 	if err := l.removeSegments(s, old); err != nil {
 		return l.setFailed("trim "+s.id.String(), err)
 	}
@@ -169,7 +169,7 @@ func (l *Log) removeStream(s *stream) error {
 		return err
 	}
 	l.tails.drop(s.id)
-	l.changed.notify()
+	l.changed.Send()
 	s.mu.Lock()
 	for _, g := range s.segments {
 		l.segments.Add(-1)

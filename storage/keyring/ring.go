@@ -6,6 +6,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // maxRing bounds the keys of a ring. The cluster agrees on fewer.
@@ -19,8 +21,8 @@ const maxRing = 64
 type Ring struct {
 	held atomic.Pointer[heldKeys]
 
-	mu      sync.Mutex // guards changed; serialises Set
-	changed chan struct{}
+	setting sync.Mutex // serialises Set
+	changed notify.Broadcast
 }
 
 // heldKeys is immutable once published.
@@ -41,7 +43,7 @@ func (h *heldKeys) find(id KeyID) *DataKey {
 
 // NewRing makes an empty ring. Nothing can be sealed before the first Set.
 func NewRing() *Ring {
-	r := &Ring{changed: make(chan struct{})}
+	r := &Ring{}
 	r.held.Store(&heldKeys{})
 	return r
 }
@@ -71,14 +73,13 @@ func (r *Ring) Set(current KeyID, keys ...DataKey) error {
 			return fmt.Errorf("current key: %w", &UnknownKeyError{Key: current})
 		}
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.setting.Lock()
+	defer r.setting.Unlock()
 	if sameKeys(r.held.Load(), next) {
 		return nil
 	}
 	r.held.Store(next)
-	close(r.changed)
-	r.changed = make(chan struct{})
+	r.changed.Send()
 	return nil
 }
 
@@ -95,11 +96,7 @@ func (r *Ring) Ready() bool {
 
 // Changed is closed at the next change of the keys. Call it before reading the
 // ring, or a change in between goes unnoticed.
-func (r *Ring) Changed() <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.changed
-}
+func (r *Ring) Changed() <-chan struct{} { return r.changed.Next() }
 
 // Current returns the id of the key that seals new records; false while there is
 // none.
