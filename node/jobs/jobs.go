@@ -8,6 +8,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -76,12 +77,8 @@ type Jobs struct {
 // answer ErrNotReady. While the table may lack rows, they answer ErrPartial wherever
 // a missing row would make the answer wrong.
 func New(o Options) (*Jobs, error) {
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Grace <= 0 {
-		o.Grace = 20 * time.Second
-	}
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
+	o.Grace = cmp.Or(o.Grace, 20*time.Second)
 	if o.Peers == nil {
 		o.Peers = func() []upstream.Peer { return nil }
 	}
