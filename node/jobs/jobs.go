@@ -39,7 +39,7 @@ type Options struct {
 	Ring        *keyring.Ring
 	Replication Replication
 	Ownership   Ownership
-	State       func() *agreed.State
+	State       func() *agreed.State // never nil
 
 	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
@@ -137,7 +137,7 @@ func (j *Jobs) complete() error {
 
 // config is the agreed configuration of jobs, or the default one.
 func (o *Options) config() config.Jobs {
-	if s := o.State(); s != nil && s.Parsed != nil {
+	if s := o.State(); s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
 	return config.DefaultJobs()
