@@ -148,7 +148,11 @@ func (r *rig) keep(k Key, a *Answer) {
 			return false
 		}
 		v, err := s.get(r.t.Context(), k)
-		return err == nil && v != nil
+		if err != nil {
+			return false
+		}
+		e, err := parseEntry(k, v) // an earlier answer may be there
+		return err == nil && e.StoredAt.Equal(a.StoredAt) && e.Purge == a.Purge
 	})
 }
 
