@@ -70,7 +70,7 @@ func aroundOneCut(t *testing.T, nodes []int) {
 			return nil
 		})
 		for _, seen := range status.Nodes {
-			if seen.Via != "" && !strings.Contains(n.LogTail(1<<20), fmt.Sprintf(`"peer":%q,"through":%q`, seen.Name, seen.Via)) {
+			if seen.Via != "" && !strings.Contains(n.LogTail(1<<20), fmt.Sprintf(`"peer":%q,"relay":%q`, seen.Name, seen.Via)) {
 				t.Errorf("the log of %s does not name the route to %s", n.Name, seen.Name)
 			}
 		}

@@ -284,7 +284,9 @@ func fullBacklog(t *testing.T) string {
 // wantNoWaiting looks a key up while the tier fails, and wants the breaker to open.
 func (r *rig) wantNoWaiting(k Key) {
 	r.t.Helper()
-	allowed := 60 * time.Millisecond
+	// A lookup ends after 50 ms. Ten times that is only exceeded by one that waits for the
+	// store, which never answers.
+	const allowed = 500 * time.Millisecond
 	var first []time.Duration
 	for range 20 {
 		begun := time.Now()
@@ -318,7 +320,7 @@ func (r *rig) wantNoWaiting(k Key) {
 		all += took
 		most = max(most, took)
 	}
-	if mean := all / 200; mean > time.Millisecond {
+	if mean := all / 200; mean > 10*time.Millisecond { // each would wait 50 ms
 		r.t.Errorf("with an open breaker a lookup takes %s, at most %s", mean, most)
 	}
 	r.t.Logf("the first lookups took %v, later ones %s on average, %s at most", first, all/200, most)
