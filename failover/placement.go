@@ -12,17 +12,17 @@ import (
 // with StepNone, and a configuration that is placed is not changed again.
 
 const (
-	// defaultVoterDeadAfter is how long a voter must be silent before another node
+	// voterDeadAfter is how long a voter must be silent before another node
 	// replaces it: longer than a restart of the process, shorter than an operator needs
 	// to react.
-	defaultVoterDeadAfter = 60 * time.Second
-	// defaultVoterStableFor is how long a member must be heard without a gap before it
+	voterDeadAfter = 60 * time.Second
+	// voterStableFor is how long a member must be heard without a gap before it
 	// may vote (again): a flapping link must not move votes.
-	defaultVoterStableFor = 30 * time.Second
-	// defaultVoterGrowAfter replaces StableFor while there are fewer than three voters:
+	voterStableFor = 30 * time.Second
+	// voterGrowAfter replaces voterStableFor while there are fewer than three voters:
 	// until then any crash of a voter stops the cluster, so growing soon is worth the
 	// risk.
-	defaultVoterGrowAfter = 3 * time.Second
+	voterGrowAfter = 3 * time.Second
 
 	maxVoters = 5
 	// maxPlacedSites bounds the search for a distribution: of more sites only the first
@@ -57,16 +57,11 @@ type PlacementNode struct {
 	Leaving bool
 }
 
-// PlacementView is all that PlaceVoters looks at. Zero times mean the defaults (60 s,
-// 30 s, 3 s).
+// PlacementView is all that PlaceVoters looks at.
 type PlacementView struct {
 	Sites  []PlacementSite
 	Nodes  []PlacementNode
 	Leader string // this node's name
-
-	DeadAfter time.Duration
-	StableFor time.Duration
-	GrowAfter time.Duration
 }
 
 // StepKind is one change of the Raft configuration.
@@ -96,7 +91,7 @@ type PlacementReason string
 const (
 	PlacementSettled      PlacementReason = "placed"
 	PlacementNoQuorum     PlacementReason = "no_quorum"       // nothing could be committed
-	PlacementUncertain    PlacementReason = "voter_uncertain" // a voter is silent, but not yet for DeadAfter
+	PlacementUncertain    PlacementReason = "voter_uncertain" // a voter is silent, but not yet for voterDeadAfter
 	PlacementWaitSites    PlacementReason = "waiting_for_third_site"
 	PlacementSiteAway     PlacementReason = "site_away" // the voter of a lost site stays: demoting from three gains nothing
 	PlacementNoReplace    PlacementReason = "no_replacement"
@@ -168,9 +163,6 @@ type placement struct {
 
 func newPlacement(v PlacementView) *placement {
 	p := &placement{PlacementView: v, site: make(map[string]PlacementSite, len(v.Sites))}
-	p.DeadAfter = cmp.Or(v.DeadAfter, defaultVoterDeadAfter)
-	p.StableFor = cmp.Or(v.StableFor, defaultVoterStableFor)
-	p.GrowAfter = cmp.Or(v.GrowAfter, defaultVoterGrowAfter)
 	for _, s := range v.Sites {
 		p.site[s.Name] = s
 	}
@@ -198,7 +190,7 @@ func newPlacement(v PlacementView) *placement {
 	return p
 }
 
-func (p *placement) dead(n PlacementNode) bool { return n.DeadFor >= p.DeadAfter }
+func (p *placement) dead(n PlacementNode) bool { return n.DeadFor >= voterDeadAfter }
 
 // usable: the node may be in the target. A voter may until it is dead or leaves. Another
 // member must have been heard for long enough and have caught up.
@@ -212,9 +204,9 @@ func (p *placement) usable(n PlacementNode) bool {
 	if n.Voter {
 		return !p.dead(n)
 	}
-	stableFor := p.StableFor
+	stableFor := voterStableFor
 	if p.staying < 3 {
-		stableFor = min(p.GrowAfter, p.StableFor)
+		stableFor = voterGrowAfter
 	}
 	return n.DeadFor == 0 && n.CaughtUp && n.AliveFor >= stableFor
 }

@@ -166,7 +166,7 @@ func (v *PlacementView) votes() (voters, heard int, perSite map[string]int) {
 func (v *PlacementView) upSites() int {
 	up := map[string]bool{}
 	for _, n := range v.Nodes {
-		if n.DeadFor == 0 && !n.Leaving && n.AliveFor >= defaultVoterStableFor && n.CaughtUp {
+		if n.DeadFor == 0 && !n.Leaving && n.AliveFor >= voterStableFor && n.CaughtUp {
 			up[n.Site] = true
 		}
 	}

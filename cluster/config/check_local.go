@@ -26,14 +26,8 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 		if !u.APIKey.IsZero() {
 			src.CheckSecret(at.At("api_key"), u.APIKey, lookupEnv, readFile)
 		}
-		if !u.Secure() {
-			continue
-		}
-		if u.TLS.CAFile != "" {
-			src.CheckCA(at.At("tls", "ca_file"), u.TLS.CAFile, readFile)
-		}
-		if u.TLS.CertFile != "" {
-			src.CheckKeyPair(at.At("tls"), u.TLS.CertFile, u.TLS.KeyFile, readFile)
+		if u.Secure() {
+			src.checkTLS(at.At("tls"), u.TLS, readFile)
 		}
 	}
 	if here := c.Cache.At(site); here.Shared == SharedRedis {
@@ -41,14 +35,20 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 		if !here.Redis.Password.IsZero() {
 			src.CheckSecret(at.At("password"), here.Redis.Password, lookupEnv, readFile)
 		}
-		if here.Redis.Secure() && here.Redis.TLS.CAFile != "" {
-			src.CheckCA(at.At("tls", "ca_file"), here.Redis.TLS.CAFile, readFile)
-		}
-		if here.Redis.Secure() && here.Redis.TLS.CertFile != "" {
-			src.CheckKeyPair(at.At("tls"), here.Redis.TLS.CertFile, here.Redis.TLS.KeyFile, readFile)
+		if here.Redis.Secure() {
+			src.checkTLS(at.At("tls"), here.Redis.TLS, readFile)
 		}
 	}
 	return src.Err()
+}
+
+func (s *Source) checkTLS(p Path, t UpstreamTLS, readFile func(string) ([]byte, error)) {
+	if t.CAFile != "" {
+		s.CheckCA(p.At("ca_file"), t.CAFile, readFile)
+	}
+	if t.CertFile != "" {
+		s.CheckKeyPair(p, t.CertFile, t.KeyFile, readFile)
+	}
 }
 
 // CheckSecret rejects a reference that ResolveSecret can't resolve.

@@ -2,6 +2,7 @@ package admin
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -64,10 +65,7 @@ var _ Cluster = (*Client)(nil)
 
 // NewClient makes a client for URLs such as "http://host:port".
 func NewClient(urls []string, o ClientOptions) (*Client, error) {
-	c := &Client{token: o.Token, author: o.Author, timeout: o.Timeout}
-	if c.timeout <= 0 {
-		c.timeout = defaultClientTimeout
-	}
+	c := &Client{token: o.Token, author: o.Author, timeout: cmp.Or(o.Timeout, defaultClientTimeout)}
 	if len(urls) == 0 {
 		return nil, &Error{Code: "invalid_request", Message: "no admin URL was given"}
 	}

@@ -8,6 +8,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
@@ -101,14 +102,8 @@ type Server struct {
 // sets deadlines for the body and the answer of each request.
 func New(o Options) *Server {
 	s := &Server{
-		cluster: o.Cluster, token: o.Token, log: o.Logger, timeout: o.Timeout,
-		inFlight: make(chan struct{}, maxInFlight), mux: http.NewServeMux(),
-	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.timeout <= 0 {
-		s.timeout = defaultTimeout
+		cluster: o.Cluster, token: o.Token, log: cmp.Or(o.Logger, slog.New(slog.DiscardHandler)),
+		timeout: cmp.Or(o.Timeout, defaultTimeout), inFlight: make(chan struct{}, maxInFlight), mux: http.NewServeMux(),
 	}
 	for _, r := range s.routes(o) {
 		s.mux.Handle(r.pattern, r.handler)

@@ -12,10 +12,12 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -235,6 +237,22 @@ func TestSegmentAge(t *testing.T) {
 	}
 }
 
+// TestKeysWithOneBeginning: an index has only the first bytes of a key, and an entry is
+// not given for another key that shares them.
+func TestKeysWithOneBeginning(t *testing.T) {
+	e, _ := openFiles(t, t.TempDir(), 16<<20)
+	one, other := entry(1, time.Now(), 100), entry(1, time.Now(), 200)
+	other.Key[len(Key{})-1]++
+	put(t, e, one)
+	if one.Key.record() != other.Key.record() || holds(t, e, other) || !holds(t, e, one) {
+		t.Error("one entry was given for both keys")
+	}
+	put(t, e, other)
+	if holds(t, e, one) || !holds(t, e, other) {
+		t.Error("the later entry is not the one that is given")
+	}
+}
+
 // TestDroppedKeys: dropped keys are misses, and a restart finds what was written after
 // the drop.
 func TestDroppedKeys(t *testing.T) {
@@ -301,7 +319,7 @@ func TestDamagedFiles(t *testing.T) {
 		{"zeros at the end", func(t *testing.T, paths []string) { write(t, paths[2], 8*record, make([]byte, 2*record)) }, []int{20, 29}, 1},
 		{"zeros after the end", func(t *testing.T, paths []string) { cut(t, paths[2], 11*record) }, []int{20, 29}, 1},
 		{"cut in a head", func(t *testing.T, paths []string) { cut(t, paths[2], 9*record+10) }, []int{29, 29}, 0},
-		{"cut in an answer", func(t *testing.T, paths []string) { cut(t, paths[2], 9*record+int64(recordHead)+10) }, []int{29, 29}, 0},
+		{"cut in an answer", func(t *testing.T, paths []string) { cut(t, paths[2], 9*record+int64(recordHead)+400) }, []int{29, 29}, 0},
 		{"cut between records", func(t *testing.T, paths []string) { cut(t, paths[2], 9*record) }, []int{29, 29}, 0},
 		{"emptied", func(t *testing.T, paths []string) { cut(t, paths[2], 0) }, []int{20, 29}, 0},
 		{"removed", func(t *testing.T, paths []string) {
@@ -585,6 +603,39 @@ func TestKilledWriter(t *testing.T) {
 		if damaged.Load() != 0 {
 			t.Error("a file was found damaged")
 		}
+	}
+}
+
+// TestFullDisk: after a write that a full disk cut short, a shorter one succeeds, and the next
+// process finds no damage.
+func TestFullDisk(t *testing.T) {
+	at := time.UnixMilli(1_800_000_000_000)
+	if os.Getenv("DSNODE_TEST_CACHE_WRITER") != "" { // a process of its own, for the limit
+		e, _ := openFiles(t, ".", 64<<20)
+		put(t, e, entry(1, at, 1000))
+		signal.Ignore(syscall.SIGXFSZ)
+		var limit syscall.Rlimit
+		if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &limit); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 5000, Max: limit.Max}); err != nil {
+			t.Fatal(err)
+		}
+		if err := e.put(t.Context(), []Entry{entry(2, at, 10_000)}, time.Hour); !errors.Is(err, syscall.EFBIG) {
+			t.Fatalf("put: %v", err)
+		}
+		put(t, e, entry(3, at, 100))
+		return
+	}
+	dir := t.TempDir()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestFullDisk$")
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "DSNODE_TEST_CACHE_WRITER=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	e, damaged := openFiles(t, dir, 64<<20)
+	if n, _, _ := e.size(); n != 2 || !holds(t, e, entry(1, at, 1000)) || !holds(t, e, entry(3, at, 100)) || damaged.Load() != 0 {
+		t.Errorf("%d entries, %d files found damaged", n, damaged.Load())
 	}
 }
 

@@ -3,7 +3,6 @@ package cache
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -70,9 +69,13 @@ func openRedis(conf config.Redis, maxValue int, files Files) (*redisStore, error
 	plain := &net.Dialer{Timeout: dialTime, KeepAlive: 15 * time.Second}
 	o.Dialer = plain.DialContext
 	if conf.Secure() {
-		c, err := redisTLS(conf.TLS, files.ReadFile)
+		material, err := conf.TLS.Read(files.ReadFile)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("redis: %w", err)
+		}
+		c, err := conf.TLS.Client(material)
+		if err != nil {
+			return nil, fmt.Errorf("redis: %w", err)
 		}
 		// Without server_name the certificate is checked against each address's host.
 		o.Dialer = (&tls.Dialer{NetDialer: plain, Config: c}).DialContext
@@ -94,39 +97,6 @@ func secret(what string, s config.Secret, files Files) (string, error) {
 		return "", fmt.Errorf("redis %s: %w", what, err)
 	}
 	return text, nil
-}
-
-func redisTLS(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (*tls.Config, error) {
-	conf := &tls.Config{
-		MinVersion: tls.VersionTLS12, ServerName: t.ServerName,
-		InsecureSkipVerify: t.InsecureSkipVerify, //nolint:gosec // the operator wrote it
-	}
-	if t.CAFile != "" {
-		pem, err := readFile(t.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("read redis ca_file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("redis ca_file %s holds no certificate in PEM", t.CAFile)
-		}
-	}
-	if t.CertFile != "" {
-		cert, err := readFile(t.CertFile)
-		if err != nil {
-			return nil, fmt.Errorf("read redis cert_file: %w", err)
-		}
-		key, err := readFile(t.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("read redis key_file: %w", err)
-		}
-		pair, err := tls.X509KeyPair(cert, key)
-		if err != nil {
-			return nil, fmt.Errorf("redis cert_file and key_file: %w", err)
-		}
-		conf.Certificates = []tls.Certificate{pair}
-	}
-	return conf, nil
 }
 
 func redisKey(k Key) string { return redisPrefix + k.String() }

@@ -5,6 +5,7 @@
 package gateway
 
 import (
+	"cmp"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -90,23 +91,12 @@ type Gateway struct {
 
 // New makes a gateway.
 func New(o Options) *Gateway {
-	orDuration := func(d *time.Duration, v time.Duration) {
-		if *d <= 0 {
-			*d = v
-		}
-	}
-	orDuration(&o.HoldHeaders, 15*time.Second)
-	orDuration(&o.BodyGrace, 10*time.Second)
-	orDuration(&o.WriteTimeout, 30*time.Second)
-	if o.BodyRate <= 0 {
-		o.BodyRate = 16 << 10
-	}
-	if o.BodyMemory <= 0 {
-		o.BodyMemory = 512 << 20
-	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
+	o.HoldHeaders = cmp.Or(o.HoldHeaders, 15*time.Second)
+	o.BodyGrace = cmp.Or(o.BodyGrace, 10*time.Second)
+	o.BodyRate = cmp.Or(o.BodyRate, 16<<10)
+	o.BodyMemory = cmp.Or(o.BodyMemory, 512<<20)
+	o.WriteTimeout = cmp.Or(o.WriteTimeout, 30*time.Second)
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
 	g := &Gateway{
 		o: o, log: o.Logger, started: time.Now(), site: []string{o.Site}, node: []string{o.Node},
 		byPath: make(map[string]int),

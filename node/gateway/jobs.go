@@ -47,7 +47,7 @@ func (x *exchange) jobs(string) {
 // job is /v1/jobs/{id} and the paths below it.
 func (x *exchange) job(rest string) {
 	text, verb, below := strings.Cut(rest, "/")
-	method, change := x.r.Method, (*exchange).showJob
+	method := x.r.Method
 	switch {
 	case below && verb != "cancel" && verb != "retry":
 		x.identify()
@@ -62,12 +62,6 @@ func (x *exchange) job(rest string) {
 		x.w.Header()["Allow"] = []string{strings.Join(allowed.methods, ", ")}
 		x.refuse(wrongMethod(x.r, allowed))
 		return
-	case verb == "cancel":
-		change = (*exchange).cancelJob
-	case verb == "retry":
-		change = (*exchange).retryJob
-	case method == http.MethodDelete:
-		change = (*exchange).deleteJob
 	}
 	x.answerJobs(func(who jobs.Caller) *failure {
 		if f := x.noParameters(); f != nil {
@@ -77,7 +71,7 @@ func (x *exchange) job(rest string) {
 		if err != nil {
 			return unknownJob(text)
 		}
-		err = change(x, who, id)
+		err = x.do(verb, who, id)
 		if errors.Is(err, jobs.ErrNotFound) && x.from == clients {
 			path := "/v1/jobs/" + id.String()
 			if below {
@@ -186,26 +180,23 @@ func (x *exchange) onBehalf(who *jobs.Caller) (key string, f *failure) {
 	return q.Get("idempotency_key"), validTenant(who.Tenant)
 }
 
-func (x *exchange) showJob(who jobs.Caller, id journal.JobID) error {
-	v, err := x.g.o.Jobs.Get(x.r.Context(), who, id)
-	if err == nil {
-		x.sendJob(http.StatusOK, v)
+// do does with a job what the verb or else the method says, and sends the result.
+func (x *exchange) do(verb string, who jobs.Caller, id journal.JobID) (err error) {
+	var v *jobs.View
+	ctx, status := x.r.Context(), http.StatusOK
+	switch {
+	case verb == "cancel":
+		v, err = x.g.o.Jobs.Cancel(ctx, who, id)
+	case verb == "retry":
+		status = http.StatusAccepted
+		v, err = x.g.o.Jobs.Retry(ctx, who, id)
+	case x.r.Method == http.MethodDelete:
+		return x.deleteJob(who, id)
+	default:
+		v, err = x.g.o.Jobs.Get(ctx, who, id)
 	}
-	return err
-}
-
-func (x *exchange) cancelJob(who jobs.Caller, id journal.JobID) error {
-	v, err := x.g.o.Jobs.Cancel(x.r.Context(), who, id)
 	if err == nil {
-		x.sendJob(http.StatusOK, v)
-	}
-	return err
-}
-
-func (x *exchange) retryJob(who jobs.Caller, id journal.JobID) error {
-	v, err := x.g.o.Jobs.Retry(x.r.Context(), who, id)
-	if err == nil {
-		x.sendJob(http.StatusAccepted, v)
+		x.sendJob(status, v)
 	}
 	return err
 }

@@ -201,9 +201,7 @@ func (x *executor) conclude(work context.Context, e *entry, token journal.Token,
 func (x *executor) finish(work context.Context, e *entry, token journal.Token, attempt uint32, out *journal.Outcome) step {
 	if !out.Adopted {
 		out.Site = x.o.Site
-		if s := x.o.State(); s != nil {
-			out.Epoch = s.Primary.Epoch
-		}
+		out.Epoch = x.o.State().Primary.Epoch
 	}
 	rec := x.record(e, token, attempt)
 	err := x.write(work, &rec, func() error { return x.o.Sealer.SealOutcome(&rec, out) })

@@ -8,6 +8,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -38,7 +39,7 @@ type Options struct {
 	Ring        *keyring.Ring
 	Replication Replication
 	Ownership   Ownership
-	State       func() *agreed.State
+	State       func() *agreed.State // never nil
 
 	// Server answers the jobs' requests. It is the gateway's.
 	Server serving.Server
@@ -76,12 +77,8 @@ type Jobs struct {
 // answer ErrNotReady. While the table may lack rows, they answer ErrPartial wherever
 // a missing row would make the answer wrong.
 func New(o Options) (*Jobs, error) {
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Grace <= 0 {
-		o.Grace = 20 * time.Second
-	}
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
+	o.Grace = cmp.Or(o.Grace, 20*time.Second)
 	if o.Peers == nil {
 		o.Peers = func() []upstream.Peer { return nil }
 	}
@@ -140,7 +137,7 @@ func (j *Jobs) complete() error {
 
 // config is the agreed configuration of jobs, or the default one.
 func (o *Options) config() config.Jobs {
-	if s := o.State(); s != nil && s.Parsed != nil {
+	if s := o.State(); s.Parsed != nil {
 		return s.Parsed.Jobs
 	}
 	return config.DefaultJobs()

@@ -111,10 +111,7 @@ func (s *streams) begin(ctx context.Context, x *executor) error {
 }
 
 func (s *streams) islandToken() journal.Token {
-	if st := s.o.State(); st != nil {
-		return journal.Token{Generation: st.Generation.Number}
-	}
-	return journal.Token{}
+	return journal.Token{Generation: s.o.State().Generation.Number}
 }
 
 // current is the stream that this node writes, and the token for the jobs that it accepts
@@ -157,18 +154,14 @@ func (s *streams) still(ctx context.Context, st journal.Stream, p permit) bool {
 
 // neverOthers reports whether a stream is agreed on and had no other owner.
 func (s *streams) neverOthers(st journal.Stream) bool {
-	state := s.o.State()
-	if state == nil {
-		return false
-	}
-	j, agreed := state.Streams[keyOf(st)]
+	j, agreed := s.o.State().Streams[keyOf(st)]
 	return agreed && j.Owner == s.o.Node && j.Before == ""
 }
 
 // ours reports whether only this process, or an earlier one of this node, can have executed a
 // stream.
 func (s *streams) ours(st journal.Stream) bool {
-	if state := s.o.State(); state != nil && state.Streams[keyOf(st)].Before != "" {
+	if s.o.State().Streams[keyOf(st)].Before != "" {
 		return false
 	}
 	s.mu.Lock()
@@ -352,20 +345,13 @@ func (s *streams) known(st journal.Stream) bool { return s.agreed(st) || s.lost(
 // lost reports whether a stream has another owner or was dropped.
 func (s *streams) lost(st journal.Stream) bool {
 	state := s.o.State()
-	if state == nil {
-		return false
-	}
 	j, agreed := state.Streams[keyOf(st)]
 	return agreed && j.Owner != s.o.Node || !agreed && slices.Contains(state.DoneStreams, keyOf(st))
 }
 
 // agreed reports whether the cluster has agreed on a stream.
 func (s *streams) agreed(st journal.Stream) bool {
-	state := s.o.State()
-	if state == nil {
-		return false
-	}
-	_, agreed := state.Streams[keyOf(st)]
+	_, agreed := s.o.State().Streams[keyOf(st)]
 	return agreed
 }
 
@@ -478,7 +464,7 @@ func (s *streams) inherit(ctx context.Context, c *upkeep) {
 // know the members.
 func (s *streams) member(node string) bool {
 	state := s.o.State()
-	if state == nil || state.ClusterID == "" {
+	if state.ClusterID == "" {
 		return true
 	}
 	_, member := state.Nodes[node]

@@ -154,7 +154,7 @@ type possibility struct {
 // encrypting a job.
 func (j *Jobs) possible(level journal.Durability) error {
 	state := j.o.State()
-	if p := j.lastPossible.Load(); p != nil && state != nil && p.state == state && p.level == level {
+	if p := j.lastPossible.Load(); p != nil && p.state == state && p.level == level {
 		return p.err
 	}
 	p := &possibility{state, level, j.o.Replication.Possible(level)}

@@ -203,8 +203,5 @@ func (j *Jobs) siteOf(node string) string {
 	if node == j.o.Node {
 		return j.o.Site
 	}
-	if s := j.o.State(); s != nil {
-		return s.Nodes[node].Site
-	}
-	return ""
+	return j.o.State().Nodes[node].Site
 }

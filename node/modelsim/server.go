@@ -36,6 +36,7 @@
 package modelsim
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -93,15 +94,9 @@ func New(o Options) *Server {
 	if o.Tokens <= 0 {
 		o.Tokens = 32
 	}
-	if o.Dimensions <= 0 {
-		o.Dimensions = 256
-	}
-	if o.Keep <= 0 {
-		o.Keep = 256
-	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
+	o.Dimensions = cmp.Or(o.Dimensions, 256)
+	o.Keep = cmp.Or(o.Keep, 256)
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
 	s := &Server{opts: o, models: make(map[string]bool), start: time.Now().Unix(), log: o.Logger}
 	for _, m := range o.Models {
 		s.models[m] = true

@@ -1,6 +1,7 @@
 package serving
 
 import (
+	"cmp"
 	"log/slog"
 	"time"
 
@@ -27,12 +28,8 @@ type Pipeline struct {
 
 // New puts the stages together. A request meets the last line first.
 func New(o Options) *Pipeline {
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Registerer == nil {
-		o.Registerer = prometheus.NewRegistry()
-	}
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
+	o.Registerer = cmp.Or[prometheus.Registerer](o.Registerer, prometheus.NewRegistry())
 	if o.Now == nil {
 		o.Now = time.Now
 	}

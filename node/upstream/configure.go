@@ -92,10 +92,10 @@ func (f *Fleet) retire(old, next *upstream) {
 // upstream keeps the instances of old that have not changed, and makes new ones.
 func (f *Fleet) upstream(old *upstream, name string, def config.Upstream, connect time.Duration) (*upstream, error) {
 	u := &upstream{name: name, def: def, drained: f.drained[name]}
-	var files material
+	var files config.TLSMaterial
 	var unreadable error
 	if def.Secure() {
-		files, unreadable = readMaterial(def.TLS, f.o.ReadFile)
+		files, unreadable = def.TLS.Read(f.o.ReadFile)
 	}
 	addresses := []string{""} // as the URL says
 	if originOf(def).discovers() {
@@ -107,9 +107,9 @@ func (f *Fleet) upstream(old *upstream, name string, def config.Upstream, connec
 		addresses = u.found.addresses
 	}
 	var wrong error
-	digest := files.digest()
+	material := digest(files)
 	for _, address := range addresses {
-		i := old.unchanged(address, def, connect, digest, unreadable)
+		i := old.unchanged(address, def, connect, material, unreadable)
 		if i == nil {
 			i = f.instance(name, address, def, connect, files, unreadable)
 		}
@@ -121,19 +121,19 @@ func (f *Fleet) upstream(old *upstream, name string, def config.Upstream, connec
 }
 
 // unchanged finds the instance at an address if it can serve on.
-func (u *upstream) unchanged(address string, def config.Upstream, connect time.Duration, files [sha256.Size]byte, unreadable error) *instance {
+func (u *upstream) unchanged(address string, def config.Upstream, connect time.Duration, material [sha256.Size]byte, unreadable error) *instance {
 	if u == nil || unreadable != nil {
 		return nil
 	}
 	for _, i := range u.instances {
-		if i.address == address && i.broken == nil && i.def == def && i.connect == connect && i.material == files {
+		if i.address == address && i.broken == nil && i.def == def && i.connect == connect && i.material == material {
 			return i
 		}
 	}
 	return nil
 }
 
-func (f *Fleet) instance(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *instance {
+func (f *Fleet) instance(name, address string, def config.Upstream, connect time.Duration, files config.TLSMaterial, unreadable error) *instance {
 	i := newInstance(name, address, def, connect, files, unreadable)
 	i.counts = f.metrics.backend(name)
 	i.counts.setState(&i.backend, breakerClosed)

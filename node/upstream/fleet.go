@@ -10,6 +10,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"math/rand/v2"
@@ -53,12 +54,8 @@ func (o *Options) complete() {
 	if o.Peers == nil {
 		o.Peers = func() []Peer { return nil }
 	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Registerer == nil {
-		o.Registerer = prometheus.NewRegistry()
-	}
+	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
+	o.Registerer = cmp.Or[prometheus.Registerer](o.Registerer, prometheus.NewRegistry())
 	if o.LookupEnv == nil {
 		o.LookupEnv = os.LookupEnv
 	}
@@ -71,12 +68,8 @@ func (o *Options) complete() {
 	if o.Random == nil {
 		o.Random = rand.IntN
 	}
-	if o.Resolver == nil {
-		o.Resolver = net.DefaultResolver
-	}
-	if o.LookUpEvery <= 0 {
-		o.LookUpEvery = lookUpEvery
-	}
+	o.Resolver = cmp.Or[Resolver](o.Resolver, net.DefaultResolver)
+	o.LookUpEvery = cmp.Or(o.LookUpEvery, lookUpEvery)
 }
 
 // Fleet is all that can be asked, with its live state. Configure it, and run it.

@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -52,8 +51,8 @@ type probe struct {
 }
 
 // newInstance makes an instance; unreadable is why its TLS files could not be read.
-func newInstance(name, address string, def config.Upstream, connect time.Duration, files material, unreadable error) *instance {
-	i := &instance{def: def, connect: connect, material: files.digest()}
+func newInstance(name, address string, def config.Upstream, connect time.Duration, files config.TLSMaterial, unreadable error) *instance {
+	i := &instance{def: def, connect: connect, material: digest(files)}
 	i.name, i.address, i.site = name, address, def.Site
 	i.hash, i.max = hashName(name+address), int64(def.MaxConcurrency)
 	if i.max <= 0 {
@@ -69,7 +68,7 @@ func newInstance(name, address string, def config.Upstream, connect time.Duratio
 		i.urls[e.Path] = i.base.join(e.Path)
 	}
 	var conf *tls.Config
-	conf, i.broken = files.tls(def.TLS)
+	conf, i.broken = def.TLS.Client(files)
 	i.broken = cmp.Or(unreadable, i.broken)
 	i.transport = newHTTP1(newTransport(conf, address, connect, int(i.max)), i.base.host)
 	i.client = i.transport
@@ -108,48 +107,8 @@ func newTransport(conf *tls.Config, address string, connect time.Duration, idle 
 	}
 }
 
-// material is the content of the files that the TLS settings name.
-type material struct{ ca, cert, key []byte }
-
-func readMaterial(t config.UpstreamTLS, readFile func(string) ([]byte, error)) (m material, err error) {
-	for _, f := range []struct {
-		name, path string
-		to         *[]byte
-	}{{"ca_file", t.CAFile, &m.ca}, {"cert_file", t.CertFile, &m.cert}, {"key_file", t.KeyFile, &m.key}} {
-		if f.path == "" {
-			continue
-		}
-		if *f.to, err = readFile(f.path); err != nil {
-			return m, fmt.Errorf("read %s: %w", f.name, err)
-		}
-	}
-	return m, nil
-}
-
-func (m material) digest() [sha256.Size]byte {
-	return sha256.Sum256(bytes.Join([][]byte{m.ca, m.cert, m.key}, []byte{0}))
-}
-
-func (m material) tls(t config.UpstreamTLS) (*tls.Config, error) {
-	conf := &tls.Config{
-		MinVersion:         tls.VersionTLS12,
-		ServerName:         t.ServerName,
-		InsecureSkipVerify: t.InsecureSkipVerify, //nolint:gosec // the operator wrote it
-	}
-	if m.ca != nil {
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(m.ca) {
-			return conf, fmt.Errorf("ca_file %s holds no certificate in PEM", t.CAFile)
-		}
-	}
-	if m.cert != nil {
-		pair, err := tls.X509KeyPair(m.cert, m.key)
-		if err != nil {
-			return conf, fmt.Errorf("cert_file and key_file: %w", err)
-		}
-		conf.Certificates = []tls.Certificate{pair}
-	}
-	return conf, nil
+func digest(m config.TLSMaterial) [sha256.Size]byte {
+	return sha256.Sum256(bytes.Join([][]byte{m.CA, m.Cert, m.Key}, []byte{0}))
 }
 
 func (i *instance) url(endpoint string) *url.URL {

@@ -121,7 +121,7 @@ func (i *instance) get(ctx context.Context, at *url.URL) (*http.Response, error)
 func (i *instance) probeURL() *url.URL {
 	switch i.def.Kind {
 	case config.KindVLLM, config.KindSGLang, config.KindLlamaCPP:
-		return i.base.health()
+		return i.base.join("/health")
 	}
 	return i.base.join("/v1/models")
 }

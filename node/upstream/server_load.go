@@ -67,14 +67,15 @@ func (f *Fleet) readLoad(ctx context.Context, i *instance) {
 }
 
 func (i *instance) askLoad(ctx context.Context) (int64, error) {
-	resp, err := i.get(ctx, i.base.metrics())
+	at := i.base.join("/metrics")
+	resp, err := i.get(ctx, at)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
 		discard(resp.Body)
-		return 0, fmt.Errorf("%s answered %d", i.base.metrics().Path, resp.StatusCode)
+		return 0, fmt.Errorf("%s answered %d", at.Path, resp.StatusCode)
 	}
 	return sumSeries(io.LimitReader(resp.Body, maxReport), reportNames[i.def.Kind])
 }

@@ -41,20 +41,7 @@ func (b baseURL) join(endpoint string) *url.URL {
 		}
 		path += "/" + rest
 	} else {
-		path = b.root() + endpoint
+		path = strings.TrimSuffix(b.path, "/v1") + endpoint
 	}
 	return &url.URL{Scheme: b.scheme, Host: b.host, Path: path}
-}
-
-// root is the base path without the API version. Servers have /health there.
-func (b baseURL) root() string { return strings.TrimSuffix(b.path, "/v1") }
-
-// metrics is where vLLM and SGLang report how busy they are.
-func (b baseURL) metrics() *url.URL {
-	return &url.URL{Scheme: b.scheme, Host: b.host, Path: b.root() + "/metrics"}
-}
-
-// health is what a probe asks of a server that has a health page.
-func (b baseURL) health() *url.URL {
-	return &url.URL{Scheme: b.scheme, Host: b.host, Path: b.root() + "/health"}
 }
