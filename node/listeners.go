@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -211,17 +210,9 @@ func (l *listeners) tlsConfig(files ServerTLS) (*tls.Config, error) {
 }
 
 func (p *keyPair) load() error {
-	cert, err := os.ReadFile(p.files.CertFile)
+	c, err := tls.LoadX509KeyPair(p.files.CertFile, p.files.KeyFile)
 	if err != nil {
-		return fmt.Errorf("read certificate: %w", err)
-	}
-	key, err := os.ReadFile(p.files.KeyFile)
-	if err != nil {
-		return fmt.Errorf("read certificate's key: %w", err)
-	}
-	c, err := tls.X509KeyPair(cert, key)
-	if err != nil {
-		return fmt.Errorf("certificate %s with key %s: %w", p.files.CertFile, p.files.KeyFile, err)
+		return fmt.Errorf("load certificate %s with key %s: %w", p.files.CertFile, p.files.KeyFile, err)
 	}
 	p.current.Store(&c)
 	return nil

@@ -159,12 +159,11 @@ func (n *Node) openHandlers() error {
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster}, Health: n, Jobs: n.jobs.service, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
-	n.operator = operate.New(operate.Options{
+	n.operator = &operate.Operator{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		Cluster: n.cluster, Jobs: n.jobs, Fleet: n.fleet, Cache: n.cache, Keys: n.keys, Control: n.control.Load,
-		Reconnect: n.isolation.Heal, ReleaseQuarantine: n.coldStart.Release, Health: n.ownHealth, SetDraining: n.setDraining,
-		Logger: n.log,
-	})
+		Reconnect: n.isolation.Heal, EndQuarantine: n.coldStart.Release, Health: n.ownHealth, SetDraining: n.setDraining, Log: n.log,
+	}
 	n.admin = admin.New(admin.Options{
 		Cluster: n.operator, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.listeners.adminToken, Logger: n.log,
 	})

@@ -13,7 +13,7 @@ import (
 // CreateAPIKey makes a client's key. Only the answer contains its secret: the agreed state
 // has a hash.
 func (o *Operator) CreateAPIKey(ctx context.Context, r admin.APIKeyRequest) (admin.APIKeyCreated, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.Parsed == nil {
 		return admin.APIKeyCreated{}, o.notMember()
 	}
@@ -27,7 +27,7 @@ func (o *Operator) CreateAPIKey(ctx context.Context, r admin.APIKeyRequest) (adm
 		expires = *r.ExpiresAt
 	}
 	key, secret := agreed.NewAPIKey(r.Tenant, r.Note, r.Models, expires, time.Now())
-	if _, err := o.cluster.Propose(ctx, agreed.CmdAPIKeyPut, key); err != nil {
+	if _, err := o.Cluster.Propose(ctx, agreed.CmdAPIKeyPut, key); err != nil {
 		return admin.APIKeyCreated{}, err
 	}
 	return admin.APIKeyCreated{APIKeyInfo: keyInfo(key), Secret: secret}, nil
@@ -49,7 +49,7 @@ func keyInfo(k agreed.APIKey) admin.APIKeyInfo {
 
 // APIKeys lists all keys, oldest first.
 func (o *Operator) APIKeys(context.Context) ([]admin.APIKeyInfo, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return nil, o.notMember()
 	}
@@ -63,6 +63,6 @@ func (o *Operator) APIKeys(context.Context) ([]admin.APIKeyInfo, error) {
 
 // RevokeAPIKey makes a key invalid, on each node as soon as it has applied the change.
 func (o *Operator) RevokeAPIKey(ctx context.Context, id string) error {
-	_, err := o.cluster.Propose(ctx, agreed.CmdAPIKeyRevoke, agreed.APIKeyRevoke{ID: id})
+	_, err := o.Cluster.Propose(ctx, agreed.CmdAPIKeyRevoke, agreed.APIKeyRevoke{ID: id})
 	return err
 }

@@ -12,12 +12,12 @@ import (
 
 // CacheStats returns the statistics of this node's cache.
 func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
-	s := o.cache.Stats()
+	s := o.Cache.Stats()
 	tier := func(t cache.TierStats) admin.CacheTier {
 		return admin.CacheTier{Kind: t.Kind, State: t.State, Reason: t.Reason, Entries: t.Entries, Bytes: t.Bytes, MaxBytes: t.Max}
 	}
 	return admin.CacheStats{
-		Node: o.name, Site: o.site, Local: tier(s.Local), Shared: tier(s.Shared),
+		Node: o.Name, Site: o.Site, Local: tier(s.Local), Shared: tier(s.Shared),
 		Requests: s.Requests, Stored: s.Stored, Absorbed: s.Absorbed, Dropped: s.Dropped, Rebuilds: s.Rebuilds, Purges: s.Purges,
 	}, nil
 }
@@ -25,7 +25,7 @@ func (o *Operator) CacheStats(context.Context) (admin.CacheStats, error) {
 // PurgeCache makes cached answers unusable on each node as soon as it has applied the
 // purge.
 func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string) error {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.Parsed == nil {
 		return o.notMember()
 	}
@@ -36,7 +36,7 @@ func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string
 		return fmt.Errorf("%w: %q is not a cache key: the Cache-Status header of an answer shows the key", admin.ErrInvalidRequest, r.Key)
 	}
 	now := time.Now()
-	_, err := o.cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
+	_, err := o.Cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
 		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
 	})
 	return err

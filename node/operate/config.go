@@ -13,12 +13,12 @@ import (
 
 // Bootstrap makes this node the first member of a new cluster.
 func (o *Operator) Bootstrap(ctx context.Context, text []byte, author string) error {
-	return o.cluster.Bootstrap(ctx, text, author)
+	return o.Cluster.Bootstrap(ctx, text, author)
 }
 
 // Config returns the agreed configuration.
 func (o *Operator) Config(context.Context) (admin.ConfigVersion, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return admin.ConfigVersion{}, o.notMember()
 	}
@@ -27,7 +27,7 @@ func (o *Operator) Config(context.Context) (admin.ConfigVersion, error) {
 
 // ConfigHistory lists the versions before the current one, oldest first.
 func (o *Operator) ConfigHistory(context.Context) ([]admin.ConfigVersion, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return nil, o.notMember()
 	}
@@ -41,7 +41,7 @@ func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64,
 	if err != nil {
 		return admin.ConfigVersion{}, fmt.Errorf("%w: %w", admin.ErrInvalidConfig, err)
 	}
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return admin.ConfigVersion{}, o.notMember()
 	}
@@ -56,11 +56,11 @@ func (o *Operator) ApplyConfig(ctx context.Context, text []byte, expect *uint64,
 	if version == s.Config.Version && hash == s.Config.Hash {
 		return s.Config, nil
 	}
-	_, err = o.cluster.Propose(ctx, agreed.CmdConfigSet, agreed.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
+	_, err = o.Cluster.Propose(ctx, agreed.CmdConfigSet, agreed.ConfigSet{Expect: version, Text: string(text), Hash: hash, Author: author})
 	if err != nil {
 		return admin.ConfigVersion{}, err
 	}
-	return o.cluster.State().Config, nil
+	return o.Cluster.State().Config, nil
 }
 
 // checkChange refuses a configuration that is valid but can't replace the present one.
@@ -82,7 +82,7 @@ func checkChange(s *agreed.State, next *config.Config) error {
 
 // RollbackConfig applies the text of an earlier version as a new version.
 func (o *Operator) RollbackConfig(ctx context.Context, to uint64, expect *uint64, author string) (admin.ConfigVersion, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return admin.ConfigVersion{}, o.notMember()
 	}

@@ -64,7 +64,7 @@ func drillInfo(d agreed.DrillRecord) admin.Drill {
 
 // Drills lists the newest drills, oldest first.
 func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return nil, o.notMember()
 	}
@@ -78,7 +78,7 @@ func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 // Drill returns a drill with its report. While the drill runs, the node that runs it has
 // the report so far, and other nodes have none.
 func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return admin.Drill{}, o.notMember()
 	}
@@ -101,7 +101,7 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 
 // liveReport returns the report so far of a drill that this node runs, or nil.
 func (o *Operator) liveReport(id string) ([]byte, error) {
-	c := o.loadControl()
+	c := o.Control()
 	if c == nil {
 		return nil, nil
 	}
@@ -114,11 +114,11 @@ func (o *Operator) liveReport(id string) ([]byte, error) {
 
 // AbortDrill ends a drill on whichever node it runs.
 func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
-	if o.reconnect(id) {
+	if o.Reconnect(id) {
 		// This node is cut off and can't change the drill's record yet. The node that runs
 		// the drill sees the site again before the planned time. The other nodes of this
 		// site stay cut off until they get the same call, or until their own timer ends.
-		o.log.Warn("drill aborted on this node", "drill", id, "by", by)
+		o.Log.Warn("drill aborted on this node", "drill", id, "by", by)
 		return nil
 	}
 	c, err := o.control()

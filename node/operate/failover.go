@@ -22,7 +22,7 @@ func (o *Operator) PlanFailover(_ context.Context, r admin.FailoverRequest, by s
 	}
 	p := admin.FailoverPlan{To: r.To, Checks: c.Coordinator.Precheck(switchoverRequest(r, by))}
 	p.OK = allPass(p.Checks, r.Waive)
-	if s := o.cluster.State(); s.ClusterID != "" {
+	if s := o.Cluster.State(); s.ClusterID != "" {
 		p.From, p.Epoch = &s.Primary.Site, &s.Primary.Epoch
 	}
 	return p, nil
@@ -55,43 +55,43 @@ func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by str
 
 // AckFailover records that an operator has seen the last failover.
 func (o *Operator) AckFailover(ctx context.Context, by string) error {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return o.notMember()
 	}
 	if s.LastFailover == nil || s.LastFailover.Acknowledged {
 		return admin.ErrNothingToAck
 	}
-	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
+	_, err := o.Cluster.Propose(ctx, agreed.CmdFailoverAck, agreed.FailoverAck{Epoch: s.LastFailover.Epoch, By: by})
 	return err
 }
 
 // HoldFailover pauses automatic promotions.
 func (o *Operator) HoldFailover(ctx context.Context, reason, by string) error {
-	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
+	_, err := o.Cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{Held: true, Reason: reason, By: by})
 	return err
 }
 
 // ResumeFailover allows automatic promotions again.
 func (o *Operator) ResumeFailover(ctx context.Context, by string) error {
-	_, err := o.cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
+	_, err := o.Cluster.Propose(ctx, agreed.CmdFailoverHold, agreed.FailoverHold{By: by})
 	return err
 }
 
 // ReleaseQuarantine ends the quarantine, because an operator knows that the cluster was
 // not recovered elsewhere. Only the Raft leader can do it.
 func (o *Operator) ReleaseQuarantine(context.Context) error {
-	if o.cluster.Quarantined() == "" {
+	if o.Cluster.Quarantined() == "" {
 		return o.notQuarantined()
 	}
-	o.releaseQuarantine()
-	o.log.Warn("quarantine released by an operator")
+	o.EndQuarantine()
+	o.Log.Warn("quarantine released by an operator")
 	return nil
 }
 
 // failbackAvailable is the site to which the primary could be moved back, nil for none.
 func (o *Operator) failbackAvailable() *string {
-	c := o.loadControl()
+	c := o.Control()
 	if c == nil {
 		return nil
 	}
@@ -108,11 +108,11 @@ func (o *Operator) failbackAvailable() *string {
 
 // notQuarantined says why this node can't end a quarantine.
 func (o *Operator) notQuarantined() error {
-	r := o.cluster.Raft()
+	r := o.Cluster.Raft()
 	if r.Quorum || r.Leads {
 		return admin.ErrNotQuarantined
 	}
-	if m, known := o.cluster.State().Nodes[r.Leader]; known {
+	if m, known := o.Cluster.State().Nodes[r.Leader]; known {
 		return fmt.Errorf("%w: ask the raft leader, %s, at its admin address %s", admin.ErrWrongNode, r.Leader, m.Admin)
 	}
 	return fmt.Errorf("%w: it is not the raft leader, and it does not know the leader", admin.ErrWrongNode)

@@ -8,11 +8,11 @@ import (
 )
 
 // CheckJobs returns nil if the node's job table agrees with its journals.
-func (o *Operator) CheckJobs(ctx context.Context) error { return o.jobs.Check(ctx) }
+func (o *Operator) CheckJobs(ctx context.Context) error { return o.Jobs.Check(ctx) }
 
 // JobStreams lists the agreed job streams with their owners.
 func (o *Operator) JobStreams(context.Context) (admin.JobStreams, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	streams := admin.JobStreams{Ownership: s.Ownership, Data: make([]agreed.JobStream, 0, len(s.Streams))}
 	for _, key := range sortedNames(s.Streams) {
 		streams.Data = append(streams.Data, s.Streams[key])

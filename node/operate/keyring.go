@@ -14,32 +14,32 @@ const recordsTimeout = 2 * time.Second
 
 // Keyring lists the data keys, with the number of records that are sealed with each.
 func (o *Operator) Keyring(ctx context.Context) (admin.Keyring, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.ClusterID == "" {
 		return admin.Keyring{}, o.notMember()
 	}
-	return describeKeyring(s, o.keys.Records(ctx, s, recordsTimeout)), nil
+	return describeKeyring(s, o.Keys.Records(ctx, s, recordsTimeout)), nil
 }
 
 // RotateKeyring makes a new sealing key. While one is pending, it returns that one instead.
 func (o *Operator) RotateKeyring(ctx context.Context, by string) (admin.DataKey, error) {
-	if o.cluster.State().ClusterID == "" {
+	if o.Cluster.State().ClusterID == "" {
 		return admin.DataKey{}, o.notMember()
 	}
-	k, err := o.keys.Rotate(ctx, by)
+	k, err := o.Keys.Rotate(ctx, by)
 	if err != nil {
 		return admin.DataKey{}, err
 	}
-	return describeKey(o.cluster.State(), k, nil), nil
+	return describeKey(o.Cluster.State(), k, nil), nil
 }
 
 // RewrapKeyring wraps all data keys with this node's operator key. Every node must have
 // that key already.
 func (o *Operator) RewrapKeyring(ctx context.Context, by string) (admin.Keyring, error) {
-	if o.cluster.State().ClusterID == "" {
+	if o.Cluster.State().ClusterID == "" {
 		return admin.Keyring{}, o.notMember()
 	}
-	if err := o.keys.Rewrap(ctx, by); err != nil {
+	if err := o.Keys.Rewrap(ctx, by); err != nil {
 		return admin.Keyring{}, err
 	}
 	return o.Keyring(ctx)

@@ -11,17 +11,17 @@ import (
 // RemoveNode removes a node that will not come back from the cluster. The Raft leader then
 // removes it from the voters.
 func (o *Operator) RemoveNode(ctx context.Context, name string) error {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if _, known := s.Nodes[name]; !known {
 		return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 	}
 	if len(s.Nodes) == 1 {
 		return agreed.ErrLastVoter
 	}
-	if name == o.name || o.cluster.Peers()[name].HeardWithin(o.cluster.Timing().Patience) {
+	if name == o.Name || o.Cluster.Peers()[name].HeardWithin(o.Cluster.Timing().Patience) {
 		return fmt.Errorf("%w: %s", admin.ErrNodeAlive, name)
 	}
-	_, err := o.cluster.Propose(ctx, agreed.CmdNodeRemove, agreed.NodeRemove{Name: name})
+	_, err := o.Cluster.Propose(ctx, agreed.CmdNodeRemove, agreed.NodeRemove{Name: name})
 	return err
 }
 
@@ -33,11 +33,11 @@ func (o *Operator) ResumeNode(_ context.Context, name string) error { return o.d
 
 // drain works for this node only. For another one it says where to ask.
 func (o *Operator) drain(name string, draining bool) error {
-	if name == o.name {
-		o.setDraining(draining)
+	if name == o.Name {
+		o.SetDraining(draining)
 		return nil
 	}
-	m, known := o.cluster.State().Nodes[name]
+	m, known := o.Cluster.State().Nodes[name]
 	if !known {
 		return fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
 	}

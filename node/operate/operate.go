@@ -59,8 +59,9 @@ type Control struct {
 	Drills      *drill.Runner
 }
 
-// Options are what an Operator needs. All are required.
-type Options struct {
+// Operator does what operators ask of one node. It implements admin.Cluster. All fields
+// are required.
+type Operator struct {
 	ClusterName, Name, Site, Version string
 
 	Cluster Cluster
@@ -73,47 +74,20 @@ type Options struct {
 	// Reconnect ends this node's part in an isolation drill, and reports whether it had
 	// one.
 	Reconnect func(drill string) bool
-	// ReleaseQuarantine lets a quarantined Raft leader make changes again.
-	ReleaseQuarantine func()
+	// EndQuarantine lets a quarantined Raft leader make changes again.
+	EndQuarantine func()
 	// Health is what the node tells its peers about itself.
 	Health func() cluster.Health
 	// SetDraining takes the node out of load balancers, or puts it back.
 	SetDraining func(draining bool)
-	Logger      *slog.Logger
-}
-
-// Operator does what operators ask of one node. It implements admin.Cluster.
-type Operator struct {
-	clusterName, name, site, version string
-
-	cluster           Cluster
-	jobs              Jobs
-	fleet             *upstream.Fleet
-	cache             *cache.Cache
-	keys              *datakeys.Keys
-	loadControl       func() *Control
-	reconnect         func(drill string) bool
-	releaseQuarantine func()
-	health            func() cluster.Health
-	setDraining       func(bool)
-	log               *slog.Logger
+	Log         *slog.Logger
 }
 
 var _ admin.Cluster = (*Operator)(nil)
 
-// New makes an Operator. It starts nothing.
-func New(o Options) *Operator {
-	return &Operator{
-		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
-		cluster: o.Cluster, jobs: o.Jobs, fleet: o.Fleet, cache: o.Cache, keys: o.Keys, loadControl: o.Control,
-		reconnect: o.Reconnect, releaseQuarantine: o.ReleaseQuarantine, health: o.Health, setDraining: o.SetDraining,
-		log: o.Logger,
-	}
-}
-
 // control returns an error that says why this node is not a member, if it is none.
 func (o *Operator) control() (*Control, error) {
-	if c := o.loadControl(); c != nil {
+	if c := o.Control(); c != nil {
 		return c, nil
 	}
 	return nil, o.notMember()
@@ -121,7 +95,7 @@ func (o *Operator) control() (*Control, error) {
 
 // notMember says why this node has no agreed state yet.
 func (o *Operator) notMember() error {
-	if why := o.cluster.Waiting(); why != "" {
+	if why := o.Cluster.Waiting(); why != "" {
 		return fmt.Errorf("%w; %s", cluster.ErrNotMember, why)
 	}
 	return fmt.Errorf("%w: %s", cluster.ErrNoQuorum, noState)

@@ -46,15 +46,15 @@ func (o *Operator) Reasons() []string { return describe(o.view()).Reasons }
 
 func (o *Operator) view() view {
 	v := view{
-		clusterName: o.clusterName, name: o.name, site: o.site, version: o.version,
-		now: time.Now(), started: o.cluster.StartedAt(), patience: o.cluster.Timing().Patience,
-		state: o.cluster.State(), raft: o.cluster.Raft(), peers: o.cluster.Peers(), left: map[string]bool{}, health: o.health(),
+		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
+		now: time.Now(), started: o.Cluster.StartedAt(), patience: o.Cluster.Timing().Patience,
+		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
 		failback: o.failbackAvailable(),
-		waiting:  o.cluster.Waiting(), quarantine: o.cluster.Quarantined(), leftBehind: o.cluster.LeftBehind(),
-		keyProblem: o.keys.Problem(), jobProblems: o.jobs.Problems(),
+		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
+		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
-	v.jobs, v.copies = o.jobs.Status(v.state)
-	for _, m := range o.cluster.Members() {
+	v.jobs, v.copies = o.Jobs.Status(v.state)
+	for _, m := range o.Cluster.Members() {
 		v.left[m.Name] = m.State == gossip.MemberLeft
 	}
 	return v
@@ -105,8 +105,7 @@ func describe(v view) admin.Status {
 func (v view) raftStatus() admin.Raft {
 	r := admin.Raft{Quorum: v.raft.Quorum}
 	if !v.raft.Since.IsZero() {
-		since := v.raft.Since.UTC()
-		r.QuorumSince = &since
+		r.QuorumSince = new(v.raft.Since.UTC())
 	}
 	if v.raft.Term == 0 {
 		return r
@@ -140,23 +139,18 @@ func (v view) nodes() []admin.NodeStatus {
 		if isPeer && p.Info.RPC != "" {
 			n = p.Info
 		}
-		vote, leads := voter[name], v.raft.Quorum && v.raft.Leader == name
-		started := n.StartedAt
 		s := admin.NodeStatus{
-			Name: name, Site: n.Site, Version: n.Version, API: n.API, Admin: n.Admin, Voter: &vote, StartedAt: &started,
+			Name: name, Site: n.Site, Version: n.Version, API: n.API, Admin: n.Admin,
+			Voter: new(voter[name]), StartedAt: new(n.StartedAt), State: v.nodeState(p),
 		}
 		if v.raft.Quorum {
-			s.Leader = &leads
+			s.Leader = new(v.raft.Leader == name)
 		}
-		if name == v.name {
-			pid, zero, draining := os.Getpid(), 0.0, v.health.Draining
-			s.State, s.LastHeardSeconds, s.PID, s.Draining = admin.NodeAlive, &zero, &pid, &draining
-		} else {
-			s.State = v.nodeState(p)
-			if p.Heard {
-				ago, pid, draining := p.Ago.Seconds(), p.PID, p.Draining
-				s.LastHeardSeconds, s.PID, s.Draining, s.Via = &ago, &pid, &draining, p.Via
-			}
+		switch {
+		case name == v.name:
+			s.State, s.LastHeardSeconds, s.PID, s.Draining = admin.NodeAlive, new(0.0), new(os.Getpid()), new(v.health.Draining)
+		case p.Heard:
+			s.LastHeardSeconds, s.PID, s.Draining, s.Via = new(p.Ago.Seconds()), new(p.PID), new(p.Draining), p.Via
 		}
 		list = append(list, s)
 	}

@@ -5,10 +5,11 @@ import "github.com/dsnode/dsnode/node/admin"
 func (v view) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatus {
 	cfg := v.state.Parsed
 	site := cfg.Sites[name]
-	rpo, rto := site.RPOTarget.D().Seconds(), site.RTOTarget.D().Seconds()
 	s := admin.SiteStatus{
 		Name: name, City: site.City, Role: admin.Role(cfg.Role(name, v.state.Primary.Site)),
-		Replication: &admin.Replication{RPOTargetSeconds: &rpo, RTOTargetSeconds: &rto},
+		Replication: &admin.Replication{
+			RPOTargetSeconds: new(site.RPOTarget.D().Seconds()), RTOTargetSeconds: new(site.RTOTarget.D().Seconds()),
+		},
 	}
 	if c, known := v.copies[name]; known {
 		s.Replication.RecordsBehind, s.Replication.LagSeconds = c.RecordsBehind, c.LagSeconds
@@ -34,8 +35,7 @@ func (v view) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatus
 	}
 	s.NodesAlive, s.NodesTotal, s.UpstreamsTotal, s.LastHeardSeconds = &alive, &total, &upstreams, heard
 	if alive > 0 {
-		healthy, none := v.upstreamsHealthy(name), "none"
-		s.UpstreamsHealthy, s.Degradation = &healthy, &none
+		s.UpstreamsHealthy, s.Degradation = new(v.upstreamsHealthy(name)), new("none")
 	}
 	s.State = v.siteState(s)
 	return s

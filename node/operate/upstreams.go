@@ -14,7 +14,7 @@ import (
 // Upstreams lists every configured upstream. The state of the own site's upstreams is what
 // this node sees; for other sites it is what their nodes have last reported.
 func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.Parsed == nil {
 		return nil, o.notMember()
 	}
@@ -34,13 +34,13 @@ func (o *Operator) Upstreams(context.Context) ([]admin.UpstreamInfo, error) {
 				}
 			}
 		}
-		if u.Site != o.site {
+		if u.Site != o.Site {
 			o.reportedByPeers(&info)
 		}
 		at[name] = len(list)
 		list = append(list, info)
 	}
-	for _, u := range o.fleet.Status() {
+	for _, u := range o.Fleet.Status() {
 		i, known := at[u.Name]
 		if !known {
 			continue
@@ -80,7 +80,7 @@ func (o *Operator) ResumeUpstream(ctx context.Context, name, by string) error {
 }
 
 func (o *Operator) setUpstream(ctx context.Context, d agreed.UpstreamDrain) error {
-	s := o.cluster.State()
+	s := o.Cluster.State()
 	if s.Parsed == nil {
 		return o.notMember()
 	}
@@ -88,7 +88,7 @@ func (o *Operator) setUpstream(ctx context.Context, d agreed.UpstreamDrain) erro
 		return fmt.Errorf("%w: %s", agreed.ErrUnknownUpstream, d.Name)
 	}
 	d.Configured, d.Expect = sortedNames(s.Parsed.Upstreams), s.Config.Version
-	_, err := o.cluster.Propose(ctx, agreed.CmdUpstreamDrain, d)
+	_, err := o.Cluster.Propose(ctx, agreed.CmdUpstreamDrain, d)
 	return err
 }
 
@@ -98,8 +98,8 @@ func (o *Operator) setUpstream(ctx context.Context, d agreed.UpstreamDrain) erro
 // for.
 func (o *Operator) reportedByPeers(info *admin.UpstreamInfo) {
 	var newest time.Duration = -1
-	for _, p := range o.cluster.Peers() {
-		if p.Site != info.Site || !p.HeardWithin(o.cluster.Timing().Patience) || (newest >= 0 && p.Ago > newest) {
+	for _, p := range o.Cluster.Peers() {
+		if p.Site != info.Site || !p.HeardWithin(o.Cluster.Timing().Patience) || (newest >= 0 && p.Ago > newest) {
 			continue
 		}
 		newest = p.Ago
