@@ -167,16 +167,9 @@ func (r *Replication) sendBucket(ctx context.Context, bucket int, send func(*rep
 		if !pause(ctx, r.bulk.take(len(rows))) {
 			return ctx.Err()
 		}
-		for {
-			m := &replicationpb.BucketRows{Format: wireFormat, Bucket: uint32(bucket), Rows: rows}
-			if len(rows) > maxPiece {
-				m.Rows, m.More, rows = rows[:maxPiece], true, rows[maxPiece:]
-			}
-			if err := send(m); err != nil {
+		for piece, more := range pieces(rows) {
+			if err := send(&replicationpb.BucketRows{Format: wireFormat, Bucket: uint32(bucket), Rows: piece, More: more}); err != nil {
 				return err
-			}
-			if !m.More {
-				break
 			}
 		}
 	}

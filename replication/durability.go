@@ -3,6 +3,7 @@ package replication
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -26,14 +27,7 @@ var levels = [...]journal.Durability{
 	journal.DurableNode, journal.DurableSite, journal.DurableTwoSites, journal.DurableTwoCities,
 }
 
-func levelIndex(level journal.Durability) int {
-	for i, l := range levels {
-		if l == level {
-			return i
-		}
-	}
-	return -1
-}
+func levelIndex(level journal.Durability) int { return slices.Index(levels[:], level) }
 
 // counts reports whether a copy on node other, together with the writer's own, gives a
 // record the durability.

@@ -278,11 +278,10 @@ func (r *Replication) Copy(peerSite string) Copy {
 // siteAge returns the age of the best copy of a site among the holders.
 func (r *Replication) siteAge(members []Member, holders []string, originSite string) (best time.Duration, lately, known bool) {
 	for _, h := range holders {
-		age, late, ok := time.Duration(0), true, false
+		age, late, ok := r.fresh.reportedAge(h, originSite)
 		if h == r.opts.Self {
 			age, ok = r.fresh.lag(originsOf(members, originSite, r.opts.Self))
-		} else {
-			age, late, ok = r.fresh.reportedAge(h, originSite)
+			late = true
 		}
 		if ok && (!known || age < best) {
 			best = age

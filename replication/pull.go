@@ -82,14 +82,10 @@ func (k *puller) run(ctx context.Context) {
 		k.r.metrics.breaks.Inc()
 		k.r.opts.Logger.Info("pull call ended", "source", k.source, "err", err)
 		// Half of the wait is random, so that the pullers of a failed node don't all retry at once.
-		pause := time.NewTimer(wait/2 + rand.N(wait/2)) //nolint:gosec // not a secret
-		wait = min(2*wait, backoffMax)
-		select {
-		case <-ctx.Done():
-			pause.Stop()
+		if !pause(ctx, wait/2+rand.N(wait/2)) { //nolint:gosec // not a secret
 			return
-		case <-pause.C:
 		}
+		wait = min(2*wait, backoffMax)
 	}
 }
 
@@ -97,6 +93,7 @@ func (k *puller) run(ctx context.Context) {
 type pullSession struct {
 	*puller
 	ctx     context.Context // ends with the call
+	group   *errgroup.Group // of the call: its first error ends ctx
 	stream  grpc.BidiStreamingClient[replicationpb.PullRequest, replicationpb.PullResponse]
 	updates *markUpdates
 	records *recordReceiver
@@ -121,37 +118,23 @@ func (k *puller) pullOnce(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
 	stream, err := replicationpb.NewReplicationClient(conn).Pull(ctx)
 	if err != nil {
 		return fmt.Errorf("pull from %s: %w", k.source, err)
 	}
-	g, ctx := errgroup.WithContext(ctx)
 	c := &pullSession{
-		puller: k, ctx: ctx, stream: stream, updates: k.r.tracker.subscribe(k.source),
+		puller: k, ctx: ctx, group: g, stream: stream, updates: k.r.tracker.subscribe(k.source),
 		acks: map[journal.Stream]struct{}{}, resume: map[journal.Stream]uint64{},
 		probes: map[uint64]time.Duration{}, sourceEnds: map[journal.Stream]uint64{},
 		lastRecords: -busyFor, wake: make(chan struct{}, 1),
 	}
 	defer c.updates.close()
 	c.records, c.rows = newRecordReceiver(c), newRowReceiver(c)
-	g.Go(func() error { return c.send() })
-	g.Go(func() error {
-		defer cancel() // when the source ends the call, the sending goroutine must end too
-		return c.receive()
-	})
-	g.Go(func() error { return c.rows.merge() })
-	g.Go(func() error {
-		select {
-		case <-ctx.Done():
-		case err := <-c.records.failed:
-			cancel()
-			return err
-		}
-		return nil
-	})
-	err = g.Wait()
-	c.records.workers.Wait()
-	return fmt.Errorf("pull from %s: %w", k.source, err)
+	g.Go(c.send)
+	g.Go(c.receive)
+	g.Go(c.rows.merge)
+	return fmt.Errorf("pull from %s: %w", k.source, g.Wait())
 }
 
 // send sends all messages of the session.
@@ -177,7 +160,7 @@ func (c *pullSession) send() error {
 			q.Want = &replicationpb.Want{Origins: origins}
 			q.Resume = c.resumeAt(origins, sent)
 			if sent == nil {
-				q.Marks = c.marks()
+				q.Marks = wireMarks(c.updates.take())
 			}
 			sent = append([]string{}, origins...)
 		case <-c.wake:
@@ -188,7 +171,7 @@ func (c *pullSession) send() error {
 			continue
 		case <-flush:
 			flush = nil
-			q.Marks = c.marks()
+			q.Marks = wireMarks(c.updates.take())
 		case <-probe:
 			c.probe(q)
 			timer.Reset(c.probeAfter())
@@ -209,15 +192,6 @@ func (c *pullSession) send() error {
 
 func hasContent(q *replicationpb.PullRequest) bool {
 	return q.Want != nil || len(q.Resume)+len(q.Marks)+len(q.Ages) > 0 || q.Probe != 0 || q.SnapshotPage != 0
-}
-
-// marks returns the watermark changes that were collected.
-func (c *pullSession) marks() []*replicationpb.HolderMarks {
-	marks, more := c.updates.take()
-	if more {
-		notify.Wake(c.updates.wake)
-	}
-	return wireMarks(marks)
 }
 
 // addPending adds the acknowledgements and requests that wait to be sent.
@@ -310,12 +284,10 @@ func (c *pullSession) handle(p *replicationpb.PullResponse) error {
 			return err
 		}
 	}
-	if len(p.GetFrames()) > 0 {
-		c.mu.Lock()
-		c.lastRecords = c.r.opts.Boottime()
-		c.mu.Unlock()
-	}
 	c.mu.Lock()
+	if len(p.GetFrames()) > 0 {
+		c.lastRecords = c.r.opts.Boottime()
+	}
 	trip := c.roundTrip
 	c.mu.Unlock()
 	c.r.mergeAges(p.GetAges(), trip)

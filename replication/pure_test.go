@@ -384,7 +384,7 @@ func TestSendQueueCounts(t *testing.T) {
 					t.Fatalf("next returned %+v", *c)
 				}
 				if rapid.IntRange(0, 9).Draw(t, "trimmed") == 0 {
-					o.park(c)
+					c.parked = true
 				} else {
 					o.sent(c, c.next+1, rapid.IntRange(1, 2<<20).Draw(t, "bytes"))
 				}
@@ -406,4 +406,13 @@ func TestSendQueueCounts(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Clone copies the watermarks.
+func (m Watermarks) Clone() Watermarks {
+	c := make(Watermarks, len(m))
+	for holder, h := range m {
+		c[holder] = Held{Epoch: h.Epoch, Ends: maps.Clone(h.Ends)}
+	}
+	return c
 }

@@ -191,18 +191,13 @@ func (s *server) Table(q *replicationpb.TableRequest, stream grpc.ServerStreamin
 			return status.Error(codes.Unavailable, "the call was cancelled")
 		}
 		s.r.metrics.sent.Add(float64(len(rows)))
-		for len(rows) > maxPiece {
-			m.Rows, m.More, rows = rows[:maxPiece], true, rows[maxPiece:]
+		for piece, more := range pieces(rows) {
+			m.Rows, m.More = piece, more
 			if err := stream.Send(m); err != nil {
 				return err
 			}
 			m = &replicationpb.TableRows{Format: wireFormat}
 		}
-		m.Rows, m.More = rows, false
-		if err := stream.Send(m); err != nil {
-			return err
-		}
-		m = &replicationpb.TableRows{Format: wireFormat}
 	}
 	return nil
 }

@@ -30,9 +30,7 @@ var (
 // there is something to write, so that a large backlog of one stream doesn't delay
 // others. Records that arrive during one sync are written together by the next.
 type recordReceiver struct {
-	c       *pullSession
-	workers sync.WaitGroup
-	failed  chan error // capacity 1: why the session must end
+	c *pullSession
 
 	mu      sync.Mutex // guards the fields below
 	streams map[journal.Stream]*receiveBuffer
@@ -54,14 +52,7 @@ type batch struct {
 }
 
 func newRecordReceiver(c *pullSession) *recordReceiver {
-	return &recordReceiver{c: c, streams: map[journal.Stream]*receiveBuffer{}, failed: make(chan error, 1)}
-}
-
-func (in *recordReceiver) fail(err error) {
-	select {
-	case in.failed <- err:
-	default:
-	}
+	return &recordReceiver{c: c, streams: map[journal.Stream]*receiveBuffer{}}
 }
 
 // put adds the frames of one message.
@@ -100,30 +91,33 @@ func (in *recordReceiver) put(f *replicationpb.Frames) error {
 	b.batches = append(b.batches, batch{f.GetFirst(), f.GetLast(), data})
 	if !b.busy {
 		b.busy = true
-		in.workers.Go(func() { in.write(s, b) })
+		in.c.group.Go(func() error { return in.write(s, b) })
 	}
 	return nil
 }
 
-// write stores the records of a stream until none are left.
-func (in *recordReceiver) write(s journal.Stream, b *receiveBuffer) {
+// write stores the records of a stream until none are left. An error ends the session.
+func (in *recordReceiver) write(s journal.Stream, b *receiveBuffer) error {
 	for {
-		next, ok := in.next(s, b)
+		next, ok := in.next(b)
 		if !ok {
-			return
+			return nil
 		}
 		err := in.store(in.c.ctx, s, b, next)
 		in.mu.Lock()
 		in.queued -= len(next.frames)
 		if err != nil && in.c.ctx.Err() == nil {
-			in.refuse(s, b, err)
+			err = in.refuse(s, b, err)
 		}
 		in.mu.Unlock()
+		if err != nil {
+			return err
+		}
 	}
 }
 
 // next returns the batches for one sync, joined as long as there is no gap.
-func (in *recordReceiver) next(s journal.Stream, b *receiveBuffer) (batch, bool) {
+func (in *recordReceiver) next(b *receiveBuffer) (batch, bool) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	if len(b.batches) == 0 || in.c.ctx.Err() != nil {
@@ -147,9 +141,9 @@ func (in *recordReceiver) next(s journal.Stream, b *receiveBuffer) (batch, bool)
 	return out, true
 }
 
-// refuse ignores the stream for the rest of the session, or ends the session. The caller
-// holds mu.
-func (in *recordReceiver) refuse(s journal.Stream, b *receiveBuffer, err error) {
+// refuse ignores the stream for the rest of the session, or returns why the session must
+// end. The caller holds mu.
+func (in *recordReceiver) refuse(s journal.Stream, b *receiveBuffer, err error) error {
 	switch {
 	case errors.Is(err, journal.ErrFrozen):
 		// The source has a copy of a stream that this node writes; it is not needed.
@@ -157,14 +151,14 @@ func (in *recordReceiver) refuse(s journal.Stream, b *receiveBuffer, err error) 
 		in.c.r.metrics.refused.Inc()
 		in.c.r.opts.Logger.Error("a stream can't be stored; ignoring it until the next pull call", "stream", s.String(), "source", in.c.source, "err", err)
 	default:
-		in.fail(fmt.Errorf("store stream %s: %w", s, err))
-		return
+		return fmt.Errorf("store stream %s: %w", s, err)
 	}
 	for _, x := range b.batches {
 		in.queued -= len(x.frames)
 	}
 	b.batches, b.refused = nil, true
 	in.c.requestAfter(s, never) // otherwise unacknowledged batches would fill the source's window
+	return nil
 }
 
 // store makes one batch durable and acknowledges it.

@@ -1,6 +1,7 @@
 package replication
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,7 +63,7 @@ type Limits struct {
 	Waiting int
 }
 
-// Options of a Replication. Current, Caller, Retired, Deliver and Limits are optional.
+// Options of a Replication. Caller and Limits are optional.
 type Options struct {
 	Self string // this node's name
 	Dir  string // an existing directory, for durable.json
@@ -75,7 +76,7 @@ type Options struct {
 	// second and must not block.
 	Members func() []Member
 	// Current reports whether Members is up to date, as opposed to the state of the node's
-	// last contact with others. Nil: it always is.
+	// last contact with others.
 	Current func() bool
 	// Dial returns the connection to a node, which the callee owns.
 	Dial func(node string) (grpc.ClientConnInterface, error)
@@ -83,13 +84,12 @@ type Options struct {
 	// of the mesh connection.
 	Caller func(ctx context.Context) (node string, ok bool)
 	// Retired reports whether the owner has retired a stream: it is neither pulled nor sent
-	// any more. Nil: none is.
+	// any more.
 	Retired func(s journal.Stream) bool
 	// Boottime is a clock that never goes back, and runs during suspend.
 	Boottime func() time.Duration
 
-	// Deliver is called with items of the feed from other nodes; it must be quick. Nil:
-	// they are dropped.
+	// Deliver is called with items of the feed from other nodes; it must be quick.
 	Deliver func(item []byte)
 
 	Limits     Limits
@@ -116,26 +116,11 @@ var ErrTooManyWaiting = errors.New("too many calls wait for durability")
 
 // New makes a Replication. Register it for peers, then call Run.
 func New(o Options) (*Replication, error) {
-	if o.Limits.Waiting == 0 {
-		o.Limits.Waiting = 65536
-	}
-	if o.Limits.BulkBytesPerSecond == 0 {
-		o.Limits.BulkBytesPerSecond = 64 << 20
-	}
-	if o.Limits.FeedBytesPerSecond == 0 {
-		o.Limits.FeedBytesPerSecond = 8 << 20
-	}
-	if o.Current == nil {
-		o.Current = func() bool { return true }
-	}
+	o.Limits.Waiting = cmp.Or(o.Limits.Waiting, 65536)
+	o.Limits.BulkBytesPerSecond = cmp.Or(o.Limits.BulkBytesPerSecond, 64<<20)
+	o.Limits.FeedBytesPerSecond = cmp.Or(o.Limits.FeedBytesPerSecond, 8<<20)
 	if o.Caller == nil {
 		o.Caller = callerOf
-	}
-	if o.Retired == nil {
-		o.Retired = func(journal.Stream) bool { return false }
-	}
-	if o.Deliver == nil {
-		o.Deliver = func([]byte) {}
 	}
 	r := &Replication{
 		opts: o, tracker: newTracker(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),

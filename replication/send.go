@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"sync"
 	"time"
@@ -19,6 +20,19 @@ import (
 
 // maxPiece bounds the data of one message, far below gRPC's limit.
 const maxPiece = 1 << 20
+
+// pieces yields data in at least one piece of up to maxPiece, and whether more follow.
+func pieces(data []byte) iter.Seq2[[]byte, bool] {
+	return func(yield func([]byte, bool) bool) {
+		for len(data) > maxPiece {
+			if !yield(data[:maxPiece], true) {
+				return
+			}
+			data = data[maxPiece:]
+		}
+		yield(data, false)
+	}
+}
 
 // sender serves one puller.
 type sender struct {
@@ -187,11 +201,7 @@ func (c *sender) send(ctx context.Context) error {
 			continue
 		case <-flush:
 			flush = nil
-			marks, more := c.updates.take()
-			if more {
-				notify.Wake(c.updates.wake)
-			}
-			if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Marks: wireMarks(marks)}); err != nil {
+			if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Marks: wireMarks(c.updates.take())}); err != nil {
 				return err
 			}
 		case <-bulk:
@@ -284,7 +294,7 @@ func (c *sender) checkRead(cur *cursor, err error) error {
 	case errors.Is(err, journal.ErrTrimmed):
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.queue.park(cur)
+		cur.parked = true
 		notify.Wake(c.wake)
 		return nil
 	case errors.Is(err, journal.ErrNoStream), errors.Is(err, journal.ErrGap):
@@ -297,18 +307,13 @@ func (c *sender) checkRead(cur *cursor, err error) error {
 }
 
 func (c *sender) sendFrames(s journal.Stream, first, last uint64, frames []byte) error {
-	for {
-		f := &replicationpb.Frames{Stream: wireStream(s), First: first, Last: last, Data: frames}
-		if len(frames) > maxPiece {
-			f.Data, f.More, frames = frames[:maxPiece], true, frames[maxPiece:]
-		}
+	for piece, more := range pieces(frames) {
+		f := &replicationpb.Frames{Stream: wireStream(s), First: first, Last: last, Data: piece, More: more}
 		if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Frames: []*replicationpb.Frames{f}}); err != nil {
 			return err
 		}
-		if !f.More {
-			return nil
-		}
 	}
+	return nil
 }
 
 // answerProbe answers the oldest probe. The caller holds mu.

@@ -92,21 +92,19 @@ func (o *sendQueue) remove(s journal.Stream) {
 }
 
 // next returns the stream to send from and removes it from the queue; nil if there is none.
-// The caller must call sent or park for it.
+// The caller must call sent for it, or set parked.
 func (o *sendQueue) next(bulkToo bool) *cursor {
-	if len(o.live) > 0 && o.inFlight[0] < liveWindow {
-		c := o.live[0]
-		o.live = slices.Delete(o.live, 0, 1)
-		c.queued = false
-		return c
+	queue := &o.live
+	if len(o.live) == 0 || o.inFlight[0] >= liveWindow {
+		if !bulkToo || len(o.bulk) == 0 || o.inFlight[1] >= bulkWindow {
+			return nil
+		}
+		queue = &o.bulk
 	}
-	if bulkToo && len(o.bulk) > 0 && o.inFlight[1] < bulkWindow {
-		c := o.bulk[0]
-		o.bulk = slices.Delete(o.bulk, 0, 1)
-		c.queued = false
-		return c
-	}
-	return nil
+	c := (*queue)[0]
+	*queue = slices.Delete(*queue, 0, 1)
+	c.queued = false
+	return c
 }
 
 // sent records that the records before next are in flight.
@@ -126,9 +124,6 @@ func (o *sendQueue) sent(c *cursor, next uint64, bytes int) {
 	}
 	o.queue(c)
 }
-
-// park stops a stream whose next records are trimmed.
-func (o *sendQueue) park(c *cursor) { c.parked = true }
 
 // resumeAfter continues parked streams after the records that a snapshot covers, and
 // returns up to where each of them is covered.

@@ -67,24 +67,22 @@ func (c *sender) sendSnapshot(ctx context.Context) (did bool, slow time.Duration
 	snap.after = last
 	slow = c.r.bulk.take(len(rows))
 	c.r.metrics.sent.Add(float64(len(rows)))
-	for len(rows) > maxPiece {
-		piece := &replicationpb.SnapshotPage{Page: snap.page, Rows: rows[:maxPiece], More: true}
-		if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Snapshot: piece}); err != nil {
+	for piece, continues := range pieces(rows) {
+		page := &replicationpb.SnapshotPage{Page: snap.page, Rows: piece, More: continues}
+		if !continues && !more {
+			c.mu.Lock()
+			page.Last, page.Covers = true, wireEnds(c.queue.resumeAfter(snap.covers))
+			c.snapshot = nil
+			if c.queue.anyParked() {
+				slow = max(slow, snapshotPause)
+			}
+			c.mu.Unlock()
+		}
+		if err := c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Snapshot: page}); err != nil {
 			return true, slow, err
 		}
-		rows = rows[maxPiece:]
 	}
-	page := &replicationpb.SnapshotPage{Page: snap.page, Rows: rows}
-	if !more {
-		c.mu.Lock()
-		page.Last, page.Covers = true, wireEnds(c.queue.resumeAfter(snap.covers))
-		c.snapshot = nil
-		if c.queue.anyParked() {
-			slow = max(slow, snapshotPause)
-		}
-		c.mu.Unlock()
-	}
-	return true, slow, c.stream.Send(&replicationpb.PullResponse{Format: wireFormat, Snapshot: page})
+	return true, slow, nil
 }
 
 // rowReceiver merges the pages of snapshots, concurrently with the records that arrive.

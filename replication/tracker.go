@@ -1,6 +1,7 @@
 package replication
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -82,15 +83,16 @@ func (t *markUpdates) close() {
 // maxUpdate bounds the watermarks of one message; each takes some 60 bytes.
 const maxUpdate = 16384
 
-// take returns the changes and removes them; more is true if some are left.
-func (t *markUpdates) take() (out Watermarks, more bool) {
+// take returns the changes and removes them. If some are left it signals wake again.
+func (t *markUpdates) take() Watermarks {
 	t.l.mu.Lock()
 	defer t.l.mu.Unlock()
-	out = Watermarks{}
+	out := Watermarks{}
 	n := 0
 	for p := range t.dirty {
 		if n >= maxUpdate {
-			return out, true
+			notify.Wake(t.wake)
+			return out
 		}
 		delete(t.dirty, p)
 		h, known := t.l.marks[p.holder]
@@ -107,7 +109,7 @@ func (t *markUpdates) take() (out Watermarks, more bool) {
 			n++
 		}
 	}
-	return out, false
+	return out
 }
 
 // ack returns this node's own watermarks of some streams, to be sent at once.
@@ -155,25 +157,6 @@ func (l *tracker) setOwn(ends map[journal.Stream]uint64) (advanced []journal.Str
 	return advanced
 }
 
-// raiseEpoch begins a new epoch of this node's own watermarks. The caller holds mu.
-func (l *tracker) raiseEpoch(epoch uint64, ends map[journal.Stream]uint64) {
-	fresh := Held{Epoch: epoch, Ends: make(map[journal.Stream]uint64, len(ends))}
-	old := l.marks[l.self]
-	for s, seq := range ends {
-		fresh.Ends[s] = seq
-	}
-	l.marks[l.self] = fresh
-	for s := range fresh.Ends {
-		l.markChanged(l.self, s, "")
-	}
-	for s := range old.Ends {
-		if _, still := fresh.Ends[s]; !still {
-			l.markChanged(l.self, s, "")
-		}
-	}
-	l.changed.Send()
-}
-
 // merge merges the watermarks that a peer sent. Only this node knows what it holds: when
 // peers have higher numbers, they are from before its disk was lost, and the epoch
 // rises above theirs.
@@ -188,7 +171,11 @@ func (l *tracker) merge(from string, theirs Watermarks) {
 		}
 		if lost {
 			l.log.Warn("peers have higher watermarks of this node than its disk; publishing them again under a new epoch", "epoch", mine.Epoch+1)
-			l.raiseEpoch(mine.Epoch+1, own.Ends)
+			l.marks[l.self] = Held{Epoch: mine.Epoch + 1, Ends: own.Ends}
+			for s := range own.Ends {
+				l.markChanged(l.self, s, "")
+			}
+			l.changed.Send()
 		}
 		delete(theirs, l.self)
 	}
@@ -364,16 +351,6 @@ type wait struct {
 	done chan struct{}
 }
 
-func bySeq(w *wait, seq uint64) int {
-	switch {
-	case w.seq < seq:
-		return -1
-	case w.seq > seq:
-		return 1
-	}
-	return 0
-}
-
 // releaseWaiters wakes the calls whose record is durable now. The caller holds mu.
 func (l *tracker) releaseWaiters(s journal.Stream) {
 	w := l.waits[s]
@@ -435,7 +412,7 @@ func (l *tracker) await(ctx context.Context, s journal.Stream, seq uint64, level
 		return nil
 	default:
 	}
-	at, _ = slices.BinarySearchFunc(w[level], seq, bySeq)
+	at, _ = slices.BinarySearchFunc(w[level], seq, func(w *wait, seq uint64) int { return cmp.Compare(w.seq, seq) })
 	for at < len(w[level]) && w[level][at] != mine {
 		at++
 	}

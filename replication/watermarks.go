@@ -1,8 +1,6 @@
 package replication
 
 import (
-	"maps"
-
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -47,15 +45,6 @@ func (m Watermarks) Merge(o Watermarks, changed func(holder string, s journal.St
 			}
 		}
 	}
-}
-
-// Clone copies the watermarks.
-func (m Watermarks) Clone() Watermarks {
-	c := make(Watermarks, len(m))
-	for holder, h := range m {
-		c[holder] = Held{Epoch: h.Epoch, Ends: maps.Clone(h.Ends)}
-	}
-	return c
 }
 
 // HeldByAll returns up to where all of the nodes hold a stream.

@@ -79,7 +79,10 @@ func newWorld(t testing.TB, names ...string) *world {
 	}
 	w.ring, w.keys = keyringtest.New(t, 1)
 	for _, name := range names {
-		n := &node{w: w, name: name, site: name[:1], city: "west", ring: w.ring, dir: filepath.Join(t.TempDir(), name)}
+		n := &node{
+			w: w, name: name, site: name[:1], city: "west", ring: w.ring, dir: filepath.Join(t.TempDir(), name),
+			retired: func(journal.Stream) bool { return false }, deliver: func([]byte) {}, current: func() bool { return true },
+		}
 		if n.site <= "b" {
 			n.city = "east"
 		}

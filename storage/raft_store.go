@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -355,8 +356,5 @@ func (s *RaftStore) writeMark() error { return raftMarkFormat.Write(s.mark, s.no
 
 // placeOf is a record's additional data: the bucket's name, a zero byte, the key.
 func placeOf(bucket, key []byte) []byte {
-	place := make([]byte, 0, len(bucket)+1+len(key))
-	place = append(place, bucket...)
-	place = append(place, 0)
-	return append(place, key...)
+	return slices.Concat(bucket, []byte{0}, key)
 }

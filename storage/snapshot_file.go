@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -177,15 +178,7 @@ func parseSnapshotName(file string) (n snapshotName, ok bool) {
 }
 
 func (n snapshotName) compare(o snapshotName) int {
-	for _, c := range [][2]uint64{{n.term, o.term}, {n.index, o.index}, {uint64(n.unixms), uint64(o.unixms)}} {
-		switch {
-		case c[0] < c[1]:
-			return -1
-		case c[0] > c[1]:
-			return 1
-		}
-	}
-	return 0
+	return cmp.Or(cmp.Compare(n.term, o.term), cmp.Compare(n.index, o.index), cmp.Compare(n.unixms, o.unixms))
 }
 
 // isUnreadable reports whether a file was read and its content rejected, as

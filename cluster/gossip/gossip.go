@@ -325,7 +325,7 @@ func (g *Gossip) refreshMeta(leaving bool) (changed bool, err error) {
 	if self.Gossip == "" {
 		self.Gossip = g.advertised()
 	}
-	meta, err := appendMeta(nil, self, leaving)
+	meta, err := encodeMeta(self, leaving)
 	if err != nil {
 		return false, err
 	}

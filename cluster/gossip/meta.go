@@ -37,10 +37,10 @@ const (
 
 var errMeta = errors.New("invalid gossip metadata")
 
-// appendMeta encodes a member's metadata, without its name, which memberlist sends
+// encodeMeta encodes a member's metadata, without its name, which memberlist sends
 // itself. It returns an error if the metadata is too long or not printable.
-func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
-	start := len(to)
+func encodeMeta(m Member, leaving bool) ([]byte, error) {
+	var to []byte
 	number := func(field protowire.Number, v uint64) {
 		if v != 0 {
 			to = protowire.AppendTag(to, field, protowire.VarintType)
@@ -73,9 +73,9 @@ func appendMeta(to []byte, m Member, leaving bool) ([]byte, error) {
 		flags |= metaFlagLeaving
 	}
 	number(metaFlags, flags)
-	if size := len(to) - start; size > maxMeta {
+	if len(to) > maxMeta {
 		return nil, fmt.Errorf("this node's gossip metadata has %d bytes, at most %d are allowed: shorten the advertised addresses (rpc %q, api %q, admin %q, gossip %q)",
-			size, maxMeta, m.RPC, m.API, m.Admin, m.Gossip)
+			len(to), maxMeta, m.RPC, m.API, m.Admin, m.Gossip)
 	}
 	return to, nil
 }

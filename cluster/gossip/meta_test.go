@@ -29,7 +29,7 @@ func TestMetaRoundTrip(t *testing.T) {
 			StartedAt: time.UnixMilli(rapid.Int64Range(1, 4e12).Draw(t, "started")).UTC(),
 		}
 		leaving := rapid.Bool().Draw(t, "leaving")
-		wire, err := appendMeta(nil, m, leaving)
+		wire, err := encodeMeta(m, leaving)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -41,7 +41,7 @@ func TestMetaRoundTrip(t *testing.T) {
 }
 
 func TestMetaOfALaterFormat(t *testing.T) {
-	wire, err := appendMeta(nil, testMember(), false)
+	wire, err := encodeMeta(testMember(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -64,7 +64,7 @@ func TestInvalidMetaIsRefused(t *testing.T) {
 		wire := protowire.AppendVarint(protowire.AppendTag(nil, metaFormat, protowire.VarintType), 1)
 		return protowire.AppendString(protowire.AppendTag(wire, n, protowire.BytesType), text)
 	}
-	whole, err := appendMeta(nil, testMember(), false)
+	whole, err := encodeMeta(testMember(), false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,18 +91,18 @@ func TestInvalidMetaIsRefused(t *testing.T) {
 
 	long := testMember()
 	long.RPC, long.API, long.Admin = strings.Repeat("r", 200), strings.Repeat("p", 200), strings.Repeat("d", 200)
-	if _, err := appendMeta(nil, long, false); err == nil || !strings.Contains(err.Error(), "shorten the advertised addresses") {
+	if _, err := encodeMeta(long, false); err == nil || !strings.Contains(err.Error(), "shorten the advertised addresses") {
 		t.Errorf("got %v, want an error that says what to shorten", err)
 	}
 	invalid := testMember()
 	invalid.Version = "1.0\n"
-	if _, err := appendMeta(nil, invalid, false); err == nil {
+	if _, err := encodeMeta(invalid, false); err == nil {
 		t.Error("metadata that decodeMeta refuses was encoded")
 	}
 }
 
 func FuzzMeta(f *testing.F) {
-	wire, err := appendMeta(nil, testMember(), true)
+	wire, err := encodeMeta(testMember(), true)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func FuzzMeta(f *testing.F) {
 		if _, err := m.StartedAt.MarshalJSON(); err != nil {
 			t.Fatalf("decoded a time that JSON can't represent: %v", err)
 		}
-		again, err := appendMeta(nil, m, leaving)
+		again, err := encodeMeta(m, leaving)
 		if err != nil {
 			t.Fatalf("decoded metadata can't be encoded: %v", err)
 		}

@@ -153,9 +153,9 @@ func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, er
 	switch {
 	case refused != nil:
 	case request.Kind.ofTunnel() && conn.via != "":
-		refused = &RefusedError{Code: CodeNoTunnel, Message: "a tunnel must not run inside another tunnel"}
+		refused = refuse(CodeNoTunnel, "a tunnel must not run inside another tunnel")
 	case !request.Kind.ofTunnel() && m.openListener(request.Kind) == nil:
-		refused = &RefusedError{Code: CodeKindClosed, Message: fmt.Sprintf("this node accepts no %s connections now", request.Kind)}
+		refused = refuse(CodeKindClosed, "this node accepts no %s connections now", request.Kind)
 	}
 	if refused == nil {
 		err := m.register(conn)
@@ -164,12 +164,7 @@ func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, er
 		}
 	}
 	// The reply is sent on a refusal too, so that both sides know the reason.
-	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
-	if refused != nil {
-		// The message says "this node", so the peer must see whose message it is.
-		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
-	}
-	answer, err := appendPreface(nil, reply)
+	answer, err := m.encodeReply(self, refused)
 	if err == nil {
 		_, err = secure.Write(answer)
 	}

@@ -85,7 +85,7 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 		return nil, err
 	}
 	self, identity := m.opts.Membership(), m.opts.Credentials.Identity()
-	preface, err := appendPreface(nil, prefaceRequest{
+	preface, err := encodePreface(prefaceRequest{
 		Format: prefaceFormat, Kind: request.kind, ClusterID: self.ClusterID, Generation: self.Generation,
 		Node: identity.Node, Site: identity.Site, Target: request.target,
 	})
@@ -135,7 +135,7 @@ func (m *Mesh) register(conn *PeerConn) error {
 	}
 	if err := m.opts.Admit(conn.peer.Site); err != nil {
 		conn.unregister()
-		return &RefusedError{Code: CodeIsolated, Message: err.Error()}
+		return refuse(CodeIsolated, "%s", err)
 	}
 	return nil
 }

@@ -49,7 +49,7 @@ func TestInvalidClientsAreNotAccepted(t *testing.T) {
 	old := otherTLS(t, valid, validKey)
 	old.MaxVersion = tls.VersionTLS12
 
-	preface, err := appendPreface(nil, prefaceRequest{Format: 1, Kind: KindGRPC, ClusterID: "c1", Generation: first.Generation, Node: "b-1", Site: "b"})
+	preface, err := encodePreface(prefaceRequest{Format: 1, Kind: KindGRPC, ClusterID: "c1", Generation: first.Generation, Node: "b-1", Site: "b"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net"
-	"sync"
 )
 
 // kindListener is a net.Listener for the accepted connections of one kind. It has
@@ -13,8 +12,8 @@ import (
 type kindListener struct {
 	kind Kind
 	next chan *PeerConn
-	done chan struct{}
-	once sync.Once
+	open context.Context // ends when the listener is closed
+	stop context.CancelFunc
 }
 
 // Listener returns the listener for the accepted connections of a kind; each of
@@ -23,10 +22,11 @@ type kindListener struct {
 func (m *Mesh) Listener(kind Kind) net.Listener {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if l, ok := m.listeners[kind]; ok && !l.isClosed() {
+	if l, ok := m.listeners[kind]; ok && l.open.Err() == nil {
 		return l
 	}
-	l := &kindListener{kind: kind, next: make(chan *PeerConn), done: make(chan struct{})}
+	l := &kindListener{kind: kind, next: make(chan *PeerConn)}
+	l.open, l.stop = context.WithCancel(context.Background())
 	if m.closed {
 		_ = l.Close() // never fails
 		return l
@@ -39,7 +39,7 @@ func (m *Mesh) Listener(kind Kind) net.Listener {
 func (m *Mesh) openListener(kind Kind) *kindListener {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if l, ok := m.listeners[kind]; ok && !l.isClosed() {
+	if l, ok := m.listeners[kind]; ok && l.open.Err() == nil {
 		return l
 	}
 	return nil
@@ -54,7 +54,7 @@ func (m *Mesh) deliver(ctx context.Context, c *PeerConn) error {
 	select {
 	case l.next <- c:
 		return nil
-	case <-l.done:
+	case <-l.open.Done():
 		return fmt.Errorf("hand over a %s connection: %w", c.kind, net.ErrClosed)
 	case <-ctx.Done():
 		return fmt.Errorf("hand over a %s connection: %w", c.kind, context.Cause(ctx))
@@ -64,29 +64,20 @@ func (m *Mesh) deliver(ctx context.Context, c *PeerConn) error {
 func (l *kindListener) Accept() (net.Conn, error) {
 	// The select below picks at random, so a closed listener could still return a
 	// connection that waits.
-	if l.isClosed() {
+	if l.open.Err() != nil {
 		return nil, net.ErrClosed
 	}
 	select {
 	case c := <-l.next:
 		return c, nil
-	case <-l.done:
+	case <-l.open.Done():
 		return nil, net.ErrClosed
 	}
 }
 
 func (l *kindListener) Close() error {
-	l.once.Do(func() { close(l.done) })
+	l.stop()
 	return nil
-}
-
-func (l *kindListener) isClosed() bool {
-	select {
-	case <-l.done:
-		return true
-	default:
-		return false
-	}
 }
 
 func (l *kindListener) Addr() net.Addr { return nameAddr(l.kind) }

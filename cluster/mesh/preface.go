@@ -81,12 +81,13 @@ func (e *RefusedError) Error() string {
 	return fmt.Sprintf("refused (%s): %s", e.Code, e.Message)
 }
 
+func refuse(code, format string, args ...any) *RefusedError {
+	return &RefusedError{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
 // checkMembership returns nil if a node may have a connection of that kind with
 // its peer. The message is written from the view of the node self.
 func checkMembership(self, peer Membership, kind Kind) *RefusedError {
-	refuse := func(code, format string, args ...any) *RefusedError {
-		return &RefusedError{Code: code, Message: fmt.Sprintf(format, args...)}
-	}
 	switch {
 	case !kind.known():
 		return refuse(CodeUnknownKind, "this node does not know connections of kind %q", kind)
@@ -146,7 +147,17 @@ type prefaceReply struct {
 
 var errPreface = errors.New("not a dsnode preface")
 
-func appendPreface(to []byte, message any) ([]byte, error) {
+// encodeReply encodes the acceptor's preface. A nil refused means accepted.
+func (m *Mesh) encodeReply(self Membership, refused *RefusedError) ([]byte, error) {
+	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
+	if refused != nil {
+		// The message says "this node", so the peer must see whose message it is.
+		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
+	}
+	return encodePreface(reply)
+}
+
+func encodePreface(message any) ([]byte, error) {
 	body, err := json.Marshal(message)
 	if err != nil {
 		return nil, fmt.Errorf("encode preface: %w", err)
@@ -154,9 +165,8 @@ func appendPreface(to []byte, message any) ([]byte, error) {
 	if len(body) > prefaceMax {
 		return nil, fmt.Errorf("encode preface: %d bytes, at most %d are allowed", len(body), prefaceMax)
 	}
-	to = append(to, prefaceMagic...)
-	to = binary.BigEndian.AppendUint16(to, uint16(len(body)))
-	return append(to, body...), nil
+	b := binary.BigEndian.AppendUint16([]byte(prefaceMagic), uint16(len(body)))
+	return append(b, body...), nil
 }
 
 // readPreface reads one preface and returns its JSON. It reads no byte beyond it.
@@ -186,29 +196,28 @@ func decodeRequest(body []byte, cert Identity) (prefaceRequest, *RefusedError) {
 	var version struct {
 		Format int `json:"format"`
 	}
-	if err := json.Unmarshal(body, &version); err != nil {
-		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: "the preface is not valid JSON of its format"}
+	malformed := refuse(CodeMalformed, "the preface is not valid JSON of its format")
+	if json.Unmarshal(body, &version) != nil {
+		return prefaceRequest{}, malformed
 	}
 	if version.Format != prefaceFormat {
-		return prefaceRequest{}, &RefusedError{Code: CodeUnknownFormat, Message: fmt.Sprintf(
-			"the preface has format %d, this node understands %d: upgrade the older of the two nodes", version.Format, prefaceFormat)}
+		return prefaceRequest{}, refuse(CodeUnknownFormat,
+			"the preface has format %d, this node understands %d: upgrade the older of the two nodes", version.Format, prefaceFormat)
 	}
 	var p prefaceRequest
-	if err := json.Unmarshal(body, &p); err != nil {
-		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: "the preface is not valid JSON of its format"}
+	if json.Unmarshal(body, &p) != nil {
+		return prefaceRequest{}, malformed
 	}
 	if len(p.Kind) > prefaceFieldMax || len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax ||
 		len(p.Node) > prefaceFieldMax || len(p.Site) > prefaceFieldMax || len(p.Target) > prefaceFieldMax {
-		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: fmt.Sprintf(
-			"a member of the preface is longer than %d bytes", prefaceFieldMax)}
+		return prefaceRequest{}, refuse(CodeMalformed, "a member of the preface is longer than %d bytes", prefaceFieldMax)
 	}
 	if (p.Kind == KindTunnel) != (p.Target != "") {
-		return prefaceRequest{}, &RefusedError{Code: CodeMalformed, Message: fmt.Sprintf(
-			"a %s connection must name a target, and no other kind may: kind %q, target %q", KindTunnel, p.Kind, p.Target)}
+		return prefaceRequest{}, refuse(CodeMalformed,
+			"a %s connection must name a target, and no other kind may: kind %q, target %q", KindTunnel, p.Kind, p.Target)
 	}
 	if p.Node != cert.Node || p.Site != cert.Site {
-		return prefaceRequest{}, &RefusedError{Code: CodeIdentity, Message: fmt.Sprintf(
-			"the preface names node %q of site %q, the certificate names %s", p.Node, p.Site, cert)}
+		return prefaceRequest{}, refuse(CodeIdentity, "the preface names node %q of site %q, the certificate names %s", p.Node, p.Site, cert)
 	}
 	return p, nil
 }
@@ -217,17 +226,16 @@ func decodeRequest(body []byte, cert Identity) (prefaceRequest, *RefusedError) {
 func decodeReply(body []byte) (prefaceReply, *RefusedError) {
 	var p prefaceReply
 	if err := json.Unmarshal(body, &p); err != nil && p.Code == "" && p.Format <= prefaceFormat {
-		return prefaceReply{}, &RefusedError{Code: CodeMalformed, Message: "the peer's reply is not valid JSON of its format"}
+		return prefaceReply{}, refuse(CodeMalformed, "the peer's reply is not valid JSON of its format")
 	}
 	switch {
 	case p.Code != "":
 		return p, &RefusedError{Code: p.Code, Message: p.Message, ByPeer: true}
 	case p.Format != prefaceFormat:
-		return prefaceReply{}, &RefusedError{Code: CodeUnknownFormat, Message: fmt.Sprintf(
-			"the peer replied in format %d, this node understands %d: upgrade the older of the two nodes", p.Format, prefaceFormat)}
+		return prefaceReply{}, refuse(CodeUnknownFormat,
+			"the peer replied in format %d, this node understands %d: upgrade the older of the two nodes", p.Format, prefaceFormat)
 	case len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax:
-		return prefaceReply{}, &RefusedError{Code: CodeMalformed, Message: fmt.Sprintf(
-			"a member of the peer's reply is longer than %d bytes", prefaceFieldMax)}
+		return prefaceReply{}, refuse(CodeMalformed, "a member of the peer's reply is longer than %d bytes", prefaceFieldMax)
 	}
 	return p, nil
 }

@@ -141,7 +141,7 @@ func TestDecodeReply(t *testing.T) {
 }
 
 func TestReadPrefaceReadsNoByteBeyondIt(t *testing.T) {
-	wire, err := appendPreface(nil, prefaceReply{Format: 1, ClusterID: "c1"})
+	wire, err := encodePreface(prefaceReply{Format: 1, ClusterID: "c1"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func TestReadPrefaceReadsNoByteBeyondIt(t *testing.T) {
 	if r.Len() != len("what follows") {
 		t.Fatalf("%d bytes are left to read, want those after the preface", r.Len())
 	}
-	if _, err := appendPreface(nil, prefaceReply{Message: strings.Repeat("x", prefaceMax)}); err == nil {
+	if _, err := encodePreface(prefaceReply{Message: strings.Repeat("x", prefaceMax)}); err == nil {
 		t.Error("a message beyond the bound was encoded")
 	}
 	if _, err := readPreface(strings.NewReader("dsn1\xff\xff{}")); err == nil {
@@ -171,7 +171,7 @@ func TestRefusalsFitIntoAReply(t *testing.T) {
 		if refused == nil {
 			t.Fatal("not refused")
 		}
-		if _, err := appendPreface(nil, prefaceReply{
+		if _, err := encodePreface(prefaceReply{
 			Format: 1, Code: refused.Code, Message: strings.Repeat("n", 80) + refused.Message,
 			ClusterID: pair[0].ClusterID, Generation: pair[0].Generation,
 		}); err != nil {
@@ -190,7 +190,7 @@ func FuzzPreface(f *testing.F) {
 		prefaceReply{Format: 1, Code: CodeUnreached, Message: "no", ClusterID: "c1"},
 		prefaceReply{Format: 2},
 	} {
-		wire, err := appendPreface(nil, message)
+		wire, err := encodePreface(message)
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -206,7 +206,7 @@ func FuzzPreface(f *testing.F) {
 		}
 		if request, refused := decodeRequest(body, id); refused == nil {
 			// Encoded again, it decodes to the same request.
-			again, err := appendPreface(nil, request)
+			again, err := encodePreface(request)
 			if err != nil {
 				t.Fatal(err)
 			}

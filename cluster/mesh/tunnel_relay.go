@@ -3,7 +3,6 @@ package mesh
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"strings"
 	"sync"
@@ -60,7 +59,7 @@ func (m *Mesh) relay(ctx context.Context, from *PeerConn) {
 	defer stop()
 
 	if !m.relayed.acquire(from.peer.Node) {
-		m.answerTunnel(from, &RefusedError{Code: CodeNoTunnel, Message: "this node relays too many tunnels"})
+		m.answerTunnel(from, refuse(CodeNoTunnel, "this node relays too many tunnels"))
 		return
 	}
 	defer m.relayed.release(from.peer.Node)
@@ -78,26 +77,23 @@ func (m *Mesh) relay(ctx context.Context, from *PeerConn) {
 // dialTarget dials a tunnel's target, and only directly: with two relays, neither
 // would know the node at the far side of the other and could not refuse its site.
 func (m *Mesh) dialTarget(ctx context.Context, from *PeerConn) (*PeerConn, *RefusedError) {
-	refuse := func(code, format string, args ...any) (*PeerConn, *RefusedError) {
-		return nil, &RefusedError{Code: code, Message: fmt.Sprintf(format, args...)}
-	}
 	target := from.target
 	if target == from.peer.Node || target == m.opts.Credentials.Identity().Node {
-		return refuse(CodeNoTunnel, "the target of a tunnel must be a third node")
+		return nil, refuse(CodeNoTunnel, "the target of a tunnel must be a third node")
 	}
 	addr, ok := m.opts.Address(target)
 	if !ok {
-		return refuse(CodeUnreached, "this node knows no address of %s", target)
+		return nil, refuse(CodeUnreached, "this node knows no address of %s", target)
 	}
 	if via := m.routes.via(target); via != "" {
-		return refuse(CodeUnreached, "this node reaches %s only through %s", target, via)
+		return nil, refuse(CodeUnreached, "this node reaches %s only through %s", target, via)
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.opts.DialTimeout) // the asking node waits no longer
 	defer cancel()
 	to, err := m.dial(ctx, dialRequest{kind: KindRelayed, node: target}, addr)
 	if err != nil {
 		reason := err.Error()
-		return refuse(CodeUnreached, "%s", strings.ToValidUTF8(reason[:min(len(reason), relayErrorMax)], ""))
+		return nil, refuse(CodeUnreached, "%s", strings.ToValidUTF8(reason[:min(len(reason), relayErrorMax)], ""))
 	}
 	return to, nil
 }
@@ -105,15 +101,12 @@ func (m *Mesh) dialTarget(ctx context.Context, from *PeerConn) (*PeerConn, *Refu
 // answerTunnel sends the second reply of a KindTunnel connection. It returns true
 // if the tunnel was accepted and the peer was told so.
 func (m *Mesh) answerTunnel(from *PeerConn, refused *RefusedError) bool {
-	self := m.opts.Membership()
-	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
 	result := "ok"
 	if refused != nil {
-		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
 		result = refused.Code
 	}
 	m.metrics.tunnels.WithLabelValues("relayed", result).Inc()
-	answer, err := appendPreface(nil, reply)
+	answer, err := m.encodeReply(m.opts.Membership(), refused)
 	if err == nil {
 		err = errors.Join(from.SetWriteDeadline(time.Now().Add(m.opts.DialTimeout)), writeAll(from, answer), from.SetWriteDeadline(time.Time{}))
 	}

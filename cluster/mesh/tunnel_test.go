@@ -273,7 +273,7 @@ func TestRelayCannotImpersonateTheTarget(t *testing.T) {
 				return nil
 			}
 			_ = raw.SetDeadline(time.Now().Add(10 * time.Second))
-			accepted, _ := appendPreface(nil, prefaceReply{Format: 1, ClusterID: first.ClusterID, Generation: first.Generation})
+			accepted, _ := encodePreface(prefaceReply{Format: 1, ClusterID: first.ClusterID, Generation: first.Generation})
 			leg := tls.Server(raw, w.c.serverTLS)
 			_, _ = readPreface(leg)
 			_, _ = leg.Write(append(accepted, accepted...))

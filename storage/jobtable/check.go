@@ -100,20 +100,9 @@ func checkCounts(tx *bbolt.Tx, all *batch) error {
 }
 
 func checkSeals(tx *bbolt.Tx, all *batch) error {
-	left := maps.Clone(all.seals)
-	err := bucket(tx, tableSeals).ForEach(func(k, v []byte) error {
-		if len(k) != 8 || len(v) != 8 {
-			return fmt.Errorf("%w: seals of key %x", ErrDamaged, k)
-		}
-		id := [8]byte(k)
-		if n := int64(binary.BigEndian.Uint64(v)); n != left[id] {
-			return fmt.Errorf("%w: key %x is counted for %d payloads, the rows have %d", ErrDamaged, k, n, left[id])
-		}
-		delete(left, id)
-		return nil
-	})
-	if err == nil && len(left) > 0 {
-		err = fmt.Errorf("%w: %d keys seal payloads and are not counted", ErrDamaged, len(left))
+	counted, err := readSeals(tx)
+	if err == nil && !maps.Equal(counted, all.seals) {
+		err = fmt.Errorf("%w: payloads are counted by their key as %v, the rows have %v", ErrDamaged, counted, all.seals)
 	}
 	return err
 }

@@ -13,6 +13,9 @@ type metrics struct {
 }
 
 func newMetrics() *metrics {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: "dsnode_job_table_" + name, Help: help})
+	}
 	return &metrics{
 		commit: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "dsnode_job_table_commit_seconds",
@@ -20,10 +23,7 @@ func newMetrics() *metrics {
 			// 0.5 ms to 8 s.
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 15),
 		}),
-		rows: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_job_table_rows_written_total",
-			Help: "Rows written to the job table; a row changed twice between two commits counts once.",
-		}),
+		rows: counter("rows_written_total", "Rows written to the job table; a row changed twice between two commits counts once."),
 		pending: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_job_table_pending_bytes",
 			Help: "Changed rows in memory that are not yet in the table's file. The journals have them.",
@@ -32,18 +32,9 @@ func newMetrics() *metrics {
 			Name: "dsnode_job_table_forgotten_total",
 			Help: "Removals, by what was removed: a job's content after its retention, its id later, or records whose submission never arrived.",
 		}, []string{"what"}),
-		unreadable: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_job_table_unreadable_total",
-			Help: "Submissions that could not be opened: until they can, their jobs are in no list of a tenant.",
-		}),
-		resealed: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_job_table_resealed_total",
-			Help: "Rows re-sealed with the current key.",
-		}),
-		failures: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_job_table_failures_total",
-			Help: "Failed commits and damage found. The first one stops the node.",
-		}),
+		unreadable: counter("unreadable_total", "Submissions that could not be opened: until they can, their jobs are in no list of a tenant."),
+		resealed:   counter("resealed_total", "Rows re-sealed with the current key."),
+		failures:   counter("failures_total", "Failed commits and damage found. The first one stops the node."),
 	}
 }
 

@@ -150,9 +150,6 @@ func (t *Table) absent(records []journal.Record) (absences, error) {
 
 // join joins records into a job's row.
 func (t *Table) join(id journal.JobID, records []journal.Record, seen absence) error {
-	if err := t.waitForSpace(); err != nil {
-		return err
-	}
 	return t.change(id, true, seen, func(s state) (state, bool) {
 		next, changed := s.with(records, t.clock())
 		if !changed {
@@ -174,8 +171,11 @@ func (t *Table) join(id journal.JobID, records []journal.Record, seen absence) e
 }
 
 // change replaces a row's state by the result of f; tell says whether to call
-// watchers.
+// watchers. It blocks while too many changes wait for a commit.
 func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) (state, bool)) error {
+	if err := t.waitForSpace(); err != nil {
+		return err
+	}
 	s := t.stripe(id)
 	s.mu.Lock()
 	e := s.entries[id]

@@ -26,15 +26,22 @@ func (t *Table) Carries(ctx context.Context) (map[keyring.KeyID]int64, error) {
 	if err := t.flush(ctx); err != nil {
 		return nil, err
 	}
+	var n map[keyring.KeyID]int64
+	err := t.read("read seals", func(tx *bbolt.Tx) (err error) {
+		n, err = readSeals(tx)
+		return err
+	})
+	return n, err
+}
+
+func readSeals(tx *bbolt.Tx) (map[keyring.KeyID]int64, error) {
 	n := map[keyring.KeyID]int64{}
-	err := t.read("read seals", func(tx *bbolt.Tx) error {
-		return bucket(tx, tableSeals).ForEach(func(k, v []byte) error {
-			if len(k) != len(keyring.KeyID{}) || len(v) != 8 {
-				return fmt.Errorf("%w: seals of key %x", ErrDamaged, k)
-			}
-			n[keyring.KeyID(k)] = int64(binary.BigEndian.Uint64(v))
-			return nil
-		})
+	err := bucket(tx, tableSeals).ForEach(func(k, v []byte) error {
+		if len(k) != len(keyring.KeyID{}) || len(v) != 8 {
+			return fmt.Errorf("%w: seals of key %x", ErrDamaged, k)
+		}
+		n[keyring.KeyID(k)] = int64(binary.BigEndian.Uint64(v))
+		return nil
 	})
 	return n, err
 }
@@ -91,9 +98,6 @@ func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err e
 		}
 		for _, id := range ids {
 			if err := ctx.Err(); err != nil {
-				return stuck, err
-			}
-			if err := t.waitForSpace(); err != nil {
 				return stuck, err
 			}
 			err := t.change(id, false, absenceUnknown, func(s state) (state, bool) {

@@ -1,6 +1,7 @@
 package jobtable
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -94,7 +95,7 @@ func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID,
 				return nil
 			}
 			if len(ids) == sweepPage {
-				next = append([]byte(nil), k...)
+				next = bytes.Clone(k)
 				return nil
 			}
 			ids = append(ids, journal.JobID(k[9:]))
@@ -106,9 +107,6 @@ func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID,
 
 // forget removes what is due of a row, if it still is due.
 func (t *Table) forget(id journal.JobID, class byte, to int64) (forgotten bool, err error) {
-	if err := t.waitForSpace(); err != nil {
-		return false, err
-	}
 	now := t.clock().UnixMilli()
 	err = t.change(id, false, absenceUnknown, func(s state) (state, bool) {
 		of, at, ok := s.due()
@@ -138,9 +136,6 @@ func (t *Table) sweepHeads(ctx context.Context) error {
 			return err
 		}
 		for _, id := range ids {
-			if err := t.waitForSpace(); err != nil {
-				return err
-			}
 			err := t.change(id, false, absenceUnknown, func(s state) (state, bool) {
 				if s.head.known || len(s.submissions()) == 0 {
 					return s, false

@@ -196,7 +196,7 @@ func (l *Log) newSegment(s *stream, first uint64, flags byte) (*segment, file, e
 	if err != nil {
 		return nil, nil, err
 	}
-	header := appendHeader(nil, s.id, first, flags)
+	header := segmentHeader(s.id, first, flags)
 	if _, err = f.WriteAt(header, 0); err == nil {
 		if err = f.sync(); err == nil {
 			err = l.disk.syncDir(s.dir)

@@ -279,7 +279,7 @@ func TestDamageFoundByReadingFailsTheLog(t *testing.T) {
 
 func TestNewerFormatsAreRefused(t *testing.T) {
 	id := streamOf(1)
-	header := appendHeader(nil, id, 1, 0)
+	header := segmentHeader(id, 1, 0)
 	newer := bytes.Clone(header)
 	newer[len(segmentMagic)]++
 	newer = appendSum(newer[:len(newer)-4])
@@ -320,7 +320,7 @@ func TestNewerFormatsAreRefused(t *testing.T) {
 // A stream whose creation was interrupted, and so never reported, is removed.
 func TestInterruptedCreationIsRemoved(t *testing.T) {
 	id := streamOf(1)
-	header := appendHeader(nil, id, 1, 0)
+	header := segmentHeader(id, 1, 0)
 	for name, data := range map[string][]byte{"no file": nil, "empty": {}, "half a header": header[:20]} {
 		t.Run(name, func(t *testing.T) {
 			o := testOptions(t.TempDir())

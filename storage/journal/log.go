@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,14 +19,6 @@ import (
 // MaxStreams bounds the streams of one log.
 const MaxStreams = 1024
 
-// Defaults of Options.
-const (
-	DefaultSegmentBytes = 64 << 20
-	DefaultBudgetBytes  = 4 << 30
-	DefaultFreeFloor    = 256 << 20
-	DefaultTailBytes    = 16 << 20
-)
-
 // Options of a log. Dir, Clock, Logger and Registerer are required.
 type Options struct {
 	Dir        string // created if it does not exist; the caller holds the data directory's lock
@@ -33,13 +26,13 @@ type Options struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 
-	SegmentBytes int64 // size at which a new file is begun; 0: DefaultSegmentBytes
-	BudgetBytes  int64 // see Shrink; 0: DefaultBudgetBytes
+	SegmentBytes int64 // size at which a new file is begun; 0: 64 MiB
+	BudgetBytes  int64 // see Shrink; 0: 4 GiB
 	// FreeFloor is the free space on the disk below which submissions are refused. Copies
 	// are refused below half of it, other own records below a quarter, so that running
-	// jobs can finish. 0: DefaultFreeFloor; negative: no floor.
+	// jobs can finish. 0: 256 MiB; negative: no floor.
 	FreeFloor int64
-	TailBytes int64 // recent frames of all streams kept in memory; 0: DefaultTailBytes
+	TailBytes int64 // recent frames of all streams kept in memory; 0: 16 MiB
 
 	// Durable is called with records that have become durable, in order for each stream,
 	// before Append returns them. It may keep the records, and must not change them.
@@ -56,7 +49,7 @@ type Log struct {
 	clock      *HLC
 	metrics    *metrics
 	disk       disk
-	store      storeID
+	epoch      uint64 // see StoreEpoch
 	space      freeSpace
 	tails      tails
 	changed    notify.Broadcast
@@ -133,15 +126,10 @@ func (s *stream) last() *segment {
 func Open(o Options) (*Log, error) { return open(o, osDisk{}) }
 
 func open(o Options, d disk) (*Log, error) {
-	def := func(v *int64, d int64) {
-		if *v == 0 {
-			*v = d
-		}
-	}
-	def(&o.SegmentBytes, DefaultSegmentBytes)
-	def(&o.BudgetBytes, DefaultBudgetBytes)
-	def(&o.FreeFloor, DefaultFreeFloor)
-	def(&o.TailBytes, DefaultTailBytes)
+	o.SegmentBytes = cmp.Or(o.SegmentBytes, 64<<20)
+	o.BudgetBytes = cmp.Or(o.BudgetBytes, 4<<30)
+	o.FreeFloor = cmp.Or(o.FreeFloor, 256<<20)
+	o.TailBytes = cmp.Or(o.TailBytes, 16<<20)
 	if o.Durable == nil {
 		o.Durable = func(Stream, []Record) {}
 	}
@@ -264,7 +252,7 @@ func (l *Log) find(id Stream) (*stream, error) {
 // StoreEpoch increases each time the directory is created again or loses records to
 // damage: it is the Unix milliseconds of that moment, or more. What peers recorded
 // about this node's streams under a lower epoch is obsolete.
-func (l *Log) StoreEpoch() uint64 { return l.store.epoch }
+func (l *Log) StoreEpoch() uint64 { return l.epoch }
 
 // Ends returns what is held of every stream.
 func (l *Log) Ends() map[Stream]End {

@@ -30,6 +30,9 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 		Name: "dsnode_journal_written_bytes_total",
 		Help: "Bytes made durable, of own records and of copies.",
 	}, []string{"origin"})
+	counter := func(name, help string) prometheus.Counter {
+		return f.NewCounter(prometheus.CounterOpts{Name: "dsnode_journal_" + name, Help: help})
+	}
 	m := &metrics{
 		own:    written{records.WithLabelValues("own"), bytes.WithLabelValues("own")},
 		copies: written{records.WithLabelValues("copy"), bytes.WithLabelValues("copy")},
@@ -44,38 +47,17 @@ func newMetrics(reg prometheus.Registerer, l *Log) *metrics {
 			Help:    "Records that shared one sync.",
 			Buckets: prometheus.ExponentialBuckets(1, 4, 7),
 		}),
-		failures: f.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_journal_failures_total",
-			Help: "Writes and syncs that failed. The first one stops the node.",
-		}),
-		damaged: f.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_journal_damaged_total",
-			Help: "Streams found damaged.",
-		}),
-		refused: f.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_journal_full_total",
-			Help: "Appends refused because the disk has less free space than the floor.",
-		}),
-		diverged: f.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_journal_diverged_total",
-			Help: "Records received that differ from the ones held in the same place.",
-		}),
-		ahead: f.NewCounter(prometheus.CounterOpts{
-			Name: "dsnode_journal_clock_ahead_total",
-			Help: "Batches received with a clock too far ahead of this node's to follow it.",
-		}),
+		failures: counter("failures_total", "Writes and syncs that failed. The first one stops the node."),
+		damaged:  counter("damaged_total", "Streams found damaged."),
+		refused:  counter("full_total", "Appends refused because the disk has less free space than the floor."),
+		diverged: counter("diverged_total", "Records received that differ from the ones held in the same place."),
+		ahead:    counter("clock_ahead_total", "Batches received with a clock too far ahead of this node's to follow it."),
 	}
-	f.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "dsnode_journal_bytes",
-		Help: "Bytes of all segments on the disk.",
-	}, func() float64 { return float64(l.bytes.Load()) })
-	f.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "dsnode_journal_segments",
-		Help: "Segments on the disk.",
-	}, func() float64 { return float64(l.segments.Load()) })
-	f.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "dsnode_journal_streams",
-		Help: "Streams held: own ones, and copies.",
-	}, func() float64 { return float64(l.streamCount()) })
+	gauge := func(name, help string, value func() int64) {
+		f.NewGaugeFunc(prometheus.GaugeOpts{Name: "dsnode_journal_" + name, Help: help}, func() float64 { return float64(value()) })
+	}
+	gauge("bytes", "Bytes of all segments on the disk.", l.bytes.Load)
+	gauge("segments", "Segments on the disk.", l.segments.Load)
+	gauge("streams", "Streams held: own ones, and copies.", func() int64 { return int64(l.streamCount()) })
 	return m
 }

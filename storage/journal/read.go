@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -42,15 +43,7 @@ func (l *Log) read(s *stream, from uint64, maxBytes int) (frames []byte, next ui
 			s.mu.Unlock()
 			return nil, from, nil
 		}
-		i, found := slices.BinarySearchFunc(s.segments, from, func(g *segment, seq uint64) int {
-			switch {
-			case g.first < seq:
-				return -1
-			case g.first > seq:
-				return 1
-			}
-			return 0
-		})
+		i, found := slices.BinarySearchFunc(s.segments, from, func(g *segment, seq uint64) int { return cmp.Compare(g.first, seq) })
 		if !found {
 			i--
 		}

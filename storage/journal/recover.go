@@ -350,7 +350,7 @@ func nextBatchHeader(f io.ReaderAt, id Stream, at, end int64) (offset int64, fou
 		case i > 0:
 			w.skip(i)
 		default:
-			if _, err := parseBatchHeader(b, id, w.at); err == nil {
+			if checkBatchHeader(b, id, w.at) == nil {
 				return w.at, true, nil
 			}
 			w.skip(1)

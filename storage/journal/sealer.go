@@ -18,7 +18,6 @@ import (
 //
 // Everything after the form is compressed together. The digest is over the uncompressed
 // bytes.
-// uncompressed.
 const (
 	formRaw  = 0
 	formZstd = 1

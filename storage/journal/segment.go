@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -92,15 +93,7 @@ func count(all []sealedWith, id keyring.KeyID, n int64) []sealedWith {
 
 // offsetOf returns where to begin reading for seq.
 func (g *segment) offsetOf(seq uint64) int64 {
-	i, found := slices.BinarySearchFunc(g.index, seq, func(e indexed, seq uint64) int {
-		switch {
-		case e.seq < seq:
-			return -1
-		case e.seq > seq:
-			return 1
-		}
-		return 0
-	})
+	i, found := slices.BinarySearchFunc(g.index, seq, func(e indexed, seq uint64) int { return cmp.Compare(e.seq, seq) })
 	if !found {
 		i--
 	}
@@ -124,15 +117,13 @@ func parseSegmentName(name string) (first uint64, ok bool) {
 	return first, first > 0
 }
 
-func appendHeader(b []byte, s Stream, first uint64, flags byte) []byte {
-	start := len(b)
-	b = append(b, segmentMagic...)
-	b = append(b, segmentFormat, flags)
+func segmentHeader(s Stream, first uint64, flags byte) []byte {
+	b := append([]byte(segmentMagic), segmentFormat, flags)
 	b = binary.BigEndian.AppendUint64(b, first)
 	b = append(b, s.Incarnation[:]...)
 	b = append(b, byte(len(s.Origin)))
 	b = append(b, s.Origin...)
-	return append(b[:start], appendSum(b[start:])...)
+	return appendSum(b)
 }
 
 func appendSum(b []byte) []byte {
@@ -199,15 +190,15 @@ func isBatchHeader(b []byte) bool {
 	return len(b) >= 4 && binary.BigEndian.Uint32(b) == batchMagic
 }
 
-// parseBatchHeader checks the batch header at the offset.
-func parseBatchHeader(b []byte, s Stream, offset int64) (seq uint64, err error) {
+// checkBatchHeader checks the batch header at the offset.
+func checkBatchHeader(b []byte, s Stream, offset int64) error {
 	if len(b) < batchHeaderSize {
-		return 0, ErrShort
+		return ErrShort
 	}
 	if uint64(offset) != binary.BigEndian.Uint64(b[8:]) || batchSum(b, s) != binary.BigEndian.Uint32(b[4:]) {
-		return 0, fmt.Errorf("%w: invalid header of a batch", ErrDamaged)
+		return fmt.Errorf("%w: invalid header of a batch", ErrDamaged)
 	}
-	return binary.BigEndian.Uint64(b[16:]), nil
+	return nil
 }
 
 // walk reads frames of the stream from the offset to the end and calls fn with each one's
@@ -223,7 +214,7 @@ func walk(f io.ReaderAt, s Stream, at, end int64, fn func(at int64, frame []byte
 			return w.at, err
 		}
 		if isBatchHeader(b) {
-			if _, err := parseBatchHeader(b, s, w.at); err != nil {
+			if err := checkBatchHeader(b, s, w.at); err != nil {
 				return w.at, err
 			}
 			w.skip(batchHeaderSize)

@@ -40,7 +40,7 @@ func FuzzNextFrame(f *testing.F) {
 }
 
 func FuzzSegmentHeader(f *testing.F) {
-	good := appendHeader(nil, streamOf(1), 7, flagBegins)
+	good := segmentHeader(streamOf(1), 7, flagBegins)
 	f.Add(good)
 	f.Add(good[:20])
 	f.Add([]byte(segmentMagic + "\x02"))
@@ -52,7 +52,7 @@ func FuzzSegmentHeader(f *testing.F) {
 			}
 			return
 		}
-		if again := appendHeader(nil, id, first, flags); !bytes.Equal(again, b[:size]) {
+		if again := segmentHeader(id, first, flags); !bytes.Equal(again, b[:size]) {
 			t.Fatalf("%x was decoded and encoded as %x", b[:size], again)
 		}
 	})
@@ -62,7 +62,7 @@ func FuzzSegmentHeader(f *testing.F) {
 // of the stream.
 func FuzzSegment(f *testing.F) {
 	id := streamOf(1)
-	file := appendHeader(nil, id, 1, 0)
+	file := segmentHeader(id, 1, 0)
 	for seq := range uint64(3) {
 		mark := make([]byte, batchHeaderSize)
 		putBatchHeader(mark, id, int64(len(file)), seq+1)

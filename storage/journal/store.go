@@ -29,11 +29,6 @@ const (
 	tempSuffix = ".new"
 )
 
-type storeID struct {
-	epoch uint64
-	id    [16]byte
-}
-
 // openStore reads the store's identity, or creates it. A damaged one is replaced: peers
 // then forget what they recorded about this node.
 func (l *Log) openStore() error {
@@ -43,7 +38,7 @@ func (l *Log) openStore() error {
 		return err
 	}
 	if err == nil {
-		l.store, err = parseStore(b)
+		l.epoch, err = parseStore(b)
 		if !errors.Is(err, ErrDamaged) {
 			return err
 		}
@@ -56,26 +51,25 @@ func (l *Log) openStore() error {
 // renewStore gives the store a new identity with a higher epoch, which makes obsolete what
 // peers recorded about this node.
 func (l *Log) renewStore() error {
-	l.store.epoch = max(l.store.epoch+1, uint64(time.Now().UnixMilli()))
-	_, _ = rand.Read(l.store.id[:]) // never fails; it ends the process instead
+	l.epoch = max(l.epoch+1, uint64(time.Now().UnixMilli()))
+	var id [16]byte
+	_, _ = rand.Read(id[:]) // never fails; it ends the process instead
 	b := append([]byte(storeMagic), storeFormat)
-	b = binary.BigEndian.AppendUint64(b, l.store.epoch)
-	b = append(b, l.store.id[:]...)
+	b = binary.BigEndian.AppendUint64(b, l.epoch)
+	b = append(b, id[:]...)
 	return l.replaceFile(filepath.Join(l.o.Dir, storeFile), appendSum(b))
 }
 
-func parseStore(b []byte) (s storeID, err error) {
+func parseStore(b []byte) (epoch uint64, err error) {
 	const at = len(storeMagic)
 	switch {
 	case len(b) > at && string(b[:at]) == storeMagic && b[at] > storeFormat:
-		return s, fmt.Errorf("%w: store format %d", ErrNewerFormat, b[at])
+		return 0, fmt.Errorf("%w: store format %d", ErrNewerFormat, b[at])
 	case len(b) != storeSize || string(b[:at]) != storeMagic || b[at] != storeFormat ||
 		crc32.Checksum(b[:storeSize-4], castagnoli) != binary.BigEndian.Uint32(b[storeSize-4:]):
-		return s, fmt.Errorf("%w: %s", ErrDamaged, storeFile)
+		return 0, fmt.Errorf("%w: %s", ErrDamaged, storeFile)
 	}
-	s.epoch = binary.BigEndian.Uint64(b[at+1:])
-	copy(s.id[:], b[at+9:])
-	return s, nil
+	return binary.BigEndian.Uint64(b[at+1:]), nil
 }
 
 // checkpoint says that the stream's last segment was on the disk up to Size, at a moment
