@@ -148,6 +148,7 @@ var arrows = []arrow{
 	{"failover/drill", "cluster", "records drills in the agreed state"},
 	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover/drill", "cluster/agreed", "records of drills"},
+	{"failover/drill", "cluster/clock", "a wait that ends with its context"},
 	{"failover", "cluster", "judges what the agreed state and the members are"},
 	{"failover", "cluster/config", "cities, priorities and timing"},
 	{"failover", "cluster/clock", "leases run on its clock"},
