@@ -292,12 +292,7 @@ func (c *Coordinator) expire(ctx context.Context, s *agreed.State) {
 
 // pause keeps a failing action from being retried at every look.
 func (c *Coordinator) pause(ctx context.Context) {
-	wait := time.NewTimer(2 * c.timing.Tick)
-	defer wait.Stop()
-	select {
-	case <-ctx.Done():
-	case <-wait.C:
-	}
+	_ = clock.Sleep(ctx, 2*c.timing.Tick) // the caller ends anyway
 }
 
 // follow moves the raft leadership to the primary site during followFor after a

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -23,11 +22,8 @@ type Isolator struct {
 	now      func() time.Time
 	log      *slog.Logger
 
-	cut atomic.Pointer[cut] // nil: there is none
-
-	mu sync.Mutex // guards over
-	// over is the drill whose cut has ended here; it does not begin again.
-	over string
+	cut  atomic.Pointer[cut] // nil: there is none
+	over atomic.Pointer[cut] // the last one that has ended; its drill does not cut again
 }
 
 // NewIsolator makes the Isolator of a node of a site; Run starts it. sever ends the
@@ -71,8 +67,9 @@ func (i *Isolator) look(drills []agreed.DrillRecord) {
 		}
 		return
 	}
+	over := i.over.Load()
 	for _, d := range drills {
-		if d.Kind != string(Isolation) || d.Site != i.site || d.Verdict != "" || i.isOver(d.ID) {
+		if d.Kind != string(Isolation) || d.Site != i.site || d.Verdict != "" || over != nil && over.drill == d.ID {
 			continue
 		}
 		// A node that restarts during the cut knows the rest by the wall clock alone,
@@ -101,19 +98,11 @@ func ended(drills []agreed.DrillRecord, id string) bool {
 	return true // a restore removed it
 }
 
-func (i *Isolator) isOver(id string) bool {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return i.over == id
-}
-
 func (i *Isolator) heal(c *cut, reason string) {
+	i.over.Store(c) // before the cut is gone: look must not begin it again
 	if !i.cut.CompareAndSwap(c, nil) {
 		return
 	}
-	i.mu.Lock()
-	i.over = c.drill
-	i.mu.Unlock()
 	i.log.Warn("this site is no longer cut off", "drill", c.drill, "reason", reason)
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -79,7 +80,8 @@ func newTrial(r *Runner, v View, q Request) *trial {
 	return t
 }
 
-// targetsOf takes the targets of the drill's site from the configuration.
+// targetsOf takes the targets of the drill's site from the configuration. Without one,
+// no check of a site holds, and the drill does not begin.
 func (t *trial) targetsOf(s *agreed.State) {
 	if s.Parsed == nil {
 		return
@@ -180,8 +182,8 @@ func (t *trial) run(ctx context.Context) {
 		}
 	})
 	t.event("started", t.report.Rehearsed+", asked for by "+t.q.By)
-	out := Outcome{Kind: t.q.Kind, Site: t.q.Site, RTOTarget: *orZero(t.report.RTO.Target)}
-	err := t.sleep(acting, baselineTime)
+	out := Outcome{Kind: t.q.Kind, Site: t.q.Site, RTOTarget: *t.report.RTO.Target}
+	err := clock.Sleep(acting, baselineTime)
 	if err == nil {
 		switch t.q.Kind {
 		case Switchover:
@@ -194,7 +196,7 @@ func (t *trial) run(ctx context.Context) {
 		err = t.goBack(acting, &out)
 	}
 	if err == nil {
-		err = t.sleep(acting, baselineTime)
+		err = clock.Sleep(acting, baselineTime)
 	}
 	switch {
 	case err == nil:
@@ -270,21 +272,9 @@ func (t *trial) write(ctx context.Context, report Report) error {
 		if _, err = t.o.Agreement.Propose(ctx, agreed.CmdDrillPut, d); err == nil {
 			return nil
 		}
-		if t.sleep(ctx, time.Second) != nil {
+		if clock.Sleep(ctx, time.Second) != nil {
 			return err
 		}
-	}
-}
-
-// sleep waits, or gives the cause when ctx ends first.
-func (t *trial) sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
 	}
 }
 
@@ -322,11 +312,4 @@ func (t *trial) set(change func(*Report)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	change(&t.report)
-}
-
-func orZero(f *float64) *float64 {
-	if f == nil {
-		return new(float64)
-	}
-	return f
 }

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/jobtable"
@@ -290,7 +291,7 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 		default:
 			return err
 		}
-		if sleep(work, journalWait) != nil {
+		if clock.Sleep(work, journalWait) != nil {
 			return err
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -31,7 +32,7 @@ func (j *Jobs) Cancel(ctx context.Context, who Caller, id journal.JobID) (*View,
 		if err != nil || v.Status.Final() || !time.Now().Before(until) {
 			return v, err
 		}
-		if sleep(ctx, 10*time.Millisecond) != nil {
+		if clock.Sleep(ctx, 10*time.Millisecond) != nil {
 			return v, nil
 		}
 	}

@@ -2,7 +2,7 @@ package jobs
 
 import (
 	"context"
-	"time"
+	"slices"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
@@ -65,30 +65,8 @@ type Ownership interface {
 	Drop(ctx context.Context, streams ...string) error
 }
 
-// levelOf orders the durabilities: each one survives more than the one before. It is -1
-// for an unknown one.
-func levelOf(d journal.Durability) int {
-	switch d {
-	case journal.DurableNode:
-		return 0
-	case journal.DurableSite:
-		return 1
-	case journal.DurableTwoSites:
-		return 2
-	case journal.DurableTwoCities:
-		return 3
-	}
-	return -1
-}
+// levels are the durabilities. Each one survives more than the one before.
+var levels = []journal.Durability{journal.DurableNode, journal.DurableSite, journal.DurableTwoSites, journal.DurableTwoCities}
 
-// sleep waits. The error is the cause of ctx's end.
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
+// levelOf is the place of a durability in levels, -1 for an unknown one.
+func levelOf(d journal.Durability) int { return slices.Index(levels, d) }

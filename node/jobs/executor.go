@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -148,23 +149,17 @@ func (x *executor) ready() bool {
 // usableLanes are the lanes for which this node has a permit now, so that jobs without one
 // stay in order. The permit of an attempt is taken later.
 func (x *executor) usableLanes() map[*lane]bool {
+	now := time.Now()
 	x.mu.Lock()
-	lanes := slices.DeleteFunc(slices.Clone(x.q.lanes), func(l *lane) bool { return l.gone || l.jobs == 0 })
+	lanes := slices.DeleteFunc(slices.Clone(x.q.lanes), func(l *lane) bool { return l.gone || l.jobs == 0 || now.Before(l.blocked) })
 	x.mu.Unlock()
 	usable := make(map[*lane]bool, len(lanes))
-	now := time.Now()
 	for _, l := range lanes {
-		if _, err := x.streams.check(l.stream); err == nil && !now.Before(x.blockedUntil(l)) {
+		if _, err := x.streams.check(l.stream); err == nil {
 			usable[l] = true
 		}
 	}
 	return usable
-}
-
-func (x *executor) blockedUntil(l *lane) time.Time {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return l.blocked
 }
 
 // start starts an attempt; mu is held.
@@ -311,10 +306,7 @@ func (x *executor) laneOf(row jobtable.Row) *lane {
 // readDirty reads the changed rows and updates their entries.
 func (x *executor) readDirty() {
 	x.mu.Lock()
-	ids := make([]journal.JobID, 0, len(x.dirty))
-	for id := range x.dirty {
-		ids = append(ids, id)
-	}
+	ids := slices.Collect(maps.Keys(x.dirty))
 	clear(x.dirty)
 	x.mu.Unlock()
 	for _, id := range ids {
@@ -449,9 +441,9 @@ func (x *executor) load(s journal.Stream) (jobs int, err error) {
 	err = x.o.Table.Live(s, func(row jobtable.Row) bool {
 		if bad := x.admit(row, l); bad != nil {
 			errs = bad // the other jobs are still read
-			return true
+		} else {
+			jobs++
 		}
-		jobs++
 		return true
 	})
 	return jobs, errors.Join(err, errs)

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -316,7 +317,7 @@ func TestStop(t *testing.T) {
 			if string(r.Body) == string(marked("long")) {
 				long = time.Minute
 			}
-			if err := sleep(ctx, long); err != nil {
+			if err := clock.Sleep(ctx, long); err != nil {
 				return err
 			}
 			return answering("{}")(ctx, r, s)

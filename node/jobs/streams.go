@@ -146,7 +146,7 @@ func (s *streams) still(ctx context.Context, st journal.Stream, p permit) bool {
 			return now.inTime() && (now.token == p.token || p.alone && s.neverOthers(st))
 		}
 		asked := p.alone && !s.island(st) && !s.known(st)
-		if !asked || !time.Now().Before(until) || sleep(ctx, 10*time.Millisecond) != nil {
+		if !asked || !time.Now().Before(until) || clock.Sleep(ctx, 10*time.Millisecond) != nil {
 			return false
 		}
 	}
@@ -234,7 +234,7 @@ func (s *streams) beginFirst(ctx context.Context, x *executor) error {
 			return err
 		}
 		s.log.Warn("can't accept jobs yet", "err", err)
-		if sleep(ctx, retryWait) != nil {
+		if clock.Sleep(ctx, retryWait) != nil {
 			return nil
 		}
 	}
@@ -382,7 +382,7 @@ func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) 
 	if !s.ours(st) {
 		s.log.Info("taking over a job stream", "stream", st)
 		for !s.leaseIsSteady() {
-			if sleep(ctx, updateEvery) != nil {
+			if clock.Sleep(ctx, updateEvery) != nil {
 				return
 			}
 		}

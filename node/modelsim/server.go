@@ -38,11 +38,11 @@ package modelsim
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -81,7 +81,6 @@ const (
 // Server is the simulated model server, an http.Handler. It starts nothing by itself.
 type Server struct {
 	opts   Options
-	models map[string]bool
 	start  int64 // Unix seconds, "created" of every model
 	log    *slog.Logger
 	faults faultState
@@ -97,10 +96,7 @@ func New(o Options) *Server {
 	o.Dimensions = cmp.Or(o.Dimensions, 256)
 	o.Keep = cmp.Or(o.Keep, 256)
 	o.Logger = cmp.Or(o.Logger, slog.New(slog.DiscardHandler))
-	s := &Server{opts: o, models: make(map[string]bool), start: time.Now().Unix(), log: o.Logger}
-	for _, m := range o.Models {
-		s.models[m] = true
-	}
+	s := &Server{opts: o, start: time.Now().Unix(), log: o.Logger}
 	s.faults.seed(o.Seed)
 	s.record.keep = o.Keep
 	return s
@@ -193,7 +189,9 @@ type modelObject struct {
 	OwnedBy string `json:"owned_by"`
 }
 
-func (s *Server) knows(model string) bool { return len(s.models) == 0 || s.models[model] }
+func (s *Server) knows(model string) bool {
+	return len(s.opts.Models) == 0 || slices.Contains(s.opts.Models, model)
+}
 
 func (s *Server) authorised(w http.ResponseWriter, r *http.Request) bool {
 	if s.opts.APIKey == "" || r.Header.Get("Authorization") == "Bearer "+s.opts.APIKey {
@@ -204,13 +202,9 @@ func (s *Server) authorised(w http.ResponseWriter, r *http.Request) bool {
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
-	b, err := json.Marshal(v)
-	if err != nil { // values are of types that always marshal
-		panic(err)
-	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_, _ = w.Write(append(b, '\n')) // the request's context shows a client that disconnected
+	_, _ = w.Write(append(mustJSON(v), '\n')) // the request's context shows a client that disconnected
 }
 
 func writeError(w http.ResponseWriter, status int, kind, code, message string) {

@@ -3,6 +3,7 @@ package upstream
 import (
 	"context"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 )
@@ -84,11 +85,8 @@ func (s *peers) check(listed []Peer) {
 	defer s.mu.Unlock()
 	for node, p := range s.byNode {
 		p.absent++
-		for _, l := range listed {
-			if l.Node == node && l.Site == p.site {
-				p.absent = 0
-				break
-			}
+		if slices.ContainsFunc(listed, func(l Peer) bool { return l.Node == node && l.Site == p.site }) {
+			p.absent = 0
 		}
 		if p.absent >= lostAfter {
 			p.lose()
