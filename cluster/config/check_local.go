@@ -17,6 +17,14 @@ import (
 // a Problems.
 func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), readFile func(string) ([]byte, error)) error {
 	src := c.source.withoutProblems()
+	tlsFiles := func(at Path, t UpstreamTLS) {
+		if t.CAFile != "" {
+			src.CheckCA(at.At("ca_file"), t.CAFile, readFile)
+		}
+		if t.CertFile != "" {
+			src.CheckKeyPair(at, t.CertFile, t.KeyFile, readFile)
+		}
+	}
 	for _, name := range slices.Sorted(maps.Keys(c.Upstreams)) {
 		u := c.Upstreams[name]
 		if u.Site != site {
@@ -26,14 +34,8 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 		if !u.APIKey.IsZero() {
 			src.CheckSecret(at.At("api_key"), u.APIKey, lookupEnv, readFile)
 		}
-		if !u.Secure() {
-			continue
-		}
-		if u.TLS.CAFile != "" {
-			src.CheckCA(at.At("tls", "ca_file"), u.TLS.CAFile, readFile)
-		}
-		if u.TLS.CertFile != "" {
-			src.CheckKeyPair(at.At("tls"), u.TLS.CertFile, u.TLS.KeyFile, readFile)
+		if u.Secure() {
+			tlsFiles(at.At("tls"), u.TLS)
 		}
 	}
 	if here := c.Cache.At(site); here.Shared == SharedRedis {
@@ -41,11 +43,8 @@ func (c *Config) CheckLocal(site string, lookupEnv func(string) (string, bool), 
 		if !here.Redis.Password.IsZero() {
 			src.CheckSecret(at.At("password"), here.Redis.Password, lookupEnv, readFile)
 		}
-		if here.Redis.Secure() && here.Redis.TLS.CAFile != "" {
-			src.CheckCA(at.At("tls", "ca_file"), here.Redis.TLS.CAFile, readFile)
-		}
-		if here.Redis.Secure() && here.Redis.TLS.CertFile != "" {
-			src.CheckKeyPair(at.At("tls"), here.Redis.TLS.CertFile, here.Redis.TLS.KeyFile, readFile)
+		if here.Redis.Secure() {
+			tlsFiles(at.At("tls"), here.Redis.TLS)
 		}
 	}
 	return src.Err()
