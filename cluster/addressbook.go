@@ -18,10 +18,6 @@ type addressBook struct {
 	entries map[string]agreed.Node
 }
 
-func newAddressBook() *addressBook {
-	return &addressBook{entries: map[string]agreed.Node{}}
-}
-
 // recordDirect stores what a node sent about itself over an authenticated connection.
 func (b *addressBook) recordDirect(n agreed.Node) {
 	b.mu.Lock()

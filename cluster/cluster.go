@@ -136,7 +136,7 @@ func New(o Options) (*Cluster, error) {
 	_, _ = rand.Read(id[:]) // never fails
 	c := &Cluster{
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
-		book: newAddressBook(), lease: &lease{},
+		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
@@ -165,7 +165,7 @@ func New(o Options) (*Cluster, error) {
 			}
 		},
 	})
-	c.layer = newRaftLayer(c.runCtx, c.mesh.RaftLayer(o.Name), c.waitForPeer)
+	c.layer = &raftLayer{StreamLayer: c.mesh.RaftLayer(o.Name), ctx: c.runCtx, wait: c.waitForPeer, waiting: map[string]int{}}
 	c.metrics = newMetrics(o.Registerer, c)
 	return c, nil
 }

@@ -28,10 +28,6 @@ type raftLayer struct {
 // for entries and one for heartbeats of each peer.
 const maxWaitingDials = 2
 
-func newRaftLayer(ctx context.Context, l raft.StreamLayer, wait func(context.Context, string)) *raftLayer {
-	return &raftLayer{StreamLayer: l, ctx: ctx, wait: wait, waiting: map[string]int{}}
-}
-
 // Dial waits while the peer is known to be offline, and then dials. After failed dials
 // raft backs off for up to 10 s, so if dials failed at once, a peer that was offline for
 // half a minute would get its entries up to 10 s after its return. A dial that waits

@@ -29,14 +29,11 @@ func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 		if r.caughtUp(living, reported) && !r.opts.Table.Partial() {
 			return nil
 		}
-		again := time.NewTimer(holdsAgain)
 		select {
 		case <-ctx.Done():
-			again.Stop()
 			return fmt.Errorf("catch up with other nodes: %w", ctx.Err())
 		case <-changed:
-			again.Stop()
-		case <-again.C:
+		case <-time.After(holdsAgain):
 		}
 	}
 }

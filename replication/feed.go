@@ -74,10 +74,6 @@ type feedItem struct {
 	relay bool
 }
 
-func newFeed(r *Replication) *feed {
-	return &feed{r: r, pace: pacer{now: r.opts.Boottime, perSecond: r.opts.Limits.FeedBytesPerSecond}, outboxes: map[feedTarget]*outbox{}}
-}
-
 // enqueue queues an item for the neighbours and, if own is true, for the other sites.
 func (f *feed) enqueue(item []byte, own bool) {
 	f.mu.Lock()

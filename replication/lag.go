@@ -47,10 +47,6 @@ type siteCopyKey struct{ holder, originSite string }
 
 type siteCopyAge struct{ fresh, heard time.Duration }
 
-func newFreshness(now func() time.Duration) *freshness {
-	return &freshness{now: now, own: map[string]*originCopy{}, copies: map[siteCopyKey]siteCopyAge{}}
-}
-
 // answered handles an answer: at the time at, or later, the origin had these ends. held
 // returns what this node has of a stream.
 func (f *freshness) answered(origin string, at time.Duration, ends map[journal.Stream]uint64, held func(journal.Stream) uint64) {

@@ -45,10 +45,6 @@ type puller struct {
 	changed chan struct{} // capacity 1
 }
 
-func newPuller(r *Replication, source string) *puller {
-	return &puller{r: r, source: source, changed: make(chan struct{}, 1)}
-}
-
 // want sets the origins to pull and reports whether they changed.
 func (k *puller) want(origins []string) bool {
 	k.mu.Lock()
@@ -130,7 +126,8 @@ func (k *puller) pullOnce(ctx context.Context) error {
 		lastRecords: -busyFor, wake: make(chan struct{}, 1),
 	}
 	defer c.updates.close()
-	c.records, c.rows = newRecordReceiver(c), newRowReceiver(c)
+	c.records = &recordReceiver{c: c, streams: map[journal.Stream]*receiveBuffer{}}
+	c.rows = &rowReceiver{c: c, pages: make(chan *replicationpb.SnapshotPage, maxPages)}
 	g.Go(c.send)
 	g.Go(c.receive)
 	g.Go(c.rows.merge)

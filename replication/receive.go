@@ -51,10 +51,6 @@ type batch struct {
 	frames      []byte
 }
 
-func newRecordReceiver(c *pullSession) *recordReceiver {
-	return &recordReceiver{c: c, streams: map[journal.Stream]*receiveBuffer{}}
-}
-
 // put adds the frames of one message.
 func (in *recordReceiver) put(f *replicationpb.Frames) error {
 	s, err := readStream(f.GetStream())

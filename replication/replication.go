@@ -124,7 +124,7 @@ func New(o Options) (*Replication, error) {
 	}
 	r := &Replication{
 		opts: o, tracker: newTracker(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),
-		fresh:     newFreshness(o.Boottime),
+		fresh:     &freshness{now: o.Boottime, own: map[string]*originCopy{}, copies: map[siteCopyKey]siteCopyAge{}},
 		bulk:      pacer{now: o.Boottime, perSecond: o.Limits.BulkBytesPerSecond},
 		changes:   streamChanges{subs: map[*changeSub]struct{}{}},
 		lifecycle: lifecycle{pulls: map[string]*context.CancelFunc{}},
@@ -137,7 +137,7 @@ func New(o Options) (*Replication, error) {
 		o.Logger.Error("the note of durable records is damaged; records are shown as less durable until peers report theirs", "err", damaged)
 	}
 	r.metrics = newMetrics(o.Registerer, r)
-	r.feed = newFeed(r)
+	r.feed = &feed{r: r, pace: pacer{now: o.Boottime, perSecond: o.Limits.FeedBytesPerSecond}, outboxes: map[feedTarget]*outbox{}}
 	r.tracker.setOwn(durable(o.Log.Ends()))
 	r.tracker.setMembers(o.Members())
 	return r, nil

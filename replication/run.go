@@ -221,7 +221,7 @@ func (r *Replication) pullAll(ctx context.Context) error {
 		for source, origins := range plan {
 			k := links[source]
 			if k == nil {
-				k = newPuller(r, source)
+				k = &puller{r: r, source: source, changed: make(chan struct{}, 1)}
 				links[source] = k
 				lctx, stop := context.WithCancel(ctx)
 				k.stop = stop

@@ -92,10 +92,6 @@ type rowReceiver struct {
 	pages   chan *replicationpb.SnapshotPage
 }
 
-func newRowReceiver(c *pullSession) *rowReceiver {
-	return &rowReceiver{c: c, pages: make(chan *replicationpb.SnapshotPage, maxPages)}
-}
-
 func (in *rowReceiver) take(p *replicationpb.SnapshotPage) error {
 	if p == nil {
 		return nil

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/url"
@@ -114,12 +115,16 @@ func (c *checker) sites() {
 // that conflict the later one is rejected.
 func (c *checker) inFileOrder(parent string, names []string) []string {
 	slices.SortFunc(names, func(a, b string) int {
-		if d := c.src.Line(At(parent, a)) - c.src.Line(At(parent, b)); d != 0 {
-			return d
-		}
-		return strings.Compare(a, b)
+		return cmp.Or(c.src.Line(At(parent, a))-c.src.Line(At(parent, b)), strings.Compare(a, b))
 	})
 	return names
+}
+
+// between rejects a number that is out of range.
+func (c *checker) between(p Path, v, least, most int64) {
+	if v < least || v > most {
+		c.reject(p, fmt.Sprintf("write a number from %d to %d", least, most), "%d is out of range", v)
+	}
 }
 
 func (c *checker) within(p Path, d Duration, least, most time.Duration) {
@@ -168,8 +173,7 @@ func (c *checker) upstream(at Path, u Upstream) {
 		c.reject(at.At("max_concurrency"), "write a number from 1 to 65536, or 0 for the default of 256", "%d is out of range", u.MaxConcurrency)
 	}
 	switch u.Discover {
-	case DiscoverOff:
-	case DiscoverDNS:
+	case DiscoverOff, DiscoverDNS:
 	case DiscoverSRV:
 		if to, err := url.Parse(u.URL); err == nil && to.Port() != "" {
 			c.reject(at.At("url"), "remove the port", "the URL has a port, but with discover: srv the ports come from the SRV records")
@@ -195,9 +199,7 @@ func (c *checker) upstreamURL(at Path, raw string) {
 	if len(raw) > 2048 {
 		c.reject(at, sample, "the URL has more than 2048 characters")
 	}
-	switch u.Scheme {
-	case "http", "https":
-	default:
+	if u.Scheme != "http" && u.Scheme != "https" {
 		c.reject(at, sample, "the URL's scheme is not http or https")
 		return
 	}
@@ -238,15 +240,10 @@ func (c *checker) secret(at Path, s Secret) {
 
 func (c *checker) limits() {
 	l, at := c.Limits, At("limits")
-	bound := func(key string, v, least, most int64) {
-		if v < least || v > most {
-			c.reject(at.At(key), fmt.Sprintf("write a number from %d to %d", least, most), "%d is out of range", v)
-		}
-	}
-	bound("body_bytes", l.BodyBytes, 1<<10, 1<<30)
-	bound("in_flight", int64(l.InFlight), 1, 1<<20)
-	bound("connections", int64(l.Connections), 1, 1<<20)
-	bound("header_bytes", int64(l.HeaderBytes), 4<<10, 1<<20)
+	c.between(at.At("body_bytes"), l.BodyBytes, 1<<10, 1<<30)
+	c.between(at.At("in_flight"), int64(l.InFlight), 1, 1<<20)
+	c.between(at.At("connections"), int64(l.Connections), 1, 1<<20)
+	c.between(at.At("header_bytes"), int64(l.HeaderBytes), 4<<10, 1<<20)
 }
 
 func (c *checker) timing() {

@@ -339,8 +339,7 @@ func (s *Source) decodeText(n *yaml.Node, out encoding.TextUnmarshaler, p Path) 
 		return
 	}
 	if err := out.UnmarshalText([]byte(n.Value)); err != nil {
-		message, hint, _ := strings.Cut(err.Error(), "; ")
-		s.Reject(p, message, hint)
+		s.rejectError(p, err)
 	}
 }
 

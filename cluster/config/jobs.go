@@ -1,7 +1,6 @@
 package config
 
 import (
-	"fmt"
 	"slices"
 	"time"
 )
@@ -57,15 +56,10 @@ func (c *checker) jobs() {
 	if !slices.Contains(JobDurabilities(), j.Durability) {
 		c.reject(at.At("durability"), c.src.suggest(j.Durability, JobDurabilities(), ""), "%s is not a durability", quoted(j.Durability))
 	}
-	bound := func(key string, v, least, most int64) {
-		if v < least || v > most {
-			c.reject(at.At(key), fmt.Sprintf("write a number from %d to %d", least, most), "%d is out of range", v)
-		}
-	}
-	bound("concurrency", int64(j.Concurrency), 1, 4096)
-	bound("max_queued", int64(j.MaxQueued), 1, 1_000_000)
-	bound("max_queued_bytes", j.MaxQueuedBytes, 1<<20, 1<<40)
-	bound("max_attempts", int64(j.MaxAttempts), 1, 100)
+	c.between(at.At("concurrency"), int64(j.Concurrency), 1, 4096)
+	c.between(at.At("max_queued"), int64(j.MaxQueued), 1, 1_000_000)
+	c.between(at.At("max_queued_bytes"), j.MaxQueuedBytes, 1<<20, 1<<40)
+	c.between(at.At("max_attempts"), int64(j.MaxAttempts), 1, 100)
 	c.within(at.At("retention"), j.Retention, time.Minute, 30*24*time.Hour)
 	c.within(at.At("expires_in"), j.ExpiresIn, time.Second, MaxJobExpiry)
 }

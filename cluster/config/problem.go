@@ -173,10 +173,7 @@ func (s *Source) Err() error {
 	}
 	ps := slices.Clone(s.problems)
 	slices.SortStableFunc(ps, func(a, b Problem) int {
-		if a.Line != b.Line {
-			return cmp.Compare(a.Line, b.Line)
-		}
-		return cmp.Compare(a.Path, b.Path)
+		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Path, b.Path))
 	})
 	if s.omitted > 0 {
 		ps = append(ps, Problem{File: s.file, Message: fmt.Sprintf("%d more problems are not shown", s.omitted), Hint: "correct these first"})

@@ -18,17 +18,11 @@ func DefaultTimeouts() Timeouts {
 
 // over returns t with base's values where t has none.
 func (t Timeouts) over(base Timeouts) Timeouts {
-	or := func(d, base Duration) Duration {
-		if d != 0 {
-			return d
-		}
-		return base
-	}
 	return Timeouts{
-		Connect:       or(t.Connect, base.Connect),
-		FirstToken:    or(t.FirstToken, base.FirstToken),
-		BetweenTokens: or(t.BetweenTokens, base.BetweenTokens),
-		Total:         or(t.Total, base.Total),
+		Connect:       cmp.Or(t.Connect, base.Connect),
+		FirstToken:    cmp.Or(t.FirstToken, base.FirstToken),
+		BetweenTokens: cmp.Or(t.BetweenTokens, base.BetweenTokens),
+		Total:         cmp.Or(t.Total, base.Total),
 
 		MinTokensPerSecond: cmp.Or(t.MinTokensPerSecond, base.MinTokensPerSecond),
 	}

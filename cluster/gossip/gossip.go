@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/throttle"
 	"github.com/dsnode/dsnode/storage/notify"
 )
 
@@ -400,7 +401,7 @@ func (g *Gossip) config(t *transport) *memberlist.Config {
 	c.Delegate = delegate{meta: &g.meta}  // metadata to publish
 	c.Events, c.Alive = g.table, g.table  // members heard
 	c.Conflict, c.Ping = g.table, g.table // names with two addresses; answered probes
-	c.Logger = log.New(newLogWriter(g.opts.Logger, g.table), "", 0)
+	c.Logger = log.New(&logWriter{log: g.opts.Logger, table: g.table, throttle: throttle.NewLines()}, "", 0)
 	return c
 }
 

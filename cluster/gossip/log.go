@@ -27,10 +27,6 @@ type logWriter struct {
 	throttle *throttle.Lines
 }
 
-func newLogWriter(log *slog.Logger, table *table) *logWriter {
-	return &logWriter{log: log, table: table, throttle: throttle.NewLines()}
-}
-
 // Write takes one line of a log.Logger without flags.
 func (l *logWriter) Write(line []byte) (int, error) {
 	level, text := parseLogLine(string(line))

@@ -114,8 +114,11 @@ func New(o Options) *Mesh {
 		listeners:  map[Kind]*kindListener{},
 		clients:    map[string]*Client{},
 		routes:     newRouteTable(metrics),
-		timing:     defaultRouteTiming(),
-		relayed:    relayLimiter{limit: maxRelayed, limitPerPeer: maxRelayedPerPeer, perPeer: map[string]int{}},
+		timing: routeTiming{
+			tunnelDelay: defaultTunnelDelay, softTimeout: defaultSoftTimeout, minProbe: minProbeInterval,
+			recheck: recheckInterval, confirm: confirmInterval, grace: replaceGrace,
+		},
+		relayed: relayLimiter{limit: maxRelayed, limitPerPeer: maxRelayedPerPeer, perPeer: map[string]int{}},
 	}
 	m.tasksCtx, m.stopTasks = context.WithCancel(context.Background())
 	m.transport = m.newHTTPTransport()

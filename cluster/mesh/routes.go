@@ -46,13 +46,6 @@ type routeTiming struct {
 	tunnelDelay, softTimeout, minProbe, recheck, confirm, grace time.Duration
 }
 
-func defaultRouteTiming() routeTiming {
-	return routeTiming{
-		tunnelDelay: defaultTunnelDelay, softTimeout: defaultSoftTimeout, minProbe: minProbeInterval,
-		recheck: recheckInterval, confirm: confirmInterval, grace: replaceGrace,
-	}
-}
-
 // routeTable holds the routes to nodes. A node that is not in it is assumed to be
 // reached directly.
 type routeTable struct {

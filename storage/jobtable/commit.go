@@ -49,14 +49,12 @@ func (t *Table) commitLoop(ctx context.Context) error {
 			return t.usable()
 		case <-t.urgent:
 		case <-t.kick:
-			timer := time.NewTimer(commitEvery)
 			select {
-			case <-timer.C:
+			case <-time.After(commitEvery):
 			case <-t.urgent:
 			case <-ctx.Done():
 			case <-t.failed:
 			}
-			timer.Stop()
 		}
 		if err := t.commit(); err != nil {
 			return err

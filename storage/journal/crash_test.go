@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -278,7 +279,7 @@ func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
 		d.room = free
 		d.mu.Unlock()
 		l.space.mu.Lock()
-		l.space.known = false
+		l.space.checked = time.Time{}
 		l.space.mu.Unlock()
 	}
 	for _, tt := range []struct {

@@ -139,7 +139,7 @@ func open(o Options, d disk) (*Log, error) {
 		failed:  make(chan struct{}),
 	}
 	l.metrics = newMetrics(o.Registerer, l)
-	l.space = freeSpace{dir: o.Dir, floor: o.FreeFloor, disk: d, began: time.Now()}
+	l.space = freeSpace{dir: o.Dir, floor: o.FreeFloor, disk: d}
 	l.tails = tails{limit: o.TailBytes, chunks: map[Stream][]*chunk{}}
 	if err := l.recover(); err != nil {
 		return nil, fmt.Errorf("open the journal %s: %w", o.Dir, err)
@@ -292,12 +292,10 @@ type freeSpace struct {
 	dir   string
 	floor int64
 	disk  disk
-	began time.Time
 
 	mu      sync.Mutex // guards what follows
 	free    int64
-	checked time.Duration
-	known   bool
+	checked time.Time
 }
 
 // A disk that fills at 1 GB/s loses a tenth of the default floor in this time.
@@ -311,12 +309,12 @@ func (r *freeSpace) aboveFloor(part int64) int64 {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if since := time.Since(r.began); !r.known || since-r.checked >= spaceCheckEvery {
+	if time.Since(r.checked) >= spaceCheckEvery {
 		free, err := r.disk.free(r.dir)
 		if err != nil {
 			return math.MaxInt64
 		}
-		r.free, r.checked, r.known = free, since, true
+		r.free, r.checked = free, time.Now()
 	}
 	return r.free - r.floor/part
 }
