@@ -24,7 +24,6 @@ type JobStreams struct {
 	Data      []agreed.JobStream `json:"data"`
 }
 
-// JobStreams implements Cluster.
 func (c *Client) JobStreams(ctx context.Context) (JobStreams, error) {
 	return ask[JobStreams](ctx, c, http.MethodGet, "/admin/v1/jobs/streams", nil, nil)
 }
@@ -41,7 +40,6 @@ func (s *Server) postJobsCheck(ctx context.Context, _ call) (any, error) {
 	return JobsCheck{Agree: true}, nil
 }
 
-// CheckJobs implements Cluster.
 func (c *Client) CheckJobs(ctx context.Context) error {
 	_, err := ask[JobsCheck](ctx, c, http.MethodPost, "/admin/v1/jobs/check", nil, nil)
 	return err
