@@ -13,7 +13,6 @@ import (
 	"golang.org/x/term"
 )
 
-// The output formats.
 const (
 	outputTable = "table"
 	outputJSON  = "json"
