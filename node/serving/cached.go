@@ -28,7 +28,6 @@ const (
 // CacheStatus is what the cache had to do with an answer: X-Dsnode-Cache.
 type CacheStatus string
 
-// The statuses.
 const (
 	HitLocal  CacheStatus = "hit-local"
 	HitShared CacheStatus = "hit-shared"
