@@ -29,7 +29,6 @@ const (
 // AdoptionReason names why a stream gets another owner.
 type AdoptionReason string
 
-// The reasons of an adoption.
 const (
 	AdoptNeighbour AdoptionReason = "owner_gone"    // by another node of the owner's site
 	AdoptPrimary   AdoptionReason = "site_gone"     // by the primary

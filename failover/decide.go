@@ -47,7 +47,6 @@ type LastPromotion struct {
 // ActionKind is what the coordinator is to do.
 type ActionKind string
 
-// The actions.
 const (
 	Stay             ActionKind = "stay"
 	Promote          ActionKind = "promote"
@@ -62,10 +61,9 @@ type Action struct {
 
 var stay = Action{Kind: Stay}
 
-// Reason names why. It is a metric label, in the log, and shown to operators.
+// Reason names why Decide gave an action. It is a metric label, in the log, and shown to operators.
 type Reason string
 
-// The reasons of Decide.
 const (
 	Quarantined          Reason = "quarantined"
 	NoQuorum             Reason = "no_quorum"

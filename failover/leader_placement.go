@@ -61,7 +61,6 @@ type LeaderCandidate struct {
 // LeaderReason names why the leader moves or stays.
 type LeaderReason string
 
-// The reasons of PlaceLeader.
 const (
 	LeaderInPlace          LeaderReason = "in_primary_site"
 	LeaderPrimaryUnhealthy LeaderReason = "primary_not_healthy"

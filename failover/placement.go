@@ -84,10 +84,9 @@ type Plan struct {
 	Node string
 }
 
-// PlacementReason names why. It is in the log.
+// PlacementReason names why PlaceVoters gave a plan. It is in the log.
 type PlacementReason string
 
-// The reasons of PlaceVoters.
 const (
 	PlacementSettled      PlacementReason = "placed"
 	PlacementNoQuorum     PlacementReason = "no_quorum"       // nothing could be committed

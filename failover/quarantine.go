@@ -38,7 +38,6 @@ type QuarantineVoter struct {
 // QuarantineReason names why the cluster is quarantined or free.
 type QuarantineReason string
 
-// The reasons of Quarantine.
 const (
 	QuarantineNoMajority QuarantineReason = "no_majority"     // too few voters answered
 	QuarantineCold       QuarantineReason = "cold_majority"   // all voters that answered have restarted, and sites are missing

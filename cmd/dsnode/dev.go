@@ -122,7 +122,7 @@ func runDev(ctx context.Context, env *environment, f devFlags) (err error) {
 		return devEnded(ctx, err)
 	}
 	plan.summarize(env.stdout, exe, children, status, time.Since(begun))
-	return watchDev(ctx, env, plan, exe, children)
+	return watchDev(ctx, env, exe, children)
 }
 
 // devEnded drops the error of a start that Ctrl-C ended.
@@ -184,7 +184,7 @@ func awaitDev(ctx context.Context, client *admin.Client, children *devChildren) 
 // watchDev reports each child that ends, with the command that starts it again,
 // until Ctrl-C. It restarts nothing by itself: a user who kills a node wants to see
 // the consequences.
-func watchDev(ctx context.Context, env *environment, plan *devPlan, exe string, children *devChildren) error {
+func watchDev(ctx context.Context, env *environment, exe string, children *devChildren) error {
 	for {
 		select {
 		case <-ctx.Done():

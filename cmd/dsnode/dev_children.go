@@ -169,10 +169,8 @@ func (c *devChild) stop(within time.Duration) error {
 	if c.cmd == nil {
 		return nil
 	}
-	select {
-	case <-c.done:
+	if closed(c.done) {
 		return c.stopReplacement(within)
-	default:
 	}
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("end %s: %w", c.title, err)

@@ -63,16 +63,7 @@ func newDrillPlanCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		err = s.show(p, func(w io.Writer) error {
-			if err := emit(w, "It would rehearse %s.\n\n", printable(p.Rehearses)); err != nil {
-				return err
-			}
-			return checksGrid(p.Checks, r.Waive).write(w, env.palette())
-		})
-		if err == nil && !p.OK {
-			return quietly(exitFailed)
-		}
-		return err
+		return showPlan(s, p, p.OK, "It would rehearse "+p.Rehearses+".", checksGrid(p.Checks, r.Waive))
 	})
 }
 

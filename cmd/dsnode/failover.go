@@ -59,13 +59,19 @@ func planFailover(ctx context.Context, s *session, r admin.FailoverRequest) erro
 	if err != nil {
 		return err
 	}
-	err = s.show(p, func(w io.Writer) error {
-		if err := emit(w, "The primary would move from %s to %s.\n\n", text(p.From), printable(p.To)); err != nil {
+	return showPlan(s, p, p.OK, fmt.Sprintf("The primary would move from %s to %s.", text(p.From), p.To), checksGrid(p.Checks, r.Waive))
+}
+
+// showPlan shows what a switchover or a drill would do, and its checks. The exit code is
+// 1 if it can't begin.
+func showPlan(s *session, plan any, ok bool, what string, checks *grid) error {
+	err := s.show(plan, func(w io.Writer) error {
+		if err := emit(w, "%s\n\n", printable(what)); err != nil {
 			return err
 		}
-		return checksGrid(p.Checks, r.Waive).write(w, s.env.palette())
+		return checks.write(w, s.env.palette())
 	})
-	if err == nil && !p.OK {
+	if err == nil && !ok {
 		return quietly(exitFailed)
 	}
 	return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -122,16 +123,11 @@ func awaitDataKey(ctx context.Context, s *session, key admin.DataKey) (admin.Dat
 			return key, nodes, err
 		}
 		nodes = k.Nodes
-		found := false
-		for _, one := range k.Keys {
-			if one.ID == key.ID {
-				key, found = one, true
-			}
-		}
-		if !found {
+		at := slices.IndexFunc(k.Keys, func(one admin.DataKey) bool { return one.ID == key.ID })
+		if at < 0 {
 			return key, nodes, failure("dsnode keyring list shows the keys", "data key %s does not exist any more", key.ID)
 		}
-		if key.State != "pending" {
+		if key = k.Keys[at]; key.State != "pending" {
 			break
 		}
 		select {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,7 +13,6 @@ import (
 	"golang.org/x/term"
 )
 
-// The output formats.
 const (
 	outputTable = "table"
 	outputJSON  = "json"
@@ -146,26 +144,15 @@ func (g *grid) write(w io.Writer, p palette) error {
 			widths[i] = max(widths[i], utf8.RuneCountInString(c.text))
 		}
 	}
-	var out bytes.Buffer
+	var out strings.Builder
 	for _, row := range rows {
+		line := ""
 		for i, c := range row {
-			out.WriteString(p.paint(c.colour, c.text))
-			if i < len(row)-1 {
-				out.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2))
-			}
+			line += p.paint(c.colour, c.text) + strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c.text)+2)
 		}
-		out.WriteByte('\n')
+		out.WriteString(strings.TrimRight(line, " ") + "\n")
 	}
-	return emit(w, "%s", trimLines(out.String()))
-}
-
-// trimLines removes the trailing spaces that an empty last cell leaves.
-func trimLines(text string) string {
-	lines := strings.Split(text, "\n")
-	for i, line := range lines {
-		lines[i] = strings.TrimRight(line, " ")
-	}
-	return strings.Join(lines, "\n")
+	return emit(w, "%s", out.String())
 }
 
 // printable replaces control characters in text from a peer or a file, so that it

@@ -40,7 +40,7 @@ func newStatusCommand(env *environment) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		if err := showStatus(s, env.stdout, status); err != nil {
+		if err := showStatus(s, status); err != nil {
 			return err
 		}
 		if !status.Healthy {
@@ -50,8 +50,8 @@ func newStatusCommand(env *environment) *cobra.Command {
 	})
 }
 
-func showStatus(s *session, w io.Writer, status admin.Status) error {
-	return show(w, s.output, status, func(w io.Writer) error {
+func showStatus(s *session, status admin.Status) error {
+	return s.show(status, func(w io.Writer) error {
 		return statusTable{Status: status, now: status.ObservedAt}.write(w, s.env.palette())
 	})
 }
@@ -103,7 +103,7 @@ func watchOnce(ctx context.Context, s *session) error {
 			return err
 		}
 	}
-	if err := showStatus(s, s.env.stdout, status); err != nil {
+	if err := showStatus(s, status); err != nil {
 		return err
 	}
 	if s.output == outputTable && !s.env.stdoutIsTerminal() {

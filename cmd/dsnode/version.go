@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"io"
 	"runtime"
 	"runtime/debug"
@@ -63,7 +62,7 @@ func newVersionCommand(env *environment) *cobra.Command {
 			}
 			v := versionInfo{Version: env.version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 			return show(env.stdout, output, v, func(w io.Writer) error {
-				return emit(w, "%s\n", fmt.Sprintf("dsnode %s (%s, %s)", v.Version, v.Go, v.Platform))
+				return emit(w, "dsnode %s (%s, %s)\n", v.Version, v.Go, v.Platform)
 			})
 		},
 	}

@@ -20,7 +20,6 @@ import (
 // Kind is what is rehearsed.
 type Kind string
 
-// The kinds of this version.
 const (
 	Switchover Kind = "switchover" // move the primary to the site, without loss
 	Isolation  Kind = "isolation"  // cut the site off; this is a real failover if it is the primary

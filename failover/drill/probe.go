@@ -12,7 +12,6 @@ import (
 // Question is a small request as a client or a load balancer sends it.
 type Question string
 
-// The questions.
 const (
 	AskModels     Question = "GET /v1/models"
 	AskReady      Question = "GET /healthz/ready"

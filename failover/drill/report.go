@@ -12,7 +12,6 @@ import (
 // Verdict is how a drill ended.
 type Verdict string
 
-// The verdicts.
 const (
 	Pass    Verdict = "pass"
 	Fail    Verdict = "fail"

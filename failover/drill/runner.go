@@ -110,15 +110,12 @@ func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, erro
 	r.busy = true
 	r.mu.Unlock()
 	t, err := r.prepare(ctx, v, q)
+	r.mu.Lock()
+	r.busy, r.active = err == nil, t
+	r.mu.Unlock()
 	if err != nil {
-		r.mu.Lock()
-		r.busy = false
-		r.mu.Unlock()
 		return agreed.DrillRecord{}, err
 	}
-	r.mu.Lock()
-	r.active = t
-	r.mu.Unlock()
 	r.begin <- t
 	return t.record, nil
 }
@@ -134,11 +131,11 @@ func (r *Runner) prepare(ctx context.Context, v View, q Request) (*trial, error)
 		for i, c := range bad {
 			reasons[i] = fmt.Sprintf("%s (%s)", c.Name, c.Detail)
 		}
-		t.close()
+		t.done()
 		return nil, fmt.Errorf("the drill %w: %s", failover.ErrPrecheck, strings.Join(reasons, "; "))
 	}
 	if err := t.agree(ctx); err != nil {
-		t.close()
+		t.done()
 		return nil, err
 	}
 	return t, nil

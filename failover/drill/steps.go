@@ -3,6 +3,7 @@ package drill
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
@@ -185,12 +186,8 @@ func (t *trial) lastHeard(nodes []string) (last time.Duration, silent bool) {
 
 func (t *trial) allHeard(nodes []string) bool {
 	peers := t.o.Agreement.Peers()
-	for _, name := range nodes {
-		if !peers[name].HeardWithin(t.o.Agreement.Timing().Lease) {
-			return false
-		}
-	}
-	return true
+	silent := func(name string) bool { return !peers[name].HeardWithin(t.o.Agreement.Timing().Lease) }
+	return !slices.ContainsFunc(nodes, silent)
 }
 
 func (t *trial) inPlace(nodes []string, index uint64) (ok bool, why string) {

@@ -90,8 +90,6 @@ func (t *trial) targetsOf(s *agreed.State) {
 	t.report.RTO.Target, t.report.RPO.Target = &rto, &rpo
 }
 
-func (t *trial) close() { t.done() }
-
 // tryModel asks each target for one completion before the drill, so that a wrong model
 // name or a missing key does not look like an outage.
 func (t *trial) tryModel(ctx context.Context) {
@@ -167,7 +165,7 @@ func (t *trial) within(ctx context.Context, limit time.Duration, what string, is
 
 // run carries the drill out, judges it and has its report agreed on.
 func (t *trial) run(ctx context.Context) {
-	defer t.close()
+	defer t.done()
 	acting, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	probing, stopProbe := context.WithCancel(ctx)

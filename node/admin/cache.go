@@ -58,12 +58,10 @@ func (s *Server) postCachePurge(ctx context.Context, c call) (any, error) {
 	return nil, s.cluster.PurgeCache(ctx, r, c.author)
 }
 
-// CacheStats implements Caches.
 func (c *Client) CacheStats(ctx context.Context) (CacheStats, error) {
 	return ask[CacheStats](ctx, c, http.MethodGet, "/admin/v1/cache", nil, nil)
 }
 
-// PurgeCache implements Caches.
 func (c *Client) PurgeCache(ctx context.Context, r CachePurge, by string) error {
 	body, err := json.Marshal(r)
 	if err != nil {

@@ -19,16 +19,11 @@ import (
 // read makes a handler for a GET, which takes the given parameters.
 func (s *Server) read(h handler, parameters ...string) http.Handler {
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		query, err := readQuery(r, parameters)
-		author := ""
+		c, err := readCall(r, parameters)
 		if err == nil {
-			author, err = readAuthor(query.Get("author"))
+			err = s.answer(w, r, h, c)
 		}
 		if err != nil {
-			s.refuse(w, r, err)
-			return
-		}
-		if err := s.answer(w, r, h, call{path: r.PathValue, query: query, author: author}); err != nil {
 			s.refuse(w, r, err)
 		}
 	}))
@@ -39,7 +34,10 @@ func (s *Server) read(h handler, parameters ...string) http.Handler {
 func (s *Server) change(h handler, parameters ...string) http.Handler {
 	parameters = append(parameters, "author")
 	return s.authorized(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, err := readCall(w, r, parameters)
+		c, err := readCall(r, parameters)
+		if err == nil {
+			c.body, err = readBody(w, r)
+		}
 		if err == nil {
 			err = s.answer(w, r, h, c)
 		}
@@ -108,16 +106,14 @@ func (s *Server) writeJSON(w http.ResponseWriter, status int, value any) {
 	_, _ = w.Write(append(text, '\n'))
 }
 
-func readCall(w http.ResponseWriter, r *http.Request, parameters []string) (call, error) {
+// readCall reads a request, without its body.
+func readCall(r *http.Request, parameters []string) (call, error) {
 	c := call{path: r.PathValue}
 	var err error
 	if c.query, err = readQuery(r, parameters); err != nil {
 		return c, err
 	}
-	if c.author, err = readAuthor(c.query.Get("author")); err != nil {
-		return c, err
-	}
-	c.body, err = readBody(w, r)
+	c.author, err = readAuthor(c.query.Get("author"))
 	return c, err
 }
 

@@ -136,57 +136,47 @@ func (c *Client) URLs() []string {
 	return texts
 }
 
-// Status implements Cluster.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	return ask[Status](ctx, c, http.MethodGet, "/admin/v1/status", nil, nil)
 }
 
-// Upstreams implements Cluster.
 func (c *Client) Upstreams(ctx context.Context) ([]UpstreamInfo, error) {
 	l, err := ask[list[UpstreamInfo]](ctx, c, http.MethodGet, "/admin/v1/upstreams", nil, nil)
 	return l.Data, err
 }
 
-// DrainUpstream implements Cluster.
 func (c *Client) DrainUpstream(ctx context.Context, name, by string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/drain", c.by(by))
 }
 
-// ResumeUpstream implements Cluster.
 func (c *Client) ResumeUpstream(ctx context.Context, name, by string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/upstreams/"+url.PathEscape(name)+"/resume", c.by(by))
 }
 
-// Bootstrap implements Cluster.
 func (c *Client) Bootstrap(ctx context.Context, configText []byte, author string) error {
 	_, err := ask[ConfigVersion](ctx, c, http.MethodPost, "/admin/v1/bootstrap", c.by(author), configText)
 	return err
 }
 
-// Config implements Cluster.
 func (c *Client) Config(ctx context.Context) (ConfigVersion, error) {
 	return ask[ConfigVersion](ctx, c, http.MethodGet, "/admin/v1/config", nil, nil)
 }
 
-// ConfigHistory implements Cluster.
 func (c *Client) ConfigHistory(ctx context.Context) ([]ConfigVersion, error) {
 	l, err := ask[list[ConfigVersion]](ctx, c, http.MethodGet, "/admin/v1/config/history", nil, nil)
 	return l.Data, err
 }
 
-// ApplyConfig implements Cluster.
 func (c *Client) ApplyConfig(ctx context.Context, text []byte, expectVersion *uint64, author string) (ConfigVersion, error) {
 	return ask[ConfigVersion](ctx, c, http.MethodPut, "/admin/v1/config", expecting(c.by(author), expectVersion), text)
 }
 
-// RollbackConfig implements Cluster.
 func (c *Client) RollbackConfig(ctx context.Context, to uint64, expectVersion *uint64, author string) (ConfigVersion, error) {
 	q := expecting(c.by(author), expectVersion)
 	q.Set("to", strconv.FormatUint(to, 10))
 	return ask[ConfigVersion](ctx, c, http.MethodPost, "/admin/v1/config/rollback", q, nil)
 }
 
-// CreateAPIKey implements Cluster.
 func (c *Client) CreateAPIKey(ctx context.Context, r APIKeyRequest) (APIKeyCreated, error) {
 	body, err := json.Marshal(r)
 	if err != nil {
@@ -195,18 +185,15 @@ func (c *Client) CreateAPIKey(ctx context.Context, r APIKeyRequest) (APIKeyCreat
 	return ask[APIKeyCreated](ctx, c, http.MethodPost, "/admin/v1/apikeys", c.by(""), body)
 }
 
-// APIKeys implements Cluster.
 func (c *Client) APIKeys(ctx context.Context) ([]APIKeyInfo, error) {
 	l, err := ask[list[APIKeyInfo]](ctx, c, http.MethodGet, "/admin/v1/apikeys", nil, nil)
 	return l.Data, err
 }
 
-// RevokeAPIKey implements Cluster.
 func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodDelete, "/admin/v1/apikeys/"+url.PathEscape(id), c.by(""))
 }
 
-// RemoveNode implements Cluster.
 func (c *Client) RemoveNode(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name), c.by(""))
 }

@@ -150,7 +150,6 @@ func names(text string) []string {
 	return strings.Split(text, ",")
 }
 
-// PlanFailover implements Failovers.
 func (c *Client) PlanFailover(ctx context.Context, r FailoverRequest, by string) (FailoverPlan, error) {
 	q := c.by(by)
 	q.Set("to", r.To)
@@ -159,7 +158,6 @@ func (c *Client) PlanFailover(ctx context.Context, r FailoverRequest, by string)
 	return ask[FailoverPlan](ctx, c, http.MethodGet, "/admin/v1/failover/plan", q, nil)
 }
 
-// Failover implements Failovers.
 func (c *Client) Failover(ctx context.Context, r FailoverRequest, by string) (FailoverResult, error) {
 	body, err := json.Marshal(r)
 	if err != nil {
@@ -168,12 +166,10 @@ func (c *Client) Failover(ctx context.Context, r FailoverRequest, by string) (Fa
 	return ask[FailoverResult](ctx, c, http.MethodPost, "/admin/v1/failover", c.by(by), body)
 }
 
-// AckFailover implements Failovers.
 func (c *Client) AckFailover(ctx context.Context, by string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/failover/ack", c.by(by))
 }
 
-// HoldFailover implements Failovers.
 func (c *Client) HoldFailover(ctx context.Context, reason, by string) error {
 	q := c.by(by)
 	if reason != "" {
@@ -182,7 +178,6 @@ func (c *Client) HoldFailover(ctx context.Context, reason, by string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/failover/hold", q)
 }
 
-// ResumeFailover implements Failovers.
 func (c *Client) ResumeFailover(ctx context.Context, by string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/failover/resume", c.by(by))
 }
@@ -192,7 +187,6 @@ func (c *Client) ReleaseQuarantine(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/recover/release", c.by(""))
 }
 
-// PlanDrill implements Drills.
 func (c *Client) PlanDrill(ctx context.Context, r DrillRequest, by string) (DrillPlan, error) {
 	q := c.by(by)
 	q.Set("kind", r.Kind)
@@ -218,13 +212,11 @@ func (c *Client) StartDrill(ctx context.Context, r DrillRequest, by string) (Dri
 	return d, err
 }
 
-// Drills implements Drills.
 func (c *Client) Drills(ctx context.Context) ([]Drill, error) {
 	l, err := ask[list[Drill]](ctx, c, http.MethodGet, "/admin/v1/drills", nil, nil)
 	return l.Data, err
 }
 
-// Drill implements Drills.
 func (c *Client) Drill(ctx context.Context, id string) (Drill, error) {
 	return ask[Drill](ctx, c, http.MethodGet, "/admin/v1/drills/"+url.PathEscape(id), nil, nil)
 }

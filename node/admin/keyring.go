@@ -62,17 +62,14 @@ func (s *Server) postKeyringRewrap(ctx context.Context, c call) (any, error) {
 	return s.cluster.RewrapKeyring(ctx, c.author)
 }
 
-// Keyring implements Cluster.
 func (c *Client) Keyring(ctx context.Context) (Keyring, error) {
 	return ask[Keyring](ctx, c, http.MethodGet, "/admin/v1/keyring", nil, nil)
 }
 
-// RotateKeyring implements Cluster.
 func (c *Client) RotateKeyring(ctx context.Context, by string) (DataKey, error) {
 	return ask[DataKey](ctx, c, http.MethodPost, "/admin/v1/keyring/rotate", c.by(by), nil)
 }
 
-// RewrapKeyring implements Cluster.
 func (c *Client) RewrapKeyring(ctx context.Context, by string) (Keyring, error) {
 	return ask[Keyring](ctx, c, http.MethodPost, "/admin/v1/keyring/rewrap", c.by(by), nil)
 }

@@ -58,7 +58,6 @@ type Raft struct {
 // SiteState is the health of a site.
 type SiteState string
 
-// The states of a site.
 const (
 	SiteHealthy  SiteState = "healthy"
 	SiteDegraded SiteState = "degraded" // it is alive, and a part of it is not
@@ -99,7 +98,6 @@ type Replication struct {
 // NodeState is a node's state in the gossip membership.
 type NodeState string
 
-// The states of a node.
 const (
 	NodeAlive   NodeState = "alive"
 	NodeSuspect NodeState = "suspect"

@@ -43,7 +43,6 @@ type InstanceInfo struct {
 // UpstreamState is the health of an upstream.
 type UpstreamState string
 
-// The states of an upstream.
 const (
 	UpstreamHealthy   UpstreamState = "healthy"
 	UpstreamUnhealthy UpstreamState = "unhealthy"

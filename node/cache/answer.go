@@ -59,13 +59,13 @@ func newPacker(most int) (*packer, error) {
 	return &packer{enc: enc, dec: dec, max: most}, nil
 }
 
-// pack appends
+// pack encodes an answer as
 //
 //	format (1) | flags (1) | type | ends as distances | size of the body | body
 //
 // where lengths, counts and distances are varints, and the body is compressed if a
 // flag says so. StoredAt and Purge are in the entry's header instead.
-func (p *packer) pack(dst []byte, a *Answer) []byte {
+func (p *packer) pack(a *Answer) []byte {
 	flags := byte(0)
 	if a.Stream {
 		flags |= flagStream
@@ -73,7 +73,7 @@ func (p *packer) pack(dst []byte, a *Answer) []byte {
 	if len(a.Body) >= minCompressed {
 		flags |= flagZstd
 	}
-	dst = append(dst, answerFormat, flags)
+	dst := append([]byte(nil), answerFormat, flags)
 	dst = binary.AppendUvarint(dst, uint64(len(a.ContentType)))
 	dst = append(dst, a.ContentType...)
 	dst = binary.AppendUvarint(dst, uint64(len(a.Ends)))

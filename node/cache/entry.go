@@ -92,7 +92,7 @@ func additionalData(k Key, at time.Time, purge uint64) []byte {
 
 func (c *Cache) seal(k Key, a *Answer) (Entry, error) {
 	at := a.StoredAt.Truncate(time.Millisecond)
-	sealed, err := c.sealer.Seal(nil, c.packer.pack(nil, a), additionalData(k, at, a.Purge))
+	sealed, err := c.sealer.Seal(nil, c.packer.pack(a), additionalData(k, at, a.Purge))
 	if err != nil {
 		return Entry{}, fmt.Errorf("seal an answer: %w", err)
 	}

@@ -31,14 +31,14 @@ func FuzzUnpack(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(p.pack(nil, streamed("data: a\n\n", "data: [DONE]\n\n")))
-	f.Add(p.pack(nil, plainAnswer(strings.Repeat("word ", 500))))
+	f.Add(p.pack(streamed("data: a\n\n", "data: [DONE]\n\n")))
+	f.Add(p.pack(plainAnswer(strings.Repeat("word ", 500))))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		a, err := p.unpack(b)
 		if err != nil {
 			return
 		}
-		again, err := p.unpack(p.pack(nil, a))
+		again, err := p.unpack(p.pack(a))
 		if err != nil || !bytes.Equal(a.Body, again.Body) || !slices.Equal(a.Ends, again.Ends) || a.Stream != again.Stream || a.ContentType != again.ContentType {
 			t.Fatalf("%v: %+v became %+v", err, a, again)
 		}

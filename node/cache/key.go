@@ -30,7 +30,6 @@ func ParseKey(text string) (k Key, ok bool) {
 // Shape is the form of an answer on the wire. The shapes have separate entries.
 type Shape string
 
-// The shapes.
 const (
 	Plain  Shape = "plain"
 	Stream Shape = "stream"

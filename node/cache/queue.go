@@ -14,17 +14,13 @@ type Queue[T any] struct {
 
 	mu     sync.Mutex // guards all below
 	items  []T
-	head   int
 	bytes  int
 	filled chan struct{} // holds a token when there may be items
 }
 
-// NewQueue makes a queue of at most maxLen items with at most maxBytes in all. dropped,
-// unless it is nil, is called with the number of items that Offer has dropped.
+// NewQueue makes a queue of at most maxLen items with at most maxBytes in all. dropped is
+// called with the number of items that Offer has dropped.
 func NewQueue[T any](maxLen, maxBytes int, size func(T) int, dropped func(n int)) *Queue[T] {
-	if dropped == nil {
-		dropped = func(int) {}
-	}
 	return &Queue[T]{size: size, maxLen: maxLen, maxSize: maxBytes, dropped: dropped, filled: make(chan struct{}, 1)}
 }
 
@@ -37,7 +33,7 @@ func (q *Queue[T]) Offer(v T) {
 	}
 	q.mu.Lock()
 	lost := 0
-	for q.len() > 0 && (q.len() >= q.maxLen || q.bytes+n > q.maxSize) {
+	for len(q.items) > 0 && (len(q.items) >= q.maxLen || q.bytes+n > q.maxSize) {
 		q.pop()
 		lost++
 	}
@@ -73,7 +69,7 @@ func (q *Queue[T]) now(most int) []T {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	var batch []T
-	for q.len() > 0 && len(batch) < most {
+	for len(q.items) > 0 && len(batch) < most {
 		batch = append(batch, q.pop())
 	}
 	return batch
@@ -83,21 +79,14 @@ func (q *Queue[T]) now(most int) []T {
 func (q *Queue[T]) Len() (n, bytes int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.len(), q.bytes
+	return len(q.items), q.bytes
 }
-
-func (q *Queue[T]) len() int { return len(q.items) - q.head }
 
 func (q *Queue[T]) pop() T {
 	var zero T
-	v := q.items[q.head]
-	q.items[q.head] = zero
-	q.head++
+	v := q.items[0]
+	q.items[0] = zero // the array lives on until append makes a new one
+	q.items = q.items[1:]
 	q.bytes -= q.size(v)
-	if q.head > len(q.items)/2 {
-		n := copy(q.items, q.items[q.head:])
-		clear(q.items[n:])
-		q.items, q.head = q.items[:n], 0
-	}
 	return v
 }

@@ -13,49 +13,38 @@ type healthAnswer struct {
 	Epoch  *uint64 `json:"epoch"` // null: unknown
 }
 
-func (x *exchange) health(h Report, ok bool) {
-	a := healthAnswer{Status: "ok", Site: x.g.o.Site, Node: x.g.o.Node}
-	if h.Role != "" {
-		a.Role = &h.Role
+// healthIf makes a health endpoint that answers 200 if ok holds, else 503.
+func healthIf(ok func(*Gateway, Report) bool) func(x *exchange, _ string) {
+	return func(x *exchange, _ string) {
+		h := x.g.o.Health.Health()
+		a := healthAnswer{Status: "ok", Site: x.g.o.Site, Node: x.g.o.Node}
+		if h.Role != "" {
+			a.Role = &h.Role
+		}
+		if h.Epoch != 0 {
+			a.Epoch = &h.Epoch
+		}
+		status := http.StatusOK
+		if !ok(x.g, h) {
+			a.Status, status = "unavailable", http.StatusServiceUnavailable
+		}
+		x.w.Header()["Cache-Control"] = noStore
+		x.reply(status, a)
 	}
-	if h.Epoch != 0 {
-		a.Epoch = &h.Epoch
-	}
-	status := http.StatusOK
-	if !ok {
-		a.Status, status = "unavailable", http.StatusServiceUnavailable
-	}
-	x.w.Header()["Cache-Control"] = noStore
-	x.reply(status, a)
 }
 
 var noStore = []string{"no-store"}
 
-func (x *exchange) live(string) { x.health(x.g.o.Health.Health(), true) }
+func live(*Gateway, Report) bool { return true }
 
-func (x *exchange) ready(string) {
-	h := x.g.o.Health.Health()
-	x.health(h, h.Ready && !x.g.draining.Load())
-}
+func ready(g *Gateway, h Report) bool { return h.Ready && !g.draining.Load() }
 
-// primary requires the lease: without it another site may have taken over, and this
-// node may not know yet.
-func (x *exchange) primary(string) {
-	h := x.g.o.Health.Health()
-	x.health(h, h.Role == "primary" && h.Lease)
-}
+// actsAsPrimary requires the lease: without it another site may have taken over, and
+// this node may not know yet.
+func actsAsPrimary(_ *Gateway, h Report) bool { return h.Role == "primary" && h.Lease }
 
-func (x *exchange) sameCity(string) {
-	h := x.g.o.Health.Health()
-	x.health(h, h.Role == "same-city")
-}
+func isSameCity(_ *Gateway, h Report) bool { return h.Role == "same-city" }
 
-func (x *exchange) remote(string) {
-	h := x.g.o.Health.Health()
-	x.health(h, h.Role == "remote")
-}
+func isRemote(_ *Gateway, h Report) bool { return h.Role == "remote" }
 
-func (x *exchange) quorum(string) {
-	h := x.g.o.Health.Health()
-	x.health(h, h.Quorum)
-}
+func hasQuorum(_ *Gateway, h Report) bool { return h.Quorum }

@@ -35,15 +35,15 @@ var routes = append(endpointRoutes(), []route{
 	{[]string{http.MethodPost, http.MethodGet, http.MethodHead}, "/jobs", false, nil, (*exchange).jobs, true},
 	{[]string{http.MethodGet, http.MethodHead, http.MethodDelete, http.MethodPost}, "/jobs/", false, nil, (*exchange).job, true},
 
-	{probe, "/healthz/live", true, nil, (*exchange).live, false},
-	{probe, "/healthz/ready", true, nil, (*exchange).ready, false},
-	{probe, "/healthz/primary", true, nil, (*exchange).primary, false},
-	{probe, "/healthz/same-city", true, nil, (*exchange).sameCity, false},
-	{probe, "/healthz/remote", true, nil, (*exchange).remote, false},
-	{probe, "/healthz/quorum", true, nil, (*exchange).quorum, false},
-	{probe, "/livez", true, nil, (*exchange).live, false},
-	{probe, "/readyz", true, nil, (*exchange).ready, false},
-	{probe, "/health", true, nil, (*exchange).ready, false},
+	{probe, "/healthz/live", true, nil, healthIf(live), false},
+	{probe, "/healthz/ready", true, nil, healthIf(ready), false},
+	{probe, "/healthz/primary", true, nil, healthIf(actsAsPrimary), false},
+	{probe, "/healthz/same-city", true, nil, healthIf(isSameCity), false},
+	{probe, "/healthz/remote", true, nil, healthIf(isRemote), false},
+	{probe, "/healthz/quorum", true, nil, healthIf(hasQuorum), false},
+	{probe, "/livez", true, nil, healthIf(live), false},
+	{probe, "/readyz", true, nil, healthIf(ready), false},
+	{probe, "/health", true, nil, healthIf(ready), false},
 }...)
 
 func endpointRoutes() []route {

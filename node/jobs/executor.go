@@ -166,12 +166,19 @@ func (x *executor) usableLanes() map[*lane]bool {
 func (x *executor) start(work context.Context, e *entry) {
 	ctx, cancel := context.WithCancelCause(work)
 	e.running = &run{cancel: cancel}
-	x.running++
-	x.work.Go(func() {
+	x.launch(e, &x.running, func() step {
 		defer cancel(nil)
-		next := x.attempt(work, ctx, e)
+		return x.attempt(work, ctx, e)
+	})
+}
+
+// launch works on an entry in a goroutine that count counts; mu is held.
+func (x *executor) launch(e *entry, count *int, do func() step) {
+	*count++
+	x.work.Go(func() {
+		next := do()
 		x.mu.Lock()
-		x.running--
+		*count--
 		x.settle(e, next)
 		x.mu.Unlock()
 		x.nudge()
@@ -191,15 +198,7 @@ func (x *executor) endSome(work context.Context, may func(*lane) bool) {
 		}
 		e.toEnd = false
 		e.running = &run{cancel: func(error) {}} // writing a record is not cancelled
-		x.ending++
-		x.work.Go(func() {
-			next := x.end(work, e)
-			x.mu.Lock()
-			x.ending--
-			x.settle(e, next)
-			x.mu.Unlock()
-			x.nudge()
-		})
+		x.launch(e, &x.ending, func() step { return x.end(work, e) })
 	}
 	clear(x.endings[len(later):])
 	x.endings = later

@@ -54,7 +54,7 @@ type level struct {
 
 type tenantJobs struct {
 	tenant string
-	jobs   readyHeap
+	jobs   entryHeap
 }
 
 func (l *lane) push(e *entry) {
@@ -62,7 +62,7 @@ func (l *lane) push(e *entry) {
 	i := slices.IndexFunc(v.tenants, func(t *tenantJobs) bool { return t.tenant == e.tenant })
 	if i < 0 {
 		i = len(v.tenants)
-		v.tenants = append(v.tenants, &tenantJobs{tenant: e.tenant})
+		v.tenants = append(v.tenants, &tenantJobs{tenant: e.tenant, jobs: newReady()})
 	}
 	heap.Push(&v.tenants[i].jobs, e)
 	l.size++
@@ -85,7 +85,7 @@ func (l *lane) best() int {
 func (l *lane) pop(priority int) *entry {
 	v := &l.levels[priority]
 	v.next %= len(v.tenants)
-	e := v.tenants[v.next].jobs[0]
+	e := v.tenants[v.next].jobs.entries[0]
 	v.next++
 	l.remove(e)
 	return e
@@ -97,7 +97,7 @@ func (l *lane) remove(e *entry) {
 	i := slices.IndexFunc(v.tenants, func(t *tenantJobs) bool { return t.tenant == e.tenant })
 	heap.Remove(&v.tenants[i].jobs, e.readyAt)
 	l.size--
-	if len(v.tenants[i].jobs) == 0 {
+	if v.tenants[i].jobs.Len() == 0 {
 		v.tenants = slices.Delete(v.tenants, i, i+1)
 		if v.next > i {
 			v.next--
@@ -105,60 +105,50 @@ func (l *lane) remove(e *entry) {
 	}
 }
 
-// readyHeap has the oldest job first.
-type readyHeap []*entry
-
-func (h readyHeap) Len() int { return len(h) }
-func (h readyHeap) Less(a, b int) bool {
-	return cmp.Or(cmp.Compare(h[a].created, h[b].created), h[a].id.Compare(h[b].id)) < 0
+// entryHeap is a heap of entries. Each knows its place in it, so that it can be removed.
+type entryHeap struct {
+	entries []*entry
+	before  func(a, b *entry) bool
+	place   func(*entry) *int // the entry's field for its index
 }
 
-func (h readyHeap) Swap(a, b int) {
-	h[a], h[b] = h[b], h[a]
-	h[a].readyAt, h[b].readyAt = a, b
+// newReady makes a heap that has the oldest job first.
+func newReady() entryHeap {
+	return entryHeap{
+		before: func(a, b *entry) bool { return cmp.Or(cmp.Compare(a.created, b.created), a.id.Compare(b.id)) < 0 },
+		place:  func(e *entry) *int { return &e.readyAt },
+	}
 }
 
-// Push implements heap.Interface.
-func (h *readyHeap) Push(x any) {
-	e := x.(*entry) //nolint:forcetypeassert // only entries are pushed
-	e.readyAt = len(*h)
-	*h = append(*h, e)
+// newTimers makes a heap by the time at which jobs become ready or expire.
+func newTimers() entryHeap {
+	return entryHeap{
+		before: func(a, b *entry) bool { return a.due.Before(b.due) },
+		place:  func(e *entry) *int { return &e.timedAt },
+	}
 }
 
-// Pop implements heap.Interface.
-func (h *readyHeap) Pop() any {
-	last := len(*h) - 1
-	e := (*h)[last]
-	(*h)[last] = nil
-	*h = (*h)[:last]
-	e.readyAt = -1
-	return e
-}
-
-// timers is a heap of jobs by the time at which they become ready or expire.
-type timers []*entry
-
-func (h timers) Len() int           { return len(h) }
-func (h timers) Less(a, b int) bool { return h[a].due.Before(h[b].due) }
-func (h timers) Swap(a, b int) {
-	h[a], h[b] = h[b], h[a]
-	h[a].timedAt, h[b].timedAt = a, b
+func (h *entryHeap) Len() int           { return len(h.entries) }
+func (h *entryHeap) Less(a, b int) bool { return h.before(h.entries[a], h.entries[b]) }
+func (h *entryHeap) Swap(a, b int) {
+	h.entries[a], h.entries[b] = h.entries[b], h.entries[a]
+	*h.place(h.entries[a]), *h.place(h.entries[b]) = a, b
 }
 
 // Push implements heap.Interface.
-func (h *timers) Push(x any) {
+func (h *entryHeap) Push(x any) {
 	e := x.(*entry) //nolint:forcetypeassert // only entries are pushed
-	e.timedAt = len(*h)
-	*h = append(*h, e)
+	*h.place(e) = len(h.entries)
+	h.entries = append(h.entries, e)
 }
 
 // Pop implements heap.Interface.
-func (h *timers) Pop() any {
-	last := len(*h) - 1
-	e := (*h)[last]
-	(*h)[last] = nil
-	*h = (*h)[:last]
-	e.timedAt = -1
+func (h *entryHeap) Pop() any {
+	last := len(h.entries) - 1
+	e := h.entries[last]
+	h.entries[last] = nil
+	h.entries = h.entries[:last]
+	*h.place(e) = -1
 	return e
 }
 
@@ -167,11 +157,11 @@ type queue struct {
 	lanes  []*lane // in the order of their turns
 	turn   int
 	byID   map[journal.JobID]*entry
-	timers timers
+	timers entryHeap
 	bytes  int64 // of all entries' bodies
 }
 
-func newQueue() queue { return queue{byID: map[journal.JobID]*entry{}} }
+func newQueue() queue { return queue{byID: map[journal.JobID]*entry{}, timers: newTimers()} }
 
 func (q *queue) lane(s journal.Stream) *lane {
 	for _, l := range q.lanes {
@@ -251,8 +241,8 @@ func (q *queue) next(usable func(*lane) bool) *entry {
 // ones. Expired jobs of lanes that are not usable stay, because only the owner may end them.
 func (q *queue) popDue(now time.Time, usable func(*lane) bool) (expired []*entry) {
 	const again = 250 * time.Millisecond
-	for len(q.timers) > 0 && !q.timers[0].due.After(now) {
-		e := q.timers[0]
+	for q.timers.Len() > 0 && !q.timers.entries[0].due.After(now) {
+		e := q.timers.entries[0]
 		switch {
 		case e.expires.After(now): // it is ready
 			q.hold(e)
@@ -270,8 +260,8 @@ func (q *queue) popDue(now time.Time, usable func(*lane) bool) (expired []*entry
 
 // wake is the next time at which popDue has work; false: none.
 func (q *queue) wake() (time.Time, bool) {
-	if len(q.timers) == 0 {
+	if q.timers.Len() == 0 {
 		return time.Time{}, false
 	}
-	return q.timers[0].due, true
+	return q.timers.entries[0].due, true
 }

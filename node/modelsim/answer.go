@@ -17,8 +17,7 @@ import (
 
 // query has the fields of a request that the simulator uses.
 type query struct {
-	Model         string          `json:"model"`
-	Stream        bool            `json:"stream"`
+	common
 	Messages      json.RawMessage `json:"messages"`
 	Prompt        json.RawMessage `json:"prompt"`
 	Input         json.RawMessage `json:"input"`
@@ -42,6 +41,12 @@ type query struct {
 	pace pace
 }
 
+// common has the fields that are read of every request.
+type common struct {
+	Model  string `json:"model"`
+	Stream bool   `json:"stream"`
+}
+
 // pace is the speed and the length of an answer.
 type pace struct {
 	first  time.Duration
@@ -51,19 +56,12 @@ type pace struct {
 
 func (s *Server) parse(r *http.Request, body []byte, known bool) (*query, error) {
 	q := &query{body: body}
+	var into any = &q.common
 	if known {
-		if err := json.Unmarshal(body, q); err != nil {
-			return q, err
-		}
-	} else {
-		var few struct {
-			Model  string `json:"model"`
-			Stream bool   `json:"stream"`
-		}
-		if err := json.Unmarshal(body, &few); err != nil {
-			return q, err
-		}
-		q.Model, q.Stream = few.Model, few.Stream
+		into = q
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return q, err
 	}
 	q.pace = pace{s.opts.FirstToken, s.opts.Rate, s.opts.Tokens}
 	name, settings, _ := strings.Cut(q.Model, "@")

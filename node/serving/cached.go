@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +29,6 @@ const (
 // CacheStatus is what the cache had to do with an answer: X-Dsnode-Cache.
 type CacheStatus string
 
-// The statuses.
 const (
 	HitLocal  CacheStatus = "hit-local"
 	HitShared CacheStatus = "hit-shared"
@@ -207,16 +207,8 @@ func (s *cached) fetch(f *flight, r Request, plan cachePlan, old cache.Found) {
 // excusesStale reports that no server could answer. A server that refused the request
 // is an answer.
 func excusesStale(err error) bool {
-	var busy *BusyError
-	if errors.As(err, &busy) {
-		return true
-	}
-	for _, e := range []error{ErrNoUpstream, ErrOverloaded, ErrTimeout, ErrTruncated, ErrUpstreamFailed} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
+	none := []error{ErrNoUpstream, ErrOverloaded, ErrTimeout, ErrTruncated, ErrUpstreamFailed}
+	return slices.ContainsFunc(none, func(e error) bool { return errors.Is(err, e) })
 }
 
 // replay gives a kept answer to a sink, a stream in the events that it had.

@@ -200,9 +200,8 @@ func (b *backend) load(now time.Time) load {
 
 // open reports whether the breaker is open now.
 func (b *backend) open(now time.Time) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.breaker.state == breakerOpen && now.Sub(b.breaker.since) < b.breaker.wait
+	_, broken := b.away(now)
+	return broken > 0
 }
 
 // away says how long the backend will not be asked: the rest of a pause, and of an

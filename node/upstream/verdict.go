@@ -13,7 +13,6 @@ import (
 // and the log's.
 type Result int
 
-// The results.
 const (
 	OK                   Result = iota
 	Cancelled                   // the client went away
