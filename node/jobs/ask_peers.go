@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"sync"
 	"time"
 
 	"github.com/dsnode/dsnode/node/serving"
@@ -24,6 +25,8 @@ const (
 	maxAsked = 16
 	// maxRelayed bounds a peer's answer: the largest result and the job's other fields.
 	maxRelayed = MaxResult + 1<<20
+	// maxEnds bounds the jobs whose end was relayed and is not known here yet.
+	maxEnds = 4096
 )
 
 // Relayed is the answer of another node.
@@ -38,16 +41,54 @@ type Relayed struct {
 // answer of a node that has the job; for a change (another method than GET) that node gets
 // a second request. path is the path of the client API, such as "/v1/jobs/{id}/cancel". The error
 // is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
-// this node may lack rows that is ErrPartial.
+// this node may lack rows, or has relayed the job's end, that is ErrPartial.
 func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
 	if !j.ready.Load() {
 		return nil, ErrNotReady
 	}
 	there, err := j.askPeers(ctx, who, method, path, id)
-	if errors.Is(err, ErrNotFound) && j.o.Table.Partial() {
+	switch {
+	case err == nil && method == http.MethodGet && there.ended():
+		j.relayed.add(id)
+	case errors.Is(err, ErrNotFound) && (j.o.Table.Partial() || j.relayed.has(id)):
 		err = ErrPartial
 	}
 	return there, err
+}
+
+// ended reports whether the answer is a job that has ended.
+func (r *Relayed) ended() bool {
+	var v struct{ Status journal.Status }
+	return json.Unmarshal(r.Body, &v) == nil && v.Status.Final()
+}
+
+// relayedEnds remembers the jobs whose end this node has relayed from a peer. A node
+// that catches up gets the records of a job one after the other. Until it has the end
+// too, its own row is older than what clients have seen here, and is not shown.
+type relayedEnds struct {
+	mu    sync.Mutex // guards ids, order
+	ids   map[journal.JobID]bool
+	order []journal.JobID // oldest first; may have jobs that are no longer in ids
+}
+
+func (e *relayedEnds) add(id journal.JobID) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ids[id] {
+		return
+	}
+	if len(e.order) == maxEnds {
+		delete(e.ids, e.order[0])
+		e.order = append(e.order[:0], e.order[1:]...)
+	}
+	e.ids[id] = true
+	e.order = append(e.order, id)
+}
+
+func (e *relayedEnds) has(id journal.JobID) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.ids[id]
 }
 
 func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {

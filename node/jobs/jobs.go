@@ -69,6 +69,7 @@ type Jobs struct {
 	// lastPossible is the last result of possible.
 	lastPossible atomic.Pointer[possibility]
 	waits        *waits
+	relayed      relayedEnds
 	ready        atomic.Bool // Run has begun
 	closed       atomic.Bool // Run has ended
 }
@@ -82,7 +83,7 @@ func New(o Options) (*Jobs, error) {
 	if o.Peers == nil {
 		o.Peers = func() []upstream.Peer { return nil }
 	}
-	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends())}
+	j := &Jobs{o: o, log: o.Logger, ids: ids{ring: o.Ring}, waits: newWaits(o.Journal.Ends()), relayed: relayedEnds{ids: map[journal.JobID]bool{}}}
 	j.metrics = newMetrics(o.Registerer, j)
 	var err error
 	if j.streams, err = newStreams(&j.o); err != nil {

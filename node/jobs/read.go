@@ -26,12 +26,15 @@ func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, erro
 
 // find reads a job that the caller may see. While rows may be missing, ErrNotFound
 // becomes ErrPartial for operators; a client's request goes to other nodes first
-// (Elsewhere).
+// (Elsewhere), also for a job whose end this node has relayed and does not have itself.
 func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
 	if !j.ready.Load() {
 		return row, nil, nil, ErrNotReady
 	}
 	row, v, sub, err = j.lookUp(who, id)
+	if err == nil && !who.Operator && !v.Status.Final() && j.relayed.has(id) {
+		return row, nil, nil, ErrNotFound // a client has seen its end here, as a peer has it
+	}
 	if errors.Is(err, ErrNotFound) && who.Operator && j.o.Table.Partial() {
 		err = ErrPartial
 	}
