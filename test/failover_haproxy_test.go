@@ -142,8 +142,15 @@ func startHAProxy(t *testing.T, l *lab.Lab, program string) *balancer {
 			t.Logf("--- end of haproxy's log\n%s", strings.Join(lines[max(0, len(lines)-40):], "\n"))
 		}
 	})
-	l.WaitFor(within(10*time.Second), "haproxy to serve on both ports", func(ctx context.Context) error {
-		return errors.Join(b.ask(ctx, clients).err, b.ask(ctx, primary).err)
+	// haproxy counts every server as up until its first check of it, and asks them in turn.
+	l.WaitFor(within(10*time.Second), "haproxy to serve on both ports and to have checked each server", func(ctx context.Context) error {
+		first := b.ask(ctx, primary)
+		for range l.Nodes() {
+			if got := b.ask(ctx, primary); got.err != nil || got.site != first.site {
+				return fmt.Errorf("at the primary's port answers %q, then %q: %w", first.site, got.site, errors.Join(first.err, got.err))
+			}
+		}
+		return errors.Join(first.err, b.ask(ctx, clients).err)
 	})
 	for _, number := range []int{clients, primary} {
 		b.wg.Go(func() {

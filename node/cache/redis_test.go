@@ -18,6 +18,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/test/skip"
 )
 
 // server is a real redis-server, or the program that DSNODE_TEST_REDIS names, such as
@@ -41,12 +42,7 @@ func redisBinary(t *testing.T) string {
 	t.Helper()
 	binary := cmp.Or(os.Getenv("DSNODE_TEST_REDIS"), "redis-server")
 	path, err := exec.LookPath(binary)
-	if err != nil {
-		if os.Getenv("DSNODE_TEST_REQUIRE") == "1" {
-			t.Fatalf("%s is not installed", binary)
-		}
-		t.Skipf("%s is not installed", binary)
-	}
+	skip.Unless(t, err == nil, binary+" is not installed")
 	return path
 }
 
