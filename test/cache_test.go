@@ -107,17 +107,21 @@ func TestTheCacheOfRealNodes(t *testing.T) {
 func purgeWhileAway(t *testing.T, l *lab.Lab, here, away *lab.Node, question string) {
 	t.Helper()
 	away.Kill()
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, here.AdminURL()+"/admin/v1/cache/purge", strings.NewReader(fmt.Sprintf(`{"model":%q}`, lab.FastModel)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp, err := here.Site.Client().Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusNoContent {
-		t.Fatalf("purge: %d, %v", resp.StatusCode, err)
-	}
+	// The killed node may have led raft. Until another one leads, a purge is refused.
+	l.WaitFor(within(20*time.Second), "a purge", func(ctx context.Context) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, here.AdminURL()+"/admin/v1/cache/purge", strings.NewReader(fmt.Sprintf(`{"model":%q}`, lab.FastModel)))
+		if err != nil {
+			return err
+		}
+		resp, err := here.Site.Client().Do(req)
+		if err != nil {
+			return err
+		}
+		if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusNoContent {
+			return fmt.Errorf("%s, %w", resp.Status, err)
+		}
+		return nil
+	})
 	away.Start()
 	l.WaitHealthy(within(20 * time.Second))
 	if status, label, _, _ := askCached(t, away, question, "only"); status != http.StatusGatewayTimeout || label != "miss" {
