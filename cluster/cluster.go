@@ -25,6 +25,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/gossip"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
@@ -59,6 +60,7 @@ type Options struct {
 	OperatorKey         string
 	OperatorKeyPrevious string
 
+	Host       *host.Host    // nil: this machine
 	Health     func() Health // called for each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -135,9 +137,9 @@ func New(o Options) (*Cluster, error) {
 	var id [16]byte
 	_, _ = rand.Read(id[:]) // never fails
 	c := &Cluster{
-		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
-		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{},
-		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
+		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: o.Host.Now().UTC().Truncate(time.Millisecond),
+		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{host: o.Host},
+		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{host: o.Host},
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
@@ -146,7 +148,7 @@ func New(o Options) (*Cluster, error) {
 		return nil, err
 	}
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
-	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
+	c.fsm = newFSM(o.Logger, o.Host, func(err error) { c.fatal(err) })
 	if m.ClusterID != "" {
 		c.member.Store(&m)
 		close(c.joined)
@@ -156,7 +158,7 @@ func New(o Options) (*Cluster, error) {
 	}
 	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
-		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
+		Host: o.Host, Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
 		Relays: c.relays, Silent: c.silentPeers,
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			message := fmt.Sprintf("node %s has generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
@@ -419,7 +421,7 @@ func endError(ctx context.Context, err error) error {
 func (c *Cluster) newGossip() *gossip.Gossip {
 	m := c.Membership()
 	return gossip.New(gossip.Options{
-		Name: c.opts.Name, Bind: c.opts.GossipBind, Advertise: c.opts.Gossip, Key: c.opts.GossipKey,
+		Host: c.opts.Host, Name: c.opts.Name, Bind: c.opts.GossipBind, Advertise: c.opts.Gossip, Key: c.opts.GossipKey,
 		Label: fmt.Sprintf("%s/%d/%s", m.ClusterID, m.Generation.Number, m.Generation.ID),
 		Self: func() gossip.Member {
 			n := c.self()
@@ -466,7 +468,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
 		syncs = s.Syncs
 	}
-	err := newDiskWatchdog(c.opts.DataDir, c.log, syncs, c.diskStalled).Run(ctx)
+	err := newDiskWatchdog(c.opts.DataDir, c.opts.Host, c.log, syncs, c.diskStalled).Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
 		c.diskHung <- err
 	}

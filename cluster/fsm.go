@@ -10,8 +10,8 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/storage/notify"
 )
 
@@ -19,6 +19,7 @@ import (
 // Readers load the state's pointer without a lock.
 type fsm struct {
 	log   *slog.Logger
+	host  *host.Host
 	fatal func(error) // called for an entry that this version does not support
 
 	state   atomic.Pointer[agreed.State]
@@ -33,8 +34,8 @@ type fsm struct {
 	advanced notify.Broadcast // sent when an entry is applied
 }
 
-func newFSM(log *slog.Logger, fatal func(error)) *fsm {
-	f := &fsm{log: log, fatal: fatal}
+func newFSM(log *slog.Logger, host *host.Host, fatal func(error)) *fsm {
+	f := &fsm{log: log, host: host, fatal: fatal}
 	f.state.Store(agreed.NewState())
 	return f
 }
@@ -51,7 +52,7 @@ func (f *fsm) Apply(l *raft.Log) any {
 		return err
 	}
 	if c.Type == agreed.CmdTick {
-		f.ticked.Store(int64(clock.Boottime()))
+		f.ticked.Store(int64(f.host.Boottime()))
 		return nil
 	}
 	c.Term, c.Index = l.Term, l.Index

@@ -104,7 +104,7 @@ func (c *Cluster) leadLoop(ctx context.Context) error {
 				return err
 			}
 		}
-		timer.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+		timer.Reset(clock.UntilTick(c.opts.Host.Boottime(), c.Timing().Tick))
 		select {
 		case <-ctx.Done():
 			return nil
@@ -148,7 +148,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 			c.log.Info("raft leadership ended", "term", term)
 		}
 	}()
-	timer := time.NewTimer(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+	timer := time.NewTimer(clock.UntilTick(c.opts.Host.Boottime(), c.Timing().Tick))
 	defer timer.Stop()
 	leaseEnd := time.NewTimer(0) // fires a lease's length after the newest committed tick
 	defer leaseEnd.Stop()
@@ -161,7 +161,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	}
 	propose()
 	for r.State() == raft.Leader && r.CurrentTerm() == term {
-		if leading && clock.Boottime()-lastCommit > c.Timing().Lease {
+		if leading && c.opts.Host.Boottime()-lastCommit > c.Timing().Lease {
 			// Raft still reports this node as leader, but no quorum has confirmed it.
 			leading = false
 			end()
@@ -173,7 +173,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 		case <-r.LeaderCh():
 		case <-leaseEnd.C:
 		case <-timer.C:
-			timer.Reset(clock.UntilTick(clock.Boottime(), c.Timing().Tick))
+			timer.Reset(clock.UntilTick(c.opts.Host.Boottime(), c.Timing().Tick))
 			propose()
 		case <-c.committed:
 			propose()
@@ -184,18 +184,18 @@ func (c *Cluster) lead(ctx context.Context) error {
 				refused = 0
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
-				leaseEnd.Reset(max(0, lastCommit+c.Timing().Lease-clock.Boottime()) + time.Millisecond)
-				if !leading && clock.Boottime()-lastCommit <= c.Timing().Lease {
+				leaseEnd.Reset(max(0, lastCommit+c.Timing().Lease-c.opts.Host.Boottime()) + time.Millisecond)
+				if !leading && c.opts.Host.Boottime()-lastCommit <= c.Timing().Lease {
 					lctx, cancelLeading := context.WithCancel(ctx)
 					leading, end = true, cancelLeading
-					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: clock.Boottime()})
+					c.leadership.begin(lctx, Leadership{Term: term, FirstCommit: c.opts.Host.Boottime()})
 					c.log.Info("raft leadership began", "term", term)
 				}
 			case errors.Is(res.err, raft.ErrLeadershipTransferInProgress):
 				if refused == 0 {
-					refused = clock.Boottime()
+					refused = c.opts.Host.Boottime()
 				}
-				if clock.Boottime()-refused > refusedTooLong {
+				if c.opts.Host.Boottime()-refused > refusedTooLong {
 					return fmt.Errorf("raft has refused all writes for %s after a leadership transfer: this node stops and must be restarted", refusedTooLong)
 				}
 			}
@@ -231,8 +231,8 @@ func (c *Cluster) checkQuarantine() bool {
 
 // tick commits a tick. The result has the time from before it was proposed.
 func (c *Cluster) tick(r *raft.Raft) tickResult {
-	res := tickResult{proposed: clock.Boottime()}
-	cmd, err := agreed.NewCommand(agreed.CmdTick, time.Now(), nil)
+	res := tickResult{proposed: c.opts.Host.Boottime()}
+	cmd, err := agreed.NewCommand(agreed.CmdTick, c.opts.Host.Now(), nil)
 	if err == nil {
 		var b []byte
 		if b, err = cmd.Encode(); err == nil {

@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/storage/notify"
 )
 
@@ -27,6 +27,8 @@ import (
 // All times are Boottime. Every step makes the lease rather too short: a tick counts from
 // before it was proposed, a ping's answer from before the ping was sent.
 type lease struct {
+	host *host.Host
+
 	mu     sync.Mutex // guards the fields below
 	length time.Duration
 	until  time.Duration
@@ -79,7 +81,7 @@ func (l *lease) relayed(sent, left time.Duration, known fences) {
 }
 
 func (l *lease) extend(until time.Duration, known fences) {
-	now := clock.Boottime()
+	now := l.host.Boottime()
 	if heard := l.heard.merge(known); heard != l.heard {
 		l.heard = heard
 		l.changed.Send()
@@ -100,7 +102,7 @@ func (l *lease) extend(until time.Duration, known fences) {
 func (l *lease) left() (time.Duration, fences) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.until - clock.Boottime(), l.heard
+	return l.until - l.host.Boottime(), l.heard
 }
 
 // everHeld reports whether there was a lease since the process started. A node without
@@ -114,7 +116,7 @@ func (l *lease) everHeld() bool {
 // quorum reports whether there is a lease, and since when (Boottime) there is one or
 // none.
 func (l *lease) quorum() (ok bool, since time.Duration) {
-	now := clock.Boottime()
+	now := l.host.Boottime()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.until > now {

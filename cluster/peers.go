@@ -9,6 +9,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
+	"github.com/dsnode/dsnode/cluster/host"
 )
 
 // Health is what a node reports about itself in each ping.
@@ -114,8 +115,7 @@ func (t *peerTable) retain(members map[string]agreed.Node) {
 }
 
 // heard is this node's table in the form for a ping's answer.
-func (t *peerTable) heard() []*clusterpb.Heard {
-	now := clock.Boottime()
+func (t *peerTable) heard(now time.Duration) []*clusterpb.Heard {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	out := make([]*clusterpb.Heard, 0, len(t.answers))
@@ -190,7 +190,7 @@ func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	heard = heard.merge(fencesOf(c.State()))
 	leader, term := c.leader()
 	return &clusterpb.PingResponse{
-		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(),
+		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(c.opts.Host.Boottime()),
 		LeaseUs: max(0, left.Microseconds()), Epoch: heard.epoch, Ownership: heard.ownership,
 		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(),
 	}
@@ -198,7 +198,7 @@ func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 
 // Peers returns what this node knows about every other member, by name.
 func (c *Cluster) Peers() map[string]PeerView {
-	now := clock.Boottime()
+	now := c.opts.Host.Boottime()
 	members := c.members()
 	views := make(map[string]PeerView, len(members))
 	for name, n := range members {
@@ -246,6 +246,8 @@ func (c *Cluster) health() *clusterpb.Health {
 // or was stopped: a periodic loop measures how late it is. After a pause, silence of
 // other nodes proves nothing.
 type pauseMeter struct {
+	host *host.Host
+
 	mu   sync.Mutex // guards gaps
 	gaps [8]time.Duration
 	next int
@@ -257,16 +259,16 @@ const pauseWindow = 500 * time.Millisecond
 // Run blocks until ctx ends.
 func (p *pauseMeter) Run(ctx context.Context) error {
 	const interval = 125 * time.Millisecond
-	timer := time.NewTimer(clock.UntilTick(clock.Boottime(), interval))
+	timer := time.NewTimer(clock.UntilTick(p.host.Boottime(), interval))
 	defer timer.Stop()
-	last, slotEnds := clock.Boottime(), clock.Boottime()+pauseWindow
+	last, slotEnds := p.host.Boottime(), p.host.Boottime()+pauseWindow
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
 		}
-		now := clock.Boottime()
+		now := p.host.Boottime()
 		timer.Reset(clock.UntilTick(now, interval))
 		p.mu.Lock()
 		p.gaps[p.next] = max(p.gaps[p.next], now-last-interval)

@@ -32,7 +32,7 @@ func (p *pinger) run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		timer.Reset(clock.UntilTick(clock.Boottime(), p.c.Timing().Tick))
+		timer.Reset(clock.UntilTick(p.c.opts.Host.Boottime(), p.c.Timing().Tick))
 		if err := p.ping(ctx); err != nil && ctx.Err() == nil {
 			p.c.metrics.pingFailures.Inc()
 			p.c.log.Debug("ping failed", "peer", p.name, "err", err)
@@ -73,7 +73,7 @@ func (p *pinger) ping(ctx context.Context) (err error) {
 			return fmt.Errorf("ping %s: %w", p.name, err)
 		}
 	}
-	sent := clock.Boottime()
+	sent := p.c.opts.Host.Boottime()
 	var got *clusterpb.PingResponse
 	// Send fails with io.EOF when the call has ended; Recv then returns the reason.
 	if err = p.call.Send(p.c.pingRequest()); err == nil || errors.Is(err, io.EOF) {
@@ -85,7 +85,7 @@ func (p *pinger) ping(ctx context.Context) (err error) {
 	if got.GetNode().GetName() != p.name {
 		return fmt.Errorf("ping %s: answered by %q: %w", p.name, got.GetNode().GetName(), ErrForeignNode)
 	}
-	p.c.metrics.pingSeconds.Observe((clock.Boottime() - sent).Seconds())
+	p.c.metrics.pingSeconds.Observe((p.c.opts.Host.Boottime() - sent).Seconds())
 	p.c.book.recordDirect(nodeOf(got.GetNode()))
 	p.c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
 		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})

@@ -24,7 +24,7 @@ const (
 // once with ErrNoQuorum when no leader is known. A refusal of agreed.Apply is returned as
 // the same sentinel on every node.
 func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
-	cmd, err := agreed.NewCommand(t, time.Now(), data)
+	cmd, err := agreed.NewCommand(t, c.opts.Host.Now(), data)
 	if err != nil {
 		return 0, err
 	}

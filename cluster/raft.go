@@ -6,8 +6,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-
-	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 const (
@@ -146,10 +144,10 @@ func (c *Cluster) Raft() RaftView {
 	v.Quorum = quorum
 	_, v.Epoch = c.Lease()
 	if ticked := c.fsm.ticked.Load(); ticked != 0 {
-		v.Ticked, v.TickAgo = true, clock.Boottime()-time.Duration(ticked)
+		v.Ticked, v.TickAgo = true, c.opts.Host.Boottime()-time.Duration(ticked)
 	}
 	if c.lease.everHeld() {
-		v.Since = time.Now().Add(since - clock.Boottime())
+		v.Since = c.opts.Host.Now().Add(since - c.opts.Host.Boottime())
 	}
 	return v
 }

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-
-	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // raftLayer is raft's stream layer. Its dials wait for peers that are offline, and the
@@ -85,7 +83,7 @@ func (c *Cluster) waitForPeer(ctx context.Context, node string) {
 	for {
 		r := c.raft.Load()
 		a, heard := c.peers.get(node)
-		if r == nil || r.State() != raft.Leader || !c.isMember(node) || !heard || clock.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
+		if r == nil || r.State() != raft.Leader || !c.isMember(node) || !heard || c.opts.Host.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
 			return
 		}
 		select {

@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"slices"
 	"time"
-
-	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // relayFreshness bounds the age of a peer's newest answer, and the age at that time of the
@@ -19,7 +17,7 @@ const relayFreshness = pingTimeout + time.Second
 // or silent now. They answered a ping lately and reported that they hear the node. A
 // peer that itself reaches the node only through a tunnel will refuse.
 func (c *Cluster) relays(node string) []string {
-	now, members := clock.Boottime(), c.members()
+	now, members := c.opts.Host.Boottime(), c.members()
 	site := func(name string) string { return members[name].Site }
 	return rankRelays(node, c.opts.Site, site, c.peers.peersHearing(node, now), now-c.pingSilence())
 }
@@ -76,7 +74,7 @@ func (c *Cluster) pingSilence() time.Duration { return 2*c.Timing().Tick + 100*t
 
 // silentPeers are the peers that answered pings earlier, but not within pingSilence.
 func (c *Cluster) silentPeers() []string {
-	now := clock.Boottime()
+	now := c.opts.Host.Boottime()
 	c.peers.mu.Lock()
 	defer c.peers.mu.Unlock()
 	var names []string

@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/storage/notify"
 )
 
@@ -23,6 +23,7 @@ import (
 // so that a supervisor restarts it.
 type diskWatchdog struct {
 	dir        string
+	host       *host.Host
 	writeEvery time.Duration
 	stallAfter time.Duration
 	exitAfter  time.Duration
@@ -35,11 +36,11 @@ type diskWatchdog struct {
 	checkEvery time.Duration
 }
 
-func newDiskWatchdog(dir string, log *slog.Logger, syncs func() uint64, onStall func(bool)) *diskWatchdog {
+func newDiskWatchdog(dir string, host *host.Host, log *slog.Logger, syncs func() uint64, onStall func(bool)) *diskWatchdog {
 	return &diskWatchdog{
 		dir: dir, writeEvery: time.Second, stallAfter: 2 * time.Second, exitAfter: 10 * time.Second,
 		checkEvery: 100 * time.Millisecond, changed: make(chan struct{}, 1), onStall: onStall, log: log, write: writeAndSync,
-		syncs: syncs,
+		syncs: syncs, host: host,
 	}
 }
 
@@ -114,8 +115,14 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 }
 
 func (w *diskWatchdog) probe(path string) error {
-	w.setStarted(int64(clock.Boottime()))
-	err := w.write(path)
+	w.setStarted(int64(w.host.Boottime()))
+	var err error
+	if before := w.host.BeforeWrite(host.WriteProbe); before != nil {
+		err = before()
+	}
+	if err == nil {
+		err = w.write(path)
+	}
 	w.setStarted(0)
 	switch {
 	case errors.Is(err, syscall.ENOSPC):

@@ -59,7 +59,7 @@ func (c *stallCalls) all() []bool {
 // watch runs a watchdog. syncs may be nil.
 func watch(t *testing.T, d *fakeDisk, syncs func() uint64) (calls *stallCalls, ended chan error) {
 	calls, ended = &stallCalls{}, make(chan error, 1)
-	w := newDiskWatchdog(t.TempDir(), slog.New(slog.DiscardHandler), syncs, calls.add)
+	w := newDiskWatchdog(t.TempDir(), nil, slog.New(slog.DiscardHandler), syncs, calls.add)
 	w.write = d.write
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { ended <- w.Run(ctx) }()

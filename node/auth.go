@@ -1,16 +1,18 @@
 package node
 
 import (
-	"time"
-
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
 // keyCheck checks clients' keys against the local copy of the agreed state. Without a
 // quorum, valid keys stay valid.
-type keyCheck struct{ cluster *cluster.Cluster }
+type keyCheck struct {
+	cluster *cluster.Cluster
+	host    *host.Host
+}
 
 // Authenticate implements gateway.Auth.
 func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, error) {
@@ -23,7 +25,7 @@ func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, err
 	if anonymous && (token == "" || len(s.APIKeys) == 0) {
 		return serving.Principal{}, nil
 	}
-	key, err := s.Authenticate(token, time.Now())
+	key, err := s.Authenticate(token, k.host.Now())
 	if err != nil {
 		return serving.Principal{}, err
 	}

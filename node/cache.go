@@ -31,7 +31,7 @@ func (n *Node) openCache() error {
 			LookupEnv: os.LookupEnv,
 			ReadFile:  func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 		},
-		OutboundBytes: outboundBytes, Logger: n.log, Registerer: n.reg,
+		OutboundBytes: outboundBytes, Now: n.host.Now, Logger: n.log, Registerer: n.reg,
 	})
 	if err != nil {
 		return fmt.Errorf("make the cache: %w", err)

@@ -9,7 +9,6 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/replication"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -20,7 +19,7 @@ func (n *Node) openReplication() (err error) {
 		Self: n.cfg.Name, Site: n.cfg.Site, Dir: filepath.Join(n.cfg.DataDir, jobsDir), Log: j.log, Table: j.table, Ring: n.keys.Ring,
 		Members: j.members, Current: j.current, Retired: j.retired, Deliver: n.storeEntry,
 		Dial:     func(node string) (grpc.ClientConnInterface, error) { return n.cluster.Mesh().ClientConn(node) },
-		Boottime: clock.Boottime, Logger: n.log, Registerer: n.reg,
+		Boottime: j.n.host.Boottime, Logger: n.log, Registerer: n.reg,
 	})
 	return err
 }

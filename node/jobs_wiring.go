@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/node/upstream"
@@ -51,7 +52,7 @@ type asyncJobs struct {
 // openJournals opens the files. openReplication and openJobs make the other parts, when
 // what they need is open.
 func (n *Node) openJournals() error {
-	j := &asyncJobs{n: n, clock: journal.NewHLC(time.Now, clockAhead), sealer: journal.NewSealer(n.keys.Ring)}
+	j := &asyncJobs{n: n, clock: journal.NewHLC(n.host.Now, clockAhead), sealer: journal.NewSealer(n.keys.Ring)}
 	var err error
 	dir := filepath.Join(n.cfg.DataDir, jobsDir)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -63,6 +64,7 @@ func (n *Node) openJournals() error {
 	n.onStop("job table", func() error { return j.table.Close() })
 	j.log, err = journal.Open(journal.Options{
 		Dir: filepath.Join(n.cfg.DataDir, journalDir), Clock: j.clock, Logger: n.log, Registerer: n.reg, Durable: j.table.Apply,
+		BeforeWrite: n.host.BeforeWrite(host.WriteJournal), FreeBytes: n.host.FreeBytes(),
 	})
 	if err != nil {
 		return fmt.Errorf("open the journals: %w", err)
@@ -78,7 +80,7 @@ func (n *Node) openJournals() error {
 func (j *asyncJobs) openTable(dir string) (*jobtable.Table, error) {
 	o := jobtable.Options{
 		Dir: dir, Sealer: j.sealer, Ring: j.n.keys.Ring, Clock: j.clock, Logger: j.n.log, Registerer: j.n.reg,
-		Retention: j.retention,
+		Retention: j.retention, Now: j.n.host.Now, BeforeCommit: j.n.host.BeforeWrite(host.WriteJobTable),
 	}
 	t, err := jobtable.Open(o)
 	if errors.Is(err, jobtable.ErrDamaged) {
@@ -108,7 +110,7 @@ func (n *Node) openJobs() (err error) {
 		Journal: j.log, Table: j.table, Sealer: j.sealer, Ring: n.keys.Ring, Replication: jobReplication{j.replication, j},
 		Ownership: failover.NewOwnership(n.fence, n.cluster), State: n.cluster.State,
 		Server: n.pipeline, Spare: j.spare, Heard: j.heard, Peers: j.peers,
-		Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
+		Host: n.host, Registerer: n.reg, Logger: n.log, Grace: n.cfg.Shutdown.Grace.D(),
 	})
 	return err
 }

@@ -46,7 +46,7 @@ func (l *listeners) all() []listener { return slices.Concat(l.clients, l.operato
 // port numbers.
 func (n *Node) listen() error {
 	open := func(name, bind string) (net.Listener, error) {
-		ln, err := net.Listen("tcp", bind)
+		ln, err := n.host.Listen(bind)
 		if err != nil {
 			return nil, fmt.Errorf("listen on the %s port: %w: is another node running here? choose another %s.bind", name, err, name)
 		}

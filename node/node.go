@@ -20,8 +20,8 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
@@ -38,6 +38,7 @@ import (
 type Options struct {
 	Logger  *slog.Logger // required
 	Version string
+	Host    *host.Host // the machine that the node runs on; nil: this one
 }
 
 // Node is one node of a cluster.
@@ -45,6 +46,7 @@ type Node struct {
 	cfg     *Config
 	log     *slog.Logger
 	version string
+	host    *host.Host
 	reg     *prometheus.Registry
 
 	operatorKeys datakeys.OperatorKeys
@@ -96,7 +98,7 @@ func (n *Node) Close() error {
 
 // New opens the stores and the ports of a node. If it fails, nothing stays open.
 func New(cfg *Config, o Options) (*Node, error) {
-	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, reg: prometheus.NewRegistry()}
+	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry()}
 	n.view.Store(&peerView{})
 	if err := n.open(); err != nil {
 		return nil, errors.Join(err, n.Close())
@@ -237,7 +239,7 @@ func (n *Node) runControl(ctx context.Context) error {
 	coordinator := failover.NewCoordinator(n.failoverOptions())
 	c := &operate.Control{Coordinator: coordinator, Drills: n.newDrills(coordinator)}
 	n.control.Store(c)
-	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.view.Load().heardSince }, clock.Boottime, n.log)
+	voters := failover.NewVoters(n.cfg.Name, n.cluster, func() map[string]time.Duration { return n.view.Load().heardSince }, n.host.Boottime, n.log)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.fence.Run(ctx) })
 	g.Go(func() error { return c.Coordinator.Run(ctx) })
@@ -251,7 +253,7 @@ func (n *Node) runControl(ctx context.Context) error {
 func (n *Node) failoverOptions() failover.Options {
 	return failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster, Health: n.ownHealth,
-		Boottime: clock.Boottime, Now: time.Now, Quarantined: n.quarantined, Logger: n.log, Registerer: n.reg,
+		Boottime: n.host.Boottime, Now: n.host.Now, Quarantined: n.quarantined, Logger: n.log, Registerer: n.reg,
 	}
 }
 
@@ -260,10 +262,10 @@ func (n *Node) newDrills(s drill.Switcher) *drill.Runner {
 		Node: n.cfg.Name, Site: n.cfg.Site, API: n.listeners.apiAddr, Agreement: n.cluster, Switcher: s,
 		Quarantined: n.quarantined, Health: n.ownHealth, Unhealthy: n.operator.Reasons,
 		NewAsker: func(model string) (drill.Asker, func()) {
-			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On())
+			a := drill.NewHTTPAsker(model, n.cfg.API.TLS.On(), n.host)
 			return a, a.Close
 		},
-		Boottime: clock.Boottime, Now: time.Now, Logger: n.log,
+		Boottime: n.host.Boottime, Now: n.host.Now, Logger: n.log,
 	})
 }
 

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster"
-	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
@@ -77,14 +77,17 @@ func (n *Node) openKeys() (err error) {
 		return err
 	}
 	n.keys, err = datakeys.New(datakeys.Options{
-		Node: n.cfg.Name, Dir: n.cfg.DataDir, Sealer: n.sealer, Operator: n.operatorKeys, Logger: n.log,
+		Node: n.cfg.Name, Dir: n.cfg.DataDir, Sealer: n.sealer, Operator: n.operatorKeys, Boottime: n.host.Boottime, Logger: n.log,
 	})
 	return err
 }
 
 // openCluster opens Raft's files and the ports, which the cluster advertises.
 func (n *Node) openCluster() error {
-	o := storage.Options{Dir: n.cfg.DataDir, Sealer: n.sealer, Logger: n.log, Metrics: storage.NewMetrics(n.reg)}
+	o := storage.Options{
+		Dir: n.cfg.DataDir, Sealer: n.sealer, Logger: n.log, Metrics: storage.NewMetrics(n.reg),
+		BeforeWrite: n.host.BeforeWrite(host.WriteRaft),
+	}
 	store, err := storage.OpenRaftStore(o)
 	if err != nil {
 		return err
@@ -108,7 +111,7 @@ func (n *Node) openCluster() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, clock.Boottime, time.Now, n.log)
+	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, n.host.Boottime, n.host.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,
@@ -117,7 +120,7 @@ func (n *Node) openCluster() error {
 		Credentials: credentials,
 		OperatorKey: n.operatorKeys.Current.Fingerprint(), OperatorKeyPrevious: n.operatorKeys.Previous.Fingerprint(),
 		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
-		Health: n.ownHealth, Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
+		Host: n.host, Health: n.ownHealth, Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
 		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
 		Services:    func(r grpc.ServiceRegistrar) { n.jobs.replication.Register(r) },
 	})
@@ -126,7 +129,7 @@ func (n *Node) openCluster() error {
 	}
 	n.coldStart = failover.NewColdStart(n.cfg.Name, n.cfg.Site, n.cluster)
 	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
-		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, clock.Boottime, n.log)
+		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, n.host.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
 	n.keys.Connect(n.cluster)
 	n.cluster.OnCarried(n.keys.CountRecords)
@@ -145,11 +148,11 @@ func readGossipKey(path string) ([]byte, error) {
 func (n *Node) openPipeline() error {
 	n.fleet = upstream.New(upstream.Options{
 		Site: n.cfg.Site, Peers: func() []upstream.Peer { return n.view.Load().peers },
-		Logger: n.log, Registerer: n.reg,
+		Host: n.host, Now: n.host.Now, Logger: n.log, Registerer: n.reg,
 		ReadFile: func(path string) ([]byte, error) { return os.ReadFile(n.cfg.Path(path)) },
 	})
 	n.onStop("upstream connections", func() error { n.fleet.Close(); return nil })
-	n.pipeline = serving.New(serving.Options{Fleet: n.fleet, Cache: n.cache, Logger: n.log, Registerer: n.reg})
+	n.pipeline = serving.New(serving.Options{Fleet: n.fleet, Cache: n.cache, Now: n.host.Now, Logger: n.log, Registerer: n.reg})
 	n.onStop("shared requests", func() error { n.pipeline.Close(); return nil })
 	return nil
 }
@@ -157,12 +160,12 @@ func (n *Node) openPipeline() error {
 func (n *Node) openHandlers() error {
 	n.gateway = gateway.New(gateway.Options{
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
-		Auth: keyCheck{n.cluster}, Health: n, Jobs: n.jobs.service, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+		Auth: keyCheck{n.cluster, n.host}, Health: n, Jobs: n.jobs.service, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
 	})
 	n.operator = &operate.Operator{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		Cluster: n.cluster, Jobs: n.jobs, Fleet: n.fleet, Cache: n.cache, Keys: n.keys, Control: n.control.Load,
-		Reconnect: n.isolation.Heal, EndQuarantine: n.coldStart.Release, Health: n.ownHealth, SetDraining: n.setDraining, Log: n.log,
+		Reconnect: n.isolation.Heal, EndQuarantine: n.coldStart.Release, Health: n.ownHealth, SetDraining: n.setDraining, Host: n.host, Log: n.log,
 	}
 	n.admin = admin.New(admin.Options{
 		Cluster: n.operator, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.listeners.adminToken, Logger: n.log,

@@ -19,7 +19,7 @@ type peerView struct {
 	health cluster.Health
 	peers  []upstream.Peer // living nodes of other sites, by name
 	ready  bool            // some upstream of some site is healthy
-	// heardSince has the living peers, each with the time on clock.Boottime since which
+	// heardSince has the living peers, each with the time on the host's Boottime since which
 	// it has been heard without a break. Every node keeps it, so that a new leader knows
 	// for how long it has heard a node.
 	heardSince map[string]time.Duration
@@ -35,7 +35,7 @@ func (n *Node) keepViewFresh(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			tick.Reset(clock.UntilTick(clock.Boottime(), viewInterval))
+			tick.Reset(clock.UntilTick(n.host.Boottime(), viewInterval))
 			n.updateView()
 		}
 	}
@@ -46,7 +46,7 @@ func (n *Node) updateView() {
 		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
 		heardSince: map[string]time.Duration{},
 	}
-	before, now := n.view.Load().heardSince, clock.Boottime()
+	before, now := n.view.Load().heardSince, n.host.Boottime()
 	for _, u := range n.fleet.Status() {
 		if u.Drained {
 			continue // it gets no requests, so it does not count as capacity

@@ -83,6 +83,9 @@ func (s *RaftStore) StoreLogs(logs []*raft.Log) error {
 	if len(logs) == 0 {
 		return s.usable()
 	}
+	if err := s.beforeWrite("store entries"); err != nil {
+		return err
+	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
 
@@ -158,6 +161,9 @@ func (s *RaftStore) DeleteRange(min, max uint64) error {
 }
 
 func (s *RaftStore) deleteSome(min, max uint64) (done bool, err error) {
+	if err := s.beforeWrite("delete entries"); err != nil {
+		return false, err
+	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	if err := s.usable(); err != nil {

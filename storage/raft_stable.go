@@ -23,6 +23,9 @@ func (s *RaftStore) Set(key, val []byte) error {
 	if len(key) == 0 || len(key) > maxStableKey || len(val) > maxStableValue {
 		return fmt.Errorf("%w: stable value %q of %d bytes", ErrTooLarge, key, len(val))
 	}
+	if err := s.beforeWrite("set a stable value"); err != nil {
+		return err
+	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	after := s.now

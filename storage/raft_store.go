@@ -56,6 +56,7 @@ type RaftStore struct {
 	sealer  keyring.Sealer
 	log     *slog.Logger
 	metrics storeMetrics
+	before  func() error // Options.BeforeWrite
 	mark    *os.File
 
 	writing sync.Mutex // guards the fields below up to the blank line; one transaction at a time
@@ -79,12 +80,15 @@ type RaftStore struct {
 // indexRange is the first and the last index stored; both are 0 for none.
 type indexRange struct{ first, last uint64 }
 
-// Options of a store. All are required.
+// Options of a store. All but BeforeWrite are required.
 type Options struct {
 	Dir     string // the data directory; the caller holds its lock
 	Sealer  keyring.Sealer
 	Logger  *slog.Logger
 	Metrics *Metrics
+	// BeforeWrite is called before each write, with no lock held. It may block, and its error is
+	// that of the write. Nil: nothing.
+	BeforeWrite func() error
 }
 
 // OpenRaftStore opens the Raft store of a data directory, or creates one.
@@ -100,6 +104,7 @@ func OpenRaftStore(o Options) (*RaftStore, error) {
 		sealer:  o.Sealer,
 		log:     o.Logger,
 		metrics: o.Metrics.of("raft"),
+		before:  o.BeforeWrite,
 		failed:  make(chan struct{}),
 	}
 	path := filepath.Join(o.Dir, RaftFile)
@@ -279,6 +284,17 @@ func (s *RaftStore) Close() error {
 		return err
 	}
 	return errors.Join(err, s.db.Close())
+}
+
+// beforeWrite is called without s.writing.
+func (s *RaftStore) beforeWrite(what string) error {
+	if s.before == nil {
+		return nil
+	}
+	if err := s.before(); err != nil {
+		return s.setFailed(what, err)
+	}
+	return nil
 }
 
 // update runs one transaction and makes it durable. after is the state that the

@@ -38,6 +38,7 @@ type SnapshotStore struct {
 	sealer  keyring.Sealer
 	log     *slog.Logger
 	metrics storeMetrics
+	before  func() error // Options.BeforeWrite
 
 	writing sync.Mutex   // serialises writing a snapshot and removing old ones
 	lastMS  atomic.Int64 // in the last id given, so that ids never repeat
@@ -53,6 +54,7 @@ func OpenSnapshotStore(o Options) (*SnapshotStore, error) {
 		sealer:  o.Sealer,
 		log:     o.Logger,
 		metrics: o.Metrics.of("snapshot"),
+		before:  o.BeforeWrite,
 	}
 	if err := s.open(o.Dir); err != nil {
 		return nil, fmt.Errorf("open %s: %w", s.dir, err)
@@ -201,6 +203,12 @@ func (s *SnapshotStore) names() ([]snapshotName, error) {
 // ones. A failed sync is not retried: the file is removed, and raft takes another
 // snapshot later.
 func (s *SnapshotStore) write(id string, file []byte) error {
+	if s.before != nil {
+		if err := s.before(); err != nil {
+			s.metrics.failures.Inc()
+			return err
+		}
+	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	path := filepath.Join(s.dir, id+snapshotSuffix)

@@ -54,6 +54,7 @@ var floor = map[string]int{
 	"storage/keyring/keyringtest": 0, // for tests
 	"storage/keyring":             -1,
 	"cluster/agreed":              -2,
+	"cluster/host":                -2,
 	"storage/atomicfile":          -2,
 	"cluster/config":              -3, // without Raft and gRPC, so that readers of settings don't compile them
 	"cluster/clock":               -3,
@@ -93,6 +94,7 @@ var arrows = []arrow{
 	{"node", "storage/keyring", "wiring: the operator's key"},
 	{"node", "cluster/agreed", "wiring: reads the agreed state for whoever runs on it"},
 	{"node", "cluster/clock", "wiring: shared ticks"},
+	{"node", "cluster/host", "wiring: gives the machine to whoever reads clocks, dials or writes"},
 	{"node", "cluster/config", "wiring: timing, and what a new configuration changes"},
 
 	{"node/operate", "node/admin", "implements what the admin port serves, in its types"},
@@ -104,6 +106,7 @@ var arrows = []arrow{
 	{"node/operate", "replication", "how far the copies of each site are behind"},
 	{"node/operate", "cluster", "reads the cluster's view, and proposes changes"},
 	{"node/operate", "cluster/gossip", "which nodes have left"},
+	{"node/operate", "cluster/host", "the wall clock"},
 	{"node/operate", "cluster/agreed", "the agreed state, and the commands that change it"},
 	{"node/operate", "cluster/config", "checks a configuration before it is proposed"},
 
@@ -135,6 +138,7 @@ var arrows = []arrow{
 	{"node/jobs", "cluster/agreed", "who owns which stream"},
 	{"node/jobs", "storage/atomicfile", "keeps the list of its islands"},
 	{"node/jobs", "cluster/clock", "measures the time between a permit and the start"},
+	{"node/jobs", "cluster/host", "the clocks"},
 	{"node/jobs", "cluster/config", "durabilities, limits and expiry of jobs"},
 
 	{"failover/drill", "failover", "rehearses its decisions and its handoff"},
@@ -142,6 +146,7 @@ var arrows = []arrow{
 	{"failover/drill", "cluster/agreed", "records of drills"},
 	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover/drill", "cluster/clock", "a wait that ends with its context"},
+	{"failover/drill", "cluster/host", "dials the api ports of nodes"},
 
 	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
 	{"node/serving", "node/cache", "looks up and stores answers"},
@@ -150,6 +155,7 @@ var arrows = []arrow{
 
 	{"node/upstream", "node/openai", "knows the endpoints of model servers"},
 	{"node/upstream", "cluster/clock", "shared ticks"},
+	{"node/upstream", "cluster/host", "dials model servers; the clocks"},
 	{"node/upstream", "cluster/config", "model servers, models and timeouts"},
 
 	{"node/cache", "storage/keyring", "seals entries, and makes keys of requests"},
@@ -175,15 +181,18 @@ var arrows = []arrow{
 	{"cluster", "cluster/agreed", "the state machine of its Raft log"},
 	{"cluster", "storage/atomicfile", "notes what the node is a member of"},
 	{"cluster", "cluster/clock", "leases run on its clock"},
+	{"cluster", "cluster/host", "the clocks; asks the disk before the watchdog writes"},
 	{"cluster", "cluster/config", "the agreed configuration, parsed"},
 	{"cluster", "storage/notify", "wakes those who wait for the agreed state, a lease or a leadership"},
 
 	{"cluster/gossip", "cluster/config", "which names fit a certificate"},
+	{"cluster/gossip", "cluster/host", "listens and dials"},
 	{"cluster/gossip", "cluster/throttle", "strangers must not fill the log"},
 	{"cluster/gossip", "storage/notify", "wakes its loops"},
 
 	{"cluster/mesh", "cluster/agreed", "the generation in a preface"},
 	{"cluster/mesh", "cluster/clock", "shared ticks"},
+	{"cluster/mesh", "cluster/host", "dials; the clock of the ticks"},
 	{"cluster/mesh", "cluster/config", "which names fit a certificate"},
 	{"cluster/mesh", "cluster/throttle", "strangers must not fill the log"},
 
@@ -209,6 +218,8 @@ var arrows = []arrow{
 	{"storage/keyring", "storage/notify", "announces a change of the keys"},
 
 	{"cluster/agreed", "cluster/config", "a configuration is agreed on as text, and read as parsed"},
+
+	{"cluster/host", "cluster/clock", "the clock of this machine"},
 }
 
 type listed struct {

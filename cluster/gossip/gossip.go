@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/cluster/throttle"
 	"github.com/dsnode/dsnode/storage/notify"
 )
@@ -92,6 +93,7 @@ type Options struct {
 	// LeaveOnStop announces this node's leaving when Run ends, so that other members
 	// see it as left, not dead.
 	LeaveOnStop bool
+	Host        *host.Host // nil: this machine
 	Logger      *slog.Logger
 	Registerer  prometheus.Registerer
 }
@@ -160,7 +162,7 @@ func (g *Gossip) listen() (*transport, error) {
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newTransport(g.opts.Bind, g.metrics, g.faults, g.admits)
+	t, err := newTransport(g.opts.Bind, g.opts.Host, g.metrics, g.faults, g.admits)
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}

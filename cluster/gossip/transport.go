@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/memberlist"
+
+	"github.com/dsnode/dsnode/cluster/host"
 )
 
 const (
@@ -24,9 +26,10 @@ const (
 // transport implements memberlist.NodeAwareTransport. memberlist's own transport
 // accepts any number of streams at once and allocates 64 KiB for every packet.
 type transport struct {
+	host     *host.Host
 	metrics  *metrics
-	listener *net.TCPListener
-	udp      *net.UDPConn
+	listener net.Listener
+	udp      host.PacketConn
 	packets  chan *memberlist.Packet
 	streams  chan net.Conn
 	done     chan struct{}
@@ -56,8 +59,9 @@ type faults struct {
 }
 
 // newTransport binds TCP and UDP to the same port.
-func newTransport(bind string, metrics *metrics, faults faults, admits func(netip.AddrPort, bool) bool) (*transport, error) {
+func newTransport(bind string, host *host.Host, metrics *metrics, faults faults, admits func(netip.AddrPort, bool) bool) (*transport, error) {
 	t := &transport{
+		host:    host,
 		metrics: metrics,
 		faults:  faults,
 		admits:  admits,
@@ -88,19 +92,18 @@ func newTransport(bind string, metrics *metrics, faults faults, admits func(neti
 }
 
 func (t *transport) bind(bind string) error {
-	tcp, err := net.Listen("tcp", bind)
+	tcp, err := t.host.Listen(bind)
 	if err != nil {
 		return err
 	}
-	listener := tcp.(*net.TCPListener) // net.Listen returns this type for "tcp"
-	bound := listener.Addr().(*net.TCPAddr)
-	udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: bound.IP, Port: bound.Port, Zone: bound.Zone})
+	bound := tcp.Addr().(*net.TCPAddr) // of every TCP listener
+	udp, err := t.host.ListenPacket(bound.AddrPort())
 	if err != nil {
-		_ = listener.Close() // the reason is err
+		_ = tcp.Close() // the reason is err
 		return err
 	}
 	_ = udp.SetReadBuffer(readBuffer) // on an error the kernel's default size is used, which loses more of a burst
-	t.listener, t.udp = listener, udp
+	t.listener, t.udp = tcp, udp
 	return nil
 }
 
@@ -210,8 +213,7 @@ func (t *transport) DialTimeout(addr string, timeout time.Duration) (net.Conn, e
 	if to, err := netip.ParseAddrPort(addr); err == nil && !t.admits(to, false) {
 		return nil, errRefused
 	}
-	dialer := net.Dialer{Timeout: timeout}
-	raw, err := dialer.DialContext(t.dialCtx, "tcp", addr)
+	raw, err := t.host.Dialer(&net.Dialer{Timeout: timeout})(t.dialCtx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}

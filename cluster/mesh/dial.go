@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/host"
 )
 
 // Dial opens a connection to the node of that name. The peer's certificate must
@@ -53,7 +55,7 @@ type dialRequest struct {
 // dial opens a TCP connection to an address and does the handshake. The caller
 // bounds ctx.
 func (m *Mesh) dial(ctx context.Context, request dialRequest, addr string) (*PeerConn, error) {
-	raw, err := m.dialer.DialContext(ctx, "tcp", addr)
+	raw, err := m.dialTCP(host.WithTraffic(ctx, string(request.kind)), "tcp", addr)
 	if err != nil {
 		m.metrics.failures.WithLabelValues("dialled", failureReason(err)).Inc()
 		return nil, err

@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/cluster/throttle"
 )
 
@@ -48,6 +49,7 @@ type Options struct {
 	// Address looks up a node's rpc address, host:port, where the host may be a DNS
 	// name. It is called at each dial.
 	Address    func(node string) (addr string, ok bool)
+	Host       *host.Host // nil: this machine
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	// DialTimeout bounds a whole dial: name lookup, TCP, TLS, preface and, if the
@@ -77,7 +79,7 @@ type Mesh struct {
 	metrics   *metrics
 	acceptLog *throttle.Lines
 	serverTLS *tls.Config
-	dialer    net.Dialer
+	dialTCP   func(ctx context.Context, network, addr string) (net.Conn, error)
 	transport *http.Transport
 
 	conns      peerConns
@@ -108,7 +110,7 @@ func New(o Options) *Mesh {
 		metrics:    metrics,
 		acceptLog:  throttle.NewLines(),
 		serverTLS:  o.Credentials.ServerTLS(),
-		dialer:     net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout},
+		dialTCP:    o.Host.Dialer(&net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout}),
 		conns:      peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
 		handshakes: newHandshakeLimiter(maxHandshakes, handshakeTimeout),
 		listeners:  map[Kind]*kindListener{},

@@ -222,7 +222,7 @@ func (m *Mesh) MonitorRoutes(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		tick.Reset(clock.UntilTick(clock.Boottime(), monitorInterval))
+		tick.Reset(clock.UntilTick(m.opts.Host.Boottime(), monitorInterval))
 		if m.opts.Silent != nil {
 			for _, node := range m.opts.Silent() {
 				m.probeRoute(node)

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/host"
 )
 
 // HTTPAsker sends requests over HTTP, without an API key. The caller closes it.
@@ -20,11 +22,11 @@ type HTTPAsker struct {
 }
 
 // NewHTTPAsker makes an HTTPAsker. model is for AskCompletion. secure tells that the
-// API ports use TLS.
-func NewHTTPAsker(model string, secure bool) *HTTPAsker {
+// API ports use TLS. from is the machine that the requests are sent from, nil for this one.
+func NewHTTPAsker(model string, secure bool, from *host.Host) *HTTPAsker {
 	a := &HTTPAsker{model: model, scheme: "http", client: &http.Client{
 		Transport: &http.Transport{
-			DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
+			DialContext:         from.Dialer(&net.Dialer{Timeout: 2 * time.Second}),
 			MaxIdleConnsPerHost: 16, IdleConnTimeout: 30 * time.Second, DisableCompression: true,
 			// Nodes are asked by address, and their API certificates may have other names.
 			// Nothing secret is sent, and only the status of the answer is used.

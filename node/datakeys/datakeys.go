@@ -16,6 +16,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -49,6 +50,7 @@ type Keys struct {
 	dir      string
 	sealer   keyring.Sealer
 	operator OperatorKeys
+	boottime func() time.Duration
 	agreed   Agreement
 	log      *slog.Logger
 
@@ -82,12 +84,13 @@ const (
 	maxRetained = 16
 )
 
-// Options are what New needs. All are required.
+// Options are what New needs. All but Boottime are required.
 type Options struct {
 	Node     string
 	Dir      string         // data directory
 	Sealer   keyring.Sealer // seals the file of kept keys
 	Operator OperatorKeys
+	Boottime func() time.Duration // nil: that of this machine
 	Logger   *slog.Logger
 }
 
@@ -96,7 +99,10 @@ type Options struct {
 func New(o Options) (*Keys, error) {
 	ks := &Keys{
 		Ring: keyring.NewRing(), PollInterval: defaultPollInterval, DropGrace: defaultDropGrace,
-		node: o.Node, dir: o.Dir, sealer: o.Sealer, operator: o.Operator, log: o.Logger,
+		node: o.Node, dir: o.Dir, sealer: o.Sealer, operator: o.Operator, boottime: o.Boottime, log: o.Logger,
+	}
+	if ks.boottime == nil {
+		ks.boottime = clock.Boottime
 	}
 	kept, err := keyring.ReadKept(o.Dir, o.Sealer)
 	switch {

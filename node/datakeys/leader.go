@@ -9,7 +9,6 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -52,7 +51,7 @@ func (ks *Keys) lead(ctx context.Context, _ cluster.Leadership) error {
 			}
 		}
 		if retired := retiredKeys(s); len(retired) > 0 {
-			if now := clock.Boottime(); counted == 0 || now-counted >= ks.PollInterval {
+			if now := ks.boottime(); counted == 0 || now-counted >= ks.PollInterval {
 				counted = now
 				ks.drop(ctx, unused, retired, ks.Records(ctx, s, ks.PollInterval))
 			}
@@ -114,7 +113,7 @@ func retiredKeys(s *agreed.State) []string {
 
 // drop proposes to drop the retired keys that have been unused for all of DropGrace.
 func (ks *Keys) drop(ctx context.Context, unused *unusedKeys, retired []string, records Records) {
-	for _, id := range unused.update(retired, records, clock.Boottime(), ks.DropGrace) {
+	for _, id := range unused.update(retired, records, ks.boottime(), ks.DropGrace) {
 		_, err := ks.agreed.Propose(ctx, agreed.CmdDataKeyDrop, agreed.DataKeyDrop{ID: id, Free: unused.members})
 		switch {
 		case err == nil:

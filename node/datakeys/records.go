@@ -56,7 +56,7 @@ func (r Records) SealedWith(key string) *int64 {
 // unusedKeys remembers since when no member has reported a record of a retired key.
 type unusedKeys struct {
 	members []string
-	since   map[string]time.Duration // on clock.Boottime
+	since   map[string]time.Duration // on Options.Boottime
 }
 
 func newUnusedKeys() *unusedKeys { return &unusedKeys{since: map[string]time.Duration{}} }

@@ -65,7 +65,7 @@ func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 	}
 	e.attempts = attempt
 	if attempt == 1 {
-		x.metrics.wait.Observe(max(0, time.Since(e.accepted)).Seconds())
+		x.metrics.wait.Observe(max(0, x.o.Host.Now().Sub(e.accepted)).Seconds())
 	}
 	out, delay, label := x.ask(ctx, e, sub, p)
 	x.metrics.attempts.WithLabelValues(label).Inc()
@@ -153,7 +153,7 @@ func (x *executor) ask(ctx context.Context, e *entry, sub *journal.Submission, p
 	if !v.again {
 		return x.failed(v.code, v.object), nil, "failed"
 	}
-	return nil, &journal.Delay{Error: v.object, NotBefore: time.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
+	return nil, &journal.Delay{Error: v.object, NotBefore: x.o.Host.Now().Add(max(v.after, backoff(e.attempts)))}, "retryable"
 }
 
 var lostPermit = errorObject(openai.ServerError, "late_start", "The node lost its permit to run the job.")
@@ -182,7 +182,7 @@ func (x *executor) conclude(work context.Context, e *entry, token journal.Token,
 		if int(attempt) >= x.o.config().MaxAttempts {
 			out, delay = x.failed(0, delay.Error), nil
 		} else if delay.NotBefore.IsZero() {
-			delay.NotBefore = time.Now().Add(backoff(attempt))
+			delay.NotBefore = x.o.Host.Now().Add(backoff(attempt))
 		}
 	}
 	switch {

@@ -118,7 +118,7 @@ func (x *executor) round(work context.Context) time.Duration {
 	most, spare := x.o.config().Running(), x.o.Spare()
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	now := time.Now()
+	now := x.o.Host.Now()
 	may := func(l *lane) bool { return usable[l] }
 	for _, e := range x.q.popDue(now, may) {
 		x.toEnd(e)
@@ -134,7 +134,7 @@ func (x *executor) round(work context.Context) time.Duration {
 	}
 	next := time.Minute
 	if at, ok := x.q.wake(); ok {
-		next = min(next, max(time.Until(at), time.Millisecond))
+		next = min(next, max(at.Sub(now), time.Millisecond))
 	}
 	if x.running < most && x.ready() || len(x.endings) > 0 {
 		next = min(next, againWhenBlocked)
@@ -149,7 +149,7 @@ func (x *executor) ready() bool {
 // usableLanes are the lanes for which this node has a permit now, so that jobs without one
 // stay in order. The permit of an attempt is taken later.
 func (x *executor) usableLanes() map[*lane]bool {
-	now := time.Now()
+	now := x.o.Host.Now()
 	x.mu.Lock()
 	lanes := slices.DeleteFunc(slices.Clone(x.q.lanes), func(l *lane) bool { return l.gone || l.jobs == 0 || now.Before(l.blocked) })
 	x.mu.Unlock()
@@ -208,6 +208,7 @@ func (x *executor) endSome(work context.Context, may func(*lane) bool) {
 type step struct {
 	done      bool
 	notBefore time.Time
+	after     time.Duration // from now, instead of notBefore
 }
 
 var (
@@ -216,7 +217,7 @@ var (
 	leftAlone = step{done: true}
 )
 
-func again(in time.Duration) step { return step{notBefore: time.Now().Add(in)} }
+func again(in time.Duration) step { return step{after: in} }
 
 // settle queues an entry again or drops it; mu is held.
 func (x *executor) settle(e *entry, next step) {
@@ -228,12 +229,15 @@ func (x *executor) settle(e *entry, next step) {
 		}
 		return
 	}
-	e.notBefore = next.notBefore
+	now := x.o.Host.Now()
+	if e.notBefore = next.notBefore; next.after > 0 {
+		e.notBefore = now.Add(next.after)
+	}
 	if e.cancel {
 		x.toEnd(e)
 		return
 	}
-	x.q.wait(e, time.Now())
+	x.q.wait(e, now)
 }
 
 // reserve reserves a place in the queue for a submission. It is false when a bound is
@@ -275,7 +279,7 @@ func (x *executor) observe(row jobtable.Row) {
 	defer x.mu.Unlock()
 	if e := x.takePending(id); e != nil && !over {
 		if e.lane = x.q.lane(e.stream); e.lane != nil && x.q.byID[id] == nil {
-			x.q.add(e, time.Now())
+			x.q.add(e, x.o.Host.Now())
 			x.nudge()
 			return
 		}
@@ -395,17 +399,17 @@ func (x *executor) admit(row jobtable.Row, l *lane) error {
 		e.notBefore = delay.NotBefore
 	}
 	if rec.Stream != l.stream {
-		e.notBefore = time.Now().Add(duplicateWait)
+		e.notBefore = x.o.Host.Now().Add(duplicateWait)
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	switch {
 	case x.q.byID[e.id] != nil || l.gone:
 	case e.cancel:
-		x.q.add(e, time.Now())
+		x.q.add(e, x.o.Host.Now())
 		x.toEnd(e)
 	default:
-		x.q.add(e, time.Now())
+		x.q.add(e, x.o.Host.Now())
 	}
 	x.nudge()
 	return nil
@@ -494,7 +498,7 @@ func (x *executor) live(s journal.Stream) int {
 func (x *executor) block(l *lane, d time.Duration) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	l.blocked = time.Now().Add(d)
+	l.blocked = x.o.Host.Now().Add(d)
 }
 
 // incomplete marks a lane for loadAgain.

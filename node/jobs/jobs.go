@@ -20,6 +20,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/journal"
@@ -52,6 +53,7 @@ type Options struct {
 	// jobs that this node doesn't know. nil: none.
 	Peers func() []upstream.Peer
 
+	Host       *host.Host // nil: this machine
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger  // nil: discards
 	Grace      time.Duration // for running jobs when Run ends; 0: 20 s

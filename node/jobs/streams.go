@@ -209,7 +209,7 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	tick := time.NewTimer(0)
 	defer tick.Stop()
 	for {
-		tick.Reset(clock.UntilTick(clock.Boottime(), updateEvery))
+		tick.Reset(clock.UntilTick(s.o.Host.Boottime(), updateEvery))
 		changed := s.o.Ownership.Changed()
 		if err := s.update(ctx, c, x); err != nil {
 			return err

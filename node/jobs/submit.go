@@ -50,12 +50,12 @@ var Endpoints = func() (paths []string) {
 // ErrNotReady, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
 // written, but is not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
-	began := time.Now()
+	began := j.o.Host.Now()
 	v, err := j.submit(ctx, r, began)
 	if reason := refusal(err); reason != "" {
 		j.metrics.refused.WithLabelValues(reason).Inc()
 	}
-	j.metrics.submit.Observe(time.Since(began).Seconds())
+	j.metrics.submit.Observe(j.o.Host.Now().Sub(began).Seconds())
 	return v, err
 }
 

@@ -87,7 +87,7 @@ func (j *Jobs) settled(fin *journal.Record, sub *journal.Submission) bool {
 	if j.waits.isOver(fin.Stream, fin.Seq) {
 		return true
 	}
-	if time.Since(fin.Clock.Time()) <= settleWait && j.o.Replication.Reachable(sub.Durability) {
+	if j.o.Host.Now().Sub(fin.Clock.Time()) <= settleWait && j.o.Replication.Reachable(sub.Durability) {
 		return false
 	}
 	j.waits.end(fin.Stream, fin.Seq, j.o.Journal.Ends)

@@ -26,7 +26,7 @@ func (o *Operator) CreateAPIKey(ctx context.Context, r admin.APIKeyRequest) (adm
 	if r.ExpiresAt != nil {
 		expires = *r.ExpiresAt
 	}
-	key, secret := agreed.NewAPIKey(r.Tenant, r.Note, r.Models, expires, time.Now())
+	key, secret := agreed.NewAPIKey(r.Tenant, r.Note, r.Models, expires, o.Host.Now())
 	if _, err := o.Cluster.Propose(ctx, agreed.CmdAPIKeyPut, key); err != nil {
 		return admin.APIKeyCreated{}, err
 	}

@@ -3,7 +3,6 @@ package operate
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
@@ -35,7 +34,7 @@ func (o *Operator) PurgeCache(ctx context.Context, r admin.CachePurge, by string
 	if _, ok := cache.ParseKey(r.Key); r.Key != "" && !ok {
 		return fmt.Errorf("%w: %q is not a cache key: the Cache-Status header of an answer shows the key", admin.ErrInvalidRequest, r.Key)
 	}
-	now := time.Now()
+	now := o.Host.Now()
 	_, err := o.Cluster.Propose(ctx, agreed.CmdCachePurge, agreed.CachePurge{
 		All: r.All, Model: r.Model, Key: r.Key, Until: now.Add(2 * s.Parsed.MaxAge()), By: by,
 	})

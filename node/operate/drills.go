@@ -42,15 +42,15 @@ func (o *Operator) StartDrill(ctx context.Context, r admin.DrillRequest, by stri
 	if err != nil {
 		return admin.Drill{}, err
 	}
-	return drillInfo(d), nil
+	return o.drillInfo(d), nil
 }
 
 // drillInfo describes a drill without its report. A drill whose runner has ended without a
 // verdict counts as aborted.
-func drillInfo(d agreed.DrillRecord) admin.Drill {
+func (o *Operator) drillInfo(d agreed.DrillRecord) admin.Drill {
 	out := admin.Drill{ID: d.ID, Kind: d.Kind, Site: d.Site, By: d.By, StartedAt: d.StartedAt, Deadline: d.Deadline}
 	verdict, end := d.Verdict, d.EndedAt
-	if verdict == "" && !d.Running(time.Now()) {
+	if verdict == "" && !d.Running(o.Host.Now()) {
 		verdict, end = string(drill.Aborted), d.AbandonedAt
 	}
 	if verdict != "" {
@@ -70,7 +70,7 @@ func (o *Operator) Drills(context.Context) ([]admin.Drill, error) {
 	}
 	list := []admin.Drill{}
 	for _, d := range s.Drills {
-		list = append(list, drillInfo(d))
+		list = append(list, o.drillInfo(d))
 	}
 	return list, nil
 }
@@ -86,7 +86,7 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		if d.ID != id {
 			continue
 		}
-		out := drillInfo(d)
+		out := o.drillInfo(d)
 		out.Report = d.Report
 		if len(d.Report) == 0 {
 			var err error

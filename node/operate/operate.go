@@ -15,6 +15,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/gossip"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/failover/drill"
 	"github.com/dsnode/dsnode/node/admin"
@@ -80,6 +81,7 @@ type Operator struct {
 	Health func() cluster.Health
 	// SetDraining takes the node out of load balancers, or puts it back.
 	SetDraining func(draining bool)
+	Host        *host.Host // nil: this machine
 	Log         *slog.Logger
 }
 

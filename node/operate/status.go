@@ -47,7 +47,7 @@ func (o *Operator) Reasons() []string { return describe(o.view()).Reasons }
 func (o *Operator) view() view {
 	v := view{
 		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
-		now: time.Now(), started: o.Cluster.StartedAt(), patience: o.Cluster.Timing().Patience,
+		now: o.Host.Now(), started: o.Cluster.StartedAt(), patience: o.Cluster.Timing().Patience,
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
 		failback: o.failbackAvailable(),
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),

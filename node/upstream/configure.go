@@ -134,7 +134,7 @@ func (u *upstream) unchanged(address string, def config.Upstream, connect time.D
 }
 
 func (f *Fleet) instance(name, address string, def config.Upstream, connect time.Duration, files config.TLSMaterial, unreadable error) *instance {
-	i := newInstance(name, address, def, connect, files, unreadable)
+	i := newInstance(f.o.Host, name, address, def, connect, files, unreadable)
 	i.counts = f.metrics.backend(name)
 	i.counts.setState(&i.backend, breakerClosed)
 	i.onMove = f.breakerMoved

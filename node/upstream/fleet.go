@@ -25,6 +25,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 )
 
 // Options are what a Fleet is made of. Zero values are replaced by defaults.
@@ -37,6 +38,7 @@ type Options struct {
 	// environment and files by default.
 	LookupEnv func(string) (string, bool)
 	ReadFile  func(string) ([]byte, error)
+	Host      *host.Host // nil: this machine
 	// Now and Random (0 ≤ Random(n) < n) are the process's own by default.
 	Now    func() time.Time
 	Random func(n int) int
@@ -137,7 +139,7 @@ func (f *Fleet) Run(ctx context.Context) error {
 		case <-lookUps.C:
 			lookUp()
 		case <-peers.C:
-			peers.Reset(clock.UntilTick(clock.Boottime(), peersEvery))
+			peers.Reset(clock.UntilTick(f.o.Host.Boottime(), peersEvery))
 			f.peers.check(f.o.Peers())
 		}
 	}

@@ -75,7 +75,7 @@ const hello = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 // client makes a client of s. Its connections are closed at the end of the test.
 func (s *scripted) client(t *testing.T) *http1 {
 	t.Helper()
-	h := newHTTP1(newTransport(nil, "", time.Second, 8), s.Addr().String())
+	h := newHTTP1(newTransport(nil, nil, "", time.Second, 8), s.Addr().String())
 	t.Cleanup(h.CloseIdleConnections)
 	return h
 }
@@ -352,7 +352,7 @@ func TestIdleConnectionsEnd(t *testing.T) {
 // arrives.
 func TestLargeBody(t *testing.T) {
 	s := newServer(t, "up", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusRequestEntityTooLarge) })
-	h := newHTTP1(newTransport(nil, "", time.Second, 8), s.Listener.Addr().String())
+	h := newHTTP1(newTransport(nil, nil, "", time.Second, 8), s.Listener.Addr().String())
 	defer h.CloseIdleConnections()
 	large := &scripted{Listener: s.Listener}
 	got, err := large.ask(t, h, strings.Repeat("a", http1Inline+1), nil)

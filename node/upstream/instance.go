@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/node/openai"
 )
 
@@ -51,7 +52,7 @@ type probe struct {
 }
 
 // newInstance makes an instance; unreadable is why its TLS files could not be read.
-func newInstance(name, address string, def config.Upstream, connect time.Duration, files config.TLSMaterial, unreadable error) *instance {
+func newInstance(on *host.Host, name, address string, def config.Upstream, connect time.Duration, files config.TLSMaterial, unreadable error) *instance {
 	i := &instance{def: def, connect: connect, material: digest(files)}
 	i.name, i.address, i.site = name, address, def.Site
 	i.hash, i.max = hashName(name+address), int64(def.MaxConcurrency)
@@ -70,7 +71,7 @@ func newInstance(name, address string, def config.Upstream, connect time.Duratio
 	var conf *tls.Config
 	conf, i.broken = def.TLS.Client(files)
 	i.broken = cmp.Or(unreadable, i.broken)
-	i.transport = newHTTP1(newTransport(conf, address, connect, int(i.max)), i.base.host)
+	i.transport = newHTTP1(newTransport(on, conf, address, connect, int(i.max)), i.base.host)
 	i.client = i.transport
 	return i
 }
@@ -79,17 +80,17 @@ func newInstance(name, address string, def config.Upstream, connect time.Duratio
 // decompressed, HTTP/1.1 (on HTTP/2 a stream that stalls can stall the other streams
 // of its connection by flow control). An address, unless empty, is where all
 // connections go; the Host header and the name to be proved stay the URL's.
-func newTransport(conf *tls.Config, address string, connect time.Duration, idle int) *http.Transport {
-	dialer := &net.Dialer{
+func newTransport(on *host.Host, conf *tls.Config, address string, connect time.Duration, idle int) *http.Transport {
+	dial := on.Dialer(&net.Dialer{
 		Timeout: connect,
 		// A machine that died is noticed after 15 s + 3 × 5 s.
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		Control:         boundUnacknowledged,
-	}
-	dial := dialer.DialContext
+	})
 	if address != "" {
+		anywhere := dial
 		dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return dialer.DialContext(ctx, network, address)
+			return anywhere(ctx, network, address)
 		}
 	}
 	return &http.Transport{

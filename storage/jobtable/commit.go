@@ -121,7 +121,14 @@ func (t *Table) commit() error {
 	b := t.collect()
 	if len(b.rows) > 0 || len(b.applied) > 0 {
 		start := time.Now()
-		if err := t.write(b); err != nil {
+		var err error
+		if t.o.BeforeCommit != nil {
+			err = t.o.BeforeCommit()
+		}
+		if err == nil {
+			err = t.write(b)
+		}
+		if err != nil {
 			// Before anything else, so that the next start does not use the file even if
 			// the node is killed now.
 			t.now.State = boltfile.MarkDamaged

@@ -36,6 +36,9 @@ type Options struct {
 	Now       func() time.Time // nil: time.Now
 	Clock     *journal.HLC     // the clock of the records; nil: a new one on Now
 	Logger    *slog.Logger     // nil: no logs
+	// BeforeCommit is called before each commit, with no lock held. It may block, and its
+	// error is that of the commit. Nil: nothing.
+	BeforeCommit func() error
 	// Registerer gets the metrics; nil: none are registered.
 	Registerer prometheus.Registerer
 }

@@ -132,6 +132,9 @@ func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error
 	if id.Origin == "" || len(id.Origin) > MaxOrigin || len(escape(id.Origin)) > maxFileName {
 		return nil, fmt.Errorf("%w: a node name of %d bytes", ErrTooLarge, len(id.Origin))
 	}
+	if err := l.beforeWrite(); err != nil {
+		return nil, err
+	}
 	l.creating.Lock()
 	defer l.creating.Unlock()
 	if err := l.mayAdd(id); err != nil {
@@ -286,6 +289,9 @@ func (l *Log) commit(s *stream, q *queue) {
 }
 
 func (l *Log) writeBatch(s *stream, b *batch) error {
+	if err := l.beforeWrite(); err != nil {
+		return err
+	}
 	s.write.Lock()
 	defer s.write.Unlock()
 	if err := l.Err(); err != nil {

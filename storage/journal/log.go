@@ -39,6 +39,13 @@ type Options struct {
 	// While it blocks, nothing more is written to the stream. It may call Read and Trim, but must not
 	// wait for a call that writes to the same stream.
 	Durable func(Stream, []Record)
+
+	// BeforeWrite is called before records are written and before a stream is created, with
+	// no lock held. It may block, and its error is that of the write. Nil: nothing.
+	BeforeWrite func() error
+	// FreeBytes has the free bytes of a directory's file system; nil: asks the operating
+	// system.
+	FreeBytes func(dir string) (int64, error)
 }
 
 // Log stores the journals of one node: its own streams and copies of others'. It is
@@ -133,13 +140,16 @@ func open(o Options, d disk) (*Log, error) {
 	if o.Durable == nil {
 		o.Durable = func(Stream, []Record) {}
 	}
+	if o.FreeBytes == nil {
+		o.FreeBytes = d.free
+	}
 	l := &Log{
 		o: o, log: o.Logger, clock: o.Clock, disk: d,
 		streams: map[Stream]*stream{},
 		failed:  make(chan struct{}),
 	}
 	l.metrics = newMetrics(o.Registerer, l)
-	l.space = freeSpace{dir: o.Dir, floor: o.FreeFloor, disk: d}
+	l.space = freeSpace{dir: o.Dir, floor: o.FreeFloor, bytes: o.FreeBytes}
 	l.tails = tails{limit: o.TailBytes, chunks: map[Stream][]*chunk{}}
 	if err := l.recover(); err != nil {
 		return nil, fmt.Errorf("open the journal %s: %w", o.Dir, err)
@@ -172,6 +182,16 @@ func (l *Log) setFailed(what string, cause error) error {
 		close(l.failed)
 	})
 	return l.Err()
+}
+
+func (l *Log) beforeWrite() error {
+	if l.o.BeforeWrite == nil {
+		return nil
+	}
+	if err := l.o.BeforeWrite(); err != nil {
+		return l.setFailed("write", err)
+	}
+	return nil
 }
 
 // usable returns ErrClosed, an error that wraps ErrFailed, or nil.
@@ -291,7 +311,7 @@ func (s *stream) isDropped() bool {
 type freeSpace struct {
 	dir   string
 	floor int64
-	disk  disk
+	bytes func(dir string) (int64, error)
 
 	mu      sync.Mutex // guards what follows
 	free    int64
@@ -310,7 +330,7 @@ func (r *freeSpace) aboveFloor(part int64) int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if time.Since(r.checked) >= spaceCheckEvery {
-		free, err := r.disk.free(r.dir)
+		free, err := r.bytes(r.dir)
 		if err != nil {
 			return math.MaxInt64
 		}

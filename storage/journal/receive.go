@@ -38,6 +38,9 @@ func (l *Log) Receive(ctx context.Context, id Stream, frames []byte) (durable ui
 	if err != nil {
 		return l.durableOf(id), err
 	}
+	if err := l.beforeWrite(); err != nil {
+		return l.durableOf(id), err
+	}
 	s.write.Lock()
 	defer s.write.Unlock()
 	err = l.receive(s, records, buf)

@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 )
 
 const (
@@ -51,7 +50,7 @@ func (l *Log) openStore() error {
 // renewStore gives the store a new identity with a higher epoch, which makes obsolete what
 // peers recorded about this node.
 func (l *Log) renewStore() error {
-	l.epoch = max(l.epoch+1, uint64(time.Now().UnixMilli()))
+	l.epoch = max(l.epoch+1, uint64(l.clock.now().UnixMilli()))
 	var id [16]byte
 	_, _ = rand.Read(id[:]) // never fails; it ends the process instead
 	b := append([]byte(storeMagic), storeFormat)
