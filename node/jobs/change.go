@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -81,8 +82,15 @@ func (j *Jobs) note(ctx context.Context, id journal.JobID, kind journal.Kind) er
 	}
 	ctx, done := context.WithTimeout(ctx, writeWait)
 	defer done()
-	if _, err := j.o.Journal.Append(ctx, s, []journal.Record{{Stream: s, Token: token, Kind: kind, Job: id}}); err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	for {
+		_, err := j.o.Journal.Append(ctx, s, []journal.Record{{Stream: s, Token: token, Kind: kind, Job: id}})
+		if err == nil {
+			return nil
+		}
+		before := s
+		if s, token, _ = j.streams.current(); s == before || !errors.Is(err, journal.ErrFrozen) {
+			return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+		// This node began a new stream meanwhile.
 	}
-	return nil
 }

@@ -47,7 +47,7 @@ var Endpoints = func() (paths []string) {
 
 // Submit accepts a job. If the error is nil, the job is as durable as the View says, and
 // that is at least what the client asked. The errors are ErrImpossible, ErrKeyReused,
-// ErrNotReady, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
+// ErrNotReady, ErrNoStream, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
 // written, but is not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 	began := time.Now()
@@ -68,7 +68,7 @@ func refusal(err error) string {
 		return "full"
 	case errors.Is(err, ErrUnavailable):
 		return "journal"
-	case errors.Is(err, ErrNotReady):
+	case errors.Is(err, ErrNotReady), errors.Is(err, ErrNoStream):
 		return "not_ready"
 	}
 	return ""
@@ -78,6 +78,9 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 	stream, token, begun := j.streams.current()
 	if !begun || j.closed.Load() || !j.o.Ring.Ready() {
 		return nil, ErrNotReady
+	}
+	if err := j.streams.accepts(); err != nil {
+		return nil, err
 	}
 	cfg := j.o.config()
 	want, least, err := j.durability(r, journal.Durability(cfg.Durability))
@@ -110,12 +113,14 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 			return v, err
 		}
 	}
-	v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
-	if errors.Is(err, journal.ErrFrozen) { // this node began a new stream meanwhile
-		stream, token, _ = j.streams.current()
-		return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+	for {
+		v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+		before := stream
+		if stream, token, _ = j.streams.current(); stream == before || !errors.Is(err, journal.ErrFrozen) {
+			return v, err
+		}
+		// This node began a new stream meanwhile.
 	}
-	return v, err
 }
 
 // durability returns the level to wait for, and the level that is enough if that one is
