@@ -167,8 +167,13 @@ func (j *Jobs) possible(level journal.Durability) error {
 	return p.err
 }
 
-// earlier looks for an earlier use of the key: for the same job, or for another one.
+// earlier looks for an earlier use of the key: for the same job, or for another one. It reads
+// the row last, because a copy of the job may arrive at any time, and is not another job.
 func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, want, least journal.Durability) (*View, error) {
+	used, err := j.o.Table.FindKey(keyHash)
+	if err != nil {
+		return nil, fmt.Errorf("look for the key's jobs: %w", err)
+	}
 	row, known, err := j.o.Table.Get(id)
 	if err != nil {
 		return nil, fmt.Errorf("look for the key's job: %w", err)
@@ -189,12 +194,10 @@ func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, wa
 		}
 		return v, nil
 	}
-	same, err := j.o.Table.FindKey(keyHash)
-	if err != nil {
-		return nil, fmt.Errorf("look for the key's jobs: %w", err)
-	}
-	if len(same) > 0 {
-		return nil, fmt.Errorf("%w: %s", ErrKeyReused, same[0])
+	for _, other := range used {
+		if other != id {
+			return nil, fmt.Errorf("%w: %s", ErrKeyReused, other)
+		}
 	}
 	return nil, nil
 }
