@@ -15,6 +15,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -235,6 +236,7 @@ type upkeep struct {
 	retryAt  time.Time
 	dropAt   time.Time
 	loadAt   time.Time
+	config   config.Jobs    // as the executor has seen it
 	lost     journal.Stream // the written stream that another node got last, at lostAt
 	lostAt   time.Time
 	lanes    map[journal.Stream]takeover
@@ -260,6 +262,10 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 		changed := s.o.Ownership.Changed()
 		if err := s.update(ctx, c, x); err != nil {
 			return err
+		}
+		if cfg := s.o.config(); cfg != c.config { // jobs may have been unpaused
+			c.config = cfg
+			x.nudge()
 		}
 		select {
 		case <-ctx.Done():

@@ -257,6 +257,7 @@ func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, se
 	j.metrics.durable.WithLabelValues(string(wait)).Observe(time.Since(began).Seconds())
 	has = j.reached(s, seq)
 	switch {
+	case levelOf(has) >= levelOf(want):
 	case err == nil && levelOf(has) < levelOf(wait):
 		has = wait // Await has seen that it was reached
 	case err != nil && (least == "" || levelOf(has) < levelOf(least)):

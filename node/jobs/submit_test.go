@@ -98,6 +98,34 @@ func TestResultWaitsForItsDurability(t *testing.T) {
 	})
 }
 
+// TestCursorOfADeletedJob: a list goes on after a job that was deleted between two pages.
+func TestCursorOfADeletedJob(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		var ids []journal.JobID
+		for range 3 {
+			id := w.submit().ID
+			w.await(id, journal.Succeeded)
+			ids = append(ids, id)
+		}
+		if err := w.Delete(t.Context(), ann, ids[1]); err != nil {
+			t.Fatal(err)
+		}
+		for _, q := range []Query{{Limit: 10, After: ids[1]}, {Limit: 10, Before: ids[1]}} {
+			page, err := w.List(t.Context(), ann, q)
+			if err != nil || len(page.Jobs) != 1 {
+				t.Fatalf("%+v, %v", page, err)
+			}
+			if got, want := page.Jobs[0].ID, ids[map[bool]int{true: 0, false: 2}[q.After != journal.JobID{}]]; got != want {
+				t.Errorf("the list goes on with %s, want %s", got, want)
+			}
+		}
+		if _, err := w.List(t.Context(), ann, Query{Limit: 10, After: newID(time.Now())}); !errors.Is(err, ErrBadCursor) {
+			t.Errorf("an unknown cursor: %v", err)
+		}
+	})
+}
+
 // TestRepeatWhileTheCopyArrives: a client repeats a submission at another node, at the moment
 // at which the job's record arrives there. It is the same job, wherever between the look-ups
 // the record arrives.
