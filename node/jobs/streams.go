@@ -47,10 +47,10 @@ const (
 	// ended: they are proposed only so that all nodes drop them.
 	maxOpen     = agreed.MaxStreamsPerNode * 3 / 4
 	maxOpenDone = maxOpen / 2
-	// disownedFirst to disownedMost is how long a node that lost the stream that it writes
-	// runs its jobs as an island before it proposes the next one, from the second loss on.
-	// It can only lose a stream while others take it for gone, and each one that it opens
-	// then is lost too. After calmAfter without a loss the next one counts as the first.
+	// disownedFirst to disownedMost is how long a node that lost the stream that it writes,
+	// although it ran and had a lease for disownedFirst or since it opened the stream, runs
+	// its jobs as an island before it proposes the next one, from the second loss on. Others take it for gone, and each
+	// stream that it opens then is lost too. After calmAfter without a loss the next one counts as the first.
 	disownedFirst = 10 * time.Second
 	disownedMost  = 40 * time.Second
 	calmAfter     = 10 * time.Minute
@@ -75,6 +75,7 @@ type streams struct {
 	begun   bool
 	now     journal.Stream              // zero before begun
 	token   journal.Token               // of now
+	opened  time.Time                   // when now, or the stream before it, was agreed on
 	islands map[journal.Stream]struct{} // as on disk
 	leased  time.Time                   // since when this node has a lease; zero: it has none
 	waiting waiting
@@ -232,15 +233,17 @@ func keyOf(st journal.Stream) string {
 // upkeep is the state of run.
 type upkeep struct {
 	leasedAt time.Time // when this node last had a lease
-	beginAt  time.Time // of the next try to begin the first stream
-	retryAt  time.Time
-	dropAt   time.Time
-	loadAt   time.Time
-	config   config.Jobs    // as the executor has seen it
-	lost     journal.Stream // the written stream that another node got last, at lostAt
-	lostAt   time.Time
-	lanes    map[journal.Stream]takeover
-	work     sync.WaitGroup
+	// updatedAt is when update ran last.
+	updatedAt time.Time
+	beginAt   time.Time // of the next try to begin the first stream
+	retryAt   time.Time
+	dropAt    time.Time
+	loadAt    time.Time
+	config    config.Jobs    // as the executor has seen it
+	lost      journal.Stream // the written stream that another node got last, at lostAt
+	lostAt    time.Time
+	lanes     map[journal.Stream]takeover
+	work      sync.WaitGroup
 }
 
 // takeover is a stream that this node executes, or is taking over.
@@ -302,6 +305,8 @@ func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 	if err := s.beginFirst(ctx, c, x, now); err != nil {
 		return err
 	}
+	ran := now.Sub(c.updatedAt) < leaseLoss
+	c.updatedAt = now
 	leased := s.o.Ownership.Leased()
 	if leased {
 		c.leasedAt = now
@@ -313,7 +318,7 @@ func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 	case s.lost(current):
 		// The owner drops the stream when its last job has ended: a later job would have no
 		// owner.
-		s.disowned(c, current, now)
+		s.disowned(c, current, now, ran)
 		if err := s.begin(ctx, x); err != nil {
 			s.log.Error("can't begin a new stream in place of one that another node owns", "err", err)
 		} else {
@@ -350,14 +355,18 @@ func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 	return nil
 }
 
-// disowned notes that another node got the written stream. The first time the next stream is
-// proposed at once: this node was away.
-func (s *streams) disowned(c *upkeep, current journal.Stream, now time.Time) {
-	if c.lost == current {
-		return // no new stream could be begun
-	}
+// disowned notes that another node got the written stream. The next stream is proposed at once
+// if this node was away, because it did not run or had no lease, and the first time.
+func (s *streams) disowned(c *upkeep, current journal.Stream, now time.Time, ran bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if c.lost == current { // no new stream could be begun
+		return
+	}
+	c.lost = current
+	if !ran || s.leased.IsZero() || now.Sub(s.leased) < disownedFirst && !s.opened.After(s.leased) {
+		return
+	}
 	if now.Sub(c.lostAt) > calmAfter {
 		s.losses = 0
 	}
@@ -365,7 +374,7 @@ func (s *streams) disowned(c *upkeep, current journal.Stream, now time.Time) {
 		s.openAt = now.Add(min(disownedFirst<<min(s.losses-1, 10), disownedMost))
 	}
 	s.losses++
-	c.lost, c.lostAt = current, now
+	c.lostAt = now
 }
 
 // noteWaiting notes which streams of this node no node can execute now. failed is the error
@@ -603,7 +612,7 @@ func (s *streams) propose(ctx context.Context) error {
 		}
 		s.mu.Lock()
 		if st == s.now {
-			s.token = journal.Token(token)
+			s.token, s.opened = journal.Token(token), time.Now()
 		}
 		s.mu.Unlock()
 		s.log.Info("the cluster agreed on a job stream", "stream", st, "index", token.Index)

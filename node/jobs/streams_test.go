@@ -222,6 +222,29 @@ func TestDisownedAgainAndAgain(t *testing.T) {
 	})
 }
 
+// TestDisownedWhileAway: a node that lost its stream while it had no lease was away. It opens
+// the next one at once, each time.
+func TestDisownedWhileAway(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		for range 4 {
+			stream, _, _ := w.streams.current()
+			w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
+			time.Sleep(time.Minute)
+			w.agreed.lease(false)
+			time.Sleep(time.Second)
+			w.agreed.give(t, stream, "here-2")
+			time.Sleep(500 * time.Millisecond)
+			w.agreed.lease(true)
+			began := time.Now()
+			w.until("the next stream is agreed on", func() bool { s, _, _ := w.streams.current(); return w.streams.agreed(s) && s != stream })
+			if took := time.Since(began); took > 2*time.Second {
+				t.Errorf("it proposed its next stream after %s", took)
+			}
+		}
+	})
+}
+
 // TestStreamThatIsNotAgreedOn: jobs in a stream that was proposed and is not agreed on can't
 // start. After a few seconds the node refuses more of them, and says so. It takes jobs again
 // when the cluster has agreed.
