@@ -49,8 +49,9 @@ const (
 	maxOpenDone = maxOpen / 2
 	// disownedFirst to disownedMost is how long a node that lost the stream that it writes,
 	// although it ran and had a lease for disownedFirst or since it opened the stream, runs
-	// its jobs as an island before it proposes the next one, from the second loss on. Others take it for gone, and each
-	// stream that it opens then is lost too. After calmAfter without a loss the next one counts as the first.
+	// its jobs as an island before it proposes the next one, from the second loss on.
+	// Others take it for gone, and each stream that it opens then is lost too. After
+	// calmAfter without a loss the next one counts as the first.
 	disownedFirst = 10 * time.Second
 	disownedMost  = 40 * time.Second
 	calmAfter     = 10 * time.Minute
@@ -232,9 +233,8 @@ func keyOf(st journal.Stream) string {
 
 // upkeep is the state of run.
 type upkeep struct {
-	leasedAt time.Time // when this node last had a lease
-	// updatedAt is when update ran last.
-	updatedAt time.Time
+	leasedAt  time.Time // when this node last had a lease
+	updatedAt time.Time // when update ran last
 	beginAt   time.Time // of the next try to begin the first stream
 	retryAt   time.Time
 	dropAt    time.Time
