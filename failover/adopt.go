@@ -19,7 +19,8 @@ import (
 
 const (
 	// adoptAfter is how long no node must have heard a node before its job streams get
-	// another owner. It is longer than a restart, so that a restart causes no adoption.
+	// another owner; see Gone. It is longer than a restart, so that a restart causes no
+	// adoption.
 	adoptAfter = 10 * time.Second
 	adoptEvery = 500 * time.Millisecond
 	// maxAdoptions bounds the adoptions of one look.
@@ -38,8 +39,7 @@ const (
 // AdoptionNode is a member as the raft leader knows it.
 type AdoptionNode struct {
 	Name, Site string
-	// Silence is for how long no node has heard it.
-	Silence time.Duration
+	Gone       bool // see the func Gone
 	// Able: it can execute jobs. It is heard, holds a lease, applies entries, and is
 	// neither draining nor cold.
 	Able bool
@@ -48,8 +48,8 @@ type AdoptionNode struct {
 // AdoptionView is all that Adopt looks at.
 type AdoptionView struct {
 	Primary string // site
-	// MayReassign: leases from before this leadership have ended, and this leader has
-	// not been paused.
+	// MayReassign: leases from before this leadership have ended, and the leader's
+	// judgement is new.
 	MayReassign bool
 	Quarantined bool
 	Nodes       []AdoptionNode
@@ -83,7 +83,7 @@ func Adopt(v AdoptionView) []Adoption {
 	var adoptions []Adoption
 	for _, j := range streams {
 		owner, member := nodes[j.Owner]
-		if (member && owner.Silence < adoptAfter) || len(adoptions) == maxAdoptions {
+		if (member && !owner.Gone) || len(adoptions) == maxAdoptions {
 			continue
 		}
 		site := j.Site // of a removed owner only the origin's site is known
@@ -124,15 +124,17 @@ func leastLoaded(nodes map[string]AdoptionNode, load map[string]int, site string
 // Adopter gives the streams of lost nodes to other nodes, while this node leads Raft.
 type Adopter struct {
 	o       Options
+	judge   func() (Judgement, bool)
 	timing  config.Timing
 	adopted *prometheus.CounterVec
 }
 
 // NewAdopter makes an Adopter; Lead runs it. It needs the options Name, Site,
-// Agreement, Health, Boottime, Quarantined, Logger and Registerer.
-func NewAdopter(o Options) *Adopter {
+// Agreement, Health, Boottime, Quarantined, Logger and Registerer, and the judgement of
+// this node's Coordinator.
+func NewAdopter(o Options, judge func() (Judgement, bool)) *Adopter {
 	return &Adopter{
-		o: o, timing: o.Agreement.Timing(),
+		o: o, judge: judge, timing: o.Agreement.Timing(),
 		adopted: promauto.With(o.Registerer).NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_stream_adoptions_total", Help: "Job streams that this node, leading, gave to another owner.",
 		}, []string{"reason"}),
@@ -171,37 +173,30 @@ func (a *Adopter) adopt(ctx context.Context, d Adoption, l cluster.Leadership) {
 	}
 }
 
+// view is what the coordinator judged at its last look, and who can adopt now. The
+// streams are those of that look: it has not judged the node of a newer one.
 func (a *Adopter) view(l cluster.Leadership) AdoptionView {
-	s, now := a.o.Agreement.State(), a.o.Boottime()
+	judged, looked := a.judge()
+	if !looked {
+		return AdoptionView{}
+	}
+	s, now := judged.State, a.o.Boottime()
 	peers := a.o.Agreement.Peers()
 	left, _ := a.o.Agreement.Lease()
 	v := AdoptionView{
 		Primary: s.Primary.Site, Quarantined: a.o.Quarantined(), Streams: slices.Collect(maps.Values(s.Streams)),
-		// A leader that is new, or was paused, has not listened for long enough.
-		MayReassign: left > 0 && now-l.FirstCommit >= a.timing.NewLeaderWait && a.o.Agreement.Paused() < a.timing.Patience,
+		MayReassign: left > 0 && now-l.FirstCommit >= a.timing.NewLeaderWait && now-judged.At < a.timing.Patience,
 	}
 	for name, n := range s.Nodes {
-		if name == a.o.Name {
-			v.Nodes = append(v.Nodes, AdoptionNode{Name: name, Site: n.Site, Able: left > 0 && !a.o.Health().Draining})
-			continue
+		able := left > 0 && !a.o.Health().Draining
+		if name != a.o.Name {
+			able = a.able(peers[name])
 		}
-		v.Nodes = append(v.Nodes, a.judge(name, n.Site, peers, now-l.FirstCommit))
+		v.Nodes = append(v.Nodes, AdoptionNode{Name: name, Site: n.Site, Gone: judged.Gone[name], Able: able})
 	}
 	return v
 }
 
-// judge tells for how long no node has heard a node, and whether it is able. The
-// silence of a node that was never heard counts from the start of this leadership.
-func (a *Adopter) judge(name, site string, peers map[string]cluster.PeerView, leading time.Duration) AdoptionNode {
-	n := AdoptionNode{Name: name, Site: site, Silence: leading}
-	if p := peers[name]; p.Heard {
-		n.Silence = p.Ago
-		n.Able = p.LeaseLeft > 0 && p.HeardWithin(a.timing.Patience) && !p.Draining && !p.Cold && p.Stuck < a.timing.Patience
-	}
-	for other, q := range peers {
-		if ago, heard := q.HeardBy[name]; other != name && q.Heard && heard {
-			n.Silence = min(n.Silence, q.Ago+ago)
-		}
-	}
-	return n
+func (a *Adopter) able(p cluster.PeerView) bool {
+	return p.HeardWithin(a.timing.Patience) && p.LeaseLeft > 0 && !p.Draining && !p.Cold && p.Stuck < a.timing.Patience
 }

@@ -10,34 +10,74 @@ import (
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// A node is silent only when no node hears it. Its lease counts as of now.
-func TestAdopterJudgesByWhatAnyNodeHeard(t *testing.T) {
+// Who can adopt is heard, and by its answer it can execute jobs now.
+func TestWhoCanAdopt(t *testing.T) {
 	a := &Adopter{timing: config.TimingFrom(0)}
 	const s = time.Second
-	good := cluster.PeerView{Heard: true, Ago: s / 10, LeaseLeft: s}
 	tests := []struct {
-		name  string
-		peers map[string]cluster.PeerView
-		want  AdoptionNode
+		name string
+		peer cluster.PeerView
+		want bool
 	}{
-		{"heard by the leader", map[string]cluster.PeerView{"x": good}, AdoptionNode{Silence: s / 10, Able: true}},
-		{"never heard by any node", map[string]cluster.PeerView{}, AdoptionNode{Silence: 20 * s}},
-		{"heard by a third only", map[string]cluster.PeerView{"x": {Heard: true, Ago: 15 * s}, "y": {Heard: true, Ago: s, HeardBy: map[string]time.Duration{"x": s}}}, AdoptionNode{Silence: 2 * s}},
-		{"the third is silent itself", map[string]cluster.PeerView{"x": {Heard: true, Ago: 15 * s}, "y": {Heard: true, Ago: 12 * s, HeardBy: map[string]time.Duration{"x": s}}}, AdoptionNode{Silence: 13 * s}},
-		{"draining", map[string]cluster.PeerView{"x": {Heard: true, LeaseLeft: s, Health: cluster.Health{Draining: true}}}, AdoptionNode{}},
-		{"cold", map[string]cluster.PeerView{"x": {Heard: true, LeaseLeft: s, Health: cluster.Health{Cold: true}}}, AdoptionNode{}},
-		{"its disk hangs", map[string]cluster.PeerView{"x": {Heard: true, LeaseLeft: s, Stuck: 5 * s}}, AdoptionNode{}},
-		{"no lease", map[string]cluster.PeerView{"x": {Heard: true}}, AdoptionNode{}},
+		{"heard, with a lease", cluster.PeerView{Heard: true, Ago: s / 10, LeaseLeft: s}, true},
+		{"never heard", cluster.PeerView{}, false},
+		{"silent", cluster.PeerView{Heard: true, Ago: 3 * s, LeaseLeft: s}, false},
+		{"draining", cluster.PeerView{Heard: true, LeaseLeft: s, Health: cluster.Health{Draining: true}}, false},
+		{"cold", cluster.PeerView{Heard: true, LeaseLeft: s, Health: cluster.Health{Cold: true}}, false},
+		{"its disk hangs", cluster.PeerView{Heard: true, LeaseLeft: s, Stuck: 5 * s}, false},
+		{"no lease", cluster.PeerView{Heard: true}, false},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			tt.want.Name, tt.want.Site = "x", "a"
-			if got := a.judge("x", "a", tt.peers, 20*s); got != tt.want {
-				t.Fatalf("judged %+v, want %+v", got, tt.want)
+			if got := a.able(tt.peer); got != tt.want {
+				t.Fatalf("able %v, want %v", got, tt.want)
 			}
 		})
 	}
 }
+
+// An adopter decides about the streams of the coordinator's last look, and not at all
+// when that look is old.
+func TestAdopterNeedsANewJudgement(t *testing.T) {
+	timing := config.TimingFrom(0)
+	w := &agreed.State{
+		Primary: agreed.Primary{Site: "a"}, Nodes: map[string]agreed.Node{"a1": {Name: "a1", Site: "a"}, "b1": {Name: "b1", Site: "b"}},
+		Streams: map[string]agreed.JobStream{"b1/1": {Origin: "b1", Incarnation: "1", Site: "b", Owner: "b1"}},
+	}
+	looked, at := true, time.Hour
+	a := &Adopter{
+		timing: timing,
+		o:      Options{Name: "a1", Site: "a", Agreement: leading{timing: timing}, Health: func() cluster.Health { return cluster.Health{} }, Boottime: func() time.Duration { return time.Hour }, Quarantined: func() bool { return false }},
+		judge: func() (Judgement, bool) {
+			return Judgement{State: w, At: at, Gone: map[string]bool{"b1": true}}, looked
+		},
+	}
+	for _, c := range []struct {
+		name   string
+		looked bool
+		at     time.Duration
+		want   int
+	}{
+		{"a moment ago", true, time.Hour - timing.Tick, 1},
+		{"the coordinator hangs", true, time.Hour - timing.Patience, 0},
+		{"no look yet", false, time.Hour, 0},
+	} {
+		looked, at = c.looked, c.at
+		if got := Adopt(a.view(cluster.Leadership{Term: 1})); len(got) != c.want {
+			t.Errorf("%s: %d adoptions, want %d", c.name, len(got), c.want)
+		}
+	}
+}
+
+// leading is the Agreement of a leader that hears nobody.
+type leading struct {
+	Agreement
+	timing config.Timing
+}
+
+func (l leading) Timing() config.Timing               { return l.timing }
+func (leading) Peers() map[string]cluster.PeerView    { return nil }
+func (leading) Lease() (left time.Duration, _ uint64) { return time.Second, 1 }
 
 func TestAdopt(t *testing.T) {
 	stream := func(origin, owner string) agreed.JobStream {
@@ -45,7 +85,7 @@ func TestAdopt(t *testing.T) {
 	}
 	here := func(name string) AdoptionNode { return AdoptionNode{Name: name, Site: name[:1], Able: true} }
 	gone := func(name string) AdoptionNode {
-		return AdoptionNode{Name: name, Site: name[:1], Silence: adoptAfter}
+		return AdoptionNode{Name: name, Site: name[:1], Gone: true}
 	}
 	draining := AdoptionNode{Name: "a2", Site: "a"}
 	tests := []struct {
@@ -55,7 +95,7 @@ func TestAdopt(t *testing.T) {
 		why  AdoptionReason
 	}{
 		{"all here", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{here("a1"), here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
-		{"silent for less than ten seconds", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a", Silence: adoptAfter - 1}, here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
+		{"silent, and not gone", AdoptionView{MayReassign: true, Nodes: []AdoptionNode{{Name: "a1", Site: "a"}, here("a2")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "", ""},
 		{"owner gone: a node of its site", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), here("a2"), here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "a2", AdoptNeighbour},
 		{"owner gone, the other node of its site drains: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), draining, here("b1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
 		{"site gone: the primary", AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{gone("a1"), gone("a2"), here("b1"), here("c1")}, Streams: []agreed.JobStream{stream("a1", "a1")}}, "b1", AdoptPrimary},
@@ -85,7 +125,7 @@ func TestAdopt(t *testing.T) {
 // Streams of a lost site are spread over the able nodes.
 func TestAdoptSpreads(t *testing.T) {
 	v := AdoptionView{MayReassign: true, Primary: "b", Nodes: []AdoptionNode{
-		{Name: "a1", Site: "a", Silence: adoptAfter}, {Name: "b1", Site: "b", Able: true}, {Name: "b2", Site: "b", Able: true},
+		{Name: "a1", Site: "a", Gone: true}, {Name: "b1", Site: "b", Able: true}, {Name: "b2", Site: "b", Able: true},
 	}}
 	for n := range 10 {
 		v.Streams = append(v.Streams, agreed.JobStream{Origin: "a1", Incarnation: fmt.Sprint(n), Site: "a", Owner: "a1"})

@@ -102,6 +102,14 @@ type Coordinator struct {
 	action Action
 	reason Reason
 	looked bool
+	judged Judgement
+}
+
+// Judgement says which nodes were gone at a look of the coordinator.
+type Judgement struct {
+	State *agreed.State   // at that look
+	At    time.Duration   // of it, on Options.Boottime
+	Gone  map[string]bool // by node
 }
 
 // NewCoordinator makes a Coordinator; Run starts it.
@@ -115,6 +123,13 @@ func (c *Coordinator) Look() (View, Action, Reason, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.view, c.action, c.reason, c.looked
+}
+
+// Judgement gives the newest one; it is false before the first look.
+func (c *Coordinator) Judgement() (Judgement, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.judged, c.looked
 }
 
 // watch is the state of Run's loop.
@@ -192,8 +207,9 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 	w.memory, sites = Observe(w.memory, in)
 	v := c.newView(s, sites, now, w)
 	action, reason := Decide(v)
+	judged := Judgement{State: s, At: now, Gone: Gone(w.memory, in)}
 	c.mu.Lock()
-	c.view, c.action, c.reason, c.looked = v, action, reason, true
+	c.view, c.action, c.reason, c.looked, c.judged = v, action, reason, true, judged
 	c.mu.Unlock()
 
 	l, leads := c.o.Agreement.Leading()

@@ -2,14 +2,15 @@ package failover
 
 import (
 	"cmp"
+	"math"
 	"slices"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
-// The detector turns what nodes observed into one view of each site. It is a pure
-// function of the observations and of a small memory that the coordinator carries
+// The detector turns what nodes observed into one view of each site, and into the list
+// of nodes that are gone. It is a pure function of the observations and of a small memory that the coordinator carries
 // from one look to the next.
 //
 // One recent sighting by any node keeps a site alive, however old that node's table
@@ -75,6 +76,9 @@ type Input struct {
 	RaftLeader string
 	// Behind is how many records the copy of each site lacks; absent: unknown.
 	Behind map[string]int64
+	// Opened is the raft index of the newest job stream that each node opened itself
+	// and still owns.
+	Opened map[string]uint64
 }
 
 // SiteView is a site as seen from the leader.
@@ -117,6 +121,14 @@ type Memory struct {
 	watching time.Duration
 	noLease  map[string]time.Duration // watched time without a lease, by site
 	stable   map[string]time.Duration // Now of when the site became steady
+	opened   map[string]opening       // by node
+}
+
+// opening is the newest job stream that a node opened, and the Now of the look that saw
+// it first.
+type opening struct {
+	index uint64
+	at    time.Duration
 }
 
 // Observe gives the view of each site and what to remember for the next look.
@@ -124,7 +136,16 @@ type Memory struct {
 func Observe(m Memory, in Input) (Memory, []SiteView) {
 	next := Memory{
 		looked: true, last: in.Now, watching: m.watching,
-		noLease: map[string]time.Duration{}, stable: map[string]time.Duration{},
+		noLease: map[string]time.Duration{}, stable: map[string]time.Duration{}, opened: map[string]opening{},
+	}
+	for _, n := range in.Members {
+		newest, known := m.opened[n.Name]
+		if index := in.Opened[n.Name]; index > newest.index {
+			newest, known = opening{index: index, at: in.Now}, true
+		}
+		if known {
+			next.opened[n.Name] = newest
+		}
 	}
 	step := in.Now - m.last
 	limit := pauseLimit(in.Timing)
@@ -190,37 +211,105 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 		v.Heard, v.Leased = true, in.Leader.Leased
 		return v
 	}
-	seenAgo, seen := in.Leader.latest(nodes)
-	v.LeaderSilence = watched
-	if seen {
-		v.Heard = seenAgo < in.Timing.Patience
-		// Silence before a pause of the leader proves nothing: only watched time
-		// counts.
-		v.LeaderSilence = min(seenAgo, watched)
+	q := in.silenceOf(nodes, s.Name, watched, func(o Observation) bool { return o.Site != s.Name })
+	v.LeaderSilence, v.Heard, v.Witnessed, v.Silence = q.leader, q.newest < in.Timing.Patience, q.witnessed, q.both
+	if v.Heard {
+		v.Silence = 0
 	}
 	v.Leased = in.Leader.leased(nodes, in.Timing)
-	direct := v.Heard
-	witness := time.Duration(0)
-	for _, o := range in.Others {
-		if o.Site == s.Name {
-			continue
-		}
-		ago, ever := o.latest(nodes)
-		if ever && ago+o.Age < in.Timing.Patience {
-			v.Heard = true
-			// An answer of the site itself to the leader is better evidence.
-			v.Leased = v.Leased || (!direct && o.leased(nodes, in.Timing))
-		}
-		credible := o.Site != in.Leader.Site && o.Age <= freshLimit(in.Timing) && o.Paused <= pauseLimit(in.Timing)
-		if credible && ever {
-			v.Witnessed = true
-			witness = max(witness, ago)
-		}
+	if q.direct < in.Timing.Patience {
+		return v // an answer of the site itself to the leader is better evidence
 	}
-	if !v.Heard && v.Witnessed {
-		v.Silence = min(v.LeaderSilence, witness)
+	for _, o := range in.Others {
+		v.Leased = v.Leased || (o.Site != s.Name && o.leased(nodes, in.Timing))
 	}
 	return v
+}
+
+// never is longer than any time since a sighting.
+const never = time.Duration(math.MaxInt64)
+
+// silence is what all nodes together know about the silence of a group of nodes: of a
+// site, or of one node.
+type silence struct {
+	direct    time.Duration // since the leader's newest sighting of one of them
+	newest    time.Duration // since anybody's newest sighting, however old the table is otherwise
+	leader    time.Duration // for how long the leader has listened and heard none
+	witnessed bool
+	both      time.Duration // for how long a witness has heard none either; 0 without one
+}
+
+// silenceOf is the one judgement of silence, for failovers and for adoptions. A witness
+// is a node outside the group with a fresh table and without a recent pause, which has
+// heard one of the group before. It is not at the leader's site, because the leader's
+// neighbours share its links; it may be if the group is there too.
+func (in Input) silenceOf(nodes []string, site string, watched time.Duration, outside func(Observation) bool) silence {
+	q := silence{direct: never, newest: never, leader: watched}
+	if ago, seen := in.Leader.latest(nodes); seen {
+		// Silence before a pause of the leader proves nothing: only watched time
+		// counts.
+		q.direct, q.newest, q.leader = ago, ago, min(ago, watched)
+	}
+	for _, o := range in.Others {
+		ago, ever := o.latest(nodes)
+		if !ever || !outside(o) {
+			continue
+		}
+		q.newest = min(q.newest, ago+o.Age)
+		if o.Site == in.Leader.Site && site != in.Leader.Site || o.Age > freshLimit(in.Timing) || o.Paused > pauseLimit(in.Timing) {
+			continue
+		}
+		q.witnessed = true
+		q.both = max(q.both, ago)
+	}
+	q.both = min(q.both, q.leader)
+	return q
+}
+
+// Gone tells which nodes are gone, so that others may adopt their job streams. The
+// memory is the one that Observe returned for the same input. A node is gone when nobody
+// has heard it for adoptAfter, by the leader's word and by a witness's. Where no witness
+// answers, it is gone after NoLease: a second site has no third one to confirm it, and a
+// node without a lease runs only what nobody can adopt.
+//
+// A node that has just opened a stream lives, whoever hears it. A leader that hears fewer
+// voters than its own commits prove to be alive judges nobody: pings don't reach it,
+// and Raft's messages do.
+func Gone(m Memory, in Input) map[string]bool {
+	gone := map[string]bool{}
+	if !in.hearsQuorum() {
+		return gone
+	}
+	watched := in.Now - m.watching
+	for _, n := range in.Members {
+		if n.Name == in.Leader.Observer {
+			continue
+		}
+		if o, known := m.opened[n.Name]; known && in.Now-o.at < adoptAfter {
+			continue
+		}
+		q := in.silenceOf([]string{n.Name}, n.Site, watched, func(o Observation) bool { return o.Observer != n.Name })
+		if q.newest < adoptAfter {
+			continue
+		}
+		gone[n.Name] = q.leader >= in.Timing.NoLease || q.witnessed && q.both >= adoptAfter
+	}
+	return gone
+}
+
+// hearsQuorum reports whether the leader hears a majority of the voters, itself included.
+func (in Input) hearsQuorum() bool {
+	voters, heard := 0, 0
+	for _, m := range in.Members {
+		if !m.Voter {
+			continue
+		}
+		voters++
+		if s, ok := in.Leader.Seen[m.Name]; m.Name == in.Leader.Observer || ok && s.Ago < in.Timing.Patience {
+			heard++
+		}
+	}
+	return heard > voters/2
 }
 
 // latest is how long before the observation one of the nodes was last heard.

@@ -23,6 +23,12 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	if c.o.Behind != nil {
 		in.Behind = c.o.Behind()
 	}
+	in.Opened = map[string]uint64{}
+	for _, j := range s.Streams {
+		if j.Owner == j.Origin && j.Before == "" {
+			in.Opened[j.Origin] = max(in.Opened[j.Origin], j.Token.Index)
+		}
+	}
 	voters := map[string]bool{}
 	raft := c.o.Agreement.Raft()
 	in.RaftLeader = raft.Leader

@@ -134,7 +134,7 @@ func (n *node) Propose(ctx context.Context, t agreed.CommandType, data any) (uin
 		w.mu.Unlock()
 		return 0, cluster.ErrNoQuorum
 	}
-	cmd.Term = w.term
+	cmd.Term, cmd.Index = w.term, uint64(len(w.states))
 	next, err := agreed.Apply(w.states[len(w.states)-1], cmd)
 	if err == nil {
 		w.states = append(w.states, next)

@@ -39,7 +39,8 @@ type world struct {
 	// leaderSeen is when the leader last ran and reached a majority.
 	leaderSeen time.Duration
 	cut        map[[2]string]bool
-	delay      time.Duration // one way
+	deaf       map[string]bool // sites whose pings of other sites get no answer
+	delay      time.Duration   // one way
 	jitter     time.Duration
 	loss       float64 // of pings: a stall of 0.4 s, doubling
 	// forget is the share of proposals whose answer is lost.
@@ -106,7 +107,7 @@ func (q *eventQueue) Pop() any {
 func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 	w := &world{
 		t: t, timing: config.TimingFrom(0), start: time.Now(), rng: rand.New(rand.NewPCG(seed, 1)),
-		nodes: map[string]*node{}, cut: map[[2]string]bool{},
+		nodes: map[string]*node{}, cut: map[[2]string]bool{}, deaf: map[string]bool{},
 		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
 	}
 	s := &agreed.State{
@@ -247,7 +248,7 @@ func (n *node) ping(to *node) {
 	}
 	w.after(time.Second, finish)
 	there, ok := w.oneWay(n.name, to.name)
-	if !ok {
+	if !ok || w.deaf[n.site] && to.site != n.site {
 		return
 	}
 	// A stopped process gets its messages when it continues.

@@ -133,7 +133,7 @@ func (j *asyncJobs) run(ctx context.Context) error {
 		j.stop.Store(&stop)
 		g.Go(func() error { return j.replication.Run(ctx) })
 		g.Go(func() error { return j.n.replicateEntries(ctx) })
-		adopter := failover.NewAdopter(j.n.failoverOptions())
+		adopter := failover.NewAdopter(j.n.failoverOptions(), j.n.judgement)
 		g.Go(func() error { return j.n.cluster.WhileLeader(ctx, adopter.Lead) })
 		return j.service.Run(starting)
 	})

@@ -269,6 +269,15 @@ func (n *Node) newDrills(s drill.Switcher) *drill.Runner {
 	})
 }
 
+// judgement is the newest one of this node's coordinator, if there is any.
+func (n *Node) judgement() (failover.Judgement, bool) {
+	c := n.control.Load()
+	if c == nil {
+		return failover.Judgement{}, false
+	}
+	return c.Coordinator.Judgement()
+}
+
 func (n *Node) quarantined() bool { return n.cluster.Quarantined() != "" }
 
 // release stops what runs on this node as primary, for a switchover. The cluster calls it

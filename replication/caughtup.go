@@ -21,17 +21,43 @@ const (
 // other streams. It does not wait for nodes that are no longer heard. A table that is being
 // rebuilt must be whole first. The error is that of ctx.
 func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
-	reported := map[string]map[journal.Stream]uint64{}
+	_, err := r.awaitReported(ctx)
+	return err
+}
+
+// AwaitEnded blocks like AwaitCaughtUp. Then ended tells of which streams this node holds
+// all that their origin will ever write to them: the origin was asked, and no longer writes
+// them. It is false for streams of origins that are not heard.
+func (r *Replication) AwaitEnded(ctx context.Context) (ended func(journal.Stream) bool, err error) {
+	reported, err := r.awaitReported(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return func(s journal.Stream) bool {
+		of, asked := reported[s.Origin]
+		return asked && of.saysWrites && !of.writes[s]
+	}, nil
+}
+
+// report is what a node says it holds, and which of its own streams it still writes.
+type report struct {
+	Held
+	writes     map[journal.Stream]bool
+	saysWrites bool // false: a version that doesn't say
+}
+
+func (r *Replication) awaitReported(ctx context.Context) (map[string]report, error) {
+	reported := map[string]report{}
 	for {
 		changed := r.tracker.changed.Next()
 		_, living := r.members(func(m Member) bool { return m.Heard })
 		r.askHolders(ctx, living, reported)
 		if r.caughtUp(living, reported) && !r.opts.Table.Partial() {
-			return nil
+			return reported, nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("catch up with other nodes: %w", ctx.Err())
+			return nil, fmt.Errorf("catch up with other nodes: %w", ctx.Err())
 		case <-changed:
 		case <-time.After(holdsAgain):
 		}
@@ -40,17 +66,17 @@ func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 
 // caughtUp reports whether all living nodes have reported what they hold, and this node
 // holds it too. Retired streams don't count.
-func (r *Replication) caughtUp(living []Member, reported map[string]map[journal.Stream]uint64) bool {
+func (r *Replication) caughtUp(living []Member, reported map[string]report) bool {
 	own := r.opts.Log.Ends()
 	for _, m := range living {
 		if m.Node == r.opts.Self {
 			continue
 		}
-		ends, asked := reported[m.Node]
+		of, asked := reported[m.Node]
 		if !asked {
 			return false
 		}
-		for s, seq := range ends {
+		for s, seq := range of.Ends {
 			if own[s].Durable < seq && !r.opts.Retired(s) {
 				return false
 			}
@@ -60,8 +86,8 @@ func (r *Replication) caughtUp(living []Member, reported map[string]map[journal.
 }
 
 // askHolders asks the living nodes that have not answered yet.
-func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]map[journal.Stream]uint64) {
-	answers := map[string]map[journal.Stream]uint64{}
+func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]report) {
+	answers := map[string]report{}
 	var mu sync.Mutex // guards answers
 	var wg sync.WaitGroup
 	for _, m := range living {
@@ -77,29 +103,37 @@ func (r *Replication) askHolders(ctx context.Context, living []Member, reported 
 			r.tracker.merge(m.Node, Watermarks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
 			mu.Lock()
 			defer mu.Unlock()
-			answers[m.Node] = held.Ends
+			answers[m.Node] = held
 		})
 	}
 	wg.Wait()
 	maps.Copy(reported, answers)
 }
 
-func (r *Replication) holds(ctx context.Context, node string) (Held, error) {
+func (r *Replication) holds(ctx context.Context, node string) (report, error) {
 	ctx, cancel := context.WithTimeout(ctx, holdsTimeout)
 	defer cancel()
 	conn, err := r.opts.Dial(node)
 	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
+		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
 	}
 	got, err := replicationpb.NewReplicationClient(conn).Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat})
 	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
+		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
 	}
 	ends, err := readEnds(got.GetHeld())
 	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
+		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
 	}
-	return Held{Epoch: got.GetEpoch(), Ends: ends}, nil
+	of := report{Held: Held{Epoch: got.GetEpoch(), Ends: ends}, writes: map[journal.Stream]bool{}, saysWrites: got.GetSaysWrites()}
+	for _, w := range got.GetWrites() {
+		s, err := readStream(w)
+		if err != nil {
+			return report{}, fmt.Errorf("ask %s what it writes: %w", node, err)
+		}
+		of.writes[s] = true
+	}
+	return of, nil
 }
 
 // Holds answers with what is on this node's disk.
@@ -108,9 +142,18 @@ func (s *server) Holds(ctx context.Context, q *replicationpb.HoldsRequest) (*rep
 		return nil, err
 	}
 	// The log is ahead of the tracker, but never of the disk.
-	own := durable(s.r.opts.Log.Ends())
+	ends := s.r.opts.Log.Ends()
+	own := durable(ends)
+	var writes []*replicationpb.Stream
+	for st, e := range ends {
+		if e.Writing {
+			writes = append(writes, wireStream(st))
+		}
+	}
 	s.r.tracker.setOwn(own)
 	s.r.tracker.mu.Lock()
 	defer s.r.tracker.mu.Unlock()
-	return &replicationpb.HoldsResponse{Format: wireFormat, Held: wireEnds(own), Epoch: s.r.tracker.marks[s.r.opts.Self].Epoch}, nil
+	return &replicationpb.HoldsResponse{
+		Format: wireFormat, Held: wireEnds(own), Epoch: s.r.tracker.marks[s.r.opts.Self].Epoch, Writes: writes, SaysWrites: true,
+	}, nil
 }

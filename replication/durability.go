@@ -30,13 +30,14 @@ var levels = [...]journal.Durability{
 func levelIndex(level journal.Durability) int { return slices.Index(levels[:], level) }
 
 // counts reports whether a copy on node other, together with the writer's own, gives a
-// record the durability.
+// record the durability. Each durability includes the weaker ones: a copy at another site
+// survives what one on a neighbour survives, also while the neighbours are down.
 func counts(level journal.Durability, writer, other Member) bool {
 	switch level {
 	case journal.DurableNode:
 		return writer.Node == other.Node
 	case journal.DurableSite:
-		return writer.Node != other.Node && writer.Site == other.Site
+		return writer.Node != other.Node
 	case journal.DurableTwoSites:
 		return writer.Site != other.Site
 	case journal.DurableTwoCities:
@@ -64,7 +65,7 @@ func possible(level journal.Durability, self Member, members []Member) error {
 	case Satisfied(level, self, append(members[:len(members):len(members)], self)):
 		return nil
 	case level == journal.DurableSite:
-		return fmt.Errorf("%w: %q needs a second node in site %s", ErrImpossible, level, self.Site)
+		return fmt.Errorf("%w: %q needs a second node, in site %s or in another one", ErrImpossible, level, self.Site)
 	case level == journal.DurableTwoSites:
 		return fmt.Errorf("%w: %q needs a node in a second site", ErrImpossible, level)
 	}

@@ -39,7 +39,9 @@ func TestSatisfied(t *testing.T) {
 		{journal.DurableNode, []string{"a1"}, true},
 		{journal.DurableNode, []string{"a2"}, false},
 		{journal.DurableSite, []string{"a1"}, false},
-		{journal.DurableSite, []string{"a1", "b1", "c1"}, false},
+		{journal.DurableSite, []string{"a1", "b1"}, true},
+		{journal.DurableSite, []string{"a1", "c1"}, true},
+		{journal.DurableSite, []string{"b1", "c1"}, false},
 		{journal.DurableSite, []string{"a1", "a2"}, true},
 		{journal.DurableSite, []string{"a2", "a3"}, false},
 		{journal.DurableTwoSites, []string{"a1", "a2"}, false},
@@ -62,8 +64,8 @@ func TestPossible(t *testing.T) {
 	}{
 		{[]string{"a1"}, []journal.Durability{journal.DurableNode}},
 		{[]string{"a1", "a2"}, []journal.Durability{journal.DurableNode, journal.DurableSite}},
-		{[]string{"a1", "b1"}, []journal.Durability{journal.DurableNode, journal.DurableTwoSites}},
-		{[]string{"a1", "c1"}, []journal.Durability{journal.DurableNode, journal.DurableTwoSites, journal.DurableTwoCities}},
+		{[]string{"a1", "b1"}, []journal.Durability{journal.DurableNode, journal.DurableSite, journal.DurableTwoSites}},
+		{[]string{"a1", "c1"}, levels[:]},
 		{[]string{"a1", "a2", "b1", "c1"}, levels[:]},
 	} {
 		var got []journal.Durability

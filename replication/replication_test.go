@@ -41,8 +41,8 @@ func TestRecordsReachEveryNode(t *testing.T) {
 	if err := w.nodes["a1"].repl.Possible(journal.DurableSite); err != nil {
 		t.Error(err)
 	}
-	if err := w.nodes["b1"].repl.Possible(journal.DurableSite); err == nil {
-		t.Error("two nodes of a site are possible with one node")
+	if err := w.nodes["b1"].repl.Possible(journal.DurableSite); err != nil {
+		t.Errorf("nodes of other sites stand for a neighbour: %v", err)
 	}
 }
 
@@ -134,6 +134,51 @@ func TestRecordsOfADeadNodeSpread(t *testing.T) {
 		t.Errorf("caught up with %d of %d records", got, seq)
 	}
 	w.wantEverywhere(stream, seq)
+}
+
+// A stream has ended for a node when its origin, asked now, no longer writes it, and the
+// node holds all of it. Nobody but the origin can say so.
+func TestEndedStreams(t *testing.T) {
+	w := newWorld(t, "a1", "b1", "c1").start()
+	w.connected()
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	stream := a1.stream
+	ended := func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		ended, err := b1.repl.AwaitEnded(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ended(stream)
+	}
+	w.wantEverywhere(stream, a1.submit(10, 100))
+	if ended() {
+		t.Error("it has ended while its origin writes it")
+	}
+	next := journal.Stream{Origin: "a1", Incarnation: journal.Incarnation{1}}
+	if err := a1.log.Create(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	last := a1.submit(200, 1000)
+	if err := a1.log.Freeze(stream); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it has ended", ended)
+	if got := b1.holds(stream); got != last {
+		t.Errorf("it has ended at %d of %d records", got, last)
+	}
+	w.sever("a1", "b1", true)
+	if ended() {
+		t.Error("it has ended although its origin can't be asked")
+	}
+	w.sever("a1", "b1", false)
+	a1.halt()
+	if ended() {
+		t.Error("it has ended by the word of a node that is down")
+	}
+	a1.start()
+	eventually(t, "after a restart it has ended too", ended)
 }
 
 func TestCutSiteCatchesUp(t *testing.T) {

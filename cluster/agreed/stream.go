@@ -19,10 +19,10 @@ var (
 	ErrStillMember   = errors.New("the node is still a member and executes its own job streams")
 )
 
-// maxStreamsPerNode bounds the streams of one origin. Each start of a node opens
-// one; a stream is dropped when its last job has ended. So a node reaches the bound
-// only after as many restarts without finishing its jobs.
-const maxStreamsPerNode = 64
+// MaxStreamsPerNode bounds the streams of one origin. Each start of a node opens
+// one; a stream is dropped when its last job has ended. Nodes open a new one only
+// while they have far fewer (node/jobs).
+const MaxStreamsPerNode = 64
 
 // maxDoneStreams bounds State.DoneStreams. A node that was offline for more drops
 // than that keeps a journal which no node needs.
@@ -144,7 +144,7 @@ func (s *State) newStream(j JobStream, c Command) error {
 			open++
 		}
 	}
-	if open >= maxStreamsPerNode {
+	if open >= MaxStreamsPerNode {
 		return fmt.Errorf("open a job stream of %s: it has %d streams with unfinished jobs: %w", j.Origin, open, ErrStateFull)
 	}
 	s.changeStream(key, &j, c)

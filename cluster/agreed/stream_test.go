@@ -156,7 +156,7 @@ func TestOwnershipRefusals(t *testing.T) {
 
 func TestStreamsOfANodeAreBounded(t *testing.T) {
 	h := newStreamHistory()
-	for n := range maxStreamsPerNode {
+	for n := range MaxStreamsPerNode {
 		if err := h.apply(CmdStreamOpen, 1, StreamOpen{Origin: "a1", Incarnation: incarnation(n)}); err != nil {
 			t.Fatal(err)
 		}

@@ -42,6 +42,10 @@ func (a *alone) Possible(journal.Durability) error       { return nil }
 func (a *alone) Spread(journal.Stream) bool              { return true }
 func (a *alone) Reachable(d journal.Durability) bool     { return d == journal.DurableNode }
 func (a *alone) AwaitCaughtUp(ctx context.Context) error { return ctx.Err() }
+func (a *alone) AwaitEnded(ctx context.Context) (func(journal.Stream) bool, error) {
+	return func(journal.Stream) bool { return false }, ctx.Err()
+}
+
 func (a *alone) DurabilityOf(journal.Stream, uint64) journal.Durability {
 	return journal.DurableNode
 }

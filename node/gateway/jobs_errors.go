@@ -68,6 +68,8 @@ func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
 		return laterOn("too_many_jobs", "As many jobs wait at this node as it may hold. Please try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrNotReady):
 		return laterOn("jobs_not_ready", "This node can't take jobs yet. Please try again later.", time.Second)
+	case errors.Is(err, jobs.ErrNoStream):
+		return laterOn("jobs_not_ready", sentence(jobs.ErrNoStream)+" A job could not start here. Please ask another node, or try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrPartial):
 		return laterOn("jobs_unavailable", sentence(jobs.ErrPartial)+" Please ask another node, or try again later.", 5*time.Second)
 	case errors.Is(err, jobs.ErrUnavailable):

@@ -187,6 +187,7 @@ func TestJobRefusals(t *testing.T) {
 		{jobs.ErrKeyReused, 422, "idempotency_key_reused", ""},
 		{jobs.ErrBusy, 503, "too_many_jobs", "5"},
 		{jobs.ErrNotReady, 503, "jobs_not_ready", "1"},
+		{fmt.Errorf("%w since noon", jobs.ErrNoStream), 503, "jobs_not_ready", "5"},
 		{jobs.ErrPartial, 503, "jobs_unavailable", "5"},
 		{fmt.Errorf("%w: %w", jobs.ErrUnavailable, journal.ErrFull), 503, "jobs_unavailable", "5"},
 		{journal.ErrTooLarge, 413, "request_too_large", ""},

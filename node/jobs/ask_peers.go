@@ -99,7 +99,7 @@ func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id
 	if err != nil {
 		return nil, fmt.Errorf("encode the principal: %w", err)
 	}
-	found, peer := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String())
+	found, peer := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String(), j.relayed.has(id))
 	if found == nil {
 		return nil, ErrNotFound
 	}
@@ -111,7 +111,27 @@ func (j *Jobs) askPeers(ctx context.Context, who Caller, method, path string, id
 	return relay(ctx, peer, string(principal), method, path)
 }
 
-func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed, *upstream.Peer) {
+// endedElsewhere reports whether another node has the end of a job that has not ended here,
+// and then remembers that: Elsewhere asks a node that has it. It does so for clients alone.
+func (j *Jobs) endedElsewhere(ctx context.Context, who Caller, id journal.JobID) bool {
+	if who.Operator || who.Peer {
+		return false
+	}
+	principal, err := json.Marshal(who.Principal)
+	if err != nil {
+		return false
+	}
+	found, _ := j.askForJob(ctx, string(principal), "/v1/jobs/"+id.String(), true)
+	if found == nil || !found.ended() {
+		return false
+	}
+	j.relayed.add(id)
+	return true
+}
+
+// askForJob returns the first answer of a peer that has the job or, with end, the first one
+// that has its end, if there is any.
+func (j *Jobs) askForJob(ctx context.Context, principal, path string, end bool) (*Relayed, *upstream.Peer) {
 	ctx, done := context.WithTimeout(ctx, findWait)
 	defer done()
 	type reply struct {
@@ -132,14 +152,21 @@ func (j *Jobs) askForJob(ctx context.Context, principal, path string) (*Relayed,
 			replies <- reply{answer, &peers[i]}
 		}()
 	}
-	var first reply
+	var best reply
 	for range peers { // done ends the requests that are still running
-		if r := <-replies; r.answer != nil && first.answer == nil {
-			first = r
+		r := <-replies
+		switch {
+		case r.answer == nil:
+		case !end || r.answer.ended():
+			if best.answer == nil || end && !best.answer.ended() {
+				best = r
+			}
 			done()
+		case best.answer == nil:
+			best = r
 		}
 	}
-	return first.answer, first.peer
+	return best.answer, best.peer
 }
 
 func relay(ctx context.Context, p *upstream.Peer, principal, method, path string) (*Relayed, error) {

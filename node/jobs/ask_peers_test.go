@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,6 +76,60 @@ func TestRelayedEndDoesNotGoBack(t *testing.T) {
 		}
 		return err == nil
 	})
+}
+
+// A client that saw a job's end at one node deletes or retries it at another one, where the
+// end has not arrived. The change is passed on to a node that has the end. A job that has
+// ended nowhere can't be deleted.
+func TestChangeOfAJobThatEndedElsewhere(t *testing.T) {
+	w := newWorld(t)
+	w.spare.Store(0)
+	w.start()
+	id := w.submit().ID
+	path := "/v1/jobs/" + id.String()
+	asked := make(chan string, 100)
+	peer := func(name string, status journal.Status) upstream.Peer {
+		return upstream.Peer{Node: name, Client: peerFunc(func(r *http.Request) (*http.Response, error) {
+			if r.Method != http.MethodGet {
+				asked <- name
+			}
+			body := fmt.Sprintf(`{"id":%q,"status":%q}`, id, status)
+			return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body))}, nil
+		})}
+	}
+	change := map[string]func(Caller) error{
+		"delete": func(who Caller) error { return w.Delete(t.Context(), who, id) },
+		"retry":  func(who Caller) error { return second(w.Retry(t.Context(), who, id)) },
+	}
+	w.o.Peers = func() []upstream.Peer { return []upstream.Peer{peer("b-1", journal.Running)} }
+	for name, err := range map[string]error{"delete": ErrNotFinal, "retry": ErrNotRetryable} {
+		if got := change[name](ann); !errors.Is(got, err) {
+			t.Errorf("%s while it runs everywhere: %v, want %v", name, got, err)
+		}
+	}
+	w.o.Peers = func() []upstream.Peer {
+		return []upstream.Peer{peer("b-1", journal.Running), peer("c-1", journal.Failed)}
+	}
+	passed := ann
+	passed.Peer = true
+	for name, do := range change {
+		if err := do(passed); errors.Is(err, ErrNotFound) || err == nil {
+			t.Errorf("%s, passed on by a node: %v, want that it has not ended here", name, err)
+		}
+	}
+	for name, do := range change {
+		if err := do(ann); !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: %v, want ErrNotFound, so that other nodes are asked", name, err)
+		}
+	}
+	for range 20 {
+		if _, err := w.Elsewhere(t.Context(), ann, http.MethodDelete, path, id); err != nil {
+			t.Fatal(err)
+		}
+		if node := <-asked; node != "c-1" {
+			t.Fatalf("%s was asked to delete it, and has not its end", node)
+		}
+	}
 }
 
 func TestRelayedEndsAreBounded(t *testing.T) {

@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -38,26 +39,31 @@ func (j *Jobs) Cancel(ctx context.Context, who Caller, id journal.JobID) (*View,
 	}
 }
 
-// Delete deletes a job that has ended. The error is ErrNotFinal for another job.
+// Delete deletes a job that has ended. The error is ErrNotFinal for another job, and
+// ErrNotFound for one whose end only other nodes have yet: a client may have seen it there.
 func (j *Jobs) Delete(ctx context.Context, who Caller, id journal.JobID) error {
 	_, v, _, err := j.find(who, id)
 	switch {
 	case err != nil:
 		return err
-	case !v.Status.Final():
-		return fmt.Errorf("%w: it is %s", ErrNotFinal, v.Status)
+	case v.Status.Final():
+		return j.note(ctx, id, journal.Deleted)
+	case j.endedElsewhere(ctx, who, id):
+		return ErrNotFound
 	}
-	return j.note(ctx, id, journal.Deleted)
+	return fmt.Errorf("%w: it is %s", ErrNotFinal, v.Status)
 }
 
 // Retry submits a job that failed, expired or was cancelled again, as a new job with the
 // same request and options. The new job has the rights of the caller, or those of the
-// original job's key if the caller is an operator.
+// original job's key if the caller is an operator. ErrNotFound is as for Delete.
 func (j *Jobs) Retry(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
 	_, v, sub, err := j.find(who, id)
 	switch {
 	case err != nil:
 		return nil, err
+	case !v.Status.Final() && j.endedElsewhere(ctx, who, id):
+		return nil, ErrNotFound
 	case !v.Status.Final() || v.Status == journal.Succeeded:
 		return nil, fmt.Errorf("%w: it is %s", ErrNotRetryable, v.Status)
 	}
@@ -81,8 +87,15 @@ func (j *Jobs) note(ctx context.Context, id journal.JobID, kind journal.Kind) er
 	}
 	ctx, done := context.WithTimeout(ctx, writeWait)
 	defer done()
-	if _, err := j.o.Journal.Append(ctx, s, []journal.Record{{Stream: s, Token: token, Kind: kind, Job: id}}); err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	for {
+		_, err := j.o.Journal.Append(ctx, s, []journal.Record{{Stream: s, Token: token, Kind: kind, Job: id}})
+		if err == nil {
+			return nil
+		}
+		before := s
+		if s, token, _ = j.streams.current(); s == before || !errors.Is(err, journal.ErrFrozen) {
+			return fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+		// This node began a new stream meanwhile.
 	}
-	return nil
 }

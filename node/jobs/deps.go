@@ -48,6 +48,9 @@ type Replication interface {
 	// AwaitCaughtUp blocks until this node's table has every record that a living node
 	// holds.
 	AwaitCaughtUp(ctx context.Context) error
+	// AwaitEnded does the same. Then ended tells of which streams this node has all that
+	// their origin will ever write to them, by the origin's own word.
+	AwaitEnded(ctx context.Context) (ended func(journal.Stream) bool, err error)
 	// Spread reports whether every member has all records of a stream, or no longer needs
 	// them.
 	Spread(s journal.Stream) bool

@@ -22,6 +22,9 @@ var (
 	ErrKeyReused = errors.New("the Idempotency-Key was used for another request")
 	// ErrNotReady: this node is starting or stopping, or has no data keys yet.
 	ErrNotReady = errors.New("this node can't take jobs yet")
+	// ErrNoStream: this node writes a stream that the cluster has not agreed on for a while,
+	// so that no node can start a job of it.
+	ErrNoStream = errors.New("the cluster has not agreed on this node's job stream")
 	// ErrPartial: this node's job table was damaged and is being rebuilt from other nodes,
 	// so the answer may depend on rows that are missing.
 	ErrPartial = errors.New("this node's job table was damaged and is being rebuilt from other nodes")

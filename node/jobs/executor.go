@@ -125,7 +125,7 @@ func (x *executor) round(work context.Context) time.Duration {
 	}
 	x.endSome(work, may)
 	for x.running < most && spare > 0 {
-		e := x.q.next(may)
+		e := x.q.next(now, may)
 		if e == nil {
 			break
 		}

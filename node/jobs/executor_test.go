@@ -2,6 +2,7 @@ package jobs
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/http/httptrace"
 	"slices"
@@ -157,6 +158,65 @@ func TestOrder(t *testing.T) {
 		w.until("all have run", func() bool { return w.counts().Succeeded == 7 })
 		if got, want := strings.Join(order, " "), "high a1 b1 a2 b2 a3 low"; got != want {
 			t.Errorf("order is %s, want %s", got, want)
+		}
+	})
+}
+
+// TestLowPriorityIsNotStarved: while jobs of the highest priority keep all places busy, one
+// start of eight is of the job that has waited longest, if that is more than a minute.
+func TestLowPriorityIsNotStarved(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.agreed.configure(func(j *config.Jobs) { j.Concurrency = 1 })
+		low, high := 0, 0
+		var mu sync.Mutex
+		w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+			time.Sleep(time.Second)
+			mu.Lock()
+			defer mu.Unlock()
+			if strings.Contains(string(r.Body), "low") {
+				low++
+			} else {
+				high++
+			}
+			return answering("{}")(ctx, r, s)
+		}
+		w.start()
+		for range 5 {
+			w.submit(func(r *Request) { r.Body, r.Priority = marked("low"), 0 })
+		}
+		waited := time.Now()
+		for second := range 300 {
+			w.submit(func(r *Request) { r.Body, r.Priority = marked(fmt.Sprint(second)), 9 })
+			time.Sleep(time.Second)
+			mu.Lock()
+			if low == 1 && time.Since(waited) < agedAfter { // the first job found the node idle
+				low, high = 0, 0
+			}
+			mu.Unlock()
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if low != 4 || high < 250 {
+			t.Errorf("in five minutes %d jobs of priority 0 and %d of priority 9 ran", low, high)
+		}
+	})
+}
+
+// TestUnpausedAtOnce: a change of the configuration lets waiting jobs start at once.
+func TestUnpausedAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.agreed.configure(func(j *config.Jobs) { j.Paused = true })
+		w.start()
+		id := w.submit().ID
+		time.Sleep(5 * time.Second)
+		if got := w.get(id).Status; got != journal.Queued {
+			t.Fatalf("while jobs are paused, one is %s", got)
+		}
+		w.agreed.configure(func(j *config.Jobs) { j.Paused = false })
+		unpaused := time.Now()
+		w.await(id, journal.Succeeded)
+		if took := time.Since(unpaused); took > time.Second {
+			t.Errorf("it ran %s later", took)
 		}
 	})
 }

@@ -127,6 +127,15 @@ func (j *Jobs) Counts() (Counts, error) {
 	}, nil
 }
 
+// Problem says in words why jobs of this node can't start, or are not safe from its loss;
+// empty: nothing is wrong.
+func (j *Jobs) Problem() string {
+	if !j.ready.Load() || j.closed.Load() {
+		return ""
+	}
+	return j.streams.problem()
+}
+
 // complete is nil when the table has all rows that this node can have.
 func (j *Jobs) complete() error {
 	switch {

@@ -156,6 +156,7 @@ func (h *entryHeap) Pop() any {
 type queue struct {
 	lanes  []*lane // in the order of their turns
 	turn   int
+	starts uint64
 	byID   map[journal.JobID]*entry
 	timers entryHeap
 	bytes  int64 // of all entries' bodies
@@ -215,10 +216,25 @@ func (q *queue) drop(e *entry) {
 	e.lane.jobs--
 }
 
+const (
+	// Every agedShare-th start is of the job that was accepted first, if that was agedAfter
+	// ago: else jobs of a low priority never start while enough others arrive. The others
+	// still get most starts.
+	agedShare = 8
+	agedAfter = time.Minute
+)
+
 // next removes and returns the job that starts next, or nil. It has the highest priority of
-// all usable lanes; lanes with the same priority take turns. usable says which lanes this
-// node may execute now.
-func (q *queue) next(usable func(*lane) bool) *entry {
+// all usable lanes, or it has waited longest; lanes with the same priority take turns. usable
+// says which lanes this node may execute now.
+func (q *queue) next(now time.Time, usable func(*lane) bool) *entry {
+	if (q.starts+1)%agedShare == 0 {
+		if e := q.oldest(usable); e != nil && now.Sub(e.accepted) >= agedAfter {
+			q.starts++
+			q.hold(e)
+			return e
+		}
+	}
 	var from *lane
 	priority, at := -1, 0
 	for i := range q.lanes {
@@ -232,9 +248,28 @@ func (q *queue) next(usable func(*lane) bool) *entry {
 		return nil
 	}
 	q.turn = at + 1
+	q.starts++
 	e := from.pop(priority)
 	q.hold(e)
 	return e
+}
+
+// oldest is the ready job that was accepted first.
+func (q *queue) oldest(usable func(*lane) bool) *entry {
+	var oldest *entry
+	for _, l := range q.lanes {
+		if l.size == 0 || !usable(l) {
+			continue
+		}
+		for i := range l.levels {
+			for _, t := range l.levels[i].tenants {
+				if e := t.jobs.entries[0]; oldest == nil || e.created < oldest.created {
+					oldest = e
+				}
+			}
+		}
+	}
+	return oldest
 }
 
 // popDue makes jobs ready whose notBefore has come, and removes and returns the expired

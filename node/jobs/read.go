@@ -15,6 +15,7 @@ import (
 type Caller struct {
 	serving.Principal
 	Operator bool
+	Peer     bool // another node passes a client's request on
 }
 
 // Get returns a job of the caller's tenant, with its result. The error is ErrNotReady,
@@ -89,9 +90,7 @@ func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
 		if cursor == (journal.JobID{}) {
 			continue
 		}
-		if _, _, _, err := j.find(who, cursor); errors.Is(err, ErrNotFound) {
-			return Page{}, ErrBadCursor
-		} else if err != nil {
+		if err := j.mayGoOnAt(who, cursor); err != nil {
 			return Page{}, err
 		}
 	}
@@ -100,6 +99,9 @@ func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
 		f.Tenant, f.AllTenants = q.Tenant, q.Tenant == ""
 	}
 	rows, more, err := j.o.Table.List(f)
+	if errors.Is(err, jobtable.ErrUnknownCursor) {
+		return Page{}, ErrBadCursor
+	}
 	if err != nil {
 		return Page{}, fmt.Errorf("list jobs: %w", err)
 	}
@@ -116,4 +118,20 @@ func (j *Jobs) List(_ context.Context, who Caller, q Query) (Page, error) {
 		p.Jobs = append(p.Jobs, v)
 	}
 	return p, nil
+}
+
+// mayGoOnAt is nil when a list may go on at a job: at one that the caller may see, or at one
+// that was deleted meanwhile, of which the table knows only the place.
+func (j *Jobs) mayGoOnAt(who Caller, cursor journal.JobID) error {
+	if _, _, _, err := j.lookUp(who, cursor); !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	row, known, err := j.o.Table.Get(cursor)
+	if err != nil {
+		return fmt.Errorf("read job %s: %w", cursor, err)
+	}
+	if !known || !row.Deleted() {
+		return ErrBadCursor
+	}
+	return nil
 }

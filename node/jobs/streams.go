@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -23,8 +25,9 @@ const (
 	// leaseLoss is how long a node may be without a lease before it accepts new jobs in
 	// an island stream. It is longer than the election of a Raft leader.
 	leaseLoss = 2 * time.Second
-	// openWait bounds one proposal, retryWait is the pause after a failed one.
-	openWait  = 10 * time.Second
+	// openWait bounds one proposal, retryWait is the pause after a failed one. While this
+	// node waits for a proposal it follows no change of owners.
+	openWait  = 3 * time.Second
 	retryWait = 2 * time.Second
 	// agreeWait is how long a start waits until the cluster has agreed on its stream. It
 	// allows for one failed proposal.
@@ -36,6 +39,24 @@ const (
 	// it hears: several pings. Right after a start it hears no peer, and would conclude
 	// that it has all records that the others hold.
 	steadyAfter = time.Second
+
+	// maxOpen is how many agreed streams of this node there may be when it proposes
+	// another one. Beyond it the node stays with its island, whose jobs it can run. The
+	// rest up to agreed.MaxStreamsPerNode is for streams that were proposed before, whose
+	// jobs wait for the agreement. maxOpenDone is the same for streams whose jobs have
+	// ended: they are proposed only so that all nodes drop them.
+	maxOpen     = agreed.MaxStreamsPerNode * 3 / 4
+	maxOpenDone = maxOpen / 2
+	// disownedFirst to disownedMost is how long a node that lost the stream that it writes,
+	// although it ran and had a lease for disownedFirst or since it opened the stream, runs
+	// its jobs as an island before it proposes the next one, from the second loss on.
+	// Others take it for gone, and each stream that it opens then is lost too. After
+	// calmAfter without a loss the next one counts as the first.
+	disownedFirst = 10 * time.Second
+	disownedMost  = 40 * time.Second
+	calmAfter     = 10 * time.Minute
+	// refuseAfter is how long a node accepts jobs that it can't start.
+	refuseAfter = 5 * time.Second
 )
 
 // streams are the streams that this node writes, and those whose jobs it executes.
@@ -55,8 +76,25 @@ type streams struct {
 	begun   bool
 	now     journal.Stream              // zero before begun
 	token   journal.Token               // of now
+	opened  time.Time                   // when now, or the stream before it, was agreed on
 	islands map[journal.Stream]struct{} // as on disk
 	leased  time.Time                   // since when this node has a lease; zero: it has none
+	waiting waiting
+	// Others took the written stream away losses times in a row, so that the next one is
+	// proposed only at openAt.
+	losses int
+	openAt time.Time
+}
+
+// waiting are the streams of this node that are no islands and not agreed on, so that no
+// node can start their jobs.
+type waiting struct {
+	since time.Time // zero: there are none
+	// refused is since when the stream that this node writes is one, or there is none to
+	// write; zero: new jobs can start.
+	refused time.Time
+	jobs    int64
+	why     error // of the last proposal that failed, nil: none did
 }
 
 // permit allows one start, like failover.Permit.
@@ -101,6 +139,7 @@ func (s *streams) begin(ctx context.Context, x *executor) error {
 	before, begun := s.now, s.begun
 	s.now, s.token, s.begun = next, s.islandToken(), true
 	s.islands = islands
+	s.waiting.refused = time.Time{}
 	s.mu.Unlock()
 	if begun {
 		if err := s.o.Journal.Freeze(before); err != nil {
@@ -158,16 +197,27 @@ func (s *streams) neverOthers(st journal.Stream) bool {
 	return agreed && j.Owner == s.o.Node && j.Before == ""
 }
 
-// ours reports whether only this process, or an earlier one of this node, can have executed a
-// stream.
+// ours reports whether this node knows how all jobs of a stream ended: only this process can
+// have executed it, or an earlier one of this node, and this disk has all that it wrote.
 func (s *streams) ours(st journal.Stream) bool {
 	if s.o.State().Streams[keyOf(st)].Before != "" {
 		return false
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, island := s.islands[st]
-	return island || st == s.now
+	if now, _, _ := s.current(); st == now {
+		return true
+	}
+	return s.island(st) && !s.o.Table.Partial() && !s.damaged()
+}
+
+// damaged reports whether a journal of this node lost records, which may be the ends of jobs
+// of any of its streams.
+func (s *streams) damaged() bool {
+	for st, end := range s.o.Journal.Ends() {
+		if st.Origin == s.o.Node && end.Damaged != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *streams) island(st journal.Stream) bool {
@@ -183,12 +233,17 @@ func keyOf(st journal.Stream) string {
 
 // upkeep is the state of run.
 type upkeep struct {
-	leasedAt time.Time // when this node last had a lease
-	retryAt  time.Time
-	dropAt   time.Time
-	loadAt   time.Time
-	lanes    map[journal.Stream]takeover
-	work     sync.WaitGroup
+	leasedAt  time.Time // when this node last had a lease
+	updatedAt time.Time // when update ran last
+	beginAt   time.Time // of the next try to begin the first stream
+	retryAt   time.Time
+	dropAt    time.Time
+	loadAt    time.Time
+	config    config.Jobs    // as the executor has seen it
+	lost      journal.Stream // the written stream that another node got last, at lostAt
+	lostAt    time.Time
+	lanes     map[journal.Stream]takeover
+	work      sync.WaitGroup
 }
 
 // takeover is a stream that this node executes, or is taking over.
@@ -199,9 +254,6 @@ type takeover struct {
 
 // run follows the agreed ownership of streams until ctx ends.
 func (s *streams) run(ctx context.Context, x *executor) error {
-	if err := s.beginFirst(ctx, x); err != nil {
-		return err
-	}
 	c := &upkeep{leasedAt: time.Now(), lanes: map[journal.Stream]takeover{}}
 	ctx, stop := context.WithCancel(ctx)
 	defer c.work.Wait()
@@ -214,6 +266,10 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 		if err := s.update(ctx, c, x); err != nil {
 			return err
 		}
+		if cfg := s.o.config(); cfg != c.config { // jobs may have been unpaused
+			c.config = cfg
+			x.nudge()
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -223,35 +279,46 @@ func (s *streams) run(ctx context.Context, x *executor) error {
 	}
 }
 
-// beginFirst begins the first stream. While the disk is full it tries again.
-func (s *streams) beginFirst(ctx context.Context, x *executor) error {
-	for {
-		err := s.begin(ctx, x)
-		switch {
-		case err == nil || ctx.Err() != nil:
-			return nil
-		case !errors.Is(err, journal.ErrFull):
-			return err
-		}
-		s.log.Warn("can't accept jobs yet", "err", err)
-		if clock.Sleep(ctx, retryWait) != nil {
-			return nil
-		}
+// beginFirst begins the first stream. While the disk is full, or the journal has too many
+// streams, it tries again: the streams of other nodes are dropped meanwhile.
+func (s *streams) beginFirst(ctx context.Context, c *upkeep, x *executor, now time.Time) error {
+	if _, _, begun := s.current(); begun || now.Before(c.beginAt) {
+		return nil
 	}
+	c.beginAt = now.Add(retryWait)
+	err := s.begin(ctx, x)
+	switch {
+	case err == nil || ctx.Err() != nil:
+		return nil
+	case !errors.Is(err, journal.ErrFull) && !errors.Is(err, journal.ErrTooManyStreams):
+		return err
+	}
+	s.log.Warn("can't accept jobs yet", "err", err)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waiting.why = err
+	return nil
 }
 
 func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 	now := time.Now()
+	if err := s.beginFirst(ctx, c, x, now); err != nil {
+		return err
+	}
+	ran := now.Sub(c.updatedAt) < leaseLoss
+	c.updatedAt = now
 	leased := s.o.Ownership.Leased()
 	if leased {
 		c.leasedAt = now
 	}
 	s.lease(leased, now)
-	current, _, _ := s.current()
+	current, _, begun := s.current()
 	switch {
+	case !begun:
 	case s.lost(current):
 		// The owner drops the stream when its last job has ended: a later job would have no
 		// owner.
+		s.disowned(c, current, now, ran)
 		if err := s.begin(ctx, x); err != nil {
 			s.log.Error("can't begin a new stream in place of one that another node owns", "err", err)
 		} else {
@@ -265,16 +332,18 @@ func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 		}
 	}
 	s.follow(ctx, c, x)
+	var failed error
 	if leased && !now.Before(c.retryAt) {
-		if err := s.propose(ctx); err != nil {
+		if failed = s.propose(ctx); failed != nil {
 			c.retryAt = now.Add(retryWait)
-			if errors.Is(err, errNote) {
-				return err
+			if errors.Is(failed, errNote) {
+				return failed
 			}
-			s.log.Warn("the proposal of a job stream failed", "err", err)
+			s.log.Warn("the proposal of a job stream failed", "err", failed)
 		}
 		s.inherit(ctx, c)
 	}
+	s.noteWaiting(now, failed)
 	if leased && !now.Before(c.dropAt) {
 		c.dropAt = now.Add(dropEvery)
 		s.drop(ctx, x)
@@ -284,6 +353,117 @@ func (s *streams) update(ctx context.Context, c *upkeep, x *executor) error {
 		x.loadAgain()
 	}
 	return nil
+}
+
+// disowned notes that another node got the written stream. The next stream is proposed at once
+// if this node was away, because it did not run or had no lease, and the first time.
+func (s *streams) disowned(c *upkeep, current journal.Stream, now time.Time, ran bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.lost == current { // no new stream could be begun
+		return
+	}
+	c.lost = current
+	if !ran || s.leased.IsZero() || now.Sub(s.leased) < disownedFirst && !s.opened.After(s.leased) {
+		return
+	}
+	if now.Sub(c.lostAt) > calmAfter {
+		s.losses = 0
+	}
+	if s.losses > 0 {
+		s.openAt = now.Add(min(disownedFirst<<min(s.losses-1, 10), disownedMost))
+	}
+	s.losses++
+	c.lostAt = now
+}
+
+// noteWaiting notes which streams of this node no node can execute now. failed is the error
+// of a proposal that was just made, if any.
+func (s *streams) noteWaiting(now time.Time, failed error) {
+	current, _, begun := s.current()
+	live := s.o.Table.LiveCounts()
+	found, refuses, jobs := !begun, !begun, int64(0)
+	for st := range s.o.Journal.Ends() {
+		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.known(st) && !s.island(st) {
+			found, refuses, jobs = true, refuses || st == current, jobs+live[st]
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.waiting
+	s.waiting = waiting{jobs: jobs}
+	if found {
+		s.waiting.since = earlier(was.since, now)
+		s.waiting.why = cmp.Or(failed, was.why)
+	}
+	if refuses {
+		s.waiting.refused = earlier(was.refused, now)
+	}
+}
+
+// earlier is since, or now if since is not set.
+func earlier(since, now time.Time) time.Time {
+	if since.IsZero() {
+		return now
+	}
+	return since
+}
+
+// accepts is nil when the jobs that this node accepts now can start, or soon will. The error
+// wraps ErrNoStream.
+func (s *streams) accepts() error {
+	s.mu.Lock()
+	since := s.waiting.refused
+	s.mu.Unlock()
+	if since.IsZero() || time.Since(since) < refuseAfter {
+		return nil
+	}
+	return fmt.Errorf("%w since %s", ErrNoStream, since.UTC().Format(time.RFC3339))
+}
+
+// problem says in words why jobs that this node accepted, or would accept, can't start, or are
+// not safe from the loss of this node; empty: nothing is wrong.
+func (s *streams) problem() string {
+	s.mu.Lock()
+	w, now, begun, leased, losses, openAt := s.waiting, s.now, s.begun, !s.leased.IsZero(), s.losses, s.openAt
+	s.mu.Unlock()
+	alone := leased && begun && s.island(now)
+	switch open := s.openCount(); {
+	case !w.since.IsZero() && time.Since(w.since) >= refuseAfter:
+		why := "the raft leader has not answered"
+		if w.why != nil {
+			why = w.why.Error()
+		}
+		text := fmt.Sprintf("the cluster has not agreed on a job stream of it for %s (%s)", time.Since(w.since).Round(time.Second), why)
+		if !begun {
+			text = fmt.Sprintf("it can't begin a job stream (%s)", why)
+		}
+		if w.jobs > 0 {
+			text += fmt.Sprintf(": %d jobs that it accepted wait", w.jobs)
+		}
+		if !w.refused.IsZero() {
+			text += "; it refuses new jobs, send them to other nodes"
+		}
+		return text
+	case alone && open >= maxOpen:
+		return fmt.Sprintf("it has %d job streams whose jobs have not ended, too many to open another one: until some have ended "+
+			"it runs new jobs alone, and no other node takes them over if it is lost", open)
+	case alone && time.Now().Before(openAt):
+		return fmt.Sprintf("the raft leader gave its job stream to another node %d times in a row, although it runs: until %s it runs new jobs "+
+			"alone, and no other node takes them over if it is lost; check its connections to the leader", losses, openAt.UTC().Format(time.TimeOnly))
+	}
+	return ""
+}
+
+// openCount is how many agreed streams this node has written, whoever owns them.
+func (s *streams) openCount() int {
+	count := 0
+	for _, j := range s.o.State().Streams {
+		if j.Origin == s.o.Node {
+			count++
+		}
+	}
+	return count
 }
 
 // follow takes over streams that this node owns now, and leaves streams that it no longer
@@ -330,7 +510,9 @@ func (s *streams) mine() map[journal.Stream]journal.Token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	alone := maps.Clone(s.islands)
-	alone[s.now] = struct{}{}
+	if s.begun {
+		alone[s.now] = struct{}{}
+	}
 	for st := range alone {
 		if !s.known(st) {
 			mine[st] = journal.Token{}
@@ -407,20 +589,18 @@ func (s *streams) takeOver(ctx context.Context, st journal.Stream, x *executor) 
 
 var errNote = errors.New("write the file of island streams")
 
-// propose proposes this node's streams to the cluster: the current one, and those with jobs
-// that have not ended.
+// propose proposes this node's streams to the cluster: the current one unless it must wait,
+// then those with jobs that have not ended, then the others, so that all nodes drop them in
+// the end. It leaves islands alone for which there is no room.
 func (s *streams) propose(ctx context.Context) error {
-	live := s.o.Table.LiveCounts()
-	current, _, _ := s.current()
-	var todo []journal.Stream
-	for st := range s.o.Journal.Ends() {
-		// A stream that was proposed before and is not agreed on may have been dropped.
-		// Then this node doesn't know yet how its jobs ended.
-		if st.Origin == s.o.Node && (st == current || live[st] > 0) && !s.known(st) {
-			todo = append(todo, st)
+	var full error
+	for _, st := range s.unknown() {
+		if open, room := s.openCount(), s.room(st); open >= room {
+			if room == agreed.MaxStreamsPerNode {
+				full = fmt.Errorf("%d streams of it have jobs that have not ended", open)
+			}
+			continue
 		}
-	}
-	for _, st := range todo {
 		if err := s.note(st); err != nil {
 			return fmt.Errorf("%w: %w", errNote, err)
 		}
@@ -432,12 +612,54 @@ func (s *streams) propose(ctx context.Context) error {
 		}
 		s.mu.Lock()
 		if st == s.now {
-			s.token = journal.Token(token)
+			s.token, s.opened = journal.Token(token), time.Now()
 		}
 		s.mu.Unlock()
 		s.log.Info("the cluster agreed on a job stream", "stream", st, "index", token.Index)
 	}
-	return nil
+	return full
+}
+
+// unknown are this node's streams that are not agreed on, in the order of proposal, without
+// the current one if that must wait. A stream that was proposed before may have been dropped:
+// then this node doesn't know yet how its jobs ended.
+func (s *streams) unknown() []journal.Stream {
+	live := s.o.Table.LiveCounts()
+	current, _, _ := s.current()
+	s.mu.Lock()
+	wait := time.Now().Before(s.openAt)
+	s.mu.Unlock()
+	var todo []journal.Stream
+	for st := range s.o.Journal.Ends() {
+		if st.Origin == s.o.Node && (st != current || !wait || !s.island(st)) && !s.known(st) {
+			todo = append(todo, st)
+		}
+	}
+	rank := func(st journal.Stream) int {
+		switch {
+		case st == current:
+			return 0
+		case live[st] > 0:
+			return 1
+		}
+		return 2
+	}
+	slices.SortFunc(todo, func(a, b journal.Stream) int {
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(keyOf(a), keyOf(b)))
+	})
+	return todo
+}
+
+// room is how many agreed streams of this node there may be before this one is proposed.
+func (s *streams) room(st journal.Stream) int {
+	current, _, _ := s.current()
+	switch {
+	case st != current && s.o.Table.LiveCounts()[st] == 0:
+		return maxOpenDone
+	case s.island(st):
+		return maxOpen
+	}
+	return agreed.MaxStreamsPerNode
 }
 
 // inherit asks for the island streams of nodes that were removed from the cluster, if this
@@ -493,24 +715,21 @@ func (s *streams) note(st journal.Stream) error {
 // records that only its origin has, so it is dropped only when no more can come.
 func (s *streams) drop(ctx context.Context, x *executor) {
 	current, _, _ := s.current()
-	live := s.o.Table.LiveCounts()
 	var done []string
+	var foreign []agreed.JobStream
 	for _, j := range s.o.Ownership.Mine() {
-		i, err := journal.ParseIncarnation(j.Incarnation)
-		st := journal.Stream{Origin: j.Origin, Incarnation: i}
-		if err != nil || st == current || live[st] > 0 || x.live(st) > 0 {
-			continue
-		}
+		st, ok := streamOf(j)
 		// A stream that was not taken over may only look as if all its jobs had ended: a
 		// disk that was lost has no jobs.
-		if !x.has(st) {
-			continue
+		switch {
+		case !ok || st == current || !s.idle(st, x) || !x.has(st) || !s.o.Replication.Spread(st):
+		case st.Origin == s.o.Node:
+			done = append(done, j.Key())
+		default:
+			foreign = append(foreign, j)
 		}
-		if !s.o.Replication.Spread(st) || st.Origin != s.o.Node && (!s.movedOn(j) || !s.whole(ctx, st)) {
-			continue
-		}
-		done = append(done, j.Key())
 	}
+	done = append(done, s.ended(ctx, foreign, x)...)
 	if len(done) == 0 {
 		return
 	}
@@ -523,11 +742,46 @@ func (s *streams) drop(ctx context.Context, x *executor) {
 	s.log.Info("dropped job streams whose jobs have ended", "streams", done)
 }
 
-// movedOn reports whether the origin of a stream writes to a later one, or was removed: then
-// this stream gets no more records.
+func streamOf(j agreed.JobStream) (journal.Stream, bool) {
+	i, err := journal.ParseIncarnation(j.Incarnation)
+	return journal.Stream{Origin: j.Origin, Incarnation: i}, err == nil
+}
+
+// idle reports whether no job of a stream is left to do.
+func (s *streams) idle(st journal.Stream, x *executor) bool {
+	return s.o.Table.LiveCounts()[st] == 0 && x.live(st) == 0
+}
+
+// ended returns the keys of those streams of other nodes that get no more records, whose
+// records are all here, and whose jobs have ended.
+func (s *streams) ended(ctx context.Context, foreign []agreed.JobStream, x *executor) (keys []string) {
+	if len(foreign) == 0 {
+		return nil
+	}
+	ctx, stop := context.WithTimeout(ctx, time.Second)
+	defer stop()
+	if s.o.Replication.AwaitCaughtUp(ctx) != nil {
+		return nil
+	}
+	ended, err := s.o.Replication.AwaitEnded(ctx)
+	if err != nil {
+		return nil
+	}
+	for _, j := range foreign {
+		st, _ := streamOf(j)
+		if (ended(st) || !s.member(j.Origin) || s.movedOn(j)) && s.idle(st, x) {
+			keys = append(keys, j.Key())
+		}
+	}
+	return keys
+}
+
+// movedOn reports whether the origin of a stream is heard and writes to a later agreed one:
+// then this stream gets no more records. Nodes of older versions don't say which streams
+// they write.
 func (s *streams) movedOn(j agreed.JobStream) bool {
-	if !s.member(j.Origin) {
-		return true
+	if !s.o.Heard(j.Origin) {
+		return false
 	}
 	for _, later := range s.o.State().Streams {
 		if later.Origin == j.Origin && later.Owner == j.Origin && later.Before == "" && later.OpenedAt.After(j.OpenedAt) {
@@ -535,16 +789,6 @@ func (s *streams) movedOn(j agreed.JobStream) bool {
 		}
 	}
 	return false
-}
-
-// whole reports whether this node has all records of another node's stream.
-func (s *streams) whole(ctx context.Context, st journal.Stream) bool {
-	if s.member(st.Origin) && !s.o.Heard(st.Origin) {
-		return false
-	}
-	ctx, stop := context.WithTimeout(ctx, time.Second)
-	defer stop()
-	return s.o.Replication.AwaitCaughtUp(ctx) == nil && s.o.Table.LiveCounts()[st] == 0
 }
 
 var _ Ownership = (*failover.Ownership)(nil)

@@ -47,7 +47,7 @@ var Endpoints = func() (paths []string) {
 
 // Submit accepts a job. If the error is nil, the job is as durable as the View says, and
 // that is at least what the client asked. The errors are ErrImpossible, ErrKeyReused,
-// ErrNotReady, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
+// ErrNotReady, ErrNoStream, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
 // written, but is not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 	began := j.o.Host.Now()
@@ -68,7 +68,7 @@ func refusal(err error) string {
 		return "full"
 	case errors.Is(err, ErrUnavailable):
 		return "journal"
-	case errors.Is(err, ErrNotReady):
+	case errors.Is(err, ErrNotReady), errors.Is(err, ErrNoStream):
 		return "not_ready"
 	}
 	return ""
@@ -78,6 +78,9 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 	stream, token, begun := j.streams.current()
 	if !begun || j.closed.Load() || !j.o.Ring.Ready() {
 		return nil, ErrNotReady
+	}
+	if err := j.streams.accepts(); err != nil {
+		return nil, err
 	}
 	cfg := j.o.config()
 	want, least, err := j.durability(r, journal.Durability(cfg.Durability))
@@ -110,12 +113,14 @@ func (j *Jobs) submit(ctx context.Context, r *Request, now time.Time) (*View, er
 			return v, err
 		}
 	}
-	v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
-	if errors.Is(err, journal.ErrFrozen) { // this node began a new stream meanwhile
-		stream, token, _ = j.streams.current()
-		return j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+	for {
+		v, err := j.write(ctx, journal.Record{Stream: stream, Token: token, Job: id}, &sub)
+		before := stream
+		if stream, token, _ = j.streams.current(); stream == before || !errors.Is(err, journal.ErrFrozen) {
+			return v, err
+		}
+		// This node began a new stream meanwhile.
 	}
-	return v, err
 }
 
 // durability returns the level to wait for, and the level that is enough if that one is
@@ -162,8 +167,13 @@ func (j *Jobs) possible(level journal.Durability) error {
 	return p.err
 }
 
-// earlier looks for an earlier use of the key: for the same job, or for another one.
+// earlier looks for an earlier use of the key: for the same job, or for another one. It reads
+// the row last, because a copy of the job may arrive at any time, and is not another job.
 func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, want, least journal.Durability) (*View, error) {
+	used, err := j.o.Table.FindKey(keyHash)
+	if err != nil {
+		return nil, fmt.Errorf("look for the key's jobs: %w", err)
+	}
 	row, known, err := j.o.Table.Get(id)
 	if err != nil {
 		return nil, fmt.Errorf("look for the key's job: %w", err)
@@ -184,12 +194,10 @@ func (j *Jobs) earlier(ctx context.Context, id journal.JobID, keyHash string, wa
 		}
 		return v, nil
 	}
-	same, err := j.o.Table.FindKey(keyHash)
-	if err != nil {
-		return nil, fmt.Errorf("look for the key's jobs: %w", err)
-	}
-	if len(same) > 0 {
-		return nil, fmt.Errorf("%w: %s", ErrKeyReused, same[0])
+	for _, other := range used {
+		if other != id {
+			return nil, fmt.Errorf("%w: %s", ErrKeyReused, other)
+		}
 	}
 	return nil, nil
 }
@@ -249,6 +257,7 @@ func (j *Jobs) await(ctx context.Context, id journal.JobID, s journal.Stream, se
 	j.metrics.durable.WithLabelValues(string(wait)).Observe(time.Since(began).Seconds())
 	has = j.reached(s, seq)
 	switch {
+	case levelOf(has) >= levelOf(want):
 	case err == nil && levelOf(has) < levelOf(wait):
 		has = wait // Await has seen that it was reached
 	case err != nil && (least == "" || levelOf(has) < levelOf(least)):

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
@@ -95,6 +96,83 @@ func TestResultWaitsForItsDurability(t *testing.T) {
 		w.copies.say(all, all, journal.DurableTwoSites)
 		w.await(strict, journal.Succeeded)
 	})
+}
+
+// TestCursorOfADeletedJob: a list goes on after a job that was deleted between two pages.
+func TestCursorOfADeletedJob(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		var ids []journal.JobID
+		for range 3 {
+			id := w.submit().ID
+			w.await(id, journal.Succeeded)
+			ids = append(ids, id)
+		}
+		if err := w.Delete(t.Context(), ann, ids[1]); err != nil {
+			t.Fatal(err)
+		}
+		for _, q := range []Query{{Limit: 10, After: ids[1]}, {Limit: 10, Before: ids[1]}} {
+			page, err := w.List(t.Context(), ann, q)
+			if err != nil || len(page.Jobs) != 1 {
+				t.Fatalf("%+v, %v", page, err)
+			}
+			if got, want := page.Jobs[0].ID, ids[map[bool]int{true: 0, false: 2}[q.After != journal.JobID{}]]; got != want {
+				t.Errorf("the list goes on with %s, want %s", got, want)
+			}
+		}
+		if _, err := w.List(t.Context(), ann, Query{Limit: 10, After: newID(time.Now())}); !errors.Is(err, ErrBadCursor) {
+			t.Errorf("an unknown cursor: %v", err)
+		}
+	})
+}
+
+// TestRepeatWhileTheCopyArrives: a client repeats a submission at another node, at the moment
+// at which the job's record arrives there. It is the same job, wherever between the look-ups
+// the record arrives.
+func TestRepeatWhileTheCopyArrives(t *testing.T) {
+	for _, at := range []string{"FindKey", "Get"} {
+		synctest.Test(t, func(t *testing.T) {
+			a, b := newWorld(t), newWorld(t)
+			b.node, b.ring, b.agreed = "here-2", a.ring, a.agreed
+			defer func() { a.stop(); b.stop() }()
+			a.spare.Store(0)
+			b.spare.Store(0)
+			keyed := func(r *Request) { r.IdempotencyKey = "k" }
+			a.start()
+			first := a.submit(keyed)
+			b.open()
+			b.o.Table = &interrupted{Table: b.table, at: at, do: func() { deliver(t, a, b) }}
+			b.launch()
+			again, err := b.Submit(t.Context(), request(keyed))
+			if err != nil || again.ID != first.ID {
+				t.Errorf("the record arrives before %s: the repeat got %+v, %v, want job %s", at, again, err, first.ID)
+			}
+		})
+	}
+}
+
+// interrupted does something once, before one of its look-ups.
+type interrupted struct {
+	*jobtable.Table
+	at string
+	do func()
+}
+
+func (i *interrupted) before(name string) {
+	if do := i.do; name == i.at && do != nil {
+		i.do = nil
+		do()
+	}
+}
+
+func (i *interrupted) FindKey(hash string) ([]journal.JobID, error) {
+	i.before("FindKey")
+	return i.Table.FindKey(hash)
+}
+
+func (i *interrupted) Get(id journal.JobID) (jobtable.Row, bool, error) {
+	i.before("Get")
+	return i.Table.Get(id)
 }
 
 func TestIdempotencyKey(t *testing.T) {

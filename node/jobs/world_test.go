@@ -146,12 +146,14 @@ type copies struct {
 	changed   chan struct{}
 	caughtUp  chan struct{} // closed: all streams are caught up
 	asked     int           // calls of AwaitCaughtUp
+	ended     func(journal.Stream) bool
 }
 
 func newCopies() *copies {
 	done := make(chan struct{})
 	close(done)
 	return &copies{
+		ended:   func(journal.Stream) bool { return false },
 		reached: journal.DurableNode, changed: make(chan struct{}), caughtUp: done,
 		possible:  map[journal.Durability]bool{journal.DurableNode: true},
 		reachable: map[journal.Durability]bool{journal.DurableNode: true},
@@ -214,6 +216,8 @@ func (c *copies) AwaitCaughtUp(ctx context.Context) error {
 		return ctx.Err()
 	}
 }
+
+func (c *copies) AwaitEnded(context.Context) (func(journal.Stream) bool, error) { return c.ended, nil }
 
 // say sets the levels that the configuration allows, that the living nodes allow, and that
 // records have reached.

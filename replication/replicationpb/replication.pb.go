@@ -817,10 +817,14 @@ func (x *HoldsRequest) GetFormat() uint32 {
 }
 
 type HoldsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Held          []*StreamSeq           `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
-	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Format uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Held   []*StreamSeq           `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	Epoch  uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Which of its own streams the called node still writes. The others of its streams get
+	// no more records. Nodes of older versions don't set says_writes.
+	Writes        []*Stream `protobuf:"bytes,4,rep,name=writes,proto3" json:"writes,omitempty"`
+	SaysWrites    bool      `protobuf:"varint,5,opt,name=says_writes,json=saysWrites,proto3" json:"says_writes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -874,6 +878,20 @@ func (x *HoldsResponse) GetEpoch() uint64 {
 		return x.Epoch
 	}
 	return 0
+}
+
+func (x *HoldsResponse) GetWrites() []*Stream {
+	if x != nil {
+		return x.Writes
+	}
+	return nil
+}
+
+func (x *HoldsResponse) GetSaysWrites() bool {
+	if x != nil {
+		return x.SaysWrites
+	}
+	return false
 }
 
 type DigestsRequest struct {
@@ -1348,11 +1366,14 @@ const file_replication_proto_rawDesc = "" +
 	"\x04last\x18\x04 \x01(\bR\x04last\x128\n" +
 	"\x06covers\x18\x05 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06covers\"&\n" +
 	"\fHoldsRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"s\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\xcb\x01\n" +
 	"\rHoldsResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
 	"\x04held\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04held\x12\x14\n" +
-	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\"(\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x125\n" +
+	"\x06writes\x18\x04 \x03(\v2\x1d.dsnode.replication.v1.StreamR\x06writes\x12\x1f\n" +
+	"\vsays_writes\x18\x05 \x01(\bR\n" +
+	"saysWrites\"(\n" +
 	"\x0eDigestsRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\"\x97\x01\n" +
 	"\x0fDigestsResponse\x12\x16\n" +
@@ -1440,25 +1461,26 @@ var file_replication_proto_depIdxs = []int32{
 	4,  // 13: dsnode.replication.v1.ProbeAnswer.ages:type_name -> dsnode.replication.v1.OriginAge
 	1,  // 14: dsnode.replication.v1.SnapshotPage.covers:type_name -> dsnode.replication.v1.StreamSeq
 	1,  // 15: dsnode.replication.v1.HoldsResponse.held:type_name -> dsnode.replication.v1.StreamSeq
-	1,  // 16: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
-	1,  // 17: dsnode.replication.v1.TableRows.applied:type_name -> dsnode.replication.v1.StreamSeq
-	5,  // 18: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
-	11, // 19: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
-	13, // 20: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
-	15, // 21: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
-	16, // 22: dsnode.replication.v1.Replication.Table:input_type -> dsnode.replication.v1.TableRequest
-	18, // 23: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
-	7,  // 24: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
-	12, // 25: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
-	14, // 26: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
-	15, // 27: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
-	17, // 28: dsnode.replication.v1.Replication.Table:output_type -> dsnode.replication.v1.TableRows
-	19, // 29: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
-	24, // [24:30] is the sub-list for method output_type
-	18, // [18:24] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	0,  // 16: dsnode.replication.v1.HoldsResponse.writes:type_name -> dsnode.replication.v1.Stream
+	1,  // 17: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
+	1,  // 18: dsnode.replication.v1.TableRows.applied:type_name -> dsnode.replication.v1.StreamSeq
+	5,  // 19: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
+	11, // 20: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
+	13, // 21: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
+	15, // 22: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
+	16, // 23: dsnode.replication.v1.Replication.Table:input_type -> dsnode.replication.v1.TableRequest
+	18, // 24: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
+	7,  // 25: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
+	12, // 26: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
+	14, // 27: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
+	15, // 28: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
+	17, // 29: dsnode.replication.v1.Replication.Table:output_type -> dsnode.replication.v1.TableRows
+	19, // 30: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
+	25, // [25:31] is the sub-list for method output_type
+	19, // [19:25] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_replication_proto_init() }

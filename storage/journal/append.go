@@ -140,7 +140,7 @@ func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error
 	if err := l.mayAdd(id); err != nil {
 		return nil, err
 	}
-	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1, queue: q}
+	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1, queue: q, writing: q != nil}
 	if err := l.createFiles(s, first, flags); err != nil {
 		return nil, l.setFailed("make a stream", err)
 	}
@@ -275,6 +275,11 @@ func (l *Log) Append(ctx context.Context, id Stream, records []Record) (last uin
 
 // commit is the only goroutine that writes to an own stream.
 func (l *Log) commit(s *stream, q *queue) {
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.writing = false
+	}()
 	for b := q.next(); b != nil; b = q.next() {
 		b.err = l.writeBatch(s, b)
 		close(b.done)

@@ -87,6 +87,9 @@ type End struct {
 	// last record known to have existed. It is reset when Durable reaches it.
 	Damaged uint64
 	Own     bool // takes Append: created by this process, and not frozen
+	// Writing: Own, or frozen while records are still queued. When it is false, this
+	// process adds no record of its own after Durable.
+	Writing bool
 }
 
 // stream is the state of one stream.
@@ -112,12 +115,13 @@ type stream struct {
 	durable  uint64
 	damaged  uint64
 	queue    *queue // nil: the stream does not take appends
+	writing  bool   // commit runs
 }
 
 func (s *stream) end() End {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return End{First: s.segments[0].first, Durable: s.durable, Damaged: s.damaged, Own: s.queue != nil}
+	return End{First: s.segments[0].first, Durable: s.durable, Damaged: s.damaged, Own: s.queue != nil, Writing: s.writing}
 }
 
 // last returns the segment at the end of the stream, which is written to.

@@ -279,8 +279,65 @@ func TestFreezeWritesQueuedRecords(t *testing.T) {
 	if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); !errors.Is(err, ErrFrozen) {
 		t.Fatal(err)
 	}
+	awaitWritten(t, l, id)
 	if e, _ := l.End(id); e != (End{First: 1, Durable: 1}) {
 		t.Fatalf("%+v", e)
+	}
+}
+
+func awaitWritten(t *testing.T, l *Log, id Stream) {
+	t.Helper()
+	for until := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		switch e, _ := l.End(id); {
+		case !e.Writing:
+			return
+		case time.Now().After(until):
+			t.Fatal("the stream is still written")
+		}
+	}
+}
+
+// A frozen stream counts as written until its queued records are on the disk: who sees
+// that it is not written has seen its end.
+func TestFrozenStreamIsWrittenToItsEnd(t *testing.T) {
+	dir := t.TempDir()
+	l := mustOpen(t, testOptions(dir))
+	id := streamOf(1)
+	mustCreate(t, l, id)
+	s, err := l.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.write.Lock() // the disk is slow
+	s.mu.Lock()
+	q := s.queue
+	s.mu.Unlock()
+	records := []Record{started(1, ""), started(1, "")}
+	for i := range records {
+		records[i].Stream = id
+	}
+	b, _, err := q.add(t.Context(), records, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Freeze(id); err != nil {
+		t.Fatal(err)
+	}
+	if e, _ := l.End(id); e.Own || !e.Writing || e.Durable != 0 {
+		t.Errorf("while records are queued: %+v", e)
+	}
+	s.write.Unlock()
+	<-b.done
+	awaitWritten(t, l, id)
+	if e, _ := l.End(id); e.Durable != 2 {
+		t.Errorf("at the end: %+v", e)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l = mustOpen(t, testOptions(dir))
+	if e, _ := l.End(id); e.Writing || e.Durable != 2 {
+		t.Errorf("after a restart: %+v", e)
 	}
 }
 
