@@ -59,6 +59,11 @@ type Options struct {
 	OperatorKey         string
 	OperatorKeyPrevious string
 
+	// FeatureLevel is the feature level that this node announces, so that the leader
+	// raises the cluster's no further; 0: the newest. It is ignored once the cluster's
+	// level is higher.
+	FeatureLevel int
+
 	Health     func() Health // called for each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -312,7 +317,7 @@ func (c *Cluster) Announce() {
 func (c *Cluster) self() agreed.Node {
 	n := agreed.Node{
 		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
-		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: agreed.MaxFeatureLevel,
+		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: announcedLevel(c.opts.FeatureLevel, c.State().FeatureLevel),
 		Instance: c.instance, StartedAt: c.started,
 		OperatorKey: c.opts.OperatorKey, OperatorKeyPrevious: c.opts.OperatorKeyPrevious,
 	}

@@ -203,7 +203,7 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 		return ErrNotMember
 	}
 	if n.Feature < s.FeatureLevel {
-		return fmt.Errorf("%w: the cluster is at feature level %d, %s supports %d: run a newer version there", ErrFeatureLevel, s.FeatureLevel, n.Name, n.Feature)
+		return fmt.Errorf("%w: the cluster is at feature level %d, %s announces %d: run a newer version there, or remove feature_level from its node.yaml", ErrFeatureLevel, s.FeatureLevel, n.Name, n.Feature)
 	}
 	if s.Parsed != nil {
 		if _, known := s.Parsed.Sites[n.Site]; !known {

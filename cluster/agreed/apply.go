@@ -66,10 +66,7 @@ func Apply(s *State, c Command) (*State, error) {
 	case CmdAPIKeyRevoke:
 		err = with(c, func(d APIKeyRevoke) error { return next.revokeKey(d, c.At) })
 	case CmdFeatureRaise:
-		err = with(c, func(d FeatureRaise) error {
-			next.FeatureLevel = max(next.FeatureLevel, d.Level)
-			return nil
-		})
+		err = with(c, next.raiseFeatures)
 	case CmdPromote:
 		err = with(c, func(d Promote) error { return next.promote(d, c) })
 	case CmdSwitchover:
@@ -129,7 +126,7 @@ func applyInit(s *State, c Command) (*State, error) {
 		d.Node.JoinedAt = c.At
 		d.Config.Version, d.Config.Time = 1, c.At
 		*next = State{
-			Format: stateFormat, FeatureLevel: 1,
+			Format: formatAt(1), FeatureLevel: 1,
 			ClusterID: d.ClusterID, Name: d.Name, Generation: d.Generation, CreatedAt: c.At,
 			Primary: Primary{Site: d.Node.Site, Epoch: 1, Since: c.At, Reason: "bootstrap"},
 			Nodes:   map[string]Node{d.Node.Name: d.Node},
@@ -165,6 +162,17 @@ func (s *State) removeNode(d NodeRemove) error {
 	s.Nodes = maps.Clone(s.Nodes)
 	delete(s.Nodes, d.Name)
 	s.forgetConfirmations(d.Name)
+	return nil
+}
+
+// raiseFeatures never lowers the level. A build that does not know a level must not
+// follow the cluster there.
+func (s *State) raiseFeatures(d FeatureRaise) error {
+	if d.Level > MaxFeatureLevel {
+		return fmt.Errorf("%w: feature level %d, this version supports up to %d", ErrUnknownCommand, d.Level, MaxFeatureLevel)
+	}
+	s.FeatureLevel = max(s.FeatureLevel, d.Level)
+	s.Format = formatAt(s.FeatureLevel)
 	return nil
 }
 
@@ -296,8 +304,18 @@ func (s *State) putDrill(d DrillRecord, at time.Time) error {
 	return nil
 }
 
-// stateFormat is the version of State in a snapshot.
-const stateFormat = 1
+// stateFormat is the newest version of State in a snapshot that this build reads.
+const stateFormat = 2
+
+// formatAt is the version of State in the snapshots of a cluster at a feature level.
+// Builds of level 1 read only format 1: one that is started after the cluster has gone
+// on refuses its snapshot, instead of dropping the fields that it does not know.
+func formatAt(level int) int {
+	if level < 2 {
+		return 1
+	}
+	return stateFormat
+}
 
 // Encode returns the state in the form for snapshots.
 func (s *State) Encode() ([]byte, error) {
@@ -317,6 +335,9 @@ func DecodeState(b []byte) (*State, error) {
 	}
 	if s.Format > stateFormat {
 		return nil, fmt.Errorf("%w: state format %d, this version reads up to %d", ErrUnknownCommand, s.Format, stateFormat)
+	}
+	if s.FeatureLevel > MaxFeatureLevel {
+		return nil, fmt.Errorf("%w: feature level %d, this version supports up to %d", ErrUnknownCommand, s.FeatureLevel, MaxFeatureLevel)
 	}
 	return s, nil
 }

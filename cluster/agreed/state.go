@@ -61,7 +61,7 @@ type State struct {
 }
 
 // NewState is the state before the first command.
-func NewState() *State { return &State{Format: stateFormat} }
+func NewState() *State { return &State{Format: formatAt(0)} }
 
 // Generation rises by one each time an operator recovers the cluster after a
 // permanent loss of its quorum. The random ID distinguishes two such recoveries.

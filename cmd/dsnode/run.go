@@ -17,7 +17,9 @@ func newRunCommand(env *environment) *cobra.Command {
 		Short: "Run one node in the foreground",
 		Long: "Run one node in the foreground. It writes its log to stderr, as JSON.\n\n" +
 			"On SIGTERM or Ctrl-C the node stops being ready, finishes the running requests and leaves the\n" +
-			"cluster; a second signal ends it at once. On SIGHUP it reloads its certificates.",
+			"cluster; a second signal ends it at once. On SIGHUP it reloads its certificates.\n\n" +
+			"Before an upgrade that may have to be undone, write feature_level: 1 into the node.yaml of all nodes;\n" +
+			"dsnode status names the nodes that hold the cluster's feature level.",
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file == "" {

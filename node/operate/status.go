@@ -77,6 +77,7 @@ func describe(v view) admin.Status {
 		return s
 	}
 	s.Generation = &v.state.Generation.Number
+	s.FeatureLevel = v.featureLevel()
 	p := v.state.Primary
 	s.Primary = &admin.Primary{Site: p.Site, Epoch: p.Epoch, Since: p.Since, Reason: p.Reason}
 	if f := v.state.LastFailover; f != nil {
@@ -99,6 +100,17 @@ func describe(v view) admin.Status {
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
+}
+
+// featureLevel names the members that announce a lower level than the newest.
+func (v view) featureLevel() *admin.Feature {
+	f := &admin.Feature{Agreed: v.state.FeatureLevel, Newest: max(agreed.MaxFeatureLevel, v.state.FeatureLevel), HeldBy: []string{}}
+	for _, name := range sortedNames(v.state.Nodes) {
+		if v.state.Nodes[name].Feature < f.Newest {
+			f.HeldBy = append(f.HeldBy, name)
+		}
+	}
+	return f
 }
 
 // raftStatus names a leader only while there is a quorum.

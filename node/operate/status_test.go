@@ -1,6 +1,7 @@
 package operate
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -253,5 +254,22 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	}
 	if err := checkChange(v.state, v.state.Parsed); err != nil {
 		t.Errorf("the same configuration: %v", err)
+	}
+}
+
+func TestStatusNamesWhoHoldsTheFeatureLevel(t *testing.T) {
+	v := healthyView(t)
+	for name, level := range map[string]int{"a-1": agreed.MaxFeatureLevel, "b-1": 1, "c-1": agreed.MaxFeatureLevel} {
+		n := v.state.Nodes[name]
+		n.Feature = level
+		v.state.Nodes[name] = n
+	}
+	v.state.FeatureLevel = 1
+	s := describe(v)
+	if f := s.FeatureLevel; f == nil || f.Agreed != 1 || f.Newest != agreed.MaxFeatureLevel || !slices.Equal(f.HeldBy, []string{"b-1"}) {
+		t.Errorf("feature level %+v, want 1, held by b-1", f)
+	}
+	if !s.Healthy {
+		t.Errorf("a held level is no fault, but: %v", s.Reasons)
 	}
 }
