@@ -100,10 +100,12 @@ type Cluster struct {
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 	carried func(context.Context) (map[string]int64, error)      // see OnCarried
 
-	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	member   atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	memberMu sync.Mutex                 // held while member and its file are changed
 	joined chan struct{}              // closes when member is set
 	raft   atomic.Pointer[raft.Raft]
 	layer  *raftLayer
+	votes  *voterTransport // set before raft
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.
 	snapshotted uint64
@@ -118,6 +120,11 @@ type Cluster struct {
 	quarantine atomic.Pointer[string] // why this leader is quarantined; nil: it is not
 	foundedNow atomic.Bool            // this process founded the cluster
 	leftBehind atomic.Pointer[string] // a peer has a newer generation
+
+	removal   atomic.Pointer[string] // that this node was removed; nil: it was not
+	removed   chan struct{}          // closes when removal is set
+	returning *memberFile            // of a removed node; New sets it
+	restarted bool                   // this node was a member before this process started; New sets it
 
 	founding     sync.Mutex // held while this node founds a cluster or becomes a member
 	founded      chan memberFile
@@ -143,6 +150,7 @@ func New(o Options) (*Cluster, error) {
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: time.Now().UTC().Truncate(time.Millisecond),
 		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{},
 		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{},
+		removed: make(chan struct{}),
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
@@ -152,7 +160,11 @@ func New(o Options) (*Cluster, error) {
 	}
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
-	if m.ClusterID != "" {
+	switch {
+	case m.Removed != "":
+		c.returning = &m
+	case m.ClusterID != "":
+		c.restarted = !m.Founder
 		c.member.Store(&m)
 		close(c.joined)
 		for _, n := range m.Nodes {
@@ -162,7 +174,8 @@ func New(o Options) (*Cluster, error) {
 	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
-		Relays: c.relays, Silent: c.silentPeers,
+		Relays: c.relays, Silent: c.silentPeers, Removed: c.wasRemoved,
+		OnRemoved: func(peer mesh.Identity, why string) { c.learnRemoval(why) },
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			message := fmt.Sprintf("node %s has generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&message); old == nil {
@@ -403,6 +416,9 @@ func (c *Cluster) runMember(ctx, connCtx context.Context) error {
 	if serr := r.Shutdown().Error(); serr != nil {
 		err = errors.Join(err, fmt.Errorf("stop raft: %w", serr))
 	}
+	if c.removedWhy() != "" {
+		return errors.Join(c.RemovedError(), err)
+	}
 	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, ErrStopped) {
 		err = cause
 	}
@@ -444,7 +460,7 @@ func (c *Cluster) newGossip() *gossip.Gossip {
 			return seeds
 		},
 		OnChange: func(m gossip.Member) {
-			if m.Name != c.opts.Name {
+			if m.Name != c.opts.Name && c.isMember(m.Name) {
 				c.book.recordIndirect(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
 					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,

@@ -138,8 +138,11 @@ func (s *peerServer) respond(id mesh.Identity, r *clusterpb.PingRequest) (*clust
 	if n.Name != id.Node || n.Site != id.Site {
 		return nil, status.Errorf(codes.PermissionDenied, "the ping is of %s/%s, the certificate of %s/%s", n.Site, n.Name, id.Site, id.Node)
 	}
+	got := s.c.pingResponse()
 	if s.c.isMember(n.Name) {
 		s.c.book.recordDirect(n)
+	} else {
+		got.LeaseUs = 0 // it joins, or this node does not know of its admission yet
 	}
-	return s.c.pingResponse(), nil
+	return got, nil
 }

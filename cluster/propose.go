@@ -43,6 +43,9 @@ func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (
 
 // route commits on this node if it leads, otherwise on the leader.
 func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
+	if err := c.RemovedError(); err != nil {
+		return 0, err
+	}
 	if c.member.Load() == nil {
 		return 0, ErrNotMember
 	}

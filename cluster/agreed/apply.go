@@ -56,9 +56,11 @@ func Apply(s *State, c Command) (*State, error) {
 	var err error
 	switch c.Type {
 	case CmdNodePut:
-		err = with(c, func(n Node) error { return next.putNode(n, c.At) })
+		err = with(c, func(n Node) error { return next.putNode(n, c) })
 	case CmdNodeRemove:
-		err = with(c, next.removeNode)
+		err = with(c, func(d NodeRemove) error { return next.removeNode(d, c) })
+	case CmdNodeAdmit:
+		err = with(c, func(d NodeAdmit) error { return next.admitNode(d, c.At) })
 	case CmdConfigSet:
 		err = with(c, func(d ConfigSet) error { return next.setConfig(d, c.At) })
 	case CmdAPIKeyPut:
@@ -66,7 +68,7 @@ func Apply(s *State, c Command) (*State, error) {
 	case CmdAPIKeyRevoke:
 		err = with(c, func(d APIKeyRevoke) error { return next.revokeKey(d, c.At) })
 	case CmdFeatureRaise:
-		err = with(c, next.raiseFeatures)
+		err = with(c, func(d FeatureRaise) error { return next.raiseFeatures(d, c) })
 	case CmdPromote:
 		err = with(c, func(d Promote) error { return next.promote(d, c) })
 	case CmdSwitchover:
@@ -141,35 +143,46 @@ func applyInit(s *State, c Command) (*State, error) {
 	return next, nil
 }
 
-func (s *State) putNode(n Node, at time.Time) error {
+func (s *State) putNode(n Node, c Command) error {
 	old, known := s.Nodes[n.Name]
 	if !known && len(s.Nodes) >= MaxNodes {
 		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
 	}
-	n.JoinedAt = at
-	if known {
-		n.JoinedAt = old.JoinedAt
+	n.JoinedAt, n.Admitted = c.At, 0
+	switch {
+	case known:
+		n.JoinedAt, n.Admitted = old.JoinedAt, old.Admitted
+	case s.FeatureLevel >= removalLevel:
+		n.Admitted = c.Index
+		s.endRemoval(n.Name)
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	s.Nodes[n.Name] = n
 	return nil
 }
 
-func (s *State) removeNode(d NodeRemove) error {
-	if _, known := s.Nodes[d.Name]; !known {
+func (s *State) removeNode(d NodeRemove, c Command) error {
+	node, known := s.Nodes[d.Name]
+	if !known {
 		return fmt.Errorf("%w: %s", ErrUnknownNode, d.Name)
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	delete(s.Nodes, d.Name)
 	s.forgetConfirmations(d.Name)
+	if s.FeatureLevel >= removalLevel {
+		s.noteRemoval(Removal{Name: d.Name, Site: node.Site, By: d.By, At: c.At, Index: c.Index})
+	}
 	return nil
 }
 
 // raiseFeatures never lowers the level. A build that does not know a level must not
 // follow the cluster there.
-func (s *State) raiseFeatures(d FeatureRaise) error {
+func (s *State) raiseFeatures(d FeatureRaise, c Command) error {
 	if d.Level > MaxFeatureLevel {
 		return fmt.Errorf("%w: feature level %d, this version supports up to %d", ErrUnknownCommand, d.Level, MaxFeatureLevel)
+	}
+	if s.FeatureLevel < removalLevel && d.Level >= removalLevel {
+		s.RemovedBefore = c.Index // covers those who were removed before the state noted it
 	}
 	s.FeatureLevel = max(s.FeatureLevel, d.Level)
 	s.Format = formatAt(s.FeatureLevel)

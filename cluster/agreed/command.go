@@ -49,6 +49,8 @@ const (
 	// CmdStreamInherit gives a node a stream that its origin never proposed before
 	// it was removed.
 	CmdStreamInherit CommandType = "stream_inherit"
+	// CmdNodeAdmit lets a removed node join again with its data.
+	CmdNodeAdmit CommandType = "node_admit"
 	// The commands about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
 	CmdDataKeyConfirm  CommandType = "datakey_confirm"
@@ -66,6 +68,7 @@ var commandLevel = map[CommandType]int{
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
 	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1, CmdStreamInherit: 1,
+	CmdNodeAdmit: 2,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 }
 
@@ -143,6 +146,12 @@ type (
 	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`
+		By   string `json:"by,omitempty"`
+	}
+	// NodeAdmit lets a removed node join again with its data.
+	NodeAdmit struct {
+		Name string `json:"name"`
+		By   string `json:"by"`
 	}
 	// ConfigSet replaces the configuration if its current version is Expect.
 	ConfigSet struct {
