@@ -102,10 +102,10 @@ type Cluster struct {
 
 	member   atomic.Pointer[memberFile] // nil until this node belongs to a cluster
 	memberMu sync.Mutex                 // held while member and its file are changed
-	joined chan struct{}              // closes when member is set
-	raft   atomic.Pointer[raft.Raft]
-	layer  *raftLayer
-	votes  *voterTransport // set before raft
+	joined   chan struct{}              // closes when member is set
+	raft     atomic.Pointer[raft.Raft]
+	layer    *raftLayer
+	votes    *voterTransport // set before raft
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.
 	snapshotted uint64

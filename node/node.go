@@ -141,6 +141,12 @@ func (n *Node) Run(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		n.drain(running)
+	case <-n.cluster.Removed():
+		// cluster.Run returns why. Requests and jobs that run may end: their clients wait,
+		// and no lease is needed for what has begun.
+		n.log.Error("this node was removed from the cluster: it refuses requests from now on, lets running ones finish, and ends", "err", n.cluster.RemovedError())
+		n.gateway.Refuse()
+		n.drain(running)
 	case <-running.Done(): // something failed; g.Wait returns the error
 	}
 	leaveCluster()

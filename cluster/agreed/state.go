@@ -21,14 +21,14 @@ type State struct {
 	Generation   Generation `json:"generation"`
 	CreatedAt    time.Time  `json:"created_at"`
 
-	Primary Primary           `json:"primary"`
-	Nodes   map[string]Node   `json:"nodes"` // by name
+	Primary Primary         `json:"primary"`
+	Nodes   map[string]Node `json:"nodes"` // by name
 	// Removed are the nodes that were removed last and have not joined again, oldest
 	// first, bounded. RemovedBefore also covers those that were dropped from it; see
 	// WasRemoved.
-	Removed       []Removal `json:"removed,omitempty"`
-	RemovedBefore uint64    `json:"removed_before,omitempty"`
-	APIKeys map[string]APIKey `json:"api_keys"`
+	Removed       []Removal         `json:"removed,omitempty"`
+	RemovedBefore uint64            `json:"removed_before,omitempty"`
+	APIKeys       map[string]APIKey `json:"api_keys"`
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`

@@ -34,6 +34,7 @@ type view struct {
 	waiting     string // why this node is not a member yet
 	quarantine  string // why this node, the Raft leader, changes nothing
 	leftBehind  string // that the cluster was recovered without this node
+	removed     error  // that this node was removed; nil: it was not
 	keyProblem  string // which data key this node can't open, and why
 	jobProblems []string
 }
@@ -51,6 +52,7 @@ func (o *Operator) view() view {
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
 		failback: o.failbackAvailable(),
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
+		removed:    o.Cluster.RemovedError(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
 	v.jobs, v.copies = o.Jobs.Status(v.state)
