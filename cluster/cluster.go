@@ -163,6 +163,7 @@ func New(o Options) (*Cluster, error) {
 	switch {
 	case m.Removed != "":
 		c.returning = &m
+		c.waiting.Store(&m.Removed)
 	case m.ClusterID != "":
 		c.restarted = !m.Founder
 		c.member.Store(&m)

@@ -94,6 +94,10 @@ func (n *Node) Close() error {
 	return errors.Join(errs...)
 }
 
+// ErrRemoved is the error of Run when the node was removed from the cluster. A restart
+// ends with it again, unless the node was admitted again.
+var ErrRemoved = cluster.ErrNodeRemoved
+
 // New opens the stores and the ports of a node. If it fails, nothing stays open.
 func New(cfg *Config, o Options) (*Node, error) {
 	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, reg: prometheus.NewRegistry()}

@@ -134,6 +134,16 @@ func TestCutOffNodeLearnsOfItsRemovalAndComesBack(t *testing.T) {
 	wantEnd(t, victim)
 	wantGone(t, l, victim.Name)
 
+	// The others have run what they had of its jobs, and dropped its streams.
+	l.WaitFor(within(30*time.Second), "the removed node's streams to be dropped", func(ctx context.Context) error {
+		streams, err := asked.JobStreams(ctx)
+		for _, s := range streams.Data {
+			if s.Origin == victim.Name {
+				return fmt.Errorf("stream %s belongs to %s", s.Incarnation, s.Owner)
+			}
+		}
+		return err
+	})
 	if err := asked.AdmitNode(t.Context(), victim.Name); err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"io"
 	"strings"
 
-	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
 )
@@ -92,8 +91,6 @@ func hintFor(err error) string {
 	switch {
 	case errors.As(err, &refused):
 		return refused.Hint
-	case errors.Is(err, cluster.ErrNodeRemoved): // of run
-		return "to use its data again, run dsnode node admit NODE at a member, then start it; to start anew, empty its data directory first"
 	case errors.Is(err, admin.ErrUnreachable):
 		return "check that a node runs there; --admin URL asks another node, dsnode dev starts a cluster on this machine"
 	case errors.Is(err, admin.ErrUnanswered):

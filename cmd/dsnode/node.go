@@ -136,7 +136,8 @@ func newNodeAdmitCommand(env *environment) *cobra.Command {
 		Short: "Let a removed node join again with its data",
 		Long: "Let a removed node join again with its data directory, for example because it has jobs that no other node\n" +
 			"has. Start the node afterwards: it joins as a member, other nodes get its records, and its unfinished jobs\n" +
-			"run. It should come back within jobs.retention: jobs that the others have forgotten by then may run again.",
+			"run. It should come back within jobs.retention, because jobs that the others have forgotten by then may run\n" +
+			"again, and before dsnode keyring rotate drops the keys of its records.",
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {

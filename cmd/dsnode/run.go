@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -46,7 +47,12 @@ func runNode(ctx context.Context, env *environment, file string) error {
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", config.Name, err)
 	}
-	if err := runUntilSignal(ctx, log, n); err != nil {
+	err = runUntilSignal(ctx, log, n)
+	if errors.Is(err, node.ErrRemoved) {
+		return failure(fmt.Sprintf("to use its data again, run dsnode node admit %s at a member, then start it; to start anew, empty its data directory first", config.Name),
+			"run node %s: %w", config.Name, err)
+	}
+	if err != nil {
 		return fmt.Errorf("run node %s: %w", config.Name, err)
 	}
 	return nil
