@@ -93,6 +93,9 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 	if r == nil {
 		return 0, ErrNotMember
 	}
+	if c.votes.tooEarly() {
+		return 0, fmt.Errorf("%w: its log is being filled again", ErrNotLeader)
+	}
 	if why := c.Quarantined(); why != "" && !allowedInQuarantine[cmd.Type] {
 		return 0, fmt.Errorf("%w: %s", ErrQuarantined, why)
 	}
