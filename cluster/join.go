@@ -177,6 +177,7 @@ func (c *Cluster) join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterp
 		forward.Forwarded = true
 		return client.Join(ctx, forward)
 	}
+	n.Admitted = c.State().Nodes[n.Name].Admitted
 	if err := c.checkJoin(ctx, n, r); err != nil {
 		c.log.Warn("join refused", "node", n.Name, "site", n.Site, "err", err)
 		return nil, err
@@ -186,7 +187,7 @@ func (c *Cluster) join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterp
 			return nil, err
 		}
 	}
-	index, err := c.Propose(ctx, agreed.CmdNodePut, n)
+	index, err := c.Propose(ctx, agreed.CmdNodePut, agreed.NodePut{Node: n, Admit: emptyDisk(r) || r.GetReturning()})
 	if err != nil {
 		return nil, err
 	}
@@ -288,8 +289,9 @@ func (c *Cluster) announce(ctx context.Context) error {
 func (c *Cluster) announceOnce(ctx context.Context, me agreed.Node, storeLost bool) error {
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
+	m := c.member.Load()
 	resp, err := c.join(ctx, &clusterpb.JoinRequest{
-		Format: rpcFormat, Node: infoOf(me), Fresh: storeLost, Admitted: c.member.Load().VoteFrom,
+		Format: rpcFormat, Node: infoOf(me), Fresh: storeLost, Admitted: m.VoteFrom, ClusterId: m.ClusterID,
 	})
 	if err == nil {
 		err = unrefuse(resp.GetRefused())

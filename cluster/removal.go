@@ -162,6 +162,10 @@ func (c *Cluster) askToReturn(ctx context.Context, addr string, m memberFile) (i
 	return got.GetIndex(), nodes, nil
 }
 
+// emptyDisk reports whether a node joins that knows nothing of the cluster. A member that
+// lost only raft's stores knows its cluster.
+func emptyDisk(r *clusterpb.JoinRequest) bool { return r.GetFresh() && r.GetClusterId() == "" }
+
 // checkStanding is the leader's check of what a node that joins says of its past.
 func checkStanding(s *agreed.State, n agreed.Node, r *clusterpb.JoinRequest) error {
 	member, known := s.Nodes[n.Name]
@@ -177,8 +181,8 @@ func checkStanding(s *agreed.State, n agreed.Node, r *clusterpb.JoinRequest) err
 		if removal, ok := s.Removal(n.Name); !ok || removal.AdmittedAt.IsZero() || removal.Site != n.Site {
 			return fmt.Errorf("%w: %s", ErrNodeRemoved, removalText(s, n.Name))
 		}
-	case r.GetFresh():
-		// An empty disk has nothing of an earlier member.
+	case emptyDisk(r):
+		// It has nothing of an earlier member.
 	case !known:
 		return fmt.Errorf("%w: %s is no member", ErrNodeRemoved, n.Name)
 	case s.WasRemoved(n.Name, r.GetAdmitted()):

@@ -178,7 +178,7 @@ func TestOnlyMembersGetLeases(t *testing.T) {
 	if left := ask("b-1"); left != 0 {
 		t.Errorf("a node that is no member got a lease of %d µs", left)
 	}
-	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdNodePut, agreed.Node{Name: "b-1", Site: "b", Feature: agreed.MaxFeatureLevel}); err != nil {
+	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdNodePut, agreed.NodePut{Node: agreed.Node{Name: "b-1", Site: "b", Feature: agreed.MaxFeatureLevel}, Admit: true}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the member gets a lease", 5*time.Second, func() bool { return ask("b-1") > 0 })
@@ -211,6 +211,8 @@ func TestJoinChecksTheStandingOfANode(t *testing.T) {
 		{"an unknown node announces itself", "new-1", "a", &clusterpb.JoinRequest{Admitted: 70}, "new-1 is no member"},
 		{"the disk from before", "again-1", "a", &clusterpb.JoinRequest{Admitted: 59}, "again-1"},
 		{"the disk from after", "again-1", "a", &clusterpb.JoinRequest{Admitted: 60}, ""},
+		{"a member that lost raft's stores", "old-1", "a", &clusterpb.JoinRequest{Fresh: true, ClusterId: "c"}, ""},
+		{"a removed node that lost them", "gone-1", "a", &clusterpb.JoinRequest{Fresh: true, ClusterId: "c", Admitted: 9}, "gone-1 is no member"},
 		{"a removed node returns", "gone-1", "a", returning(9), "was removed at 1970-01-01T00:00:01Z by ops"},
 		{"an admitted node returns", "back-1", "a", returning(9), ""},
 		{"at another site", "back-1", "b", returning(9), "removed"},

@@ -56,7 +56,7 @@ func Apply(s *State, c Command) (*State, error) {
 	var err error
 	switch c.Type {
 	case CmdNodePut:
-		err = with(c, func(n Node) error { return next.putNode(n, c) })
+		err = with(c, func(d NodePut) error { return next.putNode(d, c) })
 	case CmdNodeRemove:
 		err = with(c, func(d NodeRemove) error { return next.removeNode(d, c) })
 	case CmdNodeAdmit:
@@ -143,8 +143,12 @@ func applyInit(s *State, c Command) (*State, error) {
 	return next, nil
 }
 
-func (s *State) putNode(n Node, c Command) error {
+func (s *State) putNode(d NodePut, c Command) error {
+	n := d.Node
 	old, known := s.Nodes[n.Name]
+	if s.FeatureLevel >= removalLevel && !d.Admit && (!known || n.Admitted != old.Admitted) {
+		return fmt.Errorf("%w: %s was removed meanwhile", ErrUnknownNode, n.Name)
+	}
 	if !known && len(s.Nodes) >= MaxNodes {
 		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
 	}

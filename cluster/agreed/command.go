@@ -143,6 +143,14 @@ type (
 		Node       Node          `json:"node"`
 		Config     ConfigVersion `json:"config"`
 	}
+	// NodePut makes a node a member, or changes what is known of a member: the one that
+	// was admitted by Node.Admitted. Otherwise it was removed since the leader checked it,
+	// and at feature level 2 the command is refused.
+	NodePut struct {
+		Node
+		// Admit: the node joins, with an empty disk or because it was admitted again.
+		Admit bool `json:"admit,omitempty"`
+	}
 	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`

@@ -49,8 +49,8 @@ func (h *removalHistory) must(typ CommandType, data any) uint64 {
 
 func TestRemovalAndReturn(t *testing.T) {
 	h := newRemovalHistory(t, 2)
-	first := h.must(CmdNodePut, Node{Name: "b-1", Site: "b", Feature: 2})
-	again := h.must(CmdNodePut, Node{Name: "b-1", Site: "b", Feature: 2, Instance: "restarted", Admitted: 99})
+	first := h.must(CmdNodePut, NodePut{Node: Node{Name: "b-1", Site: "b", Feature: 2}, Admit: true})
+	again := h.must(CmdNodePut, NodePut{Node: Node{Name: "b-1", Site: "b", Feature: 2, Instance: "restarted", Admitted: first}})
 	if n := h.now().Nodes["b-1"]; n.Admitted != first || n.Instance != "restarted" {
 		t.Fatalf("after a restart: %+v, want the admission by entry %d, not %d", n, first, again)
 	}
@@ -70,13 +70,21 @@ func TestRemovalAndReturn(t *testing.T) {
 	if !s.WasRemoved("b-1", first) || s.WasRemoved("a-1", 0) || s.WasRemoved("c-1", removed+1) {
 		t.Fatal("who was removed is wrong")
 	}
+	for _, late := range []NodePut{{Node: Node{Name: "b-1", Site: "b", Admitted: first}}, {Node: Node{Name: "c-1", Site: "c"}}} {
+		if _, err := h.apply(CmdNodePut, late); !errors.Is(err, ErrUnknownNode) {
+			t.Fatalf("an announcement of %s that comes after its removal: %v, want ErrUnknownNode", late.Name, err)
+		}
+	}
 	h.must(CmdStreamDrop, StreamDrop{Owner: "b-1", Streams: []string{StreamKey("b-1", incarnation(1))}})
 	h.must(CmdStreamDrop, StreamDrop{Owner: "a-1", Streams: []string{StreamKey("a-1", incarnation(1))}})
 	h.must(CmdNodeAdmit, NodeAdmit{Name: "b-1", By: "ops"})
 	if !h.now().WasRemoved("b-1", first) {
 		t.Fatal("the old admission counts although the node has not joined yet")
 	}
-	back := h.must(CmdNodePut, Node{Name: "b-1", Site: "b", Feature: 2})
+	back := h.must(CmdNodePut, NodePut{Node: Node{Name: "b-1", Site: "b", Feature: 2}, Admit: true})
+	if _, err := h.apply(CmdNodePut, NodePut{Node: Node{Name: "b-1", Site: "b", Admitted: first}}); !errors.Is(err, ErrUnknownNode) {
+		t.Fatalf("an announcement of the disk from before: %v, want ErrUnknownNode", err)
+	}
 	s = h.now()
 	if s.Nodes["b-1"].Admitted != back || len(s.Removed) != 0 || !s.WasRemoved("b-1", first) || s.WasRemoved("b-1", back) {
 		t.Fatalf("after the return: %+v, removed %+v", s.Nodes["b-1"], s.Removed)
@@ -91,7 +99,7 @@ func ignoreIndex(_ uint64, err error) error { return err }
 // A level-1 build must get the same state, and it knows none of this.
 func TestNoRemovalIsNotedBelowItsFeatureLevel(t *testing.T) {
 	h := newRemovalHistory(t, 1)
-	first := h.must(CmdNodePut, Node{Name: "b-1", Site: "b", Feature: 2})
+	first := h.must(CmdNodePut, NodePut{Node: Node{Name: "b-1", Site: "b", Feature: 2}, Admit: true})
 	h.must(CmdNodeRemove, NodeRemove{Name: "b-1"})
 	if s := h.now(); s.RemovedBefore != 0 || s.Removed != nil || s.Format != 1 || s.WasRemoved("b-1", first) {
 		t.Fatalf("at level 1: removed %+v before %d, format %d", s.Removed, s.RemovedBefore, s.Format)
@@ -104,11 +112,11 @@ func TestNoRemovalIsNotedBelowItsFeatureLevel(t *testing.T) {
 
 func TestRemovalsAreBounded(t *testing.T) {
 	h := newRemovalHistory(t, 2)
-	first := h.must(CmdNodePut, Node{Name: "n-0", Site: "b"})
+	first := h.must(CmdNodePut, NodePut{Node: Node{Name: "n-0", Site: "b"}, Admit: true})
 	h.must(CmdNodeRemove, NodeRemove{Name: "n-0"})
 	for i := range maxRemovals {
 		name := fmt.Sprintf("n-%d", i+1)
-		h.must(CmdNodePut, Node{Name: name, Site: "b"})
+		h.must(CmdNodePut, NodePut{Node: Node{Name: name, Site: "b"}, Admit: true})
 		h.must(CmdNodeRemove, NodeRemove{Name: name})
 	}
 	s := h.now()
@@ -139,7 +147,7 @@ func TestEveryStateKnowsWhoWasRemoved(t *testing.T) {
 			i, member := current[name]
 			switch typ := rapid.SampledFrom([]CommandType{CmdNodePut, CmdNodeRemove, CmdNodeAdmit, CmdFeatureRaise}).Draw(rt, "type"); typ {
 			case CmdNodePut:
-				index := h.must(typ, Node{Name: name, Site: name[:1]})
+				index := h.must(typ, NodePut{Node: Node{Name: name, Site: name[:1]}, Admit: true})
 				if !member {
 					current[name], disks = len(disks), append(disks, disk{name: name, admitted: index})
 				}

@@ -163,11 +163,11 @@ type JoinRequest struct {
 	Format    uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	Node      *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
 	Forwarded bool                   `protobuf:"varint,3,opt,name=forwarded,proto3" json:"forwarded,omitempty"` // a member forwarded it: don't forward it again
-	Fresh     bool                   `protobuf:"varint,4,opt,name=fresh,proto3" json:"fresh,omitempty"`         // the node's disk is empty: a former voter has lost its votes and log
+	Fresh     bool                   `protobuf:"varint,4,opt,name=fresh,proto3" json:"fresh,omitempty"`         // raft's stores are empty: a former voter has lost its votes and log
 	Admitted  uint64                 `protobuf:"varint,5,opt,name=admitted,proto3" json:"admitted,omitempty"`   // of a node that is or was a member: the entry that admitted it
 	// A removed node asks to join again with its data, which is of this cluster.
 	Returning     bool   `protobuf:"varint,6,opt,name=returning,proto3" json:"returning,omitempty"`
-	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // of a node that is or was a member; empty: its disk is empty
 	Generation    uint64 `protobuf:"varint,8,opt,name=generation,proto3" json:"generation,omitempty"`
 	GenerationId  string `protobuf:"bytes,9,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
