@@ -28,8 +28,28 @@ func (o *Operator) RemoveNode(ctx context.Context, r admin.RemovalRequest, by st
 	case plan.Loses != "" && !r.AcceptLoss:
 		return fmt.Errorf("%w: %s", admin.ErrOnlyThere, plan.Loses)
 	}
+	if heard, voters := o.othersHeard(r.Node); heard <= voters/2 {
+		return fmt.Errorf("%w without %s: the asked node hears %d of the %d voters besides it", cluster.ErrNoQuorum, r.Node, heard, voters)
+	}
 	_, err = o.Cluster.Propose(ctx, agreed.CmdNodeRemove, agreed.NodeRemove{Name: r.Node, By: by})
 	return err
+}
+
+// othersHeard counts the Raft voters, and those of them that this node hears now, with
+// itself and without a node: that one still counts as a voter when it gets no entries any
+// more.
+func (o *Operator) othersHeard(without string) (heard, voters int) {
+	peers, patience := o.Cluster.Peers(), o.Cluster.Timing().Patience
+	for _, s := range o.Cluster.Raft().Servers {
+		if !s.Voter {
+			continue
+		}
+		voters++
+		if s.Name != without && (s.Name == o.Name || peers[s.Name].HeardWithin(patience)) {
+			heard++
+		}
+	}
+	return heard, voters
 }
 
 // AdmitNode lets a removed node join again with its data.
