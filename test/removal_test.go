@@ -176,9 +176,11 @@ func TestLivingNodeIsRemovedByForce(t *testing.T) {
 		err    error
 	}
 	ended := make(chan result, 1)
-	chat := fmt.Appendf(nil, `{"model":%q,"messages":[{"role":"user","content":"hello"}]}`, lab.SlowModel)
+	chat := func(model string) []byte {
+		return fmt.Appendf(nil, `{"model":%q,"messages":[{"role":"user","content":"hello"}]}`, model)
+	}
 	go func() {
-		status, _, answer, err := victim.Post(t.Context(), "/v1/chat/completions", chat, nil)
+		status, _, answer, err := victim.Post(t.Context(), "/v1/chat/completions", chat(lab.SlowModel), nil)
 		ended <- result{status, answer, err}
 	}()
 	l.WaitFor(within(5*time.Second), "the request to run", func(ctx context.Context) error {
@@ -195,7 +197,7 @@ func TestLivingNodeIsRemovedByForce(t *testing.T) {
 	// New connections are refused once it drains, so only the reason of one that got
 	// through is checked.
 	l.WaitFor(within(learns), "the victim to refuse requests", func(ctx context.Context) error {
-		status, _, answer, err := victim.Post(ctx, "/v1/chat/completions", chat, nil)
+		status, _, answer, err := victim.Post(ctx, "/v1/chat/completions", chat(lab.FastModel), nil)
 		switch {
 		case err != nil:
 			return nil
