@@ -141,8 +141,9 @@ func (s *peerServer) respond(id mesh.Identity, r *clusterpb.PingRequest) (*clust
 	got := s.c.pingResponse()
 	if s.c.isMember(n.Name) {
 		s.c.book.recordDirect(n)
-	} else {
-		got.LeaseUs = 0 // it joins, or this node does not know of its admission yet
+	}
+	if _, member := s.c.State().Nodes[n.Name]; !member {
+		got.LeaseUs = 0 // it was removed, or joins, or this node has no agreed state yet
 	}
 	return got, nil
 }

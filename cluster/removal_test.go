@@ -141,6 +141,52 @@ func TestNodeThatWasAwayLearnsOfItsRemoval(t *testing.T) {
 	eventually(t, "the wiped b-1 is still a member", 20*time.Second, func() bool { return settled(wiped) }, a, c, wiped)
 }
 
+// Below feature level 2 no removal is noted. But the removed node gets no lease and is not
+// admitted when it announces itself. When the last node that holds the level is restarted
+// without it, the removed one learns of its removal.
+func TestRemovalBelowItsFeatureLevel(t *testing.T) {
+	a, b, c := threeMembersAt(t, 1)
+	b.halt(t)
+	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdNodeRemove, agreed.NodeRemove{Name: "b-1", By: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Propose(deadline(t, 15*time.Second), agreed.CmdNodeAdmit, agreed.NodeAdmit{Name: "b-1"}); !errors.Is(err, ErrFeatureLevel) {
+		t.Errorf("admit at level 1: %v, want ErrFeatureLevel", err)
+	}
+	eventually(t, "b-1 is no server", 20*time.Second, func() bool {
+		for _, m := range []*member{a, c} {
+			if m.Raft().Leads && m.ChangeServer("b-1", RemoveServer) == nil {
+				return true
+			}
+		}
+		return false
+	}, a, c)
+	b.start(t)
+	eventually(t, "b-1 hears a member, and has announced itself in vain", 20*time.Second, func() bool {
+		heard := false
+		for _, p := range b.Peers() {
+			heard = heard || p.HeardWithin(time.Second)
+		}
+		return heard && time.Since(b.StartedAt()) > 3*announceRetry
+	}, a, b, c)
+	if left, _ := b.Lease(); left > 0 {
+		t.Errorf("b-1 was removed and holds a lease for %s", left)
+	}
+	if _, member := a.State().Nodes["b-1"]; member || b.RemovedError() != nil || a.State().FeatureLevel != 1 {
+		t.Errorf("b-1 is a member: %t, has learned %v, level %d", member, b.RemovedError(), a.State().FeatureLevel)
+	}
+	for _, m := range []*member{a, c} {
+		m.halt(t)
+		m.level = 0
+	}
+	a.start(t)
+	c.start(t, a.opts.RPC) // both have new addresses
+	eventually(t, "the level is 2", 20*time.Second, func() bool { return a.State().FeatureLevel == 2 && c.State().FeatureLevel == 2 }, a, c)
+	b.halt(t)
+	b.start(t, a.opts.RPC) // the others have new addresses
+	b.wantRemoved(t, a, c)
+}
+
 // A removed node whose member file is that of another cluster, or that can reach nobody,
 // ends too.
 func TestRemovedNodeThatReachesNobodyEnds(t *testing.T) {
