@@ -9,8 +9,8 @@ import (
 	"fmt"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
-	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/cluster/mesh"
 )
 
 // Bootstrap founds a cluster with this node as its first member. Repeating it with the
@@ -23,6 +23,9 @@ func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) err
 	}
 	if _, known := cfg.Sites[c.opts.Site]; !known {
 		return fmt.Errorf("%w: this node's site is %q, the configuration has %v", ErrUnknownSite, c.opts.Site, sortedKeys(cfg.Sites))
+	}
+	if c.returning != nil {
+		return fmt.Errorf("%w: %s", ErrNodeRemoved, c.returning.Removed)
 	}
 	hash := HashConfig(text)
 	if s := c.State(); s.ClusterID != "" {
@@ -104,22 +107,16 @@ func (c *Cluster) foundCluster(ctx context.Context, cfg *config.Config) (*member
 	}
 }
 
-// checkSeed returns ErrSeedKnows if a seed belongs to a cluster. A seed that does not
-// answer is ignored: the first node must be able to start alone.
+// checkSeed returns ErrSeedKnows if a seed belongs to a cluster, which it says in the
+// handshake. A seed that does not answer is ignored: the first node must be able to start
+// alone.
 func (c *Cluster) checkSeed(ctx context.Context, seed string) error {
-	client, done, err := c.dialSeed(seed)
+	conn, err := c.mesh.DialAddr(ctx, mesh.KindGRPC, seed)
 	if err != nil {
 		return nil
 	}
-	defer done()
-	if _, err := client.Ping(ctx, c.pingRequest()); err != nil {
-		return nil
-	}
-	got, err := client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(c.self())})
-	if err != nil {
-		return nil
-	}
-	if err := unrefuse(got.GetRefused()); errors.Is(err, ErrNotMember) {
+	defer func() { _ = conn.Close() }() // nothing was sent on it
+	if conn.Membership().ClusterID == "" {
 		return nil
 	}
 	return fmt.Errorf("%w (%s)", ErrSeedKnows, seed)

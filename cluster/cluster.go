@@ -60,7 +60,12 @@ type Options struct {
 	OperatorKey         string
 	OperatorKeyPrevious string
 
-	Host       *host.Host    // nil: this machine
+	Host *host.Host // nil: this machine
+	// FeatureLevel is the feature level that this node announces, so that the leader
+	// raises the cluster's no further; 0: the newest. It is ignored once the cluster's
+	// level is higher.
+	FeatureLevel int
+
 	Health     func() Health // called for each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -97,10 +102,12 @@ type Cluster struct {
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 	carried func(context.Context) (map[string]int64, error)      // see OnCarried
 
-	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
-	joined chan struct{}              // closes when member is set
-	raft   atomic.Pointer[raft.Raft]
-	layer  *raftLayer
+	member   atomic.Pointer[memberFile] // nil until this node belongs to a cluster
+	memberMu sync.Mutex                 // held while member and its file are changed
+	joined   chan struct{}              // closes when member is set
+	raft     atomic.Pointer[raft.Raft]
+	layer    *raftLayer
+	votes    *voterTransport // set before raft
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.
 	snapshotted uint64
@@ -115,6 +122,11 @@ type Cluster struct {
 	quarantine atomic.Pointer[string] // why this leader is quarantined; nil: it is not
 	foundedNow atomic.Bool            // this process founded the cluster
 	leftBehind atomic.Pointer[string] // a peer has a newer generation
+
+	removal   atomic.Pointer[string] // that this node was removed; nil: it was not
+	removed   chan struct{}          // closes when removal is set
+	returning *memberFile            // of a removed node; New sets it
+	restarted bool                   // this node was a member before this process started; New sets it
 
 	founding     sync.Mutex // held while this node founds a cluster or becomes a member
 	founded      chan memberFile
@@ -139,7 +151,7 @@ func New(o Options) (*Cluster, error) {
 	c := &Cluster{
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: o.Host.Now().UTC().Truncate(time.Millisecond),
 		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{host: o.Host},
-		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{host: o.Host},
+		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{host: o.Host}, removed: make(chan struct{}),
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
@@ -149,7 +161,12 @@ func New(o Options) (*Cluster, error) {
 	}
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, o.Host, func(err error) { c.fatal(err) })
-	if m.ClusterID != "" {
+	switch {
+	case m.Removed != "":
+		c.returning = &m
+		c.waiting.Store(&m.Removed)
+	case m.ClusterID != "":
+		c.restarted = !m.Founder
 		c.member.Store(&m)
 		close(c.joined)
 		for _, n := range m.Nodes {
@@ -159,7 +176,8 @@ func New(o Options) (*Cluster, error) {
 	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Host: o.Host, Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
-		Relays: c.relays, Silent: c.silentPeers,
+		Relays: c.relays, Silent: c.silentPeers, Removed: c.wasRemoved,
+		OnRemoved: func(peer mesh.Identity, why string) { c.learnRemoval(why) },
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			message := fmt.Sprintf("node %s has generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)
 			if old := c.leftBehind.Swap(&message); old == nil {
@@ -314,7 +332,7 @@ func (c *Cluster) Announce() {
 func (c *Cluster) self() agreed.Node {
 	n := agreed.Node{
 		Name: c.opts.Name, Site: c.opts.Site, RPC: c.opts.RPC, Gossip: c.opts.Gossip,
-		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: agreed.MaxFeatureLevel,
+		API: c.opts.API, Admin: c.opts.Admin, Version: c.opts.Version, Feature: announcedLevel(c.opts.FeatureLevel, c.State().FeatureLevel),
 		Instance: c.instance, StartedAt: c.started,
 		OperatorKey: c.opts.OperatorKey, OperatorKeyPrevious: c.opts.OperatorKeyPrevious,
 	}
@@ -400,6 +418,9 @@ func (c *Cluster) runMember(ctx, connCtx context.Context) error {
 	if serr := r.Shutdown().Error(); serr != nil {
 		err = errors.Join(err, fmt.Errorf("stop raft: %w", serr))
 	}
+	if c.removedWhy() != "" {
+		return errors.Join(c.RemovedError(), err)
+	}
 	if cause := context.Cause(ctx); err == nil && !errors.Is(cause, context.Canceled) && !errors.Is(cause, ErrStopped) {
 		err = cause
 	}
@@ -441,7 +462,7 @@ func (c *Cluster) newGossip() *gossip.Gossip {
 			return seeds
 		},
 		OnChange: func(m gossip.Member) {
-			if m.Name != c.opts.Name {
+			if m.Name != c.opts.Name && c.isMember(m.Name) {
 				c.book.recordIndirect(agreed.Node{
 					Name: m.Name, Site: m.Site, RPC: m.RPC, Gossip: m.Gossip, API: m.API, Admin: m.Admin,
 					Version: m.Version, Feature: m.Feature, Instance: m.Instance, StartedAt: m.StartedAt,

@@ -77,6 +77,7 @@ type member struct {
 	dir        string
 	logs       *raft.InmemCommitTrackingStore
 	snaps      *raft.InmemSnapshotStore
+	level      int // Options.FeatureLevel
 	stop       func()
 	ended      chan error
 }
@@ -113,8 +114,9 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
-		Credentials: m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
-		Logs:        m.logs, Stable: m.logs, Snapshots: m.snaps,
+		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
+		FeatureLevel: m.level,
+		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),
@@ -176,13 +178,21 @@ func deadline(t testing.TB, d time.Duration) context.Context {
 // threeMembers founds a cluster of a-1, b-1 and c-1, all of them voters.
 func threeMembers(t testing.TB) (a, b, c *member) {
 	t.Helper()
+	return threeMembersAt(t, 0)
+}
+
+// threeMembersAt is threeMembers, held at a feature level.
+func threeMembersAt(t testing.TB, level int) (a, b, c *member) {
+	t.Helper()
 	ca := newTestCA(t, "test")
-	a = newMember(t, ca, "a", "a-1").start(t)
+	a, b, c = newMember(t, ca, "a", "a-1"), newMember(t, ca, "b", "b-1"), newMember(t, ca, "c", "c-1")
+	a.level, b.level, c.level = level, level, level
+	a.start(t)
 	if err := a.Bootstrap(deadline(t, 10*time.Second), []byte(testSites), "test"); err != nil {
 		t.Fatal(err)
 	}
-	b = newMember(t, ca, "b", "b-1").start(t, a.opts.RPC)
-	c = newMember(t, ca, "c", "c-1").start(t, a.opts.RPC)
+	b.start(t, a.opts.RPC)
+	c.start(t, a.opts.RPC)
 	for _, m := range []*member{b, c} {
 		eventually(t, m.name+" is a member", 20*time.Second, func() bool { _, ok := a.State().Nodes[m.name]; return ok })
 		// On a busy machine the leader may have changed.

@@ -24,7 +24,7 @@ var (
 
 	ErrNameTaken    = errors.New("the name is used by another node")
 	ErrUnknownSite  = errors.New("the site is not in the configuration")
-	ErrNodeRemoved  = errors.New("the node was removed from the cluster: wipe its data directory to join again")
+	ErrNodeRemoved  = errors.New("the node was removed from the cluster")
 	ErrWrongCluster = errors.New("the cluster has another name")
 	ErrForeignNode  = errors.New("the certificate is that of another node")
 	ErrSeedKnows    = errors.New("a seed already belongs to a cluster: this node will join that one")
@@ -65,6 +65,7 @@ var wire = []struct {
 	{"drill_running", agreed.ErrDrillRunning},
 	{"drill_ended", agreed.ErrDrillEnded},
 	{"last_voter", agreed.ErrLastVoter},
+	{"not_removed", agreed.ErrNotRemoved},
 	{"unknown_data_key", agreed.ErrUnknownDataKey},
 	{"data_key_refused", agreed.ErrDataKeyRefused},
 	{"data_key_pending", agreed.ErrDataKeyPending},

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/mesh"
@@ -43,6 +45,9 @@ func nodeOf(i *clusterpb.NodeInfo) agreed.Node {
 func (c *Cluster) awaitMembership(ctx context.Context) error {
 	if c.member.Load() != nil {
 		return nil
+	}
+	if c.returning != nil {
+		return c.comeBack(ctx)
 	}
 	retry := time.NewTicker(joinRetry)
 	defer retry.Stop()
@@ -151,9 +156,9 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	return m, c.becomeMember(m)
 }
 
-// join admits n: the leader commits it, other nodes forward to the leader. A fresh node
-// has no state on its disk.
-func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool) (*clusterpb.JoinResponse, error) {
+// join admits a node: the leader commits it, other nodes forward to the leader.
+func (c *Cluster) join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterpb.JoinResponse, error) {
+	n := nodeOf(r.GetNode())
 	if c.raft.Load() == nil {
 		return nil, ErrNotMember
 	}
@@ -161,25 +166,28 @@ func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool
 	switch {
 	case leader == "":
 		return nil, c.noQuorum()
-	case leader != c.opts.Name && forwarded:
+	case leader != c.opts.Name && r.GetForwarded():
 		return nil, ErrNotLeader
 	case leader != c.opts.Name:
 		client, err := c.client(leader)
 		if err != nil {
 			return nil, err
 		}
-		return client.Join(ctx, &clusterpb.JoinRequest{Format: rpcFormat, Node: infoOf(n), Fresh: fresh, Forwarded: true})
+		forward := proto.CloneOf(r)
+		forward.Forwarded = true
+		return client.Join(ctx, forward)
 	}
-	if err := c.checkJoin(ctx, n); err != nil {
+	n.Admitted = c.State().Nodes[n.Name].Admitted
+	if err := c.checkJoin(ctx, n, r); err != nil {
 		c.log.Warn("join refused", "node", n.Name, "site", n.Site, "err", err)
 		return nil, err
 	}
-	if fresh {
+	if r.GetFresh() || r.GetReturning() {
 		if err := c.demoteRejoiner(n.Name); err != nil {
 			return nil, err
 		}
 	}
-	index, err := c.Propose(ctx, agreed.CmdNodePut, n)
+	index, err := c.Propose(ctx, agreed.CmdNodePut, agreed.NodePut{Node: n, Admit: emptyDisk(r) || r.GetReturning()})
 	if err != nil {
 		return nil, err
 	}
@@ -197,13 +205,13 @@ func (c *Cluster) join(ctx context.Context, n agreed.Node, fresh, forwarded bool
 }
 
 // checkJoin returns an error if n can't join.
-func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
+func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node, r *clusterpb.JoinRequest) error {
 	s := c.State()
 	if s.ClusterID == "" {
 		return ErrNotMember
 	}
 	if n.Feature < s.FeatureLevel {
-		return fmt.Errorf("%w: the cluster is at feature level %d, %s supports %d: run a newer version there", ErrFeatureLevel, s.FeatureLevel, n.Name, n.Feature)
+		return fmt.Errorf("%w: the cluster is at feature level %d, %s announces %d: run a newer version there, or remove feature_level from its node.yaml", ErrFeatureLevel, s.FeatureLevel, n.Name, n.Feature)
 	}
 	if s.Parsed != nil {
 		if _, known := s.Parsed.Sites[n.Site]; !known {
@@ -211,6 +219,9 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node) error {
 		}
 	}
 	if err := s.MayOpen(n); err != nil {
+		return err
+	}
+	if err := checkStanding(s, n, r); err != nil {
 		return err
 	}
 	old, known := s.Nodes[n.Name]
@@ -249,16 +260,13 @@ func (c *Cluster) announce(ctx context.Context) error {
 	lastLogged := ""
 	for {
 		changed := c.Changed()
+		c.checkOwnRemoval()
 		me := c.self()
 		old, known := c.State().Nodes[c.opts.Name]
-		me.JoinedAt = old.JoinedAt
-		if founded := c.State().ClusterID != ""; founded && (!known || old != me) {
-			jctx, cancel := context.WithTimeout(ctx, joinTimeout)
-			resp, err := c.join(jctx, me, false, false)
-			cancel()
-			if err == nil {
-				err = unrefuse(resp.GetRefused())
-			}
+		me.JoinedAt, me.Admitted = old.JoinedAt, old.Admitted
+		founded, lost := c.State().ClusterID != "", c.member.Load().StoreLost
+		if founded && c.removedWhy() == "" && (!known || old != me || lost) {
+			err := c.announceOnce(ctx, me, lost)
 			if err != nil && ctx.Err() == nil && err.Error() != lastLogged {
 				lastLogged = err.Error()
 				c.log.Warn("could not announce this node's addresses, retrying", "err", err)
@@ -274,6 +282,24 @@ func (c *Cluster) announce(ctx context.Context) error {
 		case <-retry.C:
 		}
 	}
+}
+
+// announceOnce proposes this process as me. A node whose raft store was lost is admitted
+// like one with an empty disk, so that it may vote again.
+func (c *Cluster) announceOnce(ctx context.Context, me agreed.Node, storeLost bool) error {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	m := c.member.Load()
+	resp, err := c.join(ctx, &clusterpb.JoinRequest{
+		Format: rpcFormat, Node: infoOf(me), Fresh: storeLost, Admitted: m.VoteFrom, ClusterId: m.ClusterID,
+	})
+	if err == nil {
+		err = unrefuse(resp.GetRefused())
+	}
+	if err == nil && storeLost {
+		err = c.voteFrom(resp.GetIndex())
+	}
+	return err
 }
 
 // pingSeeds exchanges addresses with the seeds. A member needs them only if all

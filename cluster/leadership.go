@@ -153,7 +153,9 @@ func (c *Cluster) lead(ctx context.Context) error {
 	leaseEnd := time.NewTimer(0) // fires a lease's length after the newest committed tick
 	defer leaseEnd.Stop()
 	propose := func() {
-		if pending >= maxTicks || c.transferring.Load() || (lastCommit == 0 && c.checkQuarantine()) {
+		// While this node's log is being filled again, raft's configuration in it may be from
+		// when this node was the only voter: then it elects itself, which proves no quorum.
+		if pending >= maxTicks || c.transferring.Load() || c.votes.tooEarly() || (lastCommit == 0 && c.checkQuarantine()) {
 			return
 		}
 		pending++

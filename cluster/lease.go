@@ -17,8 +17,8 @@ import (
 // A lease carries the highest epoch known to all nodes that passed it on. So a node of
 // the old primary that gets a lease from a tick after a promotion learns of the promotion
 // with it, through any chain of peers. Leases from ticks before the promotion end within
-// 1.1 L of it, and the new primary waits that long before it acts. So two sites never act
-// as primary at the same time.
+// L of it, and the new primary waits 1.1 L before it acts. So two sites never act as primary
+// at the same time.
 //
 // The ownership of job streams is fenced in the same way, by the index of its newest
 // change (State.Ownership): a node with a lease from a tick after a change knows of the
@@ -34,6 +34,7 @@ type lease struct {
 	until  time.Duration
 	since  time.Duration // start of the uninterrupted lease
 	held   bool          // whether there was a lease since the process started
+	ended  bool          // there will be no lease any more
 	heard  fences        // the highest learned of
 	// changed is sent when a lease begins or higher fences are learned of. It is not sent
 	// when a lease is extended, nor when it ends: left returns that time beforehand.
@@ -86,7 +87,7 @@ func (l *lease) extend(until time.Duration, known fences) {
 		l.heard = heard
 		l.changed.Send()
 	}
-	if until <= l.until || until <= now {
+	if l.ended || until <= l.until || until <= now {
 		return
 	}
 	if l.until < now {
@@ -95,6 +96,17 @@ func (l *lease) extend(until time.Duration, known fences) {
 	}
 	l.until = until
 	l.held = true
+}
+
+// end ends the lease for good: this node was removed.
+func (l *lease) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now := l.host.Boottime(); l.until > now {
+		l.until = now
+	}
+	l.ended = true
+	l.changed.Send()
 }
 
 // left is how long the lease lasts (zero or less: there is none), and the highest

@@ -38,10 +38,15 @@ type memberFile struct {
 	// VoteFrom is the index of the entry that admitted this node; see
 	// voterTransport.
 	VoteFrom uint64 `json:"vote_from,omitempty"`
+	// StoreLost is true from a start with empty raft stores until this node is admitted
+	// again: until then it does not vote; see rejoin_vote.go.
+	StoreLost bool `json:"store_lost,omitempty"`
+	// Removed says that this node was removed; empty: it is a member. See removal.go.
+	Removed string `json:"removed,omitempty"`
 }
 
 func (m memberFile) membership() mesh.Membership {
-	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation}
+	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation, Admitted: m.VoteFrom}
 }
 
 func (m memberFile) heartbeat() time.Duration {
@@ -87,6 +92,7 @@ func writeMemberFile(dir string, m memberFile) error {
 func (c *Cluster) keepMemberFile(ctx context.Context) error {
 	tick := time.NewTicker(memberFileEvery)
 	defer tick.Stop()
+	removed := c.removed
 	for {
 		changed := c.Changed()
 		if err := c.updateMemberFile(); err != nil {
@@ -97,19 +103,31 @@ func (c *Cluster) keepMemberFile(ctx context.Context) error {
 			return c.updateMemberFile()
 		case <-changed:
 		case <-tick.C:
+		case <-removed:
+			removed = nil
 		}
 	}
 }
 
 func (c *Cluster) updateMemberFile() error {
+	c.memberMu.Lock()
+	defer c.memberMu.Unlock()
 	s, m := c.State(), *c.member.Load()
-	if s.ClusterID == "" {
+	removed := c.removedWhy()
+	if removed != "" && m.Removed == "" {
+		m.Removed = removed
+		if err := c.setMember(m); err != nil {
+			c.log.Warn("could not note that this node was removed; at its next start it asks again", "err", err)
+			return nil
+		}
+	}
+	if s.ClusterID == "" || removed != "" {
 		return nil
 	}
 	nodes := make([]agreed.Node, 0, len(s.Nodes))
 	for name, n := range s.Nodes {
 		if known, ok := c.book.node(name); ok && known.StartedAt.After(n.StartedAt) {
-			known.JoinedAt = n.JoinedAt
+			known.JoinedAt, known.Admitted = n.JoinedAt, n.Admitted
 			n = known
 		}
 		nodes = append(nodes, n)
@@ -119,10 +137,8 @@ func (c *Cluster) updateMemberFile() error {
 		return nil
 	}
 	m.Nodes, m.Founder = nodes, false
-	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
+	if err := c.setMember(m); err != nil {
 		c.log.Warn("could not save the addresses of the nodes; the next start uses older ones", "err", err)
-		return nil
 	}
-	c.member.Store(&m)
 	return nil
 }

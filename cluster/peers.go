@@ -136,9 +136,14 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 			stop()
 		}
 	}()
+	removedBefore := uint64(0)
 	for {
 		changed := c.Changed()
 		members := c.members()
+		if s := c.State(); s.RemovedBefore != removedBefore {
+			removedBefore = s.RemovedBefore
+			c.mesh.CloseRefused()
+		}
 		for name := range members {
 			if name == c.opts.Name || running[name] != nil {
 				continue

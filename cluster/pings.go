@@ -138,8 +138,12 @@ func (s *peerServer) respond(id mesh.Identity, r *clusterpb.PingRequest) (*clust
 	if n.Name != id.Node || n.Site != id.Site {
 		return nil, status.Errorf(codes.PermissionDenied, "the ping is of %s/%s, the certificate of %s/%s", n.Site, n.Name, id.Site, id.Node)
 	}
+	got := s.c.pingResponse()
 	if s.c.isMember(n.Name) {
 		s.c.book.recordDirect(n)
 	}
-	return s.c.pingResponse(), nil
+	if _, member := s.c.State().Nodes[n.Name]; !member {
+		got.LeaseUs = 0 // it was removed, or joins, or this node has no agreed state yet
+	}
+	return got, nil
 }

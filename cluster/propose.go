@@ -43,6 +43,9 @@ func (c *Cluster) Propose(ctx context.Context, t agreed.CommandType, data any) (
 
 // route commits on this node if it leads, otherwise on the leader.
 func (c *Cluster) route(ctx context.Context, cmd agreed.Command, b []byte) (uint64, error) {
+	if err := c.RemovedError(); err != nil {
+		return 0, err
+	}
 	if c.member.Load() == nil {
 		return 0, ErrNotMember
 	}
@@ -89,6 +92,9 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 	r := c.raft.Load()
 	if r == nil {
 		return 0, ErrNotMember
+	}
+	if c.votes.tooEarly() {
+		return 0, fmt.Errorf("%w: its log is being filled again", ErrNotLeader)
 	}
 	if why := c.Quarantined(); why != "" && !allowedInQuarantine[cmd.Type] {
 		return 0, fmt.Errorf("%w: %s", ErrQuarantined, why)

@@ -52,7 +52,12 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.bootstrapRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
-	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load)
+	if err := c.noteLostStore(); err != nil {
+		return nil, errors.Join(err, transport.Close())
+	}
+	m := c.member.Load()
+	voter := newVoterTransport(transport, m.VoteFrom, m.StoreLost, c.raft.Load)
+	c.votes = voter
 	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())

@@ -3,7 +3,9 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"math"
 	"sync"
+	"sync/atomic"
 
 	"github.com/hashicorp/raft"
 )
@@ -12,6 +14,56 @@ import (
 // it rejoined under its name and voted, it and a voter that lags could elect a leader
 // without all committed entries. So it is demoted before it is admitted again, and it
 // refuses requests for votes until its log has the entry that admitted it.
+//
+// The same holds when only raft's stores were lost, and the member file was not. Such a node
+// is still a member, and learns of a leader by the entries that it gets. It then asks to be
+// admitted as if its disk were empty (Cluster.announce), and votes for nobody before.
+
+// noteLostStore notes in the member file that raft's stores are empty although this node
+// has run before. One that founds the cluster has bootstrapped them, one that has just
+// joined is admitted by an entry after all that it could have lost.
+func (c *Cluster) noteLostStore() error {
+	c.memberMu.Lock()
+	defer c.memberMu.Unlock()
+	m := *c.member.Load()
+	if m.StoreLost || !c.restarted {
+		return nil
+	}
+	exists, err := raft.HasExistingState(c.opts.Logs, c.opts.Stable, c.opts.Snapshots)
+	if err != nil {
+		return fmt.Errorf("read raft's stores: %w", err)
+	}
+	if exists {
+		return nil
+	}
+	c.log.Error("raft's stores are empty, but this node was a member before: it votes for nobody until it is admitted again")
+	m.StoreLost = true
+	return c.setMember(m)
+}
+
+// voteFrom ends what noteLostStore began: the leader has admitted this node by the entry
+// index.
+func (c *Cluster) voteFrom(index uint64) error {
+	c.memberMu.Lock()
+	defer c.memberMu.Unlock()
+	m := *c.member.Load()
+	m.VoteFrom, m.StoreLost = index, false
+	if err := c.setMember(m); err != nil {
+		return err
+	}
+	c.votes.from.Store(index)
+	c.log.Info("admitted again after the loss of raft's stores", "index", index)
+	return nil
+}
+
+// setMember needs memberMu.
+func (c *Cluster) setMember(m memberFile) error {
+	if err := writeMemberFile(c.opts.DataDir, m); err != nil {
+		return err
+	}
+	c.member.Store(&m)
+	return nil
+}
 
 // demoteRejoiner makes a voter that rejoins with an empty disk a non-voter. The placement
 // of voters promotes it again when it has caught up.
@@ -38,7 +90,7 @@ var errNoVoteYet = errors.New("this node has just joined: it can't vote before i
 // don't count its vote.
 type voterTransport struct {
 	*raft.NetworkTransport
-	from    uint64 // index of the entry that admitted this node
+	from    atomic.Uint64 // index of the entry that admitted this node; never: not known yet
 	running func() *raft.Raft
 	passed  chan raft.RPC
 	closed  chan struct{}
@@ -50,10 +102,17 @@ type voterTransport struct {
 // error, and a node that returns after an outage would depose a healthy leader.
 var _ raft.WithPreVote = (*voterTransport)(nil)
 
-func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft) *voterTransport {
+// never is above every index.
+const never = math.MaxUint64
+
+func newVoterTransport(t *raft.NetworkTransport, from uint64, storeLost bool, running func() *raft.Raft) *voterTransport {
 	v := &voterTransport{
-		NetworkTransport: t, from: from, running: running,
+		NetworkTransport: t, running: running,
 		passed: make(chan raft.RPC), closed: make(chan struct{}),
+	}
+	v.from.Store(from)
+	if storeLost {
+		v.from.Store(never)
 	}
 	v.done.Go(v.pass)
 	return v
@@ -93,8 +152,30 @@ func (v *voterTransport) pass() {
 func (v *voterTransport) refuses(rpc raft.RPC) bool {
 	switch rpc.Command.(type) {
 	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest:
-		r := v.running()
-		return r == nil || r.LastIndex() < v.from
+		return v.tooEarly()
 	}
 	return false
+}
+
+// tooEarly reports whether this node's log lacks the entry that admitted it.
+func (v *voterTransport) tooEarly() bool {
+	r := v.running()
+	return r == nil || r.LastIndex() < v.from.Load()
+}
+
+// RequestVote asks for a vote for this node. Until it may vote it may not lead either: a
+// voter that lags could elect it.
+func (v *voterTransport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	if v.tooEarly() {
+		return errNoVoteYet
+	}
+	return v.NetworkTransport.RequestVote(id, target, args, resp)
+}
+
+// RequestPreVote is the same for a pre-vote.
+func (v *voterTransport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if v.tooEarly() {
+		return errNoVoteYet
+	}
+	return v.NetworkTransport.RequestPreVote(id, target, args, resp)
 }

@@ -44,6 +44,48 @@ func TestVoterWithAnEmptyDiskIsDemoted(t *testing.T) {
 	eventually(t, "c-1 holds a lease", 20*time.Second, func() bool { return settled(c) }, c)
 }
 
+// Without raft's stores, but with its member file, a voter is demoted and votes for nobody
+// until it is admitted again; the founder too, which no entry has admitted.
+func TestVoterWithoutItsRaftStoreIsDemoted(t *testing.T) {
+	a, b, c := threeMembers(t)
+	all := []*member{a, b, c}
+	leader := func() *member {
+		for _, m := range all {
+			if m.stop != nil && m.Raft().Leads {
+				return m
+			}
+		}
+		return nil
+	}
+	for _, lost := range []*member{c, a} {
+		before := lost.member.Load().VoteFrom
+		lost.halt(t)
+		eventually(t, "another node leads", 20*time.Second, func() bool { return leader() != nil }, all...)
+		lost.logs, lost.snaps = raft.NewInmemCommitTrackingStore(), raft.NewInmemSnapshotStore()
+		lost.start(t)
+		eventually(t, lost.name+" is admitted again", 20*time.Second, func() bool {
+			m := lost.member.Load()
+			return !m.StoreLost && m.VoteFrom > before && lost.raft.Load().LastIndex() >= m.VoteFrom
+		}, all...)
+		demoted := false
+		for _, server := range lost.Raft().Servers {
+			demoted = demoted || server.Name == lost.name && !server.Voter
+		}
+		if !demoted {
+			t.Errorf("%s is still a voter: %v", lost.name, lost.Raft().Servers)
+		}
+		kept, err := readMemberFile(lost.dir)
+		if err != nil || kept.StoreLost || kept.VoteFrom != lost.member.Load().VoteFrom {
+			t.Errorf("%s has on disk %+v, %v", lost.name, kept, err)
+		}
+		eventually(t, lost.name+" is a voter again", 20*time.Second, func() bool {
+			l := leader()
+			return l != nil && l.ChangeServer(lost.name, MakeVoter) == nil
+		})
+		eventually(t, lost.name+" holds a lease", 20*time.Second, func() bool { return settled(lost) }, lost)
+	}
+}
+
 func TestNoVoteBeforeTheAdmittingEntry(t *testing.T) {
 	votes := []any{&raft.RequestVoteRequest{}, &raft.RequestPreVoteRequest{}}
 	store := raft.NewInmemStore()
@@ -68,13 +110,24 @@ func TestNoVoteBeforeTheAdmittingEntry(t *testing.T) {
 		from    uint64
 		running bool
 		refuses bool
-	}{{11, true, true}, {10, true, false}, {0, true, false}, {0, false, true}} {
-		v := &voterTransport{from: tt.from, running: func() *raft.Raft {
+	}{{11, true, true}, {never, true, true}, {10, true, false}, {0, true, false}, {0, false, true}} {
+		v := &voterTransport{running: func() *raft.Raft {
 			if !tt.running {
 				return nil
 			}
 			return r
 		}}
+		v.from.Store(tt.from)
+		if tt.refuses {
+			// Such a node must not lead either. Without its own transport a request that
+			// is sent would panic.
+			if err := v.RequestVote("y", "y", nil, nil); !errors.Is(err, errNoVoteYet) {
+				t.Errorf("admitted by entry %d: asked for votes: %v", tt.from, err)
+			}
+			if err := v.RequestPreVote("y", "y", nil, nil); !errors.Is(err, errNoVoteYet) {
+				t.Errorf("admitted by entry %d: asked for pre-votes: %v", tt.from, err)
+			}
+		}
 		for _, vote := range votes {
 			if got := v.refuses(raft.RPC{Command: vote}); got != tt.refuses {
 				t.Errorf("admitted by entry %d, the log has 10, running %t: %T refused: %t", tt.from, tt.running, vote, got)

@@ -85,7 +85,7 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 	case !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site):
 		err = fmt.Errorf("%w: the certificate is of site %s node %s, the configuration of site %s node %s", ErrForeignNode, id.Site, id.Node, n.Site, n.Name)
 	default:
-		resp, err = s.c.join(ctx, n, r.GetFresh(), r.GetForwarded())
+		resp, err = s.c.join(ctx, r)
 	}
 	if err == nil {
 		return resp, nil

@@ -64,6 +64,16 @@ func (c *Cluster) snapshotConfiguration() {
 	c.snapshotted = index
 }
 
+// announcedLevel is the feature level that a node announces. An operator may hold it
+// below the newest one, but a member can't lower the cluster's level: its commands are in
+// the log.
+func announcedLevel(held, agreedLevel int) int {
+	if held == 0 {
+		return agreed.MaxFeatureLevel
+	}
+	return min(max(held, agreedLevel), agreed.MaxFeatureLevel)
+}
+
 // featureLevel is the highest feature level that every member supports.
 func featureLevel(s *agreed.State) int {
 	if len(s.Nodes) == 0 {

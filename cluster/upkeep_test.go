@@ -28,3 +28,20 @@ func TestFeatureLevelNeedsEveryMember(t *testing.T) {
 		}
 	}
 }
+
+// A node announces at most the level that its operator set, and never less than the
+// cluster's.
+func TestAnnouncedFeatureLevel(t *testing.T) {
+	for _, tc := range []struct{ held, agreed, want int }{
+		{0, 0, agreed.MaxFeatureLevel}, // before it is a member
+		{0, 1, agreed.MaxFeatureLevel},
+		{1, 0, 1},
+		{1, 1, 1},
+		{1, 2, 2}, // too late: the cluster's level is never lowered
+		{agreed.MaxFeatureLevel, 1, agreed.MaxFeatureLevel},
+	} {
+		if got := announcedLevel(tc.held, tc.agreed); got != tc.want {
+			t.Errorf("held at %d in a cluster at %d: announces %d, want %d", tc.held, tc.agreed, got, tc.want)
+		}
+	}
+}

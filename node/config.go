@@ -35,9 +35,12 @@ type Config struct {
 	OperatorKey config.Secret `yaml:"operator_key"`
 	// OperatorKeyPrevious opens what the current operator key does not open yet, while
 	// the cluster changes to another operator key.
-	OperatorKeyPrevious config.Secret  `yaml:"operator_key_previous,omitempty"`
-	Shutdown            ShutdownConfig `yaml:"shutdown"`
-	Log                 LogConfig      `yaml:"log"`
+	OperatorKeyPrevious config.Secret `yaml:"operator_key_previous,omitempty"`
+	// FeatureLevel holds the cluster at this feature level, so that it can go back to an
+	// older version; 0: the newest level of this version.
+	FeatureLevel int            `yaml:"feature_level,omitempty"`
+	Shutdown     ShutdownConfig `yaml:"shutdown"`
+	Log          LogConfig      `yaml:"log"`
 
 	dir string // of node.yaml, absolute; relative paths start there
 }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/mesh"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -47,6 +48,9 @@ func (c *configCheck) all() {
 	c.distinctPorts()
 	c.seeds()
 	c.operatorKey()
+	if p := config.At("feature_level"); c.src.Has(p) && (c.FeatureLevel < 1 || c.FeatureLevel > agreed.MaxFeatureLevel) {
+		c.reject(p, fmt.Sprintf("write a level from 1 to %d, or remove it for the newest one", agreed.MaxFeatureLevel), "this version has no feature level %d", c.FeatureLevel)
+	}
 	c.within(config.At("shutdown", "delay"), c.Shutdown.Delay, 10*time.Minute)
 	c.within(config.At("shutdown", "grace"), c.Shutdown.Grace, time.Hour)
 	if levels := []string{"debug", "info", "warn", "error"}; !slices.Contains(levels, c.Log.Level) {

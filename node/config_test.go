@@ -99,7 +99,7 @@ func TestParseConfigRefuses(t *testing.T) {
 	const server = "{cert_file: c, key_file: k}"
 	for _, tc := range []struct{ name, text, want string }{
 		{"empty", "", `node.yaml: the file is empty; start from the commented sample in deploy/`},
-		{"unknown key", good + "operatorkey: {}\n", `node.yaml:9: operatorkey: unknown key "operatorkey"; did you mean "operator_key"? (allowed here: version, cluster, name, site, data_dir, api, admin, metrics, gossip, rpc, seeds, operator_key, operator_key_previous, shutdown, log)`},
+		{"unknown key", good + "operatorkey: {}\n", `node.yaml:9: operatorkey: unknown key "operatorkey"; did you mean "operator_key"? (allowed here: version, cluster, name, site, data_dir, api, admin, metrics, gossip, rpc, seeds, operator_key, operator_key_previous, feature_level, shutdown, log)`},
 		{"unknown key inside", good + "api: {listen: ':8080'}\n", `node.yaml:9: api.listen: unknown key "listen"; allowed here: bind, advertise, tls`},
 		{"duplicate key", good + "site: b\n", `node.yaml:9: site: the key "site" is already on line 4; keep one of them`},
 		{"no version", swap("version: 1\n", ""), `node.yaml:1: version: is missing; write version: 1`},
@@ -140,6 +140,8 @@ func TestParseConfigRefuses(t *testing.T) {
 		{"no previous operator key", good + "operator_key_previous: {}\n", `node.yaml:9: operator_key_previous: is empty; write {file: PATH} or {env: NAME}, or remove it`},
 		{"two previous operator keys", good + "operator_key_previous: {file: a, env: B}\n", `node.yaml:9: operator_key_previous: has both env and file; write {file: PATH} or {env: NAME}, not both`},
 		{"the same operator key twice", good + "operator_key_previous: {file: operator.key}\n", `node.yaml:9: operator_key_previous: is the same as operator_key; write the key that operator_key replaces, or remove it`},
+		{"no such feature level", good + "feature_level: 99\n", `node.yaml:9: feature_level: this version has no feature level 99; write a level from 1 to 2, or remove it for the newest one`},
+		{"feature level 0", good + "feature_level: 0\n", `node.yaml:9: feature_level: this version has no feature level 0; write a level from 1 to 2, or remove it for the newest one`},
 		{"delay", good + "shutdown: {delay: 11m}\n", `node.yaml:9: shutdown.delay: 11m is out of range; write a time from 0s to 10m`},
 		{"grace", good + "shutdown: {grace: 61m}\n", `node.yaml:9: shutdown.grace: 1h1m is out of range; write a time from 0s to 1h`},
 		{"grace without a unit", good + "shutdown: {grace: 30}\n", `node.yaml:9: shutdown.grace: not a duration: "30" has no unit; write 30s or 30ms`},

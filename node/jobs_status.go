@@ -28,6 +28,9 @@ func (j *asyncJobs) Status(s *agreed.State) (*admin.Jobs, map[string]replication
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
+// Alone is what only another node has.
+func (j *asyncJobs) Alone(node string) replication.Alone { return j.replication.Alone(node) }
+
 // Problems says what is wrong with the journals and the table of this node.
 func (j *asyncJobs) Problems() []string {
 	var problems []string

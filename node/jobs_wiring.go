@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/failover"
@@ -81,6 +82,17 @@ func (j *asyncJobs) openTable(dir string) (*jobtable.Table, error) {
 	o := jobtable.Options{
 		Dir: dir, Sealer: j.sealer, Ring: j.n.keys.Ring, Clock: j.clock, Logger: j.n.log, Registerer: j.n.reg,
 		Retention: j.retention, Now: j.n.host.Now, BeforeCommit: j.n.host.BeforeWrite(host.WriteJobTable),
+	}
+	returns, err := cluster.Returns(j.n.cfg.DataDir)
+	if err != nil {
+		return nil, err
+	}
+	if returns {
+		// The others have gone on without this node: it lacks how jobs ended there, and
+		// must not execute them again.
+		if err := jobtable.MarkPartial(dir); err != nil {
+			return nil, err
+		}
 	}
 	t, err := jobtable.Open(o)
 	if errors.Is(err, jobtable.ErrDamaged) {

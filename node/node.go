@@ -96,6 +96,10 @@ func (n *Node) Close() error {
 	return errors.Join(errs...)
 }
 
+// ErrRemoved is the error of Run when the node was removed from the cluster. A restart
+// ends with it again, unless the node was admitted again.
+var ErrRemoved = cluster.ErrNodeRemoved
+
 // New opens the stores and the ports of a node. If it fails, nothing stays open.
 func New(cfg *Config, o Options) (*Node, error) {
 	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry()}
@@ -142,6 +146,12 @@ func (n *Node) Run(ctx context.Context) error {
 
 	select {
 	case <-ctx.Done():
+		n.drain(running)
+	case <-n.cluster.Removed():
+		// cluster.Run returns why. Requests and jobs that run may end: their clients wait,
+		// and no lease is needed for what has begun.
+		n.log.Error("this node was removed from the cluster: it refuses requests from now on, lets running ones finish, and ends", "err", n.cluster.RemovedError())
+		n.gateway.Refuse()
 		n.drain(running)
 	case <-running.Done(): // something failed; g.Wait returns the error
 	}

@@ -92,6 +92,9 @@ func (n *Node) ownHealth() cluster.Health { return n.view.Load().health }
 
 // Health implements gateway.Health.
 func (n *Node) Health() gateway.Report {
+	if n.cluster.RemovedError() != nil {
+		return gateway.Report{}
+	}
 	s := n.cluster.State()
 	// A node that has just joined knows the upstreams of its peers before it has the
 	// configuration, and could only refuse requests.

@@ -56,9 +56,11 @@ func Apply(s *State, c Command) (*State, error) {
 	var err error
 	switch c.Type {
 	case CmdNodePut:
-		err = with(c, func(n Node) error { return next.putNode(n, c.At) })
+		err = with(c, func(d NodePut) error { return next.putNode(d, c) })
 	case CmdNodeRemove:
-		err = with(c, next.removeNode)
+		err = with(c, func(d NodeRemove) error { return next.removeNode(d, c) })
+	case CmdNodeAdmit:
+		err = with(c, func(d NodeAdmit) error { return next.admitNode(d, c.At) })
 	case CmdConfigSet:
 		err = with(c, func(d ConfigSet) error { return next.setConfig(d, c.At) })
 	case CmdAPIKeyPut:
@@ -66,10 +68,7 @@ func Apply(s *State, c Command) (*State, error) {
 	case CmdAPIKeyRevoke:
 		err = with(c, func(d APIKeyRevoke) error { return next.revokeKey(d, c.At) })
 	case CmdFeatureRaise:
-		err = with(c, func(d FeatureRaise) error {
-			next.FeatureLevel = max(next.FeatureLevel, d.Level)
-			return nil
-		})
+		err = with(c, func(d FeatureRaise) error { return next.raiseFeatures(d, c) })
 	case CmdPromote:
 		err = with(c, func(d Promote) error { return next.promote(d, c) })
 	case CmdSwitchover:
@@ -129,7 +128,7 @@ func applyInit(s *State, c Command) (*State, error) {
 		d.Node.JoinedAt = c.At
 		d.Config.Version, d.Config.Time = 1, c.At
 		*next = State{
-			Format: stateFormat, FeatureLevel: 1,
+			Format: formatAt(1), FeatureLevel: 1,
 			ClusterID: d.ClusterID, Name: d.Name, Generation: d.Generation, CreatedAt: c.At,
 			Primary: Primary{Site: d.Node.Site, Epoch: 1, Since: c.At, Reason: "bootstrap"},
 			Nodes:   map[string]Node{d.Node.Name: d.Node},
@@ -144,27 +143,53 @@ func applyInit(s *State, c Command) (*State, error) {
 	return next, nil
 }
 
-func (s *State) putNode(n Node, at time.Time) error {
+func (s *State) putNode(d NodePut, c Command) error {
+	n := d.Node
 	old, known := s.Nodes[n.Name]
+	if s.FeatureLevel >= removalLevel && !d.Admit && (!known || n.Admitted != old.Admitted) {
+		return fmt.Errorf("%w: %s was removed meanwhile", ErrUnknownNode, n.Name)
+	}
 	if !known && len(s.Nodes) >= MaxNodes {
 		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
 	}
-	n.JoinedAt = at
-	if known {
-		n.JoinedAt = old.JoinedAt
+	n.JoinedAt, n.Admitted = c.At, 0
+	switch {
+	case known:
+		n.JoinedAt, n.Admitted = old.JoinedAt, old.Admitted
+	case s.FeatureLevel >= removalLevel:
+		n.Admitted = c.Index
+		s.endRemoval(n.Name)
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	s.Nodes[n.Name] = n
 	return nil
 }
 
-func (s *State) removeNode(d NodeRemove) error {
-	if _, known := s.Nodes[d.Name]; !known {
+func (s *State) removeNode(d NodeRemove, c Command) error {
+	node, known := s.Nodes[d.Name]
+	if !known {
 		return fmt.Errorf("%w: %s", ErrUnknownNode, d.Name)
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	delete(s.Nodes, d.Name)
 	s.forgetConfirmations(d.Name)
+	if s.FeatureLevel >= removalLevel {
+		s.noteRemoval(Removal{Name: d.Name, Site: node.Site, By: d.By, At: c.At, Index: c.Index})
+	}
+	return nil
+}
+
+// raiseFeatures never lowers the level. A build that does not know a level must not
+// follow the cluster there.
+func (s *State) raiseFeatures(d FeatureRaise, c Command) error {
+	if d.Level > MaxFeatureLevel {
+		return fmt.Errorf("%w: feature level %d, this version supports up to %d", ErrUnknownCommand, d.Level, MaxFeatureLevel)
+	}
+	if s.FeatureLevel < removalLevel && d.Level >= removalLevel {
+		s.RemovedBefore = c.Index // covers those who were removed before the state noted it
+	}
+	s.FeatureLevel = max(s.FeatureLevel, d.Level)
+	s.Format = formatAt(s.FeatureLevel)
 	return nil
 }
 
@@ -296,8 +321,18 @@ func (s *State) putDrill(d DrillRecord, at time.Time) error {
 	return nil
 }
 
-// stateFormat is the version of State in a snapshot.
-const stateFormat = 1
+// stateFormat is the newest version of State in a snapshot that this build reads.
+const stateFormat = 2
+
+// formatAt is the version of State in the snapshots of a cluster at a feature level.
+// Builds of level 1 read only format 1: one that is started after the cluster has gone
+// on refuses its snapshot, instead of dropping the fields that it does not know.
+func formatAt(level int) int {
+	if level < 2 {
+		return 1
+	}
+	return stateFormat
+}
 
 // Encode returns the state in the form for snapshots.
 func (s *State) Encode() ([]byte, error) {
@@ -317,6 +352,9 @@ func DecodeState(b []byte) (*State, error) {
 	}
 	if s.Format > stateFormat {
 		return nil, fmt.Errorf("%w: state format %d, this version reads up to %d", ErrUnknownCommand, s.Format, stateFormat)
+	}
+	if s.FeatureLevel > MaxFeatureLevel {
+		return nil, fmt.Errorf("%w: feature level %d, this version supports up to %d", ErrUnknownCommand, s.FeatureLevel, MaxFeatureLevel)
 	}
 	return s, nil
 }

@@ -227,7 +227,7 @@ func TestApplyProperties(t *testing.T) {
 			case CmdDrillPut:
 				data = DrillRecord{ID: name}
 			case CmdFeatureRaise:
-				data = FeatureRaise{Level: 1}
+				data = FeatureRaise{Level: rapid.IntRange(1, MaxFeatureLevel+1).Draw(t, "level")}
 			}
 			raw, err := json.Marshal(data)
 			if err != nil {
@@ -272,6 +272,34 @@ func TestApplyProperties(t *testing.T) {
 			}
 		}
 	})
+}
+
+// The level only rises. From level 2 on builds of level 1 refuse the snapshots, and this
+// build refuses to follow a cluster to a level that it does not know.
+func TestFeatureLevels(t *testing.T) {
+	s := founded(t)
+	for _, step := range []struct{ raise, level, format int }{{1, 1, 1}, {2, 2, 2}, {1, 2, 2}} {
+		s = applied(t, s, CmdFeatureRaise, FeatureRaise{Level: step.raise})
+		if s.FeatureLevel != step.level || s.Format != step.format {
+			t.Fatalf("after raising to %d: level %d in format %d, want %d in %d", step.raise, s.FeatureLevel, s.Format, step.level, step.format)
+		}
+	}
+	c, err := NewCommand(CmdFeatureRaise, applyTime, FeatureRaise{Level: MaxFeatureLevel + 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next, err := Apply(s, c); !errors.Is(err, ErrUnknownCommand) || next != s {
+		t.Errorf("raised to an unknown level: %v, want ErrUnknownCommand", err)
+	}
+	later := *s
+	later.FeatureLevel++
+	b, err := later.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := DecodeState(b); !errors.Is(err, ErrUnknownCommand) {
+		t.Errorf("read a snapshot of an unknown level: %v, want ErrUnknownCommand", err)
+	}
 }
 
 func FuzzDecodeCommand(f *testing.F) {

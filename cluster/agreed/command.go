@@ -14,7 +14,10 @@ const commandFormat = 1
 // MaxFeatureLevel is the newest command set that this build supports. The leader
 // raises State.FeatureLevel to the highest level that every member supports (see
 // cluster/upkeep.go), and no node proposes a command above that level.
-const MaxFeatureLevel = 1
+//
+// Level 2 adds what State says about removed nodes. A field that only builds of a level
+// know is set only when State.FeatureLevel has reached it, also by an older command.
+const MaxFeatureLevel = 2
 
 // CommandType names a command. The names are stored in raft's log: never reuse
 // one with another meaning.
@@ -46,6 +49,8 @@ const (
 	// CmdStreamInherit gives a node a stream that its origin never proposed before
 	// it was removed.
 	CmdStreamInherit CommandType = "stream_inherit"
+	// CmdNodeAdmit lets a removed node join again with its data.
+	CmdNodeAdmit CommandType = "node_admit"
 	// The commands about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
 	CmdDataKeyConfirm  CommandType = "datakey_confirm"
@@ -63,6 +68,7 @@ var commandLevel = map[CommandType]int{
 	CmdAPIKeyRevoke: 1, CmdFeatureRaise: 1, CmdPromote: 1, CmdSwitchover: 1,
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
 	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1, CmdStreamInherit: 1,
+	CmdNodeAdmit:  2,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 }
 
@@ -137,9 +143,23 @@ type (
 		Node       Node          `json:"node"`
 		Config     ConfigVersion `json:"config"`
 	}
+	// NodePut makes a node a member, or changes what is known of a member: the one that
+	// was admitted by Node.Admitted. Otherwise it was removed since the leader checked it,
+	// and at feature level 2 the command is refused.
+	NodePut struct {
+		Node
+		// Admit: the node joins, with an empty disk or because it was admitted again.
+		Admit bool `json:"admit,omitempty"`
+	}
 	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`
+		By   string `json:"by,omitempty"`
+	}
+	// NodeAdmit lets a removed node join again with its data.
+	NodeAdmit struct {
+		Name string `json:"name"`
+		By   string `json:"by"`
 	}
 	// ConfigSet replaces the configuration if its current version is Expect.
 	ConfigSet struct {

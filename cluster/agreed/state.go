@@ -21,9 +21,14 @@ type State struct {
 	Generation   Generation `json:"generation"`
 	CreatedAt    time.Time  `json:"created_at"`
 
-	Primary Primary           `json:"primary"`
-	Nodes   map[string]Node   `json:"nodes"` // by name
-	APIKeys map[string]APIKey `json:"api_keys"`
+	Primary Primary         `json:"primary"`
+	Nodes   map[string]Node `json:"nodes"` // by name
+	// Removed are the nodes that were removed last and have not joined again, oldest
+	// first, bounded. RemovedBefore also covers those that were dropped from it; see
+	// WasRemoved.
+	Removed       []Removal         `json:"removed,omitempty"`
+	RemovedBefore uint64            `json:"removed_before,omitempty"`
+	APIKeys       map[string]APIKey `json:"api_keys"`
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`
@@ -61,7 +66,7 @@ type State struct {
 }
 
 // NewState is the state before the first command.
-func NewState() *State { return &State{Format: stateFormat} }
+func NewState() *State { return &State{Format: formatAt(0)} }
 
 // Generation rises by one each time an operator recovers the cluster after a
 // permanent loss of its quorum. The random ID distinguishes two such recoveries.
@@ -94,6 +99,9 @@ type Node struct {
 	Instance  string    `json:"instance"` // random per process start
 	StartedAt time.Time `json:"started_at"`
 	JoinedAt  time.Time `json:"joined_at"`
+	// Admitted is the raft index of the entry that made it a member, 0 if the cluster was
+	// below feature level 2 then. A node with an older admission was removed.
+	Admitted uint64 `json:"admitted,omitempty"`
 	// OperatorKey is the fingerprint of the operator key that the process was
 	// started with, OperatorKeyPrevious that of the previous key, which it can
 	// still open data keys with. A fingerprint reveals nothing about its key.

@@ -159,11 +159,17 @@ func (x *NodeInfo) GetOperatorKeyPrevious() string {
 }
 
 type JoinRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	Node          *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
-	Forwarded     bool                   `protobuf:"varint,3,opt,name=forwarded,proto3" json:"forwarded,omitempty"` // a member forwarded it: don't forward it again
-	Fresh         bool                   `protobuf:"varint,4,opt,name=fresh,proto3" json:"fresh,omitempty"`         // the node's disk is empty: a former voter has lost its votes and log
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Format    uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	Node      *NodeInfo              `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Forwarded bool                   `protobuf:"varint,3,opt,name=forwarded,proto3" json:"forwarded,omitempty"` // a member forwarded it: don't forward it again
+	Fresh     bool                   `protobuf:"varint,4,opt,name=fresh,proto3" json:"fresh,omitempty"`         // raft's stores are empty: a former voter has lost its votes and log
+	Admitted  uint64                 `protobuf:"varint,5,opt,name=admitted,proto3" json:"admitted,omitempty"`   // of a node that is or was a member: the entry that admitted it
+	// A removed node asks to join again with its data, which is of this cluster.
+	Returning     bool   `protobuf:"varint,6,opt,name=returning,proto3" json:"returning,omitempty"`
+	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"` // of a node that is or was a member; empty: its disk is empty
+	Generation    uint64 `protobuf:"varint,8,opt,name=generation,proto3" json:"generation,omitempty"`
+	GenerationId  string `protobuf:"bytes,9,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -224,6 +230,41 @@ func (x *JoinRequest) GetFresh() bool {
 		return x.Fresh
 	}
 	return false
+}
+
+func (x *JoinRequest) GetAdmitted() uint64 {
+	if x != nil {
+		return x.Admitted
+	}
+	return 0
+}
+
+func (x *JoinRequest) GetReturning() bool {
+	if x != nil {
+		return x.Returning
+	}
+	return false
+}
+
+func (x *JoinRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *JoinRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *JoinRequest) GetGenerationId() string {
+	if x != nil {
+		return x.GenerationId
+	}
+	return ""
 }
 
 type JoinResponse struct {
@@ -1225,12 +1266,20 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fstarted_unix_ms\x18\n" +
 	" \x01(\x03R\rstartedUnixMs\x12!\n" +
 	"\foperator_key\x18\v \x01(\tR\voperatorKey\x122\n" +
-	"\x15operator_key_previous\x18\f \x01(\tR\x13operatorKeyPrevious\"\x8a\x01\n" +
+	"\x15operator_key_previous\x18\f \x01(\tR\x13operatorKeyPrevious\"\xa8\x02\n" +
 	"\vJoinRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x12\x1c\n" +
 	"\tforwarded\x18\x03 \x01(\bR\tforwarded\x12\x14\n" +
-	"\x05fresh\x18\x04 \x01(\bR\x05fresh\"\xc0\x02\n" +
+	"\x05fresh\x18\x04 \x01(\bR\x05fresh\x12\x1a\n" +
+	"\badmitted\x18\x05 \x01(\x04R\badmitted\x12\x1c\n" +
+	"\treturning\x18\x06 \x01(\bR\treturning\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\a \x01(\tR\tclusterId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\b \x01(\x04R\n" +
+	"generation\x12#\n" +
+	"\rgeneration_id\x18\t \x01(\tR\fgenerationId\"\xc0\x02\n" +
 	"\fJoinResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +

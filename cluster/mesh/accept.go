@@ -144,12 +144,12 @@ func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, er
 	self := m.opts.Membership()
 	request, refused := decodeRequest(preface, peer)
 	if refused == nil {
-		theirs := Membership{ClusterID: request.ClusterID, Generation: request.Generation}
+		theirs := request.membership()
 		m.reportNewerGeneration(self, theirs, peer)
 		refused = checkMembership(self, theirs, request.Kind)
 	}
 	conn := newPeerConn(m, secure, raw, "accepted", peer, request.Kind)
-	conn.target = request.Target
+	conn.target, conn.theirs = request.Target, request.membership()
 	switch {
 	case refused != nil:
 	case request.Kind.ofTunnel() && conn.via != "":

@@ -23,6 +23,7 @@ type PeerConn struct {
 	direction string // "dialled" or "accepted"
 	via       string // the relay, which sees only ciphertext; "" for a direct connection
 	target    string // of an accepted KindTunnel: the node to reach
+	theirs    Membership
 	opened    time.Time
 }
 
@@ -33,6 +34,9 @@ func newPeerConn(m *Mesh, secure *tls.Conn, raw net.Conn, direction string, peer
 	}
 	return c
 }
+
+// Membership is what the peer said of itself in its preface.
+func (c *PeerConn) Membership() Membership { return c.theirs }
 
 // dialledTo reports whether this node opened the connection, and to that node.
 func (c *PeerConn) dialledTo(node string) bool {

@@ -89,7 +89,7 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 	self, identity := m.opts.Membership(), m.opts.Credentials.Identity()
 	preface, err := encodePreface(prefaceRequest{
 		Format: prefaceFormat, Kind: request.kind, ClusterID: self.ClusterID, Generation: self.Generation,
-		Node: identity.Node, Site: identity.Site, Target: request.target,
+		Node: identity.Node, Site: identity.Site, Target: request.target, Admitted: self.Admitted,
 	})
 	if err != nil {
 		return nil, err
@@ -102,15 +102,19 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 		return nil, err
 	}
 	reply, refused := decodeReply(answer)
-	theirs := Membership{ClusterID: reply.ClusterID, Generation: reply.Generation}
+	theirs := reply.membership()
 	m.reportNewerGeneration(self, theirs, peer)
 	if refused == nil {
 		refused = checkMembership(self, theirs, request.kind)
 	}
 	if refused != nil {
+		if refused.ByPeer && refused.Code == CodeRemoved && m.opts.OnRemoved != nil && self.ClusterID != "" {
+			m.opts.OnRemoved(peer, refused.Message)
+		}
 		return nil, refused
 	}
 	conn := newPeerConn(m, secure, raw, "dialled", peer, request.kind)
+	conn.theirs = theirs
 	if err := m.register(conn); err != nil {
 		return nil, err
 	}
@@ -126,18 +130,31 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 }
 
 // register adds a connection to the list that CloseKind, CloseAll and
-// CloseRefused search, and only then asks Admit about its site: see
-// Options.Admit for the order.
+// CloseRefused search, and only then asks Admit about its site, and whether the peer
+// was removed: see Options.Admit for the order.
 func (m *Mesh) register(conn *PeerConn) error {
 	if err := m.conns.add(conn); err != nil {
 		return err
 	}
-	if m.opts.Admit == nil {
-		return nil
-	}
-	if err := m.opts.Admit(conn.peer.Site); err != nil {
+	if refused := m.refuses(conn); refused != nil {
 		conn.unregister()
-		return refuse(CodeIsolated, "%s", err)
+		return refused
+	}
+	return nil
+}
+
+// refuses returns why a connection must not be, nil if it may.
+func (m *Mesh) refuses(conn *PeerConn) *RefusedError {
+	if m.opts.Admit != nil {
+		if err := m.opts.Admit(conn.peer.Site); err != nil {
+			return refuse(CodeIsolated, "%s", err)
+		}
+	}
+	// A node that has not joined yet has a new disk, also if its name was removed.
+	if m.opts.Removed != nil && conn.theirs.ClusterID != "" && conn.theirs.ClusterID == m.opts.Membership().ClusterID {
+		if why := m.opts.Removed(conn.peer, conn.theirs.Admitted); why != "" {
+			return refuse(CodeRemoved, "%s", why)
+		}
 	}
 	return nil
 }

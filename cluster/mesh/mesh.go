@@ -67,6 +67,13 @@ type Options struct {
 	// the list that CloseAll and CloseRefused search. So once Admit refuses a site
 	// and its connections are then closed, none is left.
 	Admit func(site string) error
+	// Removed says that a peer was removed from the cluster, or is empty; admitted is from
+	// the peer's Membership. It is called after Admit, under the same rules. Nil: no peer
+	// was.
+	Removed func(peer Identity, admitted uint64) string
+	// OnRemoved is called when a peer of the same cluster refuses this node because it was
+	// removed. It must not block. May be nil.
+	OnRemoved func(peer Identity, why string)
 	// OnNewerGeneration is called when a peer of the same cluster has a higher
 	// generation: the cluster was recovered without this node. It must not block.
 	OnNewerGeneration func(peer Identity, theirs agreed.Generation)
@@ -138,12 +145,10 @@ func (m *Mesh) CloseAll(site string) {
 	m.conns.abortWhere(func(c *PeerConn) bool { return c.peer.Site == site })
 }
 
-// CloseRefused aborts every connection with a site that Admit refuses now.
+// CloseRefused aborts every connection with a site that Admit refuses now, or with a
+// peer that was removed.
 func (m *Mesh) CloseRefused() {
-	if m.opts.Admit == nil {
-		return
-	}
-	m.conns.abortWhere(func(c *PeerConn) bool { return m.opts.Admit(c.peer.Site) != nil })
+	m.conns.abortWhere(func(c *PeerConn) bool { return m.refuses(c) != nil })
 }
 
 // Close ends the gRPC channels, the listeners of all kinds and every connection,

@@ -216,6 +216,81 @@ func TestBothSidesKnowWhyAConnectionWasRefused(t *testing.T) {
 	}
 }
 
+// A node that was removed gets no connection of any kind, in neither direction, and its
+// open ones are closed. It learns why. One that has not joined yet may ask to.
+func TestRemovedNodeIsRefused(t *testing.T) {
+	async.NoLeaks(t)
+	ca, book := newTLSAuthority(t, "dev"), newTestBook()
+	var removedBefore atomic.Uint64
+	var learned atomic.Value
+	learned.Store("")
+	newPeer := func(site string) *testPeer {
+		return newTestPeer(t, ca, book, Identity{"dev", site, site + "-1"}, func(o *Options) {
+			o.Removed = func(peer Identity, admitted uint64) string {
+				if peer.Site == "b" && admitted < removedBefore.Load() {
+					return peer.Node + " was removed by ops"
+				}
+				return ""
+			}
+			o.OnRemoved = func(peer Identity, why string) { learned.Store(site + " learned from " + peer.Node + ": " + why) }
+		})
+	}
+	a, b := newPeer("a"), newPeer("b")
+	kinds := []Kind{KindRaft, KindGRPC, KindHTTP}
+	for _, p := range []*testPeer{a, b} {
+		p.serve(t, book)
+		for _, kind := range kinds {
+			p.Listener(kind)
+		}
+	}
+	admitted := first
+	admitted.Admitted = 40
+	b.setMembership(admitted)
+	ctx := async.Context(t)
+	open, err := b.Dial(ctx, KindHTTP, a.id.Node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = open.Close() }()
+	if got := open.(*PeerConn).Membership(); got != first {
+		t.Errorf("b knows a as %+v, want %+v", got, first)
+	}
+
+	removedBefore.Store(50)
+	a.CloseRefused()
+	if _, err := open.Read(make([]byte, 1)); err == nil {
+		t.Error("an open connection with the removed node was not closed")
+	}
+	for _, kind := range append(kinds, KindTunnel) {
+		_, err := b.dial(ctx, dialRequest{kind: kind, node: a.id.Node, target: map[bool]string{true: "c-1"}[kind == KindTunnel]}, a.addr)
+		var refused *RefusedError
+		if !errors.As(err, &refused) || refused.Code != CodeRemoved || !refused.ByPeer {
+			t.Errorf("%s: %v, want refused by the peer with code %s", kind, err, CodeRemoved)
+		}
+		if kind == KindTunnel {
+			continue
+		}
+		if _, err := a.Dial(ctx, kind, b.id.Node); !errors.As(err, &refused) || refused.Code != CodeRemoved || refused.ByPeer {
+			t.Errorf("%s to the removed node: %v, want refused by the dialler with code %s", kind, err, CodeRemoved)
+		}
+	}
+	if got, want := learned.Load(), "b learned from a-1: a-1 says: b-1 was removed by ops"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+
+	for _, m := range []struct {
+		what string
+		Membership
+	}{{"one with an empty disk", noCluster}, {"one that was admitted later", Membership{first.ClusterID, first.Generation, 51}}} {
+		b.setMembership(m.Membership)
+		conn, err := b.DialAddr(ctx, KindGRPC, a.addr)
+		if err != nil {
+			t.Fatalf("%s: %v", m.what, err)
+		}
+		_ = conn.Close()
+	}
+}
+
 func TestDialVerifiesTheNodeName(t *testing.T) {
 	async.NoLeaks(t)
 	book, peers := meshOfThree(t, nil)

@@ -45,6 +45,9 @@ func (k Kind) ofTunnel() bool { return k == KindTunnel || k == KindRelayed }
 type Membership struct {
 	ClusterID  string
 	Generation agreed.Generation
+	// Admitted is the raft index of the entry that made the node a member, 0 for the
+	// founder.
+	Admitted uint64
 }
 
 // The codes of a refusal, for metrics and programs. "This node" is the one that
@@ -60,6 +63,7 @@ const (
 	CodeOlderGeneration = "older_generation" // the cluster was recovered without the peer
 	CodeNewerGeneration = "newer_generation" // the cluster was recovered without this node
 	CodeForkGeneration  = "fork_generation"  // two recoveries made the same generation number
+	CodeRemoved         = "removed"          // the peer was removed from the cluster
 	CodeKindClosed      = "kind_closed"      // this node accepts no connections of that kind now
 	CodeIsolated        = "isolated"         // Options.Admit refuses the site
 	CodeNoTunnel        = "no_tunnel"        // this node relays nothing to that target, or has no capacity left
@@ -133,6 +137,11 @@ type prefaceRequest struct {
 	Node       string            `json:"node"`
 	Site       string            `json:"site"`
 	Target     string            `json:"target,omitzero"` // only of KindTunnel
+	Admitted   uint64            `json:"admitted,omitzero"`
+}
+
+func (p prefaceRequest) membership() Membership {
+	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted}
 }
 
 // prefaceReply is the acceptor's preface. It is sent on a refusal too, so that both
@@ -143,13 +152,18 @@ type prefaceReply struct {
 	Message    string            `json:"message"`
 	ClusterID  string            `json:"cluster_id"`
 	Generation agreed.Generation `json:"generation"`
+	Admitted   uint64            `json:"admitted,omitzero"`
+}
+
+func (p prefaceReply) membership() Membership {
+	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted}
 }
 
 var errPreface = errors.New("not a dsnode preface")
 
 // encodeReply encodes the acceptor's preface. A nil refused means accepted.
 func (m *Mesh) encodeReply(self Membership, refused *RefusedError) ([]byte, error) {
-	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation}
+	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation, Admitted: self.Admitted}
 	if refused != nil {
 		// The message says "this node", so the peer must see whose message it is.
 		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message

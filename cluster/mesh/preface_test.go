@@ -11,10 +11,10 @@ import (
 )
 
 var (
-	first     = Membership{"c1", agreed.Generation{Number: 1, ID: "g1"}}
-	recovered = Membership{"c1", agreed.Generation{Number: 2, ID: "g2"}}
-	forked    = Membership{"c1", agreed.Generation{Number: 2, ID: "g2-other"}}
-	foreign   = Membership{"c2", agreed.Generation{Number: 1, ID: "g1"}}
+	first     = Membership{ClusterID: "c1", Generation: agreed.Generation{Number: 1, ID: "g1"}}
+	recovered = Membership{ClusterID: "c1", Generation: agreed.Generation{Number: 2, ID: "g2"}}
+	forked    = Membership{ClusterID: "c1", Generation: agreed.Generation{Number: 2, ID: "g2-other"}}
+	foreign   = Membership{ClusterID: "c2", Generation: agreed.Generation{Number: 1, ID: "g1"}}
 	noCluster = Membership{}
 )
 
@@ -164,8 +164,8 @@ func TestReadPrefaceReadsNoByteBeyondIt(t *testing.T) {
 func TestRefusalsFitIntoAReply(t *testing.T) {
 	long := strings.Repeat("\x01", prefaceFieldMax) // six bytes each in JSON
 	for _, pair := range [][2]Membership{
-		{{long, agreed.Generation{Number: 1, ID: long}}, {"c", agreed.Generation{Number: 1, ID: long}}},
-		{{long, agreed.Generation{Number: 1, ID: long}}, {long, agreed.Generation{Number: 1, ID: "other" + long[5:]}}},
+		{{long, agreed.Generation{Number: 1, ID: long}, 0}, {"c", agreed.Generation{Number: 1, ID: long}, 0}},
+		{{long, agreed.Generation{Number: 1, ID: long}, 0}, {long, agreed.Generation{Number: 1, ID: "other" + long[5:]}, 0}},
 	} {
 		refused := checkMembership(pair[0], pair[1], KindRaft)
 		if refused == nil {
@@ -217,7 +217,7 @@ func FuzzPreface(f *testing.F) {
 			if second, refused := decodeRequest(body, id); refused != nil || second != request {
 				t.Fatalf("%+v became %+v, %v", request, second, refused)
 			}
-			theirs := Membership{request.ClusterID, request.Generation}
+			theirs := request.membership()
 			if refused := checkMembership(first, theirs, request.Kind); refused == nil && theirs != first && request.Kind != KindGRPC {
 				t.Fatalf("admitted %+v", request)
 			}

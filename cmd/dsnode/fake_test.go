@@ -247,10 +247,36 @@ func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
 	return fmt.Errorf("%w: %s", agreed.ErrUnknownKey, id)
 }
 
-func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
+func (f *fakeCluster) PlanRemoval(_ context.Context, name string) (admin.RemovalPlan, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	p := admin.RemovalPlan{Node: name, Site: "beijing", State: admin.NodeAlive, LastHeardSeconds: ptr(0.1), RecordsOnlyThere: ptr(int64(0)), ReportedSecondsAgo: ptr(0.2)}
 	switch {
+	case name != fakeNode && name != "shanghai-b-1" && name != "beijing-1":
+		return p, fmt.Errorf("%w: %s", agreed.ErrUnknownNode, name)
+	case name == "beijing-1" && f.state == "degraded":
+		p.State, p.LastHeardSeconds, p.RecordsOnlyThere, p.ReportedSecondsAgo = admin.NodeDead, ptr(754.0), ptr(int64(10)), ptr(754.3)
+		p.Loses = "beijing-1 has 10 records that no other node has, as it said 12m34.3s ago; last heard 12m34s ago"
+	}
+	return p, nil
+}
+
+func (f *fakeCluster) AdmitNode(_ context.Context, name, _ string) error {
+	if name != "beijing-1" {
+		return fmt.Errorf("%w: %s", agreed.ErrNotRemoved, name)
+	}
+	return nil
+}
+
+func (f *fakeCluster) RemoveNode(_ context.Context, r admin.RemovalRequest, _ string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	name := r.Node
+	switch {
+	case r.Force:
+		return nil
+	case name == "beijing-1" && f.state == "degraded" && !r.AcceptLoss:
+		return fmt.Errorf("%w: %s has 10 records that no other node has", admin.ErrOnlyThere, name)
 	case name == "beijing-1" && f.state == "degraded":
 		return nil
 	case name == fakeNode || name == "shanghai-b-1" || name == "beijing-1":

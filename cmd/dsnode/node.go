@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,6 +18,7 @@ func newNodeCommand(env *environment) *cobra.Command {
 		newNodeDrainCommand(env),
 		newNodeResumeCommand(env),
 		newNodeRemoveCommand(env),
+		newNodeAdmitCommand(env),
 	)
 }
 
@@ -69,15 +71,77 @@ func newNodeResumeCommand(env *environment) *cobra.Command {
 }
 
 func newNodeRemoveCommand(env *environment) *cobra.Command {
+	var r admin.RemovalRequest
+	var plan, yes bool
 	cmd := &cobra.Command{
 		Use:   "remove NODE",
 		Short: "Remove a node that will not come back",
-		Long: "Remove a node that will not come back from the cluster; other nodes take over its jobs. A node that is\n" +
-			"alive is not removed: stop it first. A removed node needs an empty data directory to join again.",
+		Long: "Remove a node that will not come back from the cluster; other nodes take over its jobs. First the command\n" +
+			"says what only this node has. If that is anything, or unknown, it needs --accept-loss. A node that is\n" +
+			"alive is removed only with --force; it learns of it from any member, and ends itself.\n\n" +
+			"A removed node refuses to start. It joins again with an empty data directory, or, after dsnode node\n" +
+			"admit, with the data that it has.",
+		Example: "  dsnode node remove shanghai-b-2 --plan\n  dsnode node remove shanghai-b-2 --accept-loss",
+		Args:    takes("the NODE's name"),
+	}
+	f := cmd.Flags()
+	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although only this node has, or may have, some records")
+	f.BoolVar(&r.Force, "force", false, "remove it also while it is alive")
+	f.BoolVar(&plan, "plan", false, "only show what would be lost; exit code 1: it is something, or unknown")
+	f.BoolVarP(&yes, "yes", "y", false, "don't ask for a confirmation")
+	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
+		r.Node = args[0]
+		p, err := s.PlanRemoval(ctx, r.Node)
+		switch {
+		case errors.Is(err, admin.ErrNoRoute): // an older node, which removes without a plan
+		case err != nil:
+			return err
+		case plan:
+			return showRemoval(s, p)
+		default:
+			say(s.env.stderr, "plan", removalText(p))
+			if err := confirm(env, yes, fmt.Sprintf("Remove %s now?", printable(r.Node))); err != nil {
+				return err
+			}
+		}
+		return s.done(s.RemoveNode(ctx, r, ""), "%s is no longer a member; dsnode node admit %s lets it come back with its data", r.Node, r.Node)
+	})
+}
+
+func showRemoval(s *session, p admin.RemovalPlan) error {
+	err := s.show(p, func(w io.Writer) error { return emit(w, "%s\n", printable(removalText(p))) })
+	if err == nil && p.Loses != "" {
+		return quietly(exitFailed)
+	}
+	return err
+}
+
+// removalText says what is lost with a node. What it did since it was last heard is never
+// known.
+func removalText(p admin.RemovalPlan) string {
+	heard := "was never heard by the node that answers"
+	if p.LastHeardSeconds != nil {
+		heard = fmt.Sprintf("was last heard %s ago", secondsText(p.LastHeardSeconds))
+	}
+	text := fmt.Sprintf("%s of site %s is %s and %s.", p.Node, p.Site, p.State, heard)
+	if p.Loses != "" {
+		return text + " With it is lost: " + p.Loses + "."
+	}
+	return text + " Until then other nodes had all its records; what it accepted alone since then is not known."
+}
+
+func newNodeAdmitCommand(env *environment) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "admit NODE",
+		Short: "Let a removed node join again with its data",
+		Long: "Let a removed node join again with its data directory, for example because it has jobs that no other node\n" +
+			"has. Start the node afterwards: it joins as a member, other nodes get its records, and its unfinished jobs\n" +
+			"run. It should come back within jobs.retention, because jobs that the others have forgotten by then may run\n" +
+			"again, and before dsnode keyring rotate drops the keys of its records.",
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
-		return s.done(s.RemoveNode(ctx, args[0]), "%s is no longer a member", args[0])
+		return s.done(s.AdmitNode(ctx, args[0], ""), "%s may join again with its data: start it now", args[0])
 	})
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 
@@ -17,7 +18,9 @@ func newRunCommand(env *environment) *cobra.Command {
 		Short: "Run one node in the foreground",
 		Long: "Run one node in the foreground. It writes its log to stderr, as JSON.\n\n" +
 			"On SIGTERM or Ctrl-C the node stops being ready, finishes the running requests and leaves the\n" +
-			"cluster; a second signal ends it at once. On SIGHUP it reloads its certificates.",
+			"cluster; a second signal ends it at once. On SIGHUP it reloads its certificates.\n\n" +
+			"Before an upgrade that may have to be undone, write feature_level: 1 into the node.yaml of all nodes;\n" +
+			"dsnode status names the nodes that hold the cluster's feature level.",
 		Args: takes(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if file == "" {
@@ -44,7 +47,12 @@ func runNode(ctx context.Context, env *environment, file string) error {
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", config.Name, err)
 	}
-	if err := runUntilSignal(ctx, log, n); err != nil {
+	err = runUntilSignal(ctx, log, n)
+	if errors.Is(err, node.ErrRemoved) {
+		return failure(fmt.Sprintf("to use its data again, run dsnode node admit %s at a member, then start it; to start anew, empty its data directory first", config.Name),
+			"run node %s: %w", config.Name, err)
+	}
+	if err != nil {
 		return fmt.Errorf("run node %s: %w", config.Name, err)
 	}
 	return nil

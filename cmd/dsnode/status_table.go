@@ -76,6 +76,13 @@ func (t statusTable) facts() [][2]string {
 		{"raft", fmt.Sprintf("%s%s, leader %s", quorum, t.since(t.Raft.QuorumSince), leader)},
 		{"", fmt.Sprintf("term %s, commit %s, %s voters", number(t.Raft.Term), number(t.Raft.CommitIndex), number(t.Raft.Voters))},
 	}
+	if f := t.FeatureLevel; f != nil && f.Agreed < f.Newest {
+		held := "all nodes support it"
+		if len(f.HeldBy) > 0 {
+			held = "held by " + strings.Join(f.HeldBy, ", ") + " (an older version, or feature_level in node.yaml)"
+		}
+		facts = append(facts, [2]string{"features", fmt.Sprintf("level %d of %d, %s", f.Agreed, f.Newest, held)})
+	}
 	if j := t.Jobs; j != nil {
 		facts = append(facts, [2]string{"jobs", fmt.Sprintf("%s queued, %s running, %s succeeded, %s failed",
 			number(j.Queued), number(j.Running), number(j.Succeeded), number(j.Failed))})

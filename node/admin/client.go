@@ -194,10 +194,6 @@ func (c *Client) RevokeAPIKey(ctx context.Context, id string) error {
 	return c.do(ctx, http.MethodDelete, "/admin/v1/apikeys/"+url.PathEscape(id), c.by(""))
 }
 
-func (c *Client) RemoveNode(ctx context.Context, name string) error {
-	return c.do(ctx, http.MethodDelete, "/admin/v1/nodes/"+url.PathEscape(name), c.by(""))
-}
-
 // DrainNode implements Cluster. It tries the URLs until one is the node's own.
 func (c *Client) DrainNode(ctx context.Context, name string) error {
 	return c.do(ctx, http.MethodPost, "/admin/v1/nodes/"+url.PathEscape(name)+"/drain", c.by(""))

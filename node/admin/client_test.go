@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -113,8 +114,19 @@ func TestClientIsACluster(t *testing.T) {
 	if err := c.ResumeNode(ctx, "me-1"); err != nil || f.draining {
 		t.Errorf("resume: %v, draining %t", err, f.draining)
 	}
-	if err := c.RemoveNode(ctx, "gone-1"); err != nil {
+	if err := c.RemoveNode(ctx, RemovalRequest{Node: "gone-1"}, ""); err != nil {
 		t.Errorf("remove: %v", err)
+	}
+	if plan, err := c.PlanRemoval(ctx, "alone-1"); err != nil || plan.Node != "alone-1" || *plan.RecordsOnlyThere != 10 {
+		t.Errorf("plan a removal: %+v, %v", plan, err)
+	}
+	if err := c.RemoveNode(ctx, RemovalRequest{Node: "alone-1"}, ""); !errors.Is(err, ErrOnlyThere) {
+		t.Errorf("remove a node with records of its own: %v", err)
+	}
+	err = errors.Join(c.RemoveNode(ctx, RemovalRequest{Node: "alone-1", AcceptLoss: true, Force: true}, "ann"), c.AdmitNode(ctx, "alone-1", "bob"))
+	want := []string{"plan the removal of alone-1", "remove alone-1 force=true by ann", "admit alone-1 by bob"}
+	if err != nil || !slices.Equal(f.noted(), want) {
+		t.Errorf("noted %v, %v, want %v", f.noted(), err, want)
 	}
 }
 

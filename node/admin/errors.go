@@ -22,6 +22,8 @@ var (
 	ErrWrongNode = errors.New("only the node itself can do this")
 	// ErrNodeAlive: a node that is alive can't be removed.
 	ErrNodeAlive = errors.New("the node is alive")
+	// ErrOnlyThere: the node to be removed has records that no other node has, or may have.
+	ErrOnlyThere = errors.New("what only this node has would be lost")
 	// ErrNothingToAck: there was no failover, or it is acknowledged already.
 	ErrNothingToAck = errors.New("no failover waits to be acknowledged")
 	// ErrNotQuarantined: there is no quarantine to end.
@@ -85,7 +87,7 @@ var refusals = []refusal{
 	{agreed.ErrVersionConflict, http.StatusConflict, "version_conflict", "dsnode config diff FILE shows what has changed; then apply again"},
 	{cluster.ErrUnknownSite, http.StatusConflict, "unknown_site", "add the node's site to cluster.yaml, or correct site in its node.yaml"},
 	{cluster.ErrWrongCluster, http.StatusConflict, "wrong_cluster", "correct cluster in node.yaml and issue a certificate for that name"},
-	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "stop the node, empty its data directory, and start it again"},
+	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "to use the node's data again, run dsnode node admit NODE at a member and start the node; to start anew, empty its data directory first"},
 	{cluster.ErrNameTaken, http.StatusConflict, "name_taken", "give the node another name, with a certificate for it"},
 	{cluster.ErrFeatureLevel, http.StatusConflict, "feature_level", "dsnode node list shows the version of each node"},
 	{agreed.ErrBadPurge, http.StatusBadRequest, "bad_purge", "send exactly one of all, model and key"},
@@ -95,7 +97,9 @@ var refusals = []refusal{
 	{agreed.ErrDataKeysChanged, http.StatusConflict, "data_keys_changed", hintAgain},
 	{agreed.ErrDataKeyPending, http.StatusConflict, "data_key_pending", "dsnode keyring list shows which nodes have not confirmed it"},
 	{agreed.ErrUnknownDataKey, http.StatusNotFound, "unknown_data_key", "dsnode keyring list shows the keys"},
-	{ErrNodeAlive, http.StatusConflict, "node_alive", "stop the node first"},
+	{ErrNodeAlive, http.StatusConflict, "node_alive", "stop the node first; --force removes it while it runs, and it ends itself"},
+	{ErrOnlyThere, http.StatusConflict, "records_at_risk", "start the node, so that others get them; or remove it with --accept-loss, and dsnode node admit lets it come back with them"},
+	{agreed.ErrNotRemoved, http.StatusNotFound, "not_removed", "dsnode node list shows the members; the cluster remembers the 64 nodes that were removed last"},
 	{agreed.ErrUnknownNode, http.StatusNotFound, "unknown_node", "dsnode node list shows the names"},
 	{agreed.ErrUnknownUpstream, http.StatusNotFound, "unknown_upstream", "dsnode upstream list shows the names"},
 	{agreed.ErrUnknownKey, http.StatusNotFound, "unknown_key", "dsnode apikey list shows the ids"},

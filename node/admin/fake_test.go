@@ -199,13 +199,31 @@ func (f *fakeCluster) RevokeAPIKey(_ context.Context, id string) error {
 	return fmt.Errorf("revoke %s: %w", id, agreed.ErrUnknownKey)
 }
 
-func (f *fakeCluster) RemoveNode(_ context.Context, name string) error {
+func (f *fakeCluster) PlanRemoval(_ context.Context, name string) (RemovalPlan, error) {
+	records := int64(10)
+	return RemovalPlan{Node: name, State: NodeDead, RecordsOnlyThere: &records, Loses: "10 records"}, f.note("plan the removal of %s", name)
+}
+
+func (f *fakeCluster) AdmitNode(_ context.Context, name, by string) error {
+	if name == "never" {
+		return fmt.Errorf("admit: %w: %s", agreed.ErrNotRemoved, name)
+	}
+	return f.note("admit %s by %s", name, by)
+}
+
+func (f *fakeCluster) RemoveNode(_ context.Context, r RemovalRequest, by string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	name := r.Node
 	i := slices.Index(f.nodes, name)
 	switch {
 	case f.fail != nil:
 		return f.fail
+	case name == "alone-1" && !r.AcceptLoss:
+		return fmt.Errorf("remove %s: %w", name, ErrOnlyThere)
+	case name == "alone-1":
+		f.notes = append(f.notes, fmt.Sprintf("remove %s force=%t by %s", name, r.Force, by))
+		return nil
 	case name == f.name:
 		return fmt.Errorf("remove %s: %w", name, ErrNodeAlive)
 	case i < 0:

@@ -46,14 +46,13 @@ type Cluster interface {
 	APIKeys(ctx context.Context) ([]APIKeyInfo, error)
 	RevokeAPIKey(ctx context.Context, id string) error
 
-	// RemoveNode removes a node that will not come back.
-	RemoveNode(ctx context.Context, name string) error
 	// DrainNode makes the node not ready, so that load balancers send clients to
 	// other nodes. ResumeNode ends that. A name other than the node's own is
 	// ErrWrongNode.
 	DrainNode(ctx context.Context, name string) error
 	ResumeNode(ctx context.Context, name string) error
 
+	Removals
 	Failovers
 	Drills
 	Keyrings
@@ -144,7 +143,9 @@ func (s *Server) routes(o Options) []route {
 		{"GET /admin/v1/jobs/streams", s.read(value(s.cluster.JobStreams))},
 		{"GET /admin/v1/cache", s.read(value(s.cluster.CacheStats))},
 		{"POST /admin/v1/cache/purge", s.change(s.postCachePurge)},
-		{"DELETE /admin/v1/nodes/{name}", s.change(named("name", s.cluster.RemoveNode))},
+		{"DELETE /admin/v1/nodes/{name}", s.change(s.deleteNode, "accept_loss", "force")},
+		{"GET /admin/v1/nodes/{name}/removal", s.read(s.getRemovalPlan)},
+		{"POST /admin/v1/nodes/{name}/admit", s.change(namedBy("name", s.cluster.AdmitNode))},
 		{"POST /admin/v1/nodes/{name}/drain", s.change(named("name", s.cluster.DrainNode))},
 		{"POST /admin/v1/nodes/{name}/resume", s.change(named("name", s.cluster.ResumeNode))},
 		{"GET /admin/v1/failover/plan", s.read(s.getFailoverPlan, "to", "accept_loss", "waive", "author")},

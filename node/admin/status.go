@@ -15,6 +15,7 @@ type Status struct {
 	ObservedAt time.Time `json:"observed_at"`
 
 	Generation   *uint64      `json:"generation"`
+	FeatureLevel *Feature     `json:"feature_level"`
 	Primary      *Primary     `json:"primary"`
 	Raft         Raft         `json:"raft"`
 	Sites        []SiteStatus `json:"sites"`
@@ -33,6 +34,15 @@ type Status struct {
 type Observer struct {
 	Node string `json:"node"`
 	Site string `json:"site"`
+}
+
+// Feature is the command set that the cluster has agreed on.
+type Feature struct {
+	Agreed int `json:"agreed"`
+	Newest int `json:"newest"` // that the observer's version supports
+	// HeldBy are the nodes that keep the cluster below the newest level: they run an
+	// older version, or their node.yaml has feature_level. Empty, never nil.
+	HeldBy []string `json:"held_by"`
 }
 
 // Primary is the primary site, as last agreed.

@@ -92,6 +92,13 @@ func shed(why string) *failure {
 	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", message: why, retryAfter: time.Second}
 }
 
+func nodeRemoved() *failure {
+	return &failure{
+		status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "node_removed", retryAfter: time.Second,
+		message: "This node was removed from its cluster and is about to end. Please use another node.",
+	}
+}
+
 func badPeerRequest(why string) *failure {
 	return invalid(http.StatusBadRequest, "bad_peer_request", why)
 }

@@ -82,6 +82,7 @@ type Gateway struct {
 	metrics  *metrics
 	started  time.Time
 	draining atomic.Bool
+	removed  atomic.Bool // see Refuse
 	inFlight atomic.Int64
 	held     atomic.Int64 // bytes of all bodies in memory
 	site     []string     // header values, shared by all answers
@@ -116,6 +117,10 @@ func (g *Gateway) Drain() { g.draining.Store(true) }
 
 // Resume undoes Drain.
 func (g *Gateway) Resume() { g.draining.Store(false) }
+
+// Refuse makes all requests fail but those for this node's health: the node was removed
+// from the cluster. Requests that run go on.
+func (g *Gateway) Refuse() { g.removed.Store(true) }
 
 // ServeHTTP answers clients.
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) { g.serve(w, r, clients) }
@@ -169,6 +174,10 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, from caller) {
 		return
 	}
 	switch rt := &routes[index]; {
+	case g.removed.Load() && !rt.probe():
+		x.identify()
+		x.refuse(nodeRemoved())
+		g.metrics.unrouted(http.StatusServiceUnavailable)
 	case !rt.allows(r.Method):
 		x.identify()
 		w.Header()["Allow"] = []string{strings.Join(rt.methods, ", ")}

@@ -597,3 +597,27 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("in flight: %v", n)
 	}
 }
+
+// A node that was removed refuses all but the health of its process, with the reason.
+func TestRemovedNodeRefusesRequests(t *testing.T) {
+	report := Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true}
+	b := open(t, echo, func(o *Options) { o.Health = healthFunc(func() Report { return report }) })
+	b.Refuse()
+	for _, path := range []string{"/v1/chat/completions", "/v1/embeddings"} {
+		if g := do(t, "POST", b.url+path, chat); g.status != 503 || !strings.Contains(g.body, "node_removed") || g.header.Get("Retry-After") == "" {
+			t.Errorf("%s: %d %s", path, g.status, g.body)
+		}
+	}
+	if g := do(t, "GET", b.url+"/v1/models", ""); g.status != 503 || !strings.Contains(g.body, "node_removed") {
+		t.Errorf("models: %d %s", g.status, g.body)
+	}
+	if g := do(t, "GET", b.url+"/healthz/live", ""); g.status != 200 {
+		t.Errorf("live: %d", g.status)
+	}
+	report = Report{} // what such a node reports
+	for _, path := range []string{"ready", "primary", "same-city", "remote", "quorum"} {
+		if g := do(t, "GET", b.url+"/healthz/"+path, ""); g.status != 503 {
+			t.Errorf("%s: %d, want 503", path, g.status)
+		}
+	}
+}

@@ -55,6 +55,9 @@ func endpointRoutes() []route {
 	return list
 }
 
+// probe reports whether the route is for load balancers.
+func (rt *route) probe() bool { return rt.only }
+
 func (rt *route) paths() []string {
 	if rt.only {
 		return []string{rt.path}

@@ -41,6 +41,8 @@ type Cluster interface {
 	Waiting() string
 	Quarantined() string
 	LeftBehind() string
+	// RemovedError says that this node was removed; nil: it has not learned that it was.
+	RemovedError() error
 }
 
 // Jobs is what an Operator needs of the node's asynchronous jobs.
@@ -50,6 +52,8 @@ type Jobs interface {
 	Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy)
 	// Problems says what is wrong with the node's journals and its job table.
 	Problems() []string
+	// Alone is what only a node has, as far as this one knows.
+	Alone(node string) replication.Alone
 	// Check returns nil if the job table agrees with the journals.
 	Check(ctx context.Context) error
 }

@@ -34,6 +34,7 @@ type view struct {
 	waiting     string // why this node is not a member yet
 	quarantine  string // why this node, the Raft leader, changes nothing
 	leftBehind  string // that the cluster was recovered without this node
+	removed     error  // that this node was removed; nil: it was not
 	keyProblem  string // which data key this node can't open, and why
 	jobProblems []string
 }
@@ -51,6 +52,7 @@ func (o *Operator) view() view {
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
 		failback: o.failbackAvailable(),
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
+		removed:    o.Cluster.RemovedError(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
 	v.jobs, v.copies = o.Jobs.Status(v.state)
@@ -77,6 +79,7 @@ func describe(v view) admin.Status {
 		return s
 	}
 	s.Generation = &v.state.Generation.Number
+	s.FeatureLevel = v.featureLevel()
 	p := v.state.Primary
 	s.Primary = &admin.Primary{Site: p.Site, Epoch: p.Epoch, Since: p.Since, Reason: p.Reason}
 	if f := v.state.LastFailover; f != nil {
@@ -99,6 +102,17 @@ func describe(v view) admin.Status {
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
+}
+
+// featureLevel names the members that announce a lower level than the newest.
+func (v view) featureLevel() *admin.Feature {
+	f := &admin.Feature{Agreed: v.state.FeatureLevel, Newest: max(agreed.MaxFeatureLevel, v.state.FeatureLevel), HeldBy: []string{}}
+	for _, name := range sortedNames(v.state.Nodes) {
+		if v.state.Nodes[name].Feature < f.Newest {
+			f.HeldBy = append(f.HeldBy, name)
+		}
+	}
+	return f
 }
 
 // raftStatus names a leader only while there is a quorum.

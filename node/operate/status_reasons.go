@@ -12,6 +12,10 @@ import (
 func (v view) reasons(s admin.Status) []string {
 	var out []string
 	add := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	if v.removed != nil {
+		add("node %s stops, and what it shows of the others is old: %s. To use its data again, run dsnode node admit %s at a member and start it; to start anew, empty its data directory first",
+			v.name, v.removed, v.name)
+	}
 	if v.raft.Quorum {
 		out = append(out, v.behind()...)
 	} else {

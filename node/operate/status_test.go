@@ -1,6 +1,8 @@
 package operate
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -9,6 +11,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/replication"
 )
 
 const statusConfig = `version: 1
@@ -253,5 +256,65 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	}
 	if err := checkChange(v.state, v.state.Parsed); err != nil {
 		t.Errorf("the same configuration: %v", err)
+	}
+}
+
+func TestStatusNamesWhoHoldsTheFeatureLevel(t *testing.T) {
+	v := healthyView(t)
+	for name, level := range map[string]int{"a-1": agreed.MaxFeatureLevel, "b-1": 1, "c-1": agreed.MaxFeatureLevel} {
+		n := v.state.Nodes[name]
+		n.Feature = level
+		v.state.Nodes[name] = n
+	}
+	v.state.FeatureLevel = 1
+	s := describe(v)
+	if f := s.FeatureLevel; f == nil || f.Agreed != 1 || f.Newest != agreed.MaxFeatureLevel || !slices.Equal(f.HeldBy, []string{"b-1"}) {
+		t.Errorf("feature level %+v, want 1, held by b-1", f)
+	}
+	if !s.Healthy {
+		t.Errorf("a held level is no fault, but: %v", s.Reasons)
+	}
+}
+
+// What would be lost with a node is named, and unknown is said to be unknown.
+func TestRemovalPlan(t *testing.T) {
+	seconds := func(s float64) *time.Duration { d := time.Duration(s * float64(time.Second)); return &d }
+	records := func(n int64) *int64 { return &n }
+	heard := func(ago time.Duration) cluster.PeerView { return cluster.PeerView{Heard: true, Ago: ago} }
+	for _, tc := range []struct {
+		what  string
+		peer  cluster.PeerView
+		alone replication.Alone
+		loses string // a part; empty: nothing
+		known bool   // the number of records
+	}{
+		{"all is elsewhere", heard(3 * time.Second), replication.Alone{Records: records(0), Reported: seconds(3.1)}, "", true},
+		{"all is elsewhere, long ago", heard(time.Hour), replication.Alone{Records: records(0), Reported: seconds(3601)}, "", true},
+		{
+			"some is only there", heard(3 * time.Second),
+			replication.Alone{Records: records(10), Reported: seconds(3.2)},
+			"b-2 has 10 records that no other node has, as it said 3.2s ago; last heard 3s ago", true,
+		},
+		{"never reported", heard(time.Second), replication.Alone{}, "not known", false},
+		{"never heard", cluster.PeerView{}, replication.Alone{Records: records(0), Reported: seconds(3)}, "never heard", false},
+		{
+			"it went on without reports", heard(time.Second),
+			replication.Alone{Records: records(0), Reported: seconds(60)},
+			"it last said so 1m0s ago, and may have accepted jobs since; last heard 1s ago", false,
+		},
+	} {
+		p := planRemoval(agreed.Node{Name: "b-2", Site: "b"}, admin.NodeDead, tc.peer, tc.alone)
+		if (tc.loses == "") != (p.Loses == "") || !strings.Contains(p.Loses, tc.loses) || (p.RecordsOnlyThere != nil) != tc.known {
+			t.Errorf("%s: %+v, want %q", tc.what, p, tc.loses)
+		}
+	}
+}
+
+func TestRemovedNodeSaysSo(t *testing.T) {
+	v := healthyView(t)
+	v.removed = fmt.Errorf("%w: node a-1 was removed at noon by ops", cluster.ErrNodeRemoved)
+	s := describe(v)
+	if s.Healthy || !strings.Contains(s.Reasons[0], "node a-1 stops") || !strings.Contains(s.Reasons[0], "by ops") || !strings.Contains(s.Reasons[0], "dsnode node admit a-1") {
+		t.Errorf("reasons %v", s.Reasons)
 	}
 }

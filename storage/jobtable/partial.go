@@ -15,7 +15,7 @@ import (
 const partialFile = "jobs.partial"
 
 // The content is for people; only the existence of the file matters.
-const partialNote = "dsnode 1: jobs.db was damaged and is being rebuilt; it may lack rows that only other nodes have\n"
+const partialNote = "dsnode 1: jobs.db may lack rows that only other nodes have, and is being completed\n"
 
 func notePartial(dir string) error {
 	return atomicfile.Replace(filepath.Join(dir, partialFile), []byte(partialNote))
@@ -29,8 +29,17 @@ func isPartial(dir string) (bool, error) {
 	return err == nil, err
 }
 
-// Partial reports whether the table was discarded and SetWhole has not been called
-// since. Then it may lack rows whose records are no longer in the journals: a row
+// MarkPartial makes the table of a directory Partial from the next Open on. It keeps its
+// rows.
+func MarkPartial(dir string) error {
+	if err := notePartial(dir); err != nil {
+		return fmt.Errorf("mark the job table as partial: %w", err)
+	}
+	return nil
+}
+
+// Partial reports whether the table was discarded or marked, and SetWhole has not been
+// called since. Then it may lack rows whose records are no longer in the journals: a row
 // that is missing proves nothing.
 func (t *Table) Partial() bool { return t.partial.Load() }
 

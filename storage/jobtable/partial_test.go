@@ -57,3 +57,20 @@ func TestDiscardedTableIsPartialUntilSetWhole(t *testing.T) {
 	reopened(table)
 	want("whole", false)
 }
+
+// A table that is marked keeps its rows, and may lack others until SetWhole.
+func TestMarkedTableKeepsItsRows(t *testing.T) {
+	w := newWorld(t)
+	dir, l, _ := filled(t, w, 10)
+	if err := MarkPartial(dir); err != nil {
+		t.Fatal(err)
+	}
+	table, err := Open(w.options(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = table.Close() }()
+	if !table.Partial() || table.Fresh() || table.Applied(l.stream) != l.seq {
+		t.Errorf("partial %t, fresh %t, applied %d, want a partial table with all %d records", table.Partial(), table.Fresh(), table.Applied(l.stream), l.seq)
+	}
+}

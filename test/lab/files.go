@@ -120,6 +120,9 @@ func (n *Node) writeConfig() {
 	if l.top.Node != nil {
 		l.top.Node(c)
 	}
+	if n.edit != nil {
+		n.edit(c)
+	}
 	text, err := c.Encode()
 	if err != nil {
 		l.t.Fatal(err)

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dsnode/dsnode/node"
 	"github.com/dsnode/dsnode/node/admin"
 )
 
@@ -33,6 +34,8 @@ type Node struct {
 	ports ports
 	// binary overrides Topology.Binary if set; see Use.
 	binary string
+	// edit changes node.yaml after Topology.Node has; see Configure.
+	edit func(*node.Config)
 
 	mu   sync.Mutex // guards cmd, done
 	cmd  *exec.Cmd
@@ -81,6 +84,14 @@ func (n *Node) Start() {
 
 // Use makes the node run another binary from its next start on.
 func (n *Node) Use(binary string) { n.binary = binary }
+
+// Configure writes the node's node.yaml again, with an edit that replaces that of an
+// earlier call. It counts from the next start on. Nil: no edit.
+func (n *Node) Configure(edit func(*node.Config)) {
+	n.lab.t.Helper()
+	n.edit = edit
+	n.writeConfig()
+}
 
 // Kill sends SIGKILL and waits until the process has ended.
 func (n *Node) Kill() { n.signal(syscall.SIGKILL, 10*time.Second) }
