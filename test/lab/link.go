@@ -20,6 +20,10 @@ type Link struct {
 	Jitter time.Duration
 	// Loss is the share of packets that are dropped, 0 to 1.
 	Loss float64
+	// Largest is the size in bytes of the largest IP packet that passes; larger ones are
+	// dropped without an answer, as by a tunnel with a small MTU behind a firewall that
+	// drops ICMP. 0 is no limit.
+	Largest int
 	// Bandwidth in bytes per second; 0 is no limit.
 	Bandwidth int64
 	// Cut drops all packets, also those in the queue.
@@ -41,6 +45,7 @@ const (
 type LinkCount struct {
 	Carried, Bytes uint64
 	Lost           uint64 // dropped by Loss
+	TooLarge       uint64 // dropped by Largest
 	Cut            uint64 // dropped by Cut
 	Overflowed     uint64 // dropped by a full queue
 }
@@ -120,6 +125,10 @@ func (p *pipe) schedule(packet []byte) delivery {
 	now := time.Now()
 	if p.link.Cut {
 		p.count.Cut++
+		return never
+	}
+	if p.link.Largest > 0 && len(packet) > p.link.Largest {
+		p.count.TooLarge++
 		return never
 	}
 	if p.link.Loss > 0 && p.random.Float64() < p.link.Loss {

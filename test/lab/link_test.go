@@ -109,6 +109,18 @@ func TestLossTakesItsShare(t *testing.T) {
 	})
 }
 
+func TestOnlySmallPacketsPass(t *testing.T) {
+	inBubble(t, Link{Delay: time.Millisecond, Largest: 1100}, func(p *pipe, a *arrivals) {
+		p.send(packet(1, 1100))
+		p.send(packet(2, 1101))
+		p.send(packet(3, 40))
+		settle(time.Second)
+		if _, count := p.get(); !slices.Equal(a.ids, []int{1, 3}) || count.TooLarge != 1 || count.Carried != 2 {
+			t.Errorf("arrived %v, counted %+v, want all but the packet of 1,101 bytes", a.ids, count)
+		}
+	})
+}
+
 func TestBandwidthSpacesPacketsAndDropsTheTail(t *testing.T) {
 	inBubble(t, Link{Bandwidth: 1_000_000}, func(p *pipe, a *arrivals) {
 		for id := range 1000 { // 1 MB at once: half a second of it may wait

@@ -101,6 +101,18 @@ func (w *Network) Cut(from, to int) { w.cut(from, to, true) }
 // Mend ends a Cut. The link is as before it.
 func (w *Network) Mend(from, to int) { w.cut(from, to, false) }
 
+// Shrink drops all packets of more than largest bytes between a site and the others, in
+// both directions; 0 ends that.
+func (w *Network) Shrink(site, largest int) {
+	w.each(func(from, to int) {
+		if from == site || to == site {
+			l, _ := w.Link(from, to)
+			l.Largest = largest
+			w.Set(from, to, l)
+		}
+	})
+}
+
 // Isolate cuts all links of a site, in both directions.
 func (w *Network) Isolate(site int) {
 	w.each(func(from, to int) {

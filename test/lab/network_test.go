@@ -120,6 +120,30 @@ func TestOneWayCutOfDatagrams(t *testing.T) {
 	}
 }
 
+// A site whose large packets are dropped still has its connections, and gets small
+// messages over them. What is larger waits until the end of the fault.
+func TestSmallMessagesPassAShrunkLink(t *testing.T) {
+	w := network(t, 3)
+	small, large := dial(t, w, 0, echo(t, w, 1)), dial(t, w, 2, echo(t, w, 1))
+	w.Shrink(1, 1100)
+	roundTrip(t, small)
+	go func() { _, _ = large.Write(make([]byte, 8000)) }()
+	if !within(10*time.Second, func() bool {
+		_, count := w.Link(2, 1)
+		return count.TooLarge > 0
+	}) {
+		t.Fatal("no large packet was dropped")
+	}
+	roundTrip(t, small)
+	w.Shrink(1, 0)
+	if err := large.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(large, make([]byte, 8000)); err != nil {
+		t.Errorf("what was written during the fault did not arrive after it: %v", err)
+	}
+}
+
 // During a cut new connections are neither refused nor opened, and connections that
 // exist wait. After it both go on.
 func TestCutHoldsDials(t *testing.T) {
