@@ -154,6 +154,6 @@ func (n *Node) Health() gateway.Report {
 	if s.Parsed != nil {
 		r.Role = s.Parsed.Role(n.cfg.Site, s.Primary.Site)
 	}
-	r.Lease = n.fence.Acting()
+	r.Acting = n.fence.Acting()
 	return r
 }

@@ -142,6 +142,7 @@ var arrows = []arrow{
 	{"failover/drill", "cluster/agreed", "records of drills"},
 	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover/drill", "cluster/clock", "a wait that ends with its context"},
+	{"failover/drill", "storage/atomicfile", "keeps a cut over a restart"},
 
 	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
 	{"node/serving", "node/cache", "looks up and stores answers"},
