@@ -103,7 +103,9 @@ func (c *Cluster) sendLarge(ctx context.Context, name string) {
 
 // largeRequest sends one large request and waits for the answer.
 func (c *Cluster) largeRequest(ctx context.Context, name string) error {
-	ctx, cancel := context.WithTimeout(ctx, largeEvery)
+	// No longer than for a ping: on a connection that a cut has made useless it must fail
+	// in time for the next one, which may use a tunnel.
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
 	err := c.mesh.Probe(ctx, name)
 	// A node that stops serving clients refuses the connection after the handshake, in

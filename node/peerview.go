@@ -31,10 +31,11 @@ const (
 	// problemsEvery is how often the node looks for what is wrong with itself, which
 	// reads the ends of all its journals and the free space of its disk.
 	problemsEvery = time.Second
-	// trafficSlack is how much longer than the patience a kind of traffic may be without
-	// an answer: the interval between two large requests. Pings come more often and need
-	// none.
-	trafficSlack = 2 * time.Second
+	// trafficSlack is how much longer than the patience a kind of traffic other than pings
+	// may be without an answer, because it is sent less often: large requests every 2 s,
+	// with 1 s for the answer and then another attempt. A status shows a fault within the
+	// patience + 2 s.
+	trafficSlack = 1500 * time.Millisecond
 )
 
 func (n *Node) keepViewFresh(ctx context.Context) error {
@@ -114,6 +115,9 @@ func blocked(p cluster.PeerView, replicated, limit time.Duration) []cluster.Bloc
 		{cluster.TrafficGossip, p.UDPAgo},
 		{cluster.TrafficReplication, min(replicated, p.HeardFor)},
 	} {
+		if kind.name == cluster.TrafficGossip && p.Via != "" {
+			continue // gossip uses no tunnel, and the status shows that the direct path is cut
+		}
 		if kind.ago >= limit {
 			list = append(list, cluster.Blocked{Node: p.Name, Kind: kind.name, For: kind.ago})
 		}

@@ -10,7 +10,7 @@ import (
 
 func TestBlockedTraffic(t *testing.T) {
 	const s = time.Second
-	const limit = 4500 * time.Millisecond
+	const limit = 4 * time.Second
 	for _, tc := range []struct {
 		name       string
 		p          cluster.PeerView
@@ -24,6 +24,12 @@ func TestBlockedTraffic(t *testing.T) {
 			cluster.PeerView{HeardFor: time.Hour, LargeAgo: limit, UDPAgo: 5 * s},
 			6 * s,
 			[]cluster.Blocked{{Node: "b-1", Kind: cluster.TrafficLarge, For: limit}, {Node: "b-1", Kind: cluster.TrafficGossip, For: 5 * s}, {Node: "b-1", Kind: cluster.TrafficReplication, For: 6 * s}},
+		},
+		{
+			"a peer behind a relay",
+			cluster.PeerView{HeardFor: time.Hour, Via: "c-1", LargeAgo: 5 * s, UDPAgo: 5 * s},
+			s,
+			[]cluster.Blocked{{Node: "b-1", Kind: cluster.TrafficLarge, For: 5 * s}},
 		},
 		{"records from before a peer's return", cluster.PeerView{HeardFor: s, LargeAgo: s, UDPAgo: s}, time.Minute, nil},
 	} {
