@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -81,7 +82,9 @@ func TestDrillIsAbortedAtTheIsolatedSite(t *testing.T) {
 		r := w.runner(t)
 		o := r.o
 		o.Node, o.Site = "a-1", "a"
-		o.Agreement = cutOff{w}
+		var apart atomic.Bool
+		apart.Store(true)
+		o.Agreement = cutOff{w, &apart}
 		victim := NewRunner(o)
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error)
@@ -99,6 +102,8 @@ func TestDrillIsAbortedAtTheIsolatedSite(t *testing.T) {
 		w.mu.Lock()
 		w.cut = ""
 		w.mu.Unlock()
+		time.Sleep(5 * time.Second) // it is heard again before it finds the leader
+		apart.Store(false)
 		report := w.report(t, d.ID)
 		if report.Verdict != Aborted || !strings.Contains(report.Why, "aborted by bob") {
 			t.Errorf("%s: %s\n%+v", report.Verdict, report.Why, report.Timeline)
@@ -110,14 +115,15 @@ func TestDrillIsAbortedAtTheIsolatedSite(t *testing.T) {
 	})
 }
 
-// cutOff is what a node of site a sees of the world.
-type cutOff struct{ *world }
+// cutOff is what a node sees of the world that can't change the agreed state while it is
+// apart.
+type cutOff struct {
+	*world
+	apart *atomic.Bool
+}
 
 func (c cutOff) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
-	c.mu.Lock()
-	cut := c.cut == "a"
-	c.mu.Unlock()
-	if cut {
+	if c.apart.Load() {
 		return 0, errors.New("no quorum")
 	}
 	return c.world.Propose(ctx, t, data)
