@@ -66,6 +66,9 @@ func endOf(t *testing.T, l *lab.Lab, n *lab.Node, id string, limit time.Duration
 	return d, report
 }
 
+// startsWithin is until a node that starts answers for its status.
+const startsWithin = time.Minute
+
 // A node that restarts while a drill cuts its site off stays cut off to the end, and the
 // report names the restart.
 func TestDrillOfASiteThatRestarts(t *testing.T) {
@@ -76,8 +79,14 @@ func TestDrillOfASiteThatRestarts(t *testing.T) {
 	runner, site := l.Sites[0].Nodes[0], l.Sites[2]
 	const length = 14 * time.Second
 	d := beginDrill(t, l, runner, site, length.Seconds())
-	site.Kill()
-	site.Start()
+	for range 3 {
+		site.Kill()
+		site.Start()
+		l.WaitFor(startsWithin, "the node to answer again", func(ctx context.Context) error {
+			_, err := site.Nodes[0].Status(ctx)
+			return err
+		})
+	}
 	_, report := endOf(t, l, runner, d.ID, 3*time.Minute)
 	if report.Verdict != drill.Pass {
 		t.Errorf("the verdict is %s: %s", report.Verdict, report.Why)
