@@ -46,6 +46,9 @@ type PeerView struct {
 	HeardBy map[string]time.Duration
 	// LeaseLeft is how long the peer's lease lasts now, by its newest answer.
 	LeaseLeft time.Duration
+	// Leaseless is for how long its answers have shown no lease. On a busy machine, and in
+	// an election, a lease may run out for a moment.
+	Leaseless time.Duration
 	Paused    time.Duration // the longest recent time for which the peer did not run
 	// Stuck is for how long its answers have shown no progress in applying
 	// entries. While there is a leader, it commits several ticks per second: then
@@ -89,6 +92,9 @@ type answer struct {
 	// since is when the first ping was sent that this process of the peer answered
 	// without a break; put sets it.
 	since time.Duration
+	// leased is when the newest ping was sent whose answer showed a lease, or since; put
+	// sets it.
+	leased time.Duration
 	// heardBy is PeerView.HeardBy; put sets it. It is shared and never changed.
 	heardBy map[string]time.Duration
 }
@@ -103,12 +109,15 @@ func (t *peerTable) put(node string, a answer, patience time.Duration) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	a.progressed, a.since = a.sent, a.sent
+	a.progressed, a.since, a.leased = a.sent, a.sent, a.sent
 	now := a.got.GetHealth()
 	if old, ok := t.answers[node]; ok {
 		before := old.got.GetHealth()
 		if before.GetInstance() == now.GetInstance() && a.sent-old.sent < patience {
 			a.since = old.since
+			if a.got.GetLeaseUs() == 0 {
+				a.leased = old.leased
+			}
 		}
 		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
 			a.progressed = old.progressed
@@ -244,6 +253,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 func (v *PeerView) fill(a answer, now time.Duration) {
 	g, h := a.got, a.got.GetHealth()
 	v.Heard, v.Ago, v.Stuck, v.HeardFor = true, now-a.sent, a.sent-a.progressed, now-a.since
+	v.Leaseless = a.sent - a.leased
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),

@@ -48,28 +48,33 @@ func TestTroublesInAPingsAnswer(t *testing.T) {
 }
 
 // A peer has been heard since it first answered, or since its restart, or since it
-// answered again after a break of the patience.
+// answered again after a break of the patience. Without a lease it is since the last answer
+// that showed one, at most for that time.
 func TestHeardFor(t *testing.T) {
 	const ms, s = time.Millisecond, time.Second
 	table := peerTable{answers: map[string]answer{}}
 	for i, step := range []struct {
-		at       time.Duration
-		instance string
-		want     time.Duration
+		at               time.Duration
+		instance         string
+		lease            int64
+		heard, leaseless time.Duration
 	}{
-		{10 * s, "x", 0},
-		{11 * s, "x", s},
-		{13*s + 400*ms, "x", 3*s + 400*ms},
-		{16 * s, "x", 0}, // silent for longer than the patience
-		{17 * s, "x", s},
-		{17*s + 250*ms, "y", 0}, // restarted
+		{10 * s, "x", 0, 0, 0},
+		{11 * s, "x", 0, s, s},
+		{13*s + 400*ms, "x", 1, 3*s + 400*ms, 0},
+		{14 * s, "x", 0, 4 * s, 600 * ms},
+		{17 * s, "x", 0, 0, 0}, // silent for longer than the patience
+		{18 * s, "x", 0, s, s},
+		{18*s + 250*ms, "y", 0, 0, 0}, // restarted
 	} {
-		table.put("b-1", answer{sent: step.at, got: &clusterpb.PingResponse{Health: &clusterpb.Health{Instance: step.instance}}}, 2500*ms)
+		table.put("b-1", answer{sent: step.at, got: &clusterpb.PingResponse{
+			Health: &clusterpb.Health{Instance: step.instance}, LeaseUs: step.lease,
+		}}, 2500*ms)
 		a, _ := table.get("b-1")
 		var v PeerView
 		v.fill(a, step.at)
-		if v.HeardFor != step.want {
-			t.Errorf("answer %d: heard for %v, want %v", i, v.HeardFor, step.want)
+		if v.HeardFor != step.heard || v.Leaseless != step.leaseless {
+			t.Errorf("answer %d: heard for %v, without a lease for %v, want %v and %v", i, v.HeardFor, v.Leaseless, step.heard, step.leaseless)
 		}
 	}
 }

@@ -157,15 +157,16 @@ func (v view) troubled() map[string]bool {
 		nodes[v.name] = true
 	}
 	for name, p := range v.peers {
-		if p.HeardWithin(v.patience) && (len(p.Problems) > 0 || v.raft.Quorum && (noLease(p) || p.Stuck >= v.patience)) {
+		if p.HeardWithin(v.patience) && (len(p.Problems) > 0 || v.raft.Quorum && (v.fenced(p) || p.Stuck >= v.patience)) {
 			nodes[name] = true
 		}
 	}
 	return nodes
 }
 
-// noLease reports whether a peer held no lease when it last answered.
-func noLease(p cluster.PeerView) bool { return p.LeaseLeft+p.Ago <= 0 }
+// fenced reports whether a peer has no lease: since its start, or for longer than an
+// election and a busy machine explain.
+func (v view) fenced(p cluster.PeerView) bool { return p.Cold || p.Leaseless >= v.patience }
 
 // peerReasons are what the peers that are heard say of themselves.
 func (v view) peerReasons() []string {
@@ -175,7 +176,7 @@ func (v view) peerReasons() []string {
 		if !p.HeardWithin(v.patience) {
 			continue
 		}
-		if v.raft.Quorum && noLease(p) {
+		if v.raft.Quorum && v.fenced(p) {
 			out = append(out, fmt.Sprintf("node %s says that it has no quorum: it can't act as primary, start jobs or change anything", name))
 		}
 		for _, problem := range p.Problems {

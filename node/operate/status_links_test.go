@@ -35,13 +35,20 @@ func TestStatusSaysWhatPeersSay(t *testing.T) {
 	}{
 		{"nothing is wrong", func(*view) {}, nil, nil},
 		{
-			"a peer without a lease", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.LeaseLeft = -p.Ago }) },
+			"a peer without a lease", func(v *view) {
+				changePeer(v, "c-1", func(p *cluster.PeerView) { p.Leaseless = 2500 * time.Millisecond })
+			},
 			[]string{"node c-1 says that it has no quorum: it can't act as primary, start jobs or change anything"},
 			[]string{"c"},
 		},
 		{
-			"an old answer of a peer with a lease", func(v *view) {
-				changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago, p.LeaseLeft = 2*s, -s })
+			"a peer that has held no lease since its start", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.Cold = true }) },
+			[]string{"node c-1 says that it has no quorum: it can't act as primary, start jobs or change anything"},
+			[]string{"c"},
+		},
+		{
+			"a peer whose lease ran out in an election", func(v *view) {
+				changePeer(v, "c-1", func(p *cluster.PeerView) { p.LeaseLeft, p.Leaseless = -p.Ago, 2*s })
 			}, nil, nil,
 		},
 		{
@@ -54,7 +61,7 @@ func TestStatusSaysWhatPeersSay(t *testing.T) {
 		{
 			"the troubles of a peer that is silent: its site is down", func(v *view) {
 				silence(v, "c-1", time.Minute)
-				changePeer(v, "c-1", func(p *cluster.PeerView) { p.Problems, p.LeaseLeft = []string{"it is tired"}, -time.Minute })
+				changePeer(v, "c-1", func(p *cluster.PeerView) { p.Problems, p.Leaseless = []string{"it is tired"}, time.Minute })
 			},
 			[]string{"site c is down: last heard 1m0s ago"},
 			nil,
@@ -125,7 +132,7 @@ func TestStatusSaysWhatPeersSay(t *testing.T) {
 					name := fmt.Sprintf("c-%d", i+2)
 					v.state.Nodes[name] = agreed.Node{Name: name, Site: "c"}
 					v.peers[name] = cluster.PeerView{
-						Name: name, Site: "c", Heard: true, HeardFor: time.Hour, LeaseLeft: s,
+						Name: name, Site: "c", Heard: true, HeardFor: time.Hour,
 						HeardBy: map[string]time.Duration{"a-1": 0, "b-1": 0, "c-1": 0, "c-2": 0, "c-3": 0, "c-4": 0, "c-5": 0, "c-6": 0, "c-7": 0},
 					}
 					own(v, name, cluster.TrafficLarge, 5*s)
@@ -162,7 +169,7 @@ func TestStatusWithoutQuorumSaysItOnce(t *testing.T) {
 	v := healthyView(t)
 	v.raft.Quorum = false
 	for name := range v.peers {
-		changePeer(&v, name, func(p *cluster.PeerView) { p.LeaseLeft = -p.Ago })
+		changePeer(&v, name, func(p *cluster.PeerView) { p.Leaseless = time.Minute })
 	}
 	if got := describe(v); len(got.Reasons) != 1 || !strings.HasPrefix(got.Reasons[0], "no quorum") {
 		t.Errorf("reasons %q", got.Reasons)

@@ -42,7 +42,7 @@ func healthyView(t *testing.T) view {
 			continue
 		}
 		p := cluster.PeerView{Name: n.Name, Site: n.Site, Info: n, Heard: true, Ago: 100 * time.Millisecond}
-		p.PID, p.LeaseLeft, p.HeardFor = 7, time.Second, time.Hour
+		p.PID, p.HeardFor = 7, time.Hour
 		p.HeardBy = map[string]time.Duration{"a-1": 0, "b-1": 100 * time.Millisecond, "c-1": 100 * time.Millisecond}
 		if n.Site == "b" {
 			p.UpstreamsHealthy, p.UpstreamsTotal = 1, 1
