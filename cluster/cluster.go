@@ -95,6 +95,7 @@ type Cluster struct {
 	fsm     *fsm
 	lease   *lease
 	peers   *peerTable
+	large   *sentTimes
 	pauses  *pauseMeter
 	metrics *metrics
 	gossip  atomic.Pointer[gossip.Gossip]
@@ -151,7 +152,8 @@ func New(o Options) (*Cluster, error) {
 	c := &Cluster{
 		opts: o, log: o.Logger, instance: hex.EncodeToString(id[:]), started: o.Host.Now().UTC().Truncate(time.Millisecond),
 		book: &addressBook{entries: map[string]agreed.Node{}}, lease: &lease{host: o.Host},
-		peers: &peerTable{answers: map[string]answer{}}, pauses: &pauseMeter{host: o.Host}, removed: make(chan struct{}),
+		peers: &peerTable{answers: map[string]answer{}}, large: &sentTimes{at: map[string]time.Duration{}}, pauses: &pauseMeter{host: o.Host},
+		removed: make(chan struct{}),
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },

@@ -11,10 +11,11 @@ import (
 )
 
 type metrics struct {
-	pingFailures prometheus.Counter
-	pingSeconds  prometheus.Histogram
-	rpcs         *prometheus.CounterVec
-	rpcSeconds   *prometheus.HistogramVec
+	pingFailures  prometheus.Counter
+	largeFailures prometheus.Counter
+	pingSeconds   prometheus.Histogram
+	rpcs          *prometheus.CounterVec
+	rpcSeconds    *prometheus.HistogramVec
 }
 
 func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
@@ -39,12 +40,17 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })
 	flag("dsnode_raft_leader", "1 while this node leads raft.", func() bool { return c.Raft().Leads })
 	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
+	reg.MustRegister(&trafficCollector{c: c, desc: prometheus.NewDesc("dsnode_peer_traffic_age_seconds",
+		"How long ago traffic of a kind last went through between this node and a peer.", []string{"peer", "kind"}, nil)})
 	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the primary site.", []string{"site"}, nil)})
 	return &metrics{
 		pingFailures: f.NewCounter(prometheus.CounterOpts{Name: "dsnode_ping_failures_total", Help: "Pings to peers that were not answered."}),
-		pingSeconds:  f.NewHistogram(prometheus.HistogramOpts{Name: "dsnode_ping_seconds", Help: "Round trip of an answered ping.", Buckets: []float64{.001, .005, .01, .02, .05, .1, .25, .5, 1}}),
-		rpcs:         f.NewCounterVec(prometheus.CounterOpts{Name: "dsnode_rpc_requests_total", Help: "Calls from peers, by method and gRPC code."}, []string{"method", "code"}),
-		rpcSeconds:   f.NewHistogramVec(prometheus.HistogramOpts{Name: "dsnode_rpc_request_seconds", Help: "Time to answer a peer.", Buckets: []float64{.0005, .001, .005, .025, .1, .5, 2}}, []string{"method"}),
+		largeFailures: f.NewCounter(prometheus.CounterOpts{
+			Name: "dsnode_large_request_failures_total", Help: "Large requests to peers that answer pings that were not answered.",
+		}),
+		pingSeconds: f.NewHistogram(prometheus.HistogramOpts{Name: "dsnode_ping_seconds", Help: "Round trip of an answered ping.", Buckets: []float64{.001, .005, .01, .02, .05, .1, .25, .5, 1}}),
+		rpcs:        f.NewCounterVec(prometheus.CounterOpts{Name: "dsnode_rpc_requests_total", Help: "Calls from peers, by method and gRPC code."}, []string{"method", "code"}),
+		rpcSeconds:  f.NewHistogramVec(prometheus.HistogramOpts{Name: "dsnode_rpc_request_seconds", Help: "Time to answer a peer.", Buckets: []float64{.0005, .001, .005, .025, .1, .5, 2}}, []string{"method"}),
 	}
 }
 
@@ -76,5 +82,24 @@ func (p *primaryCollector) Collect(ch chan<- prometheus.Metric) {
 			v = 1
 		}
 		ch <- prometheus.MustNewConstMetric(p.desc, prometheus.GaugeValue, v, site)
+	}
+}
+
+// trafficCollector has the series of the peers that this process has heard.
+type trafficCollector struct {
+	c    *Cluster
+	desc *prometheus.Desc
+}
+
+func (t *trafficCollector) Describe(ch chan<- *prometheus.Desc) { ch <- t.desc }
+
+func (t *trafficCollector) Collect(ch chan<- prometheus.Metric) {
+	for name, p := range t.c.Peers() {
+		if !p.Heard {
+			continue
+		}
+		for kind, ago := range map[Traffic]time.Duration{TrafficPing: p.Ago, TrafficLarge: p.LargeAgo, TrafficGossip: p.UDPAgo} {
+			ch <- prometheus.MustNewConstMetric(t.desc, prometheus.GaugeValue, ago.Seconds(), name, string(kind))
+		}
 	}
 }

@@ -21,6 +21,10 @@ type Health struct {
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
 	Cold             bool // it has held no lease since its start
+	// Problems are sentences about what is wrong with the node itself, the worst first.
+	Problems []string
+	// Blocked is the traffic with nodes that it hears that does not go through.
+	Blocked []Blocked
 }
 
 // PeerView is what this node knows about another one.
@@ -33,18 +37,28 @@ type PeerView struct {
 	// how long ago the newest answered ping was sent.
 	Heard bool
 	Ago   time.Duration
-	Info  agreed.Node
+	// HeardFor is for how long this process of the peer has been heard without a break
+	// of the patience.
+	HeardFor time.Duration
+	Info     agreed.Node
 	Health
 	// HeardBy has, for each node that the peer has heard, how long before its newest
 	// answer it heard that node. The map is shared: don't change it.
 	HeardBy map[string]time.Duration
 	// LeaseLeft is how long the peer's lease lasts now, by its newest answer.
 	LeaseLeft time.Duration
+	// Leaseless is for how long its answers have shown no lease. On a busy machine, and in
+	// an election, a lease may run out for a moment.
+	Leaseless time.Duration
 	Paused    time.Duration // the longest recent time for which the peer did not run
 	// Stuck is for how long its answers have shown no progress in applying
 	// entries. While there is a leader, it commits several ticks per second: then
 	// either the peer's disk hangs or the leader's entries don't reach it.
 	Stuck time.Duration
+	// LargeAgo is how long ago the newest large request that the peer answered was sent,
+	// UDPAgo how long ago its newest answer to a UDP packet of gossip arrived. Without
+	// one they count from when the peer was first heard: they are at most HeardFor.
+	LargeAgo, UDPAgo time.Duration
 }
 
 // HeardWithin reports whether the node answered a ping that was sent less than d ago.
@@ -76,11 +90,18 @@ type answer struct {
 	// progressed is when the first ping was sent whose answer had this applied index;
 	// put sets it.
 	progressed time.Duration
+	// since is when the first ping was sent that this process of the peer answered
+	// without a break; put sets it.
+	since time.Duration
+	// leased is when the newest ping was sent whose answer showed a lease, or since; put
+	// sets it.
+	leased time.Duration
 	// heardBy is PeerView.HeardBy; put sets it. It is shared and never changed.
 	heardBy map[string]time.Duration
 }
 
-func (t *peerTable) put(node string, a answer) {
+// put stores an answer. Without one for as long as the patience, the peer was not heard.
+func (t *peerTable) put(node string, a answer, patience time.Duration) {
 	a.heardBy = make(map[string]time.Duration, len(a.got.GetHeard()))
 	for _, e := range a.got.GetHeard() {
 		if e.GetAgoMs() >= 0 {
@@ -89,10 +110,16 @@ func (t *peerTable) put(node string, a answer) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	a.progressed = a.sent
+	a.progressed, a.since, a.leased = a.sent, a.sent, a.sent
 	now := a.got.GetHealth()
 	if old, ok := t.answers[node]; ok {
 		before := old.got.GetHealth()
+		if before.GetInstance() == now.GetInstance() && a.sent-old.sent < patience {
+			a.since = old.since
+			if a.got.GetLeaseUs() == 0 {
+				a.leased = old.leased
+			}
+		}
 		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
 			a.progressed = old.progressed
 		}
@@ -152,12 +179,14 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 			running[name] = stop
 			p := pinger{c: c, name: name}
 			wg.Go(func() { p.run(pctx) })
+			wg.Go(func() { c.sendLarge(pctx, name) })
 		}
 		for name, stop := range running {
 			if _, member := members[name]; !member {
 				stop()
 				delete(running, name)
 				c.book.remove(name)
+				c.large.remove(name)
 				if err := c.mesh.Forget(name); err != nil {
 					c.log.Warn("could not close the connections to a removed node", "peer", name, "err", err)
 				}
@@ -194,11 +223,13 @@ func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	left, heard := c.lease.left()
 	heard = heard.merge(fencesOf(c.State()))
 	leader, term := c.leader()
-	return &clusterpb.PingResponse{
+	r := &clusterpb.PingResponse{
 		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(c.opts.Host.Boottime()),
 		LeaseUs: max(0, left.Microseconds()), Epoch: heard.epoch, Ownership: heard.ownership,
 		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(),
 	}
+	troubles(r, c.opts.Health())
+	return r
 }
 
 // Peers returns what this node knows about every other member, by name.
@@ -217,6 +248,7 @@ func (c *Cluster) Peers() map[string]PeerView {
 		v := PeerView{Name: name, Site: n.Site, Info: n, Via: c.mesh.Via(name)}
 		if a, ok := c.peers.get(name); ok {
 			v.fill(a, now)
+			v.LargeAgo, v.UDPAgo = c.largeAgo(name, a.since, now), c.udpAgo(name, a.since, now)
 		}
 		views[name] = v
 	}
@@ -225,13 +257,15 @@ func (c *Cluster) Peers() map[string]PeerView {
 
 func (v *PeerView) fill(a answer, now time.Duration) {
 	g, h := a.got, a.got.GetHealth()
-	v.Heard, v.Ago, v.Stuck = true, now-a.sent, a.sent-a.progressed
+	v.Heard, v.Ago, v.Stuck, v.HeardFor = true, now-a.sent, a.sent-a.progressed, now-a.since
+	v.Leaseless = a.sent - a.leased
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
 		Cold: h.GetCold(),
 	}
+	readTroubles(g, &v.Health)
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond

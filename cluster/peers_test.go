@@ -25,7 +25,7 @@ func TestPeerThatAppliesNothingIsStuck(t *testing.T) {
 	} {
 		table.put("b-1", answer{sent: step.at, got: &clusterpb.PingResponse{
 			Health: &clusterpb.Health{Instance: step.instance, AppliedIndex: step.applied},
-		}})
+		}}, 2500*time.Millisecond)
 		a, _ := table.get("b-1")
 		var v PeerView
 		v.fill(a, step.at+100*time.Millisecond)

@@ -89,7 +89,7 @@ func (p *pinger) ping(ctx context.Context) (err error) {
 	p.c.book.recordDirect(nodeOf(got.GetNode()))
 	p.c.lease.relayed(sent, time.Duration(got.GetLeaseUs())*time.Microsecond,
 		fences{epoch: got.GetEpoch(), ownership: got.GetOwnership()})
-	p.c.peers.put(p.name, answer{sent: sent, got: got})
+	p.c.peers.put(p.name, answer{sent: sent, got: got}, p.c.Timing().Patience)
 	return nil
 }
 

@@ -34,6 +34,10 @@ func (j *asyncJobs) Alone(node string) replication.Alone { return j.replication.
 // Problems says what is wrong with the journals and the table of this node.
 func (j *asyncJobs) Problems() []string {
 	var problems []string
+	if free, floor, known := j.log.Space(); known && free <= floor {
+		problems = append(problems, fmt.Sprintf("its disk has %d MiB left, less than its reserve of %d MiB: it refuses new jobs, and below half of it copies of other nodes' jobs; "+
+			"make room on the disk with %s", free>>20, floor>>20, j.n.cfg.DataDir))
+	}
 	if damaged := j.damaged(); damaged != "" {
 		problems = append(problems, damaged)
 	}

@@ -14,6 +14,32 @@ import (
 )
 
 func TestProblemsNameATableThatIsBeingRebuilt(t *testing.T) {
+	j := newTestJobs(t, 0)
+	if problems := j.Problems(); len(problems) != 1 || !strings.Contains(problems[0], "is being rebuilt") {
+		t.Errorf("problems of a table that is being rebuilt: %q", problems)
+	}
+	if err := j.table.SetWhole(); err != nil {
+		t.Fatal(err)
+	}
+	if problems := j.Problems(); len(problems) != 0 {
+		t.Errorf("problems of a complete table: %q", problems)
+	}
+}
+
+func TestProblemsNameADiskBelowItsReserve(t *testing.T) {
+	j := newTestJobs(t, 1<<50)
+	if err := j.table.SetWhole(); err != nil {
+		t.Fatal(err)
+	}
+	if problems := j.Problems(); len(problems) != 1 || !strings.Contains(problems[0], "less than its reserve of 1073741824 MiB") {
+		t.Errorf("problems with a disk below its reserve: %q", problems)
+	}
+}
+
+// newTestJobs has journals, with a reserve of free space (0: the default), and a table
+// that is being rebuilt.
+func newTestJobs(t *testing.T, reserve int64) *asyncJobs {
+	t.Helper()
 	dir := t.TempDir()
 	if err := jobtable.Discard(dir); err != nil {
 		t.Fatal(err)
@@ -26,7 +52,7 @@ func TestProblemsNameATableThatIsBeingRebuilt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log, err := journal.Open(journal.Options{Dir: t.TempDir(), Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry(), Durable: table.Apply})
+	log, err := journal.Open(journal.Options{Dir: t.TempDir(), FreeFloor: reserve, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry(), Durable: table.Apply})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,14 +63,5 @@ func TestProblemsNameATableThatIsBeingRebuilt(t *testing.T) {
 			}
 		}
 	})
-	j := &asyncJobs{n: &Node{cfg: DefaultConfig()}, log: log, table: table}
-	if problems := j.Problems(); len(problems) != 1 || !strings.Contains(problems[0], "is being rebuilt") {
-		t.Errorf("problems of a table that is being rebuilt: %q", problems)
-	}
-	if err := table.SetWhole(); err != nil {
-		t.Fatal(err)
-	}
-	if problems := j.Problems(); len(problems) != 0 {
-		t.Errorf("problems of a complete table: %q", problems)
-	}
+	return &asyncJobs{n: &Node{cfg: DefaultConfig()}, log: log, table: table}
 }

@@ -3,6 +3,7 @@ package node
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"runtime"
 	"time"
 
@@ -82,6 +83,9 @@ func (n *Node) openKeys() (err error) {
 	return err
 }
 
+// isolationFile keeps the cut of a drill over a restart.
+const isolationFile = "isolation.json"
+
 // openCluster opens Raft's files and the ports, which the cluster advertises.
 func (n *Node) openCluster() error {
 	o := storage.Options{
@@ -111,7 +115,7 @@ func (n *Node) openCluster() error {
 	if err := n.listen(); err != nil {
 		return err
 	}
-	n.isolation = drill.NewIsolator(n.cfg.Site, func() { n.cluster.Sever() }, n.host.Boottime, n.host.Now, n.log)
+	n.isolation = drill.NewIsolator(n.cfg.Site, filepath.Join(n.cfg.DataDir, isolationFile), func() { n.cluster.Sever() }, n.host.Boottime, n.host.Now, n.log)
 	n.cluster, err = cluster.New(cluster.Options{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		DataDir: n.cfg.DataDir, Seeds: n.cfg.Seeds,

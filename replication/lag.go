@@ -123,6 +123,19 @@ func (f *freshness) ageOf(origin string) (time.Duration, bool) {
 	return max(0, f.now()-c.fresh), true
 }
 
+// answeredAgo returns how long ago the newest probe was sent that an origin answered, or
+// that a node answered which knew the origin's end of that time. It says only that answers
+// get through: the records may not be here yet.
+func (f *freshness) answeredAgo(origin string) (time.Duration, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	c := f.own[origin]
+	if c == nil {
+		return 0, false
+	}
+	return max(0, f.now()-c.known), true
+}
+
 // endsKnown reports whether the ends of all the origins were reported recently.
 func (f *freshness) endsKnown(origins []string) bool {
 	f.mu.Lock()
@@ -216,6 +229,12 @@ func originsOf(members []Member, site, self string) []string {
 func (r *Replication) Lag(originSite string) (seconds float64, known bool) {
 	lag, ok := r.fresh.lag(originsOf(r.opts.Members(), originSite, r.opts.Self))
 	return lag.Seconds(), ok
+}
+
+// AnsweredAgo returns how long ago this node last learned what a node has in its journals;
+// false if it never did.
+func (r *Replication) AnsweredAgo(node string) (time.Duration, bool) {
+	return r.fresh.answeredAgo(node)
 }
 
 // Behind returns how many records of a site this node is known to lack. known is false if

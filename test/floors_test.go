@@ -147,6 +147,7 @@ var arrows = []arrow{
 	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover/drill", "cluster/clock", "a wait that ends with its context"},
 	{"failover/drill", "cluster/host", "dials the api ports of nodes"},
+	{"failover/drill", "storage/atomicfile", "keeps a cut over a restart"},
 
 	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
 	{"node/serving", "node/cache", "looks up and stores answers"},

@@ -778,8 +778,10 @@ type PingResponse struct {
 	// The highest epoch that the responder has learned of, from the agreed state
 	// or from a ping. It is sent with the lease, so a node with a lease from after
 	// a promotion knows of the promotion.
-	Epoch         uint64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Ownership     uint64 `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
+	Epoch         uint64     `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Ownership     uint64     `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
+	Problems      []string   `protobuf:"bytes,20,rep,name=problems,proto3" json:"problems,omitempty"`    // what is wrong with the responder, in words; at most 600 bytes
+	Blocked       []*Blocked `protobuf:"bytes,21,rep,name=blocked,proto3" json:"blocked,omitempty"`      // at most 64
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -884,6 +886,82 @@ func (x *PingResponse) GetOwnership() uint64 {
 	return 0
 }
 
+func (x *PingResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
+func (x *PingResponse) GetBlocked() []*Blocked {
+	if x != nil {
+		return x.Blocked
+	}
+	return nil
+}
+
+// Blocked is a kind of traffic that has not gone through between the responder
+// and another node, which it hears.
+type Blocked struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`                 // of cluster.Traffic; a receiver ignores others
+	ForMs         int64                  `protobuf:"varint,3,opt,name=for_ms,json=forMs,proto3" json:"for_ms,omitempty"` // how long ago it last went through
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Blocked) Reset() {
+	*x = Blocked{}
+	mi := &file_cluster_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Blocked) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Blocked) ProtoMessage() {}
+
+func (x *Blocked) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Blocked.ProtoReflect.Descriptor instead.
+func (*Blocked) Descriptor() ([]byte, []int) {
+	return file_cluster_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Blocked) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Blocked) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Blocked) GetForMs() int64 {
+	if x != nil {
+		return x.ForMs
+	}
+	return 0
+}
+
 type YieldRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
@@ -894,7 +972,7 @@ type YieldRequest struct {
 
 func (x *YieldRequest) Reset() {
 	*x = YieldRequest{}
-	mi := &file_cluster_proto_msgTypes[10]
+	mi := &file_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +984,7 @@ func (x *YieldRequest) String() string {
 func (*YieldRequest) ProtoMessage() {}
 
 func (x *YieldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[10]
+	mi := &file_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +997,7 @@ func (x *YieldRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use YieldRequest.ProtoReflect.Descriptor instead.
 func (*YieldRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{10}
+	return file_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *YieldRequest) GetFormat() uint32 {
@@ -946,7 +1024,7 @@ type YieldResponse struct {
 
 func (x *YieldResponse) Reset() {
 	*x = YieldResponse{}
-	mi := &file_cluster_proto_msgTypes[11]
+	mi := &file_cluster_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1036,7 @@ func (x *YieldResponse) String() string {
 func (*YieldResponse) ProtoMessage() {}
 
 func (x *YieldResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[11]
+	mi := &file_cluster_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1049,7 @@ func (x *YieldResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use YieldResponse.ProtoReflect.Descriptor instead.
 func (*YieldResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{11}
+	return file_cluster_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *YieldResponse) GetFormat() uint32 {
@@ -998,7 +1076,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_cluster_proto_msgTypes[12]
+	mi := &file_cluster_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1010,7 +1088,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[12]
+	mi := &file_cluster_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1023,7 +1101,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{12}
+	return file_cluster_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReleaseRequest) GetFormat() uint32 {
@@ -1050,7 +1128,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_cluster_proto_msgTypes[13]
+	mi := &file_cluster_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1140,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[13]
+	mi := &file_cluster_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1153,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{13}
+	return file_cluster_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReleaseResponse) GetFormat() uint32 {
@@ -1101,7 +1179,7 @@ type CarriedKeysRequest struct {
 
 func (x *CarriedKeysRequest) Reset() {
 	*x = CarriedKeysRequest{}
-	mi := &file_cluster_proto_msgTypes[14]
+	mi := &file_cluster_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1113,7 +1191,7 @@ func (x *CarriedKeysRequest) String() string {
 func (*CarriedKeysRequest) ProtoMessage() {}
 
 func (x *CarriedKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[14]
+	mi := &file_cluster_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1126,7 +1204,7 @@ func (x *CarriedKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CarriedKeysRequest.ProtoReflect.Descriptor instead.
 func (*CarriedKeysRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{14}
+	return file_cluster_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CarriedKeysRequest) GetFormat() uint32 {
@@ -1147,7 +1225,7 @@ type CarriedKeysResponse struct {
 
 func (x *CarriedKeysResponse) Reset() {
 	*x = CarriedKeysResponse{}
-	mi := &file_cluster_proto_msgTypes[15]
+	mi := &file_cluster_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1237,7 @@ func (x *CarriedKeysResponse) String() string {
 func (*CarriedKeysResponse) ProtoMessage() {}
 
 func (x *CarriedKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[15]
+	mi := &file_cluster_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1250,7 @@ func (x *CarriedKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CarriedKeysResponse.ProtoReflect.Descriptor instead.
 func (*CarriedKeysResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{15}
+	return file_cluster_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CarriedKeysResponse) GetFormat() uint32 {
@@ -1206,7 +1284,7 @@ type CarriedKey struct {
 
 func (x *CarriedKey) Reset() {
 	*x = CarriedKey{}
-	mi := &file_cluster_proto_msgTypes[16]
+	mi := &file_cluster_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1296,7 @@ func (x *CarriedKey) String() string {
 func (*CarriedKey) ProtoMessage() {}
 
 func (x *CarriedKey) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_proto_msgTypes[16]
+	mi := &file_cluster_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1309,7 @@ func (x *CarriedKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CarriedKey.ProtoReflect.Descriptor instead.
 func (*CarriedKey) Descriptor() ([]byte, []int) {
-	return file_cluster_proto_rawDescGZIP(), []int{16}
+	return file_cluster_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CarriedKey) GetKey() string {
@@ -1319,7 +1397,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\vPingRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
-	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xd2\x02\n" +
+	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xa4\x03\n" +
 	"\fPingResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
@@ -1331,7 +1409,13 @@ const file_cluster_proto_rawDesc = "" +
 	"\tpaused_ms\x18\b \x01(\x03R\bpausedMs\x12\x14\n" +
 	"\x05epoch\x18\t \x01(\x04R\x05epoch\x12\x1c\n" +
 	"\townership\x18\n" +
-	" \x01(\x04R\townership\"6\n" +
+	" \x01(\x04R\townership\x12\x1a\n" +
+	"\bproblems\x18\x14 \x03(\tR\bproblems\x124\n" +
+	"\ablocked\x18\x15 \x03(\v2\x1a.dsnode.cluster.v1.BlockedR\ablocked\"H\n" +
+	"\aBlocked\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x15\n" +
+	"\x06for_ms\x18\x03 \x01(\x03R\x05forMs\"6\n" +
 	"\fYieldRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"]\n" +
@@ -1377,7 +1461,7 @@ func file_cluster_proto_rawDescGZIP() []byte {
 	return file_cluster_proto_rawDescData
 }
 
-var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_cluster_proto_goTypes = []any{
 	(*NodeInfo)(nil),            // 0: dsnode.cluster.v1.NodeInfo
 	(*JoinRequest)(nil),         // 1: dsnode.cluster.v1.JoinRequest
@@ -1389,13 +1473,14 @@ var file_cluster_proto_goTypes = []any{
 	(*Heard)(nil),               // 7: dsnode.cluster.v1.Heard
 	(*PingRequest)(nil),         // 8: dsnode.cluster.v1.PingRequest
 	(*PingResponse)(nil),        // 9: dsnode.cluster.v1.PingResponse
-	(*YieldRequest)(nil),        // 10: dsnode.cluster.v1.YieldRequest
-	(*YieldResponse)(nil),       // 11: dsnode.cluster.v1.YieldResponse
-	(*ReleaseRequest)(nil),      // 12: dsnode.cluster.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),     // 13: dsnode.cluster.v1.ReleaseResponse
-	(*CarriedKeysRequest)(nil),  // 14: dsnode.cluster.v1.CarriedKeysRequest
-	(*CarriedKeysResponse)(nil), // 15: dsnode.cluster.v1.CarriedKeysResponse
-	(*CarriedKey)(nil),          // 16: dsnode.cluster.v1.CarriedKey
+	(*Blocked)(nil),             // 10: dsnode.cluster.v1.Blocked
+	(*YieldRequest)(nil),        // 11: dsnode.cluster.v1.YieldRequest
+	(*YieldResponse)(nil),       // 12: dsnode.cluster.v1.YieldResponse
+	(*ReleaseRequest)(nil),      // 13: dsnode.cluster.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),     // 14: dsnode.cluster.v1.ReleaseResponse
+	(*CarriedKeysRequest)(nil),  // 15: dsnode.cluster.v1.CarriedKeysRequest
+	(*CarriedKeysResponse)(nil), // 16: dsnode.cluster.v1.CarriedKeysResponse
+	(*CarriedKey)(nil),          // 17: dsnode.cluster.v1.CarriedKey
 }
 var file_cluster_proto_depIdxs = []int32{
 	0,  // 0: dsnode.cluster.v1.JoinRequest.node:type_name -> dsnode.cluster.v1.NodeInfo
@@ -1407,29 +1492,30 @@ var file_cluster_proto_depIdxs = []int32{
 	0,  // 6: dsnode.cluster.v1.PingResponse.node:type_name -> dsnode.cluster.v1.NodeInfo
 	6,  // 7: dsnode.cluster.v1.PingResponse.health:type_name -> dsnode.cluster.v1.Health
 	7,  // 8: dsnode.cluster.v1.PingResponse.heard:type_name -> dsnode.cluster.v1.Heard
-	3,  // 9: dsnode.cluster.v1.YieldResponse.refused:type_name -> dsnode.cluster.v1.Refusal
-	3,  // 10: dsnode.cluster.v1.ReleaseResponse.refused:type_name -> dsnode.cluster.v1.Refusal
-	16, // 11: dsnode.cluster.v1.CarriedKeysResponse.carried:type_name -> dsnode.cluster.v1.CarriedKey
-	3,  // 12: dsnode.cluster.v1.CarriedKeysResponse.refused:type_name -> dsnode.cluster.v1.Refusal
-	1,  // 13: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
-	4,  // 14: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
-	8,  // 15: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
-	8,  // 16: dsnode.cluster.v1.Peer.Pings:input_type -> dsnode.cluster.v1.PingRequest
-	10, // 17: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
-	12, // 18: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
-	14, // 19: dsnode.cluster.v1.Peer.CarriedKeys:input_type -> dsnode.cluster.v1.CarriedKeysRequest
-	2,  // 20: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
-	5,  // 21: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
-	9,  // 22: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
-	9,  // 23: dsnode.cluster.v1.Peer.Pings:output_type -> dsnode.cluster.v1.PingResponse
-	11, // 24: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
-	13, // 25: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
-	15, // 26: dsnode.cluster.v1.Peer.CarriedKeys:output_type -> dsnode.cluster.v1.CarriedKeysResponse
-	20, // [20:27] is the sub-list for method output_type
-	13, // [13:20] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	10, // 9: dsnode.cluster.v1.PingResponse.blocked:type_name -> dsnode.cluster.v1.Blocked
+	3,  // 10: dsnode.cluster.v1.YieldResponse.refused:type_name -> dsnode.cluster.v1.Refusal
+	3,  // 11: dsnode.cluster.v1.ReleaseResponse.refused:type_name -> dsnode.cluster.v1.Refusal
+	17, // 12: dsnode.cluster.v1.CarriedKeysResponse.carried:type_name -> dsnode.cluster.v1.CarriedKey
+	3,  // 13: dsnode.cluster.v1.CarriedKeysResponse.refused:type_name -> dsnode.cluster.v1.Refusal
+	1,  // 14: dsnode.cluster.v1.Peer.Join:input_type -> dsnode.cluster.v1.JoinRequest
+	4,  // 15: dsnode.cluster.v1.Peer.Propose:input_type -> dsnode.cluster.v1.ProposeRequest
+	8,  // 16: dsnode.cluster.v1.Peer.Ping:input_type -> dsnode.cluster.v1.PingRequest
+	8,  // 17: dsnode.cluster.v1.Peer.Pings:input_type -> dsnode.cluster.v1.PingRequest
+	11, // 18: dsnode.cluster.v1.Peer.Yield:input_type -> dsnode.cluster.v1.YieldRequest
+	13, // 19: dsnode.cluster.v1.Peer.Release:input_type -> dsnode.cluster.v1.ReleaseRequest
+	15, // 20: dsnode.cluster.v1.Peer.CarriedKeys:input_type -> dsnode.cluster.v1.CarriedKeysRequest
+	2,  // 21: dsnode.cluster.v1.Peer.Join:output_type -> dsnode.cluster.v1.JoinResponse
+	5,  // 22: dsnode.cluster.v1.Peer.Propose:output_type -> dsnode.cluster.v1.ProposeResponse
+	9,  // 23: dsnode.cluster.v1.Peer.Ping:output_type -> dsnode.cluster.v1.PingResponse
+	9,  // 24: dsnode.cluster.v1.Peer.Pings:output_type -> dsnode.cluster.v1.PingResponse
+	12, // 25: dsnode.cluster.v1.Peer.Yield:output_type -> dsnode.cluster.v1.YieldResponse
+	14, // 26: dsnode.cluster.v1.Peer.Release:output_type -> dsnode.cluster.v1.ReleaseResponse
+	16, // 27: dsnode.cluster.v1.Peer.CarriedKeys:output_type -> dsnode.cluster.v1.CarriedKeysResponse
+	21, // [21:28] is the sub-list for method output_type
+	14, // [14:21] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_cluster_proto_init() }
@@ -1443,7 +1529,7 @@ func file_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_proto_rawDesc), len(file_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -5,7 +5,8 @@
 //
 // The package owns the metadata that a node publishes about itself (meta.go), the
 // table that memberlist's callbacks fill (table.go), the loop that joins seeds and
-// lost members again (join.go), and a transport with bounds (transport.go).
+// lost members again (join.go), the one that finds out whether UDP gets through to each
+// member (udp.go), and a transport with bounds (transport.go).
 //
 // Start reading at Gossip.Run.
 package gossip
@@ -263,6 +264,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	var loops sync.WaitGroup
 	loops.Go(func() { g.joinLoop(inner, list, transport) })
 	loops.Go(func() { g.publishLoop(inner, list) })
+	loops.Go(func() { g.probeUDPLoop(inner, list) })
 
 	tick := time.NewTicker(runTick)
 	defer tick.Stop()

@@ -245,7 +245,8 @@ func TestIsolatedSite(t *testing.T) {
 	awaitState(MemberAlive)
 }
 
-// A firewall that drops UDP leaves all members alive, so only a metric shows it.
+// A firewall that drops UDP leaves all members alive: a metric shows it, and the age of
+// the last answer.
 func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	async.NoLeaks(t)
 	var blocked atomic.Bool
@@ -259,8 +260,18 @@ func TestBlockedUDPShowsAsAMetric(t *testing.T) {
 	if got, _ := b.member("a"); got.State != MemberAlive {
 		t.Errorf("b sees a as %s, want alive", got.State)
 	}
+	if ago, ever := a.UDPAgo("b"); ever {
+		t.Errorf("b answered a UDP packet %v ago, and it has received none", ago)
+	}
 	blocked.Store(false)
 	async.Await(t, "the metric to fall", func() bool { return testutil.ToFloat64(a.metrics.udpBlocked) == 0 })
+	answers := func(m *testGossip, of string) func() bool {
+		return func() bool { ago, ever := m.UDPAgo(of); return ever && ago < 250*time.Millisecond }
+	}
+	async.Await(t, "a to get answers over UDP", answers(a, "b"))
+	async.Await(t, "b to get answers over UDP", answers(b, "a"))
+	blocked.Store(true)
+	async.Await(t, "the age of b's last answer to grow", func() bool { ago, _ := a.UDPAgo("b"); return ago > time.Second })
 }
 
 // Nodes with another generation's label or another key do not become members.

@@ -42,6 +42,7 @@ type entry struct {
 	addr       netip.AddrPort
 	leaving    bool // it announced that it leaves
 	udpBlocked bool
+	udpAt      time.Time // when it last answered a UDP packet of this node
 
 	// A node that restarts with other ports is not accepted by memberlist until its
 	// old address has been dead for DeadNodeReclaimTime. Until then the claim is what
@@ -183,7 +184,7 @@ func (t *table) NotifyPingComplete(n *memberlist.Node, _ time.Duration, _ []byte
 	if !ok {
 		return
 	}
-	e.udpBlocked = false
+	e.answeredUDP(time.Now())
 	if e.member.State == MemberSuspect {
 		e.set(MemberAlive, time.Now())
 		notify.Wake(t.wakeRun)

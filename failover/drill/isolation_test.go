@@ -3,6 +3,8 @@ package drill
 import (
 	"context"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -21,9 +23,15 @@ type cutWorld struct {
 }
 
 // newCutWorld must be called in a synctest bubble: it uses the bubble's clock.
-func newCutWorld() *cutWorld {
+func newCutWorld(t *testing.T) *cutWorld {
+	return restartedCutWorld(filepath.Join(t.TempDir(), "isolation.json"))
+}
+
+// restartedCutWorld is a process that finds the file of an earlier one, and has no agreed
+// state yet.
+func restartedCutWorld(file string) *cutWorld {
 	w := &cutWorld{start: time.Now()}
-	w.Isolator = NewIsolator("a", func() { w.severed.Add(1) }, func() time.Duration { return time.Since(w.start) }, time.Now, slog.New(slog.DiscardHandler))
+	w.Isolator = NewIsolator("a", file, func() { w.severed.Add(1) }, func() time.Duration { return time.Since(w.start) }, time.Now, slog.New(slog.DiscardHandler))
 	w.agree()
 	return w
 }
@@ -58,7 +66,7 @@ func begun(site string, length time.Duration) agreed.DrillRecord {
 
 func TestIsolationBeginsAndHealsByItself(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newCutWorld()
+		w := newCutWorld(t)
 		w.run(t)
 		w.agree(begun("a", 10*time.Second))
 		time.Sleep(200 * time.Millisecond)
@@ -90,7 +98,7 @@ func TestIsolationBeginsAndHealsByItself(t *testing.T) {
 // The timer is in Admit, so Run need not work.
 func TestIsolationHealsWithoutRun(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newCutWorld()
+		w := newCutWorld(t)
 		w.look([]agreed.DrillRecord{begun("a", 10*time.Second)})
 		time.Sleep(time.Second)
 		if !w.isCut() {
@@ -105,7 +113,7 @@ func TestIsolationHealsWithoutRun(t *testing.T) {
 
 func TestIsolationEndsWithItsDrill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newCutWorld()
+		w := newCutWorld(t)
 		w.run(t)
 		d := begun("a", time.Minute)
 		w.agree(d)
@@ -124,7 +132,7 @@ func TestIsolationEndsWithItsDrill(t *testing.T) {
 
 func TestIsolationIsAborted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newCutWorld()
+		w := newCutWorld(t)
 		w.run(t)
 		w.agree(begun("a", time.Minute))
 		time.Sleep(2 * time.Second)
@@ -157,7 +165,7 @@ func TestIsolationAfterARestart(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				d := begun("a", tc.length)
 				time.Sleep(tc.after)
-				w := newCutWorld()
+				w := newCutWorld(t)
 				w.agree(d)
 				w.run(t)
 				if tc.after == 0 {
@@ -176,9 +184,101 @@ func TestIsolationAfterARestart(t *testing.T) {
 	}
 }
 
+// A process that starts during the cut is cut off from its first moment, and to the same
+// end, although its copy of the agreed state does not know the drill yet.
+func TestCutSurvivesARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first, d := newCutWorld(t), begun("a", 30*time.Second)
+		first.look([]agreed.DrillRecord{d})
+		time.Sleep(10 * time.Second)
+
+		w := restartedCutWorld(first.file)
+		if !w.isCut() {
+			t.Fatal("not cut off right after the start")
+		}
+		w.run(t)
+		time.Sleep(time.Second)
+		if !w.isCut() {
+			t.Fatal("healed because the agreed state does not know the drill yet")
+		}
+		w.agree(d)
+		time.Sleep(18 * time.Second)
+		if !w.isCut() {
+			t.Error("healed before its time")
+		}
+		time.Sleep(2 * time.Second)
+		if w.isCut() {
+			t.Error("not healed in time")
+		}
+		// Its drill does not cut a third process off either.
+		third := restartedCutWorld(first.file)
+		third.run(t)
+		third.agree(begun("a", 30*time.Second))
+		time.Sleep(2 * time.Second)
+		if third.isCut() {
+			t.Error("it began again after a second restart")
+		}
+	})
+}
+
+func TestAbortedCutStaysAbortedOverARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first := newCutWorld(t)
+		first.look([]agreed.DrillRecord{begun("a", time.Minute)})
+		time.Sleep(5 * time.Second)
+		if !first.Heal("drill-1") {
+			t.Fatal("not healed")
+		}
+		w := restartedCutWorld(first.file)
+		w.run(t)
+		w.agree(begun("a", time.Minute))
+		time.Sleep(2 * time.Second)
+		if w.isCut() {
+			t.Error("it began again after a restart")
+		}
+	})
+}
+
+// When the record ends, so does a cut from before the start.
+func TestCutFromBeforeTheStartEndsWithItsDrill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first := newCutWorld(t)
+		d := begun("a", time.Minute)
+		first.look([]agreed.DrillRecord{d})
+		time.Sleep(5 * time.Second)
+		w := restartedCutWorld(first.file)
+		w.run(t)
+		d.Verdict = "aborted"
+		w.agree(d)
+		time.Sleep(200 * time.Millisecond)
+		if w.isCut() {
+			t.Error("the drill has ended, the cut has not")
+		}
+	})
+}
+
+// The wall clock may have been set back meanwhile, and the file may be damaged.
+func TestCutFromAFileIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first := newCutWorld(t)
+		first.look([]agreed.DrillRecord{begun("a", 20*time.Second)})
+		back := NewIsolator("a", first.file, func() {}, func() time.Duration { return 0 },
+			func() time.Time { return time.Now().Add(-time.Hour) }, slog.New(slog.DiscardHandler))
+		if c := back.cut.Load(); c == nil || c.until > 21*time.Second {
+			t.Errorf("the cut %+v, want one of 20.5 s", c)
+		}
+		if err := os.WriteFile(first.file, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if w := restartedCutWorld(first.file); w.isCut() {
+			t.Error("cut off by a damaged file")
+		}
+	})
+}
+
 func TestOtherDrillsCutNothingOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newCutWorld()
+		w := newCutWorld(t)
 		w.run(t)
 		other, planned, over := begun("b", time.Minute), begun("a", time.Minute), begun("a", time.Minute)
 		planned.ID, planned.Kind = "drill-2", "switchover"

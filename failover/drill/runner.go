@@ -58,18 +58,25 @@ type Runner struct {
 	o      Options
 	log    *slog.Logger
 	begin  chan *trial
-	mu     sync.Mutex // guards busy, active
+	wake   chan struct{} // there is an unwritten abort
+	mu     sync.Mutex    // guards busy, active, unwritten
 	busy   bool
 	active *trial
+	// unwritten is an abort that this node has to write into a record.
+	unwritten unwrittenAbort
 }
 
 // NewRunner makes a Runner; Run starts it.
 func NewRunner(o Options) *Runner {
-	return &Runner{o: o, log: o.Logger, begin: make(chan *trial, 1)}
+	return &Runner{o: o, log: o.Logger, begin: make(chan *trial, 1), wake: make(chan struct{}, 1)}
 }
 
-// Run carries out what Start begins, until ctx ends.
+// Run carries out what Start begins, and ends the records of drills without a runner,
+// until ctx ends.
 func (r *Runner) Run(ctx context.Context) error {
+	var loop sync.WaitGroup
+	defer loop.Wait()
+	loop.Go(func() { r.endAbandoned(ctx) })
 	for {
 		select {
 		case <-ctx.Done():
@@ -153,17 +160,7 @@ func (r *Runner) Abort(ctx context.Context, id, by string) error {
 	if d.Verdict != "" {
 		return fmt.Errorf("%w: %s", agreed.ErrDrillEnded, id)
 	}
-	d.Verdict, d.EndedAt = string(Aborted), r.o.Now().UTC()
-	report, err := Report{
-		Format: reportFormat, ID: d.ID, Kind: Kind(d.Kind), Site: d.Site, By: d.By, StartedAt: d.StartedAt, EndedAt: &d.EndedAt,
-		Verdict: Aborted, Why: "aborted by " + by,
-	}.Encode()
-	if err != nil {
-		return err
-	}
-	d.Report = report
-	_, err = r.o.Agreement.Propose(ctx, agreed.CmdDrillPut, d)
-	return err
+	return r.end(ctx, id, "aborted by "+by)
 }
 
 // Live is the report so far of a drill that runs on this node.

@@ -36,7 +36,15 @@ type world struct {
 	noPromotion bool // the primary is not replaced
 	neverHeals  bool // the site stays cut off
 	disobeys    bool // the site does not cut itself off
-	switchErr   error
+	// restarts is how long after the beginning of the cut the site's nodes restart; 0:
+	// never. forgets: they are then no longer cut off.
+	restarts  time.Duration
+	forgets   bool
+	process   string          // of all nodes of the site that restarted
+	leads     bool            // b-1 is the Raft leader
+	silent    map[string]bool // nodes that are not heard for another reason than a cut
+	behind    func()          // brings the node's copy of the agreed state up to date at its next entry
+	switchErr error
 }
 
 const worldConfig = `version: 1
@@ -82,7 +90,9 @@ func (w *world) Lease() (time.Duration, uint64) { return time.Second, 1 }
 func (w *world) Timing() config.Timing          { return config.TimingFrom(0) }
 
 func (w *world) Raft() cluster.RaftView {
-	v := cluster.RaftView{Leader: "b-1", Quorum: true, CommitIndex: 10}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	v := cluster.RaftView{Leader: "b-1", Leads: w.leads, Quorum: true, CommitIndex: 10}
 	for _, n := range []string{"a-1", "b-1", "c-1"} {
 		v.Servers = append(v.Servers, cluster.Server{Name: n, Voter: true})
 	}
@@ -99,6 +109,12 @@ func (w *world) Peers() map[string]cluster.PeerView {
 		}
 		p := cluster.PeerView{Name: name, Site: n.Site, Info: n, Heard: true, Ago: 100 * time.Millisecond, LeaseLeft: time.Second}
 		p.AppliedIndex, p.UpstreamsHealthy = 10, 1
+		if w.silent[name] {
+			p.Ago = time.Minute
+		}
+		if n.Site == "a" {
+			p.Info.Instance = w.process
+		}
 		if n.Site == w.cut {
 			p.Ago += w.now() - w.cutAt
 			p.LeaseLeft -= w.now() - w.cutAt
@@ -113,6 +129,13 @@ func (w *world) Propose(_ context.Context, t agreed.CommandType, data any) (uint
 	cmd, err := agreed.NewCommand(t, time.Now(), data)
 	if err != nil {
 		return 0, err
+	}
+	w.mu.Lock()
+	catchUp := w.behind
+	w.behind = nil
+	w.mu.Unlock()
+	if catchUp != nil {
+		catchUp()
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -131,8 +154,18 @@ func (w *world) isolate(d agreed.DrillRecord) {
 	w.sleep(Lead)
 	w.mu.Lock()
 	w.cut, w.cutAt = d.Site, w.now()
-	primary, stays := w.state.Primary, w.noPromotion
+	primary, stays, restarts := w.state.Primary, w.noPromotion, w.restarts
 	w.mu.Unlock()
+	if restarts > 0 {
+		go func() {
+			w.sleep(restarts)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.process = "second"; w.forgets {
+				w.cut = ""
+			}
+		}()
+	}
 	if primary.Site == d.Site && !stays {
 		w.sleep(3 * time.Second)
 		w.promote("b", primary.Epoch, agreed.FailoverUnplanned)
@@ -256,6 +289,8 @@ func TestDrills(t *testing.T) {
 		{"the site does not cut itself off", isolate, func(w *world) { w.disobeys = true }, Fail, "a to be cut off", "a", 1},
 		{"requests to another site fail", isolate, func(w *world) { w.broken = "c" }, Fail, "requests failed", "b", 2},
 		{"requests to the lost site fail, which does not count", isolate, func(w *world) { w.broken = "a" }, Pass, "", "b", 2},
+		{"the lost site restarts, and stays cut off", isolate, func(w *world) { w.restarts = 10 * time.Second }, Pass, "", "b", 2},
+		{"the cut ends early", isolate, func(w *world) { w.restarts, w.forgets = 10*time.Second, true }, Fail, "the cut ended 10s early: a-1 was restarted", "b", 2},
 		{"the switchover fails", Request{Kind: Switchover, Site: "b"}, func(w *world) { w.switchErr = failover.ErrRolledBack }, Fail, "rolled back", "a", 1},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -272,6 +307,9 @@ func TestDrills(t *testing.T) {
 				}
 				if tc.verdict != Pass {
 					return
+				}
+				if restarted := w.restarts > 0; restarted != strings.Contains(fmt.Sprint(r.Timeline), "a-1 was restarted during the cut, and stayed cut off") {
+					t.Errorf("the timeline: %+v", r.Timeline)
 				}
 				if moved := tc.epoch > 1; moved != (r.RTO.Achieved != nil) {
 					t.Errorf("RTO %v", r.RTO.Achieved)
@@ -375,7 +413,9 @@ func TestDrillOfANodeThatStops(t *testing.T) {
 		r := w.runner(t)
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error)
-		second := NewRunner(r.o)
+		o := r.o
+		o.Node = "b-2"
+		second := NewRunner(o)
 		go func() { ended <- second.Run(ctx) }()
 		d, err := second.Start(t.Context(), Request{Kind: Isolation, Site: "c", For: time.Minute, By: "ann"})
 		if err != nil {

@@ -63,6 +63,10 @@ func (t *trial) answering(ctx context.Context, out *Outcome, site string, since 
 // was, and until the site has recovered.
 func (t *trial) isolation(ctx context.Context, out *Outcome) error {
 	nodes := t.nodesOf(t.q.Site)
+	t.processes = map[string]string{}
+	for name, p := range t.o.Agreement.Peers() {
+		t.processes[name] = p.Info.Instance
+	}
 	var lastHeard time.Duration
 	err := t.within(ctx, silenceTimeout, t.q.Site+" to be cut off", func() bool {
 		last, silent := t.lastHeard(nodes)
@@ -111,12 +115,22 @@ func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration)
 // heard, with leases, caught up, not the primary, and the cluster healthy.
 func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error {
 	rest := max(0, t.record.Deadline.Sub(t.o.Now())) + healTimeout
-	err := t.within(ctx, rest, t.q.Site+" to be heard again", func() bool { return t.allHeard(nodes) })
+	early := ""
+	err := t.within(ctx, rest, t.q.Site+" to be heard again", func() bool {
+		early = t.heardEarly(nodes)
+		return early != "" || t.allHeard(nodes)
+	})
 	if err != nil {
 		return err
 	}
+	if early != "" {
+		return t.endedEarly(ctx, early)
+	}
 	back := t.o.Boottime()
 	t.event("heard again", "the cut has ended")
+	for _, name := range t.restarted(nodes) {
+		t.event("restarted", name+" was restarted during the cut, and stayed cut off")
+	}
 	caughtUp := t.o.Agreement.Raft().CommitIndex
 	var since time.Duration // in its place without a gap
 	place := false
@@ -144,6 +158,43 @@ func (t *trial) healed(ctx context.Context, out *Outcome, nodes []string) error 
 	t.set(func(r *Report) { r.InPlaceSeconds = &took })
 	t.event("in its place", fmt.Sprintf("%.2f s after it was heard again", took))
 	return nil
+}
+
+// heardEarly names a node of the site that is heard although the cut has not ended; empty:
+// none.
+func (t *trial) heardEarly(nodes []string) string {
+	if !t.o.Now().Before(t.record.Deadline.Add(-earlyBy)) {
+		return ""
+	}
+	peers := t.o.Agreement.Peers()
+	for _, name := range nodes {
+		if peers[name].HeardWithin(t.o.Agreement.Timing().Lease) {
+			return name
+		}
+	}
+	return ""
+}
+
+// endedEarly handles a cut that ended before its time. Either a node of the site was told
+// to abort the drill, which it writes into the record now that it can; then ctx ends. Or
+// the cut failed.
+func (t *trial) endedEarly(ctx context.Context, node string) error {
+	early := t.record.Deadline.Sub(t.o.Now()).Round(100 * time.Millisecond)
+	how := either(len(t.restarted([]string{node})) > 0, node+" was restarted", node+" is heard again")
+	t.event("heard early", fmt.Sprintf("%s, %s before the end of the cut", how, early))
+	err := t.within(ctx, abortedTimeout, "", func() bool { return false })
+	if ctx.Err() != nil {
+		return err
+	}
+	return fmt.Errorf("the cut ended %s early: %s", early, how)
+}
+
+// restarted lists the nodes whose processes are not those from before the drill.
+func (t *trial) restarted(nodes []string) []string {
+	peers := t.o.Agreement.Peers()
+	return slices.DeleteFunc(slices.Clone(nodes), func(name string) bool {
+		return peers[name].Info.Instance == t.processes[name]
+	})
 }
 
 // goBack returns the primary to the site that had it before the drill.

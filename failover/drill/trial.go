@@ -17,13 +17,18 @@ import (
 
 // Every step of a drill has a deadline.
 const (
-	agreeTimeout    = 5 * time.Second
-	baselineTime    = time.Second      // of probing before and after the steps
-	silenceTimeout  = 15 * time.Second // from the agreement until the site is silent
-	promoteTimeout  = 90 * time.Second
-	answerTimeout   = 30 * time.Second // from the promotion until the new primary answers as such
-	healTimeout     = 30 * time.Second // from the end of the cut until the site is heard
-	inPlaceTimeout  = 30 * time.Second // from when the site is heard until it is in its place
+	agreeTimeout   = 5 * time.Second
+	baselineTime   = time.Second      // of probing before and after the steps
+	silenceTimeout = 15 * time.Second // from the agreement until the site is silent
+	promoteTimeout = 90 * time.Second
+	answerTimeout  = 30 * time.Second // from the promotion until the new primary answers as such
+	healTimeout    = 30 * time.Second // from the end of the cut until the site is heard
+	inPlaceTimeout = 30 * time.Second // from when the site is heard until it is in its place
+	// A site that is heard this much before the end of the cut was not cut off to the end.
+	earlyBy = time.Second
+	// abortedTimeout is how long after that a node of the site may take to write into the
+	// record that it was told to abort the drill.
+	abortedTimeout  = 15 * time.Second
 	switchTimeout   = 30 * time.Second
 	recordTimeout   = 30 * time.Second // to have the verdict agreed on
 	lookEvery       = 50 * time.Millisecond
@@ -44,6 +49,8 @@ type trial struct {
 	probe  *probe
 	done   func()        // closes the asker
 	state  *agreed.State // before the drill
+	// processes are the instances of the peers before an isolation.
+	processes map[string]string
 	// wasUnhealthy: the cluster was not healthy before, and that was waived.
 	wasUnhealthy bool
 
@@ -115,9 +122,14 @@ func (t *trial) agree(ctx context.Context) error {
 		}
 		t.report.Checks = append(t.report.Checks, p)
 	}
+	var err error
+	// Other nodes must know the runner, to end the record if it is gone.
+	if t.record.Report, err = t.report.Encode(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, agreeTimeout)
 	defer cancel()
-	_, err := t.o.Agreement.Propose(ctx, agreed.CmdDrillPut, t.record)
+	_, err = t.o.Agreement.Propose(ctx, agreed.CmdDrillPut, t.record)
 	if err == nil || !errors.Is(err, cluster.ErrLeadershipMoved) {
 		return err
 	}
@@ -209,6 +221,9 @@ func (t *trial) run(ctx context.Context) {
 	abort(nil)
 	stopProbe()
 	background.Wait()
+	if d := t.standing(); out.Aborted == "" && d != nil && d.Verdict == string(Aborted) {
+		out.Aborted = t.abortReason() // since the last step
+	}
 	t.finish(context.WithoutCancel(ctx), out)
 }
 

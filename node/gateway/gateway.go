@@ -43,7 +43,7 @@ type Report struct {
 	Epoch  uint64 // 0: unknown
 	Ready  bool   // some upstream in some site is reachable
 	Quorum bool
-	Lease  bool // the node holds a valid lease
+	Acting bool // the node acts as primary: its site is, and its lease and its fence allow it
 }
 
 // Options of a gateway. Server, Config, Auth, Health and Registerer are

@@ -83,7 +83,7 @@ func open(t *testing.T, server serving.Server, change func(*Options)) *bench {
 	b := &bench{reg: prometheus.NewRegistry()}
 	o := Options{
 		Server: server, Config: func() *config.Config { return cfg }, Auth: keys{},
-		Health: healthFunc(func() Report { return Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true} }),
+		Health: healthFunc(func() Report { return Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Acting: true} }),
 		Site:   "here", Node: "here-1", Registerer: b.reg,
 	}
 	if change != nil {
@@ -386,7 +386,7 @@ func TestModels(t *testing.T) {
 func TestHealth(t *testing.T) {
 	var now Report
 	b := open(t, echo, func(o *Options) { o.Health = healthFunc(func() Report { return now }); o.Auth = keys{strict: true} })
-	well := Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true}
+	well := Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Acting: true}
 	change := func(f func(*Report)) Report { r := well; f(&r); return r }
 	for name, tc := range map[string]struct {
 		report Report
@@ -394,7 +394,7 @@ func TestHealth(t *testing.T) {
 		body   string
 	}{
 		"primary":     {well, "live ready primary quorum", `{"status":"ok","site":"here","node":"here-1","role":"primary","epoch":3}`},
-		"fenced":      {change(func(r *Report) { r.Lease = false }), "live ready quorum", ""},
+		"fenced":      {change(func(r *Report) { r.Acting = false }), "live ready quorum", ""},
 		"same city":   {change(func(r *Report) { r.Role = "same-city" }), "live ready same-city quorum", ""},
 		"remote":      {change(func(r *Report) { r.Role = "remote" }), "live ready remote quorum", ""},
 		"no upstream": {change(func(r *Report) { r.Ready = false }), "live primary quorum", ""},
@@ -600,7 +600,7 @@ func TestMetrics(t *testing.T) {
 
 // A node that was removed refuses all but the health of its process, with the reason.
 func TestRemovedNodeRefusesRequests(t *testing.T) {
-	report := Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Lease: true}
+	report := Report{Role: "primary", Epoch: 3, Ready: true, Quorum: true, Acting: true}
 	b := open(t, echo, func(o *Options) { o.Health = healthFunc(func() Report { return report }) })
 	b.Refuse()
 	for _, path := range []string{"/v1/chat/completions", "/v1/embeddings"} {

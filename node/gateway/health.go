@@ -41,7 +41,7 @@ func ready(g *Gateway, h Report) bool { return h.Ready && !g.draining.Load() }
 
 // actsAsPrimary requires the lease: without it another site may have taken over, and
 // this node may not know yet.
-func actsAsPrimary(_ *Gateway, h Report) bool { return h.Role == "primary" && h.Lease }
+func actsAsPrimary(_ *Gateway, h Report) bool { return h.Role == "primary" && h.Acting }
 
 func isSameCity(_ *Gateway, h Report) bool { return h.Role == "same-city" }
 

@@ -88,7 +88,7 @@ func (o *Operator) Drill(_ context.Context, id string) (admin.Drill, error) {
 		}
 		out := o.drillInfo(d)
 		out.Report = d.Report
-		if len(d.Report) == 0 {
+		if d.Verdict == "" { // the record has only what was known at the start
 			var err error
 			if out.Report, err = o.liveReport(id); err != nil {
 				return admin.Drill{}, err
@@ -115,10 +115,13 @@ func (o *Operator) liveReport(id string) ([]byte, error) {
 // AbortDrill ends a drill on whichever node it runs.
 func (o *Operator) AbortDrill(ctx context.Context, id, by string) error {
 	if o.Reconnect(id) {
-		// This node is cut off and can't change the drill's record yet. The node that runs
-		// the drill sees the site again before the planned time. The other nodes of this
-		// site stay cut off until they get the same call, or until their own timer ends.
+		// This node was cut off and can't change the drill's record yet. It does so when it
+		// hears the others. The other nodes of this site stay cut off until they get the
+		// same call, or until their own timer ends.
 		o.Log.Warn("drill aborted on this node", "drill", id, "by", by)
+		if c := o.Control(); c != nil {
+			c.Drills.AbortLater(id, by)
+		}
 		return nil
 	}
 	c, err := o.control()

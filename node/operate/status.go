@@ -37,6 +37,8 @@ type view struct {
 	removed     error  // that this node was removed; nil: it was not
 	keyProblem  string // which data key this node can't open, and why
 	jobProblems []string
+
+	links []link // traffic that does not go through; describe sets it
 }
 
 // Status is the state of the cluster as this node sees it now, with or without quorum.
@@ -93,6 +95,7 @@ func describe(v view) admin.Status {
 		s.Hold = &admin.Hold{Reason: h.Reason, By: h.By, At: h.At}
 	}
 	s.Jobs = v.jobs
+	v.links = v.blockedLinks()
 	s.Nodes = v.nodes()
 	if v.state.Parsed != nil {
 		for _, name := range sortedNames(v.state.Parsed.Sites) {

@@ -35,6 +35,8 @@ func (v view) reasons(s admin.Status) []string {
 	for _, problem := range v.jobProblems {
 		add("node %s: %s", v.name, problem)
 	}
+	out = append(out, v.peerReasons()...)
+	out = append(out, linkReasons(v.links)...)
 	if v.quarantine != "" {
 		add("quarantined: %s", v.quarantine)
 	}
@@ -123,7 +125,8 @@ func (v view) behind() []string {
 	var out []string
 	for _, name := range sortedNames(v.peers) {
 		if p := v.peers[name]; p.HeardWithin(v.patience) && p.Stuck >= v.patience {
-			out = append(out, fmt.Sprintf("node %s answers, but has applied no raft entry for %s: check its disk and its log", name, p.Stuck.Round(100*time.Millisecond)))
+			out = append(out, fmt.Sprintf("node %s answers, but has applied no raft entry for %s: check the network from the leader %s to it, its disk and its log",
+				name, p.Stuck.Round(100*time.Millisecond), v.raft.Leader))
 		}
 	}
 	return out

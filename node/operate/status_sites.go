@@ -38,7 +38,21 @@ func (v view) siteStatus(name string, nodes []admin.NodeStatus) admin.SiteStatus
 		s.UpstreamsHealthy, s.Degradation = new(v.upstreamsHealthy(name)), new("none")
 	}
 	s.State = v.siteState(s)
+	if s.State == admin.SiteHealthy && v.impaired(name) {
+		s.State = admin.SiteDegraded
+	}
 	return s
+}
+
+// impaired reports whether a node of a site can't do its part, or the site's traffic with
+// most other sites does not go through.
+func (v view) impaired(site string) bool {
+	for name := range v.troubled() {
+		if v.state.Nodes[name].Site == site {
+			return true
+		}
+	}
+	return v.cutOffSites()[site]
 }
 
 // upstreamsHealthy is the highest count that a living node of the site reports.

@@ -45,7 +45,8 @@ func healthyView(t *testing.T) view {
 			continue
 		}
 		p := cluster.PeerView{Name: n.Name, Site: n.Site, Info: n, Heard: true, Ago: 100 * time.Millisecond}
-		p.PID, p.HeardBy = 7, map[string]time.Duration{"a-1": 0}
+		p.PID, p.HeardFor = 7, time.Hour
+		p.HeardBy = map[string]time.Duration{"a-1": 0, "b-1": 100 * time.Millisecond, "c-1": 100 * time.Millisecond}
 		if n.Site == "b" {
 			p.UpstreamsHealthy, p.UpstreamsTotal = 1, 1
 		}
@@ -66,6 +67,17 @@ func changePeer(v *view, node string, f func(*cluster.PeerView)) {
 	p := v.peers[node]
 	f(&p)
 	v.peers[node] = p
+}
+
+// silence is that nobody has heard a node for a time.
+func silence(v *view, node string, ago time.Duration) {
+	for name := range v.peers {
+		changePeer(v, name, func(p *cluster.PeerView) {
+			if p.HeardBy[node] = ago; name == node {
+				p.Ago = ago
+			}
+		})
+	}
 }
 
 func TestStatusOfAHealthyCluster(t *testing.T) {
@@ -96,20 +108,19 @@ func TestStatusGivesReasons(t *testing.T) {
 		reason string
 	}{
 		{
-			"a silent site is suspect first", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second }) },
+			"a silent site is suspect first", func(v *view) { silence(v, "c-1", 3*time.Second) },
 			"c", admin.SiteDown, "c-1", admin.NodeSuspect, "site c is down: last heard 3s ago",
 		},
 		{
-			"later it is dead", func(v *view) { changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute }) },
+			"later it is dead", func(v *view) { silence(v, "c-1", time.Minute) },
 			"c", admin.SiteDown, "c-1", admin.NodeDead, "site c is down: last heard 1m0s ago",
 		},
 		{"a node that left the gossip", func(v *view) {
-			changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = 3 * time.Second })
+			silence(v, "c-1", 3*time.Second)
 			v.left["c-1"] = true
 		}, "c", admin.SiteDown, "c-1", admin.NodeLeft, "site c is down"},
 		{"a site that only a third site hears is isolated", func(v *view) {
 			changePeer(v, "c-1", func(p *cluster.PeerView) { p.Ago = time.Minute })
-			changePeer(v, "b-1", func(p *cluster.PeerView) { p.HeardBy["c-1"] = 100 * time.Millisecond })
 		}, "c", admin.SiteIsolated, "c-1", admin.NodeDead, "site c is isolated"},
 		{"a site that hears no other is isolated", func(v *view) {
 			for _, name := range []string{"b-1", "c-1"} {
@@ -119,6 +130,7 @@ func TestStatusGivesReasons(t *testing.T) {
 		}, "a", admin.SiteIsolated, "a-1", admin.NodeAlive, "no quorum since"},
 		{"unknown just after the start", func(v *view) {
 			v.started = v.now.Add(-time.Second)
+			silence(v, "c-1", time.Minute)
 			changePeer(v, "c-1", func(p *cluster.PeerView) { *p = cluster.PeerView{Name: "c-1", Site: "c", Info: p.Info} })
 		}, "c", admin.SiteUnknown, "c-1", admin.NodeSuspect, "site c: not heard yet"},
 		{
@@ -155,16 +167,16 @@ func TestStatusGivesReasons(t *testing.T) {
 		},
 		{
 			"a peer that answers but applies no entries", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
-			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 answers, but has applied no raft entry for 3s",
+			"b", admin.SiteDegraded, "b-1", admin.NodeAlive, "node b-1 answers, but has applied no raft entry for 3s: check the network from the leader a-1",
 		},
 		{
 			"a data key that can't be opened", func(v *view) { v.keyProblem = "wrong operator key" },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: wrong operator key",
+			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "node a-1: wrong operator key",
 		},
 		{
 			"damaged journals and a job table that is being rebuilt",
 			func(v *view) { v.jobProblems = []string{"its journal lost records", "its job table is being rebuilt"} },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table is being rebuilt",
+			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table is being rebuilt",
 		},
 		{"a site without members", func(v *view) {
 			delete(v.state.Nodes, "c-1")

@@ -293,6 +293,9 @@ func TestFloorRefusesInTimeAndRecovers(t *testing.T) {
 		{5 << 20, true, true, true},
 	} {
 		room(tt.free)
+		if free, floor, known := l.Space(); !known || free != tt.free || floor != o.FreeFloor {
+			t.Errorf("space: %d bytes free, the floor is %d, known %v; want %d and %d", free, floor, known, tt.free, o.FreeFloor)
+		}
 		for name, got := range map[string]struct {
 			err error
 			ok  bool

@@ -343,6 +343,16 @@ func (r *freeSpace) aboveFloor(part int64) int64 {
 	return r.free - r.floor/part
 }
 
+// Space returns the free bytes of the disk and the floor below which submissions are
+// refused. known is false when there is no floor or the free space can't be read.
+func (l *Log) Space() (free, floor int64, known bool) {
+	above := l.space.aboveFloor(1)
+	if above == math.MaxInt64 {
+		return 0, 0, false
+	}
+	return above + l.space.floor, l.space.floor, true
+}
+
 func (l *Log) checkSpace(part int64) error {
 	if l.space.aboveFloor(part) > 0 {
 		return nil

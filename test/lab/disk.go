@@ -3,6 +3,7 @@
 package lab
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,7 +28,8 @@ type Disk struct {
 }
 
 const (
-	diskBytes = 128 << 20
+	// diskBytes leaves more than the reserve of a node's journals, 256 MiB.
+	diskBytes = 512 << 20
 	// FIFREEZE and FITHAW of linux/fs.h.
 	fiFreeze = 0xc0045877
 	fiThaw   = 0xc0045878
@@ -96,6 +98,31 @@ func (d *Disk) Hang() {
 		d.t.Fatalf("freeze %s: %v", d.dir, err)
 	}
 	d.hung = f
+}
+
+// Fill writes a file of zeros so that no more than that many bytes are free. The function
+// that it returns removes the file.
+func (d *Disk) Fill(leave int64) (empty func()) {
+	d.t.Helper()
+	var fs unix.Statfs_t
+	if err := unix.Statfs(d.dir, &fs); err != nil {
+		d.t.Fatal(err)
+	}
+	path := filepath.Join(d.dir, "fill")
+	f, err := os.Create(path)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	free := int64(fs.Bavail) * fs.Bsize //nolint:gosec // a small disk
+	if err := errors.Join(unix.Fallocate(int(f.Fd()), 0, 0, free-leave), f.Close()); err != nil {
+		d.t.Fatalf("fill %s: %v", d.dir, err)
+	}
+	return func() {
+		d.t.Helper()
+		if err := os.Remove(path); err != nil {
+			d.t.Error(err)
+		}
+	}
 }
 
 // Resume ends a Hang. Without one it does nothing.

@@ -24,6 +24,8 @@ type Link struct {
 	// dropped without an answer, as by a tunnel with a small MTU behind a firewall that
 	// drops ICMP. 0 is no limit.
 	Largest int
+	// NoUDP drops all UDP packets, as by a firewall that allows TCP only.
+	NoUDP bool
 	// Bandwidth in bytes per second; 0 is no limit.
 	Bandwidth int64
 	// Cut drops all packets, also those in the queue.
@@ -46,6 +48,7 @@ type LinkCount struct {
 	Carried, Bytes uint64
 	Lost           uint64 // dropped by Loss
 	TooLarge       uint64 // dropped by Largest
+	UDP            uint64 // dropped by NoUDP
 	Cut            uint64 // dropped by Cut
 	Overflowed     uint64 // dropped by a full queue
 }
@@ -131,6 +134,10 @@ func (p *pipe) schedule(packet []byte) delivery {
 		p.count.TooLarge++
 		return never
 	}
+	if p.link.NoUDP && isUDP(packet) {
+		p.count.UDP++
+		return never
+	}
 	if p.link.Loss > 0 && p.random.Float64() < p.link.Loss {
 		p.count.Lost++
 		return never
@@ -163,6 +170,12 @@ func (p *pipe) schedule(packet []byte) delivery {
 	}
 	p.queue = append(p.queue, queued{packet, due})
 	return later
+}
+
+// isUDP reports whether an IPv4 packet carries UDP.
+func isUDP(packet []byte) bool {
+	const protocol, udp = 9, 17 // offset in the header, and its value
+	return len(packet) > protocol && packet[protocol] == udp
 }
 
 func (p *pipe) drawJitter(now time.Time) time.Duration {

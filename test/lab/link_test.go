@@ -121,6 +121,19 @@ func TestOnlySmallPacketsPass(t *testing.T) {
 	})
 }
 
+func TestOnlyUDPIsBlocked(t *testing.T) {
+	inBubble(t, Link{Delay: time.Millisecond, NoUDP: true}, func(p *pipe, a *arrivals) {
+		tcp, udp := packet(1, 100), packet(2, 100)
+		tcp[9], udp[9] = 6, 17 // the protocols in an IP header
+		p.send(tcp)
+		p.send(udp)
+		settle(time.Second)
+		if _, count := p.get(); !slices.Equal(a.ids, []int{1}) || count.UDP != 1 {
+			t.Errorf("arrived %v, counted %+v, want all but the UDP packet", a.ids, count)
+		}
+	})
+}
+
 func TestBandwidthSpacesPacketsAndDropsTheTail(t *testing.T) {
 	inBubble(t, Link{Bandwidth: 1_000_000}, func(p *pipe, a *arrivals) {
 		for id := range 1000 { // 1 MB at once: half a second of it may wait

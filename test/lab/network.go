@@ -104,10 +104,21 @@ func (w *Network) Mend(from, to int) { w.cut(from, to, false) }
 // Shrink drops all packets of more than largest bytes between a site and the others, in
 // both directions; 0 ends that.
 func (w *Network) Shrink(site, largest int) {
+	w.around(site, func(l *Link) { l.Largest = largest })
+}
+
+// BlockUDP drops all UDP packets between a site and the others, in both directions, or
+// lets them pass again.
+func (w *Network) BlockUDP(site int, blocked bool) {
+	w.around(site, func(l *Link) { l.NoUDP = blocked })
+}
+
+// around changes all links of a site.
+func (w *Network) around(site int, change func(*Link)) {
 	w.each(func(from, to int) {
 		if from == site || to == site {
 			l, _ := w.Link(from, to)
-			l.Largest = largest
+			change(&l)
 			w.Set(from, to, l)
 		}
 	})
