@@ -112,6 +112,8 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 		s.FailbackAvailable = ptr("beijing")
 	}
 	switch f.state {
+	case "healthy":
+		s.Warnings = []string{"2 of 3 voters are in the city shanghai: if it is lost, nothing can be changed until they are back"}
 	case "degraded":
 		s.Reasons = []string{"site beijing is down: last heard 12m34s ago"}
 	case "lost":

@@ -64,7 +64,7 @@ func (o *Operator) view() view {
 // null, not zero.
 func describe(v view) admin.Status {
 	s := admin.Status{
-		Cluster: v.clusterName, Version: v.version, Reasons: []string{}, ObservedAt: v.now.UTC(),
+		Cluster: v.clusterName, Version: v.version, Reasons: []string{}, Warnings: []string{}, ObservedAt: v.now.UTC(),
 		Observer: admin.Observer{Node: v.name, Site: v.site}, Raft: v.raftStatus(),
 		Sites: []admin.SiteStatus{}, Nodes: []admin.NodeStatus{},
 	}
@@ -97,6 +97,7 @@ func describe(v view) admin.Status {
 		}
 	}
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
+	s.Warnings = append(s.Warnings, v.quorumWarnings(s.Nodes)...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
 }

@@ -87,21 +87,6 @@ func (v view) siteReasons(site admin.SiteStatus, nodes []admin.NodeStatus) []str
 	return out
 }
 
-// fewVoters says that the loss of one node can still cost the quorum although three sites
-// are up. A new cluster is in this state for some seconds.
-func (v view) fewVoters(s admin.Status) []string {
-	up := 0
-	for _, site := range s.Sites {
-		if site.NodesAlive != nil && *site.NodesAlive > 0 {
-			up++
-		}
-	}
-	if !v.raft.Quorum || up < 3 || s.Raft.Voters == nil || *s.Raft.Voters >= 3 {
-		return nil
-	}
-	return []string{fmt.Sprintf("%d of 3 voters are placed: the loss of one node can still cost the quorum", *s.Raft.Voters)}
-}
-
 // behind says that this node's copy of the agreed state, or that of a peer, may be old.
 // With a quorum the leader commits an entry several times a second. A node that has just
 // started lacks it, and so does a node that gets its lease through a relay but no entries

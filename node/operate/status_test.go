@@ -147,7 +147,7 @@ func TestStatusGivesReasons(t *testing.T) {
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: its copy of the agreed state may be old",
 		},
 		{
-			"three sites and one voter", func(v *view) { v.raft.Servers = v.raft.Servers[:1] },
+			"three nodes and one voter", func(v *view) { v.raft.Servers = v.raft.Servers[:1] },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "1 of 3 voters are placed",
 		},
 		{
