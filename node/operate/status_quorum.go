@@ -50,8 +50,8 @@ func (v view) voters(nodes []admin.NodeStatus) []voter {
 	return list
 }
 
-// stopsChanges is what the loss of the quorum means. Requests are still answered then.
-const stopsChanges = "nothing can be changed, and no site can become the primary, until enough voters are back"
+// noQuorumThen is what the loss of the quorum means. Requests are still answered then.
+const noQuorumThen = "no change and no failover is possible"
 
 // quorumWarnings says which single loss would cost the quorum: that of a node, of one of
 // several sites, or of one of several cities. A loss that contains another one is not
@@ -87,18 +87,18 @@ func (v view) quorumWarnings(nodes []admin.NodeStatus) []string {
 			said[siteCity[site]] = true
 			hint := ""
 			if len(v.state.Parsed.Sites) == 2 {
-				hint = "; with nodes in a third site, the loss of any one site would be survived"
+				hint = "; nodes in a third site would prevent that"
 			}
-			out = append(out, fmt.Sprintf("%d of %d voters are in site %s: if it is lost, %s%s", lost, len(voters), site, stopsChanges, hint))
+			out = append(out, fmt.Sprintf("%d of %d voters are in site %s: while it is lost, %s%s", lost, len(voters), site, noQuorumThen, hint))
 		}
 	}
 	for _, city := range sortedNames(cities) {
 		if lost := len(cities[city]); lost > spare && len(configured) > 1 && !said[city] {
 			hint := ""
 			if len(configured) == 2 {
-				hint = "; with nodes in a third city, the loss of any one city would be survived"
+				hint = "; nodes in a third city would prevent that"
 			}
-			out = append(out, fmt.Sprintf("%d of %d voters are in the city %s: if it is lost, %s%s", lost, len(voters), city, stopsChanges, hint))
+			out = append(out, fmt.Sprintf("%d of %d voters are in the city %s: while it is lost, %s%s", lost, len(voters), city, noQuorumThen, hint))
 		}
 	}
 	return out
@@ -110,9 +110,9 @@ func onlyVoters(names []string, of, members int) string {
 	case members == 1:
 		return fmt.Sprintf("the cluster has one node, %s: while it is down, nothing is answered, and without its disk everything is lost", names[0])
 	case of == 1 && members < 3:
-		return fmt.Sprintf("%s is the only voter: if it is lost, %s; with three nodes there are three voters, and one may be lost", names[0], stopsChanges)
+		return fmt.Sprintf("%s is the only voter: while it is lost, %s; with three nodes there are three voters, and one may be lost", names[0], noQuorumThen)
 	case of == 1:
-		return fmt.Sprintf("%s is the only voter: if it is lost, %s", names[0], stopsChanges)
+		return fmt.Sprintf("%s is the only voter: while it is lost, %s", names[0], noQuorumThen)
 	}
-	return fmt.Sprintf("%d of %d voters answer, and all of them are needed (%s): if one is lost, %s", len(names), of, strings.Join(names, ", "), stopsChanges)
+	return fmt.Sprintf("%d of %d voters answer, and all of them are needed (%s): if one is lost, %s", len(names), of, strings.Join(names, ", "), noQuorumThen)
 }
