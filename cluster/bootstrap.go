@@ -24,6 +24,9 @@ func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) err
 	if _, known := cfg.Sites[c.opts.Site]; !known {
 		return fmt.Errorf("%w: this node's site is %q, the configuration has %v", ErrUnknownSite, c.opts.Site, sortedKeys(cfg.Sites))
 	}
+	if level, key := cfg.FeatureLevel(); level > c.self().Feature {
+		return fmt.Errorf("%w: %s in the configuration needs feature level %d, this node announces %d", ErrFeatureLevel, key, level, c.self().Feature)
+	}
 	hash := HashConfig(text)
 	if s := c.State(); s.ClusterID != "" {
 		return sameCluster(s, hash)

@@ -1,16 +1,23 @@
 package node
 
 import (
+	"errors"
 	"time"
 
-	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
+// agreement is what keyCheck needs of *cluster.Cluster.
+type agreement interface {
+	State() *agreed.State
+	AgreedAge() (age time.Duration, known bool)
+}
+
 // keyCheck checks clients' keys against the local copy of the agreed state. Without a
-// quorum, valid keys stay valid.
-type keyCheck struct{ cluster *cluster.Cluster }
+// quorum, valid keys stay valid for as long as access.stale_for says.
+type keyCheck struct{ cluster agreement }
 
 // Authenticate implements gateway.Auth.
 func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, error) {
@@ -24,6 +31,15 @@ func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, err
 		return serving.Principal{}, nil
 	}
 	key, err := s.Authenticate(token, time.Now())
+	// A key that is missing, revoked or expired stays so. Any other one may have been
+	// revoked, or created, since this node last heard of it.
+	if err == nil || errors.Is(err, agreed.ErrKeyUnknown) {
+		if s.Parsed.Access.StaleFor > 0 {
+			if age, known := k.cluster.AgreedAge(); s.Parsed.Access.Stale(age, known) {
+				return serving.Principal{}, gateway.ErrKeysStale
+			}
+		}
+	}
 	if err != nil {
 		return serving.Principal{}, err
 	}

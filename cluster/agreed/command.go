@@ -14,7 +14,7 @@ const commandFormat = 1
 // MaxFeatureLevel is the newest command set that this build supports. The leader
 // raises State.FeatureLevel to the highest level that every member supports (see
 // cluster/upkeep.go), and no node proposes a command above that level.
-const MaxFeatureLevel = 1
+const MaxFeatureLevel = 2
 
 // CommandType names a command. The names are stored in raft's log: never reuse
 // one with another meaning.

@@ -20,11 +20,13 @@ type view struct {
 	started  time.Time // this process
 	patience time.Duration
 
-	state  *agreed.State
-	raft   cluster.RaftView
-	peers  map[string]cluster.PeerView
-	left   map[string]bool // nodes that have left the gossip and have not come back
-	health cluster.Health  // of this node
+	state *agreed.State
+	raft  cluster.RaftView
+	peers map[string]cluster.PeerView
+	// agreedAge is how old this node's copy of the agreed state may be, nil if unknown.
+	agreedAge *time.Duration
+	left      map[string]bool // nodes that have left the gossip and have not come back
+	health    cluster.Health  // of this node
 
 	jobs     *admin.Jobs                 // nil: unknown
 	copies   map[string]replication.Copy // by site; absent: unknown
@@ -52,6 +54,9 @@ func (o *Operator) view() view {
 		failback: o.failbackAvailable(),
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
+	}
+	if age, known := o.Cluster.AgreedAge(); known {
+		v.agreedAge = &age
 	}
 	v.jobs, v.copies = o.Jobs.Status(v.state)
 	for _, m := range o.Cluster.Members() {

@@ -24,6 +24,7 @@ func (v view) reasons(s admin.Status) []string {
 	if v.leftBehind != "" {
 		add("%s", v.leftBehind)
 	}
+	out = append(out, v.staleKeys()...)
 	if v.keyProblem != "" {
 		add("node %s: %s", v.name, v.keyProblem)
 	}
@@ -108,6 +109,22 @@ func (v view) behind() []string {
 		}
 	}
 	return out
+}
+
+// staleKeys says that this node refuses all keys of clients.
+func (v view) staleKeys() []string {
+	if v.state.Parsed == nil || len(v.state.APIKeys) == 0 {
+		return nil
+	}
+	age, ago := time.Duration(0), "since before its start"
+	if v.agreedAge != nil {
+		age = *v.agreedAge
+		ago = "for " + age.Round(time.Second).String()
+	}
+	if !v.state.Parsed.Access.Stale(age, v.agreedAge != nil) {
+		return nil
+	}
+	return []string{fmt.Sprintf("node %s refuses the API keys of clients: it has heard nothing from the cluster's majority %s, and access.stale_for allows %s", v.name, ago, v.state.Parsed.Access.StaleFor)}
 }
 
 func lastHeard(seconds *float64) string {
