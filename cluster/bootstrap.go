@@ -27,6 +27,9 @@ func (c *Cluster) Bootstrap(ctx context.Context, text []byte, author string) err
 	if c.returning != nil {
 		return fmt.Errorf("%w: %s", ErrNodeRemoved, c.returning.Removed)
 	}
+	if level, key := cfg.FeatureLevel(); level > c.self().Feature {
+		return fmt.Errorf("%w: %s in the configuration needs feature level %d, this node announces %d", ErrFeatureLevel, key, level, c.self().Feature)
+	}
 	hash := HashConfig(text)
 	if s := c.State(); s.ClusterID != "" {
 		return sameCluster(s, hash)

@@ -214,6 +214,10 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node, r *clusterpb.Joi
 		return fmt.Errorf("%w: the cluster is at feature level %d, %s announces %d: run a newer version there, or remove feature_level from its node.yaml", ErrFeatureLevel, s.FeatureLevel, n.Name, n.Feature)
 	}
 	if s.Parsed != nil {
+		// A new cluster reaches the level of its configuration some seconds after its start.
+		if level, key := s.Parsed.FeatureLevel(); n.Feature < level {
+			return fmt.Errorf("%w: %s in the configuration needs feature level %d, %s announces %d", ErrFeatureLevel, key, level, n.Name, n.Feature)
+		}
 		if _, known := s.Parsed.Sites[n.Site]; !known {
 			return fmt.Errorf("%w: %q; add it under sites with dsnode config apply first (known: %v)", ErrUnknownSite, n.Site, sortedKeys(s.Parsed.Sites))
 		}

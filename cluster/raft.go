@@ -55,6 +55,11 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.noteLostStore(); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
+	last, err := c.opts.Logs.LastIndex()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("read raft's log: %w", err), transport.Close())
+	}
+	c.fsm.logged = last
 	m := c.member.Load()
 	voter := newVoterTransport(transport, m.VoteFrom, m.StoreLost, c.raft.Load)
 	c.votes = voter
@@ -122,8 +127,8 @@ type RaftView struct {
 	// that began or ended. A zero Since means that there was no lease yet.
 	Quorum bool
 	Since  time.Time
-	// Ticked says whether this node has applied a leader's tick since its start, and
-	// TickAgo how long ago the newest one was: its agreed state may be that old. The
+	// Ticked says whether this node has applied a leader's tick that was not in its log
+	// at its start, and TickAgo how long ago the newest one was: its agreed state may be that old. The
 	// lease does not show this, because it may come from another node.
 	Ticked  bool
 	TickAgo time.Duration
@@ -155,6 +160,20 @@ func (c *Cluster) Raft() RaftView {
 		v.Since = c.opts.Host.Now().Add(since - c.opts.Host.Boottime())
 	}
 	return v
+}
+
+// AgreedAge is how old this node's copy of the agreed state may be: how long ago it got the
+// newest tick of a leader. Until it gets the first one after its start, the newest in its
+// own log counts, by the wall clocks of that leader and of this node. known is false if
+// there is none. AgreedAge is cheap: it is called for requests.
+func (c *Cluster) AgreedAge() (age time.Duration, known bool) {
+	if ticked := c.fsm.ticked.Load(); ticked != 0 {
+		return c.opts.Host.Boottime() - time.Duration(ticked), true
+	}
+	if at := c.fsm.tickAt.Load(); at != 0 {
+		return max(0, c.opts.Host.Now().Sub(time.Unix(0, at))), true
+	}
+	return 0, false
 }
 
 // serverTimeout bounds how long a change of raft's configuration waits to start.

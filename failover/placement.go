@@ -19,9 +19,9 @@ const (
 	// voterStableFor is how long a member must be heard without a gap before it
 	// may vote (again): a flapping link must not move votes.
 	voterStableFor = 30 * time.Second
-	// voterGrowAfter replaces voterStableFor while there are fewer than three voters:
-	// until then any crash of a voter stops the cluster, so growing soon is worth the
-	// risk.
+	// voterGrowAfter replaces voterStableFor while fewer than three voters are neither
+	// dead nor leaving: until then any crash of a voter stops the cluster, so growing soon
+	// is worth the risk.
 	voterGrowAfter = 3 * time.Second
 
 	maxVoters = 5
@@ -52,16 +52,17 @@ type PlacementNode struct {
 	CaughtUp bool
 	InConfig bool // in the Raft configuration, with or without a vote
 	Voter    bool
-	// Leaving: an operator has removed it, or it is no agreed member. A node that drains
-	// or restarts is not leaving.
+	// Leaving: an operator has removed it, it is no agreed member, or its site is not
+	// configured. A node that drains or restarts is not leaving.
 	Leaving bool
 }
 
 // PlacementView is all that PlaceVoters looks at.
 type PlacementView struct {
-	Sites  []PlacementSite
-	Nodes  []PlacementNode
-	Leader string // this node's name
+	Sites   []PlacementSite
+	Nodes   []PlacementNode
+	Leader  string // this node's name
+	Primary string // the primary site
 }
 
 // StepKind is one change of the Raft configuration.
@@ -89,10 +90,10 @@ type PlacementReason string
 
 const (
 	PlacementSettled      PlacementReason = "placed"
-	PlacementNoQuorum     PlacementReason = "no_quorum"       // nothing could be committed
-	PlacementUncertain    PlacementReason = "voter_uncertain" // a voter is silent, but not yet for voterDeadAfter
-	PlacementWaitSites    PlacementReason = "waiting_for_third_site"
-	PlacementSiteAway     PlacementReason = "site_away" // the voter of a lost site stays: demoting from three gains nothing
+	PlacementNoQuorum     PlacementReason = "no_quorum"               // nothing could be committed
+	PlacementUncertain    PlacementReason = "voter_uncertain"         // a voter is silent, but not yet for voterDeadAfter
+	PlacementWaitNodes    PlacementReason = "waiting_for_three_nodes" // until then one voter is the best: of two, both are needed
+	PlacementSiteAway     PlacementReason = "site_away"               // placed as well as the sites that are up allow
 	PlacementNoReplace    PlacementReason = "no_replacement"
 	PlacementNewMember    PlacementReason = "new_member"
 	PlacementLeaving      PlacementReason = "leaving"
@@ -108,11 +109,18 @@ var noStep = Plan{Step: StepNone}
 
 // PlaceVoters decides the next change of the Raft configuration. It is pure.
 //
-// The shapes: five voters as 2+2+1 where nodes allow, three as 1+1+1, else one until a
-// third site has caught up. With three sites up no site holds a majority, and with
-// three cities up no city does (1+1+2+1, 1+0+1+1). Among equal shapes it prefers the one
+// The shapes: with three sites up, five voters as 2+2+1 where nodes allow, else three as
+// 1+1+1; no site holds a majority, and with three cities up no city does (1+1+2+1,
+// 1+0+1+1). With two sites up three as 2+1, with one site three, if there are three nodes.
+// With fewer nodes one: of two voters both are needed, so two are worse. But three stay
+// three while dead ones among them may return: one voter would save nothing then.
+//
+// Among equal shapes it prefers the one with votes in the primary's site, then the one
 // that keeps the leader, then the one that keeps most of the current voters, then
-// priority. So it moves no vote without need.
+// priority. So it moves no vote without need. With three sites up one vote in the
+// primary's site is enough: the leader must be able to go there. With fewer sites some
+// site holds the majority, and that should be the primary's: then the loss of another
+// site costs nothing.
 //
 // The order: a new voter is added before an old one is demoted, which never lowers the
 // number of further failures that are survived. A step that would leave fewer heard
@@ -166,6 +174,10 @@ func newPlacement(v PlacementView) *placement {
 		p.site[s.Name] = s
 	}
 	p.nodes = slices.Clone(v.Nodes)
+	for i, n := range p.nodes {
+		_, configured := p.site[n.Site]
+		p.nodes[i].Leaving = n.Leaving || !configured
+	}
 	slices.SortFunc(p.nodes, func(a, b PlacementNode) int {
 		return cmp.Or(cmp.Compare(p.site[a.Site].Priority, p.site[b.Site].Priority),
 			cmp.Compare(a.Site, b.Site), cmp.Compare(a.Name, b.Name))
@@ -197,9 +209,6 @@ func (p *placement) usable(n PlacementNode) bool {
 	if n.Leaving || !n.InConfig {
 		return false
 	}
-	if _, configured := p.site[n.Site]; !configured {
-		return false
-	}
 	if n.Voter {
 		return !p.dead(n)
 	}
@@ -223,56 +232,47 @@ func (p *placement) heardVoters(set []PlacementNode) int {
 
 // target is the set of voters to arrive at, and the reason to give when it is reached.
 func (p *placement) target() ([]PlacementNode, PlacementReason) {
-	have := len(p.voters)
-	leaving := slices.ContainsFunc(p.voters, func(n PlacementNode) bool { return n.Leaving })
-	switch {
-	case len(p.up) >= 3:
+	if len(p.up) >= 3 {
 		for size := maxVoters; size >= 3; size -= 2 {
 			if set := p.choose(size, (size-1)/2, p.cities >= 3); set != nil {
 				return set, PlacementSettled
 			}
 		}
-	case have >= 4:
-		// A site is lost: shrink to three voters in the others. If only two sites are up,
-		// one of them has two of the three votes. That survives more failures than five
-		// votes of which dead nodes hold two.
-		if set := p.choose(3, 2, false); set != nil {
-			return set, PlacementSiteAway
-		}
-		if set := p.choose(3, 3, false); set != nil {
-			return set, PlacementSiteAway
-		}
-	case have == 3 && !leaving:
-		return p.standIns(), PlacementSiteAway
-	default:
-		if set := p.choose(1, 1, false); set != nil {
-			return set, PlacementWaitSites
-		}
+	}
+	placed := PlacementSettled
+	if len(p.Sites) >= 3 {
+		placed = PlacementSiteAway
+	}
+	if set := p.choose(3, 3, false); set != nil { // of two sites it takes both
+		return set, placed
+	}
+	if set := p.keepThree(); set != nil {
+		return set, PlacementNoReplace
+	}
+	if set := p.choose(1, 1, false); set != nil {
+		return set, PlacementWaitNodes
 	}
 	return p.voters, PlacementNoReplace
 }
 
-// standIns replaces the dead among three voters, except those whose whole site is lost:
-// they stay voters.
-func (p *placement) standIns() []PlacementNode {
-	var set, spare []PlacementNode
-	for _, n := range p.nodes {
+// keepThree is three of the current voters, some of them dead. It is nil if fewer stay
+// in the cluster. The ones to give up first are dead, then in the site with the lowest
+// priority.
+func (p *placement) keepThree() []PlacementNode {
+	var alive, dead []PlacementNode
+	for _, n := range p.voters {
 		switch {
-		case n.Voter && (!p.dead(n) || !slices.Contains(p.up, n.Site)):
-			set = append(set, n)
-		case !n.Voter && p.usable(n):
-			spare = append(spare, n)
+		case n.Leaving:
+		case p.dead(n):
+			dead = append(dead, n)
+		default:
+			alive = append(alive, n)
 		}
 	}
-	for len(set) < 3 {
-		if len(spare) == 0 {
-			return p.voters
-		}
-		next := p.fewestVotes(spare, set)
-		set = append(set, next)
-		spare = slices.DeleteFunc(spare, func(n PlacementNode) bool { return n.Name == next.Name })
+	if len(alive)+len(dead) < 3 {
+		return nil
 	}
-	return set
+	return append(alive, dead...)[:3]
 }
 
 // choose picks size usable nodes, at most perSite of a site and, with spreadCities, a
@@ -337,25 +337,34 @@ func (p *placement) usableBySite() [][]PlacementNode {
 
 // placementScore compares sets of equal size. Earlier fields weigh more.
 type placementScore struct {
-	sites, cities, leader, kept int
-	priorities                  int // lower is better
+	sites, cities int
+	primary       int // votes in the primary's site, as far as they count
+	leader, kept  int
+	priorities    int // lower is better
 }
 
 func (s placementScore) better(than placementScore) bool {
 	return cmp.Or(cmp.Compare(s.sites, than.sites), cmp.Compare(s.cities, than.cities),
-		cmp.Compare(s.leader, than.leader), cmp.Compare(s.kept, than.kept),
+		cmp.Compare(s.primary, than.primary), cmp.Compare(s.leader, than.leader), cmp.Compare(s.kept, than.kept),
 		cmp.Compare(than.priorities, s.priorities)) > 0
 }
 
 func (p *placement) score(set []PlacementNode) placementScore {
 	var s placementScore
 	var sites, cities []string
+	enough := len(set)
+	if len(p.up) >= 3 {
+		enough = 1
+	}
 	for _, n := range set {
 		if !slices.Contains(sites, n.Site) {
 			sites = append(sites, n.Site)
 		}
 		if city := p.site[n.Site].City; !slices.Contains(cities, city) {
 			cities = append(cities, city)
+		}
+		if n.Site == p.Primary {
+			s.primary = min(s.primary+1, enough)
 		}
 		if n.Name == p.Leader {
 			s.leader = 1

@@ -10,14 +10,22 @@ import (
 	"pgregory.net/rapid"
 )
 
+var placementSites = []PlacementSite{
+	{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}, {"d", "wuhan", 4}, {"e", "xian", 5},
+}
+
 // placementFrom reads "a1=V a2=n b1=V! c1=." : V voter, n non-voter, . not in
 // the configuration; then ! dead for an hour, ? silent for 10 s, ~ heard again
-// for 5 s, - leaving, * the leader, % not caught up.
-// The sites a and b share a city; c, d and e have their own.
+// for 5 s, - leaving, * the leader, % not caught up, @ its site is the primary.
+// The sites a and b share a city; c, d and e have their own. A site is configured if one of
+// its nodes is named.
 func placementFrom(t interface{ Fatalf(string, ...any) }, text string) PlacementView {
-	v := PlacementView{Sites: []PlacementSite{
-		{"a", "shanghai", 1}, {"b", "shanghai", 2}, {"c", "beijing", 3}, {"d", "wuhan", 4}, {"e", "xian", 5},
-	}}
+	v := PlacementView{}
+	for _, s := range placementSites {
+		if strings.Contains(" "+text, " "+s.Name) {
+			v.Sites = append(v.Sites, s)
+		}
+	}
 	for _, word := range strings.Fields(text) {
 		name, marks, ok := strings.Cut(word, "=")
 		if !ok {
@@ -43,6 +51,8 @@ func placementFrom(t interface{ Fatalf(string, ...any) }, text string) Placement
 				n.CaughtUp = false
 			case '*':
 				v.Leader = name
+			case '@':
+				v.Primary = n.Site
 			default:
 				t.Fatalf("bad mark %q in %q", m, word)
 			}
@@ -65,13 +75,26 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		name, given, step string
 		why               PlacementReason
 	}{
-		{"one node is a cluster", "a1=V", "none", PlacementWaitSites},
-		{"three nodes of one site: one voter", "a1=V a2=n a3=n", "none", PlacementWaitSites},
-		{"two sites: one voter", "a1=V b1=n", "none", PlacementWaitSites},
+		{"one node is a cluster", "a1=V", "none", PlacementWaitNodes},
+		{"two nodes of one site: one voter", "a1=V a2=n", "none", PlacementWaitNodes},
+		{"two sites with a node each: one voter", "a1=V b1=n", "none", PlacementWaitNodes},
+		{"three nodes of one site: three voters", "a1=V a2=n a3=n", "add_voter a2", PlacementGrow},
+		{"then the third", "a1=V a2=V a3=n", "add_voter a3", PlacementGrow},
+		{"one site is placed", "a1=V a2=V a3=V a4=n a5=n", "none", PlacementSettled},
+		{"two sites: 2+1", "a1=V a2=n b1=n", "add_voter b1", PlacementGrow},
+		{"two sites are placed", "a1=V a2=V b1=V b2=n", "none", PlacementSettled},
+		{"two sites: three in one are not 2+1", "a1=V a2=V a3=V b1=n", "add_voter b1", PlacementRebalance},
+		{"then one of them is demoted", "a1=V a2=V a3=V b1=V", "demote a3", PlacementShrink},
+		{"two sites: the majority belongs in the primary", "a1=V a2=V b1=V b2=n@", "add_voter b2", PlacementRebalance},
+		{"then a vote of the other site goes", "a1=V a2=V b1=V b2=V@", "demote a2", PlacementShrink},
+		{"the primary has one node: the majority stays elsewhere", "a1=V a2=V b1=V@", "none", PlacementSettled},
+		{"one voter outside the primary", "a1=V b1=n@", "add_voter b1", PlacementRebalance},
+		{"its leader hands over", "a1=V* b1=V@", "move_leader b1", PlacementLeaderInWay},
+		{"and is demoted", "a1=V b1=V*@", "demote a1", PlacementShrink},
 		{"two voters from an interrupted growth", "a1=V b1=V c1=n%", "demote b1", PlacementShrink},
 		{"a new member is added without a vote", "a1=V b1=.", "add_nonvoter b1", PlacementNewMember},
-		{"a silent new member is not added", "a1=V b1=.!", "none", PlacementWaitSites},
-		{"third site not caught up", "a1=V b1=n c1=n%", "none", PlacementWaitSites},
+		{"a silent new member is not added", "a1=V b1=.!", "none", PlacementWaitNodes},
+		{"third site not caught up", "a1=V b1=n c1=n%", "none", PlacementWaitNodes},
 		{"third site caught up", "a1=V b1=n c1=n", "add_voter c1", PlacementGrow},
 		{"second half of the growth", "a1=V b1=n c1=V", "add_voter b1", PlacementGrow},
 		{"a cluster with one voter does not wait 30 s", "a1=V b1=n~ c1=n~", "add_voter c1", PlacementGrow},
@@ -81,6 +104,7 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"from four to five", "a1=V a2=V b1=V b2=n c1=V", "add_voter b2", PlacementGrow},
 		{"2+2+1 is placed", "a1=V a2=V b1=V b2=V c1=V", "none", PlacementSettled},
 		{"2+2+2 nodes: one stays without a vote", "a1=V a2=V b1=V b2=V c1=V c2=n", "none", PlacementSettled},
+		{"of three sites the primary needs one vote, not two", "a1=V a2=V b1=V b2=n@ c1=V c2=V", "none", PlacementSettled},
 		{"2+1+2 is as good, nothing moves", "a1=V a2=V b1=V b2=n c1=V c2=V", "none", PlacementSettled},
 		{"a fresh fifth waits until it is stable", "a1=V a2=V b1=V b2=n~ c1=V", "demote a2", PlacementRebalance},
 
@@ -89,8 +113,19 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"then the dead voter is demoted", "a1=V b1=V! b2=V c1=V", "demote b1", PlacementStandIn},
 		{"voter silent 10 s: wait", "a1=V b1=V? b2=n c1=V", "none", PlacementSettled},
 		{"another one silent: wait", "a1=V a2=V b1=V! b2=V b3=n c1=V?", "none", PlacementUncertain},
-		{"no replacement: three stay three", "a1=V b1=V c1=V!", "none", PlacementSiteAway},
-		{"a node of another site does not replace a lost site's voter", "a1=V a2=n b1=V c1=V!", "none", PlacementSiteAway},
+		{"no replacement: three stay three", "a1=V b1=V c1=V!", "none", PlacementNoReplace},
+		{"a node of another site replaces a lost site's voter", "a1=V a2=n b1=V c1=V!", "add_voter a2", PlacementStandIn},
+		{"then the lost site's voter is demoted", "a1=V a2=V b1=V c1=V!", "demote c1", PlacementStandIn},
+		{"the lost site returns: 1+1+1 again", "a1=V a2=V b1=V c1=n", "add_voter c1", PlacementRebalance},
+		{"one of three dead in one site: three stay three", "a1=V a2=V a3=V!", "none", PlacementNoReplace},
+		{"one of three dead in one site: the fourth replaces it", "a1=V a2=V a3=V! a4=n", "add_voter a4", PlacementStandIn},
+		{"two sites, the other one lost: a third node of this one", "a1=V a2=V a3=n b1=V!", "add_voter a3", PlacementStandIn},
+		{"the only node of the third site is removed: 2+1", "a1=V a2=n b1=V c1=V!-", "add_voter a2", PlacementStandIn},
+		{"then its vote goes", "a1=V a2=V b1=V c1=V!-", "demote c1", PlacementLeaving},
+		{"the third site is removed, two nodes are left: one voter", "a1=V b1=V c1=V!-", "demote c1", PlacementLeaving},
+		{"in the primary", "a1=V* b1=V@", "move_leader b1", PlacementLeaderInWay},
+		{"2+2+1: the third site is removed", "a1=V a2=V b1=V b2=V c1=V!-", "demote c1", PlacementLeaving},
+		{"then to three, most in the primary", "a1=V a2=V b1=V b2=V@", "demote a2", PlacementShrink},
 		{"replacement within a site while another site is lost", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
 		{"2+2+1, a dead: demote from five", "a1=V! a2=V! b1=V b2=V c1=V", "demote a2", PlacementShrink},
 		{"2+2+1, a dead: then to three", "a1=V! a2=n! b1=V b2=V c1=V", "demote a1", PlacementStandIn},
@@ -106,6 +141,7 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"a witness: 1+1+2+1", "a1=V b1=V c1=V c2=n d1=n", "add_voter d1", PlacementGrow},
 		{"1+1+2+1 is placed", "a1=V b1=V c1=V c2=V d1=V", "none", PlacementSettled},
 		{"a witness with single nodes: 1+0+1+1", "a1=V b1=n c1=V d1=V", "none", PlacementSettled},
+		{"the primary's site needs a vote", "a1=V b1=n@ c1=V d1=V", "add_voter b1", PlacementRebalance},
 		{"a city must not hold two of three", "a1=V b1=V c1=V d1=n", "add_voter d1", PlacementRebalance},
 		{"witness dead: the other site of the city", "a1=V b1=n c1=V d1=V!", "add_voter b1", PlacementStandIn},
 
@@ -257,12 +293,12 @@ func TestPlaceVotersProperties(t *testing.T) {
 		switch why {
 		case PlacementSettled:
 			for site, votes := range perSite {
-				if 2*votes > voters {
+				if len(v.Sites) >= 3 && 2*votes > voters {
 					t.Fatalf("%s holds the majority in the end: %s", site, v.String())
 				}
 			}
 			fallthrough
-		case PlacementWaitSites, PlacementSiteAway:
+		case PlacementWaitNodes, PlacementSiteAway:
 			if voters%2 == 0 || voters > maxVoters {
 				t.Fatalf("ends with %d voters (%s): %s", voters, why, v.String())
 			}

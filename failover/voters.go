@@ -106,7 +106,7 @@ func (v *Voters) view(s *agreed.State, l cluster.Leadership) PlacementView {
 		p.InConfig, p.Voter = true, server.Voter
 	}
 	peers := v.servers.Peers()
-	view := PlacementView{Leader: v.name, Sites: configured(s)}
+	view := PlacementView{Leader: v.name, Primary: s.Primary.Site, Sites: configured(s)}
 	for name, p := range nodes {
 		peer, known := peers[name]
 		since, heard := heardSince[name]

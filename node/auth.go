@@ -1,16 +1,25 @@
 package node
 
 import (
-	"github.com/dsnode/dsnode/cluster"
+	"errors"
+	"time"
+
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/host"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
+// agreement is what keyCheck needs of *cluster.Cluster.
+type agreement interface {
+	State() *agreed.State
+	AgreedAge() (age time.Duration, known bool)
+}
+
 // keyCheck checks clients' keys against the local copy of the agreed state. Without a
-// quorum, valid keys stay valid.
+// quorum, valid keys stay valid for as long as access.stale_for says.
 type keyCheck struct {
-	cluster *cluster.Cluster
+	cluster agreement
 	host    *host.Host
 }
 
@@ -26,6 +35,15 @@ func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, err
 		return serving.Principal{}, nil
 	}
 	key, err := s.Authenticate(token, k.host.Now())
+	// A key that is missing, revoked or expired stays so. Any other one may have been
+	// revoked, or created, since this node last heard of it.
+	if err == nil || errors.Is(err, agreed.ErrKeyUnknown) {
+		if s.Parsed.Access.StaleFor > 0 {
+			if age, known := k.cluster.AgreedAge(); s.Parsed.Access.Stale(age, known) {
+				return serving.Principal{}, gateway.ErrKeysStale
+			}
+		}
+	}
 	if err != nil {
 		return serving.Principal{}, err
 	}

@@ -15,7 +15,8 @@ const commandFormat = 1
 // raises State.FeatureLevel to the highest level that every member supports (see
 // cluster/upkeep.go), and no node proposes a command above that level.
 //
-// Level 2 adds what State says about removed nodes. A field that only builds of a level
+// Level 2 adds what State says about removed nodes, and access.stale_for in the
+// configuration. A field that only builds of a level
 // know is set only when State.FeatureLevel has reached it, also by an older command.
 const MaxFeatureLevel = 2
 

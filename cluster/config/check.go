@@ -41,6 +41,7 @@ func (c *checker) all() {
 	c.limits()
 	c.cache()
 	c.jobs()
+	c.access()
 	c.timing()
 }
 
@@ -244,6 +245,15 @@ func (c *checker) limits() {
 	c.between(at.At("in_flight"), int64(l.InFlight), 1, 1<<20)
 	c.between(at.At("connections"), int64(l.Connections), 1, 1<<20)
 	c.between(at.At("header_bytes"), int64(l.HeaderBytes), 4<<10, 1<<20)
+}
+
+// access: a limit must outlast a change of the raft leader on a bad link, or each would
+// refuse all clients of some nodes.
+func (c *checker) access() {
+	const least, most = Duration(10 * time.Second), Duration(30 * 24 * time.Hour)
+	if d := c.Access.StaleFor; d != 0 && (d < least || d > most) {
+		c.reject(At("access", "stale_for"), fmt.Sprintf("write a time from %s to %s, or 0s for no limit", least, most), "%s is out of range", d)
+	}
 }
 
 func (c *checker) timing() {

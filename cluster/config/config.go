@@ -26,6 +26,15 @@ type Config struct {
 	source *Source // nil in a Config that was not parsed
 }
 
+// FeatureLevel is the feature level that all nodes need to read this configuration, and the
+// key because of which they do; "" at level 1. Older versions refuse unknown keys.
+func (c *Config) FeatureLevel() (level int, key string) {
+	if at := At("access", "stale_for"); c.source.Has(at) {
+		return 2, at.String()
+	}
+	return 1, ""
+}
+
 // Site is a data centre.
 type Site struct {
 	City string `yaml:"city"`
@@ -145,12 +154,22 @@ type Limits struct {
 	HeaderBytes int   `yaml:"header_bytes,omitempty"` // 64 KiB
 }
 
-// Access says who may use the api port while no API key exists.
+// Access says who may use the api port.
 type Access struct {
 	// Anonymous allows requests without a key from any address. If false (the
 	// default), every request needs a key once one exists; until then only
 	// connections over loopback are served.
 	Anonymous bool `yaml:"anonymous,omitempty"`
+	// StaleFor is how long a node that is cut off from the cluster still accepts API keys. 0,
+	// the default: without limit, so a key that is revoked meanwhile is accepted there
+	// until the node is back.
+	StaleFor Duration `yaml:"stale_for"`
+}
+
+// Stale reports whether API keys can't be checked against a copy of the agreed state that
+// may be so old. An age that is not known is too old for any limit.
+func (a Access) Stale(age time.Duration, known bool) bool {
+	return a.StaleFor > 0 && (!known || age > a.StaleFor.D())
 }
 
 // TimingConfig has the one setting from which all failure-detection times are

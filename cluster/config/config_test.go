@@ -340,3 +340,20 @@ func selfSigned(t *testing.T) (cert, key []byte) {
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
 }
+
+func TestAccessStale(t *testing.T) {
+	for _, tc := range []struct {
+		staleFor, age time.Duration
+		known, want   bool
+	}{
+		{0, 1000 * time.Hour, true, false}, // no limit
+		{0, 0, false, false},
+		{time.Minute, time.Minute, true, false},
+		{time.Minute, time.Minute + 1, true, true},
+		{time.Minute, 0, false, true}, // unknown is too old
+	} {
+		if got := (Access{StaleFor: Duration(tc.staleFor)}).Stale(tc.age, tc.known); got != tc.want {
+			t.Errorf("stale_for %s, age %s (known %v): %v", tc.staleFor, tc.age, tc.known, got)
+		}
+	}
+}

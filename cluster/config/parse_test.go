@@ -304,6 +304,7 @@ func TestParseRefuses(t *testing.T) {
 		{"small headers", head + "limits: {header_bytes: 100}\n", `cluster.yaml:4: limits.header_bytes: 100 is out of range; write a number from 4096 to 1048576`},
 		{"local_ttl above shared_ttl", head + "cache: {local_ttl: 2h}\n", `cluster.yaml:4: cache.local_ttl: local_ttl (2h) must not exceed shared_ttl (1h); lower local_ttl or raise shared_ttl`},
 		{"job durability", head + "jobs: {durability: two-site}\n", `cluster.yaml:4: jobs.durability: "two-site" is not a durability; did you mean "two-sites"?`},
+		{"stale_for shorter than an election", head + "access: {stale_for: 5s}\n", `cluster.yaml:4: access.stale_for: 5s is out of range; write a time from 10s to 720h, or 0s for no limit`},
 		{"zero job concurrency", head + "jobs: {concurrency: 0}\n", `cluster.yaml:4: jobs.concurrency: 0 is out of range; write a number from 1 to 4096`},
 		{"too many jobs", head + "jobs: {max_queued: 2000000}\n", `cluster.yaml:4: jobs.max_queued: 2000000 is out of range; write a number from 1 to 1000000`},
 		{"small max_queued_bytes", head + "jobs: {max_queued_bytes: 1}\n", `cluster.yaml:4: jobs.max_queued_bytes: 1 is out of range; write a number from 1048576 to 1099511627776`},

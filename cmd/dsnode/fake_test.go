@@ -112,6 +112,8 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 		s.FailbackAvailable = ptr("beijing")
 	}
 	switch f.state {
+	case "healthy":
+		s.Warnings = []string{"2 of 3 voters are in the city shanghai: while it is lost, no change is possible"}
 	case "degraded":
 		s.Reasons = []string{"site beijing is down: last heard 12m34s ago"}
 	case "lost":

@@ -101,6 +101,13 @@ func (t statusTable) facts() [][2]string {
 	if site := t.FailbackAvailable; site != nil {
 		facts = append(facts, [2]string{"failback", fmt.Sprintf("available: dsnode failover --to %s", *site)})
 	}
+	for i, warning := range t.Warnings {
+		label := "warning"
+		if i > 0 {
+			label = ""
+		}
+		facts = append(facts, [2]string{label, warning})
+	}
 	for _, a := range t.Alerts {
 		facts = append(facts, [2]string{"alert", fmt.Sprintf("%s %s %s%s", a.Name, a.State, a.Site, t.since(&a.Since))})
 	}

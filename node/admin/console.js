@@ -53,6 +53,7 @@ function draw(s) {
     ["generation", show(s.generation)],
     ["raft", (s.raft.quorum ? "quorum" : "no quorum") + " since " + when(s.raft.quorum_since) +
       " · leader " + show(s.raft.leader) + " · term " + show(s.raft.term) + " · " + show(s.raft.voters) + " voters"],
+    ...s.warnings.map((w) => ["warning", w]),
   ];
   byId("facts").replaceChildren(...facts.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
 

@@ -23,6 +23,9 @@ func (s *Server) getStatus(ctx context.Context, _ call) (any, error) {
 	if status.Reasons == nil {
 		status.Reasons = []string{} // none, as opposed to unknown
 	}
+	if status.Warnings == nil {
+		status.Warnings = []string{}
+	}
 	return status, err
 }
 

@@ -10,7 +10,10 @@ type Status struct {
 	Version string `json:"version"` // of the observer
 	Healthy bool   `json:"healthy"`
 	// Reasons are sentences that say why the cluster is not healthy. Empty, never nil.
-	Reasons    []string  `json:"reasons"`
+	Reasons []string `json:"reasons"`
+	// Warnings are sentences that say what a further loss would cost. The cluster is healthy
+	// with them. Empty, never nil.
+	Warnings   []string  `json:"warnings"`
 	Observer   Observer  `json:"observer"`
 	ObservedAt time.Time `json:"observed_at"`
 

@@ -9,7 +9,7 @@ import (
 func healthyStatus() Status {
 	since := time.Date(2026, 11, 22, 9, 0, 0, 0, time.UTC)
 	return Status{
-		Cluster: "dev", Version: "0.1.0", Healthy: true, Reasons: []string{},
+		Cluster: "dev", Version: "0.1.0", Healthy: true, Reasons: []string{}, Warnings: []string{},
 		Observer: Observer{Node: "shanghai-a-1", Site: "shanghai-a"}, ObservedAt: since.Add(time.Hour),
 		Generation: ptr(uint64(1)),
 		Primary:    &Primary{Site: "shanghai-a", Epoch: 1, Since: since, Reason: "bootstrap"},

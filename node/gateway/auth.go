@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/netip"
 	"strconv"
@@ -15,7 +16,7 @@ func (x *exchange) authenticate() (who serving.Principal, hops int, f *failure) 
 	if x.from == clients {
 		who, err := x.g.o.Auth.Authenticate(token(x.r.Header), local(x.r))
 		if err != nil {
-			if f = explain(err, ""); f == nil || f.status != http.StatusUnauthorized {
+			if f = explain(err, ""); f == nil || f.status != http.StatusUnauthorized && !errors.Is(err, ErrKeysStale) {
 				f = explain(ErrKeyUnknowable, "")
 			}
 			return who, 0, f

@@ -134,6 +134,11 @@ func explain(err error, model string) *failure {
 		return badKey("This key can't be used: " + err.Error() + ".")
 	case errors.Is(err, ErrKeyUnknowable):
 		return &failure{status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "auth_unavailable", retryAfter: time.Second, message: "API keys can't be checked now. Please try again later."}
+	case errors.Is(err, ErrKeysStale):
+		return &failure{
+			status: http.StatusServiceUnavailable, kind: openai.ServerError, code: "auth_stale", retryAfter: 5 * time.Second,
+			message: "This node has been cut off from its cluster for too long to check API keys (access.stale_for). Please try another site.",
+		}
 	case errors.Is(err, serving.ErrUnknownModel):
 		return unknownModel(model)
 	case errors.Is(err, serving.ErrNoUpstream):

@@ -24,13 +24,18 @@ type Auth interface {
 	// Authenticate judges a bearer token, empty when none was sent. local is
 	// true for a direct connection over loopback. Errors wrap one of
 	// agreed.ErrKeyMissing, ErrKeyUnknown, ErrKeyExpired, ErrKeyRevoked (401)
-	// or ErrKeyUnknowable (503); any other one is treated like ErrKeyUnknowable.
+	// or ErrKeyUnknowable or ErrKeysStale (503); any other one is treated like
+	// ErrKeyUnknowable.
 	Authenticate(token string, local bool) (serving.Principal, error)
 }
 
 // ErrKeyUnknowable says that keys can't be checked now, because there is no agreed
 // state. It must never look like a wrong key.
 var ErrKeyUnknowable = errors.New("API keys can't be checked now")
+
+// ErrKeysStale says that this node has been cut off from the cluster for longer than the
+// configuration lets it accept keys.
+var ErrKeysStale = errors.New("API keys were last known to be valid too long ago")
 
 // Health reports what the health endpoints show.
 type Health interface {

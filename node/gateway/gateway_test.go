@@ -52,6 +52,8 @@ func (k keys) Authenticate(token string, local bool) (serving.Principal, error) 
 		return serving.Principal{}, fmt.Errorf("%w at 2026-01-01T00:00:00Z", agreed.ErrKeyRevoked)
 	case "unknowable":
 		return serving.Principal{}, fmt.Errorf("look up: %w", ErrKeyUnknowable)
+	case "stale":
+		return serving.Principal{}, fmt.Errorf("look up: %w", ErrKeysStale)
 	case "odd":
 		return serving.Principal{}, errors.New("disk on fire")
 	}
@@ -271,6 +273,7 @@ func TestBadInput(t *testing.T) {
 		"expired":         {"POST", url, chat, []string{"X-Api-Key", "expired"}, 401, "invalid_api_key", "has expired at 2026"},
 		"revoked":         {"GET", "/v1/models", "", []string{"Authorization", "bearer revoked"}, 401, "invalid_api_key", "was revoked"},
 		"unknowable":      {"POST", url, chat, []string{"Authorization", "Bearer unknowable"}, 503, "auth_unavailable", ""},
+		"stale":           {"POST", url, chat, []string{"Authorization", "Bearer stale"}, 503, "auth_stale", ""},
 		"odd":             {"POST", url, chat, []string{"Authorization", "Bearer odd"}, 503, "auth_unavailable", ""},
 		"proxied":         {"POST", url, chat, []string{"X-Forwarded-For", "203.0.113.9"}, 401, "invalid_api_key", "didn't provide"},
 		"web page":        {"POST", url, chat, []string{"Origin", "http://evil.example"}, 401, "invalid_api_key", "didn't provide"},

@@ -69,6 +69,14 @@ func checkChange(s *agreed.State, next *config.Config) error {
 		return fmt.Errorf("%w: timing.heartbeat is %s since the bootstrap and can't change while the cluster runs: nodes with different leases could act as primary at the same time",
 			admin.ErrInvalidConfig, s.Parsed.Timing.Heartbeat)
 	}
+	present := s.FeatureLevel
+	if s.Parsed != nil { // a new cluster reaches the level of its configuration some seconds after its start
+		level, _ := s.Parsed.FeatureLevel()
+		present = max(present, level)
+	}
+	if level, key := next.FeatureLevel(); level > present {
+		return fmt.Errorf("%w: %s needs feature level %d, the cluster is at %d", cluster.ErrFeatureLevel, key, level, s.FeatureLevel)
+	}
 	for name, node := range s.Nodes {
 		if _, known := next.Sites[node.Site]; !known {
 			return fmt.Errorf("%w: site %s still has node %s: remove its nodes first with dsnode node remove", admin.ErrInvalidConfig, node.Site, name)

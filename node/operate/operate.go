@@ -33,6 +33,7 @@ type Cluster interface {
 	Timing() config.Timing
 	StartedAt() time.Time
 	Raft() cluster.RaftView
+	AgreedAge() (age time.Duration, known bool)
 	Peers() map[string]cluster.PeerView
 	Members() []gossip.Member
 	// Waiting says what the node waits for before it is a member, Quarantined why its

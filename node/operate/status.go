@@ -20,11 +20,13 @@ type view struct {
 	started  time.Time // this process
 	patience time.Duration
 
-	state  *agreed.State
-	raft   cluster.RaftView
-	peers  map[string]cluster.PeerView
-	left   map[string]bool // nodes that have left the gossip and have not come back
-	health cluster.Health  // of this node
+	state *agreed.State
+	raft  cluster.RaftView
+	peers map[string]cluster.PeerView
+	// agreedAge is how old this node's copy of the agreed state may be, nil if unknown.
+	agreedAge *time.Duration
+	left      map[string]bool // nodes that have left the gossip and have not come back
+	health    cluster.Health  // of this node
 
 	jobs     *admin.Jobs                 // nil: unknown
 	copies   map[string]replication.Copy // by site; absent: unknown
@@ -57,6 +59,9 @@ func (o *Operator) view() view {
 		removed:    o.Cluster.RemovedError(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
+	if age, known := o.Cluster.AgreedAge(); known {
+		v.agreedAge = &age
+	}
 	v.jobs, v.copies = o.Jobs.Status(v.state)
 	for _, m := range o.Cluster.Members() {
 		v.left[m.Name] = m.State == gossip.MemberLeft
@@ -68,7 +73,7 @@ func (o *Operator) view() view {
 // null, not zero.
 func describe(v view) admin.Status {
 	s := admin.Status{
-		Cluster: v.clusterName, Version: v.version, Reasons: []string{}, ObservedAt: v.now.UTC(),
+		Cluster: v.clusterName, Version: v.version, Reasons: []string{}, Warnings: []string{}, ObservedAt: v.now.UTC(),
 		Observer: admin.Observer{Node: v.name, Site: v.site}, Raft: v.raftStatus(),
 		Sites: []admin.SiteStatus{}, Nodes: []admin.NodeStatus{},
 	}
@@ -103,6 +108,7 @@ func describe(v view) admin.Status {
 		}
 	}
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
+	s.Warnings = append(s.Warnings, v.quorumWarnings(s.Nodes)...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
 }

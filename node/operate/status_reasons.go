@@ -28,6 +28,7 @@ func (v view) reasons(s admin.Status) []string {
 	if v.leftBehind != "" {
 		add("%s", v.leftBehind)
 	}
+	out = append(out, v.staleKeys()...)
 	if v.keyProblem != "" {
 		add("node %s: %s", v.name, v.keyProblem)
 	}
@@ -93,21 +94,6 @@ func (v view) siteReasons(site admin.SiteStatus, nodes []admin.NodeStatus) []str
 	return out
 }
 
-// fewVoters says that the loss of one node can still cost the quorum although three sites
-// are up. A new cluster is in this state for some seconds.
-func (v view) fewVoters(s admin.Status) []string {
-	up := 0
-	for _, site := range s.Sites {
-		if site.NodesAlive != nil && *site.NodesAlive > 0 {
-			up++
-		}
-	}
-	if !v.raft.Quorum || up < 3 || s.Raft.Voters == nil || *s.Raft.Voters >= 3 {
-		return nil
-	}
-	return []string{fmt.Sprintf("%d of 3 voters are placed: the loss of one node can still cost the quorum", *s.Raft.Voters)}
-}
-
 // behind says that this node's copy of the agreed state, or that of a peer, may be old.
 // With a quorum the leader commits an entry several times a second. A node that has just
 // started lacks it, and so does a node that gets its lease through a relay but no entries
@@ -130,6 +116,22 @@ func (v view) behind() []string {
 		}
 	}
 	return out
+}
+
+// staleKeys says that this node refuses all keys of clients.
+func (v view) staleKeys() []string {
+	if v.state.Parsed == nil || len(v.state.APIKeys) == 0 {
+		return nil
+	}
+	age, ago := time.Duration(0), "since before its start"
+	if v.agreedAge != nil {
+		age = *v.agreedAge
+		ago = "for " + age.Round(time.Second).String()
+	}
+	if !v.state.Parsed.Access.Stale(age, v.agreedAge != nil) {
+		return nil
+	}
+	return []string{fmt.Sprintf("node %s refuses the API keys of clients: it has heard nothing from the cluster's majority %s, and access.stale_for allows %s", v.name, ago, v.state.Parsed.Access.StaleFor)}
 }
 
 func lastHeard(seconds *float64) string {

@@ -79,8 +79,8 @@ func (v view) siteState(s admin.SiteStatus) admin.SiteState {
 		return admin.SiteUnknown
 	case *s.NodesAlive == 0:
 		return admin.SiteDown
-	case s.Name == v.site && v.hearsNoOtherSite():
-		return admin.SiteIsolated
+	case s.Name == v.site && !v.raft.Quorum && v.hearsNoOtherSite():
+		return admin.SiteIsolated // with a quorum, it is the other sites that are lost
 	case *s.NodesAlive < *s.NodesTotal, *s.UpstreamsTotal > 0 && *s.UpstreamsHealthy < *s.UpstreamsTotal:
 		return admin.SiteDegraded
 	}

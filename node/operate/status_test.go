@@ -1,6 +1,7 @@
 package operate
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -162,7 +163,7 @@ func TestStatusGivesReasons(t *testing.T) {
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "for 4s: its copy of the agreed state may be old",
 		},
 		{
-			"three sites and one voter", func(v *view) { v.raft.Servers = v.raft.Servers[:1] },
+			"three nodes and one voter", func(v *view) { v.raft.Servers = v.raft.Servers[:1] },
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "1 of 3 voters are placed",
 		},
 		{
@@ -178,6 +179,16 @@ func TestStatusGivesReasons(t *testing.T) {
 			func(v *view) { v.jobProblems = []string{"its journal lost records", "its job table is being rebuilt"} },
 			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table is being rebuilt",
 		},
+		{"client keys are refused: the bound has passed", func(v *view) {
+			v.state.APIKeys = map[string]agreed.APIKey{"k": {}}
+			v.state.Parsed.Access.StaleFor = config.Duration(time.Minute)
+			age := 5 * time.Minute
+			v.agreedAge = &age
+		}, "a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 refuses the API keys of clients: it has heard nothing from the cluster's majority for 5m0s, and access.stale_for allows 1m"},
+		{"client keys are refused: the age is not known", func(v *view) {
+			v.state.APIKeys = map[string]agreed.APIKey{"k": {}}
+			v.state.Parsed.Access.StaleFor = config.Duration(time.Minute)
+		}, "a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since before its start, and access.stale_for allows 1m"},
 		{"a site without members", func(v *view) {
 			delete(v.state.Nodes, "c-1")
 			delete(v.peers, "c-1")
@@ -268,6 +279,23 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	}
 	if err := checkChange(v.state, v.state.Parsed); err != nil {
 		t.Errorf("the same configuration: %v", err)
+	}
+	// Older versions refuse a configuration with a key that they don't know.
+	v.state.FeatureLevel = 1
+	next, err := config.Parse("cluster.yaml", []byte(statusConfig+"access: {stale_for: 0s}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := checkChange(v.state, next); !errors.Is(err, cluster.ErrFeatureLevel) || !strings.Contains(err.Error(), "access.stale_for needs feature level 2") {
+		t.Errorf("a key of level 2 at level 1: %v", err)
+	}
+	v.state.FeatureLevel = 2
+	if err := checkChange(v.state, next); err != nil {
+		t.Errorf("a key of level 2 at level 2: %v", err)
+	}
+	v.state.FeatureLevel, v.state.Parsed = 1, next
+	if err := checkChange(v.state, next); err != nil {
+		t.Errorf("the configuration that a cluster was founded with: %v", err)
 	}
 }
 

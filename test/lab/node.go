@@ -242,6 +242,19 @@ func (n *Node) Status(ctx context.Context) (admin.Status, error) {
 	return s, nil
 }
 
+// ConfigText returns the agreed cluster.yaml.
+func (n *Node) ConfigText(ctx context.Context) (string, error) {
+	answer, err := n.get(ctx, n.AdminURL()+"/admin/v1/config")
+	if err != nil {
+		return "", err
+	}
+	var c admin.ConfigVersion
+	if err := json.Unmarshal(answer, &c); err != nil {
+		return "", fmt.Errorf("%s's configuration: %w", n.Name, err)
+	}
+	return c.Text, nil
+}
+
 // ApplyConfig proposes a new cluster.yaml through this node.
 func (n *Node) ApplyConfig(ctx context.Context, text string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, n.AdminURL()+"/admin/v1/config?author=lab", strings.NewReader(text))
