@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/gossip"
@@ -89,6 +90,7 @@ type Cluster struct {
 	lease   *lease
 	peers   *peerTable
 	pauses  *pauseMeter
+	disk    *diskMeter
 	metrics *metrics
 	gossip  atomic.Pointer[gossip.Gossip]
 
@@ -145,6 +147,7 @@ func New(o Options) (*Cluster, error) {
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
 	}
+	c.disk = newDiskMeter(c.Timing, clock.Boottime)
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, func(err error) { c.fatal(err) })
 	if m.ClusterID != "" {
@@ -382,7 +385,7 @@ func (c *Cluster) runMember(ctx, connCtx context.Context) error {
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
 		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.keepMemberFile, c.upkeep,
-		c.watchDisk, c.watchStore,
+		c.watchDisk, c.watchStore, c.judgeDisk, c.leaveSlowDisk,
 	} {
 		g.Go(func() error { return loop(lctx) })
 	}
@@ -466,7 +469,9 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
 		syncs = s.Syncs
 	}
-	err := newDiskWatchdog(c.opts.DataDir, c.log, syncs, c.diskStalled).Run(ctx)
+	w := newDiskWatchdog(c.opts.DataDir, c.log, syncs, c.diskStalled)
+	w.write = func(path string) error { return c.disk.measure(func() error { return writeAndSync(path) }) }
+	err := w.Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
 		c.diskHung <- err
 	}
@@ -474,7 +479,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 }
 
 func (c *Cluster) diskStalled(stalled bool) {
-	c.layer.blocked.Store(stalled)
+	c.layer.stalled.Store(stalled)
 	if stalled {
 		c.mesh.CloseKind(mesh.KindRaft)
 	}

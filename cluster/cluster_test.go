@@ -76,6 +76,7 @@ type member struct {
 	ca         *testCA
 	dir        string
 	logs       *raft.InmemCommitTrackingStore
+	slow       *slowLog // of logs
 	snaps      *raft.InmemSnapshotStore
 	stop       func()
 	ended      chan error
@@ -109,12 +110,13 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 	if os.Getenv("DSNODE_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", m.name)
 	}
+	m.slow = &slowLog{InmemCommitTrackingStore: m.logs}
 	m.Cluster, err = New(Options{
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
 		Credentials: m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
-		Logs:        m.logs, Stable: m.logs, Snapshots: m.snaps,
+		Logs:        m.slow, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),

@@ -1,10 +1,12 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"time"
 
@@ -358,19 +360,36 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that answered a ping most recently, preferably of this site.
+// successor is the voter that should lead when this node stops.
 func (c *Cluster) successor() string {
-	best, bestAgo, bestNear := "", c.Timing().Patience, false
+	return c.bestVoter(c.Timing().Patience, func(PeerView) bool { return true })
+}
+
+// bestVoter is the best of the voters that answered a ping of the last while and are
+// accepted; empty: there is none. A slow disk is worst, then another site than this
+// node's, then an older answer.
+func (c *Cluster) bestVoter(while time.Duration, accept func(PeerView) bool) string {
 	peers := c.Peers()
+	var able []PeerView
 	for _, s := range c.Raft().Servers {
-		p := peers[s.Name]
-		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) {
-			continue
-		}
-		near := p.Site == c.opts.Site
-		if best == "" || (near && !bestNear) || (near == bestNear && p.Ago < bestAgo) {
-			best, bestAgo, bestNear = s.Name, p.Ago, near
+		if p := peers[s.Name]; s.Voter && !p.Draining && p.HeardWithin(while) && accept(p) {
+			able = append(able, p)
 		}
 	}
-	return best
+	if len(able) == 0 {
+		return ""
+	}
+	order := func(p PeerView) int {
+		n := 0
+		if p.Disk.SlowFor > 0 {
+			n += 2
+		}
+		if p.Site != c.opts.Site {
+			n++
+		}
+		return n
+	}
+	return slices.MinFunc(able, func(a, b PeerView) int {
+		return cmp.Or(cmp.Compare(order(a), order(b)), cmp.Compare(a.Ago, b.Ago))
+	}).Name
 }

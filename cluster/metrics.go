@@ -38,6 +38,7 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
 	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })
 	flag("dsnode_raft_leader", "1 while this node leads raft.", func() bool { return c.Raft().Leads })
+	flag("dsnode_disk_slow", "1 while this node's disk is too slow for raft's leader.", func() bool { return c.disk.speed().SlowFor > 0 })
 	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
 	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the primary site.", []string{"site"}, nil)})
 	return &metrics{

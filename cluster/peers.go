@@ -40,6 +40,8 @@ type PeerView struct {
 	// LeaseLeft is how long the peer's lease lasts now, by its newest answer.
 	LeaseLeft time.Duration
 	Paused    time.Duration // the longest recent time for which the peer did not run
+	// Disk is the speed of the peer's disk by its newest answer.
+	Disk DiskSpeed
 	// Stuck is for how long its answers have shown no progress in applying
 	// entries. While there is a leader, it commits several ticks per second: then
 	// either the peer's disk hangs or the leader's entries don't reach it.
@@ -104,6 +106,18 @@ func (t *peerTable) get(node string) (answer, bool) {
 	defer t.mu.Unlock()
 	a, ok := t.answers[node]
 	return a, ok
+}
+
+// followOther reports whether a peer knows another leader than this node, in a later term.
+func (t *peerTable) followOther(self string, after uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.answers {
+		if leader := a.got.GetLeader(); leader != "" && leader != self && a.got.GetTerm() > after {
+			return true
+		}
+	}
+	return false
 }
 
 // retain drops the answers of former members.
@@ -227,6 +241,12 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
 		Cold: h.GetCold(),
 	}
+	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {
+		v.Disk.Write = time.Duration(h.GetDiskWriteUs()) * time.Microsecond //nolint:gosec // a time of a peer's own
+	}
+	if slow := time.Duration(h.GetDiskSlowMs()) * time.Millisecond; slow > 0 { //nolint:gosec // as above
+		v.Disk.SlowFor = slow + v.Ago
+	}
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond
@@ -234,12 +254,18 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 
 func (c *Cluster) health() *clusterpb.Health {
 	h := c.opts.Health()
-	return &clusterpb.Health{
+	disk := c.disk.speed()
+	health := &clusterpb.Health{
 		Instance: c.instance, Draining: h.Draining, Pid: uint32(h.PID), //nolint:gosec // a pid fits
 		UpstreamsHealthy: uint32(h.UpstreamsHealthy), UpstreamsTotal: uint32(h.UpstreamsTotal), //nolint:gosec // bounded by the configuration
 		UpstreamsDown: h.UpstreamsDown[:min(len(h.UpstreamsDown), maxDownListed)],
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
+		DiskSlowMs: uint64((disk.SlowFor + time.Millisecond - 1) / time.Millisecond), //nolint:gosec // never negative
 	}
+	if disk.Known {
+		health.DiskWriteUs = new(uint64(disk.Write / time.Microsecond)) //nolint:gosec // never negative
+	}
+	return health
 }
 
 // pauseMeter measures for how long this process did not run, because it had no CPU time

@@ -54,8 +54,8 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.bootstrapRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
-	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load)
-	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, voter)
+	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load, c.standsBack)
+	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newTimedLog(newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.disk), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}

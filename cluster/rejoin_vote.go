@@ -32,14 +32,18 @@ func (c *Cluster) demoteRejoiner(name string) error {
 
 var errNoVoteYet = errors.New("this node has just joined: it can't vote before it has the entry that admitted it")
 
+var errStandsBack = errors.New("this node's disk is slow: it leaves raft's leadership to others")
+
 // voterTransport is raft's transport, except that it refuses requests for votes until
 // this node's log has the entry that admitted it. From then on this node votes only for
 // candidates whose logs are at least as long: they have the earlier demotion too, and
-// don't count its vote.
+// don't count its vote. While this node's disk is slow it also asks for no votes: raft has
+// no priorities, but a node that gets no pre-vote stays a follower.
 type voterTransport struct {
 	*raft.NetworkTransport
 	from    uint64 // index of the entry that admitted this node
 	running func() *raft.Raft
+	yields  func() bool // this node should not become the leader
 	passed  chan raft.RPC
 	closed  chan struct{}
 	once    sync.Once
@@ -50,13 +54,22 @@ type voterTransport struct {
 // error, and a node that returns after an outage would depose a healthy leader.
 var _ raft.WithPreVote = (*voterTransport)(nil)
 
-func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft) *voterTransport {
+func newVoterTransport(t *raft.NetworkTransport, from uint64, running func() *raft.Raft, yields func() bool) *voterTransport {
 	v := &voterTransport{
-		NetworkTransport: t, from: from, running: running,
+		NetworkTransport: t, from: from, running: running, yields: yields,
 		passed: make(chan raft.RPC), closed: make(chan struct{}),
 	}
 	v.done.Go(v.pass)
 	return v
+}
+
+// RequestPreVote implements raft.WithPreVote. A leadership transfer to this node needs no
+// pre-vote: who transfers to it knows of its disk.
+func (v *voterTransport) RequestPreVote(id raft.ServerID, to raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if v.yields() {
+		return errStandsBack
+	}
+	return v.NetworkTransport.RequestPreVote(id, to, args, resp)
 }
 
 // Consumer returns the requests that raft may answer.
