@@ -12,7 +12,8 @@ import (
 
 // placementFrom reads "a1=V a2=n b1=V! c1=." : V voter, n non-voter, . not in
 // the configuration; then ! dead for an hour, ? silent for 10 s, ~ heard again
-// for 5 s, - leaving, * the leader, % not caught up.
+// for 5 s, - leaving, * the leader, % not caught up, s a slow disk for two minutes, S for
+// half a minute.
 // The sites a and b share a city; c, d and e have their own.
 func placementFrom(t interface{ Fatalf(string, ...any) }, text string) PlacementView {
 	v := PlacementView{Sites: []PlacementSite{
@@ -41,6 +42,10 @@ func placementFrom(t interface{ Fatalf(string, ...any) }, text string) Placement
 				n.Leaving = true
 			case '%':
 				n.CaughtUp = false
+			case 's':
+				n.SlowFor = 2 * time.Minute
+			case 'S':
+				n.SlowFor = 30 * time.Second
 			case '*':
 				v.Leader = name
 			default:
@@ -89,6 +94,13 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"then the dead voter is demoted", "a1=V b1=V! b2=V c1=V", "demote b1", PlacementStandIn},
 		{"voter silent 10 s: wait", "a1=V b1=V? b2=n c1=V", "none", PlacementSettled},
 		{"another one silent: wait", "a1=V a2=V b1=V! b2=V b3=n c1=V?", "none", PlacementUncertain},
+		{"voter's disk slow, a node of its site replaces it", "a1=V b1=Vs b2=n c1=V", "add_voter b2", PlacementRebalance},
+		{"then the voter with the slow disk is demoted", "a1=V b1=Vs b2=V c1=V", "demote b1", PlacementRebalance},
+		{"its disk is fast again: nothing moves", "a1=V b1=n b2=V c1=V", "none", PlacementSettled},
+		{"voter's disk slow for 30 s: wait", "a1=V b1=VS b2=n c1=V", "none", PlacementSettled},
+		{"voter's disk slow, and that of its replacement", "a1=V b1=Vs b2=ns c1=V", "none", PlacementSettled},
+		{"voter's disk slow, no replacement", "a1=V b1=Vs c1=V", "none", PlacementSettled},
+		{"a slow disk is better than no voter", "a1=V a2=V b1=V b2=ns c1=V", "add_voter b2", PlacementGrow},
 		{"no replacement: three stay three", "a1=V b1=V c1=V!", "none", PlacementSiteAway},
 		{"a node of another site does not replace a lost site's voter", "a1=V a2=n b1=V c1=V!", "none", PlacementSiteAway},
 		{"replacement within a site while another site is lost", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
@@ -187,7 +199,7 @@ func drawPlacement(t *rapid.T) PlacementView {
 		for i := 1; i <= rapid.IntRange(0, 3).Draw(t, "nodes"); i++ {
 			words = append(words, fmt.Sprintf("%s%d=%s%s", site, i,
 				rapid.SampledFrom([]string{"V", "V", "n", "n", "."}).Draw(t, "role"),
-				rapid.SampledFrom([]string{"", "", "", "", "!", "-", "?", "~", "%"}).Draw(t, "mark")))
+				rapid.SampledFrom([]string{"", "", "", "", "!", "-", "?", "~", "%", "s", "S"}).Draw(t, "mark")))
 		}
 	}
 	v := placementFrom(t, strings.Join(words, " "))
