@@ -26,11 +26,11 @@ type DiskSpeed struct {
 	SlowFor time.Duration
 }
 
-// slowWrite is how long a write may take on a leader's disk: a fifth of a lease (240 ms).
+// SlowWrite is how long a write may take on a leader's disk: a fifth of a lease (240 ms).
 // An entry waits for the write before its own, and its lease must last until the write
 // after it has ended and a ping has carried the news: 3 writes, a tick and 1.5 round trips
 // are then 1.06 s at a round trip of 60 ms, which is less than a lease.
-func slowWrite(t config.Timing) time.Duration { return t.Lease / 5 }
+func SlowWrite(t config.Timing) time.Duration { return t.Lease / 5 }
 
 // slowAfter is for how long writes must have been slow before the disk is: as long as a
 // dead leader's site is given. A disk that hangs for two seconds once is not slow.
@@ -114,7 +114,7 @@ func (m *diskMeter) measure(write func() error) error {
 	return err
 }
 
-func (m *diskMeter) isSlow(s span) bool { return s.to-s.from > slowWrite(m.timing()) }
+func (m *diskMeter) isSlow(s span) bool { return s.to-s.from > SlowWrite(m.timing()) }
 
 // judge is called each tick. changed reports whether the disk became slow, or fast again.
 func (m *diskMeter) judge() (slow, changed bool) {
@@ -214,7 +214,7 @@ func (c *Cluster) judgeDisk(ctx context.Context) error {
 		switch {
 		case slow && changed:
 			s := c.disk.speed()
-			c.log.Error("disk slow: too slow for raft's leader", "write", s.Write.Round(time.Millisecond), "limit", slowWrite(c.Timing()))
+			c.log.Error("disk slow: too slow for raft's leader", "write", s.Write.Round(time.Millisecond), "limit", SlowWrite(c.Timing()))
 		case changed:
 			c.log.Warn("disk fast enough for raft's leader again", "write", c.disk.speed().Write.Round(time.Millisecond))
 		}

@@ -14,7 +14,7 @@ import (
 // writes gives the slow ones of writes that follow each other until now, each with the
 // time for which nothing is written after it.
 func writes(now time.Duration, newestFirst ...time.Duration) []span {
-	limit := slowWrite(config.TimingFrom(0))
+	limit := SlowWrite(config.TimingFrom(0))
 	var slow []span
 	at := now
 	for i := 0; i < len(newestFirst); i += 2 {
@@ -251,7 +251,7 @@ func TestLeadershipStaysWhenAllDisksAreSlow(t *testing.T) {
 	a, b, c := threeMembers(t)
 	for _, m := range []*member{a, b, c} {
 		// Slow, but so that ticks are committed.
-		m.slow.takes.Store(int64(slowWrite(m.Timing()) + 10*time.Millisecond))
+		m.slow.takes.Store(int64(SlowWrite(m.Timing()) + 10*time.Millisecond))
 	}
 	eventually(t, "all disks count as slow", 30*time.Second, func() bool {
 		return a.DiskSpeed().SlowFor > 0 && b.DiskSpeed().SlowFor > 0 && c.DiskSpeed().SlowFor > 0

@@ -33,6 +33,7 @@ type Cluster interface {
 	StartedAt() time.Time
 	Raft() cluster.RaftView
 	Peers() map[string]cluster.PeerView
+	DiskSpeed() cluster.DiskSpeed // of this node's disk
 	Members() []gossip.Member
 	// Waiting says what the node waits for before it is a member, Quarantined why its
 	// Raft leader changes nothing, LeftBehind that the cluster was recovered without

@@ -23,8 +23,11 @@ type view struct {
 	state  *agreed.State
 	raft   cluster.RaftView
 	peers  map[string]cluster.PeerView
-	left   map[string]bool // nodes that have left the gossip and have not come back
-	health cluster.Health  // of this node
+	left   map[string]bool   // nodes that have left the gossip and have not come back
+	health cluster.Health    // of this node
+	disk   cluster.DiskSpeed // of this node
+	// slowWrite is how long a write may take on a raft leader's disk.
+	slowWrite time.Duration
 
 	jobs     *admin.Jobs                 // nil: unknown
 	copies   map[string]replication.Copy // by site; absent: unknown
@@ -49,6 +52,7 @@ func (o *Operator) view() view {
 		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
 		now: time.Now(), started: o.Cluster.StartedAt(), patience: o.Cluster.Timing().Patience,
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
+		disk: o.Cluster.DiskSpeed(), slowWrite: cluster.SlowWrite(o.Cluster.Timing()),
 		failback: o.failbackAvailable(),
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
@@ -149,12 +153,23 @@ func (v view) nodes() []admin.NodeStatus {
 		switch {
 		case name == v.name:
 			s.State, s.LastHeardSeconds, s.PID, s.Draining = admin.NodeAlive, new(0.0), new(os.Getpid()), new(v.health.Draining)
+			v.setDisk(&s, v.disk)
 		case p.Heard:
 			s.LastHeardSeconds, s.PID, s.Draining, s.Via = new(p.Ago.Seconds()), new(p.PID), new(p.Draining), p.Via
+			v.setDisk(&s, p.Disk)
 		}
 		list = append(list, s)
 	}
 	return list
+}
+
+func (v view) setDisk(s *admin.NodeStatus, d cluster.DiskSpeed) {
+	if d.Known {
+		s.DiskWriteSeconds = new(d.Write.Seconds())
+	}
+	if d.SlowFor > 0 {
+		s.DiskSlowSince = new(v.now.Add(-d.SlowFor).UTC())
+	}
 }
 
 // nodeState is alive while the peer answers, suspect for another patience, then dead. A

@@ -41,6 +41,11 @@ func (v view) reasons(s admin.Status) []string {
 		out = append(out, v.siteReasons(site, s.Nodes)...)
 	}
 	out = append(out, v.fewVoters(s)...)
+	for _, n := range s.Nodes {
+		if n.DiskSlowSince != nil && n.State == admin.NodeAlive {
+			add("%s", v.slowDisk(n))
+		}
+	}
 	if v.health.Draining {
 		add("node %s is draining", v.name)
 	}
@@ -100,6 +105,20 @@ func (v view) fewVoters(s admin.Status) []string {
 		return nil
 	}
 	return []string{fmt.Sprintf("%d of 3 voters are placed: the loss of one node can still cost the quorum", *s.Raft.Voters)}
+}
+
+// slowDisk says what a node's slow disk does to the cluster.
+func (v view) slowDisk(n admin.NodeStatus) string {
+	takes := ""
+	if n.DiskWriteSeconds != nil {
+		takes = fmt.Sprintf(", a write of the raft log takes %.0f ms", *n.DiskWriteSeconds*1000)
+	}
+	result := "another node leads meanwhile"
+	if v.raft.Leader == n.Name {
+		result = "it leads, and no voter is clearly faster"
+	}
+	return fmt.Sprintf("node %s: its disk has been slow since %s%s, a raft leader needs less than %d ms (%s): check the disk and what else uses it",
+		n.Name, n.DiskSlowSince.Format(time.RFC3339), takes, v.slowWrite.Milliseconds(), result)
 }
 
 // behind says that this node's copy of the agreed state, or that of a peer, may be old.
