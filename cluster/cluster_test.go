@@ -336,6 +336,14 @@ func TestRestartWithoutQuorumRestoresTheAgreedState(t *testing.T) {
 	if left, _ := c.Lease(); left > 0 {
 		t.Error("c-1 holds a lease without a quorum")
 	}
+	// By now it has applied the ticks of its log.
+	if c.Raft().Ticked {
+		t.Error("c-1 says that it has received a tick since its start, and there is no leader")
+	}
+	addr := c.opts.RPC
+	a.start(t, addr)
+	b.start(t, addr)
+	eventually(t, "c-1 has received a tick", 20*time.Second, func() bool { return c.Raft().Ticked }, a, b, c)
 }
 
 func TestLosingQuorumEndsTheLeaseAndKeepsTheState(t *testing.T) {

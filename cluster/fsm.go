@@ -23,8 +23,11 @@ type fsm struct {
 
 	state   atomic.Pointer[agreed.State]
 	applied atomic.Uint64 // raft index of the newest applied entry
-	ticked  atomic.Int64  // Boottime of the newest applied tick, 0: none since start
-	broken  atomic.Bool   // after an entry that this version does not support
+	ticked  atomic.Int64  // Boottime of the newest applied tick from after logged, 0: none
+	// logged is the last index of the log at the start. raft applies entries up to it
+	// again, which says nothing about a leader. Set before raft starts.
+	logged uint64
+	broken atomic.Bool // after an entry that this version does not support
 	// configured is the raft index of the newest configuration committed since the
 	// start, 0 if there is none.
 	configured atomic.Uint64
@@ -51,7 +54,9 @@ func (f *fsm) Apply(l *raft.Log) any {
 		return err
 	}
 	if c.Type == agreed.CmdTick {
-		f.ticked.Store(int64(clock.Boottime()))
+		if l.Index > f.logged {
+			f.ticked.Store(int64(clock.Boottime()))
+		}
 		return nil
 	}
 	c.Term, c.Index = l.Term, l.Index

@@ -20,6 +20,7 @@ type Health struct {
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
 	Cold             bool // it has held no lease since its start
+	Starting         bool // it has not caught up since its start
 }
 
 // PeerView is what this node knows about another one.
@@ -239,7 +240,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
-		Cold: h.GetCold(),
+		Cold: h.GetCold(), Starting: h.GetStarting(),
 	}
 	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {
 		v.Disk.Write = time.Duration(h.GetDiskWriteUs()) * time.Microsecond //nolint:gosec // a time of a peer's own
@@ -260,6 +261,7 @@ func (c *Cluster) health() *clusterpb.Health {
 		UpstreamsHealthy: uint32(h.UpstreamsHealthy), UpstreamsTotal: uint32(h.UpstreamsTotal), //nolint:gosec // bounded by the configuration
 		UpstreamsDown: h.UpstreamsDown[:min(len(h.UpstreamsDown), maxDownListed)],
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
+		Starting:   h.Starting,
 		DiskSlowMs: uint64((disk.SlowFor + time.Millisecond - 1) / time.Millisecond), //nolint:gosec // never negative
 	}
 	if disk.Known {

@@ -54,6 +54,11 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err := c.bootstrapRaft(transport); err != nil {
 		return nil, errors.Join(err, transport.Close())
 	}
+	last, err := c.opts.Logs.LastIndex()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("read raft's log: %w", err), transport.Close())
+	}
+	c.fsm.logged = last
 	voter := newVoterTransport(transport, c.member.Load().VoteFrom, c.raft.Load, c.standsBack)
 	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newTimedLog(newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.disk), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
@@ -114,13 +119,15 @@ type RaftView struct {
 	Leads       bool   // this node is the leader
 	Term        uint64
 	CommitIndex uint64
-	Servers     []Server
+	// AppliedIndex is the newest entry that the agreed state contains.
+	AppliedIndex uint64
+	Servers      []Server
 	// Quorum says whether this node holds a lease, which proves a quorum; Since is when
 	// that began or ended. A zero Since means that there was no lease yet.
 	Quorum bool
 	Since  time.Time
-	// Ticked says whether this node has applied a leader's tick since its start, and
-	// TickAgo how long ago the newest one was: its agreed state may be that old. The
+	// Ticked says whether this node has applied a leader's tick that was not in its log
+	// at its start, and TickAgo how long ago the newest one was: its agreed state may be that old. The
 	// lease does not show this, because it may come from another node.
 	Ticked  bool
 	TickAgo time.Duration
@@ -135,7 +142,7 @@ func (c *Cluster) Raft() RaftView {
 	if r == nil {
 		return RaftView{}
 	}
-	v := RaftView{CommitIndex: r.CommitIndex(), Leads: r.State() == raft.Leader}
+	v := RaftView{CommitIndex: r.CommitIndex(), AppliedIndex: c.fsm.applied.Load(), Leads: r.State() == raft.Leader}
 	v.Leader, v.Term = c.leader()
 	if f := r.GetConfiguration(); f.Error() == nil {
 		for _, s := range f.Configuration().Servers {

@@ -515,6 +515,7 @@ type Health struct {
 	// the disk has been too slow for raft's leader; 0: it is not.
 	DiskWriteUs   *uint64 `protobuf:"varint,20,opt,name=disk_write_us,json=diskWriteUs,proto3,oneof" json:"disk_write_us,omitempty"`
 	DiskSlowMs    uint64  `protobuf:"varint,21,opt,name=disk_slow_ms,json=diskSlowMs,proto3" json:"disk_slow_ms,omitempty"`
+	Starting      bool    `protobuf:"varint,22,opt,name=starting,proto3" json:"starting,omitempty"` // it has not caught up since its start
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -624,6 +625,13 @@ func (x *Health) GetDiskSlowMs() uint64 {
 		return x.DiskSlowMs
 	}
 	return 0
+}
+
+func (x *Health) GetStarting() bool {
+	if x != nil {
+		return x.Starting
+	}
+	return false
 }
 
 // Heard is how long ago the sender last heard a node, on the sender's clock.
@@ -1271,7 +1279,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\x8b\x03\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xa7\x03\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1284,7 +1292,8 @@ const file_cluster_proto_rawDesc = "" +
 	"\x04cold\x18\t \x01(\bR\x04cold\x12'\n" +
 	"\rdisk_write_us\x18\x14 \x01(\x04H\x00R\vdiskWriteUs\x88\x01\x01\x12 \n" +
 	"\fdisk_slow_ms\x18\x15 \x01(\x04R\n" +
-	"diskSlowMsB\x10\n" +
+	"diskSlowMs\x12\x1a\n" +
+	"\bstarting\x18\x16 \x01(\bR\bstartingB\x10\n" +
 	"\x0e_disk_write_us\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +

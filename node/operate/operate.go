@@ -79,6 +79,8 @@ type Operator struct {
 	EndQuarantine func()
 	// Health is what the node tells its peers about itself.
 	Health func() cluster.Health
+	// Starting says what the node has not caught up with since its start; empty: nothing.
+	Starting func() string
 	// SetDraining takes the node out of load balancers, or puts it back.
 	SetDraining func(draining bool)
 	Log         *slog.Logger

@@ -35,6 +35,7 @@ type view struct {
 
 	// Problems, as sentences; empty: none.
 	waiting     string // why this node is not a member yet
+	starting    string // what it has not caught up with since its start
 	quarantine  string // why this node, the Raft leader, changes nothing
 	leftBehind  string // that the cluster was recovered without this node
 	keyProblem  string // which data key this node can't open, and why
@@ -54,7 +55,7 @@ func (o *Operator) view() view {
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
 		disk: o.Cluster.DiskSpeed(), slowWrite: cluster.SlowWrite(o.Cluster.Timing()),
 		failback: o.failbackAvailable(),
-		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
+		waiting:  o.Cluster.Waiting(), starting: o.Starting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
 	v.jobs, v.copies = o.Jobs.Status(v.state)

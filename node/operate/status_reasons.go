@@ -41,6 +41,14 @@ func (v view) reasons(s admin.Status) []string {
 		out = append(out, v.siteReasons(site, s.Nodes)...)
 	}
 	out = append(out, v.fewVoters(s)...)
+	if v.starting != "" && v.raft.Quorum {
+		add("node %s has just started: %s", v.name, v.starting)
+	}
+	for _, name := range sortedNames(v.peers) {
+		if p := v.peers[name]; p.Starting && p.HeardWithin(v.patience) {
+			add("node %s has just started and has not caught up", name)
+		}
+	}
 	for _, n := range s.Nodes {
 		if n.DiskSlowSince != nil && n.State == admin.NodeAlive {
 			add("%s", v.slowDisk(n))
@@ -129,8 +137,6 @@ func (v view) behind() []string {
 	switch {
 	case v.raft.Epoch > v.state.Primary.Epoch:
 		return []string{fmt.Sprintf("node %s knows the primary of epoch %d, and epoch %d has begun", v.name, v.state.Primary.Epoch, v.raft.Epoch)}
-	case !v.raft.Ticked:
-		return []string{fmt.Sprintf("node %s has received nothing from the raft leader since its start: its copy of the agreed state may be old", v.name)}
 	case v.raft.TickAgo >= v.patience:
 		return []string{fmt.Sprintf("node %s has received nothing from the raft leader for %s: its copy of the agreed state may be old",
 			v.name, v.raft.TickAgo.Round(100*time.Millisecond))}

@@ -139,8 +139,12 @@ func TestStatusGivesReasons(t *testing.T) {
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 knows the primary of epoch 3, and epoch 4 has begun",
 		},
 		{
-			"a lease, but no entries since the start", func(v *view) { v.raft.Ticked = false },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since its start: its copy of the agreed state may be old",
+			"a node that has not caught up since its start", func(v *view) { v.starting = "its job table is not loaded yet" },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 has just started: its job table is not loaded yet",
+		},
+		{
+			"a peer that has not caught up since its start", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Starting = true }) },
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 has just started and has not caught up",
 		},
 		{
 			"a lease, but no entries", func(v *view) { v.raft.TickAgo = 4 * time.Second },
