@@ -15,7 +15,7 @@ type View struct {
 	LeadingFor    time.Duration // since the first commit of this leadership
 	NewLeaderWait time.Duration
 	Patience      time.Duration
-	NoLease       time.Duration // a primary without a lease, or with slow disks, for this long is replaced
+	NoLease       time.Duration // a primary without a lease for this long is replaced, one with slow disks after twice as long
 
 	Primary string
 	Sites   []SiteView
@@ -80,7 +80,7 @@ const (
 	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
 	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
 	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for NoLease, even if it is heard
-	PrimarySlow          Reason = "primary_slow"     // promote: all its disks are slow for NoLease, those of a candidate are not
+	PrimarySlow          Reason = "primary_slow"     // promote: all its disks are slow for 2 NoLease, those of a candidate are not
 	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
 )
 
@@ -143,20 +143,21 @@ func (v View) primaryLost() (Reason, bool) {
 }
 
 // primarySlow reports whether the primary's site acts, on disks that have been too slow
-// for long, while another site could act on one that has been fast enough for as long.
-// All that a primary does waits for its disk. It still holds a lease, so nothing is done
-// in a hurry, during a switchover, or if no site is better.
+// for a minute, while another site could act that was steady for as long on a disk that is
+// not. All that a primary does waits for its disk. It still holds a lease, and a backup
+// may take a minute, so nothing is done in a hurry, during a switchover, or if no site is
+// better.
 func (v View) primarySlow() bool {
 	if v.Switchover != NoSwitchover {
 		return false
 	}
 	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
-	if i < 0 || v.Sites[i].SlowFor < v.NoLease {
+	if i < 0 || v.Sites[i].SlowFor < 2*v.NoLease {
 		return false
 	}
 	best, ok := v.candidate()
 	return ok && slices.ContainsFunc(v.Sites, func(s SiteView) bool {
-		return s.Name == best && s.SlowFor == 0 && s.StableFor >= v.NoLease && s.UpstreamsHealthy > 0
+		return s.Name == best && s.SlowFor == 0 && s.StableFor >= 2*v.NoLease && s.UpstreamsHealthy > 0
 	})
 }
 

@@ -119,8 +119,8 @@ func TestDecide(t *testing.T) {
 			v.at("b").Behind = ptr(int64(300))
 		}, Action{Promote, "b"}, PrimaryLost},
 		{"then priority", func(v *View) { v.Primary = "c"; v.lose("c", time.Minute) }, Action{Promote, "a"}, PrimaryLost},
-		{"its disks slow for 29 s", func(v *View) { v.at("a").SlowFor = 29 * time.Second }, stay, PrimaryHealthy},
-		{"its disks slow for 30 s", func(v *View) { v.at("a").SlowFor = 30 * time.Second }, Action{Promote, "b"}, PrimarySlow},
+		{"its disks slow for 59 s", func(v *View) { v.at("a").SlowFor = 59 * time.Second }, stay, PrimaryHealthy},
+		{"its disks slow for a minute", func(v *View) { v.at("a").SlowFor = time.Minute }, Action{Promote, "b"}, PrimarySlow},
 		{"all disks slow", func(v *View) {
 			v.at("a").SlowFor, v.at("b").SlowFor, v.at("c").SlowFor = time.Minute, time.Minute, time.Second
 		}, stay, PrimaryHealthy},
@@ -128,7 +128,7 @@ func TestDecide(t *testing.T) {
 			v.at("a").SlowFor, v.at("b").SlowFor = time.Minute, time.Second
 		}, Action{Promote, "c"}, PrimarySlow},
 		{"its disks slow, and the candidate not steady", func(v *View) {
-			v.at("a").SlowFor, v.at("b").StableFor = time.Minute, 29*time.Second
+			v.at("a").SlowFor, v.at("b").StableFor = time.Minute, 59*time.Second
 		}, stay, PrimaryHealthy},
 		{"its disks slow, and no upstream elsewhere", func(v *View) {
 			v.at("a").SlowFor, v.at("b").UpstreamsHealthy, v.at("c").UpstreamsHealthy = time.Minute, 0, 0

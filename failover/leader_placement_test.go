@@ -81,7 +81,7 @@ func TestTheRoleLeavesSlowDisks(t *testing.T) {
 	simulate(t, twos(34), func(t *testing.T, w *world) {
 		w.lead("b1")
 		w.slowDisks("a", true)
-		w.pass(25 * time.Second)
+		w.pass(50 * time.Second)
 		w.slowDisks("a", false)
 		w.pass(40 * time.Second)
 		w.wantPrimary("a", 1)
@@ -95,7 +95,7 @@ func TestTheRoleLeavesSlowDisks(t *testing.T) {
 			t.Errorf("the leader moved to %s, whose disks are slow", w.leaderSite())
 		}
 		w.slowDisks("b", false)
-		took := w.until("b is the primary", time.Minute, func() bool { return w.agreed().Primary.Site == "b" })
+		took := w.until("b is the primary", 2*time.Minute, func() bool { return w.agreed().Primary.Site == "b" })
 		t.Logf("promoted %v after its disks became fast", took)
 		if f := w.agreed().LastFailover; f == nil || f.RTOSeconds != nil {
 			t.Errorf("the role was not lost before the promotion, so its time is unknown: %+v", f)
