@@ -188,9 +188,23 @@ func clearlyFaster(voter, leader DiskSpeed) bool {
 const maxLacking = 16
 
 // fasterVoter is the voter that should lead instead of this node while this node's disk is
-// slow; empty: none is clearly faster.
+// slow; empty: there is none. The clearly faster voters must be a quorum. Otherwise another
+// leader's entries would wait for this disk too, or for one that is as slow.
 func (c *Cluster) fasterVoter() string {
-	own, commit := c.disk.speed(), c.fsm.applied.Load()
+	own, commit, peers := c.disk.speed(), c.fsm.applied.Load(), c.Peers()
+	voters, faster := 0, 0
+	for _, s := range c.Raft().Servers {
+		if !s.Voter {
+			continue
+		}
+		voters++
+		if p := peers[s.Name]; p.HeardWithin(c.Timing().Lease) && clearlyFaster(p.Disk, own) {
+			faster++
+		}
+	}
+	if faster < voters/2+1 {
+		return ""
+	}
 	return c.bestVoter(c.Timing().Lease, func(p PeerView) bool {
 		return clearlyFaster(p.Disk, own) && p.AppliedIndex+maxLacking >= commit
 	})

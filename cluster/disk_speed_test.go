@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"errors"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -197,8 +198,8 @@ type slowLog struct {
 }
 
 func (l *slowLog) StoreLogs(logs []*raft.Log) error {
-	if d := time.Duration(l.takes.Load()); d > 0 {
-		<-time.After(d)
+	for begun := time.Now(); time.Since(begun) < time.Duration(l.takes.Load()); {
+		<-time.After(5 * time.Millisecond)
 	}
 	return l.InmemCommitTrackingStore.StoreLogs(logs)
 }
@@ -244,6 +245,51 @@ func TestALeaderWithASlowDiskHandsOver(t *testing.T) {
 	eventually(t, "a-1's disk counts as fast", time.Minute, func() bool {
 		return a.DiskSpeed().SlowFor == 0 && rest.Peers()["a-1"].Disk.SlowFor == 0
 	}, a)
+}
+
+// A leader whose writes take very long can't hand over, because raft's main loop waits for
+// them. It blocks its transport, and the others elect a leader.
+func TestALeaderThatCannotHandOverIsReplaced(t *testing.T) {
+	a, b, c := threeMembers(t)
+	all := []*member{a, b, c}
+	leader := func(of ...*member) *member {
+		for _, m := range of {
+			if _, leads := m.Leading(); leads {
+				return m
+			}
+		}
+		return nil
+	}
+	var old *member
+	eventually(t, "a member leads", 20*time.Second, func() bool { old = leader(all...); return old != nil }, all...)
+	old.slow.takes.Store(int64(time.Minute))
+	others := slices.DeleteFunc(slices.Clone(all), func(m *member) bool { return m == old })
+	eventually(t, "another member leads", 20*time.Second, func() bool { return leader(others...) != nil }, all...)
+	old.slow.takes.Store(0)
+	eventually(t, old.name+" follows", 20*time.Second, func() bool {
+		next := leader(others...)
+		return next != nil && old.Raft().Leader == next.name && !old.layer.blocked() && settled(old)
+	}, all...)
+}
+
+// One of three members has stopped, so that all entries need both others: the leadership
+// stays, because another leader's entries would wait for the slow disk too.
+func TestLeadershipStaysWhenTheSlowDiskIsNeeded(t *testing.T) {
+	a, b, c := threeMembers(t)
+	c.halt(t)
+	for _, m := range []*member{a, b} {
+		other := b
+		if m == b {
+			other = a
+		}
+		eventually(t, m.name+" hears no "+c.name, 20*time.Second, func() bool {
+			p := m.Peers()
+			return !p[c.name].HeardWithin(m.Timing().Lease) && p[other.name].HeardWithin(m.Timing().Lease)
+		}, a, b)
+		if to := m.fasterVoter(); to != "" {
+			t.Errorf("%s would hand over to %s", m.name, to)
+		}
+	}
 }
 
 // While all disks are equally slow, the leadership stays where it is.
