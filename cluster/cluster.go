@@ -100,7 +100,9 @@ type Cluster struct {
 	member atomic.Pointer[memberFile] // nil until this node belongs to a cluster
 	joined chan struct{}              // closes when member is set
 	raft   atomic.Pointer[raft.Raft]
-	layer  *raftLayer
+	// transport is raft's; set with raft.
+	transport atomic.Pointer[raft.NetworkTransport]
+	layer     *raftLayer
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.
 	snapshotted uint64

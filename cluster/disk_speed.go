@@ -1,7 +1,9 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -183,31 +185,20 @@ func clearlyFaster(voter, leader DiskSpeed) bool {
 	return voter.SlowFor == 0 || (voter.Known && leader.Known && voter.Write < leader.Write/4)
 }
 
-// maxLacking is how many committed entries a voter may lack to become the leader: about
-// four seconds of ticks. A transfer first sends it what it lacks.
-const maxLacking = 16
-
 // fasterVoter is the voter that should lead instead of this node while this node's disk is
 // slow; empty: there is none. The clearly faster voters must be a quorum. Otherwise another
-// leader's entries would wait for this disk too, or for one that is as slow.
+// leader's entries would wait for this disk too, or for one that is as slow. The others
+// vote only for a node whose log is as long as theirs.
 func (c *Cluster) fasterVoter() string {
-	own, commit, peers := c.disk.speed(), c.fsm.applied.Load(), c.Peers()
-	voters, faster := 0, 0
-	for _, s := range c.Raft().Servers {
-		if !s.Voter {
-			continue
-		}
-		voters++
-		if p := peers[s.Name]; p.HeardWithin(c.Timing().Lease) && clearlyFaster(p.Disk, own) {
-			faster++
-		}
-	}
-	if faster < voters/2+1 {
+	own := c.disk.speed()
+	heard, voters := c.heardVoters(c.Timing().Lease)
+	faster := slices.DeleteFunc(heard, func(p PeerView) bool { return !clearlyFaster(p.Disk, own) })
+	if len(faster) < voters/2+1 {
 		return ""
 	}
-	return c.bestVoter(c.Timing().Lease, func(p PeerView) bool {
-		return clearlyFaster(p.Disk, own) && p.AppliedIndex+maxLacking >= commit
-	})
+	return slices.MinFunc(faster, func(a, b PeerView) int {
+		return cmp.Or(cmp.Compare(b.LastLogIndex, a.LastLogIndex), c.bySuccession(a, b))
+	}).Name
 }
 
 // standBackFor is for how long without a leader a node with a slow disk leaves the
@@ -250,54 +241,75 @@ func (c *Cluster) eachTick(ctx context.Context, f func()) error {
 	}
 }
 
-// yieldTimeout bounds the transfer of the leadership away from a slow disk: raft's main
-// loop sees the request only when the write in progress has ended, and then raft allows
-// it an election timeout.
-func yieldTimeout(t config.Timing) time.Duration { return slowAfter(t) }
-
 // leaveSlowDisk hands the leadership over while this node leads on a slow disk and another
 // voter is clearly faster, until ctx ends.
 func (c *Cluster) leaveSlowDisk(ctx context.Context) error {
 	return c.eachTick(ctx, func() {
 		r := c.raft.Load()
-		if r.State() != raft.Leader || c.disk.speed().SlowFor == 0 || c.transferring.Load() {
+		if r.State() != raft.Leader || c.disk.speed().SlowFor == 0 {
 			return
 		}
 		to := c.fasterVoter()
-		if to == "" {
+		if to == "" || !c.transferring.CompareAndSwap(false, true) {
 			return
 		}
+		defer c.transferring.Store(false)
+		term := r.CurrentTerm()
 		c.log.Warn("handing over raft's leadership: the disk is slow", "to", to, "write", c.disk.speed().Write.Round(time.Millisecond))
-		yctx, cancel := context.WithTimeout(ctx, yieldTimeout(c.Timing()))
-		err := c.yield(yctx, to)
-		cancel()
-		if err == nil || ctx.Err() != nil || r.State() != raft.Leader {
+		err := c.cede(ctx, to, term)
+		if err == nil || ctx.Err() != nil {
 			return
 		}
-		// Raft's main loop may wait for the disk for most of the time. Without its
-		// transport it is no leader for the others, and they elect one.
-		c.log.Warn("raft's leadership was not handed over: raft's transport is blocked so that another node becomes leader", "err", err)
-		c.deposeSelf(ctx)
+		c.log.Warn("raft's leadership was not handed over: raft's transport is blocked so that another node becomes leader", "to", to, "err", err)
+		c.deposeSelf(ctx, term)
 	})
+}
+
+// cede makes a voter the leader with raft's own message for that. A transfer by raft sends
+// the same, but its main loop, which waits for the disk, begins it. The other voters accept
+// the candidate although they hear a leader. Its election is an ordinary one otherwise, so
+// the same holds as after any: leases of this node's ticks end before the new leader
+// changes anything.
+func (c *Cluster) cede(ctx context.Context, to string, term uint64) error {
+	t := c.transport.Load()
+	self := raft.ServerID(c.opts.Name)
+	header := raft.RPCHeader{
+		ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(self), Addr: t.EncodePeer(self, raft.ServerAddress(self)),
+	}
+	err := t.TimeoutNow(raft.ServerID(to), raft.ServerAddress(to), &raft.TimeoutNowRequest{RPCHeader: header}, &raft.TimeoutNowResponse{})
+	if err != nil {
+		return fmt.Errorf("ask %s to lead: %w", to, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*c.Timing().Heartbeat)
+	defer cancel()
+	return c.awaitOtherLeader(ctx, term)
+}
+
+// awaitOtherLeader waits until a peer knows a leader of a later term. This node itself may
+// learn of it much later, because its raft writes the term to the disk first.
+func (c *Cluster) awaitOtherLeader(ctx context.Context, after uint64) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !c.peers.followOther(c.opts.Name, after) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("no other leader is known: %w", ctx.Err())
+		case <-tick.C:
+		}
+	}
+	return nil
 }
 
 // deposeSelf blocks raft's transport until a peer knows another leader, or until an
 // election without this node has had its time.
-func (c *Cluster) deposeSelf(ctx context.Context) {
+func (c *Cluster) deposeSelf(ctx context.Context, term uint64) {
 	c.layer.deposed.Store(true)
 	defer c.layer.deposed.Store(false)
 	c.mesh.CloseKind(mesh.KindRaft)
 	ctx, cancel := context.WithTimeout(ctx, standBackFor(c.Timing()))
 	defer cancel()
-	_, term := c.leader()
-	tick := time.NewTicker(c.Timing().Tick)
-	defer tick.Stop()
-	for !c.peers.followOther(c.opts.Name, term) {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+	if err := c.awaitOtherLeader(ctx, term); err != nil {
+		c.log.Warn("raft's transport is unblocked", "err", err)
 	}
 }
 

@@ -360,36 +360,43 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that should lead when this node stops.
+// successor is the voter that should lead when this node stops; empty: there is none.
 func (c *Cluster) successor() string {
-	return c.bestVoter(c.Timing().Patience, func(PeerView) bool { return true })
-}
-
-// bestVoter is the best of the voters that answered a ping of the last while and are
-// accepted; empty: there is none. A slow disk is worst, then another site than this
-// node's, then an older answer.
-func (c *Cluster) bestVoter(while time.Duration, accept func(PeerView) bool) string {
-	peers := c.Peers()
-	var able []PeerView
-	for _, s := range c.Raft().Servers {
-		if p := peers[s.Name]; s.Voter && !p.Draining && p.HeardWithin(while) && accept(p) {
-			able = append(able, p)
-		}
-	}
+	able, _ := c.heardVoters(c.Timing().Patience)
 	if len(able) == 0 {
 		return ""
 	}
-	order := func(p PeerView) int {
-		n := 0
-		if p.Disk.SlowFor > 0 {
-			n += 2
+	return slices.MinFunc(able, c.bySuccession).Name
+}
+
+// heardVoters are the other voters that have answered a ping of the last while and don't
+// drain. voters counts all.
+func (c *Cluster) heardVoters(while time.Duration) (heard []PeerView, voters int) {
+	peers := c.Peers()
+	for _, s := range c.Raft().Servers {
+		if !s.Voter {
+			continue
 		}
-		if p.Site != c.opts.Site {
-			n++
+		voters++
+		if p := peers[s.Name]; p.HeardWithin(while) && !p.Draining {
+			heard = append(heard, p)
 		}
-		return n
 	}
-	return slices.MinFunc(able, func(a, b PeerView) int {
-		return cmp.Or(cmp.Compare(order(a), order(b)), cmp.Compare(a.Ago, b.Ago))
-	}).Name
+	return heard, voters
+}
+
+// bySuccession orders voters: one with a slow disk last, then one of another site, then
+// one whose answer is older.
+func (c *Cluster) bySuccession(a, b PeerView) int {
+	last := func(aIs, bIs bool) int {
+		switch {
+		case aIs == bIs:
+			return 0
+		case aIs:
+			return 1
+		}
+		return -1
+	}
+	return cmp.Or(last(a.Disk.SlowFor > 0, b.Disk.SlowFor > 0),
+		last(a.Site != c.opts.Site, b.Site != c.opts.Site), cmp.Compare(a.Ago, b.Ago))
 }

@@ -19,6 +19,7 @@ type Health struct {
 	UpstreamsTotal   int
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
+	LastLogIndex     uint64
 	Cold             bool // it has held no lease since its start
 	Starting         bool // it has not caught up since its start
 }
@@ -239,7 +240,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
-		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
+		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(), LastLogIndex: h.GetLastLogIndex(),
 		Cold: h.GetCold(), Starting: h.GetStarting(),
 	}
 	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {

@@ -64,6 +64,7 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}
+	c.transport.Store(transport)
 	c.raft.Store(r)
 	return r, nil
 }
