@@ -246,15 +246,15 @@ func (c *Cluster) eachTick(ctx context.Context, f func()) error {
 func (c *Cluster) leaveSlowDisk(ctx context.Context) error {
 	return c.eachTick(ctx, func() {
 		r := c.raft.Load()
-		if r.State() != raft.Leader || c.disk.speed().SlowFor == 0 {
-			return
+		term := r.CurrentTerm()
+		if r.State() != raft.Leader || c.disk.speed().SlowFor == 0 || c.peers.followOther(c.opts.Name, term) {
+			return // or raft here has not learned of the other leader yet
 		}
 		to := c.fasterVoter()
 		if to == "" || !c.transferring.CompareAndSwap(false, true) {
 			return
 		}
 		defer c.transferring.Store(false)
-		term := r.CurrentTerm()
 		c.log.Warn("handing over raft's leadership: the disk is slow", "to", to, "write", c.disk.speed().Write.Round(time.Millisecond))
 		err := c.cede(ctx, to, term)
 		if err == nil || ctx.Err() != nil {

@@ -15,7 +15,12 @@ import (
 )
 
 // slowWindow is how long a site must act as primary after it acts again.
-const slowWindow = 30 * time.Second
+func slowWindow() time.Duration {
+	if full() {
+		return 30 * time.Second
+	}
+	return 12 * time.Second
+}
 
 // The Raft leader's disk works, but allows only so many writes per second, while jobs are
 // submitted: too few for a leader. Another node leads, and some site acts as primary, as
@@ -47,14 +52,19 @@ func diskIsSlow(t *testing.T, writes int) {
 	s.lab.StartJobs(lab.JobLoad{Clients: 4, Durabilities: []string{"two-sites"}, Every: 50 * time.Millisecond})
 	fault := time.Now()
 	disk.Throttle(writes)
-	s.lab.WaitFor(within(replaces), "all nodes to name another leader", func(ctx context.Context) error {
+	// Raft on the slow disk learns of the new leader later: it writes the term first.
+	otherLeads := func(ctx context.Context) error {
 		return s.allNodes(ctx, func(status admin.Status) error {
-			if l := status.Raft.Leader; l == nil || *l == affected {
-				return fmt.Errorf("the leader is %v", l)
+			switch l := status.Raft.Leader; {
+			case l == nil && status.Observer.Node != affected:
+				return fmt.Errorf("no leader is known")
+			case l != nil && *l == affected:
+				return fmt.Errorf("%s leads, and its disk is slow", affected)
 			}
 			return nil
 		})
-	})
+	}
+	s.lab.WaitFor(within(replaces), "another leader", otherLeads)
 	led := time.Now()
 	t.Logf("another node leads after %v", led.Sub(fault))
 	// The leases of the old leader's last ticks have ended by then, and a site acts.
@@ -82,20 +92,15 @@ func diskIsSlow(t *testing.T, writes int) {
 			return nil
 		})
 	})
-	end := acts.Add(slowWindow)
-	s.lab.WaitFor(2*slowWindow, "the time to be over in which a site must act", func(ctx context.Context) error {
+	end := acts.Add(slowWindow())
+	s.lab.WaitFor(2*slowWindow(), "the time to be over in which a site must act", func(ctx context.Context) error {
 		if left := time.Until(end); left > 0 {
 			return fmt.Errorf("%v are left", left)
 		}
-		return s.allNodes(ctx, func(status admin.Status) error {
-			if l := status.Raft.Leader; l == nil || *l == affected {
-				return fmt.Errorf("the leader is %v while the disk of %s is slow", l, affected)
-			}
-			return nil
-		})
+		return otherLeads(ctx)
 	})
-	share := float64(s.role.Acted(acts, end)) / float64(slowWindow)
-	t.Logf("a site acted as primary for %.1f %% of the %v after that", 100*share, slowWindow)
+	share := float64(s.role.Acted(acts, end)) / float64(slowWindow())
+	t.Logf("a site acted as primary for %.1f %% of the %v after that", 100*share, slowWindow())
 	if least := 1 - 0.05*float64(within(time.Second)/time.Second); share < least {
 		t.Errorf("a site acted as primary for %.1f %% of the time, want %.0f %% at least", 100*share, 100*least)
 	}
