@@ -102,6 +102,7 @@ type Cluster struct {
 	raft   atomic.Pointer[raft.Raft]
 	// transport is raft's; set with raft.
 	transport atomic.Pointer[raft.NetworkTransport]
+	hadVote   atomic.Bool // in the configuration of this node's log at the start
 	layer     *raftLayer
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -65,6 +66,10 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}
 	c.transport.Store(transport)
+	// A founder has just made itself a voter, so it keeps its vote.
+	c.hadVote.Store(slices.ContainsFunc(r.GetConfiguration().Configuration().Servers, func(s raft.Server) bool {
+		return s.ID == raft.ServerID(c.opts.Name) && s.Suffrage == raft.Voter
+	}))
 	c.raft.Store(r)
 	return r, nil
 }
@@ -161,6 +166,9 @@ func (c *Cluster) Raft() RaftView {
 	}
 	return v
 }
+
+// HadVote reports whether this node was a voter as far as its log told at the start.
+func (c *Cluster) HadVote() bool { return c.hadVote.Load() }
 
 // serverTimeout bounds how long a change of raft's configuration waits to start.
 const serverTimeout = 5 * time.Second

@@ -466,6 +466,28 @@ func difference(a, b []PlacementNode) []PlacementNode {
 
 func quorumOf(voters int) int { return voters/2 + 1 }
 
+// MostVoters is how many voters there can be with that many usable nodes in each site; 1
+// when it is not for PlaceVoters alone to say.
+func MostVoters(perSite map[string]int) int {
+	sites, nodes := 0, 0
+	for _, n := range perSite {
+		if n > 0 {
+			sites, nodes = sites+1, nodes+min(n, (maxVoters-1)/2)
+		}
+	}
+	switch {
+	case sites < 3:
+		return 1
+	case nodes >= maxVoters:
+		return maxVoters
+	}
+	return 3
+}
+
+// VoteReturnsWithin is how long after a node's start it has its vote again, if it is to
+// have one.
+const VoteReturnsWithin = voterStableFor + 15*time.Second
+
 // boolFirst orders true before false.
 func boolFirst(a, b bool) int {
 	switch {

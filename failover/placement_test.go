@@ -138,6 +138,32 @@ func TestPlaceVotersNextStep(t *testing.T) {
 	}
 }
 
+func TestMostVoters(t *testing.T) {
+	for _, c := range []struct {
+		nodes []int
+		want  int
+	}{
+		{nil, 1},
+		{[]int{3}, 1},
+		{[]int{2, 2}, 1},
+		{[]int{2, 2, 0}, 1},
+		{[]int{1, 1, 1}, 3},
+		{[]int{9, 1, 1}, 3},
+		{[]int{2, 2, 1}, 5},
+		{[]int{2, 2, 2}, 5},
+		{[]int{1, 1, 1, 1}, 3},
+		{[]int{1, 1, 2, 1}, 5},
+	} {
+		perSite := map[string]int{}
+		for i, n := range c.nodes {
+			perSite[string(rune('a'+i))] = n
+		}
+		if got := MostVoters(perSite); got != c.want {
+			t.Errorf("%v: %d, want %d", c.nodes, got, c.want)
+		}
+	}
+}
+
 // take applies a step as Raft would.
 func (v *PlacementView) take(p Plan) {
 	for i := range v.Nodes {

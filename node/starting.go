@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/failover"
 	"github.com/dsnode/dsnode/node/jobs"
 )
 
@@ -25,6 +26,11 @@ type startView struct {
 	FenceKnown bool
 	JobsLoaded bool
 	Lacking    []string // living nodes whose jobs it has not followed to their end
+	// LostVote: it was a voter before its start and is none now. Voters is how many there
+	// are, MostVoters how many there could be with the nodes that are heard.
+	LostVote           bool
+	Voters, MostVoters int
+	Running            time.Duration // since its start
 }
 
 // mayLack is how many entries a node that has caught up may be behind its peers: they are
@@ -42,6 +48,9 @@ func (v startView) lacks() string {
 		return "its job table is not loaded yet"
 	case len(v.Lacking) > 0:
 		return "it has not yet all jobs of " + strings.Join(v.Lacking, ", ")
+	case v.LostVote && v.Voters < v.MostVoters && v.Running < failover.VoteReturnsWithin:
+		// Those who stop the next node may count on the votes of this one.
+		return fmt.Sprintf("it lost its vote while it was away, and %d of %d voters are placed", v.Voters, v.MostVoters)
 	case !v.FenceKnown:
 		return "it does not know the primary yet"
 	case v.FenceWait > 0:
@@ -67,11 +76,21 @@ func (n *Node) startView() startView {
 	raft := n.cluster.Raft()
 	v := startView{Ticked: raft.Ticked, Applied: raft.AppliedIndex}
 	patience := n.cluster.Timing().Patience
+	perSite := map[string]int{n.cfg.Site: 1}
 	for _, p := range n.cluster.Peers() {
 		if p.HeardWithin(patience) {
 			v.Committed = max(v.Committed, p.AppliedIndex)
+			perSite[p.Site]++
 		}
 	}
+	v.LostVote, v.MostVoters = n.cluster.HadVote(), failover.MostVoters(perSite)
+	for _, s := range raft.Servers {
+		if s.Voter {
+			v.Voters++
+			v.LostVote = v.LostVote && s.Name != n.cfg.Name
+		}
+	}
+	v.Running = time.Since(n.cluster.StartedAt())
 	v.FenceWait, v.FenceKnown = n.fence.StartWait()
 	_, err := n.jobs.service.Counts()
 	v.JobsLoaded = !errors.Is(err, jobs.ErrNotReady)
