@@ -97,6 +97,7 @@ type Cluster struct {
 	peers   *peerTable
 	large   *sentTimes
 	pauses  *pauseMeter
+	disk    *diskMeter
 	metrics *metrics
 	gossip  atomic.Pointer[gossip.Gossip]
 
@@ -107,8 +108,11 @@ type Cluster struct {
 	memberMu sync.Mutex                 // held while member and its file are changed
 	joined   chan struct{}              // closes when member is set
 	raft     atomic.Pointer[raft.Raft]
-	layer    *raftLayer
 	votes    *voterTransport // set before raft
+	// transport is raft's; set with raft.
+	transport atomic.Pointer[raft.NetworkTransport]
+	hadVote   atomic.Bool // in the configuration of this node's log at the start
+	layer     *raftLayer
 	// snapshotted is the index of the raft configuration in the newest snapshot.
 	// Only upkeep uses it.
 	snapshotted uint64
@@ -161,6 +165,7 @@ func New(o Options) (*Cluster, error) {
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err
 	}
+	c.disk = newDiskMeter(c.Timing, o.Host.Boottime)
 	c.runCtx, c.fatal = context.WithCancelCause(context.Background())
 	c.fsm = newFSM(o.Logger, o.Host, func(err error) { c.fatal(err) })
 	switch {
@@ -404,7 +409,7 @@ func (c *Cluster) runMember(ctx, connCtx context.Context) error {
 	g, lctx := errgroup.WithContext(loops)
 	for _, loop := range []func(context.Context) error{
 		gossip.Run, c.pauses.Run, c.pingAll, c.leadLoop, c.announce, c.keepMemberFile, c.upkeep,
-		c.watchDisk, c.watchStore,
+		c.watchDisk, c.watchStore, c.judgeDisk, c.leaveSlowDisk,
 	} {
 		g.Go(func() error { return loop(lctx) })
 	}
@@ -491,7 +496,9 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 	if s, ok := c.opts.Logs.(interface{ Syncs() uint64 }); ok {
 		syncs = s.Syncs
 	}
-	err := newDiskWatchdog(c.opts.DataDir, c.opts.Host, c.log, syncs, c.diskStalled).Run(ctx)
+	w := newDiskWatchdog(c.opts.DataDir, c.opts.Host, c.log, syncs, c.diskStalled)
+	w.write = func(path string) error { return c.disk.measure(func() error { return writeAndSync(path) }) }
+	err := w.Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {
 		c.diskHung <- err
 	}
@@ -499,7 +506,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 }
 
 func (c *Cluster) diskStalled(stalled bool) {
-	c.layer.blocked.Store(stalled)
+	c.layer.stalled.Store(stalled)
 	if stalled {
 		c.mesh.CloseKind(mesh.KindRaft)
 	}

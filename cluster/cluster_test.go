@@ -76,6 +76,7 @@ type member struct {
 	ca         *testCA
 	dir        string
 	logs       *raft.InmemCommitTrackingStore
+	slow       *slowLog // of logs
 	snaps      *raft.InmemSnapshotStore
 	level      int // Options.FeatureLevel
 	stop       func()
@@ -110,13 +111,14 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 	if os.Getenv("DSNODE_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", m.name)
 	}
+	m.slow = &slowLog{InmemCommitTrackingStore: m.logs}
 	m.Cluster, err = New(Options{
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
 		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		FeatureLevel: m.level,
-		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
+		Logs:         m.slow, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),
@@ -344,6 +346,14 @@ func TestRestartWithoutQuorumRestoresTheAgreedState(t *testing.T) {
 	if left, _ := c.Lease(); left > 0 {
 		t.Error("c-1 holds a lease without a quorum")
 	}
+	// By now it has applied the ticks of its log.
+	if c.Raft().Ticked {
+		t.Error("c-1 says that it has received a tick since its start, and there is no leader")
+	}
+	addr := c.opts.RPC
+	a.start(t, addr)
+	b.start(t, addr)
+	eventually(t, "c-1 has received a tick", 20*time.Second, func() bool { return c.Raft().Ticked }, a, b, c)
 }
 
 func TestLosingQuorumEndsTheLeaseAndKeepsTheState(t *testing.T) {

@@ -1,10 +1,12 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"time"
 
@@ -360,19 +362,43 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that answered a ping most recently, preferably of this site.
+// successor is the voter that should lead when this node stops; empty: there is none.
 func (c *Cluster) successor() string {
-	best, bestAgo, bestNear := "", c.Timing().Patience, false
+	able, _ := c.heardVoters(c.Timing().Patience)
+	if len(able) == 0 {
+		return ""
+	}
+	return slices.MinFunc(able, c.bySuccession).Name
+}
+
+// heardVoters are the other voters that have answered a ping of the last while and don't
+// drain. voters counts all.
+func (c *Cluster) heardVoters(while time.Duration) (heard []PeerView, voters int) {
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
-		p := peers[s.Name]
-		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) {
+		if !s.Voter {
 			continue
 		}
-		near := p.Site == c.opts.Site
-		if best == "" || (near && !bestNear) || (near == bestNear && p.Ago < bestAgo) {
-			best, bestAgo, bestNear = s.Name, p.Ago, near
+		voters++
+		if p := peers[s.Name]; p.HeardWithin(while) && !p.Draining {
+			heard = append(heard, p)
 		}
 	}
-	return best
+	return heard, voters
+}
+
+// bySuccession orders voters: one with a slow disk last, then one of another site, then
+// one whose answer is older.
+func (c *Cluster) bySuccession(a, b PeerView) int {
+	last := func(aIs, bIs bool) int {
+		switch {
+		case aIs == bIs:
+			return 0
+		case aIs:
+			return 1
+		}
+		return -1
+	}
+	return cmp.Or(last(a.Disk.SlowFor > 0, b.Disk.SlowFor > 0),
+		last(a.Site != c.opts.Site, b.Site != c.opts.Site), cmp.Compare(a.Ago, b.Ago))
 }

@@ -39,6 +39,7 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
 	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })
 	flag("dsnode_raft_leader", "1 while this node leads raft.", func() bool { return c.Raft().Leads })
+	flag("dsnode_disk_slow", "1 while this node's disk is too slow for raft's leader.", func() bool { return c.disk.speed().SlowFor > 0 })
 	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
 	reg.MustRegister(&trafficCollector{c: c, desc: prometheus.NewDesc("dsnode_peer_traffic_age_seconds",
 		"How long ago traffic of a kind last went through between this node and a peer.", []string{"peer", "kind"}, nil)})

@@ -20,11 +20,13 @@ type Health struct {
 	UpstreamsTotal   int
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
+	LastLogIndex     uint64
 	Cold             bool // it has held no lease since its start
 	// Problems are sentences about what is wrong with the node itself, the worst first.
 	Problems []string
 	// Blocked is the traffic with nodes that it hears that does not go through.
-	Blocked []Blocked
+	Blocked  []Blocked
+	Starting bool // it has not caught up since its start
 }
 
 // PeerView is what this node knows about another one.
@@ -51,6 +53,8 @@ type PeerView struct {
 	// an election, a lease may run out for a moment.
 	Leaseless time.Duration
 	Paused    time.Duration // the longest recent time for which the peer did not run
+	// Disk is the speed of the peer's disk by its newest answer.
+	Disk DiskSpeed
 	// Stuck is for how long its answers have shown no progress in applying
 	// entries. While there is a leader, it commits several ticks per second: then
 	// either the peer's disk hangs or the leader's entries don't reach it.
@@ -132,6 +136,18 @@ func (t *peerTable) get(node string) (answer, bool) {
 	defer t.mu.Unlock()
 	a, ok := t.answers[node]
 	return a, ok
+}
+
+// followOther reports whether a peer knows another leader than this node, in a later term.
+func (t *peerTable) followOther(self string, after uint64) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, a := range t.answers {
+		if leader := a.got.GetLeader(); leader != "" && leader != self && a.got.GetTerm() > after {
+			return true
+		}
+	}
+	return false
 }
 
 // retain drops the answers of former members.
@@ -262,8 +278,14 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 	v.Health = Health{
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
-		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
-		Cold: h.GetCold(),
+		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(), LastLogIndex: h.GetLastLogIndex(),
+		Cold: h.GetCold(), Starting: h.GetStarting(),
+	}
+	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {
+		v.Disk.Write = time.Duration(h.GetDiskWriteUs()) * time.Microsecond //nolint:gosec // a time of a peer's own
+	}
+	if slow := time.Duration(h.GetDiskSlowMs()) * time.Millisecond; slow > 0 { //nolint:gosec // as above
+		v.Disk.SlowFor = slow + v.Ago
 	}
 	readTroubles(g, &v.Health)
 	v.HeardBy = a.heardBy
@@ -273,12 +295,19 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 
 func (c *Cluster) health() *clusterpb.Health {
 	h := c.opts.Health()
-	return &clusterpb.Health{
+	disk := c.disk.speed()
+	health := &clusterpb.Health{
 		Instance: c.instance, Draining: h.Draining, Pid: uint32(h.PID), //nolint:gosec // a pid fits
 		UpstreamsHealthy: uint32(h.UpstreamsHealthy), UpstreamsTotal: uint32(h.UpstreamsTotal), //nolint:gosec // bounded by the configuration
 		UpstreamsDown: h.UpstreamsDown[:min(len(h.UpstreamsDown), maxDownListed)],
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
+		Starting:   h.Starting,
+		DiskSlowMs: uint64((disk.SlowFor + time.Millisecond - 1) / time.Millisecond), //nolint:gosec // never negative
 	}
+	if disk.Known {
+		health.DiskWriteUs = new(uint64(disk.Write / time.Microsecond)) //nolint:gosec // never negative
+	}
+	return health
 }
 
 // pauseMeter measures for how long this process did not run, because it had no CPU time

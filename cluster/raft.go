@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -61,12 +62,17 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	}
 	c.fsm.logged = last
 	m := c.member.Load()
-	voter := newVoterTransport(transport, m.VoteFrom, m.StoreLost, c.raft.Load)
+	voter := newVoterTransport(transport, m.VoteFrom, m.StoreLost, c.raft.Load, c.standsBack)
 	c.votes = voter
-	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.opts.Stable, c.opts.Snapshots, voter)
+	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newTimedLog(newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.disk), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}
+	c.transport.Store(transport)
+	// A founder has just made itself a voter, so it keeps its vote.
+	c.hadVote.Store(slices.ContainsFunc(r.GetConfiguration().Configuration().Servers, func(s raft.Server) bool {
+		return s.ID == raft.ServerID(c.opts.Name) && s.Suffrage == raft.Voter
+	}))
 	c.raft.Store(r)
 	return r, nil
 }
@@ -122,7 +128,9 @@ type RaftView struct {
 	Leads       bool   // this node is the leader
 	Term        uint64
 	CommitIndex uint64
-	Servers     []Server
+	// AppliedIndex is the newest entry that the agreed state contains.
+	AppliedIndex uint64
+	Servers      []Server
 	// Quorum says whether this node holds a lease, which proves a quorum; Since is when
 	// that began or ended. A zero Since means that there was no lease yet.
 	Quorum bool
@@ -143,7 +151,7 @@ func (c *Cluster) Raft() RaftView {
 	if r == nil {
 		return RaftView{}
 	}
-	v := RaftView{CommitIndex: r.CommitIndex(), Leads: r.State() == raft.Leader}
+	v := RaftView{CommitIndex: r.CommitIndex(), AppliedIndex: c.fsm.applied.Load(), Leads: r.State() == raft.Leader}
 	v.Leader, v.Term = c.leader()
 	if f := r.GetConfiguration(); f.Error() == nil {
 		for _, s := range f.Configuration().Servers {
@@ -175,6 +183,9 @@ func (c *Cluster) AgreedAge() (age time.Duration, known bool) {
 	}
 	return 0, false
 }
+
+// HadVote reports whether this node was a voter as far as its log told at the start.
+func (c *Cluster) HadVote() bool { return c.hadVote.Load() }
 
 // serverTimeout bounds how long a change of raft's configuration waits to start.
 const serverTimeout = 5 * time.Second

@@ -10,13 +10,14 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// raftLayer is raft's stream layer. Its dials wait for peers that are offline, and the
-// disk watchdog can block it.
+// raftLayer is raft's stream layer. Its dials wait for peers that are offline. It is
+// blocked while the disk hangs, and while a leader with a slow disk is replaced.
 type raftLayer struct {
 	raft.StreamLayer
 	ctx     context.Context // ends waiting dials
 	wait    func(ctx context.Context, node string)
-	blocked atomic.Bool // refuse all dials and connections
+	stalled atomic.Bool // by the watchdog: refuse all dials and connections
+	deposed atomic.Bool // by deposeSelf: the same
 
 	mu      sync.Mutex // guards waiting
 	waiting map[string]int
@@ -31,14 +32,14 @@ const maxWaitingDials = 2
 // half a minute would get its entries up to 10 s after its return. A dial that waits
 // succeeds as soon as the peer answers pings.
 func (l *raftLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	if l.blocked.Load() {
+	if l.blocked() {
 		return nil, ErrDiskStalled
 	}
 	if l.beginWait(string(address)) {
 		l.wait(l.ctx, string(address))
 		l.endWait(string(address))
 	}
-	if l.blocked.Load() {
+	if l.blocked() {
 		return nil, ErrDiskStalled
 	}
 	if l.ctx.Err() != nil {
@@ -46,6 +47,8 @@ func (l *raftLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net
 	}
 	return l.StreamLayer.Dial(address, timeout)
 }
+
+func (l *raftLayer) blocked() bool { return l.stalled.Load() || l.deposed.Load() }
 
 func (l *raftLayer) beginWait(node string) bool {
 	l.mu.Lock()
@@ -69,7 +72,7 @@ func (l *raftLayer) endWait(node string) {
 func (l *raftLayer) Accept() (net.Conn, error) {
 	for {
 		conn, err := l.StreamLayer.Accept()
-		if err != nil || !l.blocked.Load() {
+		if err != nil || !l.blocked() {
 			return conn, err
 		}
 		_ = conn.Close() // nothing was sent on it

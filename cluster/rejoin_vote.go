@@ -84,14 +84,18 @@ func (c *Cluster) demoteRejoiner(name string) error {
 
 var errNoVoteYet = errors.New("this node has just joined: it can't vote before it has the entry that admitted it")
 
+var errStandsBack = errors.New("this node's disk is slow: it leaves raft's leadership to others")
+
 // voterTransport is raft's transport, except that it refuses requests for votes until
 // this node's log has the entry that admitted it. From then on this node votes only for
 // candidates whose logs are at least as long: they have the earlier demotion too, and
-// don't count its vote.
+// don't count its vote. While this node's disk is slow it also asks for no votes: raft has
+// no priorities, but a node that gets no pre-vote stays a follower.
 type voterTransport struct {
 	*raft.NetworkTransport
 	from    atomic.Uint64 // index of the entry that admitted this node; never: not known yet
 	running func() *raft.Raft
+	yields  func() bool // this node should not become the leader
 	passed  chan raft.RPC
 	closed  chan struct{}
 	once    sync.Once
@@ -105,9 +109,9 @@ var _ raft.WithPreVote = (*voterTransport)(nil)
 // never is above every index.
 const never = math.MaxUint64
 
-func newVoterTransport(t *raft.NetworkTransport, from uint64, storeLost bool, running func() *raft.Raft) *voterTransport {
+func newVoterTransport(t *raft.NetworkTransport, from uint64, storeLost bool, running func() *raft.Raft, yields func() bool) *voterTransport {
 	v := &voterTransport{
-		NetworkTransport: t, running: running,
+		NetworkTransport: t, running: running, yields: yields,
 		passed: make(chan raft.RPC), closed: make(chan struct{}),
 	}
 	v.from.Store(from)
@@ -172,10 +176,14 @@ func (v *voterTransport) RequestVote(id raft.ServerID, target raft.ServerAddress
 	return v.NetworkTransport.RequestVote(id, target, args, resp)
 }
 
-// RequestPreVote is the same for a pre-vote.
+// RequestPreVote is the same for a pre-vote. It also refuses while this node's disk is slow.
+// A leadership transfer to this node needs no pre-vote: who transfers to it knows of its disk.
 func (v *voterTransport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
 	if v.tooEarly() {
 		return errNoVoteYet
+	}
+	if v.yields() {
+		return errStandsBack
 	}
 	return v.NetworkTransport.RequestPreVote(id, target, args, resp)
 }

@@ -27,6 +27,8 @@ type Agreement interface {
 	// Paused is the longest recent time in which this process did not run.
 	Paused() time.Duration
 	Peers() map[string]cluster.PeerView
+	// DiskSpeed is that of this node's own disk; Peers have that of the others.
+	DiskSpeed() cluster.DiskSpeed
 	Raft() cluster.RaftView
 	Leading() (cluster.Leadership, bool)
 	Timing() config.Timing
@@ -282,6 +284,9 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 	if i < 0 {
 		return 0, false
 	}
+	if why == PrimarySlow {
+		return 0, false // it acts until the promotion
+	}
 	if why == PrimaryNoLease {
 		return max(v.Sites[i].NoLeaseFor, v.Sites[i].LeaderSilence), true
 	}
@@ -380,10 +385,11 @@ func (c *Coordinator) moveLeader(ctx context.Context, to string) error {
 	return err
 }
 
-// voterOf picks a ready voter of a site.
+// voterOf picks a ready voter of a site. One with a slow disk would hand the leadership
+// over at once.
 func voterOf(members []Member, site string) (string, bool) {
 	for _, m := range members {
-		if m.Site == site && m.Voter && m.Ready {
+		if m.Site == site && m.Voter && m.Ready && m.SlowFor == 0 {
 			return m.Name, true
 		}
 	}

@@ -15,7 +15,7 @@ type View struct {
 	LeadingFor    time.Duration // since the first commit of this leadership
 	NewLeaderWait time.Duration
 	Patience      time.Duration
-	NoLease       time.Duration // a primary without a lease for this long is replaced
+	NoLease       time.Duration // a primary without a lease for this long is replaced, one with slow disks after twice as long
 
 	Primary string
 	Sites   []SiteView
@@ -80,6 +80,7 @@ const (
 	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
 	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
 	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for NoLease, even if it is heard
+	PrimarySlow          Reason = "primary_slow"     // promote: all its disks are slow for 2 NoLease, those of a candidate are not
 	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
 )
 
@@ -95,6 +96,9 @@ func Decide(v View) (Action, Reason) {
 		return Action{Kind: ExpireSwitchover}, SwitchoverOverdue
 	}
 	why, lost := v.primaryLost()
+	if !lost && v.primarySlow() {
+		why, lost = PrimarySlow, true
+	}
 	switch {
 	case !lost && v.Switchover == SwitchoverRunning:
 		return stay, SwitchoverInProgress
@@ -138,8 +142,27 @@ func (v View) primaryLost() (Reason, bool) {
 	return StillPatient, false
 }
 
+// primarySlow reports whether the primary's site acts, on disks that have been too slow
+// for a minute, while another site could act that was steady for as long on a disk that is
+// not. All that a primary does waits for its disk. It still holds a lease, and a backup
+// may take a minute, so nothing is done in a hurry, during a switchover, or if no site is
+// better.
+func (v View) primarySlow() bool {
+	if v.Switchover != NoSwitchover {
+		return false
+	}
+	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	if i < 0 || v.Sites[i].SlowFor < 2*v.NoLease {
+		return false
+	}
+	best, ok := v.candidate()
+	return ok && slices.ContainsFunc(v.Sites, func(s SiteView) bool {
+		return s.Name == best && s.SlowFor == 0 && s.StableFor >= 2*v.NoLease && s.UpstreamsHealthy > 0
+	})
+}
+
 // candidate picks the site to promote among those that can act at once. First comes
-// a site that was not itself just replaced, then one with a healthy upstream, then
+// a site whose disks are not slow, then one that was not itself just replaced, then one with a healthy upstream, then
 // one in the lost primary's city, then the freshest copy, then the better priority.
 //
 // A site that was just replaced is the last choice, and only when it has been steady
@@ -165,7 +188,8 @@ func (v View) candidate() (string, bool) {
 		return "", false
 	}
 	best := slices.MinFunc(able, func(a, b SiteView) int {
-		return cmp.Or(boolFirst(!penalized(a), !penalized(b)),
+		return cmp.Or(boolFirst(a.SlowFor == 0, b.SlowFor == 0),
+			boolFirst(!penalized(a), !penalized(b)),
 			boolFirst(a.UpstreamsHealthy > 0, b.UpstreamsHealthy > 0),
 			boolFirst(a.City == city, b.City == city),
 			fresher(a.Behind, b.Behind),
@@ -195,7 +219,7 @@ func FailbackAvailable(v View) (site string, ok bool) {
 	}
 	best := v.Sites[at].Priority
 	for _, s := range v.Sites {
-		if s.Priority < best && s.Ready > 0 && s.Leased && s.UpstreamsHealthy > 0 && s.StableFor >= FailbackStable {
+		if s.Priority < best && s.Ready > 0 && s.Leased && s.UpstreamsHealthy > 0 && s.SlowFor == 0 && s.StableFor >= FailbackStable {
 			site, ok, best = s.Name, true, s.Priority
 		}
 	}

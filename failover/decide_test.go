@@ -119,6 +119,35 @@ func TestDecide(t *testing.T) {
 			v.at("b").Behind = ptr(int64(300))
 		}, Action{Promote, "b"}, PrimaryLost},
 		{"then priority", func(v *View) { v.Primary = "c"; v.lose("c", time.Minute) }, Action{Promote, "a"}, PrimaryLost},
+		{"its disks slow for 59 s", func(v *View) { v.at("a").SlowFor = 59 * time.Second }, stay, PrimaryHealthy},
+		{"its disks slow for a minute", func(v *View) { v.at("a").SlowFor = time.Minute }, Action{Promote, "b"}, PrimarySlow},
+		{"all disks slow", func(v *View) {
+			v.at("a").SlowFor, v.at("b").SlowFor, v.at("c").SlowFor = time.Minute, time.Minute, time.Second
+		}, stay, PrimaryHealthy},
+		{"its disks slow, those of the other city not", func(v *View) {
+			v.at("a").SlowFor, v.at("b").SlowFor = time.Minute, time.Second
+		}, Action{Promote, "c"}, PrimarySlow},
+		{"its disks slow, and the candidate not steady", func(v *View) {
+			v.at("a").SlowFor, v.at("b").StableFor = time.Minute, 59*time.Second
+		}, stay, PrimaryHealthy},
+		{"its disks slow, and no upstream elsewhere", func(v *View) {
+			v.at("a").SlowFor, v.at("b").UpstreamsHealthy, v.at("c").UpstreamsHealthy = time.Minute, 0, 0
+		}, stay, PrimaryHealthy},
+		{"its disks slow during a switchover", func(v *View) {
+			v.at("a").SlowFor, v.Switchover = time.Minute, SwitchoverRunning
+		}, stay, SwitchoverInProgress},
+		{"its disks slow, paused by an operator", func(v *View) { v.at("a").SlowFor, v.Held = time.Minute, true }, stay, Paused},
+		{"its disks slow, dwell", func(v *View) {
+			v.at("a").SlowFor, v.Last = time.Minute, LastPromotion{From: "b", Ago: 9 * time.Second}
+		}, stay, Dwelling},
+		{"lost, and the city's other disks slow", func(v *View) {
+			v.lose("a", time.Minute)
+			v.at("b").SlowFor = time.Second
+		}, Action{Promote, "c"}, PrimaryLost},
+		{"lost, and all other disks slow", func(v *View) {
+			v.lose("a", time.Minute)
+			v.at("b").SlowFor, v.at("c").SlowFor = time.Second, time.Second
+		}, Action{Promote, "b"}, PrimaryLost},
 		{"switchover under way", func(v *View) { v.Switchover = SwitchoverRunning }, stay, SwitchoverInProgress},
 		{"the primary is lost during a switchover", func(v *View) {
 			v.Switchover = SwitchoverRunning
@@ -165,6 +194,9 @@ func drawView(t *rapid.T) View {
 			s.Ready = rapid.IntRange(0, 2).Draw(t, "ready")
 			s.UpstreamsHealthy = rapid.IntRange(0, 2).Draw(t, "upstreams")
 			s.StableFor = d("stable", time.Minute)
+			if !often("fast") {
+				s.SlowFor = d("slow", time.Minute)
+			}
 			if s.Leased = often("leased"); !s.Leased {
 				s.NoLeaseFor = d("no lease", 40*time.Second)
 			}
@@ -229,6 +261,7 @@ func TestFailbackAvailable(t *testing.T) {
 		{"the first site is back and steady", func(*View) {}, "a"},
 		{"not for long enough", func(v *View) { v.at("a").StableFor = FailbackStable - 1 }, "b"},
 		{"without upstreams", func(v *View) { v.at("a").UpstreamsHealthy = 0 }, "b"},
+		{"its disks are slow", func(v *View) { v.at("a").SlowFor = time.Second }, "b"},
 		{"only better sites count", func(v *View) { v.Primary = "a" }, ""},
 		{"no quorum", func(v *View) { v.Quorum = false }, ""},
 		{"a switchover is under way", func(v *View) { v.Switchover = SwitchoverRunning }, ""},

@@ -61,6 +61,9 @@ type Member struct {
 	// UpstreamsHealthy is how many of its site's are, as the node sees them.
 	UpstreamsHealthy int
 	Voter            bool
+	// SlowFor is for how long its disk has been too slow for a leader, by its own
+	// measurement; 0: it is not.
+	SlowFor time.Duration
 }
 
 // Input is all that the detector looks at.
@@ -105,6 +108,9 @@ type SiteView struct {
 	NoLeaseFor time.Duration
 	// StableFor is how long some node of it has been steady without a gap.
 	StableFor time.Duration
+	// SlowFor is for how long the disks of all its steady nodes have been too slow for a
+	// raft leader; zero when one is fast enough, and when no node is steady.
+	SlowFor time.Duration
 	// Behind is how many records its copy lacks, nil when unknown.
 	Behind *int64
 
@@ -199,6 +205,9 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 			v.Ready++
 		}
 		if m.Steady {
+			if !v.steady || m.SlowFor < v.SlowFor {
+				v.SlowFor = m.SlowFor
+			}
 			v.steady = true
 			v.UpstreamsHealthy = max(v.UpstreamsHealthy, m.UpstreamsHealthy)
 		}

@@ -156,6 +156,33 @@ func TestObserve(t *testing.T) {
 
 // Time without a lease counts only while it is watched. A lease that is seen sets it
 // back to zero.
+// A site's disks are slow while those of all its steady nodes are.
+func TestObserveSlowDisks(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		members []Member
+		want    time.Duration
+	}{
+		{"fast", []Member{{Steady: true}}, 0},
+		{"slow", []Member{{Steady: true, SlowFor: time.Minute}}, time.Minute},
+		{"one of two", []Member{{Steady: true, SlowFor: time.Minute}, {Steady: true}}, 0},
+		{"one of two, in the other order", []Member{{Steady: true}, {Steady: true, SlowFor: time.Minute}}, 0},
+		{"both", []Member{{Steady: true, SlowFor: time.Minute}, {Steady: true, SlowFor: time.Second}}, time.Second},
+		{"the fast one is away", []Member{{Steady: true, SlowFor: time.Minute}, {}}, time.Minute},
+		{"what was last heard of a node that is away", []Member{{SlowFor: time.Minute}}, 0},
+	} {
+		in := silentFor(tick)
+		in.Members = nil
+		for _, m := range c.members {
+			m.Site = "a"
+			in.Members = append(in.Members, m)
+		}
+		if _, sites := Observe(watched(), in); sites[0].Name != "a" || sites[0].SlowFor != c.want {
+			t.Errorf("%s: %s slow for %s, want %s", c.name, sites[0].Name, sites[0].SlowFor, c.want)
+		}
+	}
+}
+
 func TestObserveRemembers(t *testing.T) {
 	m, now := watched(), time.Hour
 	look := func(step time.Duration, lease time.Duration) SiteView {

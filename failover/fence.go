@@ -87,6 +87,8 @@ type Fence struct {
 	// primaryFrom.
 	epoch       uint64
 	primaryFrom time.Duration
+	// startedFrom is until when the first epoch that was seen makes this process wait.
+	startedFrom time.Duration
 	// streams holds each stream that this node owns.
 	streams map[Claim]ownedStream
 	// lastPermit is the deadline of the newest Permit of Primary.
@@ -137,6 +139,14 @@ func (f *Fence) Acting() bool {
 	defer f.mu.Unlock()
 	_, _, err := f.prove(Primary, f.boottime())
 	return err == nil
+}
+
+// StartWait is for how long this process may not act as primary because it has just
+// started; unknown while it knows no primary.
+func (f *Fence) StartWait() (left time.Duration, known bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return max(0, f.startedFrom-f.boottime()), f.epoch != 0
 }
 
 // prove is the one proof of all claims; it assumes the lock. now is from before the
@@ -235,6 +245,7 @@ func (f *Fence) notePrimary(p agreed.Primary, now time.Duration) {
 		return
 	case f.epoch == 0:
 		f.primaryFrom = now + 2*f.wait()
+		f.startedFrom = f.primaryFrom
 	case !p.Released || p.Epoch != f.epoch+1:
 		f.primaryFrom = now + f.wait()
 	}

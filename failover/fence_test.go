@@ -167,7 +167,16 @@ func TestReleasedDoesNotShortenAnEarlierWait(t *testing.T) {
 
 func TestRestartedNodeWaitsTwice(t *testing.T) {
 	withFence(t, "a", func(t *testing.T, st *fakeStanding, f *Fence) {
+		if f.Acting() {
+			t.Error("it acts at once")
+		}
+		if left, known := f.StartWait(); !known || left != 2*newLeaderWait {
+			t.Errorf("after the start it waits for %s (known: %v), want %s", left, known, 2*newLeaderWait)
+		}
 		awaitActing(t, f)
+		if left, known := f.StartWait(); !known || left != 0 {
+			t.Errorf("it acts, and waits for another %s (known: %v)", left, known)
+		}
 		if at := st.now(); at < 2*newLeaderWait {
 			t.Errorf("acts %s after its start", at)
 		}

@@ -109,6 +109,7 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	target := sites[i]
 	add("target_not_primary", s.Primary.Site != r.To, false, "the primary is %s in epoch %d", s.Primary.Site, s.Primary.Epoch)
 	add("target_ready", target.Ready > 0, false, "%d nodes of %s are heard, hold a lease and are in service", target.Ready, r.To)
+	add("target_disks", target.SlowFor == 0, true, "the disks of all nodes of %s that answer have been slow for %s", r.To, target.SlowFor.Round(time.Second))
 	add("target_upstreams", target.UpstreamsHealthy > 0, true, "%d healthy upstreams in %s", target.UpstreamsHealthy, r.To)
 	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
 	add("no_switchover", !open, false, "a switchover is in progress: %v", open)

@@ -39,10 +39,10 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	able := left > 0 && !health.Draining
 	in.Members = append(in.Members, Member{
 		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Responsive: able, CaughtUp: true,
-		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name],
+		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name], SlowFor: c.o.Agreement.DiskSpeed().SlowFor,
 	})
 	for name, p := range peers {
-		m := Member{Name: name, Site: p.Site, UpstreamsHealthy: p.UpstreamsHealthy, Voter: voters[name]}
+		m := Member{Name: name, Site: p.Site, UpstreamsHealthy: p.UpstreamsHealthy, Voter: voters[name], SlowFor: p.Disk.SlowFor}
 		if p.Heard {
 			seen := Sighting{Ago: p.Ago, LeaseLeft: p.LeaseLeft + p.Ago, LeaseKnown: true}
 			in.Leader.Seen[name] = seen

@@ -56,6 +56,8 @@ type LeaderCandidate struct {
 	ResponsiveFor time.Duration
 	// CaughtUp: see Member.CaughtUp.
 	CaughtUp bool
+	// Slow: its disk is too slow for a leader.
+	Slow bool
 }
 
 // LeaderReason names why the leader moves or stays.
@@ -87,7 +89,7 @@ func PlaceLeader(v LeaderView) (to string, why LeaderReason) {
 		return "", LeaderTriedRecently
 	}
 	for _, n := range v.Voters {
-		if n.CaughtUp && n.ResponsiveFor >= leaderStableFor {
+		if n.CaughtUp && !n.Slow && n.ResponsiveFor >= leaderStableFor {
 			return n.Name, LeaderMoves
 		}
 	}
@@ -155,7 +157,7 @@ func (h *leaderHistory) view(s *agreed.State, in Input, l cluster.Leadership, he
 	}
 	for _, m := range in.Members {
 		if m.Site == s.Primary.Site && m.Voter {
-			n := LeaderCandidate{Name: m.Name, CaughtUp: m.CaughtUp}
+			n := LeaderCandidate{Name: m.Name, CaughtUp: m.CaughtUp, Slow: m.SlowFor > 0}
 			if since, responsive := h.responsive[m.Name]; responsive {
 				n.ResponsiveFor = in.Now - since
 			}

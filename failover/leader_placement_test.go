@@ -9,7 +9,7 @@ func TestPlaceLeader(t *testing.T) {
 	view := func(change func(*LeaderView)) LeaderView {
 		v := LeaderView{
 			Healthy: true, LeaderSite: "b", Primary: "a", LeadingFor: time.Hour,
-			Voters: []LeaderCandidate{{"a1", time.Minute, true}, {"a2", time.Minute, true}},
+			Voters: []LeaderCandidate{{"a1", time.Minute, true, false}, {"a2", time.Minute, true, false}},
 		}
 		change(&v)
 		return v
@@ -36,6 +36,7 @@ func TestPlaceLeader(t *testing.T) {
 		{"no voter", func(v *LeaderView) { v.Voters = nil }, "", LeaderNoVoter},
 		{"the first voter was not responsive for long enough", func(v *LeaderView) { v.Voters[0].ResponsiveFor = leaderStableFor - 1 }, "a2", LeaderMoves},
 		{"the first voter is behind", func(v *LeaderView) { v.Voters[0].CaughtUp = false }, "a2", LeaderMoves},
+		{"the first voter's disk is slow", func(v *LeaderView) { v.Voters[0].Slow = true }, "a2", LeaderMoves},
 		{"no voter is fit", func(v *LeaderView) { v.Voters[0].ResponsiveFor, v.Voters[1].CaughtUp = 0, false }, "", LeaderNoVoter},
 	} {
 		if to, why := PlaceLeader(view(c.change)); to != c.to || why != c.why {
@@ -71,6 +72,38 @@ func TestLeaderReturnsToThePrimarySite(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The role leaves a site whose disks are slow, once, and the leadership does not move to
+// such a site. Short slowness changes nothing, and neither does a disk that is slow
+// everywhere.
+func TestTheRoleLeavesSlowDisks(t *testing.T) {
+	simulate(t, twos(34), func(t *testing.T, w *world) {
+		w.lead("b1")
+		w.slowDisks("a", true)
+		w.pass(50 * time.Second)
+		w.slowDisks("a", false)
+		w.pass(40 * time.Second)
+		w.wantPrimary("a", 1)
+		for _, site := range []string{"a", "b", "c"} {
+			w.slowDisks(site, true)
+		}
+		w.lead("c1")
+		w.pass(2 * time.Minute)
+		w.wantPrimary("a", 1)
+		if w.leaderSite() != "c" {
+			t.Errorf("the leader moved to %s, whose disks are slow", w.leaderSite())
+		}
+		w.slowDisks("b", false)
+		took := w.until("b is the primary", 2*time.Minute, func() bool { return w.agreed().Primary.Site == "b" })
+		t.Logf("promoted %v after its disks became fast", took)
+		if f := w.agreed().LastFailover; f == nil || f.RTOSeconds != nil {
+			t.Errorf("the role was not lost before the promotion, so its time is unknown: %+v", f)
+		}
+		w.slowDisks("a", false)
+		w.pass(3 * time.Minute)
+		w.wantPrimary("b", 2)
+	})
 }
 
 // When elections move the leader away again and again, it returns less and less often.

@@ -16,6 +16,10 @@ const (
 	// replaces it: longer than a restart of the process, shorter than an operator needs
 	// to react.
 	voterDeadAfter = 60 * time.Second
+	// voterSlowAfter is how long a voter's disk must be slow before another node of its
+	// site replaces it. It votes, but with it in a bare quorum nothing is committed in
+	// time for a lease.
+	voterSlowAfter = 60 * time.Second
 	// voterStableFor is how long a member must be heard without a gap before it
 	// may vote (again): a flapping link must not move votes.
 	voterStableFor = 30 * time.Second
@@ -48,6 +52,8 @@ type PlacementNode struct {
 	// DeadFor is zero while the node is heard, else the time since it was last heard. For
 	// a node that this leader has never heard it counts from the leader's first commit.
 	DeadFor time.Duration
+	// SlowFor is for how long its disk has been too slow for a leader; zero: it is not.
+	SlowFor time.Duration
 	// CaughtUp: a non-voter's log is close to the leader's. Ignored for voters.
 	CaughtUp bool
 	InConfig bool // in the Raft configuration, with or without a vote
@@ -203,6 +209,8 @@ func newPlacement(v PlacementView) *placement {
 
 func (p *placement) dead(n PlacementNode) bool { return n.DeadFor >= voterDeadAfter }
 
+func (p *placement) slow(n PlacementNode) bool { return n.SlowFor >= voterSlowAfter }
+
 // usable: the node may be in the target. A voter may until it is dead or leaves. Another
 // member must have been heard for long enough and have caught up.
 func (p *placement) usable(n PlacementNode) bool {
@@ -313,7 +321,7 @@ func (p *placement) choose(size, perSite int, spreadCities bool) []PlacementNode
 }
 
 // usableBySite lists the usable nodes of each site in the order in which they are taken:
-// the leader, the current voters, the rest by name.
+// those with a slow disk last; the leader, the current voters, the rest by name.
 func (p *placement) usableBySite() [][]PlacementNode {
 	var sites [][]PlacementNode
 	for _, name := range p.up {
@@ -324,7 +332,7 @@ func (p *placement) usableBySite() [][]PlacementNode {
 			}
 		}
 		slices.SortStableFunc(in, func(a, b PlacementNode) int {
-			return cmp.Or(boolFirst(a.Name == p.Leader, b.Name == p.Leader), boolFirst(a.Voter, b.Voter))
+			return cmp.Or(boolFirst(!p.slow(a), !p.slow(b)), boolFirst(a.Name == p.Leader, b.Name == p.Leader), boolFirst(a.Voter, b.Voter))
 		})
 		sites = append(sites, in)
 	}
@@ -466,6 +474,28 @@ func difference(a, b []PlacementNode) []PlacementNode {
 }
 
 func quorumOf(voters int) int { return voters/2 + 1 }
+
+// MostVoters is how many voters there can be with that many usable nodes in each site; 1
+// when it is not for PlaceVoters alone to say.
+func MostVoters(perSite map[string]int) int {
+	sites, nodes := 0, 0
+	for _, n := range perSite {
+		if n > 0 {
+			sites, nodes = sites+1, nodes+min(n, (maxVoters-1)/2)
+		}
+	}
+	switch {
+	case sites < 3:
+		return 1
+	case nodes >= maxVoters:
+		return maxVoters
+	}
+	return 3
+}
+
+// VoteReturnsWithin is how long after a node's start it has its vote again, if it is to
+// have one.
+const VoteReturnsWithin = voterStableFor + 15*time.Second
 
 // boolFirst orders true before false.
 func boolFirst(a, b bool) int {

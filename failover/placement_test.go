@@ -16,7 +16,8 @@ var placementSites = []PlacementSite{
 
 // placementFrom reads "a1=V a2=n b1=V! c1=." : V voter, n non-voter, . not in
 // the configuration; then ! dead for an hour, ? silent for 10 s, ~ heard again
-// for 5 s, - leaving, * the leader, % not caught up, @ its site is the primary.
+// for 5 s, - leaving, * the leader, % not caught up, s a slow disk for two minutes, S for
+// half a minute, @ its site is the primary.
 // The sites a and b share a city; c, d and e have their own. A site is configured if one of
 // its nodes is named.
 func placementFrom(t interface{ Fatalf(string, ...any) }, text string) PlacementView {
@@ -49,6 +50,10 @@ func placementFrom(t interface{ Fatalf(string, ...any) }, text string) Placement
 				n.Leaving = true
 			case '%':
 				n.CaughtUp = false
+			case 's':
+				n.SlowFor = 2 * time.Minute
+			case 'S':
+				n.SlowFor = 30 * time.Second
 			case '*':
 				v.Leader = name
 			case '@':
@@ -126,6 +131,13 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"in the primary", "a1=V* b1=V@", "move_leader b1", PlacementLeaderInWay},
 		{"2+2+1: the third site is removed", "a1=V a2=V b1=V b2=V c1=V!-", "demote c1", PlacementLeaving},
 		{"then to three, most in the primary", "a1=V a2=V b1=V b2=V@", "demote a2", PlacementShrink},
+		{"voter's disk slow, a node of its site replaces it", "a1=V b1=Vs b2=n c1=V", "add_voter b2", PlacementRebalance},
+		{"then the voter with the slow disk is demoted", "a1=V b1=Vs b2=V c1=V", "demote b1", PlacementRebalance},
+		{"its disk is fast again: nothing moves", "a1=V b1=n b2=V c1=V", "none", PlacementSettled},
+		{"voter's disk slow for 30 s: wait", "a1=V b1=VS b2=n c1=V", "none", PlacementSettled},
+		{"voter's disk slow, and that of its replacement", "a1=V b1=Vs b2=ns c1=V", "none", PlacementSettled},
+		{"voter's disk slow, no replacement", "a1=V b1=Vs c1=V", "none", PlacementSettled},
+		{"a slow disk is better than no voter", "a1=V a2=V b1=V b2=ns c1=V", "add_voter b2", PlacementGrow},
 		{"replacement within a site while another site is lost", "a1=V a2=V! a3=n b1=V", "add_voter a3", PlacementStandIn},
 		{"2+2+1, a dead: demote from five", "a1=V! a2=V! b1=V b2=V c1=V", "demote a2", PlacementShrink},
 		{"2+2+1, a dead: then to three", "a1=V! a2=n! b1=V b2=V c1=V", "demote a1", PlacementStandIn},
@@ -159,6 +171,32 @@ func TestPlaceVotersNextStep(t *testing.T) {
 				t.Errorf("%s\ngot  %s (%s)\nwant %s (%s)", c.given, got, why, c.step, c.why)
 			}
 		})
+	}
+}
+
+func TestMostVoters(t *testing.T) {
+	for _, c := range []struct {
+		nodes []int
+		want  int
+	}{
+		{nil, 1},
+		{[]int{3}, 1},
+		{[]int{2, 2}, 1},
+		{[]int{2, 2, 0}, 1},
+		{[]int{1, 1, 1}, 3},
+		{[]int{9, 1, 1}, 3},
+		{[]int{2, 2, 1}, 5},
+		{[]int{2, 2, 2}, 5},
+		{[]int{1, 1, 1, 1}, 3},
+		{[]int{1, 1, 2, 1}, 5},
+	} {
+		perSite := map[string]int{}
+		for i, n := range c.nodes {
+			perSite[string(rune('a'+i))] = n
+		}
+		if got := MostVoters(perSite); got != c.want {
+			t.Errorf("%v: %d, want %d", c.nodes, got, c.want)
+		}
 	}
 }
 
@@ -223,7 +261,7 @@ func drawPlacement(t *rapid.T) PlacementView {
 		for i := 1; i <= rapid.IntRange(0, 3).Draw(t, "nodes"); i++ {
 			words = append(words, fmt.Sprintf("%s%d=%s%s", site, i,
 				rapid.SampledFrom([]string{"V", "V", "n", "n", "."}).Draw(t, "role"),
-				rapid.SampledFrom([]string{"", "", "", "", "!", "-", "?", "~", "%"}).Draw(t, "mark")))
+				rapid.SampledFrom([]string{"", "", "", "", "!", "-", "?", "~", "%", "s", "S"}).Draw(t, "mark")))
 		}
 	}
 	v := placementFrom(t, strings.Join(words, " "))

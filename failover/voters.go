@@ -114,7 +114,7 @@ func (v *Voters) view(s *agreed.State, l cluster.Leadership) PlacementView {
 		case name == v.name:
 			p.AliveFor, p.CaughtUp = now-l.FirstCommit+time.Hour, true // the leader hears itself
 		case known && heard:
-			p.AliveFor = max(now-since, 1)
+			p.AliveFor, p.SlowFor = max(now-since, 1), peer.Disk.SlowFor
 			p.CaughtUp = peer.HeardWithin(fresh) && peer.AppliedIndex+caughtUp >= raft.CommitIndex
 		default:
 			// Silence counts from the first commit of this leadership at the earliest.

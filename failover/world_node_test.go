@@ -66,6 +66,34 @@ func (n *node) Paused() time.Duration {
 
 func (n *node) Timing() config.Timing { return n.w.timing }
 
+func (n *node) DiskSpeed() cluster.DiskSpeed {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.disk()
+}
+
+// disk assumes the lock.
+func (n *node) disk() cluster.DiskSpeed {
+	if n.slowSince == 0 {
+		return cluster.DiskSpeed{Known: true, Write: 5 * time.Millisecond}
+	}
+	return cluster.DiskSpeed{Known: true, Write: time.Second, SlowFor: max(1, n.w.now()-n.slowSince)}
+}
+
+// slowDisks makes the disks of a site slow from now on, or fast.
+func (w *world) slowDisks(site string, slow bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, n := range w.nodes {
+		if n.site == site {
+			n.slowSince = 0
+			if slow {
+				n.slowSince = w.now()
+			}
+		}
+	}
+}
+
 func (n *node) Peers() map[string]cluster.PeerView {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()

@@ -61,6 +61,7 @@ type node struct {
 	pausedFor   time.Duration
 	pausedUntil time.Duration // until when pausedFor is remembered
 	bootedAt    time.Duration
+	slowSince   time.Duration // since when its disk is slow; 0: it is not
 	applied     int
 
 	leaseUntil time.Duration
@@ -267,7 +268,7 @@ func (n *node) ping(to *node) {
 		}
 		view := cluster.PeerView{
 			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: uint64(to.applied)},
-			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(),
+			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(), Disk: to.disk(),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
 		heard := map[string]time.Duration{}

@@ -66,6 +66,7 @@ type Node struct {
 	admin        *admin.Server
 
 	draining atomic.Bool
+	started  atomic.Bool // see starting
 	view     atomic.Pointer[peerView]
 	control  atomic.Pointer[operate.Control] // nil until this node is a member
 

@@ -170,7 +170,7 @@ func (n *Node) openHandlers() error {
 	n.operator = &operate.Operator{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,
 		Cluster: n.cluster, Jobs: n.jobs, Fleet: n.fleet, Cache: n.cache, Keys: n.keys, Control: n.control.Load,
-		Reconnect: n.isolation.Heal, EndQuarantine: n.coldStart.Release, Health: n.ownHealth, SetDraining: n.setDraining, Host: n.host, Log: n.log,
+		Reconnect: n.isolation.Heal, EndQuarantine: n.coldStart.Release, Health: n.ownHealth, Starting: n.starting, SetDraining: n.setDraining, Host: n.host, Log: n.log,
 	}
 	n.admin = admin.New(admin.Options{
 		Cluster: n.operator, Gatherer: n.reg, Health: n.gateway, Jobs: n.gateway.OperatorHandler(), Token: n.listeners.adminToken, Logger: n.log,

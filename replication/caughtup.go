@@ -64,6 +64,18 @@ func (r *Replication) awaitReported(ctx context.Context) (map[string]report, err
 	}
 }
 
+// Lacking are the living nodes whose journals this node has not followed to their end since
+// its start.
+func (r *Replication) Lacking() []string {
+	var nodes []string
+	for _, m := range r.opts.Members() {
+		if m.Heard && m.Node != r.opts.Self {
+			nodes = append(nodes, m.Node)
+		}
+	}
+	return r.fresh.lacking(nodes)
+}
+
 // caughtUp reports whether all living nodes have reported what they hold, and this node
 // holds it too. Retired streams don't count.
 func (r *Replication) caughtUp(living []Member, reported map[string]report) bool {

@@ -136,6 +136,20 @@ func (f *freshness) answeredAgo(origin string) (time.Duration, bool) {
 	return max(0, f.now()-c.known), true
 }
 
+// lacking are the origins of which this node has not yet had all that they had at some
+// time since its start.
+func (f *freshness) lacking(origins []string) []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []string
+	for _, o := range origins {
+		if _, ok := f.ageOf(o); !ok {
+			out = append(out, o)
+		}
+	}
+	return out
+}
+
 // endsKnown reports whether the ends of all the origins were reported recently.
 func (f *freshness) endsKnown(origins []string) bool {
 	f.mu.Lock()

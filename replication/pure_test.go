@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -417,4 +418,26 @@ func (m Watermarks) Clone() Watermarks {
 		c[holder] = Held{Epoch: h.Epoch, Ends: maps.Clone(h.Ends)}
 	}
 	return c
+}
+
+func TestLacking(t *testing.T) {
+	f := &freshness{now: func() time.Duration { return time.Hour }, own: map[string]*originCopy{}, copies: map[siteCopyKey]siteCopyAge{}}
+	s := journal.Stream{Origin: "b1"}
+	held := uint64(3)
+	holds := func(journal.Stream) uint64 { return held }
+	want := func(what string, lacking ...string) {
+		t.Helper()
+		if got := f.lacking([]string{"a1", "b1"}); !slices.Equal(got, lacking) {
+			t.Errorf("%s: %v, want %v", what, got, lacking)
+		}
+	}
+	want("nothing was heard", "a1", "b1")
+	f.answered("a1", time.Minute, nil, holds)
+	f.answered("b1", time.Minute, map[journal.Stream]uint64{s: 5}, holds)
+	want("a1 has no records, b1 has two more", "b1")
+	held = 5
+	f.advanced(s, holds)
+	want("all that b1 had")
+	f.answered("b1", 2*time.Minute, map[journal.Stream]uint64{s: 9}, holds)
+	want("b1 has new records: they are the lag's subject")
 }

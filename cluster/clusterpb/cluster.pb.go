@@ -552,8 +552,13 @@ type Health struct {
 	AppliedIndex     uint64                 `protobuf:"varint,7,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastLogIndex     uint64                 `protobuf:"varint,8,opt,name=last_log_index,json=lastLogIndex,proto3" json:"last_log_index,omitempty"`
 	Cold             bool                   `protobuf:"varint,9,opt,name=cold,proto3" json:"cold,omitempty"` // it has held no lease since its start
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// How long its disk takes for a write of raft's store; absent: unknown. For how long
+	// the disk has been too slow for raft's leader; 0: it is not.
+	DiskWriteUs   *uint64 `protobuf:"varint,20,opt,name=disk_write_us,json=diskWriteUs,proto3,oneof" json:"disk_write_us,omitempty"`
+	DiskSlowMs    uint64  `protobuf:"varint,21,opt,name=disk_slow_ms,json=diskSlowMs,proto3" json:"disk_slow_ms,omitempty"`
+	Starting      bool    `protobuf:"varint,22,opt,name=starting,proto3" json:"starting,omitempty"` // it has not caught up since its start
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Health) Reset() {
@@ -645,6 +650,27 @@ func (x *Health) GetLastLogIndex() uint64 {
 func (x *Health) GetCold() bool {
 	if x != nil {
 		return x.Cold
+	}
+	return false
+}
+
+func (x *Health) GetDiskWriteUs() uint64 {
+	if x != nil && x.DiskWriteUs != nil {
+		return *x.DiskWriteUs
+	}
+	return 0
+}
+
+func (x *Health) GetDiskSlowMs() uint64 {
+	if x != nil {
+		return x.DiskSlowMs
+	}
+	return 0
+}
+
+func (x *Health) GetStarting() bool {
+	if x != nil {
+		return x.Starting
 	}
 	return false
 }
@@ -1380,7 +1406,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xae\x02\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xa7\x03\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1390,7 +1416,12 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0eupstreams_down\x18\x06 \x03(\tR\rupstreamsDown\x12#\n" +
 	"\rapplied_index\x18\a \x01(\x04R\fappliedIndex\x12$\n" +
 	"\x0elast_log_index\x18\b \x01(\x04R\flastLogIndex\x12\x12\n" +
-	"\x04cold\x18\t \x01(\bR\x04cold\"2\n" +
+	"\x04cold\x18\t \x01(\bR\x04cold\x12'\n" +
+	"\rdisk_write_us\x18\x14 \x01(\x04H\x00R\vdiskWriteUs\x88\x01\x01\x12 \n" +
+	"\fdisk_slow_ms\x18\x15 \x01(\x04R\n" +
+	"diskSlowMs\x12\x1a\n" +
+	"\bstarting\x18\x16 \x01(\bR\bstartingB\x10\n" +
+	"\x0e_disk_write_us\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +
 	"\x06ago_ms\x18\x02 \x01(\x03R\x05agoMs\"\x89\x01\n" +
@@ -1523,6 +1554,7 @@ func file_cluster_proto_init() {
 	if File_cluster_proto != nil {
 		return
 	}
+	file_cluster_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

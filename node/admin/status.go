@@ -133,6 +133,11 @@ type NodeStatus struct {
 	StartedAt        *time.Time `json:"started_at"`
 	// Draining is true while the node is not ready for new clients.
 	Draining *bool `json:"draining"`
+	// DiskWriteSeconds is how long a write of raft's log takes on the node's disk.
+	DiskWriteSeconds *float64 `json:"disk_write_seconds"`
+	// DiskSlowSince is since when that has been too long for a raft leader, null while it
+	// is not.
+	DiskSlowSince *time.Time `json:"disk_slow_since"`
 	// Via is the node through which the observer reaches this one while their direct
 	// link is cut. It is absent otherwise.
 	Via string `json:"via,omitempty"`

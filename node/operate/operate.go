@@ -35,6 +35,7 @@ type Cluster interface {
 	Raft() cluster.RaftView
 	AgreedAge() (age time.Duration, known bool)
 	Peers() map[string]cluster.PeerView
+	DiskSpeed() cluster.DiskSpeed // of this node's disk
 	Members() []gossip.Member
 	// Waiting says what the node waits for before it is a member, Quarantined why its
 	// Raft leader changes nothing, LeftBehind that the cluster was recovered without
@@ -84,6 +85,8 @@ type Operator struct {
 	EndQuarantine func()
 	// Health is what the node tells its peers about itself.
 	Health func() cluster.Health
+	// Starting says what the node has not caught up with since its start; empty: nothing.
+	Starting func() string
 	// SetDraining takes the node out of load balancers, or puts it back.
 	SetDraining func(draining bool)
 	Host        *host.Host // nil: this machine

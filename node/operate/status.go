@@ -27,6 +27,9 @@ type view struct {
 	agreedAge *time.Duration
 	left      map[string]bool // nodes that have left the gossip and have not come back
 	health    cluster.Health  // of this node
+	disk      cluster.DiskSpeed
+	// slowWrite is how long a write may take on a raft leader's disk.
+	slowWrite time.Duration
 
 	jobs     *admin.Jobs                 // nil: unknown
 	copies   map[string]replication.Copy // by site; absent: unknown
@@ -34,6 +37,7 @@ type view struct {
 
 	// Problems, as sentences; empty: none.
 	waiting     string // why this node is not a member yet
+	starting    string // what it has not caught up with since its start
 	quarantine  string // why this node, the Raft leader, changes nothing
 	leftBehind  string // that the cluster was recovered without this node
 	removed     error  // that this node was removed; nil: it was not
@@ -54,8 +58,9 @@ func (o *Operator) view() view {
 		clusterName: o.ClusterName, name: o.Name, site: o.Site, version: o.Version,
 		now: o.Host.Now(), started: o.Cluster.StartedAt(), patience: o.Cluster.Timing().Patience,
 		state: o.Cluster.State(), raft: o.Cluster.Raft(), peers: o.Cluster.Peers(), left: map[string]bool{}, health: o.Health(),
+		disk: o.Cluster.DiskSpeed(), slowWrite: cluster.SlowWrite(o.Cluster.Timing()),
 		failback: o.failbackAvailable(),
-		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
+		waiting:  o.Cluster.Waiting(), starting: o.Starting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
 		removed:    o.Cluster.RemovedError(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
@@ -172,12 +177,23 @@ func (v view) nodes() []admin.NodeStatus {
 		switch {
 		case name == v.name:
 			s.State, s.LastHeardSeconds, s.PID, s.Draining = admin.NodeAlive, new(0.0), new(os.Getpid()), new(v.health.Draining)
+			v.setDisk(&s, v.disk)
 		case p.Heard:
 			s.LastHeardSeconds, s.PID, s.Draining, s.Via = new(p.Ago.Seconds()), new(p.PID), new(p.Draining), p.Via
+			v.setDisk(&s, p.Disk)
 		}
 		list = append(list, s)
 	}
 	return list
+}
+
+func (v view) setDisk(s *admin.NodeStatus, d cluster.DiskSpeed) {
+	if d.Known {
+		s.DiskWriteSeconds = new(d.Write.Seconds())
+	}
+	if d.SlowFor > 0 {
+		s.DiskSlowSince = new(v.now.Add(-d.SlowFor).UTC())
+	}
 }
 
 // nodeState is alive while the peer answers, suspect for another patience, then dead. A

@@ -48,6 +48,19 @@ func (v view) reasons(s admin.Status) []string {
 		out = append(out, v.siteReasons(site, s.Nodes)...)
 	}
 	out = append(out, v.fewVoters(s)...)
+	if v.starting != "" && v.raft.Quorum {
+		add("node %s has just started: %s", v.name, v.starting)
+	}
+	for _, name := range sortedNames(v.peers) {
+		if p := v.peers[name]; p.Starting && p.HeardWithin(v.patience) {
+			add("node %s has just started and has not caught up", name)
+		}
+	}
+	for _, n := range s.Nodes {
+		if n.DiskSlowSince != nil && n.State == admin.NodeAlive {
+			add("%s", v.slowDisk(n))
+		}
+	}
 	if v.health.Draining {
 		add("node %s is draining", v.name)
 	}
@@ -94,6 +107,20 @@ func (v view) siteReasons(site admin.SiteStatus, nodes []admin.NodeStatus) []str
 	return out
 }
 
+// slowDisk says what a node's slow disk does to the cluster.
+func (v view) slowDisk(n admin.NodeStatus) string {
+	takes := ""
+	if n.DiskWriteSeconds != nil {
+		takes = fmt.Sprintf(", a write of the raft log takes %.0f ms", *n.DiskWriteSeconds*1000)
+	}
+	result := "another node leads meanwhile"
+	if v.raft.Leader == n.Name {
+		result = "it leads, and no voter is clearly faster"
+	}
+	return fmt.Sprintf("node %s: its disk has been slow since %s%s, a raft leader needs less than %d ms (%s): check the disk and what else uses it",
+		n.Name, n.DiskSlowSince.Format(time.RFC3339), takes, v.slowWrite.Milliseconds(), result)
+}
+
 // behind says that this node's copy of the agreed state, or that of a peer, may be old.
 // With a quorum the leader commits an entry several times a second. A node that has just
 // started lacks it, and so does a node that gets its lease through a relay but no entries
@@ -102,8 +129,6 @@ func (v view) behind() []string {
 	switch {
 	case v.raft.Epoch > v.state.Primary.Epoch:
 		return []string{fmt.Sprintf("node %s knows the primary of epoch %d, and epoch %d has begun", v.name, v.state.Primary.Epoch, v.raft.Epoch)}
-	case !v.raft.Ticked:
-		return []string{fmt.Sprintf("node %s has received nothing from the raft leader since its start: its copy of the agreed state may be old", v.name)}
 	case v.raft.TickAgo >= v.patience:
 		return []string{fmt.Sprintf("node %s has received nothing from the raft leader for %s: its copy of the agreed state may be old",
 			v.name, v.raft.TickAgo.Round(100*time.Millisecond))}

@@ -60,7 +60,7 @@ func healthyView(t *testing.T) view {
 			Primary: agreed.Primary{Site: "a", Epoch: 3}, Parsed: cfg,
 		},
 		raft: raft, peers: peers, left: map[string]bool{},
-		health: cluster.Health{UpstreamsHealthy: 1, UpstreamsTotal: 1},
+		health: cluster.Health{UpstreamsHealthy: 1, UpstreamsTotal: 1}, slowWrite: 240 * time.Millisecond,
 	}
 }
 
@@ -155,8 +155,12 @@ func TestStatusGivesReasons(t *testing.T) {
 			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 knows the primary of epoch 3, and epoch 4 has begun",
 		},
 		{
-			"a lease, but no entries since the start", func(v *view) { v.raft.Ticked = false },
-			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "since its start: its copy of the agreed state may be old",
+			"a node that has not caught up since its start", func(v *view) { v.starting = "its job table is not loaded yet" },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive, "node a-1 has just started: its job table is not loaded yet",
+		},
+		{
+			"a peer that has not caught up since its start", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Starting = true }) },
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive, "node b-1 has just started and has not caught up",
 		},
 		{
 			"a lease, but no entries", func(v *view) { v.raft.TickAgo = 4 * time.Second },
@@ -169,6 +173,20 @@ func TestStatusGivesReasons(t *testing.T) {
 		{
 			"a peer that answers but applies no entries", func(v *view) { changePeer(v, "b-1", func(p *cluster.PeerView) { p.Stuck = 3 * time.Second }) },
 			"b", admin.SiteDegraded, "b-1", admin.NodeAlive, "node b-1 answers, but has applied no raft entry for 3s: check the network from the leader a-1",
+		},
+		{
+			"a peer with a slow disk", func(v *view) {
+				changePeer(v, "b-1", func(p *cluster.PeerView) {
+					p.Disk = cluster.DiskSpeed{Known: true, Write: 640 * time.Millisecond, SlowFor: 5 * time.Second}
+				})
+			},
+			"b", admin.SiteHealthy, "b-1", admin.NodeAlive,
+			"node b-1: its disk has been slow since 2026-01-02T03:04:00Z, a write of the raft log takes 640 ms, a raft leader needs less than 240 ms (another node leads meanwhile)",
+		},
+		{
+			"the leader's disk is slow, like all", func(v *view) { v.disk.SlowFor = 5 * time.Second },
+			"a", admin.SiteHealthy, "a-1", admin.NodeAlive,
+			"node a-1: its disk has been slow since 2026-01-02T03:04:00Z, a raft leader needs less than 240 ms (it leads, and no voter is clearly faster)",
 		},
 		{
 			"a data key that can't be opened", func(v *view) { v.keyProblem = "wrong operator key" },
@@ -238,7 +256,7 @@ func TestUnknownValuesAreNull(t *testing.T) {
 	v.raft.Quorum, v.raft.Since = false, time.Time{}
 	s := describe(v)
 	for _, n := range s.Nodes {
-		if n.Name == "c-1" && (n.LastHeardSeconds != nil || n.PID != nil || n.Leader != nil) {
+		if n.Name == "c-1" && (n.LastHeardSeconds != nil || n.PID != nil || n.Leader != nil || n.DiskWriteSeconds != nil || n.DiskSlowSince != nil) {
 			t.Errorf("node never heard: %+v", n)
 		}
 	}

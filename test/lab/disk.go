@@ -18,18 +18,20 @@ import (
 )
 
 // Disk is a file system that can hang: then writes and fsync wait until Resume,
-// while reads work.
+// while reads work. It can also be slow.
 type Disk struct {
 	t   testing.TB
 	dir string
 
-	mu   sync.Mutex // guards hung
-	hung *os.File   // open while it hangs
+	mu        sync.Mutex // guards hung, throttled
+	hung      *os.File   // open while it hangs
+	throttled bool
 }
 
 const (
-	// diskBytes leaves more than the reserve of a node's journals, 256 MiB.
-	diskBytes = 512 << 20
+	// diskBytes is the size of the file system, whose file has holes. A node refuses jobs
+	// when less than 256 MiB are free.
+	diskBytes = 768 << 20
 	// FIFREEZE and FITHAW of linux/fs.h.
 	fiFreeze = 0xc0045877
 	fiThaw   = 0xc0045878
@@ -45,8 +47,10 @@ func NewDisk(t testing.TB) *Disk {
 	d := &Disk{t: t, dir: filepath.Join(t.TempDir(), "disk")}
 	err := d.mount(d.dir + ".img")
 	skip.Unless(t, err == nil, fmt.Sprintf("the test needs a file system of its own: %v", err))
+	_ = d.limit(0) // a test that was killed may have left a limit of this loop device
 	t.Cleanup(func() {
 		d.Resume()
+		d.Unthrottle()
 		if err := unix.Unmount(d.dir, 0); err != nil {
 			t.Errorf("unmount %s: %v", d.dir, err)
 		}
@@ -69,7 +73,8 @@ func (d *Disk) mount(image string) error {
 		return err
 	}
 	for _, command := range [][]string{
-		{"mkfs.ext4", "-q", "-F", image},
+		// Without lazy initialization, which would use some of a slow disk's writes later.
+		{"mkfs.ext4", "-q", "-F", "-N", "4096", "-E", "lazy_itable_init=0,lazy_journal_init=0", image},
 		{"mount", "-o", "loop", image, d.dir},
 	} {
 		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
@@ -138,4 +143,46 @@ func (d *Disk) Resume() {
 	}
 	_ = d.hung.Close() // only read from
 	d.hung = nil
+}
+
+// throttleFile limits the writes of each second to a block device, for the processes of
+// a cgroup. Writes of the file system's own threads count for the root cgroup, so a limit
+// is set there and holds for all processes that use the device.
+const throttleFile = "/sys/fs/cgroup/blkio/blkio.throttle.write_iops_device"
+
+// Throttle limits the disk to that many writes to the device per second. An fsync of the
+// file system takes several of them, so at 30 it takes about 100 ms, and more if many
+// files are synced at the same time. Where the kernel has no such limit the test is
+// skipped or fails, as with Require.
+func (d *Disk) Throttle(writesPerSecond int) {
+	d.t.Helper()
+	err := d.limit(writesPerSecond)
+	skip.Unless(d.t, err == nil, fmt.Sprintf("the test needs a disk that can be made slow: %v", err))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.throttled = true
+}
+
+// Unthrottle ends a Throttle. Without one it does nothing.
+func (d *Disk) Unthrottle() {
+	d.t.Helper()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.throttled {
+		return
+	}
+	if err := d.limit(0); err != nil { // 0 removes the limit
+		d.t.Errorf("end the throttling of %s: %v", d.dir, err)
+	}
+	d.throttled = false
+}
+
+func (d *Disk) limit(writesPerSecond int) error {
+	var st unix.Stat_t
+	if err := unix.Stat(d.dir, &st); err != nil {
+		return err
+	}
+	// The device of the mounted file system is its loop device.
+	limit := fmt.Sprintf("%d:%d %d\n", unix.Major(st.Dev), unix.Minor(st.Dev), writesPerSecond)
+	return os.WriteFile(throttleFile, []byte(limit), 0)
 }

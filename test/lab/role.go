@@ -155,6 +155,34 @@ func (w *RoleWatch) Idle(epoch uint64) (time.Duration, bool) {
 	return begun.Answered.Sub(last), !last.IsZero()
 }
 
+// Acted is a lower bound of the time between two moments in which some node acted as
+// primary: from the first to the last answer of each run.
+func (w *RoleWatch) Acted(from, to time.Time) time.Duration { return acted(w.Runs(), from, to) }
+
+func acted(runs []Acting, from, to time.Time) time.Duration {
+	slices.SortFunc(runs, func(a, b Acting) int { return a.First.Answered.Compare(b.First.Answered) })
+	sum := time.Duration(0)
+	for _, a := range runs {
+		begun, ended := a.First.Answered, a.Last.Asked
+		if begun.Before(from) {
+			begun = from
+		}
+		if ended.After(to) {
+			ended = to
+		}
+		if ended.After(begun) {
+			sum += ended.Sub(begun)
+			from = ended
+		}
+	}
+	return sum
+}
+
+// ActsSince reports whether a node was asked after a moment and acted as primary then.
+func (w *RoleWatch) ActsSince(since time.Time) bool {
+	return slices.ContainsFunc(w.Runs(), func(a Acting) bool { return a.Last.Asked.After(since) })
+}
+
 // Laws describes violations of law 1: two sites acted in one epoch, or a site acted
 // after another had acted in a higher epoch.
 func (w *RoleWatch) Laws() []string {

@@ -53,3 +53,18 @@ func TestIdleIsAnUpperBound(t *testing.T) {
 		t.Errorf("idle before the first epoch: %v", idle)
 	}
 }
+
+func TestActedCountsTimeOnce(t *testing.T) {
+	at := func(ms int) time.Time { return time.Unix(0, int64(ms)*1e6) }
+	run := func(from, to int) Acting {
+		return Acting{First: Look{at(from - 1), at(from)}, Last: Look{at(to), at(to + 1)}}
+	}
+	runs := []Acting{run(400, 500), run(0, 100), run(90, 150), run(100, 120), run(900, 1000)}
+	for _, c := range []struct{ from, to, want int }{
+		{0, 1000, 350}, {50, 95, 45}, {160, 390, 0}, {140, 450, 60}, {950, 2000, 50}, {2000, 3000, 0},
+	} {
+		if got := acted(runs, at(c.from), at(c.to)); got != time.Duration(c.want)*time.Millisecond {
+			t.Errorf("from %d to %d: %v, want %d ms", c.from, c.to, got, c.want)
+		}
+	}
+}
