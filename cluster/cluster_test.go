@@ -114,7 +114,7 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
-		Credentials: m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
+		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		FeatureLevel: m.level,
 		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
