@@ -45,6 +45,9 @@ func (j *asyncJobs) Problems() []string {
 		problems = append(problems, "its job table was damaged and is being rebuilt with the rows of other nodes: until a node that has all rows is heard, "+
 			"ask another node for jobs; jobs that were accepted here before are not executed")
 	}
+	if j.service == nil { // the node is being opened
+		return problems
+	}
 	if cant := j.service.Problem(); cant != "" {
 		problems = append(problems, cant)
 	}

@@ -156,7 +156,8 @@ func TestCutOffNodeLearnsOfItsRemovalAndComesBack(t *testing.T) {
 }
 
 // A node that lives is removed only by force. It lets running requests finish, refuses new
-// ones, and ends. With an empty disk it joins as a new node.
+// ones, and ends. With an empty disk it joins as a new node. Removed while its process is
+// stopped, it does not act as primary for a moment when it continues.
 func TestLivingNodeIsRemovedByForce(t *testing.T) {
 	parallelIfShort(t)
 	l := lab.Start(t, lab.Topology{Nodes: []int{2, 1, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Cluster: withJobs})
@@ -216,4 +217,28 @@ func TestLivingNodeIsRemovedByForce(t *testing.T) {
 	victim.WipeDisk()
 	victim.Start()
 	t.Logf("healthy with the wiped node after %s", l.WaitHealthy(within(20*time.Second)))
+
+	victim.Stop()
+	l.WaitFor(within(15*time.Second), "the removal of a node that is stopped", func(ctx context.Context) error {
+		return asked.RemoveNode(ctx, admin.RemovalRequest{Node: victim.Name, AcceptLoss: true})
+	})
+	victim.Continue()
+	l.WaitFor(within(learns), "the end of the removed node, which is not the primary before", func(ctx context.Context) error {
+		if !victim.Running() {
+			return nil
+		}
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, victim.API()+"/healthz/primary", nil)
+		if err != nil {
+			return err
+		}
+		if answer, err := victim.Site.Client().Do(req); err == nil {
+			_ = answer.Body.Close()
+			if answer.StatusCode == http.StatusOK {
+				t.Errorf("%s answers as primary after its removal", victim.Name)
+			}
+		}
+		return errors.New("it still runs")
+	})
+	wantEnd(t, victim)
+	wantGone(t, l, victim.Name)
 }

@@ -1,6 +1,7 @@
 package jobs
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -131,8 +132,13 @@ func (g *trio) cause(f fault) {
 	switch f.kind {
 	case adopted:
 		for _, j := range state.State().StreamsOf(w.node) {
-			if st, _ := streamOf(j); f.adopter != f.node {
-				state.give(g.t, st, g.nodes[f.adopter].node)
+			if f.adopter == f.node {
+				break
+			}
+			d := agreed.StreamOwn{Stream: j.Key(), Owner: g.nodes[f.adopter].node, Expect: j.Token, Term: 1}
+			// Its owner may have dropped it meanwhile.
+			if _, err := state.Propose(g.t.Context(), agreed.CmdStreamOwn, d); err != nil && !errors.Is(err, agreed.ErrUnknownStream) {
+				g.t.Fatal(err)
 			}
 		}
 	case restarted:

@@ -192,9 +192,9 @@ func TestLostDiskIsNotDone(t *testing.T) {
 func TestDisownedAgainAndAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, w *world) {
 		w.start()
-		adopts, silent := true, 0
+		silent := 0
 		for began := time.Now(); time.Since(began) < 10*time.Minute; time.Sleep(250 * time.Millisecond) {
-			adopts = time.Since(began) < 5*time.Minute
+			adopts := time.Since(began) < 5*time.Minute
 			for _, j := range w.agreed.State().StreamsOf(w.node) {
 				if st, _ := streamOf(j); adopts {
 					w.agreed.give(t, st, "here-2")
