@@ -61,10 +61,10 @@ func TestOlderVersionCanNotReadTheConfiguration(t *testing.T) {
 		}
 		c := &Cluster{fsm: newFSM(slog.New(slog.DiscardHandler), nil, func(err error) { t.Error(err) })}
 		c.fsm.state.Store(&agreed.State{ClusterID: "c", FeatureLevel: 1, Parsed: cfg, Nodes: map[string]agreed.Node{}})
-		if err := c.checkJoin(t.Context(), agreed.Node{Name: "a-2", Site: "a", Feature: 1}, &clusterpb.JoinRequest{}); !errors.Is(err, want) || want == nil && err != nil {
+		if err := c.checkJoin(t.Context(), agreed.Node{Name: "a-2", Site: "a", Feature: 1}, &clusterpb.JoinRequest{Fresh: true}); !errors.Is(err, want) || want == nil && err != nil {
 			t.Errorf("%q: a node of level 1 joins: %v, want %v", text, err, want)
 		}
-		if err := c.checkJoin(t.Context(), agreed.Node{Name: "a-2", Site: "a", Feature: 2}, &clusterpb.JoinRequest{}); err != nil {
+		if err := c.checkJoin(t.Context(), agreed.Node{Name: "a-2", Site: "a", Feature: 2}, &clusterpb.JoinRequest{Fresh: true}); err != nil {
 			t.Errorf("%q: a node of level 2 joins: %v", text, err)
 		}
 	}

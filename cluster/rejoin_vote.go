@@ -179,11 +179,11 @@ func (v *voterTransport) RequestVote(id raft.ServerID, target raft.ServerAddress
 // RequestPreVote is the same for a pre-vote. It also refuses while this node's disk is slow.
 // A leadership transfer to this node needs no pre-vote: who transfers to it knows of its disk.
 func (v *voterTransport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
-	if v.tooEarly() {
-		return errNoVoteYet
-	}
 	if v.yields() {
 		return errStandsBack
+	}
+	if v.tooEarly() {
+		return errNoVoteYet
 	}
 	return v.NetworkTransport.RequestPreVote(id, target, args, resp)
 }
