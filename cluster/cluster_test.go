@@ -75,11 +75,25 @@ type member struct {
 	name, site string
 	ca         *testCA
 	dir        string
-	logs       *raft.InmemCommitTrackingStore
+	logs       *hangingStore
 	snaps      *raft.InmemSnapshotStore
 	stop       func()
 	ended      chan error
 }
+
+// hangingStore is a store whose disk can hang: writes of entries wait.
+type hangingStore struct {
+	*raft.InmemCommitTrackingStore
+	disk sync.RWMutex // held while the disk hangs
+}
+
+func (s *hangingStore) StoreLogs(entries []*raft.Log) error {
+	s.disk.RLock()
+	defer s.disk.RUnlock()
+	return s.InmemCommitTrackingStore.StoreLogs(entries)
+}
+
+func (s *hangingStore) StoreLog(entry *raft.Log) error { return s.StoreLogs([]*raft.Log{entry}) }
 
 type testLog struct{ t testing.TB }
 
@@ -89,7 +103,7 @@ func (l testLog) Write(b []byte) (int, error) {
 }
 
 func newMember(t testing.TB, ca *testCA, site, name string) *member {
-	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: raft.NewInmemCommitTrackingStore(), snaps: raft.NewInmemSnapshotStore()}
+	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: &hangingStore{InmemCommitTrackingStore: raft.NewInmemCommitTrackingStore()}, snaps: raft.NewInmemSnapshotStore()}
 	t.Cleanup(func() {
 		if m.stop != nil {
 			m.halt(t)

@@ -121,7 +121,8 @@ type tickResult struct {
 
 // refusedTooLong is how long a leader may refuse ticks before this node stops: after a
 // failed transfer a leader can refuse all writes until it is restarted (hashicorp/raft
-// #696).
+// #696). That is the last resort: yield transfers only to a node that follows, and while
+// ticks are refused no dial to an offline peer keeps raft waiting (see waitForPeer).
 const refusedTooLong = 10 * time.Second
 
 // maxTicks bounds the ticks that wait for their commit.
@@ -143,6 +144,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	)
 	defer func() {
 		end()
+		c.refusing.Store(false)
 		c.quarantine.Store(nil)
 		if leading {
 			c.log.Info("raft leadership ended", "term", term)
@@ -182,6 +184,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 			switch {
 			case res.err == nil:
 				refused = 0
+				c.refusing.Store(false)
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
 				leaseEnd.Reset(max(0, lastCommit+c.Timing().Lease-clock.Boottime()) + time.Millisecond)
@@ -195,6 +198,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 				if refused == 0 {
 					refused = clock.Boottime()
 				}
+				c.refusing.Store(true)
 				if clock.Boottime()-refused > refusedTooLong {
 					return fmt.Errorf("raft has refused all writes for %s after a leadership transfer: this node stops and must be restarted", refusedTooLong)
 				}
@@ -288,6 +292,9 @@ func (c *Cluster) yield(ctx context.Context, to string) error {
 	if r == nil || r.State() != raft.Leader {
 		return ErrNotLeader
 	}
+	if err := c.proveFollows(ctx, to); err != nil {
+		return fmt.Errorf("don't transfer leadership to %s: %w", to, err)
+	}
 	// Commit no ticks during the transfer, so that this leader extends no lease while
 	// another node may become leader.
 	if !c.transferring.CompareAndSwap(false, true) {
@@ -358,13 +365,14 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that answered a ping most recently, preferably of this site.
+// successor is the voter that answered a ping most recently, preferably of this site. A
+// voter that does not follow the agreed state is none.
 func (c *Cluster) successor() string {
 	best, bestAgo, bestNear := "", c.Timing().Patience, false
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
 		p := peers[s.Name]
-		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) {
+		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) || p.Stuck >= c.stuckAfter() {
 			continue
 		}
 		near := p.Site == c.opts.Site

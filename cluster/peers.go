@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,6 +21,10 @@ type Health struct {
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
 	Cold             bool // it has held no lease since its start
+	// Journal is the stream (agreed.StreamKey) that it writes its job records to, empty
+	// when it has none or does not tell; JournalEnd is the last record on its disk.
+	Journal    string
+	JournalEnd uint64
 }
 
 // PeerView is what this node knows about another one.
@@ -44,6 +49,9 @@ type PeerView struct {
 	// entries. While there is a leader, it commits several ticks per second: then
 	// either the peer's disk hangs or the leader's entries don't reach it.
 	Stuck time.Duration
+	// JournalGrowth is the most records by which JournalEnd rose from one ping to the
+	// next, of the last few pings.
+	JournalGrowth uint64
 }
 
 // HeardWithin reports whether the node answered a ping that was sent less than d ago.
@@ -77,7 +85,13 @@ type answer struct {
 	progressed time.Duration
 	// heardBy is PeerView.HeardBy; put sets it. It is shared and never changed.
 	heardBy map[string]time.Duration
+	// growth has by how many records the journal grew before each of the newest answers,
+	// newest first; put sets it.
+	growth [growthPings]uint64
 }
+
+// growthPings is how many pings JournalGrowth covers: those of about four seconds.
+const growthPings = 16
 
 func (t *peerTable) put(node string, a answer) {
 	a.heardBy = make(map[string]time.Duration, len(a.got.GetHeard()))
@@ -94,6 +108,10 @@ func (t *peerTable) put(node string, a answer) {
 		before := old.got.GetHealth()
 		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
 			a.progressed = old.progressed
+		}
+		copy(a.growth[1:], old.growth[:])
+		if before.GetJournal() == now.GetJournal() && now.GetJournalEnd() > before.GetJournalEnd() {
+			a.growth[0] = now.GetJournalEnd() - before.GetJournalEnd()
 		}
 	}
 	t.answers[node] = a
@@ -192,7 +210,7 @@ func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	return &clusterpb.PingResponse{
 		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(),
 		LeaseUs: max(0, left.Microseconds()), Epoch: heard.epoch, Ownership: heard.ownership,
-		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(),
+		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(), Acting: new(c.acting()),
 	}
 }
 
@@ -225,8 +243,9 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
-		Cold: h.GetCold(),
+		Cold: h.GetCold(), Journal: h.GetJournal(), JournalEnd: h.GetJournalEnd(),
 	}
+	v.JournalGrowth = slices.Max(a.growth[:])
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond
@@ -239,6 +258,7 @@ func (c *Cluster) health() *clusterpb.Health {
 		UpstreamsHealthy: uint32(h.UpstreamsHealthy), UpstreamsTotal: uint32(h.UpstreamsTotal), //nolint:gosec // bounded by the configuration
 		UpstreamsDown: h.UpstreamsDown[:min(len(h.UpstreamsDown), maxDownListed)],
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
+		Journal: h.Journal, JournalEnd: h.JournalEnd,
 	}
 }
 

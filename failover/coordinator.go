@@ -34,6 +34,12 @@ type Agreement interface {
 	// TransferLeadership moves raft's leadership. It returns nil when a canary entry
 	// was committed by the new leader.
 	TransferLeadership(ctx context.Context, to string) error
+	// AwaitApplied blocks until a node says that it has applied an entry, which proves
+	// that its disk worked after the entry was proposed.
+	AwaitApplied(ctx context.Context, node string, index uint64) error
+	// AwaitActing blocks until a node says that it acts as primary in an epoch, whose
+	// promotion has this index.
+	AwaitActing(ctx context.Context, node string, epoch, index uint64) error
 }
 
 var _ Agreement = (*cluster.Cluster)(nil)
@@ -58,13 +64,8 @@ type Options struct {
 	Now      func() time.Time
 	// Quarantined tells that this cluster restarted cold; see Quarantine.
 	Quarantined func() bool
-	// Behind gives how many records each site's copy lacks; absent when unknown. The
-	// func is nil while there is no replication.
-	Behind func() map[string]int64
-	// AtRisk gives how many records a change of primary from one site to another
-	// could lose, nil when unknown. The func is nil while there is no replication:
-	// then nothing is at risk, and no figure is given.
-	AtRisk func(from, to string) *int64
+	// Copies is nil without replication: then nothing is at risk, and no figure is given.
+	Copies Copies
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -191,6 +192,11 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 	var sites []SiteView
 	w.memory, sites = Observe(w.memory, in)
 	v := c.newView(s, sites, now, w)
+	if _, lost := v.primaryLost(); lost && c.o.Copies != nil {
+		for i, site := range v.Sites {
+			v.Sites[i].Behind = c.o.Copies.AtRisk(v.Primary, site.Name).Total()
+		}
+	}
 	action, reason := Decide(v)
 	c.mu.Lock()
 	c.view, c.action, c.reason, c.looked = v, action, reason, true
@@ -244,6 +250,9 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 		seconds := down.Seconds()
 		p.RTOSeconds = &seconds
 	}
+	if c.o.Copies != nil && s.FeatureLevel >= agreed.LossLevel {
+		p.RecordsAtRisk, p.RPOSeconds = lossOf(c.o.Copies.AtRisk(s.Primary.Site, site), silenceOf(v, reason), c.timing.Tick)
+	}
 	began := c.o.Boottime()
 	_, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
 	switch {
@@ -270,6 +279,16 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 		return max(v.Sites[i].NoLeaseFor, v.Sites[i].LeaderSilence), true
 	}
 	return v.Sites[i].LeaderSilence, true
+}
+
+// silenceOf is how long the primary that is replaced has been silent: zero when it is
+// replaced although it is heard.
+func silenceOf(v View, why Reason) time.Duration {
+	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	if why != PrimaryLost || i < 0 {
+		return 0
+	}
+	return v.Sites[i].LeaderSilence
 }
 
 // expire clears a switchover that is past its deadline: its coordinator died or was
@@ -364,10 +383,10 @@ func (c *Coordinator) moveLeader(ctx context.Context, to string) error {
 	return err
 }
 
-// voterOf picks a ready voter of a site.
+// voterOf picks a voter of a site that can lead raft now.
 func voterOf(members []Member, site string) (string, bool) {
 	for _, m := range members {
-		if m.Site == site && m.Voter && m.Ready {
+		if m.Site == site && m.Voter && m.Ready && m.Follows {
 			return m.Name, true
 		}
 	}

@@ -229,7 +229,7 @@ func (s *State) promote(d Promote, c Command) error {
 	}
 	s.LastFailover = &FailoverRecord{
 		From: s.Primary.Site, To: d.Site, Kind: d.Kind, Epoch: d.ExpectEpoch + 1, At: at,
-		Reason: d.Reason, RTOSeconds: d.RTOSeconds,
+		Reason: d.Reason, RTOSeconds: d.RTOSeconds, RPOSeconds: d.RPOSeconds, RecordsAtRisk: d.RecordsAtRisk,
 		// Only an automatic failover needs an operator's acknowledgement.
 		Acknowledged: d.Kind != FailoverUnplanned,
 	}

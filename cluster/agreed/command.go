@@ -14,7 +14,11 @@ const commandFormat = 1
 // MaxFeatureLevel is the newest command set that this build supports. The leader
 // raises State.FeatureLevel to the highest level that every member supports (see
 // cluster/upkeep.go), and no node proposes a command above that level.
-const MaxFeatureLevel = 1
+const MaxFeatureLevel = 2
+
+// LossLevel is the feature level from which a promotion tells what may be lost: below it
+// some member would not keep these figures in its state.
+const LossLevel = 2
 
 // CommandType names a command. The names are stored in raft's log: never reuse
 // one with another meaning.
@@ -165,6 +169,9 @@ type (
 		Kind         FailoverKind `json:"kind"`
 		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned promotion: that of State.Switchover
 		RTOSeconds   *float64     `json:"rto_seconds"`
+		// RPOSeconds and RecordsAtRisk need feature level LossLevel.
+		RPOSeconds    *float64 `json:"rpo_seconds,omitempty"`
+		RecordsAtRisk *int64   `json:"records_at_risk,omitempty"`
 		// Released says that every node of the old primary has released the role; see
 		// Primary.
 		Released bool `json:"released,omitempty"`

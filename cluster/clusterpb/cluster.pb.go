@@ -511,8 +511,12 @@ type Health struct {
 	AppliedIndex     uint64                 `protobuf:"varint,7,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastLogIndex     uint64                 `protobuf:"varint,8,opt,name=last_log_index,json=lastLogIndex,proto3" json:"last_log_index,omitempty"`
 	Cold             bool                   `protobuf:"varint,9,opt,name=cold,proto3" json:"cold,omitempty"` // it has held no lease since its start
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The stream that the node writes its job records to, and the last record of it on
+	// its disk. Empty: none yet, or an older version.
+	Journal       string `protobuf:"bytes,14,opt,name=journal,proto3" json:"journal,omitempty"`
+	JournalEnd    uint64 `protobuf:"varint,15,opt,name=journal_end,json=journalEnd,proto3" json:"journal_end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Health) Reset() {
@@ -606,6 +610,20 @@ func (x *Health) GetCold() bool {
 		return x.Cold
 	}
 	return false
+}
+
+func (x *Health) GetJournal() string {
+	if x != nil {
+		return x.Journal
+	}
+	return ""
+}
+
+func (x *Health) GetJournalEnd() uint64 {
+	if x != nil {
+		return x.JournalEnd
+	}
+	return 0
 }
 
 // Heard is how long ago the sender last heard a node, on the sender's clock.
@@ -737,8 +755,11 @@ type PingResponse struct {
 	// The highest epoch that the responder has learned of, from the agreed state
 	// or from a ping. It is sent with the lease, so a node with a lease from after
 	// a promotion knows of the promotion.
-	Epoch         uint64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Ownership     uint64 `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
+	Epoch     uint64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Ownership uint64 `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
+	// The epoch in which the responder acts as primary, 0 when it does not. Absent: an
+	// older version, which does not tell.
+	Acting        *uint64 `protobuf:"varint,14,opt,name=acting,proto3,oneof" json:"acting,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -839,6 +860,13 @@ func (x *PingResponse) GetEpoch() uint64 {
 func (x *PingResponse) GetOwnership() uint64 {
 	if x != nil {
 		return x.Ownership
+	}
+	return 0
+}
+
+func (x *PingResponse) GetActing() uint64 {
+	if x != nil && x.Acting != nil {
+		return *x.Acting
 	}
 	return 0
 }
@@ -1253,7 +1281,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xae\x02\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xe9\x02\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1263,14 +1291,17 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0eupstreams_down\x18\x06 \x03(\tR\rupstreamsDown\x12#\n" +
 	"\rapplied_index\x18\a \x01(\x04R\fappliedIndex\x12$\n" +
 	"\x0elast_log_index\x18\b \x01(\x04R\flastLogIndex\x12\x12\n" +
-	"\x04cold\x18\t \x01(\bR\x04cold\"2\n" +
+	"\x04cold\x18\t \x01(\bR\x04cold\x12\x18\n" +
+	"\ajournal\x18\x0e \x01(\tR\ajournal\x12\x1f\n" +
+	"\vjournal_end\x18\x0f \x01(\x04R\n" +
+	"journalEnd\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +
 	"\x06ago_ms\x18\x02 \x01(\x03R\x05agoMs\"\x89\x01\n" +
 	"\vPingRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
-	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xd2\x02\n" +
+	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xfa\x02\n" +
 	"\fPingResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
@@ -1282,7 +1313,9 @@ const file_cluster_proto_rawDesc = "" +
 	"\tpaused_ms\x18\b \x01(\x03R\bpausedMs\x12\x14\n" +
 	"\x05epoch\x18\t \x01(\x04R\x05epoch\x12\x1c\n" +
 	"\townership\x18\n" +
-	" \x01(\x04R\townership\"6\n" +
+	" \x01(\x04R\townership\x12\x1b\n" +
+	"\x06acting\x18\x0e \x01(\x04H\x00R\x06acting\x88\x01\x01B\t\n" +
+	"\a_acting\"6\n" +
 	"\fYieldRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"]\n" +
@@ -1388,6 +1421,7 @@ func file_cluster_proto_init() {
 	if File_cluster_proto != nil {
 		return
 	}
+	file_cluster_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
