@@ -127,8 +127,10 @@ func (x *executor) round(work context.Context) time.Duration {
 		x.toEnd(e)
 	}
 	x.endSome(work, may)
-	for x.running < most && spare > 0 && !x.paused() {
-		e := x.q.next(may)
+	paused := x.paused()
+	mayStart := func(l *lane) bool { return usable[l] && !(paused && x.streams.agreed(l.stream)) }
+	for x.running < most && spare > 0 {
+		e := x.q.next(mayStart)
 		if e == nil {
 			break
 		}
@@ -166,8 +168,9 @@ func (x *executor) usableLanes() map[*lane]bool {
 }
 
 // paused reports whether the primary is being moved away from this node's site by a
-// switchover. Until that is decided no job starts here, so that the new primary's site can
-// have the records of all starts.
+// switchover. Until that is decided no job of an agreed stream starts here, so that the new
+// primary's site can have the records of all starts. mu is held from this look to the starts:
+// awaitStarted must see them.
 func (x *executor) paused() bool {
 	w := x.o.State().Switchover
 	return w != nil && w.From == x.o.Site
