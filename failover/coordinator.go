@@ -103,6 +103,9 @@ type Coordinator struct {
 	action Action
 	reason Reason
 	looked bool
+
+	// measuring are the goroutines that measure promotions.
+	measuring sync.WaitGroup
 }
 
 // NewCoordinator makes a Coordinator; Run starts it.
@@ -145,6 +148,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	// count as a pause of this node.
 	var acting sync.WaitGroup
 	defer acting.Wait()
+	defer c.measuring.Wait()
 	actx, stop := context.WithCancel(ctx)
 	defer stop()
 	idle := make(chan struct{}, 1)
@@ -236,6 +240,7 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 	if l, leads := c.o.Agreement.Leading(); !leads || l.Term != term {
 		return // the decision is of an earlier leadership, and each new leader has its own wait
 	}
+	running := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
 	down, known := outage(v, reason)
@@ -253,20 +258,101 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 	if c.o.Copies != nil && s.FeatureLevel >= agreed.LossLevel {
 		p.RecordsAtRisk, p.RPOSeconds = lossOf(c.o.Copies.AtRisk(s.Primary.Site, site), silenceOf(v, reason), c.timing.Tick)
 	}
-	began := c.o.Boottime()
-	_, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
+	since := c.o.Boottime() - down
+	index, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
 	switch {
 	case err == nil:
-		down += c.o.Boottime() - began
-		c.metrics.duration.WithLabelValues(string(agreed.FailoverUnplanned)).Observe(down.Seconds())
 		c.log.Warn("primary replaced", "from", s.Primary.Site, "to", site, "epoch", s.Primary.Epoch+1,
-			"reason", reason, "rto", down)
+			"reason", reason, "lost_for", c.o.Boottime()-since)
+		c.measuring.Go(func() { c.measure(running, site, s.Primary.Epoch+1, index, since, known) })
 	case errors.Is(err, agreed.ErrStaleEpoch), errors.Is(err, agreed.ErrStaleTerm):
 		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch, "err", err)
 	default:
 		c.log.Warn("promotion failed; the next look decides again", "to", site, "err", err)
 		c.pause(ctx)
 	}
+}
+
+// measure waits until a node of the new primary acts, and records how long no site did since
+// a time, if that is known.
+func (c *Coordinator) measure(ctx context.Context, site string, epoch, index uint64, since time.Duration, known bool) {
+	waiting, cancel := context.WithTimeout(ctx, actTimeout(c.timing))
+	defer cancel()
+	err := c.awaitActing(waiting, site, epoch, index)
+	idle := c.o.Boottime() - since
+	if err != nil {
+		c.log.Warn("the new primary does not act yet", "site", site, "epoch", epoch, "err", err)
+		return
+	}
+	c.metrics.duration.WithLabelValues(string(agreed.FailoverUnplanned)).Observe(idle.Seconds())
+	c.log.Info("the new primary acts", "site", site, "epoch", epoch, "idle", idle)
+	if known {
+		c.record(ctx, epoch, idle)
+	}
+}
+
+// record has the measured time agreed on. Without it the record of the failover has the time
+// until the promotion.
+func (c *Coordinator) record(ctx context.Context, epoch uint64, idle time.Duration) {
+	if c.o.Agreement.State().FeatureLevel < agreed.LossLevel {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, recordTimeout)
+	defer cancel()
+	var err error
+	for { // the leadership moves at the same time, and meanwhile proposals fail
+		_, err = c.o.Agreement.Propose(ctx, agreed.CmdFailoverMeasured, agreed.FailoverMeasured{Epoch: epoch, RTOSeconds: idle.Seconds()})
+		if err == nil || errors.Is(err, agreed.ErrStaleEpoch) || clock.Sleep(ctx, c.timing.Tick) != nil {
+			break
+		}
+	}
+	if err != nil {
+		c.log.Warn("the record of the failover lacks the time until the new primary acted", "epoch", epoch, "idle", idle, "err", err)
+	}
+}
+
+// recordTimeout is longer than a move of the leadership.
+const recordTimeout = 10 * time.Second
+
+// actTimeout bounds the wait for a new primary to act. Without a confirmed release it waits
+// until older leases have ended, twice as long if it has just started.
+func actTimeout(t config.Timing) time.Duration { return 2*t.NewLeaderWait + t.Lease }
+
+// awaitActing waits until a node of a site acts as primary.
+func (c *Coordinator) awaitActing(ctx context.Context, site string, epoch, index uint64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // the questions to other nodes end with the first success
+	return c.one(site, func(node string) error { return c.o.Agreement.AwaitActing(ctx, node, epoch, index) })
+}
+
+// one asks the nodes of a site that answer and follow, and returns nil when one of them
+// succeeds.
+func (c *Coordinator) one(site string, ask func(node string) error) error {
+	nodes := c.answering(site, true)
+	results := make(chan error, len(nodes))
+	for _, node := range nodes {
+		go func() { results <- ask(node) }()
+	}
+	err := fmt.Errorf("no node of %s answers", site)
+	for range nodes {
+		if err = <-results; err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// answering are the nodes of a site that answer, and, if follows is set, apply entries.
+func (c *Coordinator) answering(site string, follows bool) []string {
+	in := c.input(c.o.Agreement.State(), c.o.Boottime())
+	silent := c.silent(in, ofSite(site))
+	var names []string
+	for _, m := range in.Members {
+		if m.Site == site && !slices.Contains(silent, m.Name) && (m.Follows || !follows) {
+			names = append(names, m.Name)
+		}
+	}
+	return names
 }
 
 // outage is how long the primary has been lost when it is replaced.

@@ -88,15 +88,23 @@ func TestPrimaryKilled(t *testing.T) {
 					w.lead(leader)
 					w.pass(3 * time.Second)
 					lost := w.siteNodes("a")
+					killed := time.Now()
 					w.kill(lost...)
 					took = append(took, w.until("b is primary", 7*time.Second, w.primaryIs("b")))
 					w.wantPrimary("b", 2)
 					w.until("b acts", 3*time.Second, func() bool { return slices.Equal(w.acting(), []string{"b"}) })
+					idle := time.Since(killed)
 					w.until("leader in b", 5*time.Second, func() bool { return w.leaderSite() == "b" })
+					w.until("the time is measured", 5*time.Second, func() bool {
+						s := w.agreed()
+						return s.LastFailover.RTOSeconds != nil && *s.LastFailover.RTOSeconds > s.Primary.Since.Sub(killed).Seconds()+0.5
+					})
 					f := w.agreed().LastFailover
 					if f.From != "a" || f.Kind != agreed.FailoverUnplanned || f.Acknowledged || f.RTOSeconds == nil ||
 						*f.RTOSeconds < 2.5 || *f.RTOSeconds > 7 || f.RPOSeconds != nil || f.RecordsAtRisk != nil {
 						t.Errorf("failover record %+v", f)
+					} else if rto := time.Duration(*f.RTOSeconds * float64(time.Second)); rto < idle-100*time.Millisecond || rto > idle+time.Second {
+						t.Errorf("the record says that no site acted for %s, it was %s", rto, idle)
 					}
 					w.restart(lost...)
 					w.pass(20 * time.Second)

@@ -258,29 +258,16 @@ func (h *handoff) run(ctx context.Context) error {
 		}
 	}
 	h.res.Epoch = h.state.Primary.Epoch + 1
-	// A new primary that had no confirmation of a release waits until older leases have
-	// ended, twice as long if it has just started.
-	err = h.step(ctx, "act", 2*h.c.timing.NewLeaderWait+h.c.timing.Lease, h.act)
+	err = h.step(ctx, "act", actTimeout(h.c.timing), func(ctx context.Context) error {
+		return h.c.awaitActing(ctx, h.res.To, h.res.Epoch, h.index)
+	})
 	h.res.Idle = h.c.o.Boottime() - h.began
 	if err != nil {
 		return fmt.Errorf("%w: %s in epoch %d (%w)", ErrNotActing, h.res.To, h.res.Epoch, err)
 	}
 	h.lead(ctx)
+	h.c.record(ctx, h.res.Epoch, h.res.Idle)
 	return nil
-}
-
-// answering are the nodes of a site that answer, and, if follows is set, apply entries.
-func (h *handoff) answering(site string, follows bool) []string {
-	s := h.c.o.Agreement.State()
-	in := h.c.input(s, h.c.o.Boottime())
-	silent := h.c.silent(in, ofSite(site))
-	var names []string
-	for _, m := range in.Members {
-		if m.Site == site && !slices.Contains(silent, m.Name) && (m.Follows || !follows) {
-			names = append(names, m.Name)
-		}
-	}
-	return names
 }
 
 // follow proves that the disks of the nodes that take part work, while the old primary
@@ -291,7 +278,7 @@ func (h *handoff) follow(ctx context.Context) error {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	for _, node := range append(h.answering(h.res.From, false), h.answering(h.res.To, true)...) {
+	for _, node := range append(h.c.answering(h.res.From, false), h.c.answering(h.res.To, true)...) {
 		g.Go(func() error { return h.c.o.Agreement.AwaitApplied(ctx, node, index) })
 	}
 	return g.Wait()
@@ -303,30 +290,7 @@ func (h *handoff) follow(ctx context.Context) error {
 func (h *handoff) targetSees(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, h.c.timing.Lease/2)
 	defer cancel()
-	return h.one(h.res.To, func(node string) error { return h.c.o.Agreement.AwaitApplied(ctx, node, h.index) })
-}
-
-// one asks the nodes of a site that answer, and returns nil when one of them succeeds.
-func (h *handoff) one(site string, ask func(node string) error) error {
-	nodes := h.answering(site, true)
-	results := make(chan error, len(nodes))
-	for _, node := range nodes {
-		go func() { results <- ask(node) }()
-	}
-	err := fmt.Errorf("no node of %s answers", site)
-	for range nodes {
-		if err = <-results; err == nil {
-			return nil
-		}
-	}
-	return err
-}
-
-// act waits until a node of the new primary's site acts.
-func (h *handoff) act(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // the questions to other nodes end with the first success
-	return h.one(h.res.To, func(node string) error { return h.c.o.Agreement.AwaitActing(ctx, node, h.res.Epoch, h.index) })
+	return h.c.one(h.res.To, func(node string) error { return h.c.o.Agreement.AwaitApplied(ctx, node, h.index) })
 }
 
 // catchUp waits, while the old primary still acts, until the new site's copy of the old
@@ -375,7 +339,7 @@ func (h *handoff) copy(ctx context.Context) error {
 
 // lacking asks now what the new site lacks of the old one's journals.
 func (h *handoff) lacking(ctx context.Context) (map[string]int64, error) {
-	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.answering(h.res.From, false))
+	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.c.answering(h.res.From, false))
 	if err != nil {
 		return nil, err
 	}
@@ -385,7 +349,7 @@ func (h *handoff) lacking(ctx context.Context) (map[string]int64, error) {
 // copied waits until the new site has everything that the old one has now.
 func (h *handoff) copied(ctx context.Context) error {
 	began := h.c.o.Boottime()
-	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.answering(h.res.From, false))
+	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.c.answering(h.res.From, false))
 	if err != nil {
 		return fmt.Errorf("it is not known what %s has of its jobs: %w", h.res.From, err)
 	}

@@ -76,6 +76,8 @@ func Apply(s *State, c Command) (*State, error) {
 		err = with(c, func(d SwitchoverSet) error { return next.setSwitchover(d, c.At) })
 	case CmdFailoverAck:
 		err = with(c, next.acknowledge)
+	case CmdFailoverMeasured:
+		err = with(c, next.measured)
 	case CmdFailoverHold:
 		err = with(c, func(d FailoverHold) error {
 			next.Hold = nil
@@ -267,6 +269,16 @@ func (s *State) acknowledge(d FailoverAck) error {
 	}
 	f := *s.LastFailover
 	f.Acknowledged = true
+	s.LastFailover = &f
+	return nil
+}
+
+func (s *State) measured(d FailoverMeasured) error {
+	if s.LastFailover == nil || s.LastFailover.Epoch != d.Epoch {
+		return fmt.Errorf("%w: the last failover is not that of epoch %d", ErrStaleEpoch, d.Epoch)
+	}
+	f := *s.LastFailover
+	f.RTOSeconds = &d.RTOSeconds
 	s.LastFailover = &f
 	return nil
 }

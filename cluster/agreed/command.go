@@ -16,8 +16,8 @@ const commandFormat = 1
 // cluster/upkeep.go), and no node proposes a command above that level.
 const MaxFeatureLevel = 2
 
-// LossLevel is the feature level from which a promotion tells what may be lost: below it
-// some member would not keep these figures in its state.
+// LossLevel is the feature level from which a failover's record tells what may be lost and
+// how long no site acted: below it some member would not keep these figures in its state.
 const LossLevel = 2
 
 // CommandType names a command. The names are stored in raft's log: never reuse
@@ -61,6 +61,13 @@ const (
 	CmdTick CommandType = "tick"
 )
 
+// The commands of feature level 2.
+const (
+	// CmdFailoverMeasured sets how long no site acted as primary, which is known only
+	// some time after the promotion.
+	CmdFailoverMeasured CommandType = "failover_measured"
+)
+
 // commandLevel is the feature level that each command needs.
 var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
@@ -68,6 +75,7 @@ var commandLevel = map[CommandType]int{
 	CmdFailoverAck: 1, CmdFailoverHold: 1, CmdDrillPut: 1, CmdTick: 1, CmdUpstreamDrain: 1,
 	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1, CmdStreamInherit: 1,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
+	CmdFailoverMeasured: LossLevel,
 }
 
 // Command is one entry of the agreed log.
@@ -191,6 +199,11 @@ type (
 	FailoverAck struct {
 		Epoch uint64 `json:"epoch"`
 		By    string `json:"by"`
+	}
+	// FailoverMeasured says how long no site acted as primary before this epoch.
+	FailoverMeasured struct {
+		Epoch      uint64  `json:"epoch"`
+		RTOSeconds float64 `json:"rto_seconds"`
 	}
 	// FailoverHold stops automatic promotions, or allows them again.
 	FailoverHold struct {
