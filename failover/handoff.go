@@ -326,7 +326,7 @@ func (h *handoff) copy(ctx context.Context) error {
 		return nil //nolint:nilerr // the figures are those that were last heard
 	}
 	now := AtRisk{Known: true, Records: lacking}.Total()
-	if len(h.c.silent(h.c.input(h.state, h.c.o.Boottime()), ofSite(h.res.From))) == 0 {
+	if len(h.silent()) == 0 {
 		h.res.RecordsAtRisk = now
 		if *now == 0 {
 			h.res.RPOSeconds = new(0.0)
@@ -335,6 +335,11 @@ func (h *handoff) copy(ctx context.Context) error {
 		*h.res.RecordsAtRisk = max(*h.res.RecordsAtRisk, *now)
 	}
 	return nil
+}
+
+// silent are the nodes of the old primary's site that don't answer.
+func (h *handoff) silent() []string {
+	return h.c.silent(h.c.input(h.c.o.Agreement.State(), h.c.o.Boottime()), ofSite(h.res.From))
 }
 
 // lacking asks now what the new site lacks of the old one's journals.
@@ -349,9 +354,12 @@ func (h *handoff) lacking(ctx context.Context) (map[string]int64, error) {
 // copied waits until the new site has everything that the old one has now.
 func (h *handoff) copied(ctx context.Context) error {
 	began := h.c.o.Boottime()
+	if silent := h.silent(); len(silent) > 0 {
+		return fmt.Errorf("lossless: it is not known what %v have written: they don't answer", silent)
+	}
 	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.c.answering(h.res.From, false))
 	if err != nil {
-		return fmt.Errorf("it is not known what %s has of its jobs: %w", h.res.From, err)
+		return fmt.Errorf("lossless: it is not known what %s has of its jobs: %w", h.res.From, err)
 	}
 	var lacking map[string]int64
 	for {

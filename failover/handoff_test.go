@@ -328,6 +328,29 @@ func TestLosslessOrRefused(t *testing.T) {
 	}
 }
 
+// A node of the old primary does not answer, so nobody knows what it has written. The
+// switchover needs an accepted loss, also in the first seconds, when all that was known is
+// still recent.
+func TestASilentNodeIsNotLossless(t *testing.T) {
+	simulate(t, twos(12), func(t *testing.T, w *world) {
+		w.lead("a1")
+		w.nodes["a1"].coord.o.Copies = &fakeCopies{risk: AtRisk{Known: true}}
+		w.kill("a2")
+		w.pass(3 * time.Second)
+		r := planned("b")
+		r.Waive = []string{"primary_heard", "voters_reachable"}
+		if _, err := w.switchover("a1", r); !errors.Is(err, ErrPrecheck) || !strings.Contains(err.Error(), "lossless") || !strings.Contains(err.Error(), "a2") {
+			t.Errorf("got %v", err)
+		}
+		w.wantPrimary("a", 1)
+		r.AcceptLoss = true
+		if _, err := w.switchover("a1", r); err != nil {
+			t.Error(err)
+		}
+		w.wantPrimary("b", 2)
+	})
+}
+
 // What the old primary has when it stops does not arrive: everything is rolled back, and it
 // acts again soon.
 func TestSwitchoverRollsBackWhenTheCopyStops(t *testing.T) {

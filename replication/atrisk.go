@@ -13,6 +13,9 @@ import (
 // This file has what the loss of a site would lose: what another site's copy lacks of its
 // journals, as last heard (CopyOf), and as the nodes say now (EndsOf, Lacking).
 
+// lackingTimeout bounds the wait for the answers of a site's nodes, one of which may hang.
+const lackingTimeout = 500 * time.Millisecond
+
 // SiteCopy is how complete a site's copy of another site's journals is, as this node last
 // heard.
 type SiteCopy struct {
@@ -74,8 +77,8 @@ func (r *Replication) EndsOf(ctx context.Context, nodes []string, of func(journa
 }
 
 // Lacking asks the nodes of a site what they hold now, and returns how many of the records
-// up to these ends none of them has, by origin. It needs the answer of one. Retired streams
-// don't count.
+// up to these ends none of them has, by origin. It needs the answer of one, and does not wait
+// long for the others. Retired streams don't count.
 func (r *Replication) Lacking(ctx context.Context, site string, ends map[journal.Stream]uint64) (map[string]int64, error) {
 	var nodes []string
 	for _, m := range r.opts.Members() {
@@ -83,6 +86,8 @@ func (r *Replication) Lacking(ctx context.Context, site string, ends map[journal
 			nodes = append(nodes, m.Node)
 		}
 	}
+	ctx, cancel := context.WithTimeout(ctx, lackingTimeout)
+	defer cancel()
 	held, errs := r.holdsOf(ctx, nodes)
 	if len(held) == 0 {
 		for _, err := range errs {
