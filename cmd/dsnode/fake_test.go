@@ -108,7 +108,7 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 	}
 	s.Hold = f.held
 	if f.lost {
-		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4)}
+		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4), RPOSeconds: ptr(0.5), RecordsAtRisk: ptr(int64(12))}
 		s.FailbackAvailable = ptr("beijing")
 	}
 	switch f.state {
