@@ -103,6 +103,7 @@ type Cluster struct {
 
 	release func(ctx context.Context, switchoverID string) error // see OnRelease
 	carried func(context.Context) (map[string]int64, error)      // see OnCarried
+	acting  func() uint64                                        // see OnActing
 
 	member   atomic.Pointer[memberFile] // nil until this node belongs to a cluster
 	memberMu sync.Mutex                 // held while member and its file are changed
@@ -137,6 +138,7 @@ type Cluster struct {
 	founded      chan memberFile
 	leadership   leadershipState
 	transferring atomic.Bool // a leadership transfer is in progress: commit no ticks
+	refusing     atomic.Bool // after a leadership transfer raft refuses ticks, see lead
 	// committed requests a tick, so that followers learn that an entry was
 	// committed. See commit.
 	committed chan struct{}
@@ -161,6 +163,7 @@ func New(o Options) (*Cluster, error) {
 		founded: make(chan memberFile, 1), joined: make(chan struct{}), diskHung: make(chan error, 1), committed: make(chan struct{}, 1),
 		release: func(context.Context, string) error { return ErrNotMember },
 		carried: func(context.Context) (map[string]int64, error) { return map[string]int64{}, nil },
+		acting:  func() uint64 { return 0 },
 	}
 	if err := c.setTiming(m.heartbeat()); err != nil {
 		return nil, err

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -75,13 +76,34 @@ type member struct {
 	name, site string
 	ca         *testCA
 	dir        string
-	logs       *raft.InmemCommitTrackingStore
-	slow       *slowLog // of logs
+	logs       *diskStore
 	snaps      *raft.InmemSnapshotStore
 	level      int // Options.FeatureLevel
 	stop       func()
 	ended      chan error
 }
+
+// diskStore is a store whose disk can be slow, and can hang: then writes of entries wait.
+type diskStore struct {
+	*raft.InmemCommitTrackingStore
+	takes atomic.Int64 // how long a write of entries takes at least
+	disk  sync.RWMutex // held while the disk hangs
+}
+
+func newDiskStore() *diskStore {
+	return &diskStore{InmemCommitTrackingStore: raft.NewInmemCommitTrackingStore()}
+}
+
+func (s *diskStore) StoreLogs(entries []*raft.Log) error {
+	for begun := time.Now(); time.Since(begun) < time.Duration(s.takes.Load()); {
+		<-time.After(5 * time.Millisecond)
+	}
+	s.disk.RLock()
+	defer s.disk.RUnlock()
+	return s.InmemCommitTrackingStore.StoreLogs(entries)
+}
+
+func (s *diskStore) StoreLog(entry *raft.Log) error { return s.StoreLogs([]*raft.Log{entry}) }
 
 type testLog struct{ t testing.TB }
 
@@ -91,7 +113,7 @@ func (l testLog) Write(b []byte) (int, error) {
 }
 
 func newMember(t testing.TB, ca *testCA, site, name string) *member {
-	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: raft.NewInmemCommitTrackingStore(), snaps: raft.NewInmemSnapshotStore()}
+	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: newDiskStore(), snaps: raft.NewInmemSnapshotStore()}
 	t.Cleanup(func() {
 		if m.stop != nil {
 			m.halt(t)
@@ -111,14 +133,13 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 	if os.Getenv("DSNODE_TEST_LOG") != "" {
 		log = slog.New(slog.NewTextHandler(testLog{t}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", m.name)
 	}
-	m.slow = &slowLog{InmemCommitTrackingStore: m.logs}
 	m.Cluster, err = New(Options{
 		ClusterName: "test", Name: m.name, Site: m.site, Version: "test", DataDir: m.dir, Seeds: seeds,
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
 		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		FeatureLevel: m.level,
-		Logs:         m.slow, Stable: m.logs, Snapshots: m.snaps,
+		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),

@@ -3,7 +3,6 @@ package cluster
 import (
 	"errors"
 	"slices"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -191,19 +190,6 @@ func TestANodeThatStandsBackAsksForNoPreVote(t *testing.T) {
 	}
 }
 
-// slowLog is a log on a disk whose writes take a while.
-type slowLog struct {
-	*raft.InmemCommitTrackingStore
-	takes atomic.Int64
-}
-
-func (l *slowLog) StoreLogs(logs []*raft.Log) error {
-	for begun := time.Now(); time.Since(begun) < time.Duration(l.takes.Load()); {
-		<-time.After(5 * time.Millisecond)
-	}
-	return l.InmemCommitTrackingStore.StoreLogs(logs)
-}
-
 // A leader with a slow disk hands over to a voter that keeps up. It does not lead while
 // its disk is slow, also when the next leader stops, and is judged fast later.
 func TestALeaderWithASlowDiskHandsOver(t *testing.T) {
@@ -216,7 +202,7 @@ func TestALeaderWithASlowDiskHandsOver(t *testing.T) {
 		}
 		return a.Raft().Leads && settled(a)
 	}, a, b, c)
-	a.slow.takes.Store(int64(a.Timing().Lease / 3))
+	a.logs.takes.Store(int64(a.Timing().Lease / 3))
 	next := func() *member {
 		for _, m := range []*member{b, c} {
 			if _, leads := m.Leading(); leads {
@@ -241,7 +227,7 @@ func TestALeaderWithASlowDiskHandsOver(t *testing.T) {
 	if a.DiskSpeed().SlowFor == 0 {
 		t.Error("a-1's disk does not count as slow")
 	}
-	a.slow.takes.Store(0)
+	a.logs.takes.Store(0)
 	eventually(t, "a-1's disk counts as fast", time.Minute, func() bool {
 		return a.DiskSpeed().SlowFor == 0 && rest.Peers()["a-1"].Disk.SlowFor == 0
 	}, a)
@@ -262,10 +248,10 @@ func TestALeaderThatCannotHandOverIsReplaced(t *testing.T) {
 	}
 	var old *member
 	eventually(t, "a member leads", 20*time.Second, func() bool { old = leader(all...); return old != nil }, all...)
-	old.slow.takes.Store(int64(time.Minute))
+	old.logs.takes.Store(int64(time.Minute))
 	others := slices.DeleteFunc(slices.Clone(all), func(m *member) bool { return m == old })
 	eventually(t, "another member leads", 20*time.Second, func() bool { return leader(others...) != nil }, all...)
-	old.slow.takes.Store(0)
+	old.logs.takes.Store(0)
 	eventually(t, old.name+" follows", 20*time.Second, func() bool {
 		next := leader(others...)
 		return next != nil && old.Raft().Leader == next.name && !old.layer.blocked() && settled(old)
@@ -297,7 +283,7 @@ func TestLeadershipStaysWhenAllDisksAreSlow(t *testing.T) {
 	a, b, c := threeMembers(t)
 	for _, m := range []*member{a, b, c} {
 		// Slow, but so that ticks are committed.
-		m.slow.takes.Store(int64(SlowWrite(m.Timing()) + 10*time.Millisecond))
+		m.logs.takes.Store(int64(SlowWrite(m.Timing()) + 10*time.Millisecond))
 	}
 	eventually(t, "all disks count as slow", 30*time.Second, func() bool {
 		return a.DiskSpeed().SlowFor > 0 && b.DiskSpeed().SlowFor > 0 && c.DiskSpeed().SlowFor > 0

@@ -21,6 +21,9 @@ var (
 	ErrQuarantined     = errors.New("this cluster restarted cold and has not yet compared generations with every site")
 	ErrDiskStalled     = errors.New("raft's disk does not respond")
 	ErrStopped         = errors.New("the node is stopping")
+	// ErrRefused is a refusal of agreed.Apply that has no name of its own: nothing was
+	// changed.
+	ErrRefused = errors.New("refused")
 
 	ErrNameTaken    = errors.New("the name is used by another node")
 	ErrUnknownSite  = errors.New("the site is not in the configuration")
@@ -45,6 +48,7 @@ var wire = []struct {
 	{"quarantined", ErrQuarantined},
 	{"disk_stalled", ErrDiskStalled},
 	{"stopped", ErrStopped},
+	{"not_following", ErrNotFollowing},
 	{"name_taken", ErrNameTaken},
 	{"unknown_site", ErrUnknownSite},
 	{"node_removed", ErrNodeRemoved},
@@ -78,6 +82,19 @@ var wire = []struct {
 	{"unknown_stream", agreed.ErrUnknownStream},
 	{"stale_token", agreed.ErrStaleToken},
 	{"still_member", agreed.ErrStillMember},
+	{"refused", ErrRefused},
+}
+
+// refusedByApply gives a refusal of agreed.Apply without a code ErrRefused. Otherwise the
+// node that forwarded the proposal could not tell it from a lost call, whose outcome is
+// unknown.
+func refusedByApply(err error) error {
+	for _, w := range wire {
+		if errors.Is(err, w.err) {
+			return err
+		}
+	}
+	return &remoteError{sentinel: ErrRefused, message: err.Error()}
 }
 
 // refusal encodes an error in wire for a response. Any other error becomes that of the
@@ -107,7 +124,7 @@ func unrefuse(r *clusterpb.Refusal) error {
 	return fmt.Errorf("the peer refused (%s): %s", r.GetCode(), r.GetMessage())
 }
 
-// remoteError has the peer's message and wraps the sentinel.
+// remoteError has the message of the node that refused, and wraps the sentinel.
 type remoteError struct {
 	sentinel error
 	message  string

@@ -123,7 +123,8 @@ type tickResult struct {
 
 // refusedTooLong is how long a leader may refuse ticks before this node stops: after a
 // failed transfer a leader can refuse all writes until it is restarted (hashicorp/raft
-// #696).
+// #696). That is the last resort: yield transfers only to a node that follows, and while
+// ticks are refused no dial to an offline peer keeps raft waiting (see waitForPeer).
 const refusedTooLong = 10 * time.Second
 
 // maxTicks bounds the ticks that wait for their commit.
@@ -145,6 +146,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 	)
 	defer func() {
 		end()
+		c.refusing.Store(false)
 		c.quarantine.Store(nil)
 		if leading {
 			c.log.Info("raft leadership ended", "term", term)
@@ -186,6 +188,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 			switch {
 			case res.err == nil:
 				refused = 0
+				c.refusing.Store(false)
 				lastCommit = max(lastCommit, res.proposed)
 				c.lease.committed(res.proposed, fencesOf(c.State()))
 				leaseEnd.Reset(max(0, lastCommit+c.Timing().Lease-c.opts.Host.Boottime()) + time.Millisecond)
@@ -199,6 +202,7 @@ func (c *Cluster) lead(ctx context.Context) error {
 				if refused == 0 {
 					refused = c.opts.Host.Boottime()
 				}
+				c.refusing.Store(true)
 				if c.opts.Host.Boottime()-refused > refusedTooLong {
 					return fmt.Errorf("raft has refused all writes for %s after a leadership transfer: this node stops and must be restarted", refusedTooLong)
 				}
@@ -292,6 +296,9 @@ func (c *Cluster) yield(ctx context.Context, to string) error {
 	if r == nil || r.State() != raft.Leader {
 		return ErrNotLeader
 	}
+	if err := c.proveFollows(ctx, to); err != nil {
+		return fmt.Errorf("don't transfer leadership to %s: %w", to, err)
+	}
 	// Commit no ticks during the transfer, so that this leader extends no lease while
 	// another node may become leader.
 	if !c.transferring.CompareAndSwap(false, true) {
@@ -362,7 +369,8 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that should lead when this node stops; empty: there is none.
+// successor is the voter that answered a ping most recently, preferably of this site. A
+// voter that does not follow the agreed state is none.
 func (c *Cluster) successor() string {
 	able, _ := c.heardVoters(c.Timing().Patience)
 	if len(able) == 0 {
@@ -376,7 +384,8 @@ func (c *Cluster) successor() string {
 func (c *Cluster) heardVoters(while time.Duration) (heard []PeerView, voters int) {
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
-		if !s.Voter {
+		p := peers[s.Name]
+		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) || p.Stuck >= c.stuckAfter() {
 			continue
 		}
 		voters++

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -27,6 +28,10 @@ type Health struct {
 	// Blocked is the traffic with nodes that it hears that does not go through.
 	Blocked  []Blocked
 	Starting bool // it has not caught up since its start
+	// Journal is the stream (agreed.StreamKey) that it writes its job records to, empty
+	// when it has none or does not tell; JournalEnd is the last record on its disk.
+	Journal    string
+	JournalEnd uint64
 }
 
 // PeerView is what this node knows about another one.
@@ -63,6 +68,9 @@ type PeerView struct {
 	// UDPAgo how long ago its newest answer to a UDP packet of gossip arrived. Without
 	// one they count from when the peer was first heard: they are at most HeardFor.
 	LargeAgo, UDPAgo time.Duration
+	// JournalGrowth is the most records by which JournalEnd rose from one ping to the
+	// next, of the last few pings.
+	JournalGrowth uint64
 }
 
 // HeardWithin reports whether the node answered a ping that was sent less than d ago.
@@ -102,7 +110,13 @@ type answer struct {
 	leased time.Duration
 	// heardBy is PeerView.HeardBy; put sets it. It is shared and never changed.
 	heardBy map[string]time.Duration
+	// growth has by how many records the journal grew before each of the newest answers,
+	// newest first; put sets it.
+	growth [growthPings]uint64
 }
+
+// growthPings is how many pings JournalGrowth covers: those of about four seconds.
+const growthPings = 16
 
 // put stores an answer. Without one for as long as the patience, the peer was not heard.
 func (t *peerTable) put(node string, a answer, patience time.Duration) {
@@ -126,6 +140,10 @@ func (t *peerTable) put(node string, a answer, patience time.Duration) {
 		}
 		if before.GetInstance() == now.GetInstance() && before.GetAppliedIndex() == now.GetAppliedIndex() {
 			a.progressed = old.progressed
+		}
+		copy(a.growth[1:], old.growth[:])
+		if before.GetJournal() == now.GetJournal() && now.GetJournalEnd() > before.GetJournalEnd() {
+			a.growth[0] = now.GetJournalEnd() - before.GetJournalEnd()
 		}
 	}
 	t.answers[node] = a
@@ -242,7 +260,7 @@ func (c *Cluster) pingResponse() *clusterpb.PingResponse {
 	r := &clusterpb.PingResponse{
 		Format: rpcFormat, Node: infoOf(c.self()), Health: c.health(), Heard: c.peers.heard(c.opts.Host.Boottime()),
 		LeaseUs: max(0, left.Microseconds()), Epoch: heard.epoch, Ownership: heard.ownership,
-		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(),
+		Leader: leader, Term: term, PausedMs: c.pauses.longest().Milliseconds(), Acting: new(c.acting()),
 	}
 	troubles(r, c.opts.Health())
 	return r
@@ -279,7 +297,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(), LastLogIndex: h.GetLastLogIndex(),
-		Cold: h.GetCold(), Starting: h.GetStarting(),
+		Cold: h.GetCold(), Starting: h.GetStarting(), Journal: h.GetJournal(), JournalEnd: h.GetJournalEnd(),
 	}
 	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {
 		v.Disk.Write = time.Duration(h.GetDiskWriteUs()) * time.Microsecond //nolint:gosec // a time of a peer's own
@@ -288,6 +306,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		v.Disk.SlowFor = slow + v.Ago
 	}
 	readTroubles(g, &v.Health)
+	v.JournalGrowth = slices.Max(a.growth[:])
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond
@@ -303,6 +322,7 @@ func (c *Cluster) health() *clusterpb.Health {
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
 		Starting:   h.Starting,
 		DiskSlowMs: uint64((disk.SlowFor + time.Millisecond - 1) / time.Millisecond), //nolint:gosec // never negative
+		Journal:    h.Journal, JournalEnd: h.JournalEnd,
 	}
 	if disk.Known {
 		health.DiskWriteUs = new(uint64(disk.Write / time.Microsecond)) //nolint:gosec // never negative

@@ -122,7 +122,7 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 	// without a short CommitTimeout, whose timer would run all the time.
 	notify.Wake(c.committed)
 	if err, refused := f.Response().(error); refused {
-		return 0, err
+		return 0, refusedByApply(err)
 	}
 	return f.Index(), nil
 }

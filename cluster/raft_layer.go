@@ -79,14 +79,16 @@ func (l *raftLayer) Accept() (net.Conn, error) {
 	}
 }
 
-// waitForPeer blocks while this node leads and the peer does not answer pings.
+// waitForPeer blocks while this node leads and the peer does not answer pings. It does not
+// while raft refuses ticks after a leadership transfer: then raft may wait for the end of
+// this dial before it takes them again.
 func (c *Cluster) waitForPeer(ctx context.Context, node string) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		r := c.raft.Load()
 		a, heard := c.peers.get(node)
-		if r == nil || r.State() != raft.Leader || !c.isMember(node) || !heard || c.opts.Host.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
+		if r == nil || r.State() != raft.Leader || !c.isMember(node) || !heard || c.refusing.Load() || c.opts.Host.Boottime()-a.sent < 2*c.Timing().Tick+pingTimeout {
 			return
 		}
 		select {

@@ -23,7 +23,7 @@ func TestVoterWithAnEmptyDiskIsDemoted(t *testing.T) {
 	}
 	c.halt(t)
 	eventually(t, "a-1 or b-1 leads", 20*time.Second, func() bool { return leader() != nil })
-	c.dir, c.logs, c.snaps = t.TempDir(), raft.NewInmemCommitTrackingStore(), raft.NewInmemSnapshotStore()
+	c.dir, c.logs, c.snaps = t.TempDir(), newDiskStore(), raft.NewInmemSnapshotStore()
 	c.start(t, a.opts.RPC, b.opts.RPC)
 	eventually(t, "c-1 is admitted", 20*time.Second, func() bool { return c.State().ClusterID != "" }, a, b)
 	if c.member.Load().VoteFrom == 0 {
@@ -61,7 +61,7 @@ func TestVoterWithoutItsRaftStoreIsDemoted(t *testing.T) {
 		before := lost.member.Load().VoteFrom
 		lost.halt(t)
 		eventually(t, "another node leads", 20*time.Second, func() bool { return leader() != nil }, all...)
-		lost.logs, lost.snaps = raft.NewInmemCommitTrackingStore(), raft.NewInmemSnapshotStore()
+		lost.logs, lost.snaps = newDiskStore(), raft.NewInmemSnapshotStore()
 		lost.start(t)
 		eventually(t, lost.name+" is admitted again", 20*time.Second, func() bool {
 			m := lost.member.Load()

@@ -6,8 +6,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/raft"
-
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clusterpb"
 	"github.com/dsnode/dsnode/cluster/mesh"
@@ -197,7 +195,7 @@ func TestRemovedNodeThatReachesNobodyEnds(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	m.logs = raft.NewInmemCommitTrackingStore()
+	m.logs = newDiskStore()
 	m.start(t)
 	if err := m.Bootstrap(deadline(t, time.Second), []byte(testSites), "test"); !errors.Is(err, ErrNodeRemoved) {
 		t.Errorf("bootstrap of a removed node: %v, want ErrNodeRemoved", err)

@@ -36,6 +36,12 @@ type Agreement interface {
 	// TransferLeadership moves raft's leadership. It returns nil when a canary entry
 	// was committed by the new leader.
 	TransferLeadership(ctx context.Context, to string) error
+	// AwaitApplied blocks until a node says that it has applied an entry, which proves
+	// that its disk worked after the entry was proposed.
+	AwaitApplied(ctx context.Context, node string, index uint64) error
+	// AwaitActing blocks until a node says that it acts as primary in an epoch, whose
+	// promotion has this index.
+	AwaitActing(ctx context.Context, node string, epoch, index uint64) error
 }
 
 var _ Agreement = (*cluster.Cluster)(nil)
@@ -60,13 +66,8 @@ type Options struct {
 	Now      func() time.Time
 	// Quarantined tells that this cluster restarted cold; see Quarantine.
 	Quarantined func() bool
-	// Behind gives how many records each site's copy lacks; absent when unknown. The
-	// func is nil while there is no replication.
-	Behind func() map[string]int64
-	// AtRisk gives how many records a change of primary from one site to another
-	// could lose, nil when unknown. The func is nil while there is no replication:
-	// then nothing is at risk, and no figure is given.
-	AtRisk func(from, to string) *int64
+	// Copies is nil without replication: then nothing is at risk, and no figure is given.
+	Copies Copies
 
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -105,6 +106,9 @@ type Coordinator struct {
 	reason Reason
 	looked bool
 	judged Judgement
+
+	// measuring are the goroutines that measure promotions.
+	measuring sync.WaitGroup
 }
 
 // Judgement says which nodes were gone at a look of the coordinator.
@@ -161,6 +165,7 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	// count as a pause of this node.
 	var acting sync.WaitGroup
 	defer acting.Wait()
+	defer c.measuring.Wait()
 	actx, stop := context.WithCancel(ctx)
 	defer stop()
 	idle := make(chan struct{}, 1)
@@ -208,6 +213,11 @@ func (c *Coordinator) look(w *watch) func(context.Context) {
 	var sites []SiteView
 	w.memory, sites = Observe(w.memory, in)
 	v := c.newView(s, sites, now, w)
+	if _, lost := v.primaryLost(); lost && c.o.Copies != nil {
+		for i, site := range v.Sites {
+			v.Sites[i].Behind = c.o.Copies.AtRisk(v.Primary, site.Name).Total()
+		}
+	}
 	action, reason := Decide(v)
 	judged := Judgement{State: s, At: now, Gone: Gone(w.memory, in)}
 	c.mu.Lock()
@@ -248,6 +258,7 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 	if l, leads := c.o.Agreement.Leading(); !leads || l.Term != term {
 		return // the decision is of an earlier leadership, and each new leader has its own wait
 	}
+	running := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.timing.Transport)
 	defer cancel()
 	down, known := outage(v, reason)
@@ -262,20 +273,104 @@ func (c *Coordinator) promote(ctx context.Context, s *agreed.State, site string,
 		seconds := down.Seconds()
 		p.RTOSeconds = &seconds
 	}
-	began := c.o.Boottime()
-	_, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
+	if c.o.Copies != nil && s.FeatureLevel >= agreed.LossLevel {
+		p.RecordsAtRisk, p.RPOSeconds = lossOf(c.o.Copies.AtRisk(s.Primary.Site, site), silenceOf(v, reason), c.timing.Tick)
+	}
+	since := c.o.Boottime() - down
+	index, err := c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
 	switch {
 	case err == nil:
-		down += c.o.Boottime() - began
-		c.metrics.duration.WithLabelValues(string(agreed.FailoverUnplanned)).Observe(down.Seconds())
 		c.log.Warn("primary replaced", "from", s.Primary.Site, "to", site, "epoch", s.Primary.Epoch+1,
-			"reason", reason, "rto", down)
+			"reason", reason, "lost_for", c.o.Boottime()-since)
+		c.measuring.Go(func() { c.measure(running, site, s.Primary.Epoch+1, index, since, known) })
 	case errors.Is(err, agreed.ErrStaleEpoch), errors.Is(err, agreed.ErrStaleTerm):
 		c.log.Info("promotion overtaken by another change", "to", site, "expected_epoch", s.Primary.Epoch, "err", err)
 	default:
 		c.log.Warn("promotion failed; the next look decides again", "to", site, "err", err)
 		c.pause(ctx)
 	}
+}
+
+// measure waits until a node of the new primary acts, and records how long no site did since
+// a time, if that is known.
+func (c *Coordinator) measure(ctx context.Context, site string, epoch, index uint64, since time.Duration, known bool) {
+	waiting, cancel := context.WithTimeout(ctx, actTimeout(c.timing))
+	defer cancel()
+	err := c.awaitActing(waiting, site, epoch, index)
+	idle := c.o.Boottime() - since
+	if err != nil {
+		c.log.Warn("the new primary does not act yet", "site", site, "epoch", epoch, "err", err)
+		return
+	}
+	c.metrics.duration.WithLabelValues(string(agreed.FailoverUnplanned)).Observe(idle.Seconds())
+	c.log.Info("the new primary acts", "site", site, "epoch", epoch, "idle", idle)
+	if known {
+		c.record(ctx, epoch, idle)
+	}
+}
+
+// record has the measured time agreed on. Without it the record of the failover has the time
+// until the promotion.
+func (c *Coordinator) record(ctx context.Context, epoch uint64, idle time.Duration) {
+	if c.o.Agreement.State().FeatureLevel < agreed.LossLevel {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, recordTimeout)
+	defer cancel()
+	var err error
+	for { // the leadership moves at the same time, and meanwhile proposals fail
+		_, err = c.o.Agreement.Propose(ctx, agreed.CmdFailoverMeasured, agreed.FailoverMeasured{Epoch: epoch, RTOSeconds: idle.Seconds()})
+		if err == nil || errors.Is(err, agreed.ErrStaleEpoch) || clock.Sleep(ctx, c.timing.Tick) != nil {
+			break
+		}
+	}
+	if err != nil {
+		c.log.Warn("the record of the failover lacks the time until the new primary acted", "epoch", epoch, "idle", idle, "err", err)
+	}
+}
+
+// recordTimeout is longer than a move of the leadership.
+const recordTimeout = 10 * time.Second
+
+// actTimeout bounds the wait for a new primary to act. Without a confirmed release it waits
+// until older leases have ended, twice as long if it has just started.
+func actTimeout(t config.Timing) time.Duration { return 2*t.NewLeaderWait + t.Lease }
+
+// awaitActing waits until a node of a site acts as primary.
+func (c *Coordinator) awaitActing(ctx context.Context, site string, epoch, index uint64) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // the questions to other nodes end with the first success
+	return c.one(site, func(node string) error { return c.o.Agreement.AwaitActing(ctx, node, epoch, index) })
+}
+
+// one asks the nodes of a site that answer and follow, and returns nil when one of them
+// succeeds.
+func (c *Coordinator) one(site string, ask func(node string) error) error {
+	nodes := c.answering(site, true)
+	results := make(chan error, len(nodes))
+	for _, node := range nodes {
+		go func() { results <- ask(node) }()
+	}
+	err := fmt.Errorf("no node of %s answers", site)
+	for range nodes {
+		if err = <-results; err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// answering are the nodes of a site that answer, and, if follows is set, apply entries.
+func (c *Coordinator) answering(site string, follows bool) []string {
+	in := c.input(c.o.Agreement.State(), c.o.Boottime())
+	silent := c.silent(in, ofSite(site))
+	var names []string
+	for _, m := range in.Members {
+		if m.Site == site && !slices.Contains(silent, m.Name) && (m.Follows || !follows) {
+			names = append(names, m.Name)
+		}
+	}
+	return names
 }
 
 // outage is how long the primary has been lost when it is replaced.
@@ -291,6 +386,16 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 		return max(v.Sites[i].NoLeaseFor, v.Sites[i].LeaderSilence), true
 	}
 	return v.Sites[i].LeaderSilence, true
+}
+
+// silenceOf is how long the primary that is replaced has been silent: zero when it is
+// replaced although it is heard.
+func silenceOf(v View, why Reason) time.Duration {
+	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	if why != PrimaryLost || i < 0 {
+		return 0
+	}
+	return v.Sites[i].LeaderSilence
 }
 
 // expire clears a switchover that is past its deadline: its coordinator died or was
@@ -385,11 +490,11 @@ func (c *Coordinator) moveLeader(ctx context.Context, to string) error {
 	return err
 }
 
-// voterOf picks a ready voter of a site. One with a slow disk would hand the leadership
-// over at once.
+// voterOf picks a voter of a site that can lead raft now. One with a slow disk would hand
+// the leadership over at once.
 func voterOf(members []Member, site string) (string, bool) {
 	for _, m := range members {
-		if m.Site == site && m.Voter && m.Ready && m.SlowFor == 0 {
+		if m.Site == site && m.Voter && m.Ready && m.Follows && m.SlowFor == 0 {
 			return m.Name, true
 		}
 	}

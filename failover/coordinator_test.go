@@ -88,15 +88,23 @@ func TestPrimaryKilled(t *testing.T) {
 					w.lead(leader)
 					w.pass(3 * time.Second)
 					lost := w.siteNodes("a")
+					killed := time.Now()
 					w.kill(lost...)
 					took = append(took, w.until("b is primary", 7*time.Second, w.primaryIs("b")))
 					w.wantPrimary("b", 2)
 					w.until("b acts", 3*time.Second, func() bool { return slices.Equal(w.acting(), []string{"b"}) })
+					idle := time.Since(killed)
 					w.until("leader in b", 5*time.Second, func() bool { return w.leaderSite() == "b" })
+					w.until("the time is measured", 5*time.Second, func() bool {
+						s := w.agreed()
+						return s.LastFailover.RTOSeconds != nil && *s.LastFailover.RTOSeconds > s.Primary.Since.Sub(killed).Seconds()+0.5
+					})
 					f := w.agreed().LastFailover
 					if f.From != "a" || f.Kind != agreed.FailoverUnplanned || f.Acknowledged || f.RTOSeconds == nil ||
 						*f.RTOSeconds < 2.5 || *f.RTOSeconds > 7 || f.RPOSeconds != nil || f.RecordsAtRisk != nil {
 						t.Errorf("failover record %+v", f)
+					} else if rto := time.Duration(*f.RTOSeconds * float64(time.Second)); rto < idle-100*time.Millisecond || rto > idle+time.Second {
+						t.Errorf("the record says that no site acted for %s, it was %s", rto, idle)
 					}
 					w.restart(lost...)
 					w.pass(20 * time.Second)
@@ -351,4 +359,83 @@ func TestPromotionForwardedToANewLeaderHasNoEffect(t *testing.T) {
 		<-done
 		w.wantPrimary("a", 1)
 	})
+}
+
+// siteCopies are the figures of each site.
+type siteCopies map[string]AtRisk
+
+func (c siteCopies) AtRisk(_, to string) AtRisk { return c[to] }
+
+func (c siteCopies) Ends(context.Context, string, []string) (map[string]uint64, error) {
+	return nil, nil
+}
+
+func (c siteCopies) Lacking(context.Context, string, map[string]uint64) (map[string]int64, error) {
+	return nil, nil
+}
+
+// Of two sites that are as near to the lost one, the one that lacks less of its journals is
+// promoted, and the record of the failover says what may be lost.
+func TestTheFreshestCopyIsPromoted(t *testing.T) {
+	lacks := func(n int64, age time.Duration) AtRisk {
+		return AtRisk{Known: true, Records: map[string]int64{"c1": n}, Age: age, Unheard: 3}
+	}
+	for _, c := range []struct {
+		name    string
+		copies  siteCopies
+		to      string
+		level   int
+		records *int64
+		rpo     bool
+	}{
+		{"b has more", siteCopies{"a": lacks(10, 5*time.Second), "b": lacks(2, 4*time.Second)}, "b", agreed.LossLevel, ptr(int64(5)), true},
+		{"as much", siteCopies{"a": lacks(2, 5*time.Second), "b": lacks(2, 4*time.Second)}, "a", agreed.LossLevel, ptr(int64(5)), true},
+		{"only b is known", siteCopies{"b": lacks(50, time.Minute)}, "b", agreed.LossLevel, ptr(int64(53)), true},
+		{"none is known", siteCopies{}, "a", agreed.LossLevel, nil, false},
+		{"an older member", siteCopies{"a": lacks(10, 0), "b": lacks(2, 0)}, "b", agreed.LossLevel - 1, nil, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			simulate(t, ones(37), func(t *testing.T, w *world) {
+				if _, err := w.switchover("a1", planned("c")); err != nil {
+					t.Fatal(err)
+				}
+				w.until("c acts", 5*time.Second, func() bool { return slices.Equal(w.acting(), []string{"c"}) })
+				w.mu.Lock()
+				w.states[len(w.states)-1].FeatureLevel = c.level
+				for _, n := range w.nodes {
+					n.coord.o.Copies = c.copies
+				}
+				w.mu.Unlock()
+				w.kill("c1")
+				w.until("another primary", 20*time.Second, func() bool { return w.agreed().Primary.Epoch == 3 })
+				w.wantPrimary(c.to, 3)
+				f := w.agreed().LastFailover
+				if !equal(f.RecordsAtRisk, c.records) || (f.RPOSeconds != nil) != c.rpo {
+					t.Errorf("the record has %s records, %s s", text(f.RecordsAtRisk), text(f.RPOSeconds))
+				}
+			})
+		})
+	}
+}
+
+func TestLossOf(t *testing.T) {
+	const s, tick = time.Second, 250 * time.Millisecond
+	for _, c := range []struct {
+		name    string
+		r       AtRisk
+		silence time.Duration
+		records *int64
+		rpo     *float64
+	}{
+		{"unknown", AtRisk{Unheard: 5}, 3 * s, nil, nil},
+		{"the copy ended when the site did", AtRisk{Known: true, Age: 3 * s}, 3 * s, ptr(int64(0)), ptr(0.5)},
+		{"newer than the last ping", AtRisk{Known: true, Age: 2800 * time.Millisecond}, 3 * s, ptr(int64(0)), ptr(0.3)},
+		{"it was behind", AtRisk{Known: true, Age: 13 * s, Records: map[string]int64{"x": 4, "y": 5}, Unheard: 2}, 3 * s, ptr(int64(11)), ptr(10.5)},
+		{"the site is heard", AtRisk{Known: true, Age: 2 * s}, 0, ptr(int64(0)), ptr(2.0)},
+	} {
+		records, rpo := lossOf(c.r, c.silence, tick)
+		if !equal(records, c.records) || !equal(rpo, c.rpo) {
+			t.Errorf("%s: %s records, %s s; want %s, %s", c.name, text(records), text(rpo), text(c.records), text(c.rpo))
+		}
+	}
 }

@@ -47,14 +47,19 @@ type Observation struct {
 type Member struct {
 	Name, Site string
 	// Ready: the leader heard it within a lease's length, and by its answer it held a
-	// lease, was not draining and not cold. The leader judges itself by the same.
+	// lease, was not draining, not cold, and had applied an entry within the patience. The
+	// leader judges itself by the same.
 	Ready bool
 	// Steady is Ready within the patience instead of a lease's length, so that a
 	// lossy link does not interrupt it.
 	Steady bool
 	// Responsive is Ready within three pings' time, without a recent pause of the
-	// node's process.
+	// node's process, and Follows.
 	Responsive bool
+	// Follows: it applies entries while this node does. Otherwise its disk hangs, or the
+	// leader's entries don't reach it; Stuck is for how long.
+	Follows bool
+	Stuck   time.Duration
 	// CaughtUp: it has applied all committed entries except the newest few, which are
 	// on their way.
 	CaughtUp bool
@@ -77,8 +82,6 @@ type Input struct {
 	Primary string
 	// RaftLeader is the raft leader as far as this node knows, empty for none.
 	RaftLeader string
-	// Behind is how many records the copy of each site lacks; absent: unknown.
-	Behind map[string]int64
 	// Opened is the raft index of the newest job stream that each node opened itself
 	// and still owns.
 	Opened map[string]uint64
@@ -111,7 +114,8 @@ type SiteView struct {
 	// SlowFor is for how long the disks of all its steady nodes have been too slow for a
 	// raft leader; zero when one is fast enough, and when no node is steady.
 	SlowFor time.Duration
-	// Behind is how many records its copy lacks, nil when unknown.
+	// Behind is how many records of the primary its copy lacks. It is nil when that is
+	// unknown, and while the primary is not lost.
 	Behind *int64
 
 	steady bool
@@ -211,9 +215,6 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 			v.steady = true
 			v.UpstreamsHealthy = max(v.UpstreamsHealthy, m.UpstreamsHealthy)
 		}
-	}
-	if behind, known := in.Behind[s.Name]; known {
-		v.Behind = &behind
 	}
 	if in.Leader.Site == s.Name {
 		// The observer is one of its nodes, and leads with a lease of its own.

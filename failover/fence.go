@@ -149,6 +149,17 @@ func (f *Fence) StartWait() (left time.Duration, known bool) {
 	return max(0, f.startedFrom-f.boottime()), f.epoch != 0
 }
 
+// ActingEpoch is the epoch in which this node may act as primary, 0 if it may not.
+func (f *Fence) ActingEpoch() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	token, _, err := f.prove(Primary, f.boottime())
+	if err != nil {
+		return 0
+	}
+	return token.Index
+}
+
 // prove is the one proof of all claims; it assumes the lock. now is from before the
 // call, so what is read here is at least as new. left is the rest of the lease.
 func (f *Fence) prove(c Claim, now time.Duration) (token agreed.FenceToken, left time.Duration, err error) {

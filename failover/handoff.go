@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/clock"
 )
 
 // How a planned switchover fails. A drill fails with ErrPrecheck too.
@@ -26,13 +27,22 @@ var (
 	// agreed state will show which happened. An open switchover is cleared at its
 	// deadline.
 	ErrUnknownOutcome = errors.New("the outcome of the switchover is not known yet: see dsnode status")
+	// ErrNotActing: the primary has moved, and its new site does not act.
+	ErrNotActing = errors.New("the primary has moved, but no node of its new site acts as primary yet")
 )
 
-// Each step of a switchover has a deadline. Their sum bounds how long no site acts as
+// Each step of a switchover has a deadline. While the first two run, the old primary acts.
+// The sum of those from the announcement to the promotion bounds how long no site acts as
 // primary when the last step fails.
 const (
+	catchUpTimeout  = 5 * time.Second
 	announceTimeout = 3 * time.Second
 	releaseTimeout  = 5 * time.Second
+	// copyTimeout bounds the wait for what was written until the old primary stopped. It is
+	// short because catchUp has found that this takes less than copyQuickly.
+	copyTimeout     = time.Second
+	copyQuickly     = 500 * time.Millisecond
+	copyLook        = 10 * time.Millisecond
 	rollbackTimeout = 5 * time.Second
 )
 
@@ -55,7 +65,8 @@ type SwitchoverRequest struct {
 	To   string
 	By   string              // the operator, or the drill
 	Kind agreed.FailoverKind // planned, or drill
-	// AcceptLoss goes on although records may be lost. The result tells how many.
+	// AcceptLoss goes on although records may be lost, and waits for none. The result tells
+	// how many.
 	AcceptLoss bool
 	// Waive names checks that need not hold.
 	Waive []string
@@ -75,11 +86,14 @@ type SwitchoverResult struct {
 	Epoch        uint64 // of the new primary, 0 when nothing was promoted
 	Checks       []Check
 	Steps        []Step
-	// Idle is the time from the announcement to the promotion, in which no site acted
-	// as primary; zero when nothing was promoted.
+	// Idle is the time in which no site acted as primary: at most from the announcement,
+	// until a node of the new primary's site has said that it acts. It is zero when nothing
+	// was promoted.
 	Idle time.Duration
-	// RecordsAtRisk is nil when nothing can be at risk, or when it is unknown.
+	// RecordsAtRisk and RPOSeconds are what may have been lost: zero, unless a loss was
+	// accepted. They are nil when that is unknown, or when there are no records.
 	RecordsAtRisk *int64
+	RPOSeconds    *float64
 	// LeaderMoved: the raft leader is in the new primary site. If it is not, the
 	// coordinator keeps trying.
 	LeaderMoved bool
@@ -110,6 +124,9 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("target_not_primary", s.Primary.Site != r.To, false, "the primary is %s in epoch %d", s.Primary.Site, s.Primary.Epoch)
 	add("target_ready", target.Ready > 0, false, "%d nodes of %s are heard, hold a lease and are in service", target.Ready, r.To)
 	add("target_disks", target.SlowFor == 0, true, "the disks of all nodes of %s that answer have been slow for %s", r.To, target.SlowFor.Round(time.Second))
+	able := slices.ContainsFunc(in.Members, func(m Member) bool { return m.Site == r.To && m.Ready && m.Follows })
+	behind := notFollowing(in.Members, ofSite(r.To))
+	add("target_follows", len(behind) == 0, able, "nodes of %s that don't follow the agreed state, most likely because their disk hangs: %v", r.To, behind)
 	add("target_upstreams", target.UpstreamsHealthy > 0, true, "%d healthy upstreams in %s", target.UpstreamsHealthy, r.To)
 	open := s.Switchover != nil && c.o.Now().Before(s.Switchover.Deadline)
 	add("no_switchover", !open, false, "a switchover is in progress: %v", open)
@@ -119,17 +136,30 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("no_drill", !drill, false, "a drill is running: %v", drill)
 	silentVoters := c.silent(in, func(m Member) bool { return m.Voter })
 	add("voters_reachable", len(silentVoters) == 0, true, "voters that don't answer: %v", silentVoters)
+	behindVoters := notFollowing(in.Members, func(m Member) bool { return m.Voter && m.Site != r.To })
+	add("voters_follow", len(behindVoters) == 0, true, "voters elsewhere that don't follow the agreed state: %v", behindVoters)
 	silent := c.silent(in, ofSite(s.Primary.Site))
 	add("primary_heard", len(silent) == 0, true, "nodes of %s that don't answer: %v", s.Primary.Site, silent)
-	if c.o.AtRisk != nil {
-		risk := c.o.AtRisk(s.Primary.Site, r.To)
-		count := "not known"
-		if risk != nil {
-			count = fmt.Sprint(*risk)
+	if c.o.Copies != nil {
+		ok, detail := lossless(s.Primary.Site, r.To, c.o.Copies.AtRisk(s.Primary.Site, r.To))
+		if !ok && r.AcceptLoss {
+			detail = "the loss is accepted: " + detail
 		}
-		add("lossless", r.AcceptLoss || (risk != nil && *risk == 0), false, "records that %s lacks: %s", r.To, count)
+		add("lossless", ok || r.AcceptLoss, false, "%s", detail)
 	}
 	return checks
+}
+
+// notFollowing names the members of a kind that answer and do not apply entries, with how
+// long that has been so.
+func notFollowing(members []Member, kind func(Member) bool) []string {
+	var names []string
+	for _, m := range members {
+		if kind(m) && !m.Follows && m.Stuck > 0 {
+			names = append(names, fmt.Sprintf("%s for %s", m.Name, seconds(m.Stuck)))
+		}
+	}
+	return names
 }
 
 // silent names the members of a kind that this node has not heard within the patience.
@@ -152,9 +182,12 @@ func ofSite(site string) func(Member) bool {
 // Switchover moves the primary to another site without loss, or changes nothing. It
 // may be called on any node.
 //
-// The steps: announce (an agreed entry; the old primary starts nothing from then on),
-// release (its nodes confirm that nothing runs any more), promote (one agreed entry),
-// leadership (moved to the new site and proved by a canary entry). A failure before the
+// The steps: follow (every node that takes part applies an entry, so its disk works),
+// catch_up (the new site's copy of the job journals keeps up), announce (an agreed entry;
+// the old primary starts nothing from then on), release (its nodes confirm that nothing
+// runs any more), copy (the new site has what they had then), promote (one agreed entry),
+// act (a node of the new site acts), leadership (moved to the new site and proved by a
+// canary entry). If one of the first two fails, nothing was begun. A failure before the
 // promotion is proposed closes the announcement. After the promotion only another
 // switchover leads back.
 func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (SwitchoverResult, error) {
@@ -165,9 +198,6 @@ func (c *Coordinator) Switchover(ctx context.Context, r SwitchoverRequest) (Swit
 		if !check.Passes(r.Waive) {
 			return res, fmt.Errorf("the switchover %w: %s: %s", ErrPrecheck, check.Name, check.Detail)
 		}
-	}
-	if c.o.AtRisk != nil {
-		res.RecordsAtRisk = c.o.AtRisk(s.Primary.Site, r.To)
 	}
 	h := &handoff{c: c, r: r, res: &res, state: s}
 	err := h.run(ctx)
@@ -188,19 +218,36 @@ type handoff struct {
 	res   *SwitchoverResult
 	state *agreed.State // when the switchover was asked for
 	began time.Duration // Boottime of the announcement
+	// index is that of the newest entry that this switchover has proposed.
+	index uint64
 	// announced: the announcement is agreed, and this node has seen it.
 	announced bool
 }
 
 func (h *handoff) run(ctx context.Context) error {
+	err := h.step(ctx, "follow", h.c.timing.Patience, h.follow)
+	if err == nil && h.c.o.Copies != nil && !h.r.AcceptLoss {
+		err = h.step(ctx, "catch_up", catchUpTimeout, h.catchUp)
+	}
+	if err != nil {
+		return fmt.Errorf("the switchover %w: %w", ErrPrecheck, err)
+	}
 	h.began = h.c.o.Boottime()
-	err := h.step(ctx, "announce", announceTimeout, h.announce)
+	err = h.step(ctx, "announce", announceTimeout, h.announce)
 	if err == nil {
 		h.announced = true
 		err = h.step(ctx, "release", releaseTimeout, func(ctx context.Context) error {
-			_, err := h.release(ctx)
-			return err
+			g, ctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return h.targetSees(ctx) })
+			g.Go(func() error {
+				_, err := h.release(ctx)
+				return err
+			})
+			return g.Wait()
 		})
+	}
+	if err == nil && h.c.o.Copies != nil {
+		err = h.step(ctx, "copy", copyTimeout, h.copy)
 	}
 	if err == nil {
 		err = h.step(ctx, "promote", h.c.timing.Lease, h.promote)
@@ -212,9 +259,126 @@ func (h *handoff) run(ctx context.Context) error {
 		}
 	}
 	h.res.Epoch = h.state.Primary.Epoch + 1
+	err = h.step(ctx, "act", actTimeout(h.c.timing), func(ctx context.Context) error {
+		return h.c.awaitActing(ctx, h.res.To, h.res.Epoch, h.index)
+	})
 	h.res.Idle = h.c.o.Boottime() - h.began
+	if err != nil {
+		return fmt.Errorf("%w: %s in epoch %d (%w)", ErrNotActing, h.res.To, h.res.Epoch, err)
+	}
 	h.lead(ctx)
+	h.c.record(ctx, h.res.Epoch, h.res.Idle)
 	return nil
+}
+
+// follow proves that the disks of the nodes that take part work, while the old primary
+// still acts: they apply an entry that is proposed now, this node first.
+func (h *handoff) follow(ctx context.Context) error {
+	index, err := h.c.o.Agreement.Propose(ctx, agreed.CmdTick, nil)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for _, node := range append(h.c.answering(h.res.From, false), h.c.answering(h.res.To, true)...) {
+		g.Go(func() error { return h.c.o.Agreement.AwaitApplied(ctx, node, index) })
+	}
+	return g.Wait()
+}
+
+// targetSees proves that the new primary's nodes still follow: they see the announcement,
+// so they will see the promotion. The time is short, because no site acts as primary
+// meanwhile.
+func (h *handoff) targetSees(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, h.c.timing.Lease/2)
+	defer cancel()
+	return h.c.one(h.res.To, func(node string) error { return h.c.o.Agreement.AwaitApplied(ctx, node, h.index) })
+}
+
+// catchUp waits, while the old primary still acts, until the new site's copy of the old
+// one's job journals keeps up: it has everything within copyQuickly.
+func (h *handoff) catchUp(ctx context.Context) error {
+	for {
+		began := h.c.o.Boottime()
+		if err := h.copied(ctx); err != nil {
+			return err
+		}
+		took := h.c.o.Boottime() - began
+		if took < copyQuickly {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("lossless: new records take %s to reach %s: %w", seconds(took), h.res.To, ctx.Err())
+		}
+	}
+}
+
+// copy waits until the new site has everything that the old one's nodes have on their disks
+// now, after they have stopped starting jobs. If a loss is accepted it does not wait, and
+// notes what is lacking.
+func (h *handoff) copy(ctx context.Context) error {
+	if !h.r.AcceptLoss {
+		h.res.RecordsAtRisk, h.res.RPOSeconds = new(int64(0)), new(0.0)
+		return h.copied(ctx)
+	}
+	risk := h.c.o.Copies.AtRisk(h.res.From, h.res.To)
+	h.res.RecordsAtRisk, h.res.RPOSeconds = lossOf(risk, 0, h.c.timing.Tick)
+	lacking, err := h.lacking(ctx)
+	if err != nil || !risk.Known {
+		return nil //nolint:nilerr // the figures are those that were last heard
+	}
+	now := AtRisk{Known: true, Records: lacking}.Total()
+	if len(h.silent()) == 0 {
+		h.res.RecordsAtRisk = now
+		if *now == 0 {
+			h.res.RPOSeconds = new(0.0)
+		}
+	} else {
+		*h.res.RecordsAtRisk = max(*h.res.RecordsAtRisk, *now)
+	}
+	return nil
+}
+
+// silent are the nodes of the old primary's site that don't answer.
+func (h *handoff) silent() []string {
+	return h.c.silent(h.c.input(h.c.o.Agreement.State(), h.c.o.Boottime()), ofSite(h.res.From))
+}
+
+// lacking asks now what the new site lacks of the old one's journals.
+func (h *handoff) lacking(ctx context.Context) (map[string]int64, error) {
+	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.c.answering(h.res.From, false))
+	if err != nil {
+		return nil, err
+	}
+	return h.c.o.Copies.Lacking(ctx, h.res.To, ends)
+}
+
+// copied waits until the new site has everything that the old one has now.
+func (h *handoff) copied(ctx context.Context) error {
+	began := h.c.o.Boottime()
+	if silent := h.silent(); len(silent) > 0 {
+		return fmt.Errorf("lossless: it is not known what %v have written: they don't answer", silent)
+	}
+	ends, err := h.c.o.Copies.Ends(ctx, h.res.From, h.c.answering(h.res.From, false))
+	if err != nil {
+		return fmt.Errorf("lossless: it is not known what %s has of its jobs: %w", h.res.From, err)
+	}
+	var lacking map[string]int64
+	for {
+		got, err := h.c.o.Copies.Lacking(ctx, h.res.To, ends)
+		if err == nil {
+			if lacking = got; len(lacking) == 0 {
+				return nil
+			}
+		}
+		if clock.Sleep(ctx, copyLook) == nil {
+			continue
+		}
+		waited := seconds(h.c.o.Boottime() - began)
+		if lacking == nil {
+			return fmt.Errorf("lossless: it is not known what %s has of the jobs of %s (asked for %s): %w", h.res.To, h.res.From, waited, err)
+		}
+		return fmt.Errorf("lossless: %s still lacks %s, which %s had on its disk %s ago: %w", h.res.To, recordsOf(lacking), h.res.From, waited, ctx.Err())
+	}
 }
 
 func (h *handoff) step(ctx context.Context, name string, limit time.Duration, do func(context.Context) error) error {
@@ -234,12 +398,13 @@ func (h *handoff) step(ctx context.Context, name string, limit time.Duration, do
 
 func (h *handoff) announce(ctx context.Context) error {
 	now := h.c.o.Now()
-	_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
+	index, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
 		Next: &agreed.Switchover{
 			ID: h.res.ID, From: h.res.From, To: h.res.To, Kind: h.r.Kind, By: h.r.By, At: now,
-			Deadline: now.Add(announceTimeout + releaseTimeout + h.c.timing.Lease),
+			Deadline: now.Add(announceTimeout + releaseTimeout + copyTimeout + h.c.timing.Lease),
 		},
 	})
+	h.index = index
 	return err
 }
 
@@ -273,13 +438,20 @@ func (h *handoff) promote(ctx context.Context) error {
 		return err
 	}
 	idle := (h.c.o.Boottime() - h.began).Seconds()
-	_, err = h.c.o.Agreement.Propose(ctx, agreed.CmdPromote, agreed.Promote{
+	p := agreed.Promote{
 		Site: h.res.To, ExpectEpoch: h.state.Primary.Epoch, Generation: h.state.Generation.Number,
 		Reason: "switchover by " + h.r.By, Kind: h.r.Kind, SwitchoverID: h.res.ID, RTOSeconds: &idle,
 		// If one of them could not be asked, the new primary waits until all leases from
 		// before have ended.
 		Released: all,
-	})
+	}
+	if h.state.FeatureLevel >= agreed.LossLevel {
+		p.RecordsAtRisk, p.RPOSeconds = h.res.RecordsAtRisk, h.res.RPOSeconds
+	}
+	index, err := h.c.o.Agreement.Propose(ctx, agreed.CmdPromote, p)
+	if err == nil {
+		h.index = index
+	}
 	return err
 }
 
@@ -325,6 +497,7 @@ func (h *handoff) closedByPromotion(ctx context.Context) (bool, error) {
 			// A planned promotion from this epoch needs this switchover's id.
 			f := s.LastFailover
 			if f != nil && f.Epoch == h.state.Primary.Epoch+1 && f.Kind == h.r.Kind {
+				h.index = h.c.o.Agreement.Raft().CommitIndex // the promotion's or a later one
 				return true, nil
 			}
 			return false, fmt.Errorf("%w: the primary is %s in epoch %d", ErrOvertaken, s.Primary.Site, s.Primary.Epoch)

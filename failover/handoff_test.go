@@ -3,7 +3,10 @@ package failover
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -206,22 +209,256 @@ func TestPrimaryLostDuringSwitchover(t *testing.T) {
 	})
 }
 
-func TestAtRiskIsNamedOrRefused(t *testing.T) {
-	simulate(t, ones(8), func(t *testing.T, w *world) {
-		risk := ptr(int64(3))
-		w.nodes["a1"].coord.o.AtRisk = func(string, string) *int64 { return risk }
-		for _, r := range []*int64{ptr(int64(3)), nil} {
-			risk = r
-			if _, err := w.switchover("a1", planned("b")); !errors.Is(err, ErrPrecheck) {
-				t.Fatalf("got %v", err)
-			}
+// fakeCopies are the records of two sites. The target gets a record of the old primary
+// every pace, none if that is zero.
+type fakeCopies struct {
+	mu      sync.Mutex // guards risk, has
+	risk    AtRisk
+	ends    map[string]uint64
+	has     uint64
+	pace    time.Duration
+	endsErr error
+}
+
+func (f *fakeCopies) AtRisk(string, string) AtRisk {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.risk
+}
+
+func (f *fakeCopies) Ends(context.Context, string, []string) (map[string]uint64, error) {
+	return f.ends, f.endsErr
+}
+
+func (f *fakeCopies) Lacking(ctx context.Context, _ string, ends map[string]uint64) (map[string]int64, error) {
+	if f.pace > 0 {
+		if err := wait(ctx, f.pace); err != nil {
+			return nil, err
 		}
-		risk = ptr(int64(3))
+		f.mu.Lock()
+		f.has++
+		f.mu.Unlock()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if end := ends["a1/x"]; end > f.has {
+		return map[string]int64{"a1": int64(end - f.has)}, nil
+	}
+	return map[string]int64{}, nil
+}
+
+func TestLosslessOrRefused(t *testing.T) {
+	fresh := AtRisk{Known: true, Age: 100 * time.Millisecond}
+	behind := AtRisk{Known: true, Records: map[string]int64{"a1": 41}, Age: 12 * time.Second}
+	for _, c := range []struct {
+		name     string
+		copies   *fakeCopies
+		accept   bool
+		err      error
+		says     []string // of the error
+		risk     *int64
+		rpo      *float64
+		acceptIs string // in the check's detail
+	}{
+		{name: "all is copied", copies: &fakeCopies{risk: fresh, ends: map[string]uint64{"a1/x": 5}, has: 5}, risk: ptr(int64(0)), rpo: ptr(0.0)},
+		{name: "it arrives in time", copies: &fakeCopies{risk: fresh, ends: map[string]uint64{"a1/x": 5}, has: 1, pace: 50 * time.Millisecond}, risk: ptr(int64(0)), rpo: ptr(0.0)},
+		{name: "unknown", copies: &fakeCopies{risk: AtRisk{Doubt: "b has not reported"}}, err: ErrPrecheck, says: []string{"lossless", "not known", "b has not reported"}},
+		{name: "behind", copies: &fakeCopies{risk: behind}, err: ErrPrecheck, says: []string{"lossless", "41 of a1", "12.0 s old"}},
+		{
+			name: "out of date", copies: &fakeCopies{risk: AtRisk{Known: true, Age: 9 * time.Second, Doubt: "b last reported 9.0 s ago"}},
+			err: ErrPrecheck, says: []string{"lossless", "b last reported", "9.0 s old"},
+		},
+		{
+			name: "it seems on its way and never comes", copies: &fakeCopies{
+				risk: AtRisk{Known: true, Records: map[string]int64{"a1": 4}, Age: time.Second}, ends: map[string]uint64{"a1/x": 5}, has: 1,
+			},
+			err: ErrPrecheck, says: []string{"catch_up", "lossless", "4 of a1", "5.0 s ago"},
+		},
+		{
+			name: "the old primary does not tell what it has", copies: &fakeCopies{risk: fresh, endsErr: errors.New("no answer")},
+			err: ErrPrecheck, says: []string{"catch_up", "not known", "no answer"},
+		},
+		{
+			name: "a loss is accepted", copies: &fakeCopies{risk: behind, ends: map[string]uint64{"a1/x": 45}, has: 2}, accept: true,
+			risk: ptr(int64(43)), rpo: ptr(12.0), acceptIs: "the loss is accepted: b lacks 41 of a1",
+		},
+		{
+			name: "a loss is accepted that nobody knows", copies: &fakeCopies{risk: AtRisk{Doubt: "b has not reported"}}, accept: true,
+			acceptIs: "the loss is accepted: it is not known",
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			simulate(t, ones(8), func(t *testing.T, w *world) {
+				w.nodes["a1"].coord.o.Copies = c.copies
+				r := planned("b")
+				r.AcceptLoss = c.accept
+				res, err := w.switchover("a1", r)
+				if c.err != nil {
+					if !errors.Is(err, c.err) {
+						t.Fatalf("got %v", err)
+					}
+					for _, says := range c.says {
+						if !strings.Contains(err.Error(), says) {
+							t.Errorf("the refusal %q does not say %q", err, says)
+						}
+					}
+					w.wantPrimary("a", 1)
+					if w.agreed().Switchover != nil || !slices.Equal(w.acting(), []string{"a"}) {
+						t.Errorf("switchover %+v, acting %v", w.agreed().Switchover, w.acting())
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				w.wantPrimary("b", 2)
+				if !equal(res.RecordsAtRisk, c.risk) || !equal(res.RPOSeconds, c.rpo) {
+					t.Errorf("at risk %v, %v s; want %v, %v", text(res.RecordsAtRisk), text(res.RPOSeconds), text(c.risk), text(c.rpo))
+				}
+				f := w.agreed().LastFailover
+				if !equal(f.RecordsAtRisk, c.risk) || !equal(f.RPOSeconds, c.rpo) {
+					t.Errorf("the record has %v, %v s", text(f.RecordsAtRisk), text(f.RPOSeconds))
+				}
+				i := slices.IndexFunc(res.Checks, func(k Check) bool { return k.Name == "lossless" })
+				if i < 0 || !strings.Contains(res.Checks[i].Detail, c.acceptIs) {
+					t.Errorf("checks %+v", res.Checks)
+				}
+			})
+		})
+	}
+}
+
+// A node of the old primary does not answer, so nobody knows what it has written. The
+// switchover needs an accepted loss, also in the first seconds, when all that was known is
+// still recent.
+func TestASilentNodeIsNotLossless(t *testing.T) {
+	simulate(t, twos(12), func(t *testing.T, w *world) {
+		w.lead("a1")
+		w.nodes["a1"].coord.o.Copies = &fakeCopies{risk: AtRisk{Known: true}}
+		w.kill("a2")
+		w.pass(3 * time.Second)
 		r := planned("b")
+		r.Waive = []string{"primary_heard", "voters_reachable"}
+		if _, err := w.switchover("a1", r); !errors.Is(err, ErrPrecheck) || !strings.Contains(err.Error(), "lossless") || !strings.Contains(err.Error(), "a2") {
+			t.Errorf("got %v", err)
+		}
+		w.wantPrimary("a", 1)
 		r.AcceptLoss = true
-		res, err := w.switchover("a1", r)
-		if err != nil || res.RecordsAtRisk == nil || *res.RecordsAtRisk != 3 {
-			t.Fatalf("%v, %+v", err, res)
+		if _, err := w.switchover("a1", r); err != nil {
+			t.Error(err)
+		}
+		w.wantPrimary("b", 2)
+	})
+}
+
+// What the old primary has when it stops does not arrive: everything is rolled back, and it
+// acts again soon.
+func TestSwitchoverRollsBackWhenTheCopyStops(t *testing.T) {
+	simulate(t, ones(9), func(t *testing.T, w *world) {
+		copies := &growingCopies{fakeCopies: fakeCopies{risk: AtRisk{Known: true}, ends: map[string]uint64{"a1/x": 5}, has: 5}}
+		w.nodes["a1"].coord.o.Copies = copies
+		began := time.Now()
+		res, err := w.switchover("a1", planned("b"))
+		if !errors.Is(err, ErrRolledBack) || !strings.Contains(err.Error(), "3 of a1") {
+			t.Fatalf("got %v (%+v)", err, res.Steps)
+		}
+		w.wantPrimary("a", 1)
+		w.until("a acts again", time.Second, func() bool { return slices.Equal(w.acting(), []string{"a"}) })
+		if took := time.Since(began); took > 2*time.Second {
+			t.Errorf("it took %s", took)
 		}
 	})
+}
+
+// growingCopies has three records more at the second question than the target ever gets.
+type growingCopies struct {
+	fakeCopies
+	asked int
+}
+
+func (g *growingCopies) Ends(context.Context, string, []string) (map[string]uint64, error) {
+	if g.asked++; g.asked == 2 {
+		return map[string]uint64{"a1/x": 8}, nil
+	}
+	return g.ends, nil
+}
+
+// The disk of the target's node hangs. At first nobody can know that, then its answers show
+// it. Either way the old primary stays, or acts again within a second.
+func TestSwitchoverToASiteWhoseDiskHangs(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		hung time.Duration // when the switchover is asked for
+		says string
+	}{
+		{"just now", 0, "follow"},
+		{"for a while", 3 * time.Second, "target_"},
+	} {
+		for _, asked := range leaders {
+			t.Run(c.name+" asked at "+asked, func(t *testing.T) {
+				simulate(t, ones(10), func(t *testing.T, w *world) {
+					w.lead("a1")
+					w.freeze(true, "b1")
+					w.pass(c.hung)
+					res, err := w.switchover(asked, planned("b"))
+					if !errors.Is(err, ErrPrecheck) || (asked != "b1" && !strings.Contains(err.Error(), c.says)) {
+						t.Errorf("got %v (%+v)", err, res.Steps)
+					}
+					w.wantPrimary("a", 1)
+					if w.agreed().Switchover != nil || !slices.Equal(w.acting(), []string{"a"}) {
+						t.Errorf("switchover %+v, acting %v", w.agreed().Switchover, w.acting())
+					}
+				})
+			})
+		}
+	}
+}
+
+// The disk hangs after the announcement: the switchover is rolled back within a second.
+func TestSwitchoverRollsBackWhenTheDiskHangs(t *testing.T) {
+	simulate(t, ones(11), func(t *testing.T, w *world) {
+		w.lead("a1")
+		w.nodes["a1"].coord.o.Releaser = freezing{w, "b1"}
+		res, err := w.switchover("a1", planned("b"))
+		if !errors.Is(err, ErrRolledBack) {
+			t.Fatalf("got %v", err)
+		}
+		w.until("a acts again", time.Second, func() bool { return slices.Equal(w.acting(), []string{"a"}) })
+		var took time.Duration
+		for _, s := range res.Steps {
+			if s.Name != "follow" {
+				took += s.Took
+			}
+		}
+		if took > time.Second {
+			t.Errorf("no site acted for %s: %+v", took, res.Steps)
+		}
+	})
+}
+
+// freezing freezes a node before it sees the announcement.
+type freezing struct {
+	w    *world
+	node string
+}
+
+func (f freezing) Release(ctx context.Context, node, id string) error {
+	f.w.mu.Lock()
+	target := f.w.nodes[f.node]
+	target.frozen = true
+	target.applied = min(target.applied, len(f.w.states)-2)
+	target.ticked = 0
+	f.w.mu.Unlock()
+	return f.w.Release(ctx, node, id)
+}
+
+func equal[T comparable](a, b *T) bool {
+	return a == nil && b == nil || a != nil && b != nil && *a == *b
+}
+
+func text[T any](p *T) string {
+	if p == nil {
+		return "null"
+	}
+	return fmt.Sprint(*p)
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster"
 	"github.com/dsnode/dsnode/cluster/agreed"
+	"github.com/dsnode/dsnode/cluster/config"
 )
 
 // input gathers for the detector what this node has observed.
@@ -19,9 +20,6 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 			Observer: c.o.Name, Site: c.o.Site, Paused: c.o.Agreement.Paused(), Leased: left > 0,
 			Seen: make(map[string]Sighting, len(peers)),
 		},
-	}
-	if c.o.Behind != nil {
-		in.Behind = c.o.Behind()
 	}
 	in.Opened = map[string]uint64{}
 	for _, j := range s.Streams {
@@ -40,16 +38,21 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	in.Members = append(in.Members, Member{
 		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Responsive: able, CaughtUp: true,
 		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name], SlowFor: c.o.Agreement.DiskSpeed().SlowFor,
+		Follows: !raft.Ticked || raft.TickAgo < stuckAfter(c.timing), Stuck: raft.TickAgo,
 	})
 	for name, p := range peers {
 		m := Member{Name: name, Site: p.Site, UpstreamsHealthy: p.UpstreamsHealthy, Voter: voters[name], SlowFor: p.Disk.SlowFor}
 		if p.Heard {
 			seen := Sighting{Ago: p.Ago, LeaseLeft: p.LeaseLeft + p.Ago, LeaseKnown: true}
 			in.Leader.Seen[name] = seen
-			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold
+			// A node that stands still where this one does too lacks nothing: no leader
+			// commits entries.
+			m.Stuck = p.Stuck
+			m.Follows = p.Stuck < stuckAfter(c.timing) || p.AppliedIndex >= raft.CommitIndex
+			able := seen.LeaseLeft > 0 && !p.Draining && !p.Cold && (m.Follows || p.Stuck < c.timing.Patience)
 			m.Ready = able && p.HeardWithin(c.timing.Lease)
 			m.Steady = able && p.HeardWithin(c.timing.Patience)
-			m.Responsive = able && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
+			m.Responsive = able && m.Follows && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
 			m.CaughtUp = p.AppliedIndex+onItsWay >= raft.CommitIndex
 			in.Others = append(in.Others, observationOf(p))
 		}
@@ -58,6 +61,10 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	slices.SortFunc(in.Members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
 	return in
 }
+
+// stuckAfter is for how long a node may show no progress in applying entries and still
+// count as one that follows: four ticks, as a witness's table.
+func stuckAfter(t config.Timing) time.Duration { return 4 * t.Tick }
 
 // onItsWay is how many entries a node may lack and still count as caught up: two
 // seconds of ticks.

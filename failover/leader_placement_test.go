@@ -1,6 +1,7 @@
 package failover
 
 import (
+	"slices"
 	"testing"
 	"time"
 )
@@ -146,4 +147,56 @@ func TestLeaderDoesNotMoveToAVoterThatPauses(t *testing.T) {
 		}
 		w.wantPrimary("a", 1)
 	})
+}
+
+// The disk of one of the primary's two voters hangs. The leader moves to the other one, and
+// never asks the first to lead: neither after a promotion nor after an election elsewhere.
+func TestLeaderDoesNotMoveToANodeWhoseDiskHangs(t *testing.T) {
+	t.Run("after a promotion", func(t *testing.T) {
+		simulate(t, twos(34), func(t *testing.T, w *world) {
+			w.lead("c1")
+			w.freeze(true, "b1")
+			w.pass(2 * time.Second)
+			w.forgetTransfers()
+			w.kill("a1", "a2")
+			w.until("b is the primary", 20*time.Second, w.primaryIs("b"))
+			w.until("the leader is in b", 20*time.Second, func() bool { return w.leaderSite() == "b" })
+			w.wantNoTransferTo("b1")
+		})
+	})
+	t.Run("after an election", func(t *testing.T) {
+		simulate(t, twos(35), func(t *testing.T, w *world) {
+			w.lead("c1")
+			w.freeze(true, "a1")
+			w.forgetTransfers()
+			w.until("the leader is in a", 2*time.Minute, func() bool { return w.leaderSite() == "a" })
+			w.wantNoTransferTo("a1")
+		})
+	})
+	t.Run("it is the only voter", func(t *testing.T) {
+		simulate(t, ones(36), func(t *testing.T, w *world) {
+			w.lead("c1")
+			w.freeze(true, "a1")
+			w.forgetTransfers()
+			w.pass(10 * time.Minute)
+			w.wantNoTransferTo("a1")
+			w.freeze(false, "a1")
+			w.until("the leader is in a", time.Minute, func() bool { return w.leaderSite() == "a" })
+		})
+	})
+}
+
+func (w *world) forgetTransfers() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.transfers = nil
+}
+
+func (w *world) wantNoTransferTo(node string) {
+	w.t.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if slices.Contains(w.transfers, node) {
+		w.t.Errorf("leadership was moved to %v, never to %s was right", w.transfers, node)
+	}
 }

@@ -16,7 +16,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	return &metrics{
 		duration: f.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "dsnode_failover_duration_seconds",
-			Help:    "Time without a primary: unplanned from when the old one was last heard to the promotion, planned from the announcement to it.",
+			Help:    "Time without a primary: from when the old one was last heard, or from the announcement, until the new one acts.",
 			Buckets: []float64{0.05, 0.1, 0.25, 0.5, 1, 2, 3, 4, 5, 7, 10, 20, 40, 60, 120, 300, 900},
 		}, []string{"kind"}),
 		decisions: f.NewCounterVec(prometheus.CounterOpts{

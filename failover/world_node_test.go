@@ -2,6 +2,7 @@ package failover
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/dsnode/dsnode/cluster"
@@ -117,7 +118,7 @@ func (n *node) Peers() map[string]cluster.PeerView {
 func (n *node) Raft() cluster.RaftView {
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
-	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term, CommitIndex: uint64(len(n.w.states) - 1)}
+	v := cluster.RaftView{Leader: n.w.leader, Leads: n.leads, Term: n.w.term, CommitIndex: uint64(len(n.w.states) - 1 + n.w.ticks)}
 	for _, name := range n.w.names {
 		v.Servers = append(v.Servers, cluster.Server{Name: name, Voter: n.w.nodes[name].voter})
 	}
@@ -169,7 +170,7 @@ func (n *node) Propose(ctx context.Context, t agreed.CommandType, data any) (uin
 		w.apply(l)
 		w.apply(n)
 	}
-	index := uint64(len(w.states))
+	index := uint64(len(w.states) - 1 + w.ticks)
 	lost := w.rng.Float64() < w.forget || w.forgetNext
 	w.forgetNext = false
 	w.mu.Unlock()
@@ -185,12 +186,40 @@ func (n *node) TransferLeadership(ctx context.Context, to string) error {
 	}
 	n.w.mu.Lock()
 	defer n.w.mu.Unlock()
-	if !n.w.nodes[to].runs() || !n.w.majority(to) {
+	n.w.transfers = append(n.w.transfers, to)
+	switch {
+	case !n.w.nodes[to].runs() || !n.w.majority(to):
 		return cluster.ErrNoQuorum
+	case n.w.nodes[to].frozen:
+		return cluster.ErrNotFollowing
 	}
 	n.w.term++
 	n.w.elected(to)
 	return nil
+}
+
+func (n *node) AwaitApplied(ctx context.Context, name string, index uint64) error {
+	return n.ask(ctx, name, func(o *node) bool { return o.index() >= index })
+}
+
+func (n *node) AwaitActing(ctx context.Context, name string, epoch, _ uint64) error {
+	return n.ask(ctx, name, func(o *node) bool { return o.fence.Acting() && n.w.states[o.applied].Primary.Epoch >= epoch })
+}
+
+// ask asks a node until ok holds there.
+func (n *node) ask(ctx context.Context, name string, ok func(*node) bool) error {
+	for {
+		if err := wait(ctx, 2*n.w.delay); err != nil {
+			return fmt.Errorf("%s: %w (%w)", name, cluster.ErrNotFollowing, err)
+		}
+		n.w.mu.Lock()
+		o := n.w.nodes[name]
+		done := o.runs() && n.w.reach(n.name, name) && ok(o)
+		n.w.mu.Unlock()
+		if done {
+			return nil
+		}
+	}
 }
 
 // Release makes the world a Releaser, in place of the rpc.

@@ -32,7 +32,8 @@ type world struct {
 	events eventQueue
 	nodes  map[string]*node
 	names  []string
-	states []*agreed.State // by index: what was agreed
+	states []*agreed.State // what was agreed
+	ticks  int             // committed; the raft index is the number of both
 	news   chan struct{}   // closes when any node applied something
 	term   uint64
 	leader string // elected in term
@@ -48,6 +49,7 @@ type world struct {
 	// forgetNext loses the answer to the next proposal.
 	forgetNext bool
 	breaches   []string
+	transfers  []string // the targets of the transfers of leadership that were asked for
 }
 
 type node struct {
@@ -62,7 +64,9 @@ type node struct {
 	pausedUntil time.Duration // until when pausedFor is remembered
 	bootedAt    time.Duration
 	slowSince   time.Duration // since when its disk is slow; 0: it is not
-	applied     int
+	applied     int           // of states
+	ticked      int           // of ticks
+	frozen      bool          // its disk hangs: it applies nothing
 
 	leaseUntil time.Duration
 	leaseEpoch uint64
@@ -81,9 +85,11 @@ type node struct {
 }
 
 type heardPeer struct {
-	sent  time.Duration
-	view  cluster.PeerView
-	heard map[string]time.Duration
+	sent time.Duration
+	// progressed is when the first ping was sent whose answer had this applied index.
+	progressed time.Duration
+	view       cluster.PeerView
+	heard      map[string]time.Duration
 }
 
 type event struct {
@@ -112,7 +118,7 @@ func newWorld(t *testing.T, seed uint64, nodes, votes [3]int) *world {
 		news: make(chan struct{}), delay: 15 * time.Millisecond, jitter: 5 * time.Millisecond,
 	}
 	s := &agreed.State{
-		Format: 1, ClusterID: "c", Generation: agreed.Generation{Number: 1, ID: "g"},
+		Format: 1, FeatureLevel: agreed.LossLevel, ClusterID: "c", Generation: agreed.Generation{Number: 1, ID: "g"},
 		Primary: agreed.Primary{Site: "a", Epoch: 1, Since: time.Now(), Reason: "bootstrap"},
 		Nodes:   map[string]agreed.Node{},
 		Parsed: &config.Config{Sites: map[string]config.Site{
@@ -267,7 +273,7 @@ func (n *node) ping(to *node) {
 			return
 		}
 		view := cluster.PeerView{
-			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: uint64(to.applied)},
+			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: to.index()},
 			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(), Disk: to.disk(),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
@@ -285,7 +291,12 @@ func (n *node) ping(to *node) {
 				return
 			}
 			finish()
-			n.heard[to.name] = heardPeer{sent: sent, view: view, heard: heard}
+			progressed := sent
+			if before, ok := n.heard[to.name]; ok && before.view.AppliedIndex == view.AppliedIndex {
+				progressed = before.progressed
+			}
+			view.Stuck = sent - progressed
+			n.heard[to.name] = heardPeer{sent: sent, progressed: progressed, view: view, heard: heard}
 			n.extend(sent+view.LeaseLeft, epoch)
 		}
 		w.after(back, answer)
@@ -311,9 +322,10 @@ func (n *node) tick() {
 		if !n.runs() || !n.leads || w.term != term || !w.majority(n.name) {
 			return
 		}
+		w.ticks++
+		w.apply(n)
 		if n.firstCommit == 0 {
 			n.firstCommit = w.now()
-			w.apply(n)
 		}
 		n.lastCommit = proposed
 		n.extend(proposed+w.timing.Lease, w.states[n.applied].Primary.Epoch)
@@ -380,7 +392,14 @@ func (w *world) replicate() {
 	}
 }
 
+// index is that of the newest entry that a node has applied.
+func (n *node) index() uint64 { return uint64(n.applied + n.ticked) } //nolint:gosec // counts
+
 func (w *world) apply(n *node) {
+	if n.frozen {
+		return
+	}
+	n.ticked = w.ticks
 	if n.applied < len(w.states)-1 {
 		n.applied = len(w.states) - 1
 		close(w.news)
@@ -469,6 +488,15 @@ func (w *world) pause(names ...string) {
 	for _, name := range names {
 		n := w.nodes[name]
 		n.stopped, n.stoppedAt, n.resumed = true, w.now(), make(chan struct{})
+	}
+}
+
+// freeze makes the disks of nodes hang, or ends that.
+func (w *world) freeze(frozen bool, names ...string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, name := range names {
+		w.nodes[name].frozen = frozen
 	}
 }
 

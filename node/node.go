@@ -264,7 +264,7 @@ func (n *Node) runControl(ctx context.Context) error {
 func (n *Node) failoverOptions() failover.Options {
 	return failover.Options{
 		Name: n.cfg.Name, Site: n.cfg.Site, Agreement: n.cluster, Releaser: n.cluster, Health: n.ownHealth,
-		Boottime: n.host.Boottime, Now: n.host.Now, Quarantined: n.quarantined, Logger: n.log, Registerer: n.reg,
+		Boottime: n.host.Boottime, Now: n.host.Now, Quarantined: n.quarantined, Copies: jobCopies{n.jobs}, Logger: n.log, Registerer: n.reg,
 	}
 }
 
@@ -291,11 +291,15 @@ func (n *Node) judgement() (failover.Judgement, bool) {
 
 func (n *Node) quarantined() bool { return n.cluster.Quarantined() != "" }
 
-// release stops what runs on this node as primary, for a switchover. The cluster calls it
-// when the Raft leader asks for it.
+// release stops what runs on this node as primary, for a switchover, and waits until the
+// start of every running job is on the disk. The cluster calls it when the node that
+// carries the switchover out asks for it.
 func (n *Node) release(ctx context.Context, switchoverID string) error {
 	if n.control.Load() == nil {
 		return cluster.ErrNotMember
 	}
-	return n.fence.Release(ctx, switchoverID)
+	if err := n.fence.Release(ctx, switchoverID); err != nil {
+		return err
+	}
+	return n.jobs.service.AwaitStarted(ctx)
 }

@@ -136,6 +136,7 @@ func (n *Node) openCluster() error {
 	n.fence = failover.NewFence(n.cfg.Name, n.cfg.Site, n.cluster,
 		func() time.Duration { return n.cluster.Timing().NewLeaderWait }, n.host.Boottime, n.log)
 	n.cluster.OnRelease(n.release)
+	n.cluster.OnActing(n.fence.ActingEpoch)
 	n.keys.Connect(n.cluster)
 	n.cluster.OnCarried(n.keys.CountRecords)
 	n.reg.MustRegister(drill.Metrics{State: n.cluster.State})

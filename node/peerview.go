@@ -146,7 +146,15 @@ func (n *Node) upstreamPeer(name string, p cluster.PeerView) upstream.Peer {
 }
 
 // ownHealth is what this node tells its peers about itself.
-func (n *Node) ownHealth() cluster.Health { return n.view.Load().health }
+func (n *Node) ownHealth() cluster.Health {
+	h := n.view.Load().health
+	if st, begun := n.jobs.service.Writes(); begun {
+		if end, held := n.jobs.log.End(st); held {
+			h.Journal, h.JournalEnd = keyOf(st), end.Durable
+		}
+	}
+	return h
+}
 
 // Health implements gateway.Health.
 func (n *Node) Health() gateway.Report {

@@ -94,7 +94,7 @@ func (n *Node) startView() startView {
 	v.FenceWait, v.FenceKnown = n.fence.StartWait()
 	_, err := n.jobs.service.Counts()
 	v.JobsLoaded = !errors.Is(err, jobs.ErrNotReady)
-	v.Lacking = n.jobs.replication.Lacking()
+	v.Lacking = n.jobs.replication.NotFollowed()
 	slices.Sort(v.Lacking)
 	return v
 }

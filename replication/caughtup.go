@@ -64,9 +64,9 @@ func (r *Replication) awaitReported(ctx context.Context) (map[string]report, err
 	}
 }
 
-// Lacking are the living nodes whose journals this node has not followed to their end since
+// NotFollowed are the living nodes whose journals this node has not followed to their end since
 // its start.
-func (r *Replication) Lacking() []string {
+func (r *Replication) NotFollowed() []string {
 	var nodes []string
 	for _, m := range r.opts.Members() {
 		if m.Heard && m.Node != r.opts.Self {

@@ -4,6 +4,7 @@ package test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -95,4 +96,80 @@ func diskHangs(t *testing.T, nodes []int) {
 	}
 	t.Logf("healthy %v after %s restarted with a disk that works", back, affected.Name)
 	s.end(old)
+}
+
+// The disk of the only node of a switchover's target hangs. The switchover is refused or
+// rolled back, at once and when the statuses show the fault, and asked of each site. The old
+// primary goes on or acts again within a second, leadership stays with it, and no process
+// ends. When the disk works again, the switchover succeeds.
+func TestFailoverToASiteWhoseDiskHangs(t *testing.T) {
+	disk := lab.NewDisk(t)
+	defer disk.Resume()
+	s := begin(t, lab.Topology{Node: func(c *node.Config) {
+		if c.Name == "shanghai-b-1" {
+			c.DataDir = disk.Dir()
+		}
+	}})
+	old, epoch, leader := s.primary()
+	target := s.lab.Sites[1]
+	if old != s.lab.Sites[0] || leader != old.Nodes[0].Name {
+		t.Fatalf("%s is the primary and %s leads; the test needs %s for both", old.Name, leader, s.lab.Sites[0].Name)
+	}
+	pids := map[string]int{}
+	for _, n := range s.lab.Nodes() {
+		pids[n.Name] = n.PID()
+	}
+	disk.Hang()
+	hung := time.Now()
+	s.audit.Unhealthy()
+	refused := func(asked *lab.Node) {
+		t.Helper()
+		begun := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		result, err := asked.Switchover(ctx, target.Name)
+		var r *lab.Refused
+		if !errors.As(err, &r) || (r.Code != "precheck_failed" && r.Code != "rolled_back") {
+			t.Errorf("asked at %s, %v after the disk hung: %+v, %v", asked.Name, begun.Sub(hung), result, err)
+			return
+		}
+		t.Logf("asked at %s, %v after the disk hung: refused after %v: %v", asked.Name, begun.Sub(hung).Round(time.Millisecond), time.Since(begun).Round(time.Millisecond), r)
+	}
+	refused(old.Nodes[0])
+	refused(s.lab.Sites[2].Nodes[0])
+	s.lab.WaitFor(within(5*time.Second), "the plan to name the node whose disk hangs", func(ctx context.Context) error {
+		plan, err := old.Nodes[0].SwitchoverPlan(ctx, target.Name)
+		if err != nil {
+			return err
+		}
+		for _, check := range plan.Checks {
+			if check.Name == "target_follows" && !check.OK {
+				return nil
+			}
+		}
+		return fmt.Errorf("plan %+v", plan)
+	})
+	refused(old.Nodes[0])
+	s.audit.Heal()
+	disk.Resume()
+	s.lab.WaitHealthy(within(returns))
+	if site, now, led := s.primary(); site != old || now != epoch || led != leader {
+		t.Errorf("%s is the primary in epoch %d and %s leads, want %s, %d and %s", site.Name, now, led, old.Name, epoch, leader)
+	}
+	for _, n := range s.lab.Nodes() {
+		if n.PID() != pids[n.Name] || !n.Running() {
+			t.Errorf("the process of %s has ended", n.Name)
+		}
+	}
+	gap := s.role.Gap(old)
+	if t.Logf("%s was not seen to act for %v at most", old.Name, gap); gap > within(time.Second) {
+		t.Errorf("%s did not act for %v", old.Name, gap)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if result, err := old.Nodes[0].Switchover(ctx, target.Name); err != nil || !result.LeaderMoved {
+		t.Errorf("with a disk that works: %+v, %v", result, err)
+	}
+	s.continueLoad()
+	s.end()
 }

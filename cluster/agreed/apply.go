@@ -75,6 +75,8 @@ func Apply(s *State, c Command) (*State, error) {
 		err = with(c, func(d SwitchoverSet) error { return next.setSwitchover(d, c.At) })
 	case CmdFailoverAck:
 		err = with(c, next.acknowledge)
+	case CmdFailoverMeasured:
+		err = with(c, next.measured)
 	case CmdFailoverHold:
 		err = with(c, func(d FailoverHold) error {
 			next.Hold = nil
@@ -254,7 +256,7 @@ func (s *State) promote(d Promote, c Command) error {
 	}
 	s.LastFailover = &FailoverRecord{
 		From: s.Primary.Site, To: d.Site, Kind: d.Kind, Epoch: d.ExpectEpoch + 1, At: at,
-		Reason: d.Reason, RTOSeconds: d.RTOSeconds,
+		Reason: d.Reason, RTOSeconds: d.RTOSeconds, RPOSeconds: d.RPOSeconds, RecordsAtRisk: d.RecordsAtRisk,
 		// Only an automatic failover needs an operator's acknowledgement.
 		Acknowledged: d.Kind != FailoverUnplanned,
 	}
@@ -292,6 +294,16 @@ func (s *State) acknowledge(d FailoverAck) error {
 	}
 	f := *s.LastFailover
 	f.Acknowledged = true
+	s.LastFailover = &f
+	return nil
+}
+
+func (s *State) measured(d FailoverMeasured) error {
+	if s.LastFailover == nil || s.LastFailover.Epoch != d.Epoch {
+		return fmt.Errorf("%w: the last failover is not that of epoch %d", ErrStaleEpoch, d.Epoch)
+	}
+	f := *s.LastFailover
+	f.RTOSeconds = &d.RTOSeconds
 	s.LastFailover = &f
 	return nil
 }

@@ -71,6 +71,7 @@ func TestApplyRefuses(t *testing.T) {
 		{"a switchover from another site", same, CmdSwitchover, 0, SwitchoverSet{Next: &Switchover{ID: "w2", From: "b"}}, ErrStaleEpoch},
 		{"ending an unknown switchover", same, CmdSwitchover, 0, SwitchoverSet{Expect: "w1"}, ErrNoSwitchover},
 		{"acknowledging an unknown failover", same, CmdFailoverAck, 0, FailoverAck{Epoch: 1}, ErrStaleEpoch},
+		{"a measurement of an earlier failover", same, CmdFailoverMeasured, 0, FailoverMeasured{Epoch: 1, RTOSeconds: 1}, ErrStaleEpoch},
 		{"a huge drill report", same, CmdDrillPut, 0, DrillRecord{ID: "d", Report: make([]byte, maxDrillReport+1)}, ErrStateFull},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -83,6 +84,33 @@ func TestApplyRefuses(t *testing.T) {
 				t.Error("a refused command changed the state")
 			}
 		})
+	}
+}
+
+// A promotion's record has what may be lost, and later how long no site acted.
+func TestTheRecordOfAFailover(t *testing.T) {
+	records, rpo, rto := int64(7), 2.5, 3.0
+	s, err := Apply(founded(t), command(t, CmdPromote, applyTime, Promote{
+		Site: "b", ExpectEpoch: 1, Generation: 1, Kind: FailoverUnplanned, RTOSeconds: &rto, RPOSeconds: &rpo, RecordsAtRisk: &records,
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	measured, err := Apply(s, command(t, CmdFailoverMeasured, applyTime, FailoverMeasured{Epoch: 2, RTOSeconds: 4.5}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := measured.LastFailover
+	if *f.RTOSeconds != 4.5 || *f.RPOSeconds != 2.5 || *f.RecordsAtRisk != 7 || f.Epoch != 2 || f.Acknowledged {
+		t.Errorf("record %+v", f)
+	}
+	if *s.LastFailover.RTOSeconds != 3 {
+		t.Error("the state before was changed")
+	}
+	for typ, level := range map[CommandType]int{CmdPromote: 1, CmdFailoverMeasured: LossLevel} {
+		if typ.Level() != level {
+			t.Errorf("%s needs level %d", typ, typ.Level())
+		}
 	}
 }
 

@@ -16,9 +16,13 @@ const commandFormat = 1
 // cluster/upkeep.go), and no node proposes a command above that level.
 //
 // Level 2 adds what State says about removed nodes, and access.stale_for in the
-// configuration. A field that only builds of a level
-// know is set only when State.FeatureLevel has reached it, also by an older command.
+// configuration. A field that only builds of a level know is set only when
+// State.FeatureLevel has reached it, also by an older command.
 const MaxFeatureLevel = 2
+
+// LossLevel is the feature level from which a failover's record tells what may be lost and
+// how long no site acted: below it some member would not keep these figures in its state.
+const LossLevel = 2
 
 // CommandType names a command. The names are stored in raft's log: never reuse
 // one with another meaning.
@@ -63,6 +67,13 @@ const (
 	CmdTick CommandType = "tick"
 )
 
+// The commands of feature level 2.
+const (
+	// CmdFailoverMeasured sets how long no site acted as primary, which is known only
+	// some time after the promotion.
+	CmdFailoverMeasured CommandType = "failover_measured"
+)
+
 // commandLevel is the feature level that each command needs.
 var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
@@ -71,6 +82,7 @@ var commandLevel = map[CommandType]int{
 	CmdCachePurge: 1, CmdStreamOpen: 1, CmdStreamOwn: 1, CmdStreamDrop: 1, CmdStreamInherit: 1,
 	CmdNodeAdmit:  2,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
+	CmdFailoverMeasured: LossLevel,
 }
 
 // Command is one entry of the agreed log.
@@ -186,6 +198,9 @@ type (
 		Kind         FailoverKind `json:"kind"`
 		SwitchoverID string       `json:"switchover_id,omitempty"` // of a planned promotion: that of State.Switchover
 		RTOSeconds   *float64     `json:"rto_seconds"`
+		// RPOSeconds and RecordsAtRisk need feature level LossLevel.
+		RPOSeconds    *float64 `json:"rpo_seconds,omitempty"`
+		RecordsAtRisk *int64   `json:"records_at_risk,omitempty"`
 		// Released says that every node of the old primary has released the role; see
 		// Primary.
 		Released bool `json:"released,omitempty"`
@@ -205,6 +220,11 @@ type (
 	FailoverAck struct {
 		Epoch uint64 `json:"epoch"`
 		By    string `json:"by"`
+	}
+	// FailoverMeasured says how long no site acted as primary before this epoch.
+	FailoverMeasured struct {
+		Epoch      uint64  `json:"epoch"`
+		RTOSeconds float64 `json:"rto_seconds"`
 	}
 	// FailoverHold stops automatic promotions, or allows them again.
 	FailoverHold struct {

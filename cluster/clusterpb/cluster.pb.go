@@ -554,9 +554,13 @@ type Health struct {
 	Cold             bool                   `protobuf:"varint,9,opt,name=cold,proto3" json:"cold,omitempty"` // it has held no lease since its start
 	// How long its disk takes for a write of raft's store; absent: unknown. For how long
 	// the disk has been too slow for raft's leader; 0: it is not.
-	DiskWriteUs   *uint64 `protobuf:"varint,20,opt,name=disk_write_us,json=diskWriteUs,proto3,oneof" json:"disk_write_us,omitempty"`
-	DiskSlowMs    uint64  `protobuf:"varint,21,opt,name=disk_slow_ms,json=diskSlowMs,proto3" json:"disk_slow_ms,omitempty"`
-	Starting      bool    `protobuf:"varint,22,opt,name=starting,proto3" json:"starting,omitempty"` // it has not caught up since its start
+	DiskWriteUs *uint64 `protobuf:"varint,20,opt,name=disk_write_us,json=diskWriteUs,proto3,oneof" json:"disk_write_us,omitempty"`
+	DiskSlowMs  uint64  `protobuf:"varint,21,opt,name=disk_slow_ms,json=diskSlowMs,proto3" json:"disk_slow_ms,omitempty"`
+	Starting    bool    `protobuf:"varint,22,opt,name=starting,proto3" json:"starting,omitempty"` // it has not caught up since its start
+	// The stream that the node writes its job records to, and the last record of it on
+	// its disk. Empty: none yet, or an older version.
+	Journal       string `protobuf:"bytes,14,opt,name=journal,proto3" json:"journal,omitempty"`
+	JournalEnd    uint64 `protobuf:"varint,15,opt,name=journal_end,json=journalEnd,proto3" json:"journal_end,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -673,6 +677,20 @@ func (x *Health) GetStarting() bool {
 		return x.Starting
 	}
 	return false
+}
+
+func (x *Health) GetJournal() string {
+	if x != nil {
+		return x.Journal
+	}
+	return ""
+}
+
+func (x *Health) GetJournalEnd() uint64 {
+	if x != nil {
+		return x.JournalEnd
+	}
+	return 0
 }
 
 // Heard is how long ago the sender last heard a node, on the sender's clock.
@@ -804,10 +822,13 @@ type PingResponse struct {
 	// The highest epoch that the responder has learned of, from the agreed state
 	// or from a ping. It is sent with the lease, so a node with a lease from after
 	// a promotion knows of the promotion.
-	Epoch         uint64     `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Ownership     uint64     `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
-	Problems      []string   `protobuf:"bytes,20,rep,name=problems,proto3" json:"problems,omitempty"`    // what is wrong with the responder, in words; at most 600 bytes
-	Blocked       []*Blocked `protobuf:"bytes,21,rep,name=blocked,proto3" json:"blocked,omitempty"`      // at most 64
+	Epoch     uint64 `protobuf:"varint,9,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Ownership uint64 `protobuf:"varint,10,opt,name=ownership,proto3" json:"ownership,omitempty"` // the same for State.Ownership
+	// The epoch in which the responder acts as primary, 0 when it does not. Absent: an
+	// older version, which does not tell.
+	Acting        *uint64    `protobuf:"varint,14,opt,name=acting,proto3,oneof" json:"acting,omitempty"`
+	Problems      []string   `protobuf:"bytes,20,rep,name=problems,proto3" json:"problems,omitempty"` // what is wrong with the responder, in words; at most 600 bytes
+	Blocked       []*Blocked `protobuf:"bytes,21,rep,name=blocked,proto3" json:"blocked,omitempty"`   // at most 64
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -908,6 +929,13 @@ func (x *PingResponse) GetEpoch() uint64 {
 func (x *PingResponse) GetOwnership() uint64 {
 	if x != nil {
 		return x.Ownership
+	}
+	return 0
+}
+
+func (x *PingResponse) GetActing() uint64 {
+	if x != nil && x.Acting != nil {
+		return *x.Acting
 	}
 	return 0
 }
@@ -1406,7 +1434,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xa7\x03\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xe2\x03\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1420,7 +1448,10 @@ const file_cluster_proto_rawDesc = "" +
 	"\rdisk_write_us\x18\x14 \x01(\x04H\x00R\vdiskWriteUs\x88\x01\x01\x12 \n" +
 	"\fdisk_slow_ms\x18\x15 \x01(\x04R\n" +
 	"diskSlowMs\x12\x1a\n" +
-	"\bstarting\x18\x16 \x01(\bR\bstartingB\x10\n" +
+	"\bstarting\x18\x16 \x01(\bR\bstarting\x12\x18\n" +
+	"\ajournal\x18\x0e \x01(\tR\ajournal\x12\x1f\n" +
+	"\vjournal_end\x18\x0f \x01(\x04R\n" +
+	"journalEndB\x10\n" +
 	"\x0e_disk_write_us\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +
@@ -1428,7 +1459,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\vPingRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
-	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xa4\x03\n" +
+	"\x06health\x18\x03 \x01(\v2\x19.dsnode.cluster.v1.HealthR\x06health\"\xcc\x03\n" +
 	"\fPingResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04node\x18\x02 \x01(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x04node\x121\n" +
@@ -1440,9 +1471,11 @@ const file_cluster_proto_rawDesc = "" +
 	"\tpaused_ms\x18\b \x01(\x03R\bpausedMs\x12\x14\n" +
 	"\x05epoch\x18\t \x01(\x04R\x05epoch\x12\x1c\n" +
 	"\townership\x18\n" +
-	" \x01(\x04R\townership\x12\x1a\n" +
+	" \x01(\x04R\townership\x12\x1b\n" +
+	"\x06acting\x18\x0e \x01(\x04H\x00R\x06acting\x88\x01\x01\x12\x1a\n" +
 	"\bproblems\x18\x14 \x03(\tR\bproblems\x124\n" +
-	"\ablocked\x18\x15 \x03(\v2\x1a.dsnode.cluster.v1.BlockedR\ablocked\"H\n" +
+	"\ablocked\x18\x15 \x03(\v2\x1a.dsnode.cluster.v1.BlockedR\ablockedB\t\n" +
+	"\a_acting\"H\n" +
 	"\aBlocked\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x15\n" +
@@ -1555,6 +1588,7 @@ func file_cluster_proto_init() {
 		return
 	}
 	file_cluster_proto_msgTypes[6].OneofWrappers = []any{}
+	file_cluster_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

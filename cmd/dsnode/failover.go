@@ -22,14 +22,14 @@ func newFailoverCommand(env *environment) *cobra.Command {
 		Use:   "failover --to SITE",
 		Short: "Move the primary to another site",
 		Long: "Move the primary to another site by a planned switchover, without loss. The old primary stops acting as\n" +
-			"primary, the new one takes over, and then the Raft leader moves to it. A failure before the takeover\n" +
-			"changes nothing.",
+			"primary, the new one takes over as soon as it has every job record that the old one had, and then the\n" +
+			"Raft leader moves to it. A failure before the takeover changes nothing.",
 		Example: "  dsnode failover --to shanghai-b\n  dsnode failover --to shanghai-b --plan",
 		Args:    takes(),
 	}
 	f := cmd.Flags()
 	f.StringVar(&r.To, "to", "", "`SITE` that becomes the primary (required)")
-	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although records may be lost; --plan shows which")
+	f.BoolVar(&r.AcceptLoss, "accept-loss", false, "go on although records may be lost; names them first")
 	f.StringSliceVar(&r.Waive, "waive", nil, "`CHECK,…` that may fail, of those that are waivable")
 	f.BoolVar(&plan, "plan", false, "only show which checks hold; exit code 1: the switchover can't begin")
 	f.BoolVarP(&yes, "yes", "y", false, "don't ask for a confirmation")
@@ -39,6 +39,11 @@ func newFailoverCommand(env *environment) *cobra.Command {
 		}
 		if plan {
 			return planFailover(ctx, s, r)
+		}
+		if r.AcceptLoss {
+			if err := nameLoss(ctx, s, r); err != nil {
+				return err
+			}
 		}
 		if err := confirm(env, yes, fmt.Sprintf("Move the primary to %s now?", r.To)); err != nil {
 			return err
@@ -52,6 +57,20 @@ func newFailoverCommand(env *environment) *cobra.Command {
 	patient(cmd, time.Minute)
 	cmd.AddCommand(newFailoverAckCommand(env), newFailoverHoldCommand(env), newFailoverResumeCommand(env))
 	return cmd
+}
+
+// nameLoss says, before anything is done, what an accepted loss would lose.
+func nameLoss(ctx context.Context, s *session, r admin.FailoverRequest) error {
+	p, err := s.PlanFailover(ctx, r, "")
+	if err != nil {
+		return err
+	}
+	for _, c := range p.Checks {
+		if c.Name == "lossless" {
+			say(s.env.stderr, c.Name, c.Detail)
+		}
+	}
+	return nil
 }
 
 func planFailover(ctx context.Context, s *session, r admin.FailoverRequest) error {
@@ -100,8 +119,8 @@ func checksGrid(checks []admin.Check, waive []string) *grid {
 }
 
 func failoverText(w io.Writer, p palette, r admin.FailoverResult) error {
-	if err := emit(w, "The primary moved from %s to %s: epoch %d, the role was idle for %s.\n\n",
-		printable(r.From), printable(r.To), r.Epoch, milliseconds(r.IdleSeconds)); err != nil {
+	if err := emit(w, "The primary moved from %s to %s: epoch %d, no site acted as primary for %s.\n%s\n",
+		printable(r.From), printable(r.To), r.Epoch, milliseconds(r.IdleSeconds), lossText(r)); err != nil {
 		return err
 	}
 	g := &grid{heads: []string{"STEP", "TOOK", ""}}
@@ -112,6 +131,19 @@ func failoverText(w io.Writer, p palette, r admin.FailoverResult) error {
 		return err
 	}
 	return emit(w, "\nThe Raft leader has not moved yet; the cluster keeps trying.\n")
+}
+
+// lossText is a line about what may have been lost, empty if that is nothing.
+func lossText(r admin.FailoverResult) string {
+	switch {
+	case r.RecordsAtRisk == nil && r.RPOSeconds == nil:
+		return ""
+	case r.RecordsAtRisk == nil || r.RPOSeconds == nil:
+		return "It is not known what may be lost.\n"
+	case *r.RecordsAtRisk == 0:
+		return "Nothing was lost.\n"
+	}
+	return fmt.Sprintf("%d job records, of the last %.1f s, are at %s alone and may be lost.\n", *r.RecordsAtRisk, *r.RPOSeconds, printable(r.From))
 }
 
 func milliseconds(s float64) string {

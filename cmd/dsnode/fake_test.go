@@ -108,7 +108,7 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 	}
 	s.Hold = f.held
 	if f.lost {
-		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4)}
+		s.LastFailover = &admin.Failover{From: "beijing", To: "shanghai-a", Kind: "unplanned", Epoch: 1, At: fakeStart, RTOSeconds: ptr(3.4), RPOSeconds: ptr(0.5), RecordsAtRisk: ptr(int64(12))}
 		s.FailbackAvailable = ptr("beijing")
 	}
 	switch f.state {
@@ -303,9 +303,14 @@ func (f *fakeCluster) drain(name string, on bool) error {
 
 func (f *fakeCluster) PlanFailover(_ context.Context, r admin.FailoverRequest, _ string) (admin.FailoverPlan, error) {
 	known := r.To == "shanghai-b" || r.To == "beijing"
+	loss := "beijing lacks no record of shanghai-a"
+	if r.AcceptLoss {
+		loss = "the loss is accepted: beijing lacks 41 of shanghai-a-1 (job records), its copy is 12.0 s old"
+	}
 	return admin.FailoverPlan{From: ptr("shanghai-a"), Epoch: ptr(uint64(1)), To: r.To, OK: known, Checks: []admin.Check{
 		{Name: "quorum", OK: true, Detail: "this node's lease is good for 1.1s"},
 		{Name: "target_known", OK: known, Detail: fmt.Sprintf("site %q", r.To)},
+		{Name: "lossless", OK: true, Detail: loss},
 	}}, nil
 }
 
@@ -320,8 +325,13 @@ func (f *fakeCluster) Failover(ctx context.Context, r admin.FailoverRequest, by 
 	if err == nil && !plan.OK {
 		return admin.FailoverResult{}, &admin.Error{Code: "precheck_failed", Message: fmt.Sprintf("the switchover can't begin: target_known: site %q", r.To)}
 	}
+	records, rpo := int64(0), 0.0
+	if r.AcceptLoss {
+		records, rpo = 41, 12
+	}
 	return admin.FailoverResult{
 		ID: "sw-1", From: "shanghai-a", To: r.To, Epoch: 2, IdleSeconds: 0.0871, LeaderMoved: true, Checks: plan.Checks,
+		RecordsAtRisk: &records, RPOSeconds: &rpo,
 		Steps: []admin.FailoverStep{
 			{Name: "announce", At: fakeStart, TookSeconds: 0.031},
 			{Name: "release", At: fakeStart, TookSeconds: 0.025},

@@ -90,6 +90,12 @@ func (t statusTable) facts() [][2]string {
 	if f := t.LastFailover; f != nil {
 		facts = append(facts, [2]string{"failover", fmt.Sprintf("%s, %s to %s, epoch %d, %s ago, took %s",
 			f.Kind, f.From, f.To, f.Epoch, age(t.now.Sub(f.At)), secondsText(f.RTOSeconds))})
+		switch {
+		case f.RecordsAtRisk != nil && f.RPOSeconds != nil && *f.RecordsAtRisk > 0:
+			facts = append(facts, [2]string{"", fmt.Sprintf("up to %d job records of %s at %s may be lost", *f.RecordsAtRisk, secondsText(f.RPOSeconds), f.From)})
+		case f.RecordsAtRisk == nil && f.Kind == "unplanned":
+			facts = append(facts, [2]string{"", "it is not known what was lost at " + f.From})
+		}
 		if !f.Acknowledged {
 			facts = append(facts, [2]string{"", "not acknowledged: run dsnode failover ack when you have seen it"})
 		}

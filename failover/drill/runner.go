@@ -91,8 +91,13 @@ func (r *Runner) Run(ctx context.Context) error {
 }
 
 // Plan gives the prechecks of a drill and describes what it would do. It changes nothing.
+// Like Start it fails with ErrWrongPlace on a node that can't run the drill: the checks of
+// another node count.
 func (r *Runner) Plan(q Request) (checks []failover.Check, rehearses string, err error) {
 	if q, err = q.Normal(); err != nil {
+		return nil, "", err
+	}
+	if err := r.place(q); err != nil {
 		return nil, "", err
 	}
 	v := r.view(q)
@@ -106,8 +111,8 @@ func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, erro
 		return agreed.DrillRecord{}, err
 	}
 	v := r.view(q)
-	if q.Kind == Isolation && q.Site == r.o.Site {
-		return agreed.DrillRecord{}, fmt.Errorf("%w: %s is at %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
+	if err := r.place(q); err != nil {
+		return agreed.DrillRecord{}, err
 	}
 	r.mu.Lock()
 	if r.busy {
@@ -125,6 +130,14 @@ func (r *Runner) Start(ctx context.Context, q Request) (agreed.DrillRecord, erro
 	}
 	r.begin <- t
 	return t.record, nil
+}
+
+// place refuses a drill that would cut off this node's own site.
+func (r *Runner) place(q Request) error {
+	if q.Kind == Isolation && q.Site == r.o.Site {
+		return fmt.Errorf("%w: %s is at %s; ask %s", ErrWrongPlace, r.o.Node, r.o.Site, r.elsewhere())
+	}
+	return nil
 }
 
 // prepare makes the trial and has its record agreed on.

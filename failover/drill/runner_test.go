@@ -387,6 +387,14 @@ func TestDrillsThatCannotBegin(t *testing.T) {
 				t.Errorf("%+v: %v, want %v", tc.q, err, tc.want)
 			}
 		}
+		for _, tc := range []struct {
+			site string
+			want error
+		}{{"a", nil}, {"b", ErrWrongPlace}} {
+			if _, _, err := r.Plan(Request{Kind: Isolation, Site: tc.site}); !errors.Is(err, tc.want) {
+				t.Errorf("the plan for %s: %v, want %v", tc.site, err, tc.want)
+			}
+		}
 		if n := len(w.State().Drills); n != 0 {
 			t.Errorf("%d records of drills that did not begin", n)
 		}

@@ -19,7 +19,9 @@ func (t *trial) switchover(ctx context.Context, out *Outcome) error {
 		return err
 	}
 	idle := res.Idle.Seconds()
-	t.set(func(r *Report) { r.IdleSeconds, r.RecordsAtRisk = &idle, res.RecordsAtRisk })
+	t.set(func(r *Report) {
+		r.IdleSeconds, r.RecordsAtRisk, r.RPO.Achieved = &idle, res.RecordsAtRisk, res.RPOSeconds
+	})
 	return t.answering(ctx, out, t.q.Site, began)
 }
 
@@ -89,16 +91,21 @@ func (t *trial) isolation(ctx context.Context, out *Outcome) error {
 // takenOver waits for the new primary.
 func (t *trial) takenOver(ctx context.Context, out *Outcome, lost time.Duration) error {
 	var p agreed.Primary
+	var f *agreed.FailoverRecord
 	// After the cut has ended the site is not lost any more.
 	limit := min(promoteTimeout, max(0, t.record.Deadline.Sub(t.o.Now()))+5*time.Second)
 	err := t.within(ctx, limit, "another site to be promoted", func() bool {
-		p = t.o.Agreement.State().Primary
+		s := t.o.Agreement.State()
+		p, f = s.Primary, s.LastFailover
 		return p.Epoch != t.state.Primary.Epoch
 	})
 	if err != nil {
 		return err
 	}
 	t.event("promoted", fmt.Sprintf("%s in epoch %d: %s", p.Site, p.Epoch, p.Reason))
+	if f != nil && f.Epoch == p.Epoch {
+		t.set(func(r *Report) { r.RecordsAtRisk, r.RPO.Achieved = f.RecordsAtRisk, f.RPOSeconds })
+	}
 	if err := t.answering(ctx, out, p.Site, lost); err != nil {
 		return err
 	}

@@ -72,6 +72,7 @@ var refusals = []refusal{
 	// wrapped too, and is not the answer.
 	{failover.ErrUnknownOutcome, http.StatusGatewayTimeout, "unknown_outcome", "dsnode status shows the primary; an open switchover clears itself within seconds"},
 	{failover.ErrRolledBack, http.StatusServiceUnavailable, "rolled_back", "nothing has changed; see what hindered it, then try again"},
+	{failover.ErrNotActing, http.StatusServiceUnavailable, "not_acting", "dsnode status shows what is wrong at the new site; dsnode failover --to SITE moves the primary to another one"},
 	{failover.ErrOvertaken, http.StatusConflict, "overtaken", "dsnode status shows the primary"},
 	{failover.ErrPrecheck, http.StatusConflict, "precheck_failed", "dsnode failover --plan and dsnode drill plan show all checks; --waive CHECK goes on without one that is waivable"},
 	{cluster.ErrNoQuorum, http.StatusServiceUnavailable, "no_quorum", "dsnode status shows which nodes are missing; start a majority of the voters"},

@@ -19,7 +19,7 @@ type Failovers interface {
 	// PlanFailover runs the checks of a switchover and changes nothing.
 	PlanFailover(ctx context.Context, r FailoverRequest, by string) (FailoverPlan, error)
 	// Failover moves the primary, or changes nothing; failover.ErrPrecheck,
-	// ErrRolledBack, ErrOvertaken and ErrUnknownOutcome say how it failed.
+	// ErrRolledBack, ErrOvertaken, ErrUnknownOutcome and ErrNotActing say how it failed.
 	Failover(ctx context.Context, r FailoverRequest, by string) (FailoverResult, error)
 	// AckFailover records that an operator has seen the last failover.
 	AckFailover(ctx context.Context, by string) error

@@ -121,9 +121,13 @@ type FailoverResult struct {
 	From  string `json:"from"`
 	To    string `json:"to"`
 	Epoch uint64 `json:"epoch"` // of the new primary
-	// IdleSeconds is how long no site was the primary.
-	IdleSeconds   float64 `json:"idle_seconds"`
-	RecordsAtRisk *int64  `json:"records_at_risk"`
+	// IdleSeconds is how long no site acted as primary, until a node of the new one said
+	// that it does.
+	IdleSeconds float64 `json:"idle_seconds"`
+	// RecordsAtRisk and RPOSeconds are what may have been lost: zero, unless the request
+	// accepted a loss.
+	RecordsAtRisk *int64   `json:"records_at_risk"`
+	RPOSeconds    *float64 `json:"rpo_seconds"`
 	// LeaderMoved: the Raft leader is in the new primary's site too. If not, the
 	// primary has still moved, and the cluster keeps trying.
 	LeaderMoved bool           `json:"leader_moved"`

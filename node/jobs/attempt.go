@@ -39,8 +39,8 @@ const (
 // and a job that kills its node does so at most max_attempts times.
 //
 // ctx ends when the job is cancelled, work when the node stops: records are still written
-// after ctx has ended.
-func (x *executor) attempt(work, ctx context.Context, e *entry) step {
+// after ctx has ended. started is called when the record of the start is on disk.
+func (x *executor) attempt(work, ctx context.Context, e *entry, started func()) step {
 	row, sub, next, ok := x.read(e)
 	if !ok {
 		return next
@@ -63,6 +63,7 @@ func (x *executor) attempt(work, ctx context.Context, e *entry) step {
 		x.log.Warn("can't write the start of a job", "job", e.id, "err", err)
 		return again(journalWait)
 	}
+	started()
 	e.attempts = attempt
 	if attempt == 1 {
 		x.metrics.wait.Observe(max(0, x.o.Host.Now().Sub(e.accepted)).Seconds())

@@ -3,12 +3,14 @@ package jobs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -53,6 +55,7 @@ type executor struct {
 	dirty        map[journal.JobID]struct{} // changed rows to read, of jobs in q or of its lanes
 	endings      []*entry                   // held jobs that are to be ended
 	running      int
+	starting     int // of running: attempts whose start is not on disk yet
 	ending       int
 	stopped      bool
 }
@@ -124,8 +127,10 @@ func (x *executor) round(work context.Context) time.Duration {
 		x.toEnd(e)
 	}
 	x.endSome(work, may)
+	paused := x.paused()
+	mayStart := func(l *lane) bool { return usable[l] && !(paused && x.streams.agreed(l.stream)) }
 	for x.running < most && spare > 0 {
-		e := x.q.next(now, may)
+		e := x.q.next(now, mayStart)
 		if e == nil {
 			break
 		}
@@ -162,13 +167,45 @@ func (x *executor) usableLanes() map[*lane]bool {
 	return usable
 }
 
+// paused reports whether the primary is being moved away from this node's site by a
+// switchover. Until that is decided no job of an agreed stream starts here, so that the new
+// primary's site can have the records of all starts. mu is held from this look to the starts:
+// awaitStarted must see them.
+func (x *executor) paused() bool {
+	w := x.o.State().Switchover
+	return w != nil && w.From == x.o.Site
+}
+
+// awaitStarted blocks until the start of every attempt is on this node's disk. While paused
+// no new ones follow.
+func (x *executor) awaitStarted(ctx context.Context) error {
+	for {
+		x.mu.Lock()
+		starting := x.starting
+		x.mu.Unlock()
+		if starting == 0 {
+			return nil
+		}
+		if err := clock.Sleep(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("%d jobs are being started: %w", starting, err)
+		}
+	}
+}
+
 // start starts an attempt; mu is held.
 func (x *executor) start(work context.Context, e *entry) {
 	ctx, cancel := context.WithCancelCause(work)
 	e.running = &run{cancel: cancel}
+	x.starting++
+	started := sync.OnceFunc(func() {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		x.starting--
+	})
 	x.launch(e, &x.running, func() step {
 		defer cancel(nil)
-		return x.attempt(work, ctx, e)
+		defer started()
+		return x.attempt(work, ctx, e, started)
 	})
 }
 

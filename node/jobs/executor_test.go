@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/cluster"
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/clock"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
@@ -593,5 +594,79 @@ func TestLateResult(t *testing.T) {
 			out, err := b.o.Sealer.OpenOutcome(&current)
 			return err == nil && out.Adopted && string(out.Body) == `{"by":"a"}`
 		})
+	})
+}
+
+// TestSwitchoverPausesStarts: while a switchover takes the primary away from this site, jobs
+// are accepted and none starts. Running ones go on. When the switchover is off the agreed
+// state, the waiting ones start.
+func TestSwitchoverPausesStarts(t *testing.T) {
+	for _, tc := range []struct {
+		from   string
+		pauses bool
+	}{{"here", true}, {"there", false}} {
+		inBubble(t, func(t *testing.T, w *world) {
+			w.agreed.mu.Lock()
+			w.agreed.state.Primary.Site = tc.from
+			w.agreed.mu.Unlock()
+			answer := make(chan struct{})
+			w.server = func(ctx context.Context, r serving.Request, s serving.Sink) error {
+				select {
+				case <-answer:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+				return answering("{}")(ctx, r, s)
+			}
+			w.start()
+			stream, _, _ := w.streams.current()
+			w.until("the stream is agreed on", func() bool { return w.streams.agreed(stream) })
+			running := w.submit()
+			w.await(running.ID, journal.Running)
+			next := &agreed.Switchover{ID: "sw", From: tc.from, To: "elsewhere", Deadline: time.Now().Add(time.Minute)}
+			if _, err := w.agreed.Propose(t.Context(), agreed.CmdSwitchover, agreed.SwitchoverSet{Next: next}); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.AwaitStarted(t.Context()); err != nil {
+				t.Errorf("the start of a running job is not on disk: %v", err)
+			}
+			waiting := w.submit()
+			time.Sleep(2 * time.Minute) // the deadline does not matter: the raft leader clears the switchover
+			want := journal.Running
+			if tc.pauses {
+				want = journal.Queued
+			}
+			if got := w.get(waiting.ID).Status; got != want {
+				t.Errorf("during a switchover from %s the job is %s, want %s", tc.from, got, want)
+			}
+			close(answer)
+			w.await(running.ID, journal.Succeeded)
+			if _, err := w.agreed.Propose(t.Context(), agreed.CmdSwitchover, agreed.SwitchoverSet{Expect: "sw"}); err != nil {
+				t.Fatal(err)
+			}
+			w.await(waiting.ID, journal.Succeeded)
+		})
+	}
+}
+
+// TestAwaitStarted: it waits while the record of a start is being written.
+func TestAwaitStarted(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		w.start()
+		w.exec.mu.Lock()
+		w.exec.starting++
+		w.exec.mu.Unlock()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := w.AwaitStarted(ctx); err == nil {
+			t.Error("it did not wait for a start")
+		}
+		w.exec.mu.Lock()
+		w.exec.starting--
+		w.exec.mu.Unlock()
+		w.await(w.submit().ID, journal.Succeeded)
+		if err := w.AwaitStarted(t.Context()); err != nil {
+			t.Error(err)
+		}
 	})
 }

@@ -112,6 +112,16 @@ func (j *Jobs) Run(ctx context.Context) error {
 	return err
 }
 
+// AwaitStarted blocks until the start of every running job is on this node's disk. During a
+// switchover away from this node's site no further jobs start.
+func (j *Jobs) AwaitStarted(ctx context.Context) error { return j.exec.awaitStarted(ctx) }
+
+// Writes is the stream that this node writes now; false before the first one.
+func (j *Jobs) Writes() (journal.Stream, bool) {
+	s, _, begun := j.streams.current()
+	return s, begun
+}
+
 // Counts are the jobs of all nodes that this node knows of.
 type Counts struct{ Queued, Running, Succeeded, Failed, Cancelled, Expired int64 }
 

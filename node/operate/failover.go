@@ -45,7 +45,7 @@ func (o *Operator) Failover(ctx context.Context, r admin.FailoverRequest, by str
 	}
 	out := admin.FailoverResult{
 		ID: res.ID, From: res.From, To: res.To, Epoch: res.Epoch, IdleSeconds: res.Idle.Seconds(),
-		RecordsAtRisk: res.RecordsAtRisk, LeaderMoved: res.LeaderMoved, Checks: res.Checks,
+		RecordsAtRisk: res.RecordsAtRisk, RPOSeconds: res.RPOSeconds, LeaderMoved: res.LeaderMoved, Checks: res.Checks,
 	}
 	for _, step := range res.Steps {
 		out.Steps = append(out.Steps, admin.FailoverStep{Name: step.Name, At: step.At.UTC(), TookSeconds: step.Took.Seconds(), Error: step.Err})

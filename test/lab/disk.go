@@ -29,9 +29,9 @@ type Disk struct {
 }
 
 const (
-	// diskBytes is the size of the file system, whose file has holes. A node refuses jobs
-	// when less than 256 MiB are free.
-	diskBytes = 768 << 20
+	// diskBytes is more than the free space that a node keeps in reserve. The file has
+	// holes, so it takes only what is written.
+	diskBytes = 1 << 30
 	// FIFREEZE and FITHAW of linux/fs.h.
 	fiFreeze = 0xc0045877
 	fiThaw   = 0xc0045878

@@ -183,6 +183,25 @@ func (w *RoleWatch) ActsSince(since time.Time) bool {
 	return slices.ContainsFunc(w.Runs(), func(a Acting) bool { return a.Last.Asked.After(since) })
 }
 
+// Gap is the longest time in which a site was not seen to act as primary, from its first
+// answer that it does to the last one so far.
+func (w *RoleWatch) Gap(site *Site) time.Duration {
+	var longest time.Duration
+	var last time.Time
+	for _, a := range w.Runs() {
+		if a.Site != site.Name {
+			continue
+		}
+		if !last.IsZero() {
+			longest = max(longest, a.First.Answered.Sub(last))
+		}
+		if a.Last.Asked.After(last) {
+			last = a.Last.Asked
+		}
+	}
+	return longest
+}
+
 // Laws describes violations of law 1: two sites acted in one epoch, or a site acted
 // after another had acted in a higher epoch.
 func (w *RoleWatch) Laws() []string {

@@ -28,15 +28,33 @@ func (r *Refused) Error() string {
 // is a *Refused when the node answered with one; after any other error the outcome is
 // unknown.
 func (n *Node) Switchover(ctx context.Context, to string) (admin.FailoverResult, error) {
+	return n.SwitchoverAs(ctx, admin.FailoverRequest{To: to})
+}
+
+// SwitchoverAs is Switchover with all that can be asked for.
+func (n *Node) SwitchoverAs(ctx context.Context, r admin.FailoverRequest) (admin.FailoverResult, error) {
 	var result admin.FailoverResult
-	answer, err := n.post(ctx, "/admin/v1/failover?author=lab", admin.FailoverRequest{To: to})
+	answer, err := n.post(ctx, "/admin/v1/failover?author=lab", r)
 	if err != nil {
-		return result, fmt.Errorf("switch over to %s: %w", to, err)
+		return result, fmt.Errorf("switch over to %s: %w", r.To, err)
 	}
 	if err := json.Unmarshal(answer, &result); err != nil {
-		return result, fmt.Errorf("switch over to %s: %w", to, err)
+		return result, fmt.Errorf("switch over to %s: %w", r.To, err)
 	}
 	return result, nil
+}
+
+// SwitchoverPlan asks this node which checks of a switchover hold.
+func (n *Node) SwitchoverPlan(ctx context.Context, to string) (admin.FailoverPlan, error) {
+	var plan admin.FailoverPlan
+	answer, err := n.get(ctx, n.AdminURL()+"/admin/v1/failover/plan?to="+to)
+	if err != nil {
+		return plan, fmt.Errorf("plan a switchover to %s: %w", to, err)
+	}
+	if err := json.Unmarshal(answer, &plan); err != nil {
+		return plan, fmt.Errorf("plan a switchover to %s: %w", to, err)
+	}
+	return plan, nil
 }
 
 // post sends JSON to the admin port from within the node's site.
