@@ -111,7 +111,7 @@ func TestNoVoteBeforeTheAdmittingEntry(t *testing.T) {
 		running bool
 		refuses bool
 	}{{11, true, true}, {never, true, true}, {10, true, false}, {0, true, false}, {0, false, true}} {
-		v := &voterTransport{running: func() *raft.Raft {
+		v := &voterTransport{yields: func() bool { return false }, running: func() *raft.Raft {
 			if !tt.running {
 				return nil
 			}

@@ -418,12 +418,18 @@ func (p *placement) drop(drops, target []PlacementNode) (Plan, PlacementReason) 
 			cmp.Compare(b.Name, a.Name))
 	})
 	if next.Name == p.Leader {
+		to := ""
 		for _, n := range target {
-			if n.Voter && n.DeadFor == 0 {
-				return Plan{StepMoveLeader, n.Name}, PlacementLeaderInWay
+			if n.Voter && n.DeadFor == 0 && (to == "" || n.SlowFor == 0) {
+				if to = n.Name; n.SlowFor == 0 {
+					break
+				}
 			}
 		}
-		return noStep, PlacementNoReplace
+		if to == "" {
+			return noStep, PlacementNoReplace
+		}
+		return Plan{StepMoveLeader, to}, PlacementLeaderInWay
 	}
 	after := difference(p.voters, []PlacementNode{next})
 	if p.heardVoters(after) < quorumOf(len(after)) {

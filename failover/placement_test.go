@@ -163,6 +163,8 @@ func TestPlaceVotersNextStep(t *testing.T) {
 		{"a voter leaves, a node of its site replaces it", "a1=V b1=V c1=V- c2=n", "add_voter c2", PlacementLeaving},
 		{"a voter leaves without a replacement", "a1=V b1=V c1=V-", "demote c1", PlacementLeaving},
 		{"the leader leaves", "a1=V-* a2=V b1=V c1=V", "move_leader a2", PlacementLeaderInWay},
+		{"the leader leaves, and a voter's disk is slow", "a1=V-* a2=VS b1=V c1=V", "move_leader b1", PlacementLeaderInWay},
+		{"the leader leaves, and all disks are slow", "a1=V-* a2=VS b1=VS c1=VS", "move_leader a2", PlacementLeaderInWay},
 		{"the only node can't leave", "a1=V-*", "none", PlacementNoReplace},
 	} {
 		t.Run(c.name, func(t *testing.T) {
