@@ -369,10 +369,11 @@ func (c *Cluster) handOver(ctx context.Context) {
 	c.log.Info("leadership transferred before stopping", "to", to)
 }
 
-// successor is the voter that answered a ping most recently, preferably of this site. A
+// successor is the voter that should lead when this node stops; empty: there is none. A
 // voter that does not follow the agreed state is none.
 func (c *Cluster) successor() string {
 	able, _ := c.heardVoters(c.Timing().Patience)
+	able = slices.DeleteFunc(able, func(p PeerView) bool { return p.Stuck >= c.stuckAfter() })
 	if len(able) == 0 {
 		return ""
 	}
@@ -384,8 +385,7 @@ func (c *Cluster) successor() string {
 func (c *Cluster) heardVoters(while time.Duration) (heard []PeerView, voters int) {
 	peers := c.Peers()
 	for _, s := range c.Raft().Servers {
-		p := peers[s.Name]
-		if !s.Voter || p.Draining || !p.HeardWithin(c.Timing().Patience) || p.Stuck >= c.stuckAfter() {
+		if !s.Voter {
 			continue
 		}
 		voters++
