@@ -20,6 +20,8 @@ type Health struct {
 	UpstreamsDown    []string // of its own site
 	AppliedIndex     uint64
 	Cold             bool // it has held no lease since its start
+	// JobsMissing says why it may lack jobs that other nodes have; empty: it doesn't.
+	JobsMissing string
 }
 
 // PeerView is what this node knows about another one.
@@ -225,7 +227,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(),
-		Cold: h.GetCold(),
+		Cold: h.GetCold(), JobsMissing: h.GetJobsMissing(),
 	}
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
@@ -239,6 +241,7 @@ func (c *Cluster) health() *clusterpb.Health {
 		UpstreamsHealthy: uint32(h.UpstreamsHealthy), UpstreamsTotal: uint32(h.UpstreamsTotal), //nolint:gosec // bounded by the configuration
 		UpstreamsDown: h.UpstreamsDown[:min(len(h.UpstreamsDown), maxDownListed)],
 		AppliedIndex:  c.fsm.applied.Load(), LastLogIndex: c.lastIndex(), Cold: !c.lease.everHeld(),
+		JobsMissing: h.JobsMissing,
 	}
 }
 

@@ -120,6 +120,8 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("voters_reachable", len(silentVoters) == 0, true, "voters that don't answer: %v", silentVoters)
 	silent := c.silent(in, ofSite(s.Primary.Site))
 	add("primary_heard", len(silent) == 0, true, "nodes of %s that don't answer: %v", s.Primary.Site, silent)
+	lacking := c.lackJobs()
+	add("jobs_complete", len(lacking) == 0, true, "nodes that lack jobs, which other nodes must not leave before they have them: %v", lacking)
 	if c.o.AtRisk != nil {
 		risk := c.o.AtRisk(s.Primary.Site, r.To)
 		count := "not known"
@@ -142,6 +144,21 @@ func (c *Coordinator) silent(in Input, kind func(Member) bool) []string {
 		}
 	}
 	return silent
+}
+
+// lackJobs names the living nodes that say that they may lack jobs of others.
+func (c *Coordinator) lackJobs() []string {
+	var lacking []string
+	if c.o.Health().JobsMissing != "" {
+		lacking = append(lacking, c.o.Name)
+	}
+	for name, p := range c.o.Agreement.Peers() {
+		if p.JobsMissing != "" && p.HeardWithin(c.timing.Patience) {
+			lacking = append(lacking, name)
+		}
+	}
+	slices.Sort(lacking)
+	return lacking
 }
 
 func ofSite(site string) func(Member) bool {

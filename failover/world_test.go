@@ -54,6 +54,7 @@ type node struct {
 	name, site  string
 	voter       bool
 	upstreams   int
+	jobsMissing string
 	up, stopped bool
 	resumed     chan struct{} // closes when it runs again
 	stoppedAt   time.Duration
@@ -265,7 +266,7 @@ func (n *node) ping(to *node) {
 			return
 		}
 		view := cluster.PeerView{
-			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: uint64(to.applied)},
+			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: uint64(to.applied), JobsMissing: to.jobsMissing},
 			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
@@ -417,7 +418,7 @@ func (w *world) boot(n *node) {
 	n.fence = NewFence(n.name, n.site, standing{n}, func() time.Duration { return w.timing.NewLeaderWait }, w.now, slog.New(slog.DiscardHandler))
 	n.coord = NewCoordinator(Options{
 		Name: n.name, Site: n.site, Agreement: n, Releaser: w, Health: func() cluster.Health {
-			return cluster.Health{UpstreamsHealthy: n.upstreams}
+			return cluster.Health{UpstreamsHealthy: n.upstreams, JobsMissing: n.jobsMissing}
 		},
 		Boottime: w.now, Now: time.Now, Quarantined: func() bool { return false },
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),

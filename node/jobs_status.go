@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
@@ -28,17 +30,34 @@ func (j *asyncJobs) Status(s *agreed.State) (*admin.Jobs, map[string]replication
 	return &admin.Jobs{Queued: &c.Queued, Running: &c.Running, Succeeded: &c.Succeeded, Failed: &c.Failed}, copies
 }
 
-// Problems says what is wrong with the journals and the table of this node.
+// Problems says what is wrong with the journals of this node.
 func (j *asyncJobs) Problems() []string {
 	var problems []string
 	if damaged := j.damaged(); damaged != "" {
 		problems = append(problems, damaged)
 	}
-	if j.table.Partial() {
-		problems = append(problems, "its job table was damaged and is being rebuilt with the rows of other nodes: until a node that has all rows is heard, "+
-			"ask another node for jobs; jobs that were accepted here before are not executed")
-	}
 	return problems
+}
+
+// Missing says why this node may lack jobs that other nodes have; empty: it doesn't.
+func (j *asyncJobs) Missing() string { return missing(j.replication.Standing()) }
+
+func missing(st replication.Standing) string {
+	switch {
+	case st.Partial:
+		since, from := "", "no node whose table is complete has answered yet"
+		if !st.Since.IsZero() {
+			since = " since " + st.Since.UTC().Format(time.RFC3339)
+		}
+		if st.From != "" {
+			from = fmt.Sprintf("it has %d jobs and gets the %d jobs of node %s", st.Jobs, st.Of, st.From)
+		}
+		return fmt.Sprintf("its job table is new or was damaged and lacks jobs%s (%s): until it is complete, don't stop, wipe or remove other nodes, "+
+			"and ask another node for jobs; jobs that were accepted here before are not executed", since, from)
+	case len(st.Behind) > 0:
+		return fmt.Sprintf("it has not yet received all jobs of %s", strings.Join(st.Behind, ", "))
+	}
+	return ""
 }
 
 // damaged says which records this node's own journals have lost; empty: none.

@@ -43,7 +43,7 @@ func (n *Node) keepViewFresh(ctx context.Context) error {
 
 func (n *Node) updateView() {
 	v := &peerView{
-		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load()},
+		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load(), JobsMissing: n.jobs.Missing()},
 		heardSince: map[string]time.Duration{},
 	}
 	before, now := n.view.Load().heardSince, clock.Boottime()

@@ -4,11 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"sync"
 	"time"
-
-	"github.com/dsnode/dsnode/replication/replicationpb"
-	"github.com/dsnode/dsnode/storage/journal"
 )
 
 const (
@@ -21,7 +17,7 @@ const (
 // other streams. It does not wait for nodes that are no longer heard. A table that is being
 // rebuilt must be whole first. The error is that of ctx.
 func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
-	reported := map[string]map[journal.Stream]uint64{}
+	reported := map[string]standing{}
 	for {
 		changed := r.tracker.changed.Next()
 		_, living := r.members(func(m Member) bool { return m.Heard })
@@ -39,78 +35,27 @@ func (r *Replication) AwaitCaughtUp(ctx context.Context) error {
 }
 
 // caughtUp reports whether all living nodes have reported what they hold, and this node
-// holds it too. Retired streams don't count.
-func (r *Replication) caughtUp(living []Member, reported map[string]map[journal.Stream]uint64) bool {
+// holds it too.
+func (r *Replication) caughtUp(living []Member, reported map[string]standing) bool {
 	own := r.opts.Log.Ends()
 	for _, m := range living {
 		if m.Node == r.opts.Self {
 			continue
 		}
-		ends, asked := reported[m.Node]
-		if !asked {
+		if st, asked := reported[m.Node]; !asked || !r.holdsAll(own, st.held) {
 			return false
-		}
-		for s, seq := range ends {
-			if own[s].Durable < seq && !r.opts.Retired(s) {
-				return false
-			}
 		}
 	}
 	return true
 }
 
 // askHolders asks the living nodes that have not answered yet.
-func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]map[journal.Stream]uint64) {
-	answers := map[string]map[journal.Stream]uint64{}
-	var mu sync.Mutex // guards answers
-	var wg sync.WaitGroup
+func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]standing) {
+	var ask []string
 	for _, m := range living {
-		if _, asked := reported[m.Node]; asked || m.Node == r.opts.Self {
-			continue
+		if _, asked := reported[m.Node]; !asked && m.Node != r.opts.Self {
+			ask = append(ask, m.Node)
 		}
-		wg.Go(func() {
-			held, err := r.holds(ctx, m.Node)
-			if err != nil {
-				r.opts.Logger.Debug("a node does not report what it holds", "peer", m.Node, "err", err)
-				return
-			}
-			r.tracker.merge(m.Node, Watermarks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
-			mu.Lock()
-			defer mu.Unlock()
-			answers[m.Node] = held.Ends
-		})
 	}
-	wg.Wait()
-	maps.Copy(reported, answers)
-}
-
-func (r *Replication) holds(ctx context.Context, node string) (Held, error) {
-	ctx, cancel := context.WithTimeout(ctx, holdsTimeout)
-	defer cancel()
-	conn, err := r.opts.Dial(node)
-	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	got, err := replicationpb.NewReplicationClient(conn).Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat})
-	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	ends, err := readEnds(got.GetHeld())
-	if err != nil {
-		return Held{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	return Held{Epoch: got.GetEpoch(), Ends: ends}, nil
-}
-
-// Holds answers with what is on this node's disk.
-func (s *server) Holds(ctx context.Context, q *replicationpb.HoldsRequest) (*replicationpb.HoldsResponse, error) {
-	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
-		return nil, err
-	}
-	// The log is ahead of the tracker, but never of the disk.
-	own := durable(s.r.opts.Log.Ends())
-	s.r.tracker.setOwn(own)
-	s.r.tracker.mu.Lock()
-	defer s.r.tracker.mu.Unlock()
-	return &replicationpb.HoldsResponse{Format: wireFormat, Held: wireEnds(own), Epoch: s.r.tracker.marks[s.r.opts.Self].Epoch}, nil
+	maps.Copy(reported, r.askStandings(ctx, ask))
 }

@@ -511,8 +511,10 @@ type Health struct {
 	AppliedIndex     uint64                 `protobuf:"varint,7,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
 	LastLogIndex     uint64                 `protobuf:"varint,8,opt,name=last_log_index,json=lastLogIndex,proto3" json:"last_log_index,omitempty"`
 	Cold             bool                   `protobuf:"varint,9,opt,name=cold,proto3" json:"cold,omitempty"` // it has held no lease since its start
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Why it may lack jobs that other nodes have, as words for operators; empty: it doesn't.
+	JobsMissing   string `protobuf:"bytes,20,opt,name=jobs_missing,json=jobsMissing,proto3" json:"jobs_missing,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Health) Reset() {
@@ -606,6 +608,13 @@ func (x *Health) GetCold() bool {
 		return x.Cold
 	}
 	return false
+}
+
+func (x *Health) GetJobsMissing() string {
+	if x != nil {
+		return x.JobsMissing
+	}
+	return ""
 }
 
 // Heard is how long ago the sender last heard a node, on the sender's clock.
@@ -1253,7 +1262,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xae\x02\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xd1\x02\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1263,7 +1272,8 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0eupstreams_down\x18\x06 \x03(\tR\rupstreamsDown\x12#\n" +
 	"\rapplied_index\x18\a \x01(\x04R\fappliedIndex\x12$\n" +
 	"\x0elast_log_index\x18\b \x01(\x04R\flastLogIndex\x12\x12\n" +
-	"\x04cold\x18\t \x01(\bR\x04cold\"2\n" +
+	"\x04cold\x18\t \x01(\bR\x04cold\x12!\n" +
+	"\fjobs_missing\x18\x14 \x01(\tR\vjobsMissing\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +
 	"\x06ago_ms\x18\x02 \x01(\x03R\x05agoMs\"\x89\x01\n" +

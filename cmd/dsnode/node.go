@@ -77,8 +77,23 @@ func newNodeRemoveCommand(env *environment) *cobra.Command {
 		Args: takes("the NODE's name"),
 	}
 	return onCluster(env, cmd, func(ctx context.Context, s *session, args []string) error {
+		warnOfMissingJobs(ctx, s, args[0])
 		return s.done(s.RemoveNode(ctx, args[0]), "%s is no longer a member", args[0])
 	})
+}
+
+// warnOfMissingJobs says which nodes may not have received the jobs of a node that is about
+// to be removed.
+func warnOfMissingJobs(ctx context.Context, s *session, removed string) {
+	status, err := s.Status(ctx)
+	if err != nil {
+		return // the removal fails too, or says more
+	}
+	for _, n := range status.Nodes {
+		if n.Name != removed && n.JobsMissing != "" {
+			say(s.env.stderr, "warning", fmt.Sprintf("jobs that only %s and %s had may be lost: node %s: %s", removed, n.Name, n.Name, n.JobsMissing))
+		}
+	}
 }
 
 // whichNode adds the node's own admin address to ErrWrongNode, when it is known.

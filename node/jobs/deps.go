@@ -28,8 +28,8 @@ type Table interface {
 	LiveCounts() map[journal.Stream]int64
 	Counts() map[journal.Status]int64
 	Watch(f func(jobtable.Row))
-	// Partial reports whether rows may be missing, because the table was damaged
-	// and is being rebuilt.
+	// Partial reports whether rows may be missing, because the table is new or was damaged
+	// and other nodes' rows have not arrived.
 	Partial() bool
 }
 
@@ -48,6 +48,9 @@ type Replication interface {
 	// AwaitCaughtUp blocks until this node's table has every record that a living node
 	// holds.
 	AwaitCaughtUp(ctx context.Context) error
+	// CaughtUp reports whether this node's table is complete and this process has received
+	// what the nodes that are heard held when it first heard them.
+	CaughtUp() bool
 	// Spread reports whether every member has all records of a stream, or no longer needs
 	// them.
 	Spread(s journal.Stream) bool

@@ -41,6 +41,23 @@ type view struct {
 // Status is the state of the cluster as this node sees it now, with or without quorum.
 func (o *Operator) Status(context.Context) (admin.Status, error) { return describe(o.view()), nil }
 
+// JobsMissing says, for each living node that may lack jobs that other nodes have, why. A
+// node that stops meanwhile may take the only other copy of them with it.
+func (o *Operator) JobsMissing() map[string]string { return o.view().jobsMissing() }
+
+func (v view) jobsMissing() map[string]string {
+	missing := map[string]string{}
+	if v.health.JobsMissing != "" {
+		missing[v.name] = v.health.JobsMissing
+	}
+	for name, p := range v.peers {
+		if p.JobsMissing != "" && p.HeardWithin(v.patience) {
+			missing[name] = p.JobsMissing
+		}
+	}
+	return missing
+}
+
 // Reasons says why the cluster is not healthy; empty: it is healthy.
 func (o *Operator) Reasons() []string { return describe(o.view()).Reasons }
 
@@ -53,6 +70,7 @@ func (o *Operator) view() view {
 		waiting:  o.Cluster.Waiting(), quarantine: o.Cluster.Quarantined(), leftBehind: o.Cluster.LeftBehind(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
+	v.health.JobsMissing = o.Jobs.Missing() // pings may still carry an older answer
 	v.jobs, v.copies = o.Jobs.Status(v.state)
 	for _, m := range o.Cluster.Members() {
 		v.left[m.Name] = m.State == gossip.MemberLeft
@@ -132,6 +150,7 @@ func (v view) nodes() []admin.NodeStatus {
 	for _, server := range v.raft.Servers {
 		voter[server.Name] = server.Voter
 	}
+	missing := v.jobsMissing()
 	var list []admin.NodeStatus
 	for _, name := range sortedNames(v.state.Nodes) {
 		n := v.state.Nodes[name]
@@ -141,7 +160,7 @@ func (v view) nodes() []admin.NodeStatus {
 		}
 		s := admin.NodeStatus{
 			Name: name, Site: n.Site, Version: n.Version, API: n.API, Admin: n.Admin,
-			Voter: new(voter[name]), StartedAt: new(n.StartedAt), State: v.nodeState(p),
+			Voter: new(voter[name]), StartedAt: new(n.StartedAt), State: v.nodeState(p), JobsMissing: missing[name],
 		}
 		if v.raft.Quorum {
 			s.Leader = new(v.raft.Leader == name)

@@ -31,6 +31,10 @@ func (v view) reasons(s admin.Status) []string {
 	for _, problem := range v.jobProblems {
 		add("node %s: %s", v.name, problem)
 	}
+	missing := v.jobsMissing()
+	for _, name := range sortedNames(missing) {
+		add("node %s: %s", name, missing[name])
+	}
 	if v.quarantine != "" {
 		add("quarantined: %s", v.quarantine)
 	}
