@@ -32,6 +32,8 @@ type Health struct {
 	// when it has none or does not tell; JournalEnd is the last record on its disk.
 	Journal    string
 	JournalEnd uint64
+	// JobsMissing says why it may lack jobs that other nodes have; empty: it doesn't.
+	JobsMissing string
 }
 
 // PeerView is what this node knows about another one.
@@ -297,7 +299,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 		Draining: h.GetDraining(), PID: int(h.GetPid()),
 		UpstreamsHealthy: int(h.GetUpstreamsHealthy()), UpstreamsTotal: int(h.GetUpstreamsTotal()),
 		UpstreamsDown: h.GetUpstreamsDown(), AppliedIndex: h.GetAppliedIndex(), LastLogIndex: h.GetLastLogIndex(),
-		Cold: h.GetCold(), Starting: h.GetStarting(), Journal: h.GetJournal(), JournalEnd: h.GetJournalEnd(),
+		Cold: h.GetCold(), Starting: h.GetStarting(), Journal: h.GetJournal(), JournalEnd: h.GetJournalEnd(), JobsMissing: h.GetJobsMissing(),
 	}
 	if v.Disk.Known = h.DiskWriteUs != nil; v.Disk.Known {
 		v.Disk.Write = time.Duration(h.GetDiskWriteUs()) * time.Microsecond //nolint:gosec // a time of a peer's own
@@ -323,6 +325,7 @@ func (c *Cluster) health() *clusterpb.Health {
 		Starting:   h.Starting,
 		DiskSlowMs: uint64((disk.SlowFor + time.Millisecond - 1) / time.Millisecond), //nolint:gosec // never negative
 		Journal:    h.Journal, JournalEnd: h.JournalEnd,
+		JobsMissing: h.JobsMissing,
 	}
 	if disk.Known {
 		health.DiskWriteUs = new(uint64(disk.Write / time.Microsecond)) //nolint:gosec // never negative

@@ -140,6 +140,8 @@ func (c *Coordinator) Precheck(r SwitchoverRequest) []Check {
 	add("voters_follow", len(behindVoters) == 0, true, "voters elsewhere that don't follow the agreed state: %v", behindVoters)
 	silent := c.silent(in, ofSite(s.Primary.Site))
 	add("primary_heard", len(silent) == 0, true, "nodes of %s that don't answer: %v", s.Primary.Site, silent)
+	lacking := c.lackJobs()
+	add("jobs_complete", len(lacking) == 0, true, "nodes that lack jobs, which other nodes must not leave before they have them: %v", lacking)
 	if c.o.Copies != nil {
 		ok, detail := lossless(s.Primary.Site, r.To, c.o.Copies.AtRisk(s.Primary.Site, r.To))
 		if !ok && r.AcceptLoss {
@@ -173,6 +175,21 @@ func (c *Coordinator) silent(in Input, kind func(Member) bool) []string {
 		}
 	}
 	return silent
+}
+
+// lackJobs names the living nodes that say that they may lack jobs of others.
+func (c *Coordinator) lackJobs() []string {
+	var lacking []string
+	if c.o.Health().JobsMissing != "" {
+		lacking = append(lacking, c.o.Name)
+	}
+	for name, p := range c.o.Agreement.Peers() {
+		if p.JobsMissing != "" && p.HeardWithin(c.timing.Patience) {
+			lacking = append(lacking, name)
+		}
+	}
+	slices.Sort(lacking)
+	return lacking
 }
 
 func ofSite(site string) func(Member) bool {

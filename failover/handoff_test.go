@@ -63,6 +63,8 @@ func TestSwitchoverPrechecks(t *testing.T) {
 		{"target_not_primary", func(*world) {}, "a"},
 		{"target_ready", func(w *world) { w.kill("b1") }, "b"},
 		{"target_upstreams", func(w *world) { w.mu.Lock(); w.nodes["b1"].upstreams = 0; w.mu.Unlock() }, "b"},
+		{"jobs_complete", func(w *world) { w.mu.Lock(); w.nodes["c1"].jobsMissing = "it is new"; w.mu.Unlock() }, "b"},
+		{"jobs_complete", func(w *world) { w.mu.Lock(); w.nodes["a1"].jobsMissing = "it is new"; w.mu.Unlock() }, "b"},
 		{"voters_reachable", func(w *world) { w.kill("c1") }, "b"},
 		{"quorum", func(w *world) { w.kill("b1", "c1") }, "b"},
 		{"no_switchover", func(w *world) {

@@ -57,6 +57,7 @@ type node struct {
 	name, site  string
 	voter       bool
 	upstreams   int
+	jobsMissing string
 	up, stopped bool
 	resumed     chan struct{} // closes when it runs again
 	stoppedAt   time.Duration
@@ -273,7 +274,7 @@ func (n *node) ping(to *node) {
 			return
 		}
 		view := cluster.PeerView{
-			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: to.index()},
+			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: to.index(), JobsMissing: to.jobsMissing},
 			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(), Disk: to.disk(),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
@@ -438,7 +439,7 @@ func (w *world) boot(n *node) {
 	n.fence = NewFence(n.name, n.site, standing{n}, func() time.Duration { return w.timing.NewLeaderWait }, w.now, slog.New(slog.DiscardHandler))
 	n.coord = NewCoordinator(Options{
 		Name: n.name, Site: n.site, Agreement: n, Releaser: w, Health: func() cluster.Health {
-			return cluster.Health{UpstreamsHealthy: n.upstreams}
+			return cluster.Health{UpstreamsHealthy: n.upstreams, JobsMissing: n.jobsMissing}
 		},
 		Boottime: w.now, Now: time.Now, Quarantined: func() bool { return false },
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),

@@ -97,6 +97,9 @@ func (r jobReplication) AwaitCaughtUp(ctx context.Context) error {
 	}
 }
 
+// CaughtUp implements jobs.Replication.
+func (r jobReplication) CaughtUp() bool { return r.Standing().CaughtUp }
+
 // manyStreams bounds the agreed streams of a node. With more, a stream counts as spread
 // although a member lacks records of it, because a member may be away for any time. That
 // member gets rows of the table instead.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"time"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
@@ -31,7 +33,7 @@ func (j *asyncJobs) Status(s *agreed.State) (*admin.Jobs, map[string]replication
 // Alone is what only another node has.
 func (j *asyncJobs) Alone(node string) replication.Alone { return j.replication.Alone(node) }
 
-// Problems says what is wrong with the journals and the table of this node.
+// Problems says what is wrong with the journals of this node, and why it can't start jobs.
 func (j *asyncJobs) Problems() []string {
 	var problems []string
 	if free, floor, known := j.log.Space(); known && free <= floor {
@@ -41,10 +43,6 @@ func (j *asyncJobs) Problems() []string {
 	if damaged := j.damaged(); damaged != "" {
 		problems = append(problems, damaged)
 	}
-	if j.table.Partial() {
-		problems = append(problems, "its job table was damaged and is being rebuilt with the rows of other nodes: until a node that has all rows is heard, "+
-			"ask another node for jobs; jobs that were accepted here before are not executed")
-	}
 	if j.service == nil { // the node is being opened
 		return problems
 	}
@@ -52,6 +50,27 @@ func (j *asyncJobs) Problems() []string {
 		problems = append(problems, cant)
 	}
 	return problems
+}
+
+// Missing says why this node may lack jobs that other nodes have; empty: it doesn't.
+func (j *asyncJobs) Missing() string { return missing(j.replication.Standing()) }
+
+func missing(st replication.Standing) string {
+	switch {
+	case st.Partial:
+		since, from := "", "no node whose table is complete has answered yet"
+		if !st.Since.IsZero() {
+			since = " since " + st.Since.UTC().Format(time.RFC3339)
+		}
+		if st.From != "" {
+			from = fmt.Sprintf("it has %d jobs and gets the %d jobs of node %s", st.Jobs, st.Of, st.From)
+		}
+		return fmt.Sprintf("its job table is new or was damaged and lacks jobs%s (%s): until it is complete, don't stop, wipe or remove other nodes, "+
+			"and ask another node for jobs; jobs that were accepted here before are not executed", since, from)
+	case len(st.Behind) > 0:
+		return fmt.Sprintf("it has not yet received all jobs of %s", strings.Join(st.Behind, ", "))
+	}
+	return ""
 }
 
 // damaged says which records this node's own journals have lost; empty: none.

@@ -195,10 +195,13 @@ func (j *asyncJobs) replay(ctx context.Context) error {
 	for s, end := range j.log.Ends() {
 		from := j.table.Applied(s) + 1
 		if from < end.First {
-			// Only a discarded table lacks records that the journals have trimmed. It is
-			// partial until replication has the rows of other nodes.
+			// Records are trimmed only when the table has them: the table is an older one, or
+			// the journal's files were removed. Replication gets the rows of other nodes.
 			j.n.log.Warn("the job table lacks records that this node's journals no longer have, waiting for the rows of other nodes",
 				"stream", s.String(), "from", from, "to", end.First-1)
+			if err := j.table.SetPartial(); err != nil {
+				return err
+			}
 			if err := j.table.SetApplied(ctx, s, end.First-1); err != nil {
 				return err
 			}

@@ -54,7 +54,7 @@ func (n *Node) keepViewFresh(ctx context.Context) error {
 
 func (n *Node) updateView() {
 	v := &peerView{
-		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load(), Starting: n.starting() != ""},
+		health:     cluster.Health{PID: os.Getpid(), Draining: n.draining.Load(), Starting: n.starting() != "", JobsMissing: n.jobs.Missing()},
 		heardSince: map[string]time.Duration{},
 	}
 	old, now := n.view.Load(), n.host.Boottime()

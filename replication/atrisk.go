@@ -115,12 +115,12 @@ func (r *Replication) holdsOf(ctx context.Context, nodes []string) (held map[str
 	var wg sync.WaitGroup
 	for _, node := range nodes {
 		wg.Go(func() {
-			var got report
+			var got standing
 			var err error
 			if node == r.opts.Self {
-				got.Ends = durable(r.opts.Log.Ends())
+				got.held = durable(r.opts.Log.Ends())
 			} else {
-				got, err = r.holds(ctx, node)
+				got, err = r.standing(ctx, node)
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -128,7 +128,7 @@ func (r *Replication) holdsOf(ctx context.Context, nodes []string) (held map[str
 				errs[node] = err
 				return
 			}
-			held[node] = got.Ends
+			held[node] = got.held
 		})
 	}
 	wg.Wait()

@@ -2,10 +2,15 @@ package replication
 
 import (
 	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -74,5 +79,64 @@ func BenchmarkTwoCities(b *testing.B) {
 			b.ReportMetric(ms(whole[len(whole)*99/100]), "p99-ms")
 			b.ReportMetric(ms(own[len(own)/2]), "own-p50-ms")
 		})
+	}
+}
+
+// The time until a node that lost its disk has all rows again, by the number of jobs that
+// have ended. Their streams have ended too, so all arrive as rows. A million jobs need
+// DSNODE_TEST_FULL=1 and about 6 GB of disk.
+func BenchmarkCompletionAfterALoss(b *testing.B) {
+	for _, jobs := range []int{1_000, 100_000, 1_000_000} {
+		b.Run(fmt.Sprint(jobs), func(b *testing.B) {
+			if jobs > 100_000 && os.Getenv("DSNODE_TEST_FULL") == "" {
+				b.Skip("needs DSNODE_TEST_FULL=1")
+			}
+			ended := &endings{ended: map[journal.Stream]bool{}}
+			w := newWorld(b, "a1", "b1")
+			w.tune = func(n *node) { n.retired = ended.retired }
+			w.start()
+			a1, b1 := w.nodes["a1"], w.nodes["b1"]
+			a1.finish(jobs)
+			end, _ := a1.log.End(a1.stream)
+			w.wantEverywhere(a1.stream, end.Durable)
+			a1.restart()
+			a1.awaitRetired(ended)
+			size := float64(0)
+			for b.Loop() {
+				b.StopTimer()
+				b1.halt()
+				b1.wipe()
+				b.StartTimer()
+				b1.start()
+				eventuallyWithin(b, time.Hour, "b1 is complete", func() bool { return b1.repl.Standing().CaughtUp })
+				if got := b1.table.Jobs(); got != int64(jobs) {
+					b.Fatalf("complete with %d jobs of %d", got, jobs)
+				}
+				size = testutil.ToFloat64(a1.repl.metrics.sent)
+			}
+			b.ReportMetric(size/float64(b.N)/(1<<20), "MB-sent/op")
+		})
+	}
+}
+
+// finish appends jobs that have ended, with bodies and results of 1 KiB.
+func (n *node) finish(jobs int) {
+	n.w.t.Helper()
+	for jobs > 0 {
+		var records []journal.Record
+		for range min(jobs, 128) {
+			sub := n.submission(1024)
+			end := journal.Record{Stream: n.stream, Job: sub.Job, Attempt: 1}
+			body := make([]byte, 1024)
+			_, _ = rand.Read(body) // never fails
+			if err := n.sealer.SealOutcome(&end, &journal.Outcome{Status: journal.Succeeded, Code: 200, Body: body}); err != nil {
+				n.w.t.Fatal(err)
+			}
+			records = append(records, sub, end)
+			jobs--
+		}
+		if _, err := n.log.Append(context.Background(), n.stream, records); err != nil {
+			n.w.t.Fatal(err)
+		}
 	}
 }

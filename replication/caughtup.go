@@ -4,10 +4,8 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"sync"
 	"time"
 
-	"github.com/dsnode/dsnode/replication/replicationpb"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -39,15 +37,8 @@ func (r *Replication) AwaitEnded(ctx context.Context) (ended func(journal.Stream
 	}, nil
 }
 
-// report is what a node says it holds, and which of its own streams it still writes.
-type report struct {
-	Held
-	writes     map[journal.Stream]bool
-	saysWrites bool // false: a version that doesn't say
-}
-
-func (r *Replication) awaitReported(ctx context.Context) (map[string]report, error) {
-	reported := map[string]report{}
+func (r *Replication) awaitReported(ctx context.Context) (map[string]standing, error) {
+	reported := map[string]standing{}
 	for {
 		changed := r.tracker.changed.Next()
 		_, living := r.members(func(m Member) bool { return m.Heard })
@@ -77,95 +68,27 @@ func (r *Replication) NotFollowed() []string {
 }
 
 // caughtUp reports whether all living nodes have reported what they hold, and this node
-// holds it too. Retired streams don't count.
-func (r *Replication) caughtUp(living []Member, reported map[string]report) bool {
+// holds it too.
+func (r *Replication) caughtUp(living []Member, reported map[string]standing) bool {
 	own := r.opts.Log.Ends()
 	for _, m := range living {
 		if m.Node == r.opts.Self {
 			continue
 		}
-		of, asked := reported[m.Node]
-		if !asked {
+		if st, asked := reported[m.Node]; !asked || !r.holdsAll(own, st.held) {
 			return false
-		}
-		for s, seq := range of.Ends {
-			if own[s].Durable < seq && !r.opts.Retired(s) {
-				return false
-			}
 		}
 	}
 	return true
 }
 
 // askHolders asks the living nodes that have not answered yet.
-func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]report) {
-	answers := map[string]report{}
-	var mu sync.Mutex // guards answers
-	var wg sync.WaitGroup
+func (r *Replication) askHolders(ctx context.Context, living []Member, reported map[string]standing) {
+	var ask []string
 	for _, m := range living {
-		if _, asked := reported[m.Node]; asked || m.Node == r.opts.Self {
-			continue
-		}
-		wg.Go(func() {
-			held, err := r.holds(ctx, m.Node)
-			if err != nil {
-				r.opts.Logger.Debug("a node does not report what it holds", "peer", m.Node, "err", err)
-				return
-			}
-			r.tracker.merge(m.Node, Watermarks{m.Node: {Epoch: held.Epoch, Ends: maps.Clone(held.Ends)}})
-			mu.Lock()
-			defer mu.Unlock()
-			answers[m.Node] = held
-		})
-	}
-	wg.Wait()
-	maps.Copy(reported, answers)
-}
-
-func (r *Replication) holds(ctx context.Context, node string) (report, error) {
-	ctx, cancel := context.WithTimeout(ctx, holdsTimeout)
-	defer cancel()
-	conn, err := r.opts.Dial(node)
-	if err != nil {
-		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	got, err := replicationpb.NewReplicationClient(conn).Holds(ctx, &replicationpb.HoldsRequest{Format: wireFormat})
-	if err != nil {
-		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	ends, err := readEnds(got.GetHeld())
-	if err != nil {
-		return report{}, fmt.Errorf("ask %s what it holds: %w", node, err)
-	}
-	of := report{Held: Held{Epoch: got.GetEpoch(), Ends: ends}, writes: map[journal.Stream]bool{}, saysWrites: got.GetSaysWrites()}
-	for _, w := range got.GetWrites() {
-		s, err := readStream(w)
-		if err != nil {
-			return report{}, fmt.Errorf("ask %s what it writes: %w", node, err)
-		}
-		of.writes[s] = true
-	}
-	return of, nil
-}
-
-// Holds answers with what is on this node's disk.
-func (s *server) Holds(ctx context.Context, q *replicationpb.HoldsRequest) (*replicationpb.HoldsResponse, error) {
-	if _, err := s.caller(ctx, q.GetFormat()); err != nil {
-		return nil, err
-	}
-	// The log is ahead of the tracker, but never of the disk.
-	ends := s.r.opts.Log.Ends()
-	own := durable(ends)
-	var writes []*replicationpb.Stream
-	for st, e := range ends {
-		if e.Writing {
-			writes = append(writes, wireStream(st))
+		if _, asked := reported[m.Node]; !asked && m.Node != r.opts.Self {
+			ask = append(ask, m.Node)
 		}
 	}
-	s.r.tracker.setOwn(own)
-	s.r.tracker.mu.Lock()
-	defer s.r.tracker.mu.Unlock()
-	return &replicationpb.HoldsResponse{
-		Format: wireFormat, Held: wireEnds(own), Epoch: s.r.tracker.marks[s.r.opts.Self].Epoch, Writes: writes, SaysWrites: true,
-	}, nil
+	maps.Copy(reported, r.askStandings(ctx, ask))
 }

@@ -139,7 +139,8 @@ func (c *pullSession) send() error {
 	var sent []string // the origins that the source was asked for
 	var flush <-chan time.Time
 	agesAt := -agesEvery
-	notify.Wake(c.changed) // the first message must contain the wanted origins
+	snapshots := uint32(snapshotsOn) // what the source was told
+	notify.Wake(c.changed)           // the first message must contain the wanted origins
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	notify.Wake(c.updates.wake)
@@ -179,6 +180,13 @@ func (c *pullSession) send() error {
 		}
 		if c.addPending(q); !hasContent(q) {
 			continue
+		}
+		want := uint32(snapshotsOn)
+		if c.r.opts.Table.Partial() {
+			want = snapshotsOff // completion gets all rows, once
+		}
+		if want != snapshots {
+			q.Snapshots, snapshots = want, want
 		}
 		if err := c.stream.Send(q); err != nil {
 			// io.EOF says only that the call has ended; Recv returns the reason.

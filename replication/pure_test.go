@@ -93,7 +93,7 @@ func TestDurableToAgreesWithSatisfied(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		present := rapid.SliceOfNDistinct(rapid.SampledFrom(names[1:]), 0, 5, rapid.ID).Draw(t, "members")
 		members := memberList(append(present, "a1")...)
-		l := newTracker("a1", 1, 10, nil)
+		l := newTracker("a1", 1, 10, keepsAll, nil)
 		l.setMembers(members)
 		held := map[string]uint64{}
 		for _, m := range members {

@@ -34,15 +34,23 @@ type Log interface {
 // Table is the part of *jobtable.Table that replication needs. It does not decode rows.
 type Table interface {
 	Applied(s journal.Stream) uint64
+	Visible(s journal.Stream) uint64
 	AppliedAll() map[journal.Stream]uint64
 	Rows(after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
 	Merge(ctx context.Context, frames []byte) error
+	MergeSoon(frames []byte) error
 	SetApplied(ctx context.Context, s journal.Stream, seq uint64) error
+	SetAppliedAll(ctx context.Context, applied map[journal.Stream]uint64) error
 	Digests() ([256][16]byte, error)
 	Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte, last journal.JobID, more bool, err error)
-	// Partial reports whether the table was discarded and may lack rows of trimmed records;
-	// SetWhole ends that.
+	Jobs() int64
+	// Partial reports whether the table may lack rows of records that are in no journal. It
+	// is so for a new one, and after SetPartial, until SetWhole. Proven reports whether
+	// SetWhole was ever called.
 	Partial() bool
+	PartialSince() time.Time
+	Proven() bool
+	SetPartial() error
 	SetWhole() error
 }
 
@@ -108,7 +116,9 @@ type Replication struct {
 	lifecycle lifecycle
 	feed      *feed
 	note      *durableNote
-	pulled    atomic.Value // []string, the nodes pulled from
+	// completion makes the table complete.
+	completion *completion
+	pulled     atomic.Value // []string, the nodes pulled from
 }
 
 // ErrTooManyWaiting means that Limits.Waiting calls already wait for durability.
@@ -123,7 +133,7 @@ func New(o Options) (*Replication, error) {
 		o.Caller = callerOf
 	}
 	r := &Replication{
-		opts: o, tracker: newTracker(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Logger),
+		opts: o, tracker: newTracker(o.Self, o.Log.StoreEpoch(), o.Limits.Waiting, o.Retired, o.Logger),
 		fresh:     &freshness{now: o.Boottime, own: map[string]*originCopy{}, copies: map[siteCopyKey]siteCopyAge{}},
 		bulk:      pacer{now: o.Boottime, perSecond: o.Limits.BulkBytesPerSecond},
 		changes:   streamChanges{subs: map[*changeSub]struct{}{}},
@@ -137,6 +147,7 @@ func New(o Options) (*Replication, error) {
 		o.Logger.Error("the note of durable records is damaged; records are shown as less durable until peers report theirs", "err", damaged)
 	}
 	r.metrics = newMetrics(o.Registerer, r)
+	r.completion = newCompletion(r)
 	r.feed = &feed{r: r, pace: pacer{now: o.Boottime, perSecond: o.Limits.FeedBytesPerSecond}, outboxes: map[feedTarget]*outbox{}}
 	r.tracker.setOwn(durable(o.Log.Ends()))
 	r.tracker.setMembers(o.Members())

@@ -35,7 +35,7 @@ func (r *Replication) Run(ctx context.Context) error {
 	g.Go(func() error { return r.pullAll(ctx) })
 	g.Go(func() error { return r.trimAll(ctx) })
 	g.Go(func() error { return r.keepDurableNote(ctx) })
-	g.Go(func() error { return r.rebuildTable(ctx) })
+	g.Go(func() error { return r.completion.run(ctx) })
 	g.Go(func() error { return r.compareAll(ctx) })
 	g.Go(func() error { return r.feed.run(ctx) })
 	return g.Wait()

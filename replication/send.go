@@ -50,7 +50,9 @@ type sender struct {
 	probes     []uint64
 	unreported map[journal.Stream]struct{} // ends that changed since the last answer to a probe
 	snapshot   *snapshot                   // being sent
-	nextAges   time.Duration               // when to send ages again
+	// noSnapshots: the puller gets the whole table by itself.
+	noSnapshots bool
+	nextAges    time.Duration // when to send ages again
 }
 
 // Pull serves one puller until its call ends, or it makes another call.
@@ -126,6 +128,9 @@ func (c *sender) handle(q *replicationpb.PullRequest) error {
 	defer c.mu.Unlock()
 	for s, held := range acks {
 		c.queue.acked(s, held)
+	}
+	if q.GetSnapshots() != 0 {
+		c.noSnapshots = q.GetSnapshots() == snapshotsOff
 	}
 	c.rewind()
 	if c.snapshot != nil && q.GetSnapshotPage() > 0 {

@@ -140,7 +140,8 @@ func (o *sendQueue) resumeAfter(applied map[journal.Stream]uint64) map[journal.S
 	return out
 }
 
-// acked removes the batches that the puller has acknowledged.
+// acked removes the batches that the puller has acknowledged. A stream that waits for a
+// snapshot goes on if the puller has got what was trimmed otherwise.
 func (o *sendQueue) acked(s journal.Stream, held uint64) {
 	c := o.cursors[s]
 	if c == nil {
@@ -152,6 +153,10 @@ func (o *sendQueue) acked(s journal.Stream, held uint64) {
 		n++
 	}
 	c.inFlight = slices.Delete(c.inFlight, 0, n)
+	if c.parked && held >= c.next {
+		c.parked, c.next = false, held+1
+		o.queue(c)
+	}
 }
 
 // keepOrigins removes the streams of all other origins.

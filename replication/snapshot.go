@@ -40,7 +40,7 @@ func (s *snapshot) acked(page uint64) { s.held = max(s.held, min(page, s.page)) 
 // sendSnapshot sends the next page if streams wait for a snapshot.
 func (c *sender) sendSnapshot(ctx context.Context) (did bool, slow time.Duration, err error) {
 	c.mu.Lock()
-	if c.snapshot == nil && c.queue.anyParked() {
+	if c.snapshot == nil && c.queue.anyParked() && !c.noSnapshots {
 		c.mu.Unlock()
 		if c.r.opts.Table.Partial() {
 			// This table lacks rows that its AppliedAll includes. The puller asks other nodes.
@@ -125,7 +125,7 @@ func (in *rowReceiver) merge() error {
 		case p = <-in.pages:
 		}
 		if len(p.GetRows()) > 0 {
-			if err := in.awaitKeys(p.GetRows()); err != nil {
+			if err := c.r.awaitKeys(c.ctx, c.source, p.GetRows()); err != nil {
 				return err
 			}
 			if err := c.r.opts.Table.Merge(c.ctx, p.GetRows()); err != nil {
@@ -143,10 +143,9 @@ func (in *rowReceiver) merge() error {
 
 // awaitKeys waits until this node can open all of the rows, as for records: the rows are
 // acknowledged like the records that they cover.
-func (in *rowReceiver) awaitKeys(rows []byte) error {
-	c := in.c
+func (r *Replication) awaitKeys(ctx context.Context, source string, rows []byte) error {
 	for {
-		_, rest, err := c.r.openable(rows)
+		_, rest, err := r.openable(rows)
 		if err != nil || len(rest) == 0 {
 			return err
 		}
@@ -154,7 +153,7 @@ func (in *rowReceiver) awaitKeys(rows []byte) error {
 		if err != nil {
 			return err
 		}
-		if err := c.r.awaitKey(c.ctx, first.Stream, c.source, rest); err != nil {
+		if err := r.awaitKey(ctx, first.Stream, source, rest); err != nil {
 			return err
 		}
 		rows = rest

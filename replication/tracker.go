@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 
@@ -13,7 +14,7 @@ import (
 )
 
 // maxMarks bounds the tracked streams of one holder: twice the streams of a log, since
-// dropped streams stay tracked until the process ends.
+// dropped streams stay tracked for a while.
 const maxMarks = 2 * journal.MaxStreams
 
 // maxHolders bounds the tracked nodes.
@@ -24,6 +25,7 @@ const maxHolders = 256
 type tracker struct {
 	self    string
 	waiting int // maximum of waiters
+	retired func(journal.Stream) bool
 	log     *slog.Logger
 	changed notify.Broadcast // sent at each change of a watermark or the members
 
@@ -37,9 +39,9 @@ type tracker struct {
 	full    bool // a limit was reached and logged
 }
 
-func newTracker(self string, epoch uint64, waiting int, log *slog.Logger) *tracker {
+func newTracker(self string, epoch uint64, waiting int, retired func(journal.Stream) bool, log *slog.Logger) *tracker {
 	return &tracker{
-		self: self, waiting: waiting, log: log,
+		self: self, waiting: waiting, retired: retired, log: log,
 		marks: Watermarks{self: {Epoch: epoch, Ends: map[journal.Stream]uint64{}}},
 		waits: map[journal.Stream]*waits{}, updates: map[*markUpdates]struct{}{},
 	}
@@ -163,6 +165,7 @@ func (l *tracker) setOwn(ends map[journal.Stream]uint64) (advanced []journal.Str
 func (l *tracker) merge(from string, theirs Watermarks) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.withoutRetired(theirs)
 	if mine, ok := theirs[l.self]; ok {
 		own := l.marks[l.self]
 		lost := mine.Epoch > own.Epoch
@@ -192,6 +195,38 @@ func (l *tracker) merge(from string, theirs Watermarks) {
 	if any {
 		l.changed.Send()
 	}
+}
+
+// withoutRetired removes the watermarks of retired streams that are not tracked, or no
+// longer: a peer still has those that this node has forgotten. The caller holds mu.
+func (l *tracker) withoutRetired(theirs Watermarks) {
+	for holder, h := range theirs {
+		known := l.marks[holder].Ends
+		maps.DeleteFunc(h.Ends, func(s journal.Stream, _ uint64) bool {
+			_, tracked := known[s]
+			return !tracked && l.retired(s)
+		})
+	}
+}
+
+// forget removes the watermarks of retired streams that this node does not hold. Nodes that
+// still hold one don't count as having records that others lack.
+func (l *tracker) forget(held func(journal.Stream) bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.marks {
+		maps.DeleteFunc(h.Ends, func(s journal.Stream, _ uint64) bool { return !held(s) && l.retired(s) })
+	}
+}
+
+// mostHeld returns up to where any of the nodes holds a stream.
+func (l *tracker) mostHeld(s journal.Stream, nodes []string) (most uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, n := range nodes {
+		most = max(most, l.marks[n].Ends[s])
+	}
+	return most
 }
 
 // mayTrack enforces the limits; the caller holds mu. A holder that is not a member may

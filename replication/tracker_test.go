@@ -11,8 +11,11 @@ import (
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
 )
 
+// keepsAll is a Retired by which no stream is retired.
+func keepsAll(journal.Stream) bool { return false }
+
 func newTestTracker(self string, epoch uint64, members ...string) *tracker {
-	l := newTracker(self, epoch, 10, slog.New(slog.DiscardHandler))
+	l := newTracker(self, epoch, 10, keepsAll, slog.New(slog.DiscardHandler))
 	l.setMembers(memberList(members...))
 	return l
 }
@@ -153,4 +156,37 @@ func FuzzOpenable(f *testing.F) {
 			b = after
 		}
 	})
+}
+
+// The watermarks of a stream that was dropped everywhere are forgotten, also when a peer
+// that still has them sends them again. Otherwise a node that never held the stream would
+// lack its records for ever.
+func TestRetiredStreamsAreForgotten(t *testing.T) {
+	gone, here := journal.Stream{Origin: "b1"}, journal.Stream{Origin: "c1"}
+	l := newTestTracker("a1", 1, "a1", "b1", "c1")
+	retired := false
+	l.retired = func(s journal.Stream) bool { return retired && s == gone }
+	l.setOwn(map[journal.Stream]uint64{gone: 5, here: 5})
+	report := func() {
+		l.merge("b1", Watermarks{
+			"a1": {Epoch: 1, Ends: map[journal.Stream]uint64{gone: 5, here: 5}},
+			"b1": {Epoch: 1, Ends: map[journal.Stream]uint64{gone: 7, here: 6}},
+		})
+	}
+	report()
+	if n := l.behind([]string{"b1", "c1"}, []string{"c1"}); n != 13 {
+		t.Errorf("c1 is %d behind before it is dropped", n)
+	}
+	retired = true
+	l.forget(func(s journal.Stream) bool { return s == here })
+	report()
+	if n := l.behind([]string{"b1", "c1"}, []string{"c1"}); n != 6 {
+		t.Errorf("c1 is %d behind", n)
+	}
+	if n := l.behind([]string{"b1", "c1"}, []string{"a1"}); n != 1 {
+		t.Errorf("a1 is %d behind", n)
+	}
+	if e := l.epoch("a1"); e != 1 {
+		t.Errorf("a1's own epoch rose to %d", e)
+	}
 }

@@ -3,6 +3,8 @@ package replication
 import (
 	"context"
 	"time"
+
+	"github.com/dsnode/dsnode/storage/journal"
 )
 
 // trimEvery is how often journals are checked for records to trim.
@@ -38,6 +40,7 @@ func (r *Replication) trim() {
 			}
 		}
 	}
+	r.tracker.forget(func(s journal.Stream) bool { _, held := r.opts.Log.End(s); return held })
 	trimmed, err := r.opts.Log.Shrink(r.opts.Table.Applied)
 	if err != nil {
 		log.Error("can't bring the journals back within their budget", "err", err)

@@ -15,6 +15,12 @@ import (
 // wireFormat is the version of the messages that this version sends and reads.
 const wireFormat = 1
 
+// Values of PullRequest.snapshots.
+const (
+	snapshotsOff = 1
+	snapshotsOn  = 2
+)
+
 // server implements the rpc service of a Replication.
 type server struct {
 	replicationpb.UnimplementedReplicationServer

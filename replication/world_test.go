@@ -58,6 +58,7 @@ type node struct {
 	deliver    func([]byte)
 	current    func() bool
 	noTable    bool // records are not applied, to measure replication alone
+	joins      bool // its first table is not complete: it joins a cluster, or lost its disk
 
 	alive  bool // guarded by w.mu
 	log    *journal.Log
@@ -223,6 +224,12 @@ func (n *node) start() {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if n.table.Fresh() && !n.joins { // a founding node
+		if err := n.table.SetWhole(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.joins = true
 	apply := n.table.Apply
 	if n.noTable {
 		apply = func(journal.Stream, []journal.Record) {}
@@ -365,7 +372,12 @@ const patience = 2 * time.Minute
 // eventually waits for a condition.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(patience)
+	eventuallyWithin(t, patience, what, cond)
+}
+
+func eventuallyWithin(t testing.TB, limit time.Duration, what string, cond func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

@@ -559,8 +559,10 @@ type Health struct {
 	Starting    bool    `protobuf:"varint,22,opt,name=starting,proto3" json:"starting,omitempty"` // it has not caught up since its start
 	// The stream that the node writes its job records to, and the last record of it on
 	// its disk. Empty: none yet, or an older version.
-	Journal       string `protobuf:"bytes,14,opt,name=journal,proto3" json:"journal,omitempty"`
-	JournalEnd    uint64 `protobuf:"varint,15,opt,name=journal_end,json=journalEnd,proto3" json:"journal_end,omitempty"`
+	Journal    string `protobuf:"bytes,14,opt,name=journal,proto3" json:"journal,omitempty"`
+	JournalEnd uint64 `protobuf:"varint,15,opt,name=journal_end,json=journalEnd,proto3" json:"journal_end,omitempty"`
+	// Why it may lack jobs that other nodes have, as words for operators; empty: it doesn't.
+	JobsMissing   string `protobuf:"bytes,16,opt,name=jobs_missing,json=jobsMissing,proto3" json:"jobs_missing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -691,6 +693,13 @@ func (x *Health) GetJournalEnd() uint64 {
 		return x.JournalEnd
 	}
 	return 0
+}
+
+func (x *Health) GetJobsMissing() string {
+	if x != nil {
+		return x.JobsMissing
+	}
+	return ""
 }
 
 // Heard is how long ago the sender last heard a node, on the sender's clock.
@@ -1434,7 +1443,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\x0fProposeResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x124\n" +
-	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\xe2\x03\n" +
+	"\arefused\x18\x04 \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefusedJ\x04\b\x03\x10\x04\"\x85\x04\n" +
 	"\x06Health\x12\x1a\n" +
 	"\binstance\x18\x01 \x01(\tR\binstance\x12\x1a\n" +
 	"\bdraining\x18\x02 \x01(\bR\bdraining\x12\x10\n" +
@@ -1451,7 +1460,8 @@ const file_cluster_proto_rawDesc = "" +
 	"\bstarting\x18\x16 \x01(\bR\bstarting\x12\x18\n" +
 	"\ajournal\x18\x0e \x01(\tR\ajournal\x12\x1f\n" +
 	"\vjournal_end\x18\x0f \x01(\x04R\n" +
-	"journalEndB\x10\n" +
+	"journalEnd\x12!\n" +
+	"\fjobs_missing\x18\x10 \x01(\tR\vjobsMissingB\x10\n" +
 	"\x0e_disk_write_us\"2\n" +
 	"\x05Heard\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x15\n" +

@@ -100,6 +100,9 @@ func (f *fakeCluster) Status(context.Context) (admin.Status, error) {
 			site.UpstreamsHealthy = nil
 			node.State, node.LastHeardSeconds, node.PID = admin.NodeDead, ptr(754.0), nil
 		}
+		if f.state == "incomplete" && i == 1 {
+			node.JobsMissing = "its job table is new"
+		}
 		s.Sites, s.Nodes = append(s.Sites, site), append(s.Nodes, node)
 	}
 	if f.state == "lost" {

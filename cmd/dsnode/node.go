@@ -145,6 +145,20 @@ func newNodeAdmitCommand(env *environment) *cobra.Command {
 	})
 }
 
+// warnOfMissingJobs says which nodes may not have received the jobs of a node that is about
+// to be removed.
+func warnOfMissingJobs(ctx context.Context, s *session, removed string) {
+	status, err := s.Status(ctx)
+	if err != nil {
+		return // the removal fails too, or says more
+	}
+	for _, n := range status.Nodes {
+		if n.Name != removed && n.JobsMissing != "" {
+			say(s.env.stderr, "warning", fmt.Sprintf("jobs that only %s and %s had may be lost: node %s: %s", removed, n.Name, n.Name, n.JobsMissing))
+		}
+	}
+}
+
 // whichNode adds the node's own admin address to ErrWrongNode, when it is known.
 func whichNode(ctx context.Context, s *session, name string, err error) error {
 	if !errors.Is(err, admin.ErrWrongNode) {

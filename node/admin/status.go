@@ -141,6 +141,9 @@ type NodeStatus struct {
 	// Via is the node through which the observer reaches this one while their direct
 	// link is cut. It is absent otherwise.
 	Via string `json:"via,omitempty"`
+	// JobsMissing says why the node may lack jobs that other nodes have. It is absent
+	// otherwise, and for a node that is not heard.
+	JobsMissing string `json:"jobs_missing,omitempty"`
 }
 
 // Jobs counts the asynchronous jobs by status.

@@ -41,7 +41,7 @@ type Relayed struct {
 // answer of a node that has the job; for a change (another method than GET) that node gets
 // a second request. path is the path of the client API, such as "/v1/jobs/{id}/cancel". The error
 // is ErrNotReady, or ErrNotFound when no node that answers in time has the job: while
-// this node may lack rows, or has relayed the job's end, that is ErrPartial.
+// this node may lack jobs, or has relayed the job's end, that is ErrPartial.
 func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, id journal.JobID) (*Relayed, error) {
 	if !j.ready.Load() {
 		return nil, ErrNotReady
@@ -50,7 +50,7 @@ func (j *Jobs) Elsewhere(ctx context.Context, who Caller, method, path string, i
 	switch {
 	case err == nil && method == http.MethodGet && there.ended():
 		j.relayed.add(id)
-	case errors.Is(err, ErrNotFound) && (j.o.Table.Partial() || j.relayed.has(id)):
+	case errors.Is(err, ErrNotFound) && (j.lacking() || j.relayed.has(id)):
 		err = ErrPartial
 	}
 	return there, err

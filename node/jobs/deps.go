@@ -28,8 +28,8 @@ type Table interface {
 	LiveCounts() map[journal.Stream]int64
 	Counts() map[journal.Status]int64
 	Watch(f func(jobtable.Row))
-	// Partial reports whether rows may be missing, because the table was damaged
-	// and is being rebuilt.
+	// Partial reports whether rows may be missing, because the table is new or was damaged
+	// and other nodes' rows have not arrived.
 	Partial() bool
 }
 
@@ -51,6 +51,9 @@ type Replication interface {
 	// AwaitEnded does the same. Then ended tells of which streams this node has all that
 	// their origin will ever write to them, by the origin's own word.
 	AwaitEnded(ctx context.Context) (ended func(journal.Stream) bool, err error)
+	// CaughtUp reports whether this node's table is complete and this process has received
+	// what the nodes that are heard held when it first heard them.
+	CaughtUp() bool
 	// Spread reports whether every member has all records of a stream, or no longer needs
 	// them.
 	Spread(s journal.Stream) bool

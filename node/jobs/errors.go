@@ -25,9 +25,9 @@ var (
 	// ErrNoStream: this node writes a stream that the cluster has not agreed on for a while,
 	// so that no node can start a job of it.
 	ErrNoStream = errors.New("the cluster has not agreed on this node's job stream")
-	// ErrPartial: this node's job table was damaged and is being rebuilt from other nodes,
-	// so the answer may depend on rows that are missing.
-	ErrPartial = errors.New("this node's job table was damaged and is being rebuilt from other nodes")
+	// ErrPartial: this node has just started, or its job table is new or was damaged. The
+	// answer may depend on jobs that it has not received from other nodes yet.
+	ErrPartial = errors.New("this node is still getting jobs from other nodes")
 	// ErrBusy: the node has reached its bound of waiting jobs or bytes.
 	ErrBusy = errors.New("too many jobs wait at this node")
 	// ErrUnavailable: the journal can't write now.

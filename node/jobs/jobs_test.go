@@ -122,3 +122,21 @@ func TestMissingRowsAreNotMissingJobs(t *testing.T) {
 		"delete of an operator": ErrNotFound, "elsewhere": ErrNotFound,
 	})
 }
+
+// TestJobIsNotMissingBeforeCatchingUp: a node that has just started has not received the
+// jobs that other nodes accepted meanwhile.
+func TestJobIsNotMissingBeforeCatchingUp(t *testing.T) {
+	w := newWorld(t)
+	w.copies.behind.Store(true)
+	w.start()
+	w.wantAnswers(map[string]error{
+		"get":                ErrNotFound, // then other nodes are asked
+		"get of an operator": ErrPartial, "cancel of an operator": ErrPartial, "retry of an operator": ErrPartial,
+		"delete of an operator": ErrPartial, "elsewhere": ErrPartial,
+	})
+	w.copies.behind.Store(false)
+	w.wantAnswers(map[string]error{
+		"get": ErrNotFound, "get of an operator": ErrNotFound, "cancel of an operator": ErrNotFound, "retry of an operator": ErrNotFound,
+		"delete of an operator": ErrNotFound, "elsewhere": ErrNotFound,
+	})
+}

@@ -25,7 +25,11 @@ func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, erro
 	return v, err
 }
 
-// find reads a job that the caller may see. While rows may be missing, ErrNotFound
+// lacking reports whether a job that is not found here may exist: rows are missing, or this
+// node has just started and is catching up.
+func (j *Jobs) lacking() bool { return j.o.Table.Partial() || !j.o.Replication.CaughtUp() }
+
+// find reads a job that the caller may see. While jobs may be missing, ErrNotFound
 // becomes ErrPartial for operators; a client's request goes to other nodes first
 // (Elsewhere), also for a job whose end this node has relayed and does not have itself.
 func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, sub *journal.Submission, err error) {
@@ -36,7 +40,7 @@ func (j *Jobs) find(who Caller, id journal.JobID) (row jobtable.Row, v *View, su
 	if err == nil && !who.Operator && !v.Status.Final() && j.relayed.has(id) {
 		return row, nil, nil, ErrNotFound // a client has seen its end here, as a peer has it
 	}
-	if errors.Is(err, ErrNotFound) && who.Operator && j.o.Table.Partial() {
+	if errors.Is(err, ErrNotFound) && who.Operator && j.lacking() {
 		err = ErrPartial
 	}
 	return row, v, sub, err

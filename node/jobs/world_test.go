@@ -138,6 +138,8 @@ func (a *agreement) give(t *testing.T, s journal.Stream, to string) {
 
 // copies is a fake Replication. The test sets how durable records are.
 type copies struct {
+	behind atomic.Bool // CaughtUp is false
+
 	mu        sync.Mutex // guards all below
 	possible  map[journal.Durability]bool
 	reachable map[journal.Durability]bool
@@ -201,6 +203,8 @@ func (c *copies) Await(ctx context.Context, s journal.Stream, seq uint64, level 
 		}
 	}
 }
+
+func (c *copies) CaughtUp() bool { return !c.behind.Load() }
 
 func (c *copies) Spread(journal.Stream) bool { return true }
 
@@ -318,7 +322,8 @@ func (w *world) open() {
 	for _, sub := range []string{"journal", "jobs", "table"} {
 		must(os.MkdirAll(filepath.Join(w.dir, sub), 0o700))
 	}
-	var err error
+	founding, err := os.ReadDir(filepath.Join(w.dir, "table"))
+	must(err)
 	tables := jobtable.Options{Dir: filepath.Join(w.dir, "table"), Sealer: sealer, Ring: w.ring, Clock: clock, Logger: logger, Registerer: prometheus.NewRegistry()}
 	w.table, err = jobtable.Open(tables)
 	if errors.Is(err, jobtable.ErrDamaged) { // crash copies files while they change; the table can be rebuilt
@@ -327,6 +332,9 @@ func (w *world) open() {
 		w.table, err = jobtable.Open(tables)
 	}
 	must(err)
+	if len(founding) == 0 {
+		must(w.table.SetWhole())
+	}
 	table := w.table
 	w.log, err = journal.Open(journal.Options{
 		Dir: filepath.Join(w.dir, "journal"), Clock: clock, Logger: logger, Registerer: w.reg, FreeFloor: -1,

@@ -52,10 +52,12 @@ type Jobs interface {
 	// Status returns the counts of jobs and, by site, how far its copies are behind.
 	// Unknown is nil and absent.
 	Status(s *agreed.State) (*admin.Jobs, map[string]replication.Copy)
-	// Problems says what is wrong with the node's journals and its job table.
+	// Problems says what is wrong with the node's journals.
 	Problems() []string
 	// Alone is what only a node has, as far as this one knows.
 	Alone(node string) replication.Alone
+	// Missing says why this node may lack jobs that other nodes have; empty: it doesn't.
+	Missing() string
 	// Check returns nil if the job table agrees with the journals.
 	Check(ctx context.Context) error
 }

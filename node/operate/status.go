@@ -50,6 +50,23 @@ type view struct {
 // Status is the state of the cluster as this node sees it now, with or without quorum.
 func (o *Operator) Status(context.Context) (admin.Status, error) { return describe(o.view()), nil }
 
+// JobsMissing says, for each living node that may lack jobs that other nodes have, why. A
+// node that stops meanwhile may take the only other copy of them with it.
+func (o *Operator) JobsMissing() map[string]string { return o.view().jobsMissing() }
+
+func (v view) jobsMissing() map[string]string {
+	missing := map[string]string{}
+	if v.health.JobsMissing != "" {
+		missing[v.name] = v.health.JobsMissing
+	}
+	for name, p := range v.peers {
+		if p.JobsMissing != "" && p.HeardWithin(v.patience) {
+			missing[name] = p.JobsMissing
+		}
+	}
+	return missing
+}
+
 // Reasons says why the cluster is not healthy; empty: it is healthy.
 func (o *Operator) Reasons() []string { return describe(o.view()).Reasons }
 
@@ -67,6 +84,7 @@ func (o *Operator) view() view {
 	if age, known := o.Cluster.AgreedAge(); known {
 		v.agreedAge = &age
 	}
+	v.health.JobsMissing = o.Jobs.Missing() // pings may still carry an older answer
 	v.jobs, v.copies = o.Jobs.Status(v.state)
 	for _, m := range o.Cluster.Members() {
 		v.left[m.Name] = m.State == gossip.MemberLeft
@@ -160,6 +178,7 @@ func (v view) nodes() []admin.NodeStatus {
 	for _, server := range v.raft.Servers {
 		voter[server.Name] = server.Voter
 	}
+	missing := v.jobsMissing()
 	var list []admin.NodeStatus
 	for _, name := range sortedNames(v.state.Nodes) {
 		n := v.state.Nodes[name]
@@ -169,7 +188,7 @@ func (v view) nodes() []admin.NodeStatus {
 		}
 		s := admin.NodeStatus{
 			Name: name, Site: n.Site, Version: n.Version, API: n.API, Admin: n.Admin,
-			Voter: new(voter[name]), StartedAt: new(n.StartedAt), State: v.nodeState(p),
+			Voter: new(voter[name]), StartedAt: new(n.StartedAt), State: v.nodeState(p), JobsMissing: missing[name],
 		}
 		if v.raft.Quorum {
 			s.Leader = new(v.raft.Leader == name)

@@ -38,6 +38,10 @@ func (v view) reasons(s admin.Status) []string {
 	}
 	out = append(out, v.peerReasons()...)
 	out = append(out, linkReasons(v.links)...)
+	missing := v.jobsMissing()
+	for _, name := range sortedNames(missing) {
+		add("node %s: %s", name, missing[name])
+	}
 	if v.quarantine != "" {
 		add("quarantined: %s", v.quarantine)
 	}

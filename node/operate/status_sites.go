@@ -81,10 +81,20 @@ func (v view) siteState(s admin.SiteStatus) admin.SiteState {
 		return admin.SiteDown
 	case s.Name == v.site && !v.raft.Quorum && v.hearsNoOtherSite():
 		return admin.SiteIsolated // with a quorum, it is the other sites that are lost
-	case *s.NodesAlive < *s.NodesTotal, *s.UpstreamsTotal > 0 && *s.UpstreamsHealthy < *s.UpstreamsTotal:
+	case v.lacksJobs(s.Name), *s.NodesAlive < *s.NodesTotal, *s.UpstreamsTotal > 0 && *s.UpstreamsHealthy < *s.UpstreamsTotal:
 		return admin.SiteDegraded
 	}
 	return admin.SiteHealthy
+}
+
+// lacksJobs reports whether a living node of a site may lack jobs that other nodes have.
+func (v view) lacksJobs(site string) bool {
+	for name := range v.jobsMissing() {
+		if v.state.Nodes[name].Site == site {
+			return true
+		}
+	}
+	return false
 }
 
 // othersHear reports whether a living peer outside a site hears a node of that site.

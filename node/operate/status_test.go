@@ -98,6 +98,17 @@ func TestStatusOfAHealthyCluster(t *testing.T) {
 	}
 }
 
+func TestNodesThatLackJobsAreMarked(t *testing.T) {
+	v := healthyView(t)
+	changePeer(&v, "b-1", func(p *cluster.PeerView) { p.JobsMissing = "it is new" })
+	changePeer(&v, "c-1", func(p *cluster.PeerView) { p.JobsMissing, p.Ago = "it was new", time.Minute })
+	for _, n := range describe(v).Nodes {
+		if want := map[string]string{"b-1": "it is new"}[n.Name]; n.JobsMissing != want {
+			t.Errorf("%s: %q, want %q", n.Name, n.JobsMissing, want)
+		}
+	}
+}
+
 func TestStatusGivesReasons(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
@@ -194,8 +205,16 @@ func TestStatusGivesReasons(t *testing.T) {
 		},
 		{
 			"damaged journals and a job table that is being rebuilt",
-			func(v *view) { v.jobProblems = []string{"its journal lost records", "its job table is being rebuilt"} },
-			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table is being rebuilt",
+			func(v *view) {
+				v.jobProblems, v.health.JobsMissing = []string{"its journal lost records"}, "its job table lacks jobs"
+			},
+			"a", admin.SiteDegraded, "a-1", admin.NodeAlive, "node a-1: its journal lost records; node a-1: its job table lacks jobs",
+		},
+		{
+			"a peer that lacks jobs", func(v *view) {
+				changePeer(v, "c-1", func(p *cluster.PeerView) { p.JobsMissing = "its job table lacks jobs" })
+			},
+			"c", admin.SiteDegraded, "c-1", admin.NodeAlive, "node c-1: its job table lacks jobs",
 		},
 		{"client keys are refused: the bound has passed", func(v *view) {
 			v.state.APIKeys = map[string]agreed.APIKey{"k": {}}

@@ -332,7 +332,10 @@ type PullRequest struct {
 	// The sender's newest measurement of the round trip, 0 if there is none.
 	RoundTripUs uint64 `protobuf:"varint,7,opt,name=round_trip_us,json=roundTripUs,proto3" json:"round_trip_us,omitempty"`
 	// The newest page of a snapshot that is merged and on disk; 0: no change.
-	SnapshotPage  uint64 `protobuf:"varint,8,opt,name=snapshot_page,json=snapshotPage,proto3" json:"snapshot_page,omitempty"`
+	SnapshotPage uint64 `protobuf:"varint,8,opt,name=snapshot_page,json=snapshotPage,proto3" json:"snapshot_page,omitempty"`
+	// 1: send no snapshots, the puller is getting the whole table with Table; 2: send them
+	// where records are trimmed, as at the begin of a call; 0: no change.
+	Snapshots     uint32 `protobuf:"varint,9,opt,name=snapshots,proto3" json:"snapshots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -419,6 +422,13 @@ func (x *PullRequest) GetRoundTripUs() uint64 {
 func (x *PullRequest) GetSnapshotPage() uint64 {
 	if x != nil {
 		return x.SnapshotPage
+	}
+	return 0
+}
+
+func (x *PullRequest) GetSnapshots() uint32 {
+	if x != nil {
+		return x.Snapshots
 	}
 	return 0
 }
@@ -823,8 +833,15 @@ type HoldsResponse struct {
 	Epoch  uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// Which of its own streams the called node still writes. The others of its streams get
 	// no more records. Nodes of older versions don't set says_writes.
-	Writes        []*Stream `protobuf:"bytes,4,rep,name=writes,proto3" json:"writes,omitempty"`
-	SaysWrites    bool      `protobuf:"varint,5,opt,name=says_writes,json=saysWrites,proto3" json:"says_writes,omitempty"`
+	Writes     []*Stream `protobuf:"bytes,4,rep,name=writes,proto3" json:"writes,omitempty"`
+	SaysWrites bool      `protobuf:"varint,5,opt,name=says_writes,json=saysWrites,proto3" json:"says_writes,omitempty"`
+	// What the table includes of streams that the called node no longer holds: such records
+	// can be had only as rows.
+	Gone []*StreamSeq `protobuf:"bytes,6,rep,name=gone,proto3" json:"gone,omitempty"`
+	// partial means that the table may lack rows, also of the streams in gone.
+	Partial bool `protobuf:"varint,7,opt,name=partial,proto3" json:"partial,omitempty"`
+	// says_gone tells an empty gone from the answer of a version that does not report it.
+	SaysGone      bool `protobuf:"varint,8,opt,name=says_gone,json=saysGone,proto3" json:"says_gone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -890,6 +907,27 @@ func (x *HoldsResponse) GetWrites() []*Stream {
 func (x *HoldsResponse) GetSaysWrites() bool {
 	if x != nil {
 		return x.SaysWrites
+	}
+	return false
+}
+
+func (x *HoldsResponse) GetGone() []*StreamSeq {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
+func (x *HoldsResponse) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
+func (x *HoldsResponse) GetSaysGone() bool {
+	if x != nil {
+		return x.SaysGone
 	}
 	return false
 }
@@ -1131,7 +1169,13 @@ type TableRows struct {
 	Partial bool   `protobuf:"varint,3,opt,name=partial,proto3" json:"partial,omitempty"`
 	Rows    []byte `protobuf:"bytes,4,opt,name=rows,proto3" json:"rows,omitempty"`
 	// more means that the page continues in the next message.
-	More          bool `protobuf:"varint,5,opt,name=more,proto3" json:"more,omitempty"`
+	More bool `protobuf:"varint,5,opt,name=more,proto3" json:"more,omitempty"`
+	// The following are set in the first message, too. gone is what the rows include of
+	// streams that the called node no longer holds, begins the first record that its
+	// journals still have of the others, jobs the number of jobs in the table.
+	Gone          []*StreamSeq `protobuf:"bytes,6,rep,name=gone,proto3" json:"gone,omitempty"`
+	Begins        []*StreamSeq `protobuf:"bytes,7,rep,name=begins,proto3" json:"begins,omitempty"`
+	Jobs          uint64       `protobuf:"varint,8,opt,name=jobs,proto3" json:"jobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1199,6 +1243,27 @@ func (x *TableRows) GetMore() bool {
 		return x.More
 	}
 	return false
+}
+
+func (x *TableRows) GetGone() []*StreamSeq {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
+func (x *TableRows) GetBegins() []*StreamSeq {
+	if x != nil {
+		return x.Begins
+	}
+	return nil
+}
+
+func (x *TableRows) GetJobs() uint64 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
 }
 
 type FeedItem struct {
@@ -1330,7 +1395,7 @@ const file_replication_proto_rawDesc = "" +
 	"\asaid_us\x18\x04 \x01(\x04R\x06saidUs\":\n" +
 	"\tOriginAge\x12\x16\n" +
 	"\x06origin\x18\x01 \x01(\tR\x06origin\x12\x15\n" +
-	"\x06age_us\x18\x02 \x01(\x04R\x05ageUs\"\xdd\x02\n" +
+	"\x06age_us\x18\x02 \x01(\x04R\x05ageUs\"\xfb\x02\n" +
 	"\vPullRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12/\n" +
 	"\x04want\x18\x02 \x01(\v2\x1b.dsnode.replication.v1.WantR\x04want\x128\n" +
@@ -1339,7 +1404,8 @@ const file_replication_proto_rawDesc = "" +
 	"\x05probe\x18\x05 \x01(\x04R\x05probe\x122\n" +
 	"\x04ages\x18\x06 \x03(\v2\x1e.dsnode.replication.v1.SiteAgeR\x04ages\x12\"\n" +
 	"\rround_trip_us\x18\a \x01(\x04R\vroundTripUs\x12#\n" +
-	"\rsnapshot_page\x18\b \x01(\x04R\fsnapshotPage\" \n" +
+	"\rsnapshot_page\x18\b \x01(\x04R\fsnapshotPage\x12\x1c\n" +
+	"\tsnapshots\x18\t \x01(\rR\tsnapshots\" \n" +
 	"\x04Want\x12\x18\n" +
 	"\aorigins\x18\x01 \x03(\tR\aorigins\"\xc6\x02\n" +
 	"\fPullResponse\x12\x16\n" +
@@ -1366,14 +1432,17 @@ const file_replication_proto_rawDesc = "" +
 	"\x04last\x18\x04 \x01(\bR\x04last\x128\n" +
 	"\x06covers\x18\x05 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06covers\"&\n" +
 	"\fHoldsRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"\xcb\x01\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\xb8\x02\n" +
 	"\rHoldsResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x124\n" +
 	"\x04held\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04held\x12\x14\n" +
 	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x125\n" +
 	"\x06writes\x18\x04 \x03(\v2\x1d.dsnode.replication.v1.StreamR\x06writes\x12\x1f\n" +
 	"\vsays_writes\x18\x05 \x01(\bR\n" +
-	"saysWrites\"(\n" +
+	"saysWrites\x124\n" +
+	"\x04gone\x18\x06 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04gone\x12\x18\n" +
+	"\apartial\x18\a \x01(\bR\apartial\x12\x1b\n" +
+	"\tsays_gone\x18\b \x01(\bR\bsaysGone\"(\n" +
 	"\x0eDigestsRequest\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\"\x97\x01\n" +
 	"\x0fDigestsResponse\x12\x16\n" +
@@ -1388,13 +1457,16 @@ const file_replication_proto_rawDesc = "" +
 	"\x04rows\x18\x03 \x01(\fR\x04rows\x12\x12\n" +
 	"\x04more\x18\x04 \x01(\bR\x04more\"&\n" +
 	"\fTableRequest\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\"\xa1\x01\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\"\xa5\x02\n" +
 	"\tTableRows\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12:\n" +
 	"\aapplied\x18\x02 \x03(\v2 .dsnode.replication.v1.StreamSeqR\aapplied\x12\x18\n" +
 	"\apartial\x18\x03 \x01(\bR\apartial\x12\x12\n" +
 	"\x04rows\x18\x04 \x01(\fR\x04rows\x12\x12\n" +
-	"\x04more\x18\x05 \x01(\bR\x04more\"L\n" +
+	"\x04more\x18\x05 \x01(\bR\x04more\x124\n" +
+	"\x04gone\x18\x06 \x03(\v2 .dsnode.replication.v1.StreamSeqR\x04gone\x128\n" +
+	"\x06begins\x18\a \x03(\v2 .dsnode.replication.v1.StreamSeqR\x06begins\x12\x12\n" +
+	"\x04jobs\x18\b \x01(\x04R\x04jobs\"L\n" +
 	"\bFeedItem\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x12\n" +
 	"\x04item\x18\x02 \x01(\fR\x04item\x12\x14\n" +
@@ -1462,25 +1534,28 @@ var file_replication_proto_depIdxs = []int32{
 	1,  // 14: dsnode.replication.v1.SnapshotPage.covers:type_name -> dsnode.replication.v1.StreamSeq
 	1,  // 15: dsnode.replication.v1.HoldsResponse.held:type_name -> dsnode.replication.v1.StreamSeq
 	0,  // 16: dsnode.replication.v1.HoldsResponse.writes:type_name -> dsnode.replication.v1.Stream
-	1,  // 17: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
-	1,  // 18: dsnode.replication.v1.TableRows.applied:type_name -> dsnode.replication.v1.StreamSeq
-	5,  // 19: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
-	11, // 20: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
-	13, // 21: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
-	15, // 22: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
-	16, // 23: dsnode.replication.v1.Replication.Table:input_type -> dsnode.replication.v1.TableRequest
-	18, // 24: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
-	7,  // 25: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
-	12, // 26: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
-	14, // 27: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
-	15, // 28: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
-	17, // 29: dsnode.replication.v1.Replication.Table:output_type -> dsnode.replication.v1.TableRows
-	19, // 30: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	1,  // 17: dsnode.replication.v1.HoldsResponse.gone:type_name -> dsnode.replication.v1.StreamSeq
+	1,  // 18: dsnode.replication.v1.DigestsResponse.applied:type_name -> dsnode.replication.v1.StreamSeq
+	1,  // 19: dsnode.replication.v1.TableRows.applied:type_name -> dsnode.replication.v1.StreamSeq
+	1,  // 20: dsnode.replication.v1.TableRows.gone:type_name -> dsnode.replication.v1.StreamSeq
+	1,  // 21: dsnode.replication.v1.TableRows.begins:type_name -> dsnode.replication.v1.StreamSeq
+	5,  // 22: dsnode.replication.v1.Replication.Pull:input_type -> dsnode.replication.v1.PullRequest
+	11, // 23: dsnode.replication.v1.Replication.Holds:input_type -> dsnode.replication.v1.HoldsRequest
+	13, // 24: dsnode.replication.v1.Replication.Digests:input_type -> dsnode.replication.v1.DigestsRequest
+	15, // 25: dsnode.replication.v1.Replication.Bucket:input_type -> dsnode.replication.v1.BucketRows
+	16, // 26: dsnode.replication.v1.Replication.Table:input_type -> dsnode.replication.v1.TableRequest
+	18, // 27: dsnode.replication.v1.Replication.Feed:input_type -> dsnode.replication.v1.FeedItem
+	7,  // 28: dsnode.replication.v1.Replication.Pull:output_type -> dsnode.replication.v1.PullResponse
+	12, // 29: dsnode.replication.v1.Replication.Holds:output_type -> dsnode.replication.v1.HoldsResponse
+	14, // 30: dsnode.replication.v1.Replication.Digests:output_type -> dsnode.replication.v1.DigestsResponse
+	15, // 31: dsnode.replication.v1.Replication.Bucket:output_type -> dsnode.replication.v1.BucketRows
+	17, // 32: dsnode.replication.v1.Replication.Table:output_type -> dsnode.replication.v1.TableRows
+	19, // 33: dsnode.replication.v1.Replication.Feed:output_type -> dsnode.replication.v1.FeedTaken
+	28, // [28:34] is the sub-list for method output_type
+	22, // [22:28] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_replication_proto_init() }

@@ -61,9 +61,9 @@ func layout(depth boltfile.Depth) boltfile.Layout {
 	return boltfile.Layout{PageSize: pageSize, Buckets: names, Freelist: true, Depth: depth}
 }
 
-// Discard removes the table's files, so that the next Open creates an empty table,
-// which is Partial. The caller has to fill it from the journals and from other
-// nodes' rows, and then calls SetWhole.
+// Discard removes the table's files, so that the next Open creates an empty table. The
+// caller has to fill it from the journals and from other nodes' rows, and then calls
+// SetWhole.
 func Discard(dir string) error {
 	if err := notePartial(dir); err != nil {
 		return fmt.Errorf("discard the job table: %w", err)
@@ -79,11 +79,6 @@ func Discard(dir string) error {
 // openFile opens the file or creates one, and checks as much as takes little time.
 func (t *Table) openFile() (err error) {
 	dir, path := t.o.Dir, filepath.Join(t.o.Dir, File)
-	partial, err := isPartial(dir)
-	if err != nil {
-		return err
-	}
-	t.partial.Store(partial)
 	if err := os.Remove(filepath.Join(dir, tempFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -97,13 +92,20 @@ func (t *Table) openFile() (err error) {
 	case t.fresh && marked:
 		return fmt.Errorf("%w: %s is gone, but %s exists", ErrDamaged, File, markFile)
 	case t.fresh:
-		err = createFile(dir, path)
+		if err = notePartial(dir); err == nil {
+			err = createFile(dir, path)
+		}
 	case marked && found.State == boltfile.MarkDamaged:
 		err = fmt.Errorf("%w: %s says that damage was found, or that a write failed", ErrDamaged, markFile)
 	}
 	if err != nil {
 		return err
 	}
+	partial, err := isPartial(dir)
+	if err != nil {
+		return err
+	}
+	t.partial.Store(partial)
 	depth := boltfile.Branches
 	if !marked || found.State != boltfile.MarkClosed {
 		depth = boltfile.Heads // it was not closed in order
@@ -130,6 +132,9 @@ func (t *Table) openFile() (err error) {
 	})
 	if err == nil && marked {
 		err = found.Allows(t.now)
+	}
+	if err == nil {
+		err = t.readProven()
 	}
 	if err == nil {
 		err = markFormat.Write(t.mark, t.now)

@@ -97,6 +97,15 @@ func (t *Table) Apply(s journal.Stream, records []journal.Record) {
 // durable when it returns. When frames are malformed the error wraps ErrDamaged;
 // then some rows may have been joined.
 func (t *Table) Merge(ctx context.Context, frames []byte) error {
+	if err := t.MergeSoon(frames); err != nil {
+		return err
+	}
+	return t.flush(ctx)
+}
+
+// MergeSoon is Merge for a page of many. The rows of all pages are durable when a later
+// Merge or SetAppliedAll returns; a sync for each page would take most of the time.
+func (t *Table) MergeSoon(frames []byte) error {
 	records, err := parseFrames(frames)
 	if err != nil {
 		return fmt.Errorf("merge rows: %w", err)
@@ -111,7 +120,7 @@ func (t *Table) Merge(ctx context.Context, frames []byte) error {
 		}
 		from = to
 	}
-	return t.flush(ctx)
+	return nil
 }
 
 // absences says which jobs had no row in the file, as of a number of commits.

@@ -31,6 +31,7 @@ type Table struct {
 	now     boltfile.Mark // state of the file; after Open only the committer uses it
 	fresh   bool
 	partial atomic.Bool
+	proven  atomic.Bool
 
 	stripes [stripeCount]stripe
 	pending atomic.Int64 // bytes in the stripes
@@ -69,7 +70,8 @@ type position struct {
 // directory's lock. The error wraps ErrDamaged or ErrNewerFormat, or is one of the
 // file system; then the files are unchanged.
 //
-// A new table is empty, which is only correct if no journal was trimmed: see Fresh.
+// A new table is empty and Partial: other nodes may have rows of records that this node's
+// journals don't have.
 func Open(o Options) (*Table, error) {
 	t := &Table{
 		o:       o.withDefaults(),
@@ -94,8 +96,7 @@ func Open(o Options) (*Table, error) {
 }
 
 // Fresh reports whether Open created the file. Then every journal has to be applied
-// from its first record; where records were already trimmed, rows have to come from
-// another node before jobs are served.
+// from its first record.
 func (t *Table) Fresh() bool { return t.fresh }
 
 // Close closes the files. Changes that Run has not committed are applied again from
@@ -211,6 +212,17 @@ func (t *Table) Applied(s journal.Stream) uint64 {
 	return 0
 }
 
+// Visible returns the sequence number up to which the stream's records are visible; they
+// may not be durable yet.
+func (t *Table) Visible(s journal.Stream) uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if p := t.streams[s]; p != nil {
+		return p.seen
+	}
+	return 0
+}
+
 // AppliedAll returns Applied of every stream.
 func (t *Table) AppliedAll() map[journal.Stream]uint64 {
 	t.mu.Lock()
@@ -227,9 +239,16 @@ func (t *Table) AppliedAll() map[journal.Stream]uint64 {
 // SetApplied records that merged rows include the stream's records up to seq. It is
 // durable when it returns, and never decreases.
 func (t *Table) SetApplied(ctx context.Context, s journal.Stream, seq uint64) error {
+	return t.SetAppliedAll(ctx, map[journal.Stream]uint64{s: seq})
+}
+
+// SetAppliedAll is SetApplied for several streams at once.
+func (t *Table) SetAppliedAll(ctx context.Context, applied map[journal.Stream]uint64) error {
 	t.mu.Lock()
-	p := t.position(s)
-	p.seen = max(p.seen, seq)
+	for s, seq := range applied {
+		p := t.position(s)
+		p.seen = max(p.seen, seq)
+	}
 	t.mu.Unlock()
 	return t.flush(ctx)
 }
@@ -250,6 +269,15 @@ func (t *Table) Counts() map[journal.Status]int64 {
 	n := make(map[journal.Status]int64, len(statuses))
 	for i, s := range statuses {
 		n[s] = t.counts[i].Load()
+	}
+	return n
+}
+
+// Jobs returns the number of jobs, without deleted ones.
+func (t *Table) Jobs() int64 {
+	n := int64(0)
+	for i := range statuses {
+		n += t.counts[i].Load()
 	}
 	return n
 }

@@ -98,6 +98,35 @@ func (r *recovery) truncateAtDamage(i int, g *segment, trouble error) error {
 	return nil
 }
 
+// noteDeleted records that all files of the stream are gone although it had records.
+func (r *recovery) noteDeleted() error {
+	l, s := r.l, r.s
+	note := damageNote{Format: damageFormat, From: 1, Through: r.checkpoint.Durable}
+	l.metrics.damaged.Inc()
+	l.log.Error("all files of a stream were deleted; other nodes must resend its records", "stream", s.id.String(), "through", note.Through)
+	// Before the stream exists again, peers must stop counting this node as a holder.
+	if err := l.renewStore(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return err
+	}
+	for _, dir := range []string{filepath.Dir(s.dir), l.o.Dir} {
+		if err := l.disk.syncDir(dir); err != nil {
+			return err
+		}
+	}
+	b, err := json.Marshal(note)
+	if err != nil {
+		return err
+	}
+	if err := l.replaceFile(filepath.Join(s.dir, damageFile), b); err != nil {
+		return err
+	}
+	s.damaged, r.note = note.Through, note
+	return nil
+}
+
 // keepPrefix keeps the intact part of a segment under its name, and the whole
 // segment under another.
 func (r *recovery) keepPrefix(g *segment) error {

@@ -346,3 +346,66 @@ func TestInterruptedCreationIsRemoved(t *testing.T) {
 		})
 	}
 }
+
+// A stream whose files were all deleted had records: it is damaged, not forgotten. One that
+// was dropped is forgotten, also if a crash interrupted that.
+func TestDeletedStreamIsDamaged(t *testing.T) {
+	for name, remove := range map[string]func(dir string) error{
+		"its directory": os.RemoveAll,
+		"its segments": func(dir string) error {
+			names, err := filepath.Glob(filepath.Join(dir, "*.seg"))
+			for _, n := range names {
+				err = errors.Join(err, os.Remove(n))
+			}
+			return err
+		},
+		"its origin's directory": func(dir string) error { return os.RemoveAll(filepath.Dir(dir)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := testOptions(t.TempDir())
+			acked := filled(t, o, 10, closed(t))
+			id := streamOf(1)
+			before := mustOpen(t, o)
+			frames, _, err := before.Read(id, 1, 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			mustClose(t, before)
+			if err := remove(filepath.Join(o.Dir, escape(id.Origin), id.Incarnation.String())); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 { // again after a restart
+				l := mustOpen(t, o)
+				e, known := l.End(id)
+				if want := uint64(len(acked)); !known || e.Durable != 0 || e.Damaged != want {
+					t.Fatalf("%+v, known %v; want damage up to %d", e, known, want)
+				}
+				mustClose(t, l)
+			}
+			l := mustOpen(t, o)
+			if _, err := l.Receive(t.Context(), id, frames); err != nil {
+				t.Fatal(err)
+			}
+			if e, _ := l.End(id); e.Damaged != 0 || e.Durable != uint64(len(acked)) {
+				t.Errorf("after the records came back: %+v", e)
+			}
+			mustClose(t, l)
+		})
+	}
+	t.Run("a drop that a crash interrupted", func(t *testing.T) {
+		o := testOptions(t.TempDir())
+		filled(t, o, 10, closed(t))
+		id := streamOf(1)
+		dir := filepath.Join(o.Dir, escape(id.Origin))
+		if err := os.Rename(filepath.Join(dir, id.Incarnation.String()), filepath.Join(dir, droppedPrefix+id.Incarnation.String())); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			l := mustOpen(t, o)
+			if _, known := l.End(id); known {
+				t.Error("the stream is there")
+			}
+			mustClose(t, l)
+		}
+	})
+}

@@ -37,6 +37,8 @@ func (l *Log) recover() error {
 	if err != nil {
 		return err
 	}
+	var dropped []string // directories of streams that a crash left half-deleted
+	ended := map[Stream]bool{}
 	for _, o := range origins {
 		origin, ok := unescape(o.Name())
 		if !o.IsDir() || !ok {
@@ -48,9 +50,10 @@ func (l *Log) recover() error {
 			return err
 		}
 		for _, i := range incarnations {
-			if strings.HasPrefix(i.Name(), droppedPrefix) {
-				if err := os.RemoveAll(filepath.Join(dir, i.Name())); err != nil {
-					return err
+			if name, found := strings.CutPrefix(i.Name(), droppedPrefix); found {
+				dropped = append(dropped, filepath.Join(dir, i.Name()))
+				if incarnation, err := ParseIncarnation(name); err == nil {
+					ended[Stream{origin, incarnation}] = true
 				}
 				continue
 			}
@@ -59,28 +62,60 @@ func (l *Log) recover() error {
 				continue
 			}
 			id := Stream{origin, incarnation}
-			s := &stream{id: id, dir: filepath.Join(dir, i.Name())}
-			r := recovery{l: l, s: s, checkpoint: known[id.String()]}
-			r.checkpoint.Durable = max(r.checkpoint.Durable, marked[incarnation].of(id))
-			if err := r.run(); err != nil {
-				return fmt.Errorf("stream %s: %w", id, err)
+			if err := l.recoverStream(id, filepath.Join(dir, i.Name()), known[id.String()], marked); err != nil {
+				return err
 			}
-			if len(s.segments) > 0 {
-				l.streams[id] = s
-				for _, g := range s.segments {
-					l.clock.Observe(g.clock)
-				}
-			}
+		}
+	}
+	// The checkpoint has no stream that was dropped, so the files of these were deleted.
+	for name, c := range known {
+		id, ok := parseStream(name)
+		if _, found := l.streams[id]; !ok || found || ended[id] || c.Durable == 0 {
+			continue
+		}
+		if err := l.recoverStream(id, l.dirOf(id), c, marked); err != nil {
+			return err
 		}
 	}
 	// Not earlier: until the new checkpoint is written, the old watermarks are needed.
 	if err := l.writeCheckpoint(l.all()); err != nil {
 		return err
 	}
+	for _, dir := range dropped { // not earlier: the old checkpoint may still have them
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
 	if l.watermarks, err = newWatermarks(l.disk, l.o.Dir); err != nil {
 		return err
 	}
 	return nil
+}
+
+func (l *Log) recoverStream(id Stream, dir string, known checkpoint, marked map[Incarnation]watermark) error {
+	s := &stream{id: id, dir: dir}
+	r := recovery{l: l, s: s, checkpoint: known}
+	r.checkpoint.Durable = max(r.checkpoint.Durable, marked[id.Incarnation].of(id))
+	if err := r.run(); err != nil {
+		return fmt.Errorf("stream %s: %w", id, err)
+	}
+	if len(s.segments) > 0 {
+		l.streams[id] = s
+		for _, g := range s.segments {
+			l.clock.Observe(g.clock)
+		}
+	}
+	return nil
+}
+
+// parseStream is the inverse of Stream.String.
+func parseStream(name string) (Stream, bool) {
+	at := strings.LastIndexByte(name, '/')
+	if at <= 0 {
+		return Stream{}, false
+	}
+	i, err := ParseIncarnation(name[at+1:])
+	return Stream{name[:at], i}, err == nil
 }
 
 func unescape(name string) (string, bool) {
@@ -152,6 +187,11 @@ func (r *recovery) run() error {
 		break
 	}
 	if len(r.s.segments) == 0 {
+		if r.s.damaged == 0 && r.checkpoint.Durable > 0 {
+			if err := r.noteDeleted(); err != nil {
+				return err
+			}
+		}
 		if r.s.damaged == 0 {
 			// A crash interrupted the creation of the stream; it never had a record.
 			return os.RemoveAll(r.s.dir)
@@ -179,7 +219,7 @@ func (r *recovery) run() error {
 // restarts the stream.
 func (r *recovery) list() error {
 	entries, err := os.ReadDir(r.s.dir)
-	if err != nil {
+	if err != nil && !isNotExist(err) { // without it: all files of the stream were deleted
 		return err
 	}
 	for _, e := range entries {

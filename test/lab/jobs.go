@@ -224,6 +224,35 @@ func (n *Node) Job(ctx context.Context, id string) (JobView, error) {
 	return JobView{}, fmt.Errorf("%s: %s: status %d: %s", n.Name, id, answer.StatusCode, body)
 }
 
+// JobIDs returns the ids of all jobs that a node has itself: unlike the client API, its
+// admin API asks no other node.
+func (n *Node) JobIDs(ctx context.Context) (map[string]bool, error) {
+	ids := map[string]bool{}
+	for page := ""; ; {
+		text, err := n.get(ctx, n.AdminURL()+"/admin/v1/jobs?limit=100"+page)
+		if err != nil {
+			return nil, err
+		}
+		var list struct {
+			Data []struct {
+				ID string `json:"id"`
+			} `json:"data"`
+			LastID  string `json:"last_id"`
+			HasMore bool   `json:"has_more"`
+		}
+		if err := json.Unmarshal(text, &list); err != nil {
+			return nil, fmt.Errorf("%s's list of jobs: %w", n.Name, err)
+		}
+		for _, j := range list.Data {
+			ids[j.ID] = true
+		}
+		if !list.HasMore || list.LastID == "" {
+			return ids, nil
+		}
+		page = "&after=" + list.LastID
+	}
+}
+
 // CheckJobs asks a node whether its journal and its table of jobs agree.
 func (n *Node) CheckJobs(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
@@ -321,6 +350,24 @@ func (b *JobLedger) Count() int {
 		}
 	}
 	return count
+}
+
+// Lacking describes the acknowledged jobs of some durabilities that were acknowledged
+// before a time and that a node does not have itself.
+func (b *JobLedger) Lacking(ctx context.Context, n *Node, before time.Time, durabilities ...string) ([]string, error) {
+	has, err := n.JobIDs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var lacks []string
+	for _, j := range b.jobs {
+		if !j.Acknowledged.IsZero() && j.Acknowledged.Before(before) && slices.Contains(durabilities, j.Durability) && !has[j.ID] {
+			lacks = append(lacks, fmt.Sprintf("%s has no job %d (%s, %s, submitted to %s)", n.Name, j.Number, j.ID, j.Durability, j.Node))
+		}
+	}
+	return lacks, nil
 }
 
 // Stop ends the submissions and returns all of them.

@@ -141,6 +141,13 @@ func (n *Node) WipeDisk() {
 	}
 }
 
+// LoseDisk kills the node, and starts it again with an empty disk.
+func (n *Node) LoseDisk() {
+	n.Kill()
+	n.WipeDisk()
+	n.Start()
+}
+
 func (n *Node) signal(sig syscall.Signal, within time.Duration) {
 	t := n.lab.t
 	t.Helper()

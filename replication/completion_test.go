@@ -172,6 +172,7 @@ func TestRebuildWaitsForCurrentMembers(t *testing.T) {
 	if err := os.MkdirAll(a1.dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	a1.joins = true
 	a1.discard()
 	var looks atomic.Int64
 	var heard atomic.Bool
@@ -201,5 +202,24 @@ func TestPartialTableIsNotCaughtUp(t *testing.T) {
 	w.sever("a1", "b1", false)
 	if err := a1.repl.AwaitCaughtUp(t.Context()); err != nil || a1.table.Partial() || a1.queued() != trimmedJobs {
 		t.Errorf("caught up with %d jobs of %d, partial %v: %v", a1.queued(), trimmedJobs, a1.table.Partial(), err)
+	}
+}
+
+// While a node was cut off, others have got records, and may have dropped streams. When it
+// hears them again it has everything only after it has compared itself with them again.
+func TestNodeIsBehindAfterACut(t *testing.T) {
+	w := newWorld(t, "a1", "b1").start()
+	a1, b1 := w.nodes["a1"], w.nodes["b1"]
+	eventually(t, "both have everything", w.healthy)
+	w.sever("a1", "b1", true)
+	seq := b1.submit(50, 1000)
+	eventually(t, "a1 has noticed the cut", func() bool { return !a1.repl.completion.isCompared("b1") })
+	if st := a1.repl.Standing(); !st.CaughtUp {
+		t.Errorf("a node that hears nobody is not behind anybody: %+v", st)
+	}
+	w.sever("a1", "b1", false)
+	eventually(t, "a1 has everything", func() bool { return a1.repl.Standing().CaughtUp })
+	if got := a1.table.Visible(b1.stream); got < seq {
+		t.Errorf("it says so with %d records of %d", got, seq)
 	}
 }
