@@ -32,6 +32,7 @@ type Campaign struct {
 	mu    sync.Mutex // guards Out and what follows
 	Plans int
 	Time  time.Duration // virtual
+	CPU   time.Duration // of the plans, without replays
 	Found map[string]*Finding
 }
 
@@ -68,9 +69,13 @@ func (c *Campaign) run(p *Plan, verbose bool) *Result {
 	if err != nil {
 		return failed(p, err, "")
 	}
+	binary, err := os.Executable()
+	if err != nil {
+		return failed(p, err, "")
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), realLimit)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestPlan$", "-test.timeout=0")
+	cmd := exec.CommandContext(ctx, binary, "-test.run=^TestPlan$", "-test.timeout=0")
 	cmd.Env = append(os.Environ(), envPlan+"="+filepath.Join(dir, "plan"), envResult+"="+filepath.Join(dir, "result"), "GOMAXPROCS=1", "GOGC=400")
 	if verbose {
 		cmd.Env = append(cmd.Env, envLog+"=info")
@@ -79,8 +84,11 @@ func (c *Campaign) run(p *Plan, verbose bool) *Result {
 	cmd.Stdout, cmd.Stderr, cmd.Dir = &out, &out, dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) } // it prints all goroutines
 	cmd.WaitDelay = 10 * time.Second
-	began := time.Now()
 	err = cmd.Run()
+	var used time.Duration
+	if cmd.ProcessState != nil {
+		used = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	}
 	text, readErr := os.ReadFile(filepath.Join(dir, "result"))
 	res := &Result{}
 	if readErr == nil {
@@ -92,7 +100,7 @@ func (c *Campaign) run(p *Plan, verbose bool) *Result {
 		}
 		res = failed(p, err, out.String())
 	}
-	res.Plan, res.Real = p, time.Since(began)
+	res.Plan, res.CPU = p, used
 	return res
 }
 
@@ -136,8 +144,9 @@ func report(res *Result) (bool, error) {
 	return true, os.WriteFile(path, text, 0o600)
 }
 
-// Run runs the plans of count seeds, and goes on until so much virtual time has passed.
-func (c *Campaign) Run(first uint64, count int, least time.Duration) {
+// Run runs the plans of these seeds, and goes on with the following ones until so much virtual
+// time has passed.
+func (c *Campaign) Run(seeds []uint64, least time.Duration) {
 	c.Found = map[string]*Finding{}
 	began := time.Now()
 	queue := make(chan uint64)
@@ -149,12 +158,15 @@ func (c *Campaign) Run(first uint64, count int, least time.Duration) {
 			}
 		})
 	}
-	for i := 0; i < count || c.passed() < least; i++ {
-		queue <- first + uint64(i)
+	for _, s := range seeds {
+		queue <- s
+	}
+	for next := seeds[len(seeds)-1] + 1; c.passed() < least; next++ {
+		queue <- next
 	}
 	close(queue)
 	work.Wait()
-	c.printf("%d plans, %s of virtual time in %s, %d kinds of breaches\n", c.Plans, c.Time.Round(time.Second), time.Since(began).Round(time.Second), len(c.Found))
+	c.printf("%d plans, %s of virtual time in %s (%s of CPU), %d kinds of breaches\n", c.Plans, c.Time.Round(time.Second), time.Since(began).Round(time.Second), c.CPU.Round(time.Second), len(c.Found))
 }
 
 func (c *Campaign) passed() time.Duration {
@@ -174,6 +186,7 @@ func (c *Campaign) plan(p *Plan, began time.Time) {
 	c.mu.Lock()
 	c.Plans++
 	c.Time += res.Virtual
+	c.CPU += res.CPU
 	var fresh []Breach
 	for _, b := range res.Breaches {
 		f := c.Found[b.Kind]
@@ -184,8 +197,8 @@ func (c *Campaign) plan(p *Plan, began time.Time) {
 		}
 		f.Seeds = append(f.Seeds, p.Seed)
 	}
-	_, _ = fmt.Fprintf(c.Out, "%7s seed %d %v: %s in %s, %d jobs, %d faults (%d left out), %d breaches\n",
-		time.Since(began).Round(time.Second), p.Seed, p.Nodes, res.Virtual.Round(time.Second), res.Real.Round(100*time.Millisecond), res.Jobs, len(p.Faults), res.Left, len(res.Breaches))
+	_, _ = fmt.Fprintf(c.Out, "%7s seed %d %v: %s in %s of CPU, %d jobs, %d faults (%d left out), %d breaches\n",
+		time.Since(began).Round(time.Second), p.Seed, p.Nodes, res.Virtual.Round(time.Second), res.CPU.Round(100*time.Millisecond), res.Jobs, len(p.Faults), res.Left, len(res.Breaches))
 	for _, b := range res.Breaches {
 		_, _ = fmt.Fprintf(c.Out, "        %s\n", b)
 	}

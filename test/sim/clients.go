@@ -65,7 +65,7 @@ func (l *Ledger) submitAll(ctx context.Context, machines []*Machine, every time.
 	for sleep(ctx, every/2+time.Duration(l.draw(int(every)))) == nil {
 		m := machines[l.draw(len(machines))]
 		durability := [...]string{"", "node", "site", "two-sites", "two-sites", "two-cities"}[l.draw(6)]
-		_, _ = l.submit(ctx, m, durability, 1+l.draw(body)) // a refusal is no loss
+		_, _ = l.submit(ctx, m, durability, body/2+l.draw(body/2+1)) // a refusal is no loss
 	}
 }
 

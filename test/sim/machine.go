@@ -60,9 +60,6 @@ type clocks struct {
 func (c *clocks) Boottime() time.Duration { return c.booted + time.Since(c.began) }
 func (c *clocks) Now() time.Time          { return time.Now().Add(c.ahead) }
 
-// errPower is what a write fails with when the machine has crashed.
-var errPower = errors.New("the machine has crashed")
-
 // trouble is the state of a machine's disk. Its zero value is a fast disk with much space.
 type trouble struct {
 	mu      sync.Mutex    // guards all below
@@ -101,6 +98,9 @@ func (t *trouble) hang() (end func()) {
 type disk struct {
 	*trouble
 	stopped, ended chan struct{} // the process has crashed; its directory was copied
+	// fatal: a write of Raft has failed. Raft panics then, which would end the simulation, so
+	// the write waits until the run has ended the process.
+	fatal atomic.Bool
 }
 
 const writeTime = time.Millisecond
@@ -128,11 +128,19 @@ func (d *disk) Before(w host.Write) error {
 		d.mu.Unlock()
 		select {
 		case <-d.stopped:
+			// Nobody sees what the rest of the process still writes: its directory was copied,
+			// and its network is off. So it may end in order.
 			<-d.ended
-			return errPower
+			return nil
 		default:
 		}
-		if hung == nil {
+		switch {
+		case hung != nil:
+		case err != nil && w == host.WriteRaft:
+			d.fatal.Store(true)
+			<-d.stopped
+			continue
+		default:
 			return err
 		}
 		select {
@@ -201,6 +209,8 @@ func (m *Machine) current() *process {
 func (m *Machine) ended() string {
 	p := m.process.Load()
 	switch {
+	case p != nil && p.disk.fatal.Load():
+		return "a write of Raft has failed"
 	case p == nil || m.current() != nil || p.stopping.Load():
 		return ""
 	case p.err != nil:

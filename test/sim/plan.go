@@ -12,12 +12,15 @@ import (
 // Plan is one simulation: a cluster, its load and its faults. The seed is also that of the
 // network's and the clients' random choices.
 type Plan struct {
-	Seed   uint64
-	Nodes  []int         // of each site
-	Every  time.Duration // between two submissions of a site's clients
-	Body   int           // bytes of the largest question
-	Sites  []string      `json:",omitempty"` // that have clients; empty: all
-	Faults []Fault
+	Seed  uint64
+	Nodes []int         // of each site
+	Every time.Duration // between two submissions of a site's clients
+	Body  int           // bytes of the largest question; the smallest has half of that
+	Sites []string      `json:",omitempty"` // that have clients; empty: all
+	// Upgrade: every node was restarted once, one after the other, before the first fault. Then
+	// there are streams that have ended, as in any cluster that has run for a while.
+	Upgrade bool
+	Faults  []Fault
 }
 
 // Kind is a kind of fault.
@@ -79,7 +82,13 @@ func (f Fault) String() string {
 }
 
 func (p *Plan) String() string {
-	s := fmt.Sprintf("seed %d, nodes %v, a job each %s at each site", p.Seed, p.Nodes, p.Every)
+	s := fmt.Sprintf("seed %d, nodes %v, a job of up to %d bytes each %s at each site", p.Seed, p.Nodes, p.Body, p.Every)
+	if len(p.Sites) > 0 {
+		s += " of " + strings.Join(p.Sites, " and ")
+	}
+	if p.Upgrade {
+		s += ", after a rolling restart"
+	}
 	for _, f := range p.Faults {
 		s += "\n  " + f.String()
 	}
@@ -98,14 +107,14 @@ const (
 // newPlan makes a plan from a seed.
 func newPlan(seed uint64) *Plan {
 	r := rand.New(rand.NewPCG(seed, 0x5eed))
-	p := &Plan{Seed: seed, Nodes: []int{1, 1, 1}, Every: time.Duration(100+r.IntN(900)) * time.Millisecond, Body: 100 << r.IntN(6)}
-	if r.IntN(5) < 2 {
+	p := &Plan{Seed: seed, Nodes: []int{1, 1, 1}, Every: time.Duration(100+r.IntN(900)) * time.Millisecond, Body: 200 << r.IntN(6), Upgrade: r.IntN(2) == 0}
+	if r.IntN(3) == 0 {
 		p.Nodes = []int{2, 2, 2}
 	}
 	g := generator{r, p}
-	for len(p.Sites) < 3 && r.IntN(3) == 0 { // the load is not the same everywhere
-		if s := g.site(); !slices.Contains(p.Sites, s) {
-			p.Sites = append(p.Sites, s)
+	if r.IntN(3) > 0 { // the load is not the same everywhere
+		for _, i := range r.Perm(len(p.Nodes))[:1+r.IntN(2)] {
+			p.Sites = append(p.Sites, siteNames[i].name)
 		}
 	}
 	switch n := 1 + r.IntN(4); {
@@ -130,7 +139,7 @@ func pick[T any](r *rand.Rand, of ...T) T { return of[r.IntN(len(of))] }
 // place is a site's index. The first site, which begins as the primary, comes more often:
 // most depends on it.
 func (g generator) place() int {
-	if g.IntN(4) == 0 {
+	if g.IntN(3) == 0 {
 		return 0
 	}
 	return g.IntN(len(g.plan.Nodes))
@@ -200,7 +209,7 @@ func (g generator) of(kind Kind) Fault {
 		f.Nodes, f.Await = []string{g.node()}, true
 		f.For = min(f.For, 20*time.Second)
 	case DiskSlow:
-		f.Nodes, f.Writes, f.For = []string{g.node()}, 2+g.IntN(30), g.lasting(5*time.Second, longest)
+		f.Nodes, f.Writes, f.For = []string{g.node()}, 1+g.IntN(15), g.lasting(5*time.Second, longest)
 	case Remove:
 		f.Nodes, f.For, f.Await = []string{g.node()}, 10*time.Second+min(f.For, 20*time.Second), true
 	case DiskHang:
@@ -229,11 +238,11 @@ func (g generator) rules() []Rule {
 			r.To = place()
 		}
 	}
-	switch g.IntN(6) {
+	switch g.IntN(8) {
 	case 0, 1:
 		r.Traffic = pick(g.Rand, "raft", "grpc", "http", GossipUDP, GossipTCP)
-	case 2, 3:
-		r.Over = pick(g.Rand, 200, 500, 1100, 1400, 4000)
+	case 2, 3, 4, 5:
+		r.Over = pick(g.Rand, 300, 500, 800, 1100, 1400, 4000)
 	}
 	switch g.IntN(8) {
 	case 0:

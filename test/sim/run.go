@@ -21,7 +21,7 @@ type Result struct {
 	Plan     *Plan
 	Breaches []Breach
 	Virtual  time.Duration
-	Real     time.Duration
+	CPU      time.Duration
 	Jobs     int // acknowledged
 	Left     int // faults that were left out, see Fault.Await
 	Log      []string
@@ -94,6 +94,12 @@ func (r *run) all() error {
 	}
 
 	start := time.Now()
+	if r.plan.Upgrade {
+		if err := r.upgrade(); err != nil {
+			return errors.Join(err, w.close())
+		}
+		start = time.Now()
+	}
 	for i := range r.plan.Faults {
 		f := &r.plan.Faults[i]
 		r.events.add(start.Add(f.At), func() error { return r.begin(f, time.Now().Add(awaitFor)) })
@@ -116,6 +122,24 @@ func (r *run) all() error {
 	work.Wait()
 	r.result.Virtual = time.Since(w.began)
 	return errors.Join(err, w.close())
+}
+
+// upgrade restarts the nodes one after the other, each when the cluster is healthy, and lets
+// the jobs of the streams before end.
+func (r *run) upgrade() error {
+	for _, m := range r.w.machines {
+		if err := r.w.within(time.Minute, r.w.healthy); err != nil {
+			return fmt.Errorf("rolling restart: %w", err)
+		}
+		r.laws.setAway(m.Name, "that it was stopped")
+		m.Stop()
+		if err := r.start(m); err != nil {
+			return err
+		}
+		time.Sleep(2 * time.Second)
+	}
+	time.Sleep(15 * time.Second)
+	return nil
 }
 
 // drive does what is due, and keeps processes running, until a minute after the last fault.

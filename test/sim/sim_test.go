@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +15,7 @@ import (
 var (
 	firstSeed = flag.Uint64("sim.first", 1, "the first seed")
 	seedCount = flag.Int("sim.seeds", 2, "how many seeds")
+	only      = flag.String("sim.only", "", "these seeds, with commas between them")
 	hours     = flag.Float64("sim.hours", 0, "go on with further seeds until this much virtual time has passed")
 	parallel  = flag.Int("sim.parallel", 2, "plans at a time")
 	replays   = flag.Int("sim.replays", 0, "how often a plan that breaks a law is run again")
@@ -64,7 +67,21 @@ func TestSimulate(t *testing.T) {
 	if !testing.Verbose() {
 		c.Out = t.Output()
 	}
-	c.Run(*firstSeed, *seedCount, time.Duration(*hours*float64(time.Hour)))
+	var seeds []uint64
+	for i := range *seedCount {
+		seeds = append(seeds, *firstSeed+uint64(i))
+	}
+	if *only != "" {
+		seeds = nil
+		for text := range strings.SplitSeq(*only, ",") {
+			s, err := strconv.ParseUint(text, 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			seeds = append(seeds, s)
+		}
+	}
+	c.Run(seeds, time.Duration(*hours*float64(time.Hour)))
 	for _, f := range c.Found {
 		t.Errorf("seeds %v, replays %q: %s\n%s", f.Seeds, f.Rate, f.Breach, f.Plan)
 		if *out == "" {
