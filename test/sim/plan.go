@@ -101,7 +101,7 @@ func (f Fault) losesDisk() bool { return f.Kind == Wipe || f.Kind == Restore || 
 const (
 	faultsBegin = 5 * time.Second
 	faultsEnd   = 75 * time.Second
-	longest     = 60 * time.Second
+	longest     = 45 * time.Second
 )
 
 // newPlan makes a plan from a seed.
@@ -166,7 +166,7 @@ func (g generator) duration(from, to time.Duration) time.Duration {
 }
 
 func (g generator) kind() Kind {
-	return pick(g.Rand, Packets, Packets, Packets, Packets, Packets, Packets, Crash, Crash, Crash, Wipe, Wipe, Wipe, Restore,
+	return pick(g.Rand, Packets, Packets, Packets, Packets, Packets, Packets, Packets, Packets, Crash, Crash, Crash, Wipe, Wipe, Wipe, Restore,
 		DiskHang, DiskHang, DiskFail, DiskFull, DiskSlow, DiskSlow, Restart, Switchover, Remove)
 }
 
@@ -194,7 +194,11 @@ func (g generator) of(kind Kind) Fault {
 	f := Fault{Kind: kind, For: g.duration(500*time.Millisecond, longest)}
 	switch kind {
 	case Packets:
-		f.Rules, f.For = g.rules(), g.lasting(time.Second, longest)
+		f.Rules, f.For = g.rules(), g.lasting(time.Second, 2*longest)
+		if g.IntN(4) == 0 { // a wrong MTU lasts until somebody has found out
+			r := Rule{From: g.site(), Over: pick(g.Rand, 500, 800, 1100, 1400), Cut: true}
+			f.Rules, f.For = g.directions(r), g.lasting(longest, 2*longest)
+		}
 	case Crash:
 		f.Resets = g.IntN(2) == 0
 		if g.IntN(3) == 0 {
@@ -209,7 +213,7 @@ func (g generator) of(kind Kind) Fault {
 		f.Nodes, f.Await = []string{g.node()}, true
 		f.For = min(f.For, 20*time.Second)
 	case DiskSlow:
-		f.Nodes, f.Writes, f.For = []string{g.node()}, 1+g.IntN(15), g.lasting(5*time.Second, longest)
+		f.Nodes, f.Writes, f.For = []string{g.node()}, 2+g.IntN(10), g.lasting(5*time.Second, longest)
 	case Remove:
 		f.Nodes, f.For, f.Await = []string{g.node()}, 10*time.Second+min(f.For, 20*time.Second), true
 	case DiskHang:
@@ -252,6 +256,11 @@ func (g generator) rules() []Rule {
 	default:
 		r.Cut = true
 	}
+	return g.directions(r)
+}
+
+// directions are a rule for packets there, back, or both.
+func (g generator) directions(r Rule) []Rule {
 	back := r
 	back.From, back.To = r.To, r.From
 	switch g.IntN(4) {
