@@ -13,7 +13,7 @@ import (
 )
 
 var (
-	firstSeed = flag.Uint64("sim.first", 1, "the first seed")
+	firstSeed = flag.Uint64("sim.first", 2, "the first seed")
 	seedCount = flag.Int("sim.seeds", 2, "how many seeds")
 	only      = flag.String("sim.only", "", "these seeds, with commas between them")
 	hours     = flag.Float64("sim.hours", 0, "go on with further seeds until this much virtual time has passed")
