@@ -90,6 +90,12 @@ func (o *observer) fault(site string, by int) {
 	}
 }
 
+func (o *observer) all() []Breach {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.Clone(o.breaches)
+}
+
 // broken reports a breach, one of each kind.
 func (o *observer) broken(law int, format string, args ...any) {
 	o.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 )
@@ -56,4 +57,10 @@ func (l *logs) add(line string) {
 		l.lines = append(l.lines[:0], l.lines[maxLines/2:]...)
 	}
 	l.lines = append(l.lines, line)
+}
+
+func (l *logs) all() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.lines)
 }

@@ -65,9 +65,9 @@ func simulate(dir string, p *Plan, level slog.Level) (*Result, error) {
 		images: map[string]string{}, removed: map[string]bool{}, offline: map[string]bool{},
 	}
 	err = r.all()
-	r.result.Breaches = r.laws.breaches
-	r.result.Jobs = len(ledger.jobs)
-	r.result.Log = l.lines
+	r.result.Breaches = r.laws.all()
+	r.result.Jobs = len(ledger.acknowledged(time.Now(), func(*Job) bool { return true }))
+	r.result.Log = l.all()
 	return r.result, err
 }
 
