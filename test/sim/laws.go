@@ -180,7 +180,7 @@ func (o *observer) lookAtPrimary() {
 			continue
 		}
 		h := p.node.Health()
-		if !h.Lease {
+		if !h.Acting {
 			continue
 		}
 		sites[m.Site] = h.Epoch
