@@ -165,6 +165,13 @@ func TestFailoverToASiteWhoseDiskHangs(t *testing.T) {
 	if t.Logf("%s was not seen to act for %v at most", old.Name, gap); gap > within(time.Second) {
 		t.Errorf("%s did not act for %v", old.Name, gap)
 	}
+	s.lab.WaitFor(within(returns), "the plan to allow the switchover", func(ctx context.Context) error {
+		plan, err := old.Nodes[0].SwitchoverPlan(ctx, target.Name)
+		if err == nil && !plan.OK {
+			err = fmt.Errorf("plan %+v", plan)
+		}
+		return err
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	if result, err := old.Nodes[0].Switchover(ctx, target.Name); err != nil || !result.LeaderMoved {

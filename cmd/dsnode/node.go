@@ -100,6 +100,7 @@ func newNodeRemoveCommand(env *environment) *cobra.Command {
 			return showRemoval(s, p)
 		default:
 			say(s.env.stderr, "plan", removalText(p))
+			warnOfMissingJobs(ctx, s, r.Node)
 			if err := confirm(env, yes, fmt.Sprintf("Remove %s now?", printable(r.Node))); err != nil {
 				return err
 			}
