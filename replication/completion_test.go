@@ -223,3 +223,32 @@ func TestNodeIsBehindAfterACut(t *testing.T) {
 		t.Errorf("it says so with %d records of %d", got, seq)
 	}
 }
+
+// The age of a copy does not count from when the copy's node, or its relay, dropped a
+// retired stream: the source that it asks may still hold that one.
+func TestCopyStaysYoungAfterAStreamWasRetired(t *testing.T) {
+	w, e := endingWorld(t, "a1", "a2", "b1", "b2")
+	w.connected()
+	a1 := w.nodes["a1"]
+	stream, seq := a1.stream, a1.submit(5, 100)
+	w.wantEverywhere(stream, seq)
+	a1.restart()
+	w.wantEverywhere(a1.stream, a1.submit(5, 100))
+	for _, name := range []string{"b1", "b2"} {
+		eventually(t, name+" has heard what a1 has", func() bool { _, known := w.nodes[name].repl.Lag("a"); return known })
+	}
+	// The copies at b drop the stream before its source does.
+	e.end(stream)
+	for _, name := range []string{"b1", "b2", "a2"} {
+		n := w.nodes[name]
+		eventually(t, name+" drops the retired stream", func() bool { n.repl.trim(); return n.holds(stream) == 0 })
+	}
+	dropped := a1.repl.opts.Boottime()
+	for _, name := range []string{"b1", "b2"} {
+		n := w.nodes[name]
+		eventually(t, name+" has heard of all a1's records since", func() bool {
+			lag, known := n.repl.Lag("a")
+			return known && lag < (n.repl.opts.Boottime()-dropped).Seconds()
+		})
+	}
+}

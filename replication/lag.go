@@ -70,6 +70,8 @@ func (f *freshness) answered(origin string, at time.Duration, ends map[journal.S
 	switch {
 	case lacks == nil:
 		c.setFresh(at)
+		// Earlier answers say nothing more. Some may lack a stream that was retired since.
+		c.pending = slices.DeleteFunc(c.pending, func(p pendingAnswer) bool { return p.at <= at })
 	case len(c.pending) < maxPendingAnswers:
 		c.pending = append(c.pending, pendingAnswer{at: at, lacks: lacks})
 	default:

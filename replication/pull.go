@@ -325,6 +325,11 @@ func (c *pullSession) handleAnswer(a *replicationpb.ProbeAnswer) error {
 	}
 	byOrigin := map[string]map[journal.Stream]uint64{}
 	for s, end := range c.sourceEnds {
+		// This node has dropped a retired stream, or need not get it.
+		if c.r.opts.Retired(s) {
+			delete(c.sourceEnds, s)
+			continue
+		}
 		if byOrigin[s.Origin] == nil {
 			byOrigin[s.Origin] = map[journal.Stream]uint64{}
 		}
