@@ -87,10 +87,12 @@ type runnerSilence struct {
 
 // lookForAbandoned ends what is to be ended. It reports whether to look again soon.
 func (r *Runner) lookForAbandoned(ctx context.Context, silence *runnerSilence) (again bool) {
+	// In this order: a drill of this node is busy before its record is agreed on.
+	drills := r.o.Agreement.State().Drills
 	r.mu.Lock()
 	unwritten, busy := r.unwritten, r.busy
 	r.mu.Unlock()
-	for _, d := range r.o.Agreement.State().Drills {
+	for _, d := range drills {
 		if d.Verdict != "" {
 			continue
 		}

@@ -3,6 +3,7 @@ package drill
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -149,10 +150,26 @@ func TestDrillOfARunnerThatIsGone(t *testing.T) {
 		if report.Rehearsed != "a loss" || report.Runner != "" || !d.EndedAt.Equal(*report.EndedAt) {
 			t.Errorf("the report %+v", report)
 		}
+		w.awaitHealed(t)
 		if got := w.drill(t, r, Request{Kind: Switchover, Site: "b"}); got.Verdict != Pass {
 			t.Errorf("the next drill: %s: %s", got.Verdict, got.Why)
 		}
 	})
+}
+
+// awaitHealed waits until no site is cut off.
+func (w *world) awaitHealed(t *testing.T) {
+	t.Helper()
+	for range 600 {
+		w.mu.Lock()
+		cut := w.cut
+		w.mu.Unlock()
+		if cut == "" {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Fatalf("%s stays cut off", w.cut)
 }
 
 // A runner that hears only silence for less than a restart ends nothing, and neither does
@@ -213,4 +230,28 @@ func TestDrillOfARunnerThatWasRestarted(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A drill that this node begins while it looks for abandoned ones is not one of them.
+func TestDrillThatBeginsDuringALookIsNotAbandoned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		r := NewRunner(Options{
+			Node: "b-1", Site: "b", Agreement: w, Boottime: w.now, Now: time.Now, Logger: slog.New(slog.DiscardHandler),
+		})
+		d := ofRunner(t, "b-1", time.Minute)
+		w.beforeState = func() {
+			w.beforeState = nil
+			r.mu.Lock()
+			r.busy = true
+			r.mu.Unlock()
+			if _, err := w.Propose(t.Context(), agreed.CmdDrillPut, d); err != nil {
+				t.Error(err)
+			}
+		}
+		r.lookForAbandoned(t.Context(), &runnerSilence{})
+		if drills := w.State().Drills; len(drills) != 1 || drills[0].Verdict != "" {
+			t.Errorf("the drill was ended: %+v", drills)
+		}
+	})
 }

@@ -45,6 +45,8 @@ type world struct {
 	silent    map[string]bool // nodes that are not heard for another reason than a cut
 	behind    func()          // brings the node's copy of the agreed state up to date at its next entry
 	switchErr error
+
+	beforeState func() // called by State
 }
 
 const worldConfig = `version: 1
@@ -80,6 +82,9 @@ func newWorld(t *testing.T) *world {
 func (w *world) now() time.Duration { return time.Since(w.start) }
 
 func (w *world) State() *agreed.State {
+	if w.beforeState != nil {
+		w.beforeState()
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.state
