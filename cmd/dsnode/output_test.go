@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -148,10 +149,9 @@ func (c *countdown) Write(p []byte) (int, error) {
 func TestWatchGoesOnThroughAnOutage(t *testing.T) {
 	f := &fakeCluster{state: "healthy"}
 	port := admin.New(admin.Options{Cluster: f, Gatherer: prometheus.NewRegistry(), Health: http.NotFoundHandler()})
-	asked := 0
+	var asked atomic.Int32
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		asked++ // one request at a time
-		if asked == 2 {
+		if asked.Add(1) == 2 {
 			panic(http.ErrAbortHandler) // the connection breaks
 		}
 		port.ServeHTTP(w, r)
