@@ -212,6 +212,7 @@ type segment struct {
 type half struct {
 	net      *Network
 	from, to Place
+	back     *half // the other direction
 	traffic  string
 	cond     sync.Cond // on Network.mu
 	segments []segment
@@ -278,7 +279,31 @@ func (n *Network) send(h *half, s segment) {
 	h.last = s.arrives
 	h.segments = append(h.segments, s)
 	h.bytes += len(s.b)
+	h.refuse(&s)
 	h.cond.Broadcast()
+}
+
+// refuse answers a segment that reaches a closed reader, as TCP does: with a reset, which
+// fails the sender's reads and writes at the same time. (A write that failed before the
+// read did would make gRPC repeat a call at once and without end, in no virtual time.)
+func (h *half) refuse(s *segment) {
+	if !h.closedBy.reader || !s.held.IsZero() || s.fin {
+		return
+	}
+	l := h.net.link(h.back.from, h.back.to, h.traffic, 0)
+	if l.cut {
+		return // the sender's user timeout ends it
+	}
+	time.AfterFunc(time.Until(s.arrives)+h.net.way(l), func() {
+		h.net.mu.Lock()
+		defer h.net.mu.Unlock()
+		for _, h := range []*half{h, h.back} {
+			if h.err == nil {
+				h.err = syscall.ECONNRESET
+			}
+			h.cond.Broadcast()
+		}
+	})
 }
 
 // release sends the held segments whose way is free again.
@@ -304,6 +329,7 @@ func (n *Network) release(h *half) {
 		}
 		h.last = s.arrives
 		s.held = time.Time{}
+		h.refuse(s)
 	}
 	h.cond.Broadcast()
 }
@@ -394,8 +420,6 @@ func (c *conn) Write(b []byte) (int, error) {
 			return 0, c.opError("write", os.ErrDeadlineExceeded)
 		case h.err != nil:
 			return 0, c.opError("write", h.err)
-		case h.closedBy.reader:
-			return 0, c.opError("write", syscall.EPIPE)
 		case h.bytes <= sendBuffer:
 			h.net.send(h, segment{b: slices.Clone(b), size: len(b)})
 			return len(b), nil
@@ -683,6 +707,7 @@ func (n *Network) connect(from netip.Addr, to netip.AddrPort, traffic string) (*
 		local: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, port)), remote: net.TCPAddrFromAddrPort(to),
 	}
 	out, in := n.newHalf(a.from, a.to, traffic), n.newHalf(a.to, a.from, traffic)
+	in.back, out.back = out, in
 	a.in, a.out = in, out
 	b := &conn{net: n, from: a.to, to: a.from, traffic: traffic, local: a.remote, remote: a.local, in: out, out: in, peer: a}
 	a.peer = b

@@ -192,6 +192,29 @@ func TestMachineGoesOff(t *testing.T) {
 	}
 }
 
+// As with TCP, a write to an end that was closed succeeds until the reset comes back, which
+// fails reads and writes alike; no write fails while reads still wait.
+func TestWriteToAClosedEnd(t *testing.T) {
+	bubble(t, func(t *testing.T, p *pair) {
+		a, b := p.connect("http")
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+		start := time.Now()
+		for {
+			if _, err := a.Write([]byte("x")); errors.Is(err, syscall.ECONNRESET) {
+				break
+			} else if err != nil || time.Since(start) > time.Second {
+				t.Fatalf("a write after %s: %v", time.Since(start), err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		if after := time.Since(start); after < 2*oneWay || after > 2*oneWay+time.Millisecond {
+			t.Errorf("reset after %s, want a round trip, %s", after, 2*oneWay)
+		}
+	})
+}
+
 // Datagrams get lost, and overtake each other.
 func TestDatagrams(t *testing.T) {
 	bubble(t, func(t *testing.T, p *pair) {
