@@ -460,8 +460,10 @@ func (r *run) remove(f *Fault, m *Machine) (end func() error, err error) {
 }
 
 // chats asks a node for an answer every other second. Its own site has a model server, so a
-// process that has answered once must go on, whatever happens elsewhere.
+// process that has answered once must go on, whatever happens elsewhere. One that is about to
+// end by itself, as a removed node does, refuses connections first.
 func (r *run) chats(ctx context.Context, m *Machine) {
+	const ending = 5 * time.Second
 	var answered *process
 	for sleep(ctx, 2*time.Second) == nil {
 		p := m.current()
@@ -472,8 +474,8 @@ func (r *run) chats(ctx context.Context, m *Machine) {
 		switch {
 		case err == nil:
 			answered = p
-		case answered == p && ctx.Err() == nil && m.current() == p && !p.stopping.Load():
-			r.laws.broken(6, "%s does not answer a chat request: %s", m.Name, err)
+		case answered == p && sleep(ctx, ending) == nil && m.current() == p && !p.stopping.Load():
+			r.laws.broken(6, "%s did not answer a chat request %s ago: %s", m.Name, ending, err)
 		}
 	}
 }
