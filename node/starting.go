@@ -26,9 +26,9 @@ type startView struct {
 	FenceKnown bool
 	JobsLoaded bool
 	Lacking    []string // living nodes whose jobs it has not followed to their end
-	// LostVote: it was a voter before its start and is none now. Voters is how many there
-	// are, MostVoters how many there could be with the nodes that are heard.
-	LostVote           bool
+	// HadVote: it was a voter before its start. Voters is how many there are, MostVoters how
+	// many there could be with the nodes that are heard.
+	HadVote            bool
 	Voters, MostVoters int
 	Running            time.Duration // since its start
 }
@@ -48,9 +48,10 @@ func (v startView) lacks() string {
 		return "its job table is not loaded yet"
 	case len(v.Lacking) > 0:
 		return "it has not yet all jobs of " + strings.Join(v.Lacking, ", ")
-	case v.LostVote && v.Voters < v.MostVoters && v.Running < failover.VoteReturnsWithin:
-		// Those who stop the next node may count on the votes of this one.
-		return fmt.Sprintf("it lost its vote while it was away, and %d of %d voters are placed", v.Voters, v.MostVoters)
+	case v.HadVote && v.Voters < v.MostVoters && v.Running < failover.VoteReturnsWithin:
+		// Those who stop the next nodes count on as many votes as before. That this node has
+		// its own again is not enough: of four voters only one may be lost.
+		return fmt.Sprintf("voters were replaced while it was away, and %d of %d are placed", v.Voters, v.MostVoters)
 	case !v.FenceKnown:
 		return "it does not know the primary yet"
 	case v.FenceWait > 0:
@@ -83,11 +84,10 @@ func (n *Node) startView() startView {
 			perSite[p.Site]++
 		}
 	}
-	v.LostVote, v.MostVoters = n.cluster.HadVote(), failover.MostVoters(perSite)
+	v.HadVote, v.MostVoters = n.cluster.HadVote(), failover.MostVoters(perSite)
 	for _, s := range raft.Servers {
 		if s.Voter {
 			v.Voters++
-			v.LostVote = v.LostVote && s.Name != n.cfg.Name
 		}
 	}
 	v.Running = time.Since(n.cluster.StartedAt())
