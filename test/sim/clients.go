@@ -2,7 +2,6 @@ package sim
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -75,7 +74,7 @@ func (l *Ledger) submit(ctx context.Context, m *Machine, durability string, size
 	l.sent++
 	n := l.sent
 	l.mu.Unlock()
-	question := fmt.Sprintf("job %d %s", n, strings.Repeat("x", size))
+	question := fmt.Sprintf("job %d "+secret+" %s", n, strings.Repeat("x", size))
 	body := fmt.Sprintf(`{"endpoint":"/v1/chat/completions","durability":%q,"body":{"model":%q,"messages":[{"role":"user","content":%q}]}}`, durability, modelName, question)
 	if durability == "" {
 		body = strings.Replace(body, `"durability":"",`, "", 1)
@@ -166,21 +165,4 @@ func (l *Ledger) acknowledged(before time.Time, want func(*Job) bool) []*Job {
 		}
 	}
 	return found
-}
-
-// chat asks a node a question, as a client that waits for the answer.
-func (w *World) chat(ctx context.Context, m *Machine) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	body := fmt.Sprintf(`{"model":%q,"messages":[{"role":"user","content":"hello"}]}`, modelName)
-	var out struct {
-		Choices []json.RawMessage `json:"choices"`
-	}
-	if _, err := w.call(ctx, m, http.MethodPost, m.at(portAPI)+"/v1/chat/completions", body, &out); err != nil {
-		return err
-	}
-	if len(out.Choices) != 1 {
-		return fmt.Errorf("%d choices", len(out.Choices))
-	}
-	return nil
 }

@@ -1,8 +1,14 @@
 package sim
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -39,6 +45,9 @@ const (
 	dwell   = 2 * time.Minute // between two automatic promotions; a cluster that has just moved the role may wait
 	// mayQueue is how long a job may wait in a cluster that says that it is healthy.
 	mayQueue = 30 * time.Second
+	// mayRun is how many goroutines there may be for each node, with those of its clients and
+	// of processes that are ending.
+	mayRun = 1500
 )
 
 // observer looks at all nodes during the whole run.
@@ -205,8 +214,43 @@ func (o *observer) lookAtPrimary() {
 	}
 }
 
+// checkClear looks for secrets where they may not be: on the wires between nodes, as long as
+// the run has lasted, and on the disks now.
+func (o *observer) checkClear() {
+	n := o.w.net
+	n.mu.Lock()
+	clear := n.clear
+	n.mu.Unlock()
+	if clear != "" {
+		o.broken(7, "in clear on a wire: %s", clear)
+	}
+	for _, m := range o.w.machines {
+		err := filepath.WalkDir(m.dataDir(), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			text, err := os.ReadFile(path)
+			for _, s := range secrets {
+				if bytes.Contains(text, []byte(s)) {
+					o.broken(7, "in clear on a disk: %q in %s of %s", s, filepath.Base(path), m.Name)
+				}
+			}
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // it was replaced just now
+			}
+			return err
+		})
+		if err != nil {
+			o.broken(7, "the disk of %s: %s", m.Name, err)
+		}
+	}
+}
+
 // compare compares the statuses with the world.
 func (o *observer) compare() {
+	if n := runtime.NumGoroutine(); n > mayRun*len(o.w.machines) {
+		o.broken(10, "%d goroutines for %d nodes", n, len(o.w.machines))
+	}
 	now := time.Now()
 	acked := o.ledger.acknowledged(now.Add(-mayLag), (*Job).strong)
 	waiting := o.ledger.acknowledged(now.Add(-mayQueue), func(j *Job) bool { return j.strong() && j.Final == "" })

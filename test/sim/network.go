@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -80,7 +81,8 @@ type Network struct {
 	conns     map[*conn]struct{} // dialled ends
 	ports     map[netip.Addr]uint16
 	places    map[netip.Addr]Place
-	watching  bool // the kernel's loop runs
+	watching  bool   // the kernel's loop runs
+	clear     string // a secret that was seen between two nodes: from where, to where, and what
 }
 
 // NewNetwork makes a network whose sites are base apart. It must be called in the bubble.
@@ -264,6 +266,7 @@ func (h *half) heldSince() time.Time {
 
 // send puts a segment on the way; the caller holds mu.
 func (n *Network) send(h *half, s segment) {
+	n.read(h.from, h.to, h.traffic, s.b)
 	now := time.Now()
 	l := n.link(h.from, h.to, h.traffic, s.size)
 	s.arrives = now.Add(n.way(l))
@@ -304,6 +307,25 @@ func (h *half) refuse(s *segment) {
 			h.cond.Broadcast()
 		}
 	})
+}
+
+// read reads along, as somebody between two nodes could.
+func (n *Network) read(from, to Place, traffic string, b []byte) {
+	if from.Node == "" || to.Node == "" || n.clear != "" {
+		return
+	}
+	for _, s := range secrets {
+		if bytes.Contains(b, []byte(s)) {
+			n.clear = fmt.Sprintf("%q from %s to %s by %s", s, from.Node, to.Node, traffic)
+		}
+	}
+}
+
+// faulty reports whether the network has a fault.
+func (n *Network) faulty() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.rules) > 0
 }
 
 // release sends the held segments whose way is free again.
@@ -802,6 +824,7 @@ func (p *packetConn) WriteToUDPAddrPort(b []byte, to netip.AddrPort) (int, error
 	if p.shut {
 		return 0, net.ErrClosed
 	}
+	n.read(n.places[p.addr.Addr()], n.places[to.Addr()], GossipUDP, b)
 	l := n.link(n.places[p.addr.Addr()], n.places[to.Addr()], GossipUDP, len(b))
 	if l.cut || l.loss > 0 && n.random.Float64() < l.loss {
 		return len(b), nil

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/node/modelsim"
 )
 
 // Plan is one simulation: a cluster, its load and its faults. The seed is also that of the
@@ -28,17 +30,18 @@ type Kind string
 
 // The kinds. All end by themselves after Fault.For.
 const (
-	Packets    Kind = "packets"     // Rules hold
-	Crash      Kind = "crash"       // processes are killed, or machines lose power, and start again
-	Wipe       Kind = "wipe"        // a crash, and the disk is empty afterwards
-	Restore    Kind = "restore"     // a crash, and the disk is as it was earlier
-	DiskHang   Kind = "disk hangs"  // writes block
-	DiskFail   Kind = "disk fails"  // writes return an error
-	DiskFull   Kind = "disk full"   // Free bytes are left; with 0 writes return ENOSPC
-	DiskSlow   Kind = "disk slow"   // Writes a second
-	Restart    Kind = "restart"     // in order
-	Switchover Kind = "switchover"  // an operator's, to Site
-	Remove     Kind = "remove node" // the node is cut off, removed by an operator, and heard again; later it is wiped and joins
+	Packets     Kind = "packets"      // Rules hold
+	Crash       Kind = "crash"        // processes are killed, or machines lose power, and start again
+	Wipe        Kind = "wipe"         // a crash, and the disk is empty afterwards
+	Restore     Kind = "restore"      // a crash, and the disk is as it was earlier
+	DiskHang    Kind = "disk hangs"   // writes block
+	DiskFail    Kind = "disk fails"   // writes return an error
+	DiskFull    Kind = "disk full"    // Free bytes are left; with 0 writes return ENOSPC
+	DiskSlow    Kind = "disk slow"    // Writes a second
+	Restart     Kind = "restart"      // in order
+	Switchover  Kind = "switchover"   // an operator's, to Site
+	ModelServer Kind = "model server" // Site's fails as Mode says
+	Remove      Kind = "remove node"  // the node is cut off, removed by an operator, and heard again; later it is wiped and joins
 )
 
 // Fault is one fault.
@@ -53,6 +56,10 @@ type Fault struct {
 	Resets bool  `json:",omitempty"`
 	Writes int   `json:",omitempty"`
 	Free   int64 `json:",omitempty"`
+	// Mode of the model server: a Share of the requests fails, streams after some tokens.
+	Mode  modelsim.Mode `json:",omitempty"`
+	After int           `json:",omitempty"`
+	Share float64       `json:",omitempty"`
 	// Await: not before every node says that the cluster is healthy. An operator who wipes
 	// disks in a row does the same. If it doesn't within a minute, the fault is left out.
 	Await bool `json:",omitempty"`
@@ -71,6 +78,9 @@ func (f Fault) String() string {
 	}
 	if f.Kind == DiskFull {
 		s += fmt.Sprintf(" %d MiB left", f.Free>>20)
+	}
+	if f.Kind == ModelServer {
+		s += fmt.Sprintf(" %s after %d tokens, %.0f %%", f.Mode, f.After, 100*f.Share)
 	}
 	if f.Writes > 0 {
 		s += fmt.Sprintf(" %d writes/s", f.Writes)
@@ -125,8 +135,23 @@ func newPlan(seed uint64) *Plan {
 			p.Faults = append(p.Faults, g.fault())
 		}
 	}
+	if f, has := modelFault(seed); has {
+		p.Faults = append(p.Faults, f)
+	}
 	slices.SortStableFunc(p.Faults, func(a, b Fault) int { return cmp.Compare(a.At, b.At) })
 	return p
+}
+
+// modelFault draws from numbers of its own, so that it comes on top of what the seed brings.
+func modelFault(seed uint64) (Fault, bool) {
+	g := generator{Rand: rand.New(rand.NewPCG(seed, 0x30de1))}
+	f := Fault{
+		Kind: ModelServer, Site: siteNames[g.IntN(len(siteNames))].name, At: faultsBegin + g.lasting(0, faultsEnd-faultsBegin), For: g.lasting(time.Second, 20*time.Second),
+		Mode: pick(g.Rand, modelsim.Refuse, modelsim.HTTP500, modelsim.HTTP503, modelsim.ResetBefore, modelsim.ResetAfter, modelsim.ResetAfter,
+			modelsim.TruncatedBody, modelsim.ErrorEvent, modelsim.SilentEnd, modelsim.MissingDone),
+		After: g.IntN(streamTokens), Share: 0.3 + 0.7*g.Float64(),
+	}
+	return f, g.IntN(2) == 0
 }
 
 type generator struct {

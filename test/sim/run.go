@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/dsnode/dsnode/node/modelsim"
 )
 
 // Result is what a simulation found.
@@ -91,6 +93,8 @@ func (r *run) all() error {
 	load.Go(func() { r.ledger.watch(loading, w.machines, r.laws.broken) })
 	for _, m := range w.machines {
 		load.Go(func() { r.chats(loading, m) })
+		load.Go(func() { r.streams(loading, m) })
+		load.Go(func() { r.leaves(loading, m) })
 	}
 
 	start := time.Now()
@@ -116,6 +120,7 @@ func (r *run) all() error {
 	load.Wait()
 	r.hands.Wait()
 	if err == nil {
+		r.laws.checkClear()
 		r.laws.checkEnd(slices.ContainsFunc(r.plan.Faults, Fault.losesDisk))
 	}
 	stop()
@@ -257,7 +262,10 @@ func (r *run) begin(f *Fault, until time.Time) error {
 // places are the sites that a fault concerns; "" is the network between sites, and what
 // concerns all of them.
 func (r *run) places(f *Fault) []string {
-	if len(f.Nodes) == 0 && (f.Site == "" || f.Kind == Switchover) {
+	switch {
+	case f.Kind == ModelServer:
+		return nil // the role does not depend on it
+	case len(f.Nodes) == 0 && (f.Site == "" || f.Kind == Switchover):
 		return []string{""}
 	}
 	if f.Site != "" {
@@ -305,6 +313,17 @@ func (r *run) do(f *Fault) (end func() error, err error) {
 		return nothing, nil
 	case Remove:
 		return r.remove(f, machines[0])
+	case ModelServer:
+		server := r.w.models[f.Site]
+		if err := server.SetFault(modelsim.Fault{Mode: f.Mode, After: f.After, Probability: f.Share}); err != nil {
+			return nil, err
+		}
+		r.w.modelFault.Store(&f.Site)
+		return func() error {
+			server.ClearFault()
+			r.after(recovery, func() error { r.w.modelFault.Store(nil); return nil })
+			return nil
+		}, nil
 	case Restart:
 		m := machines[0]
 		r.offline[m.Name] = true
@@ -457,27 +476,6 @@ func (r *run) remove(f *Fault, m *Machine) (end func() error, err error) {
 		})
 		return nil
 	}, nil
-}
-
-// chats asks a node for an answer every other second. Its own site has a model server, so a
-// process that has answered once must go on, whatever happens elsewhere. One that is about to
-// end by itself, as a removed node does, refuses connections first.
-func (r *run) chats(ctx context.Context, m *Machine) {
-	const ending = 5 * time.Second
-	var answered *process
-	for sleep(ctx, 2*time.Second) == nil {
-		p := m.current()
-		if p == nil {
-			continue
-		}
-		err := r.w.chat(ctx, m)
-		switch {
-		case err == nil:
-			answered = p
-		case answered == p && sleep(ctx, ending) == nil && m.current() == p && !p.stopping.Load():
-			r.laws.broken(6, "%s did not answer a chat request %s ago: %s", m.Name, ending, err)
-		}
-	}
 }
 
 // events are what is to be done, the next one first.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing/synctest"
 	"time"
 
@@ -28,6 +29,8 @@ import (
 const (
 	clusterName = "sim"
 	modelName   = "deepseek-chat"
+	streamModel = "deepseek-stream" // two seconds for an answer
+	slowModel   = "deepseek-slow"   // eight minutes
 	adminToken  = "simulated-operator"
 	validFor    = 1000 * time.Hour
 )
@@ -53,11 +56,16 @@ type World struct {
 	ctx       context.Context
 	stop      context.CancelFunc
 	clients   map[string]*http.Client // by site
+
+	models map[string]*modelsim.Server // by site
+	oracle *modelsim.Server            // answers as they do, without their faults
+	// modelFault is the site whose model server has a fault, or had one until lately.
+	modelFault atomic.Pointer[string]
 }
 
 // newWorld makes a cluster with these nodes a site. Nothing runs yet.
 func newWorld(dir string, nodes []int, random *rand.Rand, l *logs) (*World, error) {
-	w := &World{dir: dir, random: random, logs: l, began: time.Now(), clients: map[string]*http.Client{}}
+	w := &World{dir: dir, random: random, logs: l, began: time.Now(), clients: map[string]*http.Client{}, models: map[string]*modelsim.Server{}, oracle: modelsim.New(modelsim.Options{Tokens: streamTokens})}
 	l.began = w.began
 	w.ctx, w.stop = context.WithCancel(context.Background())
 	w.net = NewNetwork(time.Duration(1+random.IntN(30))*time.Millisecond, random)
@@ -123,9 +131,12 @@ func clusterYAML(sites int) string {
 	for i := range sites {
 		line("  m%d: {site: %s, url: \"http://%s/v1\", max_concurrency: 400}", i, siteNames[i].name, netip.AddrPortFrom(siteAddr(i, 1), portUpstream))
 	}
-	line("models:\n  %s:\n    serve:", modelName)
-	for i := range sites {
-		line("      - {upstream: m%d, model: m}", i)
+	line("models:")
+	for name, model := range map[string]string{modelName: "m", streamModel: fmt.Sprintf("m@rate=20,tokens=%d", streamTokens), slowModel: "m@rate=2,tokens=1000"} {
+		line("  %s:\n    serve:", name)
+		for i := range sites {
+			line("      - {upstream: m%d, model: %q}", i, model)
+		}
 	}
 	return b.String()
 }
@@ -136,7 +147,8 @@ func (w *World) serveModel(site int) error {
 	if err != nil {
 		return err
 	}
-	s := modelsim.New(modelsim.Options{FirstToken: 50 * time.Millisecond, Tokens: 8, Keep: 1})
+	s := modelsim.New(modelsim.Options{FirstToken: 50 * time.Millisecond, Tokens: 8, Keep: 256})
+	w.models[siteNames[site].name] = s
 	w.servers.Go(func() { _ = s.Run(w.ctx, ln) }) // it returns nil when ctx has ended
 	return nil
 }
