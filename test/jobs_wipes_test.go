@@ -5,6 +5,8 @@ package test
 import (
 	"context"
 	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -100,4 +102,53 @@ func (s *lossTrial) awaitNothingBehind() {
 		return nil
 	})
 	s.t.Logf("no site is behind after %.1f s", took.Seconds())
+}
+
+// How long it takes until every node says healthy again after the loss of a disk, by the
+// number of jobs that have ended. Nothing else is going on meanwhile.
+func TestHealthyAfterADiskLossFigures(t *testing.T) {
+	fullOnly(t, "100,000 jobs take minutes")
+	counts := []int{1000, 100_000}
+	if text := os.Getenv("DSNODE_TEST_JOBS"); text != "" {
+		counts = nil
+		for one := range strings.SplitSeq(text, ",") {
+			n, err := strconv.Atoi(one)
+			if err != nil {
+				t.Fatal(err)
+			}
+			counts = append(counts, n)
+		}
+	}
+	l := lab.Start(t, lab.Topology{Nodes: []int{1, 1, 1}, Link: lab.RoundTrip(30 * time.Millisecond), Cluster: func(text string) string { return text + "jobs: {max_queued: 1000000}\n" }})
+	s := &lossTrial{t: t, lab: l, wiped: map[string]bool{}}
+	have := 0
+	for i, count := range counts {
+		began := time.Now()
+		ledger := l.StartJobs(lab.JobLoad{Clients: 32, Durabilities: []string{"two-sites"}})
+		l.WaitFor(2*time.Hour, fmt.Sprintf("%d jobs", count), func(context.Context) error {
+			if got := have + ledger.Count(); got < count {
+				return fmt.Errorf("%d so far", got)
+			}
+			return nil
+		})
+		have += len(ledger.Stop())
+		l.WaitFor(time.Hour, "all jobs to have ended", func(ctx context.Context) error {
+			for _, n := range l.Nodes() {
+				status, err := n.Status(ctx)
+				switch {
+				case err != nil:
+					return err
+				case status.Jobs == nil || status.Jobs.Queued == nil || status.Jobs.Running == nil || *status.Jobs.Queued+*status.Jobs.Running > 0:
+					return fmt.Errorf("%s has jobs to run", n.Name)
+				}
+			}
+			return nil
+		})
+		t.Logf("%d jobs took %.0f s", have, time.Since(began).Seconds())
+		s.endStreams()
+		victim := l.Nodes()[(i+1)%len(l.Nodes())]
+		victim.LoseDisk()
+		took := l.WaitHealthy(time.Hour)
+		t.Logf("%d jobs that have ended: every node says healthy %.1f s after %s came back without its disk", have, took.Seconds(), victim.Name)
+	}
 }
