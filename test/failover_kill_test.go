@@ -78,16 +78,19 @@ func (s *scenario) killAndReturn(old *lab.Site, epoch uint64) (change, time.Dura
 
 func wantMedian(t *testing.T, changes []change, backs []time.Duration) {
 	t.Helper()
-	var known, acts []time.Duration
+	var leads, known, acts, decides, waits []time.Duration
 	for _, c := range changes {
 		t.Log(c)
-		known, acts = append(known, c.known), append(acts, c.acts)
+		leads, known, acts = append(leads, c.leads), append(known, c.known), append(acts, c.acts)
+		decides, waits = append(decides, c.known-c.leads), append(waits, c.acts-c.known)
 	}
 	if len(known) == 0 {
 		return // each trial has failed
 	}
 	t.Logf("%d trials; known: median %v, worst %v; acts: median %v, worst %v; back: median %v, worst %v", len(known),
 		percentile(known, 0.5), percentile(known, 1), percentile(acts, 0.5), percentile(acts, 1), percentile(backs, 0.5), percentile(backs, 1))
+	t.Logf("of which: until a survivor leads: median %v, worst %v; from there until it is decided: median %v, worst %v; then until it acts: median %v, worst %v",
+		percentile(leads, 0.5), percentile(leads, 1), percentile(decides, 0.5), percentile(decides, 1), percentile(waits, 0.5), percentile(waits, 1))
 	if m := percentile(known, 0.5); m > 4*time.Second {
 		t.Errorf("the median is %v, want 4 s at most", m)
 	}

@@ -156,13 +156,14 @@ func (s *scenario) primaryBy(n *lab.Node) (site *lab.Site, epoch uint64, leader 
 type change struct {
 	site   string
 	reason string
+	leads  time.Duration // a surviving node's status names a surviving Raft leader
 	known  time.Duration // a surviving node's status shows it
 	all    time.Duration // the statuses of all surviving nodes show it
 	acts   time.Duration // /healthz/primary of its site answers 200
 }
 
 func (c change) String() string {
-	return fmt.Sprintf("%s (%s): shown by a node after %.2f s, by all after %.2f s, acts after %.2f s", c.site, c.reason, c.known.Seconds(), c.all.Seconds(), c.acts.Seconds())
+	return fmt.Sprintf("%s (%s): a leader after %.2f s, shown by a node after %.2f s, by all after %.2f s, acts after %.2f s", c.site, c.reason, c.leads.Seconds(), c.known.Seconds(), c.all.Seconds(), c.acts.Seconds())
 }
 
 // awaitChange waits until all these nodes show the epoch or a later one, and its
@@ -181,6 +182,13 @@ func (s *scenario) awaitChange(fault time.Time, epoch uint64, limit time.Duratio
 				ask, cancel := context.WithTimeout(ctx, time.Second)
 				status, err := n.Status(ask)
 				cancel()
+				if err == nil && status.Raft.Leader != nil && slices.ContainsFunc(nodes, func(o *lab.Node) bool { return o.Name == *status.Raft.Leader }) {
+					mu.Lock()
+					if c.leads == 0 {
+						c.leads = time.Since(fault)
+					}
+					mu.Unlock()
+				}
 				if err == nil && status.Primary != nil && status.Primary.Epoch >= epoch {
 					mu.Lock()
 					defer mu.Unlock()
