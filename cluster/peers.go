@@ -60,6 +60,9 @@ type PeerView struct {
 	// an election, a lease may run out for a moment.
 	Leaseless time.Duration
 	Paused    time.Duration // the longest recent time for which the peer did not run
+	// Acting is the epoch in which the peer acted as primary by its newest answer, 0 if it
+	// did not; nil: an older version, which does not tell.
+	Acting *uint64
 	// Disk is the speed of the peer's disk by its newest answer.
 	Disk DiskSpeed
 	// Stuck is for how long its answers have shown no progress in applying
@@ -312,6 +315,7 @@ func (v *PeerView) fill(a answer, now time.Duration) {
 	v.HeardBy = a.heardBy
 	v.LeaseLeft = time.Duration(g.GetLeaseUs())*time.Microsecond - v.Ago
 	v.Paused = time.Duration(g.GetPausedMs()) * time.Millisecond
+	v.Acting = g.Acting
 }
 
 func (c *Cluster) health() *clusterpb.Health {

@@ -382,6 +382,9 @@ func outage(v View, why Reason) (down time.Duration, known bool) {
 	if why == PrimarySlow {
 		return 0, false // it acts until the promotion
 	}
+	if why == PrimaryIdle {
+		return v.Sites[i].IdleFor, true
+	}
 	if why == PrimaryNoLease {
 		return max(v.Sites[i].NoLeaseFor, v.Sites[i].LeaderSilence), true
 	}

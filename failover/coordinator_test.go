@@ -206,6 +206,33 @@ func TestPrimaryCutOff(t *testing.T) {
 	}
 }
 
+// The primary's only node ends soon after each start, as on a full disk, and its supervisor
+// starts it again. It is never silent for the patience, and never acts. A node that runs for
+// long enough to act most of the time keeps the role.
+func TestPrimaryThatEndsAgainAndAgain(t *testing.T) {
+	for _, c := range []struct {
+		runs, away time.Duration
+		primary    string
+		epoch      uint64
+	}{
+		{600 * time.Millisecond, 2200 * time.Millisecond, "b", 2},
+		{15 * time.Second, 2200 * time.Millisecond, "a", 1},
+	} {
+		t.Run(c.runs.String(), func(t *testing.T) {
+			simulate(t, ones(6), func(_ *testing.T, w *world) {
+				w.lead("b1")
+				for range int(20*time.Second/(c.runs+c.away)) + 3 {
+					w.kill("a1")
+					w.pass(c.away)
+					w.restart("a1")
+					w.pass(c.runs)
+				}
+				w.wantPrimary(c.primary, c.epoch)
+			})
+		})
+	}
+}
+
 // The link between the leader's site and the primary is cut. The third site hears both
 // and hands leases on, so the primary stays.
 func TestPrimaryHeardByAnotherSiteStays(t *testing.T) {

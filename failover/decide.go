@@ -80,6 +80,7 @@ const (
 	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
 	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
 	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for NoLease, even if it is heard
+	PrimaryIdle          Reason = "primary_idle"     // promote: it is heard and gets leases, and has not acted for 4 Patience
 	PrimarySlow          Reason = "primary_slow"     // promote: all its disks are slow for 2 NoLease, those of a candidate are not
 	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
 )
@@ -96,7 +97,11 @@ func Decide(v View) (Action, Reason) {
 		return Action{Kind: ExpireSwitchover}, SwitchoverOverdue
 	}
 	why, lost := v.primaryLost()
-	if !lost && v.primarySlow() {
+	switch {
+	case lost || v.Switchover != NoSwitchover:
+	case v.primaryIdle():
+		why, lost = PrimaryIdle, true
+	case v.primarySlow():
 		why, lost = PrimarySlow, true
 	}
 	switch {
@@ -142,15 +147,20 @@ func (v View) primaryLost() (Reason, bool) {
 	return StillPatient, false
 }
 
+// primaryIdle reports whether the primary's site is heard and gets leases, but has not
+// acted for four times the patience: longer than a restart, after which a node may act at
+// the earliest when old leases have ended. Its processes may end soon after each start, on
+// a disk that is full, and each start ends the silence.
+func (v View) primaryIdle() bool {
+	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
+	return i >= 0 && v.Sites[i].IdleFor >= 4*v.Patience
+}
+
 // primarySlow reports whether the primary's site acts, on disks that have been too slow
 // for a minute, while another site could act that was steady for as long on a disk that is
 // not. All that a primary does waits for its disk. It still holds a lease, and a backup
-// may take a minute, so nothing is done in a hurry, during a switchover, or if no site is
-// better.
+// may take a minute, so nothing is done in a hurry, or if no site is better.
 func (v View) primarySlow() bool {
-	if v.Switchover != NoSwitchover {
-		return false
-	}
 	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
 	if i < 0 || v.Sites[i].SlowFor < 2*v.NoLease {
 		return false

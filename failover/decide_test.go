@@ -119,6 +119,16 @@ func TestDecide(t *testing.T) {
 			v.at("b").Behind = ptr(int64(300))
 		}, Action{Promote, "b"}, PrimaryLost},
 		{"then priority", func(v *View) { v.Primary = "c"; v.lose("c", time.Minute) }, Action{Promote, "a"}, PrimaryLost},
+		{"idle for 9 s", func(v *View) { v.at("a").IdleFor = 9900 * time.Millisecond }, stay, PrimaryHealthy},
+		{"idle for 10 s", func(v *View) { v.at("a").IdleFor = 10 * time.Second }, Action{Promote, "b"}, PrimaryIdle},
+		{"idle, and silent just now", func(v *View) {
+			v.at("a").IdleFor, v.at("a").Heard, v.at("a").LeaderSilence = 10*time.Second, false, time.Second
+		}, Action{Promote, "b"}, PrimaryIdle},
+		{"idle during a switchover", func(v *View) { v.at("a").IdleFor, v.Switchover = time.Minute, SwitchoverRunning }, stay, SwitchoverInProgress},
+		{"idle, paused by an operator", func(v *View) { v.at("a").IdleFor, v.Held = time.Minute, true }, stay, Paused},
+		{"idle, dwell", func(v *View) {
+			v.at("a").IdleFor, v.Last = time.Minute, LastPromotion{From: "b", Ago: 9 * time.Second}
+		}, stay, Dwelling},
 		{"its disks slow for 59 s", func(v *View) { v.at("a").SlowFor = 59 * time.Second }, stay, PrimaryHealthy},
 		{"its disks slow for a minute", func(v *View) { v.at("a").SlowFor = time.Minute }, Action{Promote, "b"}, PrimarySlow},
 		{"all disks slow", func(v *View) {
@@ -197,6 +207,9 @@ func drawView(t *rapid.T) View {
 			if !often("fast") {
 				s.SlowFor = d("slow", time.Minute)
 			}
+			if s.Name == v.Primary && !often("acts") {
+				s.IdleFor = d("idle", 20*time.Second)
+			}
 			if s.Leased = often("leased"); !s.Leased {
 				s.NoLeaseFor = d("no lease", 40*time.Second)
 			}
@@ -223,8 +236,10 @@ func TestDecideProperties(t *testing.T) {
 				t.Fatal("promotes the primary")
 			case !s.Heard || !s.Leased || s.Ready == 0:
 				t.Fatalf("promotes a site that can't act: %+v", *s)
-			case p.Heard && p.Leased:
+			case p.Heard && p.Leased && why != PrimaryIdle && why != PrimarySlow:
 				t.Fatal("replaces a primary that is heard and holds a lease")
+			case why == PrimaryIdle && (p.IdleFor < 4*v.Patience || v.Switchover != NoSwitchover):
+				t.Fatalf("%s too early: %+v", why, p)
 			case !v.Quorum || v.Quarantined || v.Held || v.LeadingFor < v.NewLeaderWait:
 				t.Fatal("promotes without a quorum, in quarantine, while paused, or as a new leader")
 			case why == PrimaryLost && p.Silence < v.Patience, why == PrimaryNoLease && p.NoLeaseFor < v.NoLease:

@@ -66,6 +66,9 @@ type Member struct {
 	// UpstreamsHealthy is how many of its site's are, as the node sees them.
 	UpstreamsHealthy int
 	Voter            bool
+	// Acts: heard within the patience, and by its answer it acted as primary in the epoch
+	// of now. Of an older version, which does not tell, and of the leader it is presumed.
+	Acts bool
 	// SlowFor is for how long its disk has been too slow for a leader, by its own
 	// measurement; 0: it is not.
 	SlowFor time.Duration
@@ -80,6 +83,9 @@ type Input struct {
 	Leader  Observation // of the leader itself
 	Others  []Observation
 	Primary string
+	Epoch   uint64
+	// Switching: a planned switchover is under way, and the primary stops for it.
+	Switching bool
 	// RaftLeader is the raft leader as far as this node knows, empty for none.
 	RaftLeader string
 	// Opened is the raft index of the newest job stream that each node opened itself
@@ -109,6 +115,10 @@ type SiteView struct {
 	Leased bool
 	// NoLeaseFor is for how long of the time that the leader watched it held none.
 	NoLeaseFor time.Duration
+	// IdleFor grows while this is the primary, leased, and tells the leader that no node of
+	// it acts. It shrinks as fast while one does: a process that ends again and again soon after each start is
+	// heard, and gets leases.
+	IdleFor time.Duration
 	// StableFor is how long some node of it has been steady without a gap.
 	StableFor time.Duration
 	// SlowFor is for how long the disks of all its steady nodes have been too slow for a
@@ -118,7 +128,8 @@ type SiteView struct {
 	// unknown, and while the primary is not lost.
 	Behind *int64
 
-	steady bool
+	steady, acts bool
+	direct       bool // the leader itself has heard it within the patience
 }
 
 // Memory is what the detector keeps between two looks. The zero value is that of a
@@ -132,6 +143,8 @@ type Memory struct {
 	noLease  map[string]time.Duration // watched time without a lease, by site
 	stable   map[string]time.Duration // Now of when the site became steady
 	opened   map[string]opening       // by node
+	idle     time.Duration            // SiteView.IdleFor of the primary
+	epoch    uint64                   // that idle is of
 }
 
 // opening is the newest job stream that a node opened, and the Now of the look that saw
@@ -172,6 +185,10 @@ func Observe(m Memory, in Input) (Memory, []SiteView) {
 			next.noLease[s.Name] = m.noLease[s.Name] + step
 			v.NoLeaseFor = next.noLease[s.Name]
 		}
+		if s.Name == in.Primary {
+			next.idle, next.epoch = idle(m, in, v, step), in.Epoch
+			v.IdleFor = next.idle
+		}
 		if v.steady {
 			since, was := m.stable[s.Name]
 			if !was {
@@ -186,6 +203,19 @@ func Observe(m Memory, in Input) (Memory, []SiteView) {
 		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Name, b.Name))
 	})
 	return next, views
+}
+
+// idle is SiteView.IdleFor of the primary, a step of watched time after the last look.
+func idle(m Memory, in Input, v SiteView, step time.Duration) time.Duration {
+	switch {
+	case m.epoch != in.Epoch || in.Switching:
+		return 0
+	case v.acts:
+		return max(0, m.idle-step)
+	case v.Leased && v.direct:
+		return m.idle + step
+	}
+	return m.idle // it has no lease, or tells the leader nothing
 }
 
 // pauseLimit is the longest pause of a node's process with which the node still
@@ -205,6 +235,7 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 			continue
 		}
 		nodes = append(nodes, m.Name)
+		v.acts = v.acts || m.Acts
 		if m.Ready {
 			v.Ready++
 		}
@@ -227,7 +258,7 @@ func (in Input) site(s PlacementSite, watched time.Duration) SiteView {
 		v.Silence = 0
 	}
 	v.Leased = in.Leader.leased(nodes, in.Timing)
-	if q.direct < in.Timing.Patience {
+	if v.direct = q.direct < in.Timing.Patience; v.direct {
 		return v // an answer of the site itself to the leader is better evidence
 	}
 	for _, o := range in.Others {

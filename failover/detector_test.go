@@ -183,6 +183,55 @@ func TestObserveSlowDisks(t *testing.T) {
 	}
 }
 
+// The primary's site is heard all the time and gets leases. Its node acts or does not.
+func TestObserveIdlePrimary(t *testing.T) {
+	m, now, epoch, switching := watched(), time.Hour, uint64(3), false
+	look := func(times int, step time.Duration, acts bool, lease time.Duration) time.Duration {
+		var sites []SiteView
+		for range times {
+			now += step
+			in := silentFor(tick)
+			in.Now, in.Epoch, in.Switching = now, epoch, switching
+			if in.Leader.Seen["a1"] = (Sighting{Ago: tick, LeaseLeft: lease, LeaseKnown: true}); lease < 0 {
+				delete(in.Leader.Seen, "a1")
+			}
+			for i := range in.Members {
+				in.Members[i].Acts = acts && in.Members[i].Name == "a1"
+			}
+			m, sites = Observe(m, in)
+		}
+		return sites[0].IdleFor
+	}
+	for _, c := range []struct {
+		name string
+		got  time.Duration
+		want time.Duration
+	}{
+		{"a new epoch begins with nothing", look(1, tick, false, time.Second), 0},
+		{"it does not act", look(10, tick, false, time.Second), 10 * tick},
+		{"it acts for less time", look(4, tick, true, time.Second), 6 * tick},
+		{"the leader does not hear it", look(10, tick, false, -1), 6 * tick},
+		{"it has no lease", look(5, tick, false, 0), 6 * tick},
+		{"the leader did not look for an hour", look(1, time.Hour, false, time.Second), 6 * tick},
+		{"it acts for longer", look(20, tick, true, time.Second), 0},
+		{"it does not act", look(3, tick, false, time.Second), 3 * tick},
+	} {
+		if c.got != c.want {
+			t.Errorf("%s: idle for %s, want %s", c.name, c.got, c.want)
+		}
+	}
+	if switching = true; look(3, tick, false, time.Second) != 0 {
+		t.Error("it stops for a switchover, and counts as idle")
+	}
+	switching = false
+	if idle := look(5, tick, false, time.Second); idle != 5*tick {
+		t.Errorf("after the switchover: %s", idle)
+	}
+	if epoch++; look(1, tick, false, time.Second) != 0 {
+		t.Error("the idle time of another primary counts")
+	}
+}
+
 func TestObserveRemembers(t *testing.T) {
 	m, now := watched(), time.Hour
 	look := func(step time.Duration, lease time.Duration) SiteView {

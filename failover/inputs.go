@@ -15,7 +15,7 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	peers := c.o.Agreement.Peers()
 	left, _ := c.o.Agreement.Lease()
 	in := Input{
-		Now: now, Timing: c.timing, Primary: s.Primary.Site, Sites: configured(s),
+		Now: now, Timing: c.timing, Primary: s.Primary.Site, Epoch: s.Primary.Epoch, Switching: s.Switchover != nil, Sites: configured(s),
 		Leader: Observation{
 			Observer: c.o.Name, Site: c.o.Site, Paused: c.o.Agreement.Paused(), Leased: left > 0,
 			Seen: make(map[string]Sighting, len(peers)),
@@ -36,7 +36,7 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 	health := c.o.Health()
 	able := left > 0 && !health.Draining
 	in.Members = append(in.Members, Member{
-		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Responsive: able, CaughtUp: true,
+		Name: c.o.Name, Site: c.o.Site, Ready: able, Steady: able, Responsive: able, CaughtUp: true, Acts: true,
 		UpstreamsHealthy: health.UpstreamsHealthy, Voter: voters[c.o.Name], SlowFor: c.o.Agreement.DiskSpeed().SlowFor,
 		Follows: !raft.Ticked || raft.TickAgo < stuckAfter(c.timing), Stuck: raft.TickAgo,
 	})
@@ -53,6 +53,7 @@ func (c *Coordinator) input(s *agreed.State, now time.Duration) Input {
 			m.Ready = able && p.HeardWithin(c.timing.Lease)
 			m.Steady = able && p.HeardWithin(c.timing.Patience)
 			m.Responsive = able && m.Follows && p.HeardWithin(3*c.timing.Tick) && p.Paused <= c.timing.Tick
+			m.Acts = p.HeardWithin(c.timing.Patience) && (p.Acting == nil || *p.Acting == s.Primary.Epoch)
 			m.CaughtUp = p.AppliedIndex+onItsWay >= raft.CommitIndex
 			in.Others = append(in.Others, observationOf(p))
 		}

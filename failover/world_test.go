@@ -275,7 +275,7 @@ func (n *node) ping(to *node) {
 		}
 		view := cluster.PeerView{
 			Name: to.name, Site: to.site, Heard: true, Health: cluster.Health{UpstreamsHealthy: to.upstreams, AppliedIndex: to.index(), JobsMissing: to.jobsMissing},
-			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(), Disk: to.disk(),
+			LeaseLeft: max(0, to.leaseUntil-w.now()), Paused: to.paused(), Disk: to.disk(), Acting: new(to.fence.ActingEpoch()),
 		}
 		epoch := max(to.leaseEpoch, w.states[to.applied].Primary.Epoch)
 		heard := map[string]time.Duration{}
