@@ -80,7 +80,7 @@ const (
 	NoCandidate          Reason = "no_candidate"     // no other site is heard, leased and in service
 	PrimaryLost          Reason = "primary_lost"     // promote: silent for the patience
 	PrimaryNoLease       Reason = "primary_no_lease" // promote: no lease for NoLease, even if it is heard
-	PrimaryIdle          Reason = "primary_idle"     // promote: it is heard and gets leases, and has not acted for 4 Patience
+	PrimaryIdle          Reason = "primary_idle"     // promote: it is heard and gets leases, and has not acted for 3 Patience
 	PrimarySlow          Reason = "primary_slow"     // promote: all its disks are slow for 2 NoLease, those of a candidate are not
 	PrimaryRemoved       Reason = "primary_removed"  // promote: its site is no longer configured
 )
@@ -148,12 +148,12 @@ func (v View) primaryLost() (Reason, bool) {
 }
 
 // primaryIdle reports whether the primary's site is heard and gets leases, but has not
-// acted for four times the patience: longer than a restart, after which a node may act at
+// acted for three times the patience: longer than a restart, after which a node may act at
 // the earliest when old leases have ended. Its processes may end soon after each start, on
 // a disk that is full, and each start ends the silence.
 func (v View) primaryIdle() bool {
 	i := slices.IndexFunc(v.Sites, func(s SiteView) bool { return s.Name == v.Primary })
-	return i >= 0 && v.Sites[i].IdleFor >= 4*v.Patience
+	return i >= 0 && v.Sites[i].IdleFor >= 3*v.Patience
 }
 
 // primarySlow reports whether the primary's site acts, on disks that have been too slow

@@ -119,8 +119,8 @@ func TestDecide(t *testing.T) {
 			v.at("b").Behind = ptr(int64(300))
 		}, Action{Promote, "b"}, PrimaryLost},
 		{"then priority", func(v *View) { v.Primary = "c"; v.lose("c", time.Minute) }, Action{Promote, "a"}, PrimaryLost},
-		{"idle for 9 s", func(v *View) { v.at("a").IdleFor = 9900 * time.Millisecond }, stay, PrimaryHealthy},
-		{"idle for 10 s", func(v *View) { v.at("a").IdleFor = 10 * time.Second }, Action{Promote, "b"}, PrimaryIdle},
+		{"idle for 7 s", func(v *View) { v.at("a").IdleFor = 7400 * time.Millisecond }, stay, PrimaryHealthy},
+		{"idle for 7.5 s", func(v *View) { v.at("a").IdleFor = 7500 * time.Millisecond }, Action{Promote, "b"}, PrimaryIdle},
 		{"idle, and silent just now", func(v *View) {
 			v.at("a").IdleFor, v.at("a").Heard, v.at("a").LeaderSilence = 10*time.Second, false, time.Second
 		}, Action{Promote, "b"}, PrimaryIdle},
@@ -238,7 +238,7 @@ func TestDecideProperties(t *testing.T) {
 				t.Fatalf("promotes a site that can't act: %+v", *s)
 			case p.Heard && p.Leased && why != PrimaryIdle && why != PrimarySlow:
 				t.Fatal("replaces a primary that is heard and holds a lease")
-			case why == PrimaryIdle && (p.IdleFor < 4*v.Patience || v.Switchover != NoSwitchover):
+			case why == PrimaryIdle && (p.IdleFor < 3*v.Patience || v.Switchover != NoSwitchover):
 				t.Fatalf("%s too early: %+v", why, p)
 			case !v.Quorum || v.Quarantined || v.Held || v.LeadingFor < v.NewLeaderWait:
 				t.Fatal("promotes without a quorum, in quarantine, while paused, or as a new leader")
