@@ -164,8 +164,8 @@ func (c *Coordinator) Run(ctx context.Context) error {
 	// One action at a time, in a goroutine of its own: a proposal that hangs must not
 	// count as a pause of this node.
 	var acting sync.WaitGroup
+	defer c.measuring.Wait() // after the last action, which may begin one
 	defer acting.Wait()
-	defer c.measuring.Wait()
 	actx, stop := context.WithCancel(ctx)
 	defer stop()
 	idle := make(chan struct{}, 1)

@@ -3,9 +3,12 @@ package failover
 import (
 	"context"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 )
@@ -465,4 +468,55 @@ func TestLossOf(t *testing.T) {
 			t.Errorf("%s: %s records, %s s; want %s, %s", c.name, text(records), text(rpo), text(c.records), text(c.rpo))
 		}
 	}
+}
+
+// lateAgreement lets a promotion through when the coordinator is told to stop, so that the
+// measurement of it begins as late as it can.
+type lateAgreement struct {
+	*node
+	asked, measured chan struct{}
+	once            sync.Once
+}
+
+func (a *lateAgreement) Propose(ctx context.Context, t agreed.CommandType, data any) (uint64, error) {
+	if t != agreed.CmdPromote {
+		return a.node.Propose(ctx, t, data)
+	}
+	close(a.asked)
+	<-ctx.Done()
+	time.Sleep(time.Second) // the goroutines that wait for the measurements are waiting
+	return 7, nil
+}
+
+func (a *lateAgreement) AwaitActing(context.Context, string, uint64, uint64) error {
+	time.Sleep(time.Second)
+	a.once.Do(func() { close(a.measured) })
+	return nil
+}
+
+// A coordinator that is stopped waits for a measurement that its last action began.
+func TestRunWaitsForTheLastMeasurement(t *testing.T) {
+	simulate(t, ones(38), func(t *testing.T, w *world) {
+		w.lead("b1")
+		a := &lateAgreement{node: w.nodes["b1"], asked: make(chan struct{}), measured: make(chan struct{})}
+		o := w.nodes["b1"].coord.o
+		o.Agreement, o.Registerer = a, prometheus.NewRegistry()
+		c := NewCoordinator(o)
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = c.Run(ctx) // it returns nil
+		}()
+		w.kill("a1")
+		<-a.asked
+		stop()
+		<-ended
+		select {
+		case <-a.measured:
+		default:
+			t.Error("Run has ended before the measurement")
+		}
+		w.until("another primary", 20*time.Second, func() bool { return w.agreed().Primary.Epoch == 2 })
+	})
 }

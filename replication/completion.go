@@ -339,10 +339,15 @@ func (f *completion) complete(ctx context.Context, others []string, answers map[
 		}
 	}
 	if f.from != "" {
+		compared := false
 		for node, st := range answers {
 			if f.noteLacks(node, &st); f.lacked[node] > 0 {
 				return nil // streams were dropped meanwhile, or a join failed: again
 			}
+			compared = compared || !st.partial
+		}
+		if !compared {
+			return nil // nobody answers any more who could tell what is still missing
 		}
 		f.r.opts.Logger.Warn("the job table is complete", "from", f.from, "jobs", f.r.opts.Table.Jobs())
 		return f.whole()

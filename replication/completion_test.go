@@ -252,3 +252,18 @@ func TestCopyStaysYoungAfterAStreamWasRetired(t *testing.T) {
 		})
 	}
 }
+
+// A table that lacked rows of another node at the last comparison is not complete because
+// that node does not answer the next one.
+func TestATableIsNotCompleteWhileNobodyAnswers(t *testing.T) {
+	w, _, _ := trimmedWorld(t, "a1", "b1")
+	a1 := w.nodes["a1"]
+	w.sever("a1", "b1", true)
+	a1.discard()
+	a1.start()
+	f := newCompletion(a1.repl)
+	f.from, f.lacked["b1"] = "b1", 1
+	if err := f.complete(t.Context(), []string{"b1"}, map[string]standing{}); err != nil || !a1.table.Partial() {
+		t.Errorf("complete with %d jobs of %d, err %v", a1.queued(), trimmedJobs, err)
+	}
+}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
+	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -27,6 +28,11 @@ const (
 	maxRelayed = MaxResult + 1<<20
 	// maxEnds bounds the jobs whose end was relayed and is not known here yet.
 	maxEnds = 4096
+	// askForEnds is how long after a job's end a client's request makes this node ask its
+	// peers whether they show the end. Usually each node learns within half a second how
+	// durable the end is. Without a bound, clients that poll jobs whose durability can't be
+	// reached would cost a request to each peer every time.
+	askForEnds = 5 * time.Second
 )
 
 // Relayed is the answer of another node.
@@ -127,6 +133,12 @@ func (j *Jobs) endedElsewhere(ctx context.Context, who Caller, id journal.JobID)
 	}
 	j.relayed.add(id)
 	return true
+}
+
+// endedLately reports whether a row has the end of a job, from within askForEnds.
+func (j *Jobs) endedLately(row jobtable.Row) bool {
+	current, ok := row.Current()
+	return ok && current.Kind == journal.Finished && j.o.Host.Now().Sub(current.Clock.Time()) < askForEnds
 }
 
 // askForJob returns the first answer of a peer that has the job or, with end, the first one

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -145,4 +146,50 @@ func TestRelayedEndsAreBounded(t *testing.T) {
 	if len(e.ids) != maxEnds || len(e.order) != maxEnds || e.has(first) || !e.has(last) {
 		t.Errorf("%d ids, %d in order; first %v, last %v", len(e.ids), len(e.order), e.has(first), e.has(last))
 	}
+}
+
+// A client that asks for a job whose end is here, and is not known to be as durable as the
+// job asked, gets the end from a node that knows it. A node that asks for a client, an
+// operator, and a client of an end that waits for long get this node's view.
+func TestAnEndThatAnotherNodeShows(t *testing.T) {
+	inBubble(t, func(t *testing.T, w *world) {
+		var asked atomic.Int64
+		shows := journal.Running
+		w.start()
+		w.copies.say(journal.DurableTwoCities, journal.DurableTwoCities, journal.DurableTwoSites)
+		id := w.submit(func(r *Request) { r.Durability = journal.DurableTwoSites }).ID
+		w.copies.say(journal.DurableTwoCities, journal.DurableTwoCities, journal.DurableNode)
+		w.until("its end is here", func() bool { return w.counts().Succeeded == 1 })
+		w.o.Peers = func() []upstream.Peer {
+			return []upstream.Peer{{Node: "b-1", Client: peerFunc(func(*http.Request) (*http.Response, error) {
+				asked.Add(1)
+				body := fmt.Sprintf(`{"id":%q,"status":%q}`, id, shows)
+				return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body))}, nil
+			})}}
+		}
+		if v := w.get(id); v.Status != journal.Running || asked.Load() != 1 {
+			t.Errorf("while no node shows its end: %s, %d peers asked", v.Status, asked.Load())
+		}
+		shows = journal.Succeeded
+		for _, who := range []Caller{{Operator: true}, {Principal: ann.Principal, Peer: true}} {
+			if v, err := w.Get(t.Context(), who, id); err != nil || v.Status != journal.Running || asked.Load() != 1 {
+				t.Errorf("%+v got %+v, %v, %d peers asked", who, v, err, asked.Load())
+			}
+		}
+		time.Sleep(askForEnds)
+		if v := w.get(id); v.Status != journal.Running || asked.Load() != 1 {
+			t.Errorf("long after its end: %s, %d peers asked", v.Status, asked.Load())
+		}
+		w.copies.say(journal.DurableTwoCities, journal.DurableTwoCities, journal.DurableTwoSites)
+		id = w.submit(func(r *Request) { r.Durability = journal.DurableTwoSites }).ID
+		w.copies.say(journal.DurableTwoCities, journal.DurableTwoCities, journal.DurableNode)
+		w.until("the end of another one is here", func() bool { return w.counts().Succeeded == 2 })
+		if _, err := w.Get(t.Context(), ann, id); !errors.Is(err, ErrNotFound) {
+			t.Errorf("while another node shows its end: %v, want ErrNotFound, so that it is relayed", err)
+		}
+		there, err := w.Elsewhere(t.Context(), ann, http.MethodGet, "/v1/jobs/"+id.String(), id)
+		if err != nil || !there.ended() {
+			t.Errorf("%+v, %v", there, err)
+		}
+	})
 }

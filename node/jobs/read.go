@@ -19,9 +19,14 @@ type Caller struct {
 }
 
 // Get returns a job of the caller's tenant, with its result. The error is ErrNotReady,
-// ErrNotFound (also for a job of another tenant), ErrPartial, or the table's.
-func (j *Jobs) Get(_ context.Context, who Caller, id journal.JobID) (*View, error) {
-	_, v, _, err := j.find(who, id)
+// ErrNotFound (also for a job of another tenant), ErrPartial, or the table's. ErrNotFound is
+// also for a job whose end is here and is not known to be durable enough yet, if another node
+// shows it: Elsewhere relays it.
+func (j *Jobs) Get(ctx context.Context, who Caller, id journal.JobID) (*View, error) {
+	row, v, _, err := j.find(who, id)
+	if err == nil && !v.Status.Final() && j.endedLately(row) && j.endedElsewhere(ctx, who, id) {
+		return nil, ErrNotFound
+	}
 	return v, err
 }
 
