@@ -64,7 +64,11 @@ func (c *Cluster) startRaft() (*raft.Raft, error) {
 	m := c.member.Load()
 	voter := newVoterTransport(transport, m.VoteFrom, m.StoreLost, c.raft.Load, c.standsBack)
 	c.votes = voter
-	r, err := raft.NewRaft(c.raftConfig(), c.fsm, newTimedLog(newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.disk), c.opts.Stable, c.opts.Snapshots, voter)
+	conf := c.raftConfig()
+	if last < voter.from.Load() {
+		conf.HeartbeatTimeout, conf.ElectionTimeout = noElection, noElection
+	}
+	r, err := raft.NewRaft(conf, c.fsm, newTimedLog(newRestoredLog(c.opts.Logs, c.opts.Snapshots), c.disk), c.opts.Stable, c.opts.Snapshots, voter)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start raft: %w", err), voter.Close())
 	}

@@ -6,6 +6,7 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -82,6 +83,27 @@ func (c *Cluster) demoteRejoiner(name string) error {
 	return nil
 }
 
+// noElection is raft's timeout for elections before this node may vote. While it gets its
+// log again, the newest configuration there may be one of long ago in which it is the only
+// voter. It would elect itself then, without asking anybody, and apply an entry of its own
+// where the others have another one, which it would never apply.
+const noElection = time.Hour
+
+// allowElections ends noElection when the log has the entry that admitted this node.
+func (c *Cluster) allowElections() {
+	r := c.raft.Load()
+	conf := r.ReloadableConfig()
+	if conf.HeartbeatTimeout != noElection || c.votes.tooEarly() {
+		return
+	}
+	conf.HeartbeatTimeout, conf.ElectionTimeout = c.Timing().Heartbeat, c.Timing().Heartbeat
+	if err := r.ReloadConfig(conf); err != nil {
+		c.log.Error("this node can't take part in elections: restart it", "err", err)
+		return
+	}
+	c.log.Info("takes part in elections again")
+}
+
 var errNoVoteYet = errors.New("this node has just joined: it can't vote before it has the entry that admitted it")
 
 var errStandsBack = errors.New("this node's disk is slow: it leaves raft's leadership to others")
@@ -155,7 +177,7 @@ func (v *voterTransport) pass() {
 
 func (v *voterTransport) refuses(rpc raft.RPC) bool {
 	switch rpc.Command.(type) {
-	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest:
+	case *raft.RequestVoteRequest, *raft.RequestPreVoteRequest, *raft.TimeoutNowRequest:
 		return v.tooEarly()
 	}
 	return false

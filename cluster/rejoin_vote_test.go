@@ -86,6 +86,37 @@ func TestVoterWithoutItsRaftStoreIsDemoted(t *testing.T) {
 	}
 }
 
+// The log of a founder begins with a configuration in which it is the only voter. Until it
+// has the entry that admitted it again, it does not elect itself.
+func TestNoElectionBeforeTheAdmittingEntry(t *testing.T) {
+	m := newMember(t, newTestCA(t, "test"), "a", "a-1").start(t)
+	if err := m.Bootstrap(deadline(t, 10*time.Second), []byte(testSites), "test"); err != nil {
+		t.Fatal(err)
+	}
+	m.halt(t)
+	kept, err := readMemberFile(m.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.VoteFrom = 1000
+	if err := writeMemberFile(m.dir, kept); err != nil {
+		t.Fatal(err)
+	}
+	m.start(t)
+	eventually(t, "raft runs", 10*time.Second, func() bool { return m.raft.Load() != nil })
+	if conf := m.raft.Load().ReloadableConfig(); conf.HeartbeatTimeout < time.Minute || conf.ElectionTimeout < time.Minute {
+		t.Errorf("it may elect itself after %s", conf.HeartbeatTimeout)
+	}
+	if !m.votes.refuses(raft.RPC{Command: &raft.TimeoutNowRequest{}}) {
+		t.Error("it accepts leadership from another node")
+	}
+	m.votes.from.Store(1) // as if the log had the entry
+	eventually(t, "it leads", 20*time.Second, func() bool { return m.Raft().Leads })
+	if conf := m.raft.Load().ReloadableConfig(); conf.HeartbeatTimeout != m.Timing().Heartbeat || conf.ElectionTimeout != m.Timing().Heartbeat {
+		t.Errorf("its timeouts are %s and %s", conf.HeartbeatTimeout, conf.ElectionTimeout)
+	}
+}
+
 func TestNoVoteBeforeTheAdmittingEntry(t *testing.T) {
 	votes := []any{&raft.RequestVoteRequest{}, &raft.RequestPreVoteRequest{}}
 	store := raft.NewInmemStore()

@@ -11,8 +11,8 @@ import (
 const upkeepEvery = 2 * time.Second
 
 // upkeep runs small periodic tasks: it copies addresses from the agreed state to the
-// address book, takes a snapshot after each change of raft's configuration and, on the
-// leader, raises the feature level.
+// address book, takes a snapshot after each change of raft's configuration, lets a node that
+// lost its log take part in elections again and, on the leader, raises the feature level.
 func (c *Cluster) upkeep(ctx context.Context) error {
 	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
@@ -23,6 +23,7 @@ func (c *Cluster) upkeep(ctx context.Context) error {
 			c.book.recordIndirect(n)
 		}
 		c.snapshotConfiguration()
+		c.allowElections()
 		if _, leads := c.Leading(); leads {
 			if level := featureLevel(s); level > s.FeatureLevel {
 				if _, err := c.Propose(ctx, agreed.CmdFeatureRaise, agreed.FeatureRaise{Level: level}); err != nil && !errors.Is(err, context.Canceled) {
