@@ -466,6 +466,7 @@ func (r *run) remove(f *Fault, m *Machine) (end func() error, err error) {
 			}
 			if gone.Load() {
 				m.Wipe()
+				delete(r.images, m.Name) // it is of the removed member, which no cluster takes back by itself
 			}
 			r.after(2*time.Second, func() error {
 				r.removed[m.Name] = false
