@@ -29,6 +29,7 @@ import (
 	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/operate"
+	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -54,6 +55,7 @@ type Node struct {
 	keys         *datakeys.Keys
 	cluster      *cluster.Cluster
 	listeners    listeners
+	shares       ports.Shares // of the files that the process may have open
 	fence        *failover.Fence
 	isolation    *drill.Isolator
 	coldStart    *failover.ColdStart
@@ -103,7 +105,7 @@ var ErrRemoved = cluster.ErrNodeRemoved
 
 // New opens the stores and the ports of a node. If it fails, nothing stays open.
 func New(cfg *Config, o Options) (*Node, error) {
-	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry()}
+	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry(), shares: ports.Divide(ports.OpenFiles())}
 	n.view.Store(&peerView{})
 	if err := n.open(); err != nil {
 		return nil, errors.Join(err, n.Close())
@@ -231,6 +233,7 @@ func (n *Node) followConfig(ctx context.Context) error {
 			current = s.Parsed
 			n.cache.Configure(current)
 			err := n.fleet.Configure(current)
+			n.warnOfFewFiles(current.Limits)
 			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
 		}
 		select {
@@ -238,6 +241,15 @@ func (n *Node) followConfig(ctx context.Context) error {
 			return nil
 		case <-changed:
 		}
+	}
+}
+
+// warnOfFewFiles says when the limit of open files is what bounds this node.
+func (n *Node) warnOfFewFiles(l config.Limits) {
+	if n.shares.Clients < l.Connections || n.shares.InFlight < l.InFlight {
+		n.log.Warn("the limit of open files bounds this node more than its configuration does: raise it (ulimit -n, LimitNOFILE), or lower the limits",
+			"open_files", ports.OpenFiles(), "connections", min(n.shares.Clients, l.Connections), "limits.connections", l.Connections,
+			"in_flight", min(n.shares.InFlight, l.InFlight), "limits.in_flight", l.InFlight)
 	}
 }
 

@@ -5,6 +5,8 @@ import (
 	"io"
 	"os"
 	"time"
+
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 const (
@@ -40,18 +42,24 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 		return nil, x.g.shed(shedMemory)
 	}
 	body := make([]byte, 0, size)
-	defer func() { _ = x.rc.SetReadDeadline(time.Time{}) }() // else it would end the wait for the answer
+	// Gateway.serve has set the deadline. After a failure it stays, for the rest of the
+	// body, which net/http reads.
 	for {
-		// The time allowed grows with what has come, so one byte a second is too slow.
-		allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
-		_ = x.rc.SetReadDeadline(x.start.Add(allowed)) // a recorder in a test has none
+		if len(body) > 0 {
+			// The time allowed grows with what has come, so one byte a second is too slow.
+			allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
+			_ = x.rc.SetReadDeadline(x.start.Add(allowed))
+		}
 		n, err := r.Body.Read(body[len(body):cap(body)])
 		body = body[:len(body)+n]
+		ports.Arrived(r.Context(), n)
 		switch {
 		case int64(len(body)) > limit:
 			x.drain(limit)
 			return nil, tooLarge(limit)
 		case errors.Is(err, io.EOF):
+			_ = x.rc.SetReadDeadline(time.Time{}) // else it would end the wait for the answer
+			ports.Received(r.Context())
 			return body, nil
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil, slowBody(len(body))
@@ -93,7 +101,6 @@ func (x *exchange) drain(limit int64) {
 	}
 	_ = x.rc.SetReadDeadline(time.Now().Add(drainTime))
 	_, _ = io.CopyN(io.Discard, x.r.Body, limit)
-	_ = x.rc.SetReadDeadline(time.Time{})
 }
 
 // shed counts a refusal for lack of capacity.

@@ -95,12 +95,11 @@ func (x *exchange) job(rest string) {
 func (x *exchange) answerJobs(answer func(who jobs.Caller) *failure) {
 	x.identify()
 	g := x.g
-	if int(g.inFlight.Add(1)) > g.config().Limits.InFlight {
-		g.inFlight.Add(-1)
+	if !g.enter(g.config().Limits.InFlight) {
 		x.refuse(g.shed(shedInFlight))
 		return
 	}
-	defer g.inFlight.Add(-1)
+	defer g.leave()
 	defer x.release()
 	principal, _, f := x.authenticate()
 	if f == nil {
