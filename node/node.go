@@ -211,6 +211,13 @@ func (n *Node) Reload() error {
 		n.log.Warn("can't reload certificates, the old ones stay in use", "err", err)
 		return err
 	}
+	for key, file := range n.cfg.secretFiles() {
+		// The new certificate is in use all the same: without it the node would fail when
+		// the old one expires. Its next start would refuse it.
+		if what, hint := openMode(file); what != "" {
+			n.log.Warn("a file with a secret is open to others, and the node will not start again with it", "key", key, "problem", what, "hint", hint)
+		}
+	}
 	n.log.Info("certificates reloaded")
 	return nil
 }

@@ -168,7 +168,7 @@ func (n *Node) openHandlers() error {
 	n.gateway = gateway.New(gateway.Options{
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster, n.host}, Health: n, Jobs: n.jobs.service, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
-		InFlight: n.shares.InFlight,
+		InFlight: n.shares.InFlight, BodyMemory: bodyMemory(os.DirFS("/")),
 	})
 	n.operator = &operate.Operator{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,

@@ -74,7 +74,9 @@ type Options struct {
 	// second) allows for what has come; 0 means 10 s and 16 KiB/s.
 	BodyGrace time.Duration
 	BodyRate  int
-	// BodyMemory bounds the bytes of all bodies held at once; 0 means 512 MiB.
+	// BodyMemory bounds the bytes of all bodies held at once; 0 means 512 MiB. A body of
+	// more than 1 MiB counts twice, since the upstream gets a copy. At least one body of
+	// limits.body_bytes is always allowed.
 	BodyMemory int64
 	// WriteTimeout bounds each write to a client; 0 means 30 s.
 	WriteTimeout time.Duration

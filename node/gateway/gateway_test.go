@@ -508,11 +508,62 @@ func TestInFlightLimit(t *testing.T) {
 	}
 }
 
+// TestBodyMemoryLimit: large uploads that don't end fill the memory for bodies, counted with
+// the copies that they will need. Small requests are served all the same, further large ones
+// are refused, and one of the largest size always fits.
 func TestBodyMemoryLimit(t *testing.T) {
-	b := open(t, echo, func(o *Options) { o.BodyMemory = 64 << 10 })
-	do(t, "POST", b.url+"/v1/completions", strings.Replace(chat, "hi", strings.Repeat("x", 100<<10), 1)).wantError(t, 503, "overloaded", "")
+	const size, memory = 4 << 20, 64 << 20
+	b := open(t, echo, func(o *Options) {
+		cfg := testConfig()
+		cfg.Limits.BodyBytes = size
+		o.Config, o.BodyMemory = func() *config.Config { return cfg }, memory
+	})
+	large := strings.Replace(chat, "hi", strings.Repeat("x", size-len(chat)+2), 1)
+	refused := func() float64 { return b.value(t, "dsnode_requests_shed_total", "reason", "body_memory") }
+	var conns []net.Conn
+	for refused() == 0 && len(conns) < 32 {
+		c, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		conns = append(conns, c)
+		before := b.held.Load()
+		_, _ = fmt.Fprintf(c, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:len(large)-1])
+		await(t, "it is held or refused", func() bool { return refused() == 1 || b.held.Load() == before+size+slack })
+	}
+	if held := b.held.Load(); held > memory*7/8 || held < memory/2 {
+		t.Errorf("%d uploads hold %d bytes of %d", len(conns)-1, held, memory)
+	}
 	if g := do(t, "POST", b.url+"/v1/completions", chat); g.status != 200 {
-		t.Error(g)
+		t.Errorf("a small request: %v", g)
+	}
+	do(t, "POST", b.url+"/v1/completions", large).wantError(t, 503, "overloaded", "")
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	await(t, "the memory is free again", func() bool { return b.held.Load() == 0 })
+	if g := do(t, "POST", b.url+"/v1/completions", large); g.status != 200 {
+		t.Errorf("a large request alone: %v", g.status)
+	}
+
+	b = open(t, echo, func(o *Options) { o.BodyMemory = 64 << 10 })
+	if g := do(t, "POST", b.url+"/v1/completions", strings.Replace(chat, "hi", strings.Repeat("x", 31<<20), 1)); g.status != 200 {
+		t.Errorf("a large request alone, with little memory: %v", g.status)
+	}
+}
+
+// TestLargeBodiesCountTwice: while a large body is answered, its copy for the upstream counts.
+func TestLargeBodiesCountTwice(t *testing.T) {
+	var b *bench
+	var held int64
+	b = open(t, serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		held = b.held.Load()
+		return echo.Serve(ctx, r, s)
+	}), nil)
+	large := strings.Replace(chat, "hi", strings.Repeat("x", 3<<20), 1)
+	if g := do(t, "POST", b.url+"/v1/completions", large); g.status != 200 || held < 2*int64(len(large)) || held > 2*int64(len(large))+1024 {
+		t.Errorf("%d, held %d for a body of %d bytes", g.status, held, len(large))
 	}
 }
 
@@ -597,6 +648,26 @@ func TestUnreadBodiesEnd(t *testing.T) {
 				t.Errorf("%v\n%s", err, answer)
 			}
 		})
+	}
+}
+
+// TestContentEncodings: every line counts, and every coding in it.
+func TestContentEncodings(t *testing.T) {
+	b := open(t, echo, nil)
+	for text, want := range map[string]int{"identity": 200, "Identity": 200, "": 200, "gzip": 415, "identity|gzip": 415, "|br": 415, "identity, gzip": 415, "identity|identity": 200} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, b.url+"/v1/completions", strings.NewReader(chat))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header["Content-Encoding"] = strings.Split(text, "|")
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%q: %d, want %d", text, resp.StatusCode, want)
+		}
 	}
 }
 
