@@ -255,8 +255,8 @@ func (n *Node) followConfig(ctx context.Context) error {
 func (n *Node) warnOfFewFiles(l config.Limits) {
 	if n.shares.Clients < l.Connections || n.shares.InFlight < l.InFlight {
 		n.log.Warn("the limit of open files bounds this node more than its configuration does: raise it (ulimit -n, LimitNOFILE), or lower the limits",
-			"open_files", ports.OpenFiles(), "connections", min(n.shares.Clients, l.Connections), "limits.connections", l.Connections,
-			"in_flight", min(n.shares.InFlight, l.InFlight), "limits.in_flight", l.InFlight)
+			"open_files", ports.OpenFiles(), "connections", min(n.shares.Clients, l.Connections), "configured_connections", l.Connections,
+			"in_flight", min(n.shares.InFlight, l.InFlight), "configured_in_flight", l.InFlight)
 	}
 }
 

@@ -185,7 +185,9 @@ func serve(t *testing.T, limit int, secure bool, h http.HandlerFunc) *server {
 	}()
 	t.Cleanup(func() {
 		_ = srv.Close()
-		<-done
+		if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
 	})
 	return s
 }
@@ -485,7 +487,9 @@ func TestSlowAndFailedAreCounted(t *testing.T) {
 			t.Errorf("%v counted as slow", n)
 		}
 		_ = srv.Close()
-		<-done
+		if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
 	})
 
 	s := serve(t, 2, true, func(http.ResponseWriter, *http.Request) {})
