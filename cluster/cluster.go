@@ -69,6 +69,8 @@ type Options struct {
 	Health     func() Health // called for each ping; must not block
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
+	// PeerConns and PeerHandshakes are those of mesh.Options.
+	PeerConns, PeerHandshakes int
 	// Admit is called for each connection and gossip packet with the peer's site, or
 	// with "" for an address whose site is unknown; while it refuses any site it must
 	// refuse "" too. It must not block. Nil admits all. See Sever.
@@ -186,6 +188,7 @@ func New(o Options) (*Cluster, error) {
 	c.mesh = mesh.New(mesh.Options{
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Host: o.Host, Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
+		MaxConns: o.PeerConns, MaxHandshakes: o.PeerHandshakes,
 		Relays: c.relays, Silent: c.silentPeers, Removed: c.wasRemoved,
 		OnRemoved: func(peer mesh.Identity, why string) { c.learnRemoval(why) },
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -313,6 +314,35 @@ func ParseGossipKey(text []byte) ([]byte, error) {
 	return key, nil
 }
 
+// secretFiles are the files that nobody else may read, by their keys.
+func (c *Config) secretFiles() map[string]string {
+	return map[string]string{
+		"rpc.tls.key_file": c.RPC.TLS.KeyFile, "api.tls.key_file": c.API.TLS.KeyFile, "admin.tls.key_file": c.Admin.TLS.KeyFile,
+		"admin.token_file": c.Admin.TokenFile, "gossip.key_file": c.Gossip.KeyFile,
+	}
+}
+
+// openMode says what is wrong with the mode of a file that holds a secret, and what to do;
+// both are empty if nothing is. A group may read it: that is how services and Kubernetes
+// (fsGroup) share a certificate. The operator's key has a check of its own, which allows
+// only its owner.
+func openMode(file string) (what, hint string) {
+	info, err := os.Stat(file)
+	if err != nil || runtime.GOOS == "windows" { // who reads the file reports the error
+		return "", ""
+	}
+	mode := info.Mode().Perm()
+	switch {
+	case mode&0o007 != 0:
+		what = "every user of this machine has access to it"
+	case mode&0o020 != 0:
+		what = "its group may change it"
+	default:
+		return "", ""
+	}
+	return fmt.Sprintf("the file %s has mode %04o: %s", file, mode, what), "run: chmod 600 " + file + " (640 if a group must read it)"
+}
+
 // checkFiles checks the files and environment variables that the configuration names.
 func (c *Config) checkFiles(src *config.Source) {
 	at := config.At("rpc", "tls")
@@ -337,6 +367,15 @@ func (c *Config) checkFiles(src *config.Source) {
 	for section, t := range map[string]ServerTLS{"api": c.API.TLS, "admin": c.Admin.TLS} {
 		if t.CertFile != "" && t.KeyFile != "" {
 			src.CheckKeyPair(config.At(section, "tls"), t.CertFile, t.KeyFile, readBounded)
+		}
+	}
+	for key, file := range c.secretFiles() {
+		if what, hint := openMode(file); what != "" {
+			var parts []any
+			for part := range strings.SplitSeq(key, ".") {
+				parts = append(parts, part)
+			}
+			src.Reject(config.At(parts...), what, hint)
 		}
 	}
 	if c.Admin.TokenFile != "" {

@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -400,4 +401,35 @@ func FuzzParseConfig(f *testing.F) {
 			t.Fatal(diff)
 		}
 	})
+}
+
+// TestLoadConfigRefusesOpenSecrets: a secret that every user of the machine can read is none.
+func TestLoadConfigRefusesOpenSecrets(t *testing.T) {
+	dir, path := writeNode(t, good+"admin: {token_file: token, tls: {cert_file: node.pem, key_file: node.key}}\n")
+	for name, tt := range map[string]struct {
+		mode fs.FileMode
+		ok   bool
+	}{
+		"its owner's":          {0o600, true},
+		"read by its group":    {0o640, true},
+		"read only":            {0o440, true},
+		"read by all":          {0o644, false},
+		"read by all others":   {0o604, false},
+		"changed by its group": {0o660, false},
+		"changed by all":       {0o602, false},
+	} {
+		for _, file := range []string{"node.key", "gossip.key", "token"} {
+			secret := filepath.Join(dir, file)
+			if err := os.Chmod(secret, tt.mode); err != nil {
+				t.Fatal(err)
+			}
+			_, err := LoadConfig(path)
+			if (err == nil) != tt.ok || err != nil && !strings.Contains(err.Error(), "chmod 600 "+secret) {
+				t.Errorf("%s, %s (%04o): %v", file, name, tt.mode, err)
+			}
+			if err := os.Chmod(secret, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }

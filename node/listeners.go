@@ -17,7 +17,8 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/cluster/mesh"
-	"github.com/dsnode/dsnode/node/gateway"
+	"github.com/dsnode/dsnode/node/admin"
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 // listeners are the node's open ports and their HTTP servers.
@@ -100,15 +101,20 @@ func (n *Node) listen() error {
 
 // setHandlers makes the HTTP servers.
 func (n *Node) setHandlers() {
-	server := func(l *listener, h http.Handler) {
-		l.server = gateway.NewHTTPServer(h, config.DefaultLimits().HeaderBytes, n.log)
+	headerBytes := config.DefaultLimits().HeaderBytes
+	server := func(l *listener, h http.Handler, o ports.Options) {
+		o.Registerer = n.reg
+		p := ports.New(o)
+		l.ln = p.Listen(l.ln, l.tls != nil)
+		l.server = p.Server(h, headerBytes, n.log)
 		l.server.TLSConfig = l.tls
 	}
-	api := &n.listeners.clients[0]
-	api.ln = n.gateway.Listen(api.ln, api.tls != nil)
-	server(api, n.gateway)
+	server(&n.listeners.clients[0], n.gateway, ports.Options{
+		Name: "client", Refusal: n.gateway.RefuseConnection, WriteTolerance: 4 * time.Second,
+		Limit: func() int { return min(n.gateway.Connections(), n.shares.Clients) },
+	})
 	peers := listener{name: "peers", ln: n.cluster.Mesh().Listener(mesh.KindHTTP)}
-	server(&peers, mesh.AnswerProbes(n.gateway.PeerHandler()))
+	peers.server = ports.NewHTTPServer(mesh.AnswerProbes(n.gateway.PeerHandler()), headerBytes, n.log)
 	peers.server.ConnContext = mesh.HTTPConnContext
 	n.listeners.clients = append(n.listeners.clients, peers)
 
@@ -117,9 +123,9 @@ func (n *Node) setHandlers() {
 	for i := range n.listeners.operators {
 		switch l := &n.listeners.operators[i]; l.name {
 		case "admin":
-			server(l, n.admin)
+			server(l, n.admin, ports.Options{Name: "admin", Limit: func() int { return n.shares.Admin }})
 		case "metrics":
-			server(l, metrics)
+			server(l, admin.ForMetrics(metrics), ports.Options{Name: "metrics", Limit: func() int { return n.shares.Metrics }})
 		}
 	}
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/dsnode/dsnode/node/datakeys"
 	"github.com/dsnode/dsnode/node/gateway"
 	"github.com/dsnode/dsnode/node/operate"
+	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -54,6 +55,7 @@ type Node struct {
 	keys         *datakeys.Keys
 	cluster      *cluster.Cluster
 	listeners    listeners
+	shares       ports.Shares // of the files that the process may have open
 	fence        *failover.Fence
 	isolation    *drill.Isolator
 	coldStart    *failover.ColdStart
@@ -103,7 +105,7 @@ var ErrRemoved = cluster.ErrNodeRemoved
 
 // New opens the stores and the ports of a node. If it fails, nothing stays open.
 func New(cfg *Config, o Options) (*Node, error) {
-	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry()}
+	n := &Node{cfg: cfg, log: o.Logger.With("node", cfg.Name, "site", cfg.Site), version: o.Version, host: o.Host, reg: prometheus.NewRegistry(), shares: ports.Divide(ports.OpenFiles())}
 	n.view.Store(&peerView{})
 	if err := n.open(); err != nil {
 		return nil, errors.Join(err, n.Close())
@@ -209,6 +211,13 @@ func (n *Node) Reload() error {
 		n.log.Warn("can't reload certificates, the old ones stay in use", "err", err)
 		return err
 	}
+	for key, file := range n.cfg.secretFiles() {
+		// The new certificate is in use all the same: without it the node would fail when
+		// the old one expires. Its next start would refuse it.
+		if what, hint := openMode(file); what != "" {
+			n.log.Warn("a file with a secret is open to others, and the node will not start again with it", "key", key, "problem", what, "hint", hint)
+		}
+	}
 	n.log.Info("certificates reloaded")
 	return nil
 }
@@ -231,6 +240,7 @@ func (n *Node) followConfig(ctx context.Context) error {
 			current = s.Parsed
 			n.cache.Configure(current)
 			err := n.fleet.Configure(current)
+			n.warnOfFewFiles(current.Limits)
 			n.log.Info("configuration in force", "version", s.Config.Version, "hash", s.Config.Hash, "err", err)
 		}
 		select {
@@ -238,6 +248,15 @@ func (n *Node) followConfig(ctx context.Context) error {
 			return nil
 		case <-changed:
 		}
+	}
+}
+
+// warnOfFewFiles says when the limit of open files is what bounds this node.
+func (n *Node) warnOfFewFiles(l config.Limits) {
+	if n.shares.Clients < l.Connections || n.shares.InFlight < l.InFlight {
+		n.log.Warn("the limit of open files bounds this node more than its configuration does: raise it (ulimit -n, LimitNOFILE), or lower the limits",
+			"open_files", ports.OpenFiles(), "connections", min(n.shares.Clients, l.Connections), "configured_connections", l.Connections,
+			"in_flight", min(n.shares.InFlight, l.InFlight), "configured_in_flight", l.InFlight)
 	}
 }
 

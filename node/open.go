@@ -124,7 +124,8 @@ func (n *Node) openCluster() error {
 		Credentials: credentials,
 		OperatorKey: n.operatorKeys.Current.Fingerprint(), OperatorKeyPrevious: n.operatorKeys.Previous.Fingerprint(),
 		FeatureLevel: n.cfg.FeatureLevel,
-		Logs:         store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
+		PeerConns:    n.shares.Peers, PeerHandshakes: n.shares.Handshakes,
+		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Host: n.host, Health: n.ownHealth, Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
 		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
 		Services:    func(r grpc.ServiceRegistrar) { n.jobs.replication.Register(r) },
@@ -167,6 +168,7 @@ func (n *Node) openHandlers() error {
 	n.gateway = gateway.New(gateway.Options{
 		Server: n.pipeline, Config: func() *config.Config { return n.cluster.State().Parsed },
 		Auth: keyCheck{n.cluster, n.host}, Health: n, Jobs: n.jobs.service, Site: n.cfg.Site, Node: n.cfg.Name, Logger: n.log, Registerer: n.reg,
+		InFlight: n.shares.InFlight, BodyMemory: bodyMemory(os.DirFS("/")),
 	})
 	n.operator = &operate.Operator{
 		ClusterName: n.cfg.Cluster, Name: n.cfg.Name, Site: n.cfg.Site, Version: n.version,

@@ -43,6 +43,7 @@ var floor = map[string]int{
 	"replication/replicationpb": 9, // generated
 	"cluster/clusterpb":         9, // generated
 	"node/openai":               5, // the wire format; imports none of our packages
+	"node/ports":                5, // bounds of HTTP ports; imports none of our packages
 	"cluster/mesh":              2,
 	"cluster/gossip":            2,
 
@@ -75,6 +76,7 @@ var arrows = []arrow{
 	{"cmd/dsnode", "storage/keyring", "tls keys and dev make an operator's key"},
 	{"cmd/dsnode", "cluster/config", "config validate offline; dev writes cluster.yaml"},
 
+	{"node", "node/ports", "wiring: bounds the connections of the HTTP ports"},
 	{"node", "node/operate", "wiring: what the admin port serves"},
 	{"node", "node/admin", "wiring: opens the admin port"},
 	{"node", "node/datakeys", "wiring: opens the keys that everything at rest is sealed with"},
@@ -110,6 +112,7 @@ var arrows = []arrow{
 	{"node/operate", "cluster/agreed", "the agreed state, and the commands that change it"},
 	{"node/operate", "cluster/config", "checks a configuration before it is proposed"},
 
+	{"node/admin", "node/ports", "which requests come from this machine"},
 	{"node/admin", "failover/drill", "tells over HTTP why a drill was refused"},
 	{"node/admin", "failover", "tells over HTTP how a switchover failed, and which checks hold"},
 	{"node/admin", "cluster", "errors of changes"},
@@ -121,6 +124,7 @@ var arrows = []arrow{
 	{"node/datakeys", "cluster/agreed", "the agreed keys"},
 	{"node/datakeys", "cluster/clock", "how long nobody has carried a key"},
 
+	{"node/gateway", "node/ports", "which requests come from this machine; says when one has come"},
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
 	{"node/gateway", "node/openai", "reads requests, writes errors"},

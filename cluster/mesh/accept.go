@@ -97,14 +97,20 @@ func (m *Mesh) accept(slot *handshakeSlot, tcp net.Conn) (tunnel *PeerConn) {
 	}
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
-	m.logNotAccepted(tcp.RemoteAddr(), m.countFailure("accepted", err), err)
+	reason := m.countFailure("accepted", err)
+	if !endedByPeer(reason) {
+		m.metrics.atPort.WithLabelValues(reason).Inc()
+	}
+	m.logNotAccepted(tcp.RemoteAddr(), reason, err)
 	return nil
 }
 
+// endedByPeer reports whether nothing was refused: a load balancer's health check, a
+// dialler that gave up, or this node's shutdown.
+func endedByPeer(reason string) bool { return reason == "closed" || reason == "cancelled" }
+
 func (m *Mesh) logNotAccepted(remote net.Addr, reason string, err error) {
-	switch reason {
-	case "closed", "cancelled":
-		// A load balancer's health check, a dialler that gave up, or this node's shutdown.
+	if endedByPeer(reason) {
 		m.opts.Logger.Debug("a peer's connection ended during the handshake", "remote", remote.String(), "err", err)
 		return
 	}

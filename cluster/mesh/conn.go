@@ -64,6 +64,7 @@ func (c *PeerConn) abort() {
 
 // peerConns is the list of open connections.
 type peerConns struct {
+	limit   int
 	metrics *metrics
 
 	mu     sync.Mutex // guards all, closed
@@ -77,7 +78,7 @@ func (p *peerConns) add(c *PeerConn) error {
 	if p.closed {
 		return net.ErrClosed
 	}
-	if len(p.all) >= maxPeerConns {
+	if len(p.all) >= p.limit {
 		return fmt.Errorf("%w: %d are open", errTooManyConns, len(p.all))
 	}
 	p.all[c] = struct{}{}

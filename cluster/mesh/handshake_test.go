@@ -70,6 +70,7 @@ func TestInvalidClientsAreNotAccepted(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			before := testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason))
+			refused := testutil.ToFloat64(hub.metrics.atPort.WithLabelValues(tc.reason))
 			raw, err := net.Dial("tcp", hub.addr)
 			if err != nil {
 				t.Fatal(err)
@@ -94,6 +95,12 @@ func TestInvalidClientsAreNotAccepted(t *testing.T) {
 			_ = raw.Close() // the acceptor lingers until then
 			async.Await(t, "the failure to be counted as "+tc.reason, func() bool {
 				return testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason)) == before+1
+			})
+			if tc.reason != "closed" { // then the client has ended it
+				refused++
+			}
+			async.Await(t, "the refusal at the port to be counted", func() bool {
+				return testutil.ToFloat64(hub.metrics.atPort.WithLabelValues(tc.reason)) == refused
 			})
 		})
 	}

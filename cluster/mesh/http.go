@@ -28,9 +28,9 @@ func (m *Mesh) newHTTPTransport() *http.Transport {
 			return m.Dial(ctx, KindHTTP, node)
 		},
 		DisableCompression:  true,
-		MaxIdleConns:        maxPeerConns / 2,
+		MaxIdleConns:        m.opts.MaxConns / 2,
 		MaxIdleConnsPerHost: httpIdlePerPeer,
-		MaxConnsPerHost:     maxPeerConns / 2,
+		MaxConnsPerHost:     m.opts.MaxConns / 2,
 		IdleConnTimeout:     httpIdleTimeout,
 	}
 }

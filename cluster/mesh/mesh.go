@@ -14,6 +14,7 @@
 package mesh
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -55,6 +56,9 @@ type Options struct {
 	// DialTimeout bounds a whole dial: name lookup, TCP, TLS, preface and, if the
 	// direct dial fails, the tunnel. 0: 2 s.
 	DialTimeout time.Duration
+	// MaxConns bounds the open connections, in both directions; MaxHandshakes those
+	// accepted ones whose handshake has not ended. 0: 8192 and 128, which are the most.
+	MaxConns, MaxHandshakes int
 	// Relays lists the peers that recently reported that they hear a node, the best
 	// first. They are asked for a tunnel when the node can't be reached directly.
 	// Nil: this node opens no tunnels. It must not block.
@@ -111,6 +115,8 @@ func New(o Options) *Mesh {
 	if o.DialTimeout <= 0 {
 		o.DialTimeout = defaultDialTimeout
 	}
+	o.MaxConns = min(cmp.Or(o.MaxConns, maxPeerConns), maxPeerConns)
+	o.MaxHandshakes = min(cmp.Or(o.MaxHandshakes, maxHandshakes), maxHandshakes)
 	metrics := newMetrics(o.Registerer)
 	m := &Mesh{
 		opts:       o,
@@ -118,8 +124,8 @@ func New(o Options) *Mesh {
 		acceptLog:  throttle.NewLines(),
 		serverTLS:  o.Credentials.ServerTLS(),
 		dialTCP:    o.Host.Dialer(&net.Dialer{KeepAliveConfig: peerKeepAlive, Control: setUserTimeout}),
-		conns:      peerConns{all: map[*PeerConn]struct{}{}, metrics: metrics},
-		handshakes: newHandshakeLimiter(maxHandshakes, handshakeTimeout),
+		conns:      peerConns{all: map[*PeerConn]struct{}{}, limit: o.MaxConns, metrics: metrics},
+		handshakes: newHandshakeLimiter(o.MaxHandshakes, handshakeTimeout),
 		listeners:  map[Kind]*kindListener{},
 		clients:    map[string]*Client{},
 		routes:     newRouteTable(metrics),

@@ -13,6 +13,7 @@ type metrics struct {
 	handshakes  prometheus.Gauge
 	failures    *prometheus.CounterVec
 	refused     *prometheus.CounterVec
+	atPort      *prometheus.CounterVec
 	tunnels     *prometheus.CounterVec
 	viaRelay    prometheus.Gauge
 }
@@ -35,6 +36,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_refused_total", Help: "Connections that this node (by=self) or an authenticated peer (by=peer) refused, by code.",
 		}, []string{"code", "by"}),
+		// The label port is constant, because other packages count for their ports.
+		atPort: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "dsnode_connections_refused_total", Help: "Connections and packets that a port refused, by reason.",
+			ConstLabels: prometheus.Labels{"port": "rpc"},
+		}, []string{"reason"}),
 		// Open tunnels are counted as connections of the kinds tunnel and relayed.
 		tunnels: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_tunnels_total", Help: "Tunnels to a node through a common peer that this node asked for (side=dialled) or was asked to relay (side=relayed), by result.",

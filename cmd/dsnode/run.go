@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -41,6 +43,9 @@ func runNode(ctx context.Context, env *environment, file string) error {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(config.Log.Level)); err != nil {
 		return failure("write debug, info, warn or error", "%s: log.level: %w", file, err)
+	}
+	if limit, known := node.MemoryLimit(os.DirFS("/")); known && env.getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(limit)
 	}
 	log := slog.New(slog.NewJSONHandler(env.stderr, &slog.HandlerOptions{Level: level}))
 	n, err := node.New(config, node.Options{Logger: log, Version: env.version})

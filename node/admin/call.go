@@ -14,6 +14,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 // read makes a handler for a GET, which takes the given parameters.
@@ -149,14 +151,16 @@ func readAuthor(who string) (string, error) {
 	return who, nil
 }
 
-// readBody reads at most maxBody bytes within bodyTimeout.
+// readBody reads at most maxBody bytes. ServeHTTP has set the deadline.
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	control := http.NewResponseController(w)
-	// A test's recorder supports no deadlines, so errors are ignored.
-	_ = control.SetReadDeadline(time.Now().Add(bodyTimeout))
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	// If it stayed, it would end the request's context during the work.
-	_ = control.SetReadDeadline(time.Time{})
+	if err == nil {
+		// If it stayed, it would end the request's context during the work. A test's
+		// recorder supports no deadlines, so errors are ignored.
+		_ = control.SetReadDeadline(time.Time{})
+		ports.Received(r.Context())
+	}
 	var over *http.MaxBytesError
 	switch {
 	case errors.As(err, &over):

@@ -19,6 +19,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 // Errors of a Client that no node returned.
@@ -118,7 +120,7 @@ func parseURL(text string, withToken bool) (*url.URL, error) {
 		return nil, refuse("the admin URL %s must begin with http:// or https://", quote(u.Redacted()))
 	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "":
 		return nil, refuse("the admin URL %s must only have a scheme, a host and a port", quote(u.Redacted()))
-	case withToken && u.Scheme == "http" && !loopbackName(u.Host):
+	case withToken && u.Scheme == "http" && !ports.LoopbackName(u.Host):
 		return nil, refuse("the token would be sent unencrypted to %s: write https://", u.Host)
 	}
 	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil

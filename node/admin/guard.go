@@ -8,13 +8,16 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"time"
+
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 // sameOrigin refuses requests that a page of another origin made a browser send. On
 // loopback, where no token may be needed, it also refuses foreign Host headers: with DNS
 // rebinding a page can have the origin of this port, but its Host header shows its name.
-func (s *Server) sameOrigin(r *http.Request) error {
-	if overLoopback(r) && !loopbackName(r.Host) {
+func sameOrigin(r *http.Request) error {
+	if rebound(r) {
 		return &Error{
 			Code: "forbidden", Message: "the Host header " + quote(r.Host) + " is not a name of the loopback address",
 			Hint: "use 127.0.0.1 or localhost; a proxy in front must set Host to localhost",
@@ -26,8 +29,7 @@ func (s *Server) sameOrigin(r *http.Request) error {
 			return &Error{Code: "forbidden", Message: "requests from a page of " + quote(origin) + " are refused"}
 		}
 	}
-	switch r.Header.Get("Sec-Fetch-Site") {
-	case "", "none", "same-origin":
+	if !ports.CrossSite(r.Header) {
 		return nil
 	}
 	// A link to the console is harmless: its page is the same for everybody.
@@ -35,6 +37,24 @@ func (s *Server) sameOrigin(r *http.Request) error {
 		return nil
 	}
 	return &Error{Code: "forbidden", Message: "requests from a page of another site are refused"}
+}
+
+// rebound reports whether a request over loopback has a foreign name.
+func rebound(r *http.Request) bool { return overLoopback(r) && !ports.LoopbackName(r.Host) }
+
+// ForMetrics guards a port that has only metrics, without a token: pages of other sites
+// can't read them on loopback, and neither a body nor a reader may be slow.
+func ForMetrics(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		control := http.NewResponseController(w)
+		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // a test's recorder has no deadlines
+		_ = control.SetWriteDeadline(time.Now().Add(defaultTimeout))
+		if rebound(r) {
+			http.Error(w, "The Host header is not a name of the loopback address; use 127.0.0.1 or localhost.", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // authorized requires the token, or a connection over loopback when no token is
@@ -61,6 +81,12 @@ func (s *Server) authorize(r *http.Request) error {
 	if s.token == "" {
 		// The node refuses to start like this on any other address. This check holds
 		// even if it did start.
+		if overLoopback(r) && ports.Forwarded(r.Header) {
+			return &Error{
+				Code: "unauthorized", Message: "the operator's token is missing: a proxy has passed this request on, and no token is configured",
+				Hint: "set admin.token_file in node.yaml, or connect without the proxy",
+			}
+		}
 		if overLoopback(r) {
 			return nil
 		}
@@ -89,20 +115,6 @@ func overLoopback(r *http.Request) bool {
 	}
 	addr, err := netip.ParseAddrPort(local.String())
 	return err == nil && addr.Addr().Unmap().IsLoopback()
-}
-
-// loopbackName reports whether a Host header names the loopback address. Any port is
-// allowed, because the port may be forwarded.
-func loopbackName(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
-	}
-	host = strings.TrimSuffix(strings.ToLower(strings.Trim(host, "[]")), ".")
-	if host == "localhost" {
-		return true
-	}
-	addr, err := netip.ParseAddr(host)
-	return err == nil && addr.Unmap().IsLoopback()
 }
 
 // quote quotes untrusted text in a message, at most 100 bytes of it.

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -44,6 +45,13 @@ func TestAccess(t *testing.T) {
 		"our own page's fetch":         {change: []func(*http.Request){header("Sec-Fetch-Site", "same-origin")}, want: 200},
 		"an address typed in":          {path: "/", change: []func(*http.Request){header("Sec-Fetch-Site", "none")}, want: 200},
 
+		"a proxy on this machine":          {change: []func(*http.Request){header("X-Forwarded-For", "203.0.113.9")}, want: 401},
+		"a CDN's tunnel":                   {change: []func(*http.Request){header("CF-Connecting-IP", "203.0.113.9")}, want: 401},
+		"a proxy, for a change":            {method: "POST", path: "/admin/v1/nodes/me-1/drain", change: []func(*http.Request){header("Via", "1.1 p")}, want: 401},
+		"a proxy, with the token":          {token: "s3cret", change: []func(*http.Request){header("Authorization", "Bearer s3cret"), header("Forwarded", "for=203.0.113.9")}, want: 200},
+		"a proxy, for a probe":             {path: "/healthz/live", change: []func(*http.Request){header("X-Real-IP", "203.0.113.9")}, want: 200},
+		"one of two Sec-Fetch-Site allows": {change: []func(*http.Request){func(r *http.Request) { r.Header["Sec-Fetch-Site"] = []string{"none", "cross-site"} }}, want: 403},
+
 		"token right":           {token: "s3cret", change: []func(*http.Request){header("Authorization", "Bearer s3cret")}, want: 200},
 		"token wrong":           {token: "s3cret", change: []func(*http.Request){header("Authorization", "Bearer s3crets")}, want: 401},
 		"token empty":           {token: "s3cret", change: []func(*http.Request){header("Authorization", "Bearer ")}, want: 401},
@@ -74,6 +82,29 @@ func TestAccess(t *testing.T) {
 				t.Errorf("a 401 must say what is missing: %s", text)
 			}
 		})
+	}
+}
+
+// TestMetricsPort: a page that has rebound its name to loopback can't read the metrics, a
+// scraper can.
+func TestMetricsPort(t *testing.T) {
+	h := httptest.NewServer(ForMetrics(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "up 1") })))
+	defer h.Close()
+	for name, want := range map[string]int{"localhost:9090": 200, "127.0.0.1": 200, "evil.example:9090": 403, "127.0.0.1.evil.example": 403} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, h.URL+"/metrics", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = name
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if resp.StatusCode != want || (string(text) == "up 1") != (want == 200) {
+			t.Errorf("Host %s: %d %s, want %d", name, resp.StatusCode, text, want)
+		}
 	}
 }
 

@@ -181,7 +181,11 @@ func (s *Server) routes(o Options) []route {
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if err := s.sameOrigin(r); err != nil {
+	if r.ContentLength != 0 {
+		// Also for a body that nobody reads: net/http reads it before the next request.
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
+	if err := sameOrigin(r); err != nil {
 		s.refuse(w, r, err)
 		return
 	}

@@ -4,10 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"net/http"
-	"net/netip"
 	"strconv"
 	"strings"
 
+	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -61,15 +61,13 @@ func first(h http.Header, key string) string {
 	return ""
 }
 
-// local reports whether a request comes directly from this machine. One that a proxy on
-// this machine has passed on does not. Neither does one that a web page makes a local
-// browser send (it carries an Origin): it is not the user's.
+// local reports whether a request comes directly from a program on this machine. One that
+// a proxy on this machine has passed on does not. Neither does one that a web page makes a
+// local browser send: it is not the user's. Such a page shows itself by an Origin, by
+// Sec-Fetch-Site or, after DNS rebinding, by the name in the Host header.
 func local(r *http.Request) bool {
-	for _, h := range [...]string{"Forwarded", "X-Forwarded-For", "X-Real-Ip", "Via", "Origin"} {
-		if _, proxied := r.Header[h]; proxied {
-			return false
-		}
+	if _, page := r.Header["Origin"]; page {
+		return false
 	}
-	addr, err := netip.ParseAddrPort(r.RemoteAddr)
-	return err == nil && addr.Addr().Unmap().IsLoopback()
+	return ports.Direct(r) && (ports.LoopbackName(r.Host) || ports.BelowLocalhost(r.Host)) && !ports.CrossSite(r.Header)
 }

@@ -4,13 +4,18 @@ import (
 	"errors"
 	"io"
 	"os"
+	"strings"
 	"time"
+
+	"github.com/dsnode/dsnode/node/ports"
 )
 
 const (
 	// firstRead bounds the memory for a body before any of it has come: a
 	// Content-Length alone reserves no more.
 	firstRead = 64 << 10
+	// smallBody is the largest body that may use the last eighth of the memory for bodies.
+	smallBody = 1 << 20
 	// slack lets the last Read of a body of known length see its end.
 	slack = 1
 	// drainTime bounds how long the rest of a body that is too large is read and
@@ -25,8 +30,10 @@ const (
 // Its memory is counted in Gateway.held until release.
 func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	r := x.r
-	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
-		return nil, encodedBody(e)
+	for _, e := range r.Header["Content-Encoding"] { // each line, and all of it, counts
+		if e = strings.TrimSpace(e); e != "" && !strings.EqualFold(e, "identity") {
+			return nil, encodedBody(e)
+		}
 	}
 	if r.ContentLength > limit {
 		x.drain(limit)
@@ -36,22 +43,31 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	if r.ContentLength >= 0 {
 		size = min(r.ContentLength, firstRead) + slack
 	}
-	if !x.hold(size) {
+	if !x.hold(size, limit) {
 		return nil, x.g.shed(shedMemory)
 	}
 	body := make([]byte, 0, size)
-	defer func() { _ = x.rc.SetReadDeadline(time.Time{}) }() // else it would end the wait for the answer
+	// Gateway.serve has set the deadline. After a failure it stays, for the rest of the
+	// body, which net/http reads.
 	for {
-		// The time allowed grows with what has come, so one byte a second is too slow.
-		allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
-		_ = x.rc.SetReadDeadline(x.start.Add(allowed)) // a recorder in a test has none
+		if len(body) > 0 {
+			// The time allowed grows with what has come, so one byte a second is too slow.
+			allowed := x.g.o.BodyGrace + time.Duration(len(body))*time.Second/time.Duration(x.g.o.BodyRate)
+			_ = x.rc.SetReadDeadline(x.start.Add(allowed))
+		}
 		n, err := r.Body.Read(body[len(body):cap(body)])
 		body = body[:len(body)+n]
+		ports.Arrived(r.Context(), n)
 		switch {
 		case int64(len(body)) > limit:
 			x.drain(limit)
 			return nil, tooLarge(limit)
 		case errors.Is(err, io.EOF):
+			if len(body) > smallBody && !x.hold(int64(len(body)), limit) { // the upstream gets a copy, with its own name of the model
+				return nil, x.g.shed(shedMemory)
+			}
+			_ = x.rc.SetReadDeadline(time.Time{}) // else it would end the wait for the answer
+			ports.Received(r.Context())
 			return body, nil
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil, slowBody(len(body))
@@ -62,8 +78,11 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 			size := min(int64(cap(body))*2, limit+slack)
 			if r.ContentLength >= 0 {
 				size = min(size, r.ContentLength+slack)
+				if len(body) > smallBody {
+					size = r.ContentLength + slack // every step on the way would be garbage
+				}
 			}
-			if !x.hold(size - int64(cap(body))) {
+			if !x.hold(size-int64(cap(body)), limit) {
 				return nil, x.g.shed(shedMemory)
 			}
 			bigger := make([]byte, len(body), size)
@@ -73,9 +92,15 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	}
 }
 
-// hold reserves n bytes of the memory for bodies. It is false when there is no more.
-func (x *exchange) hold(n int64) bool {
-	if x.g.held.Add(n) > x.g.o.BodyMemory {
+// hold reserves n bytes of the memory for bodies. It is false when there is no more. Large
+// bodies leave an eighth to small ones, so that a few uploads don't stop all requests. One
+// of the largest size always fits, with its copy.
+func (x *exchange) hold(n, limit int64) bool {
+	bound := max(x.g.o.BodyMemory, 2*(limit+slack)*8/7+1)
+	if x.held+n > smallBody+slack {
+		bound -= bound / 8
+	}
+	if x.g.held.Add(n) > bound {
 		x.g.held.Add(-n)
 		return false
 	}
@@ -93,7 +118,6 @@ func (x *exchange) drain(limit int64) {
 	}
 	_ = x.rc.SetReadDeadline(time.Now().Add(drainTime))
 	_, _ = io.CopyN(io.Discard, x.r.Body, limit)
-	_ = x.rc.SetReadDeadline(time.Time{})
 }
 
 // shed counts a refusal for lack of capacity.

@@ -74,10 +74,15 @@ type Options struct {
 	// second) allows for what has come; 0 means 10 s and 16 KiB/s.
 	BodyGrace time.Duration
 	BodyRate  int
-	// BodyMemory bounds the bytes of all bodies held at once; 0 means 512 MiB.
+	// BodyMemory bounds the bytes of all bodies held at once; 0 means 512 MiB. A body of
+	// more than 1 MiB counts twice, since the upstream gets a copy. At least one body of
+	// limits.body_bytes is always allowed.
 	BodyMemory int64
 	// WriteTimeout bounds each write to a client; 0 means 30 s.
 	WriteTimeout time.Duration
+	// InFlight bounds the requests at once below limits.in_flight, because each needs an
+	// open file for its upstream; 0: no such bound.
+	InFlight int
 }
 
 // Gateway is an http.Handler for clients.
@@ -119,6 +124,13 @@ func New(o Options) *Gateway {
 // Drain makes readiness fail and asks clients to use other connections. The owner then
 // waits and shuts the http.Server down.
 func (g *Gateway) Drain() { g.draining.Store(true) }
+
+// RefuseConnection counts a connection that the api port refuses because it has as many as
+// it may have, and returns the error for its client.
+func (g *Gateway) RefuseConnection() []byte { return g.shed(shedConnections).json() }
+
+// Connections is limits.connections.
+func (g *Gateway) Connections() int { return g.config().Limits.Connections }
 
 // Resume undoes Drain.
 func (g *Gateway) Resume() { g.draining.Store(false) }
@@ -168,6 +180,10 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, from caller) {
 	x := exchange{g: g, w: w, r: r, from: from, start: time.Now(), rc: *http.NewResponseController(w)}
 	// The last request on this connection may have left a deadline.
 	x.extendWrite(x.start)
+	if r.ContentLength != 0 {
+		// Also for a body that nobody reads: net/http reads it before the next request.
+		_ = x.rc.SetReadDeadline(x.start.Add(g.o.BodyGrace)) // a recorder in a test has none
+	}
 	if g.draining.Load() {
 		w.Header()["Connection"] = closeConnection
 	}
@@ -196,6 +212,21 @@ func (g *Gateway) serve(w http.ResponseWriter, r *http.Request, from caller) {
 }
 
 var closeConnection = []string{"close"}
+
+// enter counts a request in flight, unless there are too many. The caller of a true one
+// calls leave.
+func (g *Gateway) enter(limit int) bool {
+	if g.o.InFlight > 0 {
+		limit = min(limit, g.o.InFlight)
+	}
+	if int(g.inFlight.Add(1)) > limit {
+		g.leave()
+		return false
+	}
+	return true
+}
+
+func (g *Gateway) leave() { g.inFlight.Add(-1) }
 
 // config is never nil.
 func (g *Gateway) config() *config.Config {

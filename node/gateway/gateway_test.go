@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
+	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 )
 
@@ -103,9 +105,10 @@ func listen(t *testing.T, g *Gateway, h http.Handler) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := NewHTTPServer(h, g.config().Limits.HeaderBytes, slog.New(slog.DiscardHandler))
+	p := ports.New(ports.Options{Name: "client", Limit: g.Connections, Refusal: g.RefuseConnection})
+	srv := p.Server(h, g.config().Limits.HeaderBytes, slog.New(slog.DiscardHandler))
 	var done sync.WaitGroup
-	done.Go(func() { _ = srv.Serve(g.Listen(ln, false)) })
+	done.Go(func() { _ = srv.Serve(p.Listen(ln, false)) })
 	t.Cleanup(func() {
 		http.DefaultClient.CloseIdleConnections()
 		_ = srv.Close()
@@ -444,7 +447,7 @@ func TestDrainClosesConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = c.Close() }()
-	_, _ = fmt.Fprintf(c, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(chat), chat)
+	_, _ = fmt.Fprintf(c, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", len(chat), chat)
 	answer, err := io.ReadAll(c) // ends because the server closes
 	if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200") || !strings.Contains(string(answer), "Connection: close") {
 		t.Errorf("%v\n%s", err, answer)
@@ -505,34 +508,108 @@ func TestInFlightLimit(t *testing.T) {
 	}
 }
 
+// TestBodyMemoryLimit: large uploads that don't end fill the memory for bodies, counted with
+// the copies that they will need. Small requests are served all the same, further large ones
+// are refused, and one of the largest size always fits.
 func TestBodyMemoryLimit(t *testing.T) {
-	b := open(t, echo, func(o *Options) { o.BodyMemory = 64 << 10 })
-	do(t, "POST", b.url+"/v1/completions", strings.Replace(chat, "hi", strings.Repeat("x", 100<<10), 1)).wantError(t, 503, "overloaded", "")
+	const size, memory = 4 << 20, 64 << 20
+	b := open(t, echo, func(o *Options) {
+		cfg := testConfig()
+		cfg.Limits.BodyBytes = size
+		o.Config, o.BodyMemory = func() *config.Config { return cfg }, memory
+	})
+	large := strings.Replace(chat, "hi", strings.Repeat("x", size-len(chat)+2), 1)
+	refused := func() float64 { return b.value(t, "dsnode_requests_shed_total", "reason", "body_memory") }
+	var conns []net.Conn
+	for refused() == 0 && len(conns) < 32 {
+		c, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		conns = append(conns, c)
+		before := b.held.Load()
+		_, _ = fmt.Fprintf(c, "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:len(large)-1])
+		await(t, "it is held or refused", func() bool { return refused() == 1 || b.held.Load() == before+size+slack })
+	}
+	if held := b.held.Load(); held > memory*7/8 || held < memory/2 {
+		t.Errorf("%d uploads hold %d bytes of %d", len(conns)-1, held, memory)
+	}
 	if g := do(t, "POST", b.url+"/v1/completions", chat); g.status != 200 {
-		t.Error(g)
+		t.Errorf("a small request: %v", g)
+	}
+	do(t, "POST", b.url+"/v1/completions", large).wantError(t, 503, "overloaded", "")
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	await(t, "the memory is free again", func() bool { return b.held.Load() == 0 })
+	if g := do(t, "POST", b.url+"/v1/completions", large); g.status != 200 {
+		t.Errorf("a large request alone: %v", g.status)
+	}
+
+	b = open(t, echo, func(o *Options) { o.BodyMemory = 64 << 10 })
+	if g := do(t, "POST", b.url+"/v1/completions", strings.Replace(chat, "hi", strings.Repeat("x", 31<<20), 1)); g.status != 200 {
+		t.Errorf("a large request alone, with little memory: %v", g.status)
 	}
 }
 
+// TestLargeBodiesCountTwice: while a large body is answered, its copy for the upstream counts.
+func TestLargeBodiesCountTwice(t *testing.T) {
+	var b *bench
+	var held int64
+	b = open(t, serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		held = b.held.Load()
+		return echo.Serve(ctx, r, s)
+	}), nil)
+	large := strings.Replace(chat, "hi", strings.Repeat("x", 3<<20), 1)
+	if g := do(t, "POST", b.url+"/v1/completions", large); g.status != 200 || held < 2*int64(len(large)) || held > 2*int64(len(large))+1024 {
+		t.Errorf("%d, held %d for a body of %d bytes", g.status, held, len(large))
+	}
+}
+
+// TestConnectionLimit: a connection with a request gives way to nobody, a silent one does.
 func TestConnectionLimit(t *testing.T) {
-	b := open(t, echo, func(o *Options) {
+	enter, leave := make(chan struct{}, 1), make(chan struct{})
+	b := open(t, serverFunc(func(ctx context.Context, r serving.Request, s serving.Sink) error {
+		enter <- struct{}{}
+		<-leave
+		return echo.Serve(ctx, r, s)
+	}), func(o *Options) {
 		cfg := testConfig()
 		cfg.Limits.Connections = 1
 		o.Config = func() *config.Config { return cfg }
 	})
-	first, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
+	dial := func(text string) net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		if _, err := io.WriteString(c, text); err != nil {
+			t.Fatal(err)
+		}
+		return c
 	}
-	second, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
+	const request = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+	silent := dial("")
+	first := dial(fmt.Sprintf(request, len(chat), chat))
+	<-enter
+	if n, err := silent.Read(make([]byte, 1)); n != 0 || err == nil {
+		t.Errorf("the silent connection: %d, %v", n, err)
 	}
+	second := dial("")
 	answer, _ := io.ReadAll(second)
-	_ = second.Close()
 	if !strings.HasPrefix(string(answer), "HTTP/1.1 503") || !strings.Contains(string(answer), "Retry-After: 1") || !strings.Contains(string(answer), `"code":"overloaded"`) {
 		t.Errorf("%s", answer)
 	}
-	_ = first.Close()
+	if n := b.value(t, "dsnode_requests_shed_total", "reason", "connections"); n != 1 {
+		t.Errorf("shed %v", n)
+	}
+	close(leave)
+	if answer, err := io.ReadAll(first); err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 200") {
+		t.Errorf("%v\n%s", err, answer)
+	}
 	await(t, "the place is free again", func() bool {
 		resp, err := http.Get(b.url + "/livez")
 		if err != nil {
@@ -541,6 +618,120 @@ func TestConnectionLimit(t *testing.T) {
 		_ = resp.Body.Close()
 		return resp.StatusCode == 200
 	})
+}
+
+// TestUnreadBodiesEnd: net/http reads what is left of a body before the next request. A
+// client that sends none of it must not keep its connection for that.
+func TestUnreadBodiesEnd(t *testing.T) {
+	for name, head := range map[string]string{
+		"refused for its key":    "POST /v1/completions HTTP/1.1\r\nAuthorization: Bearer wrong\r\n",
+		"refused for its path":   "POST /v1/nothing HTTP/1.1\r\n",
+		"refused for its method": "PUT /v1/completions HTTP/1.1\r\n",
+		"not looked at":          "GET /v1/models HTTP/1.1\r\n",
+		"of a probe":             "GET /livez HTTP/1.1\r\n",
+		"too slow":               "POST /v1/completions HTTP/1.1\r\n",
+		"not identity":           "POST /v1/completions HTTP/1.1\r\nContent-Encoding: gzip\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := open(t, echo, func(o *Options) { o.BodyGrace = 50 * time.Millisecond })
+			c, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = c.Close() }()
+			if _, err := io.WriteString(c, head+"Host: localhost\r\nContent-Length: 1000\r\n\r\nabc"); err != nil {
+				t.Fatal(err)
+			}
+			_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			answer, err := io.ReadAll(c)
+			if err != nil || !strings.HasPrefix(string(answer), "HTTP/1.1 ") {
+				t.Errorf("%v\n%s", err, answer)
+			}
+		})
+	}
+}
+
+// TestContentEncodings: every line counts, and every coding in it.
+func TestContentEncodings(t *testing.T) {
+	b := open(t, echo, nil)
+	for text, want := range map[string]int{"identity": 200, "Identity": 200, "": 200, "gzip": 415, "identity|gzip": 415, "|br": 415, "identity, gzip": 415, "identity|identity": 200} {
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, b.url+"/v1/completions", strings.NewReader(chat))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header["Content-Encoding"] = strings.Split(text, "|")
+		resp, err := http.DefaultClient.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("%q: %d, want %d", text, resp.StatusCode, want)
+		}
+	}
+}
+
+// TestLocal: without API keys only programs on this machine are served. A proxy there, or a
+// page in a browser there, speaks for others.
+func TestLocal(t *testing.T) {
+	request := func(change ...func(*http.Request)) *http.Request {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/v1/jobs", nil)
+		r.RemoteAddr, r.Host = "127.0.0.1:5000", "localhost:8080"
+		for _, f := range change {
+			f(r)
+		}
+		return r
+	}
+	host := func(name string) func(*http.Request) { return func(r *http.Request) { r.Host = name } }
+	from := func(addr string) func(*http.Request) { return func(r *http.Request) { r.RemoteAddr = addr } }
+	header := func(name, value string) func(*http.Request) {
+		return func(r *http.Request) { r.Header[http.CanonicalHeaderKey(name)] = []string{value} }
+	}
+	for _, name := range []string{
+		"localhost", "LOCALHOST.", "localhost:8080", "127.0.0.1", "127.0.0.1:80", "127.9.8.7", "[::1]", "[::1]:8080", "app.localhost", "a.b.localhost.:8080", "[::ffff:127.0.0.1]",
+	} {
+		if !local(request(host(name))) {
+			t.Errorf("Host %s is not local", name)
+		}
+	}
+	for _, name := range []string{
+		"", "evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "notlocalhost", "10.0.0.1", "0.0.0.0", "[::]", "[::2]:1", "localhost@evil.example", "2130706433",
+	} {
+		if local(request(host(name))) {
+			t.Errorf("Host %q is local", name)
+		}
+	}
+	for _, addr := range []string{"10.0.0.5:5000", "[fe80::1]:5000", "", "@"} {
+		if local(request(from(addr))) {
+			t.Errorf("a client at %q is local", addr)
+		}
+	}
+	for _, name := range []string{
+		"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded", "X-Forwarded-Anything", "Forwarded-For", "Via", "X-Real-IP", "CF-Connecting-IP",
+		"CF-Ray", "True-Client-IP", "Client-IP", "X-Client-IP", "X-Cluster-Client-IP", "Fastly-Client-IP", "Fly-Client-IP", "CDN-Loop", "X-Original-Forwarded-For", "X-Original-Host",
+		"X-Envoy-External-Address", "X-Azure-ClientIP", "X-Amzn-Trace-Id", "X-ProxyUser-Ip", "X-Remote-Addr", "X-Host", "X-Rewrite-URL", "X-Arr-Log-Id", "Akamai-Origin-Hop", "Tailscale-User-Login", "Origin",
+	} {
+		for _, value := range []string{"127.0.0.1", "", "http://localhost:8080"} {
+			if local(request(header(name, value))) {
+				t.Errorf("a request with %s: %s is local", name, value)
+			}
+		}
+	}
+	for value, want := range map[string]bool{"cross-site": false, "same-site": false, "odd": false, "same-origin": true, "none": true} {
+		if local(request(header("Sec-Fetch-Site", value))) != want {
+			t.Errorf("Sec-Fetch-Site %s: local is %v", value, !want)
+		}
+	}
+	twice := request(header("Sec-Fetch-Site", "none"))
+	twice.Header.Add("Sec-Fetch-Site", "cross-site")
+	if local(twice) {
+		t.Error("a second Sec-Fetch-Site is not looked at")
+	}
+	// What libraries and programs send.
+	if !local(request(header("X-Stainless-Lang", "python"), header("User-Agent", "curl"), header("X-Request-Id", "1"), header("X-Api-Key", "k"), header("X-Client-Name", "n"),
+		header("Accept", "*/*"), header("X-Dsnode-Cache", "only"), header("Content-Type", "application/json"), header("Traceparent", "1"), header("X-Amz-Date", "1"))) {
+		t.Error("a program's request is not local")
+	}
 }
 
 // value reads one sample; labels are pairs that must match.

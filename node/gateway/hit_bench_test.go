@@ -16,6 +16,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
+	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
 	"github.com/dsnode/dsnode/storage/keyring/keyringtest"
@@ -72,8 +73,9 @@ func BenchmarkHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	handler := NewHTTPServer(g, cfg.Limits.HeaderBytes, g.log)
-	go func() { _ = handler.Serve(g.Listen(ln, false)) }()
+	p := ports.New(ports.Options{Name: "client", Limit: g.Connections, WriteTolerance: 4 * time.Second})
+	handler := p.Server(g, cfg.Limits.HeaderBytes, g.log)
+	go func() { _ = handler.Serve(p.Listen(ln, false)) }()
 	defer func() { _ = handler.Close() }()
 	c := rawClient{key: secret}
 	c.ask(b, ln.Addr().String(), len(answer)) // now it is kept

@@ -49,13 +49,12 @@ func (x *exchange) infer(rt *route, index int) {
 	table := g.metrics.table(cfg)
 	asked := table.unknown
 	x.identify()
-	if int(g.inFlight.Add(1)) > cfg.Limits.InFlight {
-		g.inFlight.Add(-1)
+	if !g.enter(cfg.Limits.InFlight) {
 		x.refuse(g.shed(shedInFlight))
 		g.metrics.done(asked, index, http.StatusServiceUnavailable, x.start)
 		return
 	}
-	defer g.inFlight.Add(-1)
+	defer g.leave()
 	defer x.release()
 
 	req, f := x.request(rt, cfg.Limits.BodyBytes)

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -30,6 +31,9 @@ const (
 	defaultPage = 20
 	maxKeyBytes = 255 // of an Idempotency-Key
 	maxTenant   = 256
+	// maxJobBytes bounds a submission: its record must fit into the journal with what else
+	// is in it, also when it can't be compressed.
+	maxJobBytes = journal.MaxPayload - 64<<10
 )
 
 var jobBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 1<<10); return &b }}
@@ -95,12 +99,11 @@ func (x *exchange) job(rest string) {
 func (x *exchange) answerJobs(answer func(who jobs.Caller) *failure) {
 	x.identify()
 	g := x.g
-	if int(g.inFlight.Add(1)) > g.config().Limits.InFlight {
-		g.inFlight.Add(-1)
+	if !g.enter(g.config().Limits.InFlight) {
 		x.refuse(g.shed(shedInFlight))
 		return
 	}
-	defer g.inFlight.Add(-1)
+	defer g.leave()
 	defer x.release()
 	principal, _, f := x.authenticate()
 	if f == nil {
@@ -120,8 +123,11 @@ func (x *exchange) submitJob(who jobs.Caller) *failure {
 		return f
 	}
 	cfg := x.g.config()
-	body, f := x.readBody(cfg.Limits.BodyBytes)
+	body, f := x.readBody(min(cfg.Limits.BodyBytes, maxJobBytes))
 	if f != nil {
+		if f.status == http.StatusRequestEntityTooLarge && cfg.Limits.BodyBytes > maxJobBytes {
+			f.message = fmt.Sprintf("A job may have %d bytes, less than other requests (%d). Ask for this one without a job.", maxJobBytes, cfg.Limits.BodyBytes)
+		}
 		return f
 	}
 	r, err := scanJob(body)

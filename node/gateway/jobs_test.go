@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -199,6 +201,22 @@ func TestJobRefusals(t *testing.T) {
 		if got.status != tc.status || !strings.Contains(got.body, `"code":"`+tc.code+`"`) || got.header.Get("Retry-After") != tc.retry {
 			t.Errorf("%v: %d, Retry-After %q, %s", tc.err, got.status, got.header.Get("Retry-After"), got.body)
 		}
+	}
+}
+
+// TestLargeJob: a job that the journal can't take is refused before its body is read, and
+// the error says that this is the bound of jobs.
+func TestLargeJob(t *testing.T) {
+	b := openJobs(t, &jobsFake{})
+	c, err := net.Dial("tcp", strings.TrimPrefix(b.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	_, _ = fmt.Fprintf(c, "POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", 29<<20)
+	answer, _ := io.ReadAll(c)
+	if !strings.HasPrefix(string(answer), "HTTP/1.1 413") || !strings.Contains(string(answer), "A job may have 25100288 bytes, less than other requests (33554432).") {
+		t.Errorf("%s", answer)
 	}
 }
 
