@@ -125,7 +125,7 @@ var arrows = []arrow{
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
 	{"node/gateway", "node/openai", "reads requests, writes errors"},
 	{"node/gateway", "storage/journal", "ids, statuses and durabilities of jobs"},
-	{"node/gateway", "cluster/agreed", "why a key was refused"},
+	{"node/gateway", "cluster/agreed", "why a key was refused, and what a tenant may be named"},
 	{"node/gateway", "cluster/config", "limits of requests, and who has access"},
 
 	{"node/jobs", "node/serving", "sends requests through the same stages as the gateway"},

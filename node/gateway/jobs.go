@@ -10,6 +10,7 @@ import (
 	"sync"
 	"unicode/utf8"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -177,7 +178,10 @@ func (x *exchange) onBehalf(who *jobs.Caller) (key string, f *failure) {
 	if who.Operator {
 		who.Tenant = q.Get("tenant")
 	}
-	return q.Get("idempotency_key"), validTenant(who.Tenant)
+	if f := validTenant(who.Tenant); f != nil || agreed.IsLine(who.Tenant) {
+		return q.Get("idempotency_key"), f
+	}
+	return "", badParameter("tenant", "must be one line without control characters")
 }
 
 // do does with a job what the verb or else the method says, and sends the result.
