@@ -37,7 +37,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 		size = min(r.ContentLength, firstRead) + slack
 	}
 	if !x.hold(size) {
-		return nil, x.g.shed(shedMemory)
+		return nil, x.noMemory()
 	}
 	body := make([]byte, 0, size)
 	defer func() { _ = x.rc.SetReadDeadline(time.Time{}) }() // else it would end the wait for the answer
@@ -64,7 +64,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 				size = min(size, r.ContentLength+slack)
 			}
 			if !x.hold(size - int64(cap(body))) {
-				return nil, x.g.shed(shedMemory)
+				return nil, x.noMemory()
 			}
 			bigger := make([]byte, len(body), size)
 			copy(bigger, body)
@@ -75,15 +75,22 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 
 // hold reserves n bytes of the memory for bodies. It is false when there is no more.
 func (x *exchange) hold(n int64) bool {
+	if !x.holdOfShare(n) {
+		return false
+	}
 	if x.g.held.Add(n) > x.g.o.BodyMemory {
 		x.g.held.Add(-n)
+		x.giveOfShare(n)
 		return false
 	}
 	x.held += n
 	return true
 }
 
-func (x *exchange) release() { x.g.held.Add(-x.held) }
+func (x *exchange) release() {
+	x.g.held.Add(-x.held)
+	x.leaveShare()
+}
 
 // drain reads and drops the rest of a body, within bounds. A client that waits for 100
 // Continue has sent nothing, and reading would ask it to.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/shares"
 )
 
 // Auth authenticates clients. It must answer from local state, at once.
@@ -90,9 +91,11 @@ type Gateway struct {
 	removed  atomic.Bool // see Refuse
 	inFlight atomic.Int64
 	held     atomic.Int64 // bytes of all bodies in memory
-	site     []string     // header values, shared by all answers
-	node     []string
-	byPath   map[string]int // index into routes
+	// inFlightOf and heldOf are what each tenant has of inFlight and held.
+	inFlightOf, heldOf shares.Counter
+	site               []string // header values, shared by all answers
+	node               []string
+	byPath             map[string]int // index into routes
 }
 
 // New makes a gateway.

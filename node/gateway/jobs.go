@@ -105,6 +105,9 @@ func (x *exchange) answerJobs(answer func(who jobs.Caller) *failure) {
 	defer x.release()
 	principal, _, f := x.authenticate()
 	if f == nil {
+		f = x.enterShare(principal)
+	}
+	if f == nil {
 		f = answer(jobs.Caller{Principal: principal, Operator: x.from == operators, Peer: x.from == peers})
 	}
 	if f != nil && x.r.Context().Err() == nil {

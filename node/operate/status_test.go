@@ -326,6 +326,11 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	if err := checkChange(v.state, next); !errors.Is(err, cluster.ErrFeatureLevel) || !strings.Contains(err.Error(), "access.stale_for needs feature level 2") {
 		t.Errorf("a key of level 2 at level 1: %v", err)
 	}
+	if share, err := config.Parse("cluster.yaml", []byte(statusConfig+"limits: {tenant_share: 50}\naccess: {stale_for: 0s}\n")); err != nil {
+		t.Error(err)
+	} else if err := checkChange(v.state, share); !errors.Is(err, cluster.ErrFeatureLevel) || !strings.Contains(err.Error(), "limits.tenant_share needs feature level 3") {
+		t.Errorf("a key of level 3 at level 1: %v", err)
+	}
 	v.state.FeatureLevel = 2
 	if err := checkChange(v.state, next); err != nil {
 		t.Errorf("a key of level 2 at level 2: %v", err)
