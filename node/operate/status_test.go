@@ -341,6 +341,19 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	}
 }
 
+// The status warns before API keys are refused.
+func TestStatusWarnsOfALargeState(t *testing.T) {
+	v := healthyView(t)
+	for bytes, warns := range map[int]bool{agreed.MaxBytesForKeys / 2: false, agreed.MaxBytesForKeys * 3 / 4: true, 2 * agreed.MaxBytesForKeys: true} {
+		v.stateBytes = bytes
+		s := describe(v)
+		said := slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.Contains(w, "no more API keys can be created: revoke") })
+		if said != warns || !s.Healthy {
+			t.Errorf("with %d bytes: warnings %q, healthy %v", bytes, s.Warnings, s.Healthy)
+		}
+	}
+}
+
 func TestStatusNamesWhoHoldsTheFeatureLevel(t *testing.T) {
 	v := healthyView(t)
 	for name, level := range map[string]int{"a-1": agreed.MaxFeatureLevel, "b-1": 1, "c-1": agreed.MaxFeatureLevel} {
