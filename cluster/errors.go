@@ -62,6 +62,7 @@ var wire = []struct {
 	{"unknown_key", agreed.ErrUnknownKey},
 	{"unknown_upstream", agreed.ErrUnknownUpstream},
 	{"state_full", agreed.ErrStateFull},
+	{"over_bound", agreed.ErrOverBound},
 	{"stale_epoch", agreed.ErrStaleEpoch},
 	{"stale_term", agreed.ErrStaleTerm},
 	{"switchover", agreed.ErrSwitchover},

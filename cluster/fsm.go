@@ -34,6 +34,8 @@ type fsm struct {
 	// start, 0 if there is none.
 	configured atomic.Uint64
 
+	sized atomic.Pointer[sizedState] // the newest result of size
+
 	changed  notify.Broadcast // sent at each change of the state
 	advanced notify.Broadcast // sent when an entry is applied
 }
@@ -116,12 +118,32 @@ func (f *fsm) advance(index uint64) {
 	f.advanced.Send()
 }
 
+type sizedState struct {
+	state *agreed.State
+	bytes int
+}
+
+// size is the size of the state as in a snapshot. The result is kept: the state changes
+// seldom, and encoding 10,000 keys takes some 10 ms.
+func (f *fsm) size() int {
+	s := f.state.Load()
+	if known := f.sized.Load(); known != nil && known.state == s {
+		return known.bytes
+	}
+	b, err := s.Encode()
+	if err != nil {
+		f.log.Error("can't encode the agreed state", "err", err) // Persist fails too
+	}
+	f.sized.Store(&sizedState{s, len(b)})
+	return len(b)
+}
+
 // Snapshot is raft's callback; the state is immutable, so it costs nothing.
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	return stateSnapshot{state: f.state.Load()}, nil
 }
 
-// maxStateBytes bounds a restore, far above what the bounds in agreed/apply.go allow.
+// maxStateBytes bounds a restore; the bounds in agreed/bounds.go keep the state below it.
 const maxStateBytes = 64 << 20
 
 // Restore is raft's callback with a snapshot, this node's or the leader's.

@@ -35,6 +35,7 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	gauge("dsnode_epoch", "Counter of the changes of the primary site.", func() float64 { return float64(c.State().Primary.Epoch) })
 	gauge("dsnode_generation", "Counter of the recoveries by an operator.", func() float64 { return float64(c.State().Generation.Number) })
 	gauge("dsnode_feature_level", "Agreed feature level.", func() float64 { return float64(c.State().FeatureLevel) })
+	gauge("dsnode_agreed_state_bytes", "Size of the agreed state as in a snapshot.", func() float64 { return float64(c.StateBytes()) })
 	gauge("dsnode_raft_term", "Raft term.", func() float64 { return float64(c.Raft().Term) })
 	gauge("dsnode_raft_commit_index", "Index of the newest committed raft entry.", func() float64 { return float64(c.Raft().CommitIndex) })
 	gauge("dsnode_raft_applied_index", "Index of the newest applied raft entry.", func() float64 { return float64(c.fsm.applied.Load()) })

@@ -103,6 +103,9 @@ func (c *Cluster) commit(ctx context.Context, cmd agreed.Command, b []byte) (uin
 	if cmd.Type != agreed.CmdInit && cmd.Type != agreed.CmdTick && cmd.Type.Level() > s.FeatureLevel {
 		return 0, fmt.Errorf("%s needs feature level %d, the cluster is at %d: %w", cmd.Type, cmd.Type.Level(), s.FeatureLevel, ErrFeatureLevel)
 	}
+	if err := agreed.CheckProposal(s, cmd); err != nil {
+		return 0, refusedByApply(err)
+	}
 	f := r.Apply(b, enqueueTimeout)
 	done := make(chan error, 1)
 	go func() { done <- f.Error() }()

@@ -174,6 +174,9 @@ func (c *Cluster) Raft() RaftView {
 	return v
 }
 
+// StateBytes is the size of the agreed state as in a snapshot.
+func (c *Cluster) StateBytes() int { return c.fsm.size() }
+
 // AgreedAge is how old this node's copy of the agreed state may be: how long ago it got the
 // newest tick of a leader. Until it gets the first one after its start, the newest in its
 // own log counts, by the wall clocks of that leader and of this node. known is false if

@@ -31,6 +31,10 @@ var (
 	ErrNotActing = errors.New("the primary has moved, but no node of its new site acts as primary yet")
 )
 
+// maxCause bounds the reason of a rollback in bytes: the agreed state refuses a longer one,
+// and a rollback must not be refused.
+const maxCause = 1 << 10
+
 // Each step of a switchover has a deadline. While the first two run, the old primary acts.
 // The sum of those from the announcement to the promotion bounds how long no site acts as
 // primary when the last step fails.
@@ -479,7 +483,7 @@ func (h *handoff) rollback(ctx context.Context, cause error) error {
 	made := false
 	err := h.step(context.WithoutCancel(ctx), "rollback", rollbackTimeout, func(ctx context.Context) error {
 		_, err := h.c.o.Agreement.Propose(ctx, agreed.CmdSwitchover, agreed.SwitchoverSet{
-			Expect: h.res.ID, Reason: cause.Error(),
+			Expect: h.res.ID, Reason: strings.ToValidUTF8(cause.Error()[:min(len(cause.Error()), maxCause)], ""),
 		})
 		if !errors.Is(err, agreed.ErrNoSwitchover) {
 			return err

@@ -29,9 +29,9 @@ func (k keyCheck) Authenticate(token string, local bool) (serving.Principal, err
 	if s.Parsed == nil {
 		return serving.Principal{}, gateway.ErrKeyUnknowable
 	}
-	// OpenAI's client libraries always send a key. While no key exists, any is accepted.
-	anonymous := s.Parsed.Access.Anonymous || (len(s.APIKeys) == 0 && local)
-	if anonymous && (token == "" || len(s.APIKeys) == 0) {
+	// OpenAI's client libraries always send a key. Before the first key is created, any is accepted.
+	anonymous := s.Parsed.Access.Anonymous || (s.NoKeyYet() && local)
+	if anonymous && (token == "" || s.NoKeyYet()) {
 		return serving.Principal{}, nil
 	}
 	key, err := s.Authenticate(token, k.host.Now())

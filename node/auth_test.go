@@ -64,3 +64,24 @@ func TestKeysOfANodeThatIsCutOff(t *testing.T) {
 		})
 	}
 }
+
+// Before the first key local clients need none. That the last key was cleaned up must not
+// open the node again.
+func TestNoKeyIsNeededOnlyBeforeTheFirst(t *testing.T) {
+	for _, tc := range []struct {
+		token      string
+		had, local bool
+		want       error
+	}{
+		{"any", false, true, nil},
+		{"", false, true, nil},
+		{"any", false, false, agreed.ErrKeyUnknown},
+		{"any", true, true, agreed.ErrKeyUnknown},
+		{"", true, true, agreed.ErrKeyMissing},
+	} {
+		s := &agreed.State{Parsed: &config.Config{}, HadKeys: tc.had}
+		if _, err := (keyCheck{cluster: agreedBefore{s, 0}}).Authenticate(tc.token, tc.local); !errors.Is(err, tc.want) || tc.want == nil && err != nil {
+			t.Errorf("key %q, had keys %v, local %v: %v, want %v", tc.token, tc.had, tc.local, err, tc.want)
+		}
+	}
+}

@@ -42,6 +42,7 @@ var floor = map[string]int{
 	"cluster":                   10,
 	"replication/replicationpb": 9, // generated
 	"cluster/clusterpb":         9, // generated
+	"node/shares":               5, // what each tenant uses of a bound; pure
 	"node/openai":               5, // the wire format; imports none of our packages
 	"node/ports":                5, // bounds of HTTP ports; imports none of our packages
 	"cluster/mesh":              2,
@@ -128,11 +129,13 @@ var arrows = []arrow{
 	{"node/gateway", "node/jobs", "hands submissions and questions about jobs on"},
 	{"node/gateway", "node/serving", "hands requests to the pipeline"},
 	{"node/gateway", "node/openai", "reads requests, writes errors"},
+	{"node/gateway", "node/shares", "no tenant alone uses all of a limit"},
 	{"node/gateway", "storage/journal", "ids, statuses and durabilities of jobs"},
-	{"node/gateway", "cluster/agreed", "why a key was refused"},
+	{"node/gateway", "cluster/agreed", "why a key was refused, and what a tenant may be named"},
 	{"node/gateway", "cluster/config", "limits of requests, and who has access"},
 
 	{"node/jobs", "node/serving", "sends requests through the same stages as the gateway"},
+	{"node/jobs", "node/shares", "no tenant alone fills the queue"},
 	{"node/jobs", "node/upstream", "the list of peers to ask for jobs"},
 	{"node/jobs", "failover", "starts a job only with a permit"},
 	{"node/jobs", "node/openai", "reads a job's request, writes errors"},

@@ -9,8 +9,7 @@ import (
 	"time"
 )
 
-// Bounds of the agreed state. Every node keeps all of it in memory and writes it
-// into each snapshot.
+// Bounds that Apply itself enforces. bounds.go has those of all fields, and of the whole.
 const (
 	MaxNodes        = 256
 	maxAPIKeys      = 10_000
@@ -21,7 +20,7 @@ const (
 	maxDrillReport  = 256 << 10
 )
 
-// Refusals of Apply. They are regular results, the same on every node.
+// Refusals of Apply and of CheckProposal. They are regular results, the same on every node.
 var (
 	ErrAlreadyFounded  = errors.New("the cluster is already bootstrapped")
 	ErrNotFounded      = errors.New("the cluster is not bootstrapped yet")
@@ -29,6 +28,7 @@ var (
 	ErrUnknownNode     = errors.New("no such node")
 	ErrUnknownKey      = errors.New("no such API key")
 	ErrStateFull       = errors.New("the agreed state has reached its bound")
+	ErrOverBound       = errors.New("the cluster does not accept the value")
 	ErrStaleEpoch      = errors.New("stale epoch")
 	ErrStaleTerm       = errors.New("decided by a raft leader of another term")
 	ErrSwitchover      = errors.New("a switchover is in progress")
@@ -64,7 +64,7 @@ func Apply(s *State, c Command) (*State, error) {
 	case CmdConfigSet:
 		err = with(c, func(d ConfigSet) error { return next.setConfig(d, c.At) })
 	case CmdAPIKeyPut:
-		err = with(c, next.putKey)
+		err = with(c, func(d APIKey) error { return next.putKey(d, c.At) })
 	case CmdAPIKeyRevoke:
 		err = with(c, func(d APIKeyRevoke) error { return next.revokeKey(d, c.At) })
 	case CmdFeatureRaise:
@@ -190,6 +190,9 @@ func (s *State) raiseFeatures(d FeatureRaise, c Command) error {
 	if s.FeatureLevel < removalLevel && d.Level >= removalLevel {
 		s.RemovedBefore = c.Index // covers those who were removed before the state noted it
 	}
+	if s.FeatureLevel < keyCleanupLevel && d.Level >= keyCleanupLevel {
+		s.HadKeys = len(s.APIKeys) > 0
+	}
 	s.FeatureLevel = max(s.FeatureLevel, d.Level)
 	s.Format = formatAt(s.FeatureLevel)
 	return nil
@@ -217,26 +220,6 @@ func trimHistory(h []ConfigVersion) []ConfigVersion {
 		}
 	}
 	return h
-}
-
-func (s *State) putKey(k APIKey) error {
-	if _, known := s.APIKeys[k.ID]; !known && len(s.APIKeys) >= maxAPIKeys {
-		return fmt.Errorf("%w: %d API keys", ErrStateFull, maxAPIKeys)
-	}
-	s.APIKeys = maps.Clone(s.APIKeys)
-	s.APIKeys[k.ID] = k
-	return nil
-}
-
-func (s *State) revokeKey(d APIKeyRevoke, at time.Time) error {
-	k, known := s.APIKeys[d.ID]
-	if !known {
-		return fmt.Errorf("%w: %s", ErrUnknownKey, d.ID)
-	}
-	if k.RevokedAt.IsZero() {
-		k.RevokedAt = at
-	}
-	return s.putKey(k)
 }
 
 func (s *State) promote(d Promote, c Command) error {

@@ -16,9 +16,10 @@ const commandFormat = 1
 // cluster/upkeep.go), and no node proposes a command above that level.
 //
 // Level 2 adds what State says about removed nodes, and access.stale_for in the
-// configuration. A field that only builds of a level know is set only when
+// configuration. Level 3 adds that ended API keys are cleaned up, and limits.tenant_share
+// in the configuration. A field that only builds of a level know is set only when
 // State.FeatureLevel has reached it, also by an older command.
-const MaxFeatureLevel = 2
+const MaxFeatureLevel = 3
 
 // LossLevel is the feature level from which a failover's record tells what may be lost and
 // how long no site acted: below it some member would not keep these figures in its state.

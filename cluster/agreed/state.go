@@ -12,7 +12,7 @@ import (
 
 // State is everything the cluster has agreed on. A published *State is immutable:
 // readers use it without a lock, and Apply returns a new one that shares the
-// unchanged parts. The bounds in apply.go keep it well under a few MB.
+// unchanged parts. Every field has a bound, see bounds.go.
 type State struct {
 	Format       int        `json:"format"` // of this struct on disk
 	FeatureLevel int        `json:"feature_level"`
@@ -29,6 +29,9 @@ type State struct {
 	Removed       []Removal         `json:"removed,omitempty"`
 	RemovedBefore uint64            `json:"removed_before,omitempty"`
 	APIKeys       map[string]APIKey `json:"api_keys"`
+	// HadKeys: there has been an API key, maybe one that was cleaned up since. Set from
+	// feature level 3 on; see NoKeyYet.
+	HadKeys bool `json:"had_keys,omitempty"`
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`

@@ -245,6 +245,7 @@ func (c *checker) limits() {
 	c.between(at.At("in_flight"), int64(l.InFlight), 1, 1<<20)
 	c.between(at.At("connections"), int64(l.Connections), 1, 1<<20)
 	c.between(at.At("header_bytes"), int64(l.HeaderBytes), 4<<10, 1<<20)
+	c.between(at.At("tenant_share"), int64(l.TenantShare), 1, 100)
 }
 
 // access: a limit must outlast a change of the raft leader on a bad link, or each would

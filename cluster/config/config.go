@@ -29,6 +29,9 @@ type Config struct {
 // FeatureLevel is the feature level that all nodes need to read this configuration, and the
 // key because of which they do; "" at level 1. Older versions refuse unknown keys.
 func (c *Config) FeatureLevel() (level int, key string) {
+	if at := At("limits", "tenant_share"); c.source.Has(at) {
+		return 3, at.String()
+	}
 	if at := At("access", "stale_for"); c.source.Has(at) {
 		return 2, at.String()
 	}
@@ -152,6 +155,20 @@ type Limits struct {
 	InFlight    int   `yaml:"in_flight,omitempty"`    // 4096 requests
 	Connections int   `yaml:"connections,omitempty"`  // 8192 on the api port
 	HeaderBytes int   `yaml:"header_bytes,omitempty"` // 64 KiB
+	// TenantShare is how many percent of InFlight, of the memory for bodies, and of
+	// Jobs.MaxQueued and MaxQueuedBytes one tenant may use. 100: all. Default 50. 0 only in
+	// a Config that was not parsed: all.
+	TenantShare int `yaml:"tenant_share,omitempty"`
+}
+
+// ShareOf is the percent of the bounds that a tenant may use; 0: it has no share, and may use
+// all. Clients without a key have one only with Access.Anonymous: else there are no keys
+// yet, and nobody to share with.
+func (c *Config) ShareOf(keyID, tenant string) int {
+	if keyID == "" && tenant == "" && !c.Access.Anonymous {
+		return 0
+	}
+	return c.Limits.TenantShare
 }
 
 // Access says who may use the api port.

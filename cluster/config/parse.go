@@ -11,7 +11,7 @@ const (
 
 // DefaultLimits are the limits without a limits section.
 func DefaultLimits() Limits {
-	return Limits{BodyBytes: 32 << 20, InFlight: 4096, Connections: 8192, HeaderBytes: 64 << 10}
+	return Limits{BodyBytes: 32 << 20, InFlight: 4096, Connections: 8192, HeaderBytes: 64 << 10, TenantShare: 50}
 }
 
 func (s *Site) setDefaults() { s.RPOTarget, s.RTOTarget = DefaultRPOTarget, DefaultRTOTarget }

@@ -47,7 +47,7 @@ func TestParseFillsInDefaults(t *testing.T) {
 			Connect: Duration(2 * time.Second), FirstToken: Duration(2 * time.Minute),
 			BetweenTokens: Duration(30 * time.Second), Total: Duration(30 * time.Minute),
 		},
-		Limits: Limits{BodyBytes: 32 << 20, InFlight: 4096, Connections: 8192, HeaderBytes: 64 << 10},
+		Limits: Limits{BodyBytes: 32 << 20, InFlight: 4096, Connections: 8192, HeaderBytes: 64 << 10, TenantShare: 50},
 		Cache: Cache{
 			Enabled: true, Store: StoreDeterministic, LocalBytes: 128 << 20, LocalTTL: Duration(10 * time.Minute),
 			SharedBytes: 1 << 30, SharedTTL: Duration(time.Hour), Stale: Duration(24 * time.Hour), EntryBytes: 1 << 20,
@@ -89,7 +89,7 @@ cache:
   stale: 1h
   sites: {a: {shared: redis, redis: {url: "rediss://me@h/3", password: {env: P}, tls: {ca_file: ca}}}}
 jobs: {durability: site, concurrency: 2, paused: true, max_queued: 3, max_queued_bytes: 1048576, retention: 1h, max_attempts: 4, expires_in: 5m}
-limits: {body_bytes: 1024, in_flight: 1, connections: 2, header_bytes: 4096}
+limits: {body_bytes: 1024, in_flight: 1, connections: 2, header_bytes: 4096, tenant_share: 20}
 access: {anonymous: true}
 timing: {heartbeat: 100ms}
 `)
@@ -126,7 +126,7 @@ timing: {heartbeat: 100ms}
 	if want := (Jobs{"site", 2, true, 3, 1 << 20, Duration(time.Hour), 4, Duration(5 * time.Minute)}); c.Jobs != want || c.Jobs.Running() != 0 {
 		t.Errorf("jobs %+v, want %+v", c.Jobs, want)
 	}
-	if c.Limits != (Limits{1024, 1, 2, 4096}) || !c.Access.Anonymous || c.Timing.Heartbeat.D() != 100*time.Millisecond {
+	if c.Limits != (Limits{1024, 1, 2, 4096, 20}) || !c.Access.Anonymous || c.Timing.Heartbeat.D() != 100*time.Millisecond {
 		t.Errorf("limits %+v, access %+v, timing %+v", c.Limits, c.Access, c.Timing)
 	}
 }
@@ -301,6 +301,7 @@ func TestParseRefuses(t *testing.T) {
 		{"body in MiB", head + "limits: {body_bytes: 32MiB}\n", `cluster.yaml:4: limits.body_bytes: must be a whole number, not "32MiB"; write only digits, without a unit or separators`},
 		{"zero in_flight", head + "limits: {in_flight: 0}\n", `cluster.yaml:4: limits.in_flight: 0 is out of range; write a number from 1 to 1048576`},
 		{"zero connections", head + "limits: {connections: 0}\n", `cluster.yaml:4: limits.connections: 0 is out of range; write a number from 1 to 1048576`},
+		{"no share for a tenant", head + "limits: {tenant_share: 0}\n", `cluster.yaml:4: limits.tenant_share: 0 is out of range; write a number from 1 to 100`},
 		{"small headers", head + "limits: {header_bytes: 100}\n", `cluster.yaml:4: limits.header_bytes: 100 is out of range; write a number from 4096 to 1048576`},
 		{"local_ttl above shared_ttl", head + "cache: {local_ttl: 2h}\n", `cluster.yaml:4: cache.local_ttl: local_ttl (2h) must not exceed shared_ttl (1h); lower local_ttl or raise shared_ttl`},
 		{"job durability", head + "jobs: {durability: two-site}\n", `cluster.yaml:4: jobs.durability: "two-site" is not a durability; did you mean "two-sites"?`},

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/failover"
 )
 
@@ -27,7 +28,7 @@ const (
 	maxEvents     = 100
 	maxDetail     = 400 // bytes of one detail
 	maxSamples    = 5   // errors shown for each site
-	maxReportSize = 64 << 10
+	maxReportSize = agreed.MaxDrillReport
 )
 
 // Report is the evidence of one drill. A value that was not measured is nil, and null in

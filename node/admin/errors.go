@@ -91,6 +91,7 @@ var refusals = []refusal{
 	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "to use the node's data again, run dsnode node admit NODE at a member and start the node; to start anew, empty its data directory first"},
 	{cluster.ErrNameTaken, http.StatusConflict, "name_taken", "give the node another name, with a certificate for it"},
 	{cluster.ErrFeatureLevel, http.StatusConflict, "feature_level", "dsnode node list shows the version of each node"},
+	{agreed.ErrOverBound, http.StatusBadRequest, "over_bound", "send a shorter value; cluster/agreed/DESIGN.md lists the bounds"},
 	{agreed.ErrBadPurge, http.StatusBadRequest, "bad_purge", "send exactly one of all, model and key"},
 	{agreed.ErrLastVoter, http.StatusConflict, "last_voter", "let another node join first"},
 	{agreed.ErrOperatorKeyMissing, http.StatusConflict, "operator_key_missing", "give these nodes the new key as operator_key and the present one as operator_key_previous, restart them, and ask one of them"},

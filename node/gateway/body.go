@@ -44,7 +44,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 		size = min(r.ContentLength, firstRead) + slack
 	}
 	if !x.hold(size, limit) {
-		return nil, x.g.shed(shedMemory)
+		return nil, x.noMemory()
 	}
 	body := make([]byte, 0, size)
 	// Gateway.serve has set the deadline. After a failure it stays, for the rest of the
@@ -64,7 +64,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 			return nil, tooLarge(limit)
 		case errors.Is(err, io.EOF):
 			if len(body) > smallBody && !x.hold(int64(len(body)), limit) { // the upstream gets a copy, with its own name of the model
-				return nil, x.g.shed(shedMemory)
+				return nil, x.noMemory()
 			}
 			_ = x.rc.SetReadDeadline(time.Time{}) // else it would end the wait for the answer
 			ports.Received(r.Context())
@@ -83,7 +83,7 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 				}
 			}
 			if !x.hold(size-int64(cap(body)), limit) {
-				return nil, x.g.shed(shedMemory)
+				return nil, x.noMemory()
 			}
 			bigger := make([]byte, len(body), size)
 			copy(bigger, body)
@@ -92,23 +92,30 @@ func (x *exchange) readBody(limit int64) ([]byte, *failure) {
 	}
 }
 
-// hold reserves n bytes of the memory for bodies. It is false when there is no more. Large
-// bodies leave an eighth to small ones, so that a few uploads don't stop all requests. One
-// of the largest size always fits, with its copy.
+// hold reserves n bytes of the memory for bodies, and of the tenant's share of it. It is
+// false when there is no more. Large bodies leave an eighth to small ones, so that a few
+// uploads don't stop all requests. One of the largest size always fits, with its copy.
 func (x *exchange) hold(n, limit int64) bool {
+	if !x.holdOfShare(n) {
+		return false
+	}
 	bound := max(x.g.o.BodyMemory, 2*(limit+slack)*8/7+1)
 	if x.held+n > smallBody+slack {
 		bound -= bound / 8
 	}
 	if x.g.held.Add(n) > bound {
 		x.g.held.Add(-n)
+		x.giveOfShare(n)
 		return false
 	}
 	x.held += n
 	return true
 }
 
-func (x *exchange) release() { x.g.held.Add(-x.held) }
+func (x *exchange) release() {
+	x.g.held.Add(-x.held)
+	x.leaveShare()
+}
 
 // drain reads and drops the rest of a body, within bounds. A client that waits for 100
 // Continue has sent nothing, and reading would ask it to.

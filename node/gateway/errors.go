@@ -15,6 +15,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/shares"
 )
 
 // failure is an error as a client sees it. Only this file and, for jobs, jobs_errors.go
@@ -90,6 +91,14 @@ func brokenBody() *failure {
 // shed is this node's own overload.
 func shed(why string) *failure {
 	return &failure{status: http.StatusServiceUnavailable, kind: openai.Overloaded, code: "overloaded", message: why, retryAfter: time.Second}
+}
+
+// tenantShare refuses what one tenant alone has too much of.
+func tenantShare(e *shares.Error) *failure {
+	return &failure{
+		status: http.StatusTooManyRequests, kind: openai.RateLimit, code: "tenant_share", retryAfter: time.Second,
+		message: sentence(e) + " Please try again when some of it has ended.",
+	}
 }
 
 func nodeRemoved() *failure {

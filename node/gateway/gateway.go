@@ -17,6 +17,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/shares"
 )
 
 // Auth authenticates clients. It must answer from local state, at once.
@@ -95,9 +96,11 @@ type Gateway struct {
 	removed  atomic.Bool // see Refuse
 	inFlight atomic.Int64
 	held     atomic.Int64 // bytes of all bodies in memory
-	site     []string     // header values, shared by all answers
-	node     []string
-	byPath   map[string]int // index into routes
+	// inFlightOf and heldOf are what each tenant has of inFlight and held.
+	inFlightOf, heldOf shares.Counter
+	site               []string // header values, shared by all answers
+	node               []string
+	byPath             map[string]int // index into routes
 }
 
 // New makes a gateway.
@@ -215,15 +218,21 @@ var closeConnection = []string{"close"}
 
 // enter counts a request in flight, unless there are too many. The caller of a true one
 // calls leave.
-func (g *Gateway) enter(limit int) bool {
-	if g.o.InFlight > 0 {
-		limit = min(limit, g.o.InFlight)
-	}
-	if int(g.inFlight.Add(1)) > limit {
+func (g *Gateway) enter() bool {
+	if int(g.inFlight.Add(1)) > g.mostInFlight() {
 		g.leave()
 		return false
 	}
 	return true
+}
+
+// mostInFlight is how many requests there may be at once.
+func (g *Gateway) mostInFlight() int {
+	limit := g.config().Limits.InFlight
+	if g.o.InFlight > 0 {
+		limit = min(limit, g.o.InFlight)
+	}
+	return limit
 }
 
 func (g *Gateway) leave() { g.inFlight.Add(-1) }

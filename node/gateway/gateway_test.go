@@ -190,7 +190,7 @@ func (g got) wantError(t *testing.T, status int, code, words string) {
 	if retry := g.header.Get("X-Should-Retry") != "false"; retry == (status < 500 && status != 408 && status != 429) {
 		t.Errorf("%d: x-should-retry %q", status, g.header.Get("X-Should-Retry"))
 	}
-	if wait := g.header.Get("Retry-After"); (status == 503) != (wait != "") {
+	if wait := g.header.Get("Retry-After"); (status == 503 || code == "tenant_share") != (wait != "") {
 		t.Errorf("%d: Retry-After %q", status, wait)
 	}
 }

@@ -26,6 +26,7 @@ type exchange struct {
 	start time.Time
 	id    string // X-Request-Id
 	held  int64  // bytes that it has in Gateway.held
+	share share  // of its tenant
 	// values are header values of the answer: one allocation for all.
 	values [headerValues]string
 
@@ -49,7 +50,7 @@ func (x *exchange) infer(rt *route, index int) {
 	table := g.metrics.table(cfg)
 	asked := table.unknown
 	x.identify()
-	if !g.enter(cfg.Limits.InFlight) {
+	if !g.enter() {
 		x.refuse(g.shed(shedInFlight))
 		g.metrics.done(asked, index, http.StatusServiceUnavailable, x.start)
 		return
@@ -136,6 +137,9 @@ func saneID(id string) bool {
 func (x *exchange) request(rt *route, limit int64) (req serving.Request, f *failure) {
 	req.ID, req.Header = x.id, forwarded(x.r.Header)
 	if req.Principal, req.Hops, f = x.authenticate(); f != nil {
+		return req, f
+	}
+	if f = x.enterShare(req.Principal); f != nil {
 		return req, f
 	}
 	body, f := x.readBody(limit)

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"unicode/utf8"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -99,13 +100,16 @@ func (x *exchange) job(rest string) {
 func (x *exchange) answerJobs(answer func(who jobs.Caller) *failure) {
 	x.identify()
 	g := x.g
-	if !g.enter(g.config().Limits.InFlight) {
+	if !g.enter() {
 		x.refuse(g.shed(shedInFlight))
 		return
 	}
 	defer g.leave()
 	defer x.release()
 	principal, _, f := x.authenticate()
+	if f == nil {
+		f = x.enterShare(principal)
+	}
 	if f == nil {
 		f = answer(jobs.Caller{Principal: principal, Operator: x.from == operators, Peer: x.from == peers})
 	}
@@ -183,7 +187,10 @@ func (x *exchange) onBehalf(who *jobs.Caller) (key string, f *failure) {
 	if who.Operator {
 		who.Tenant = q.Get("tenant")
 	}
-	return q.Get("idempotency_key"), validTenant(who.Tenant)
+	if f := validTenant(who.Tenant); f != nil || agreed.IsLine(who.Tenant) {
+		return q.Get("idempotency_key"), f
+	}
+	return "", badParameter("tenant", "must be one line without control characters")
 }
 
 // do does with a job what the verb or else the method says, and sends the result.

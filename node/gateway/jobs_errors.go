@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsnode/dsnode/node/jobs"
 	"github.com/dsnode/dsnode/node/openai"
+	"github.com/dsnode/dsnode/node/shares"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -40,10 +41,17 @@ func sentence(err error) string {
 
 // explainJob turns an error of package jobs into what the caller is told; nil for nil.
 func (x *exchange) explainJob(err error, who jobs.Caller) *failure {
-	var short *jobs.DurabilityError
+	var (
+		short *jobs.DurabilityError
+		spent *shares.Error
+	)
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &spent):
+		f := tenantShare(spent)
+		f.retryAfter = 5 * time.Second
+		return f
 	case errors.As(err, &short):
 		f := laterOn("durability_timeout", fmt.Sprintf(
 			"The job %s was written, but is not known to be as durable as %s after %s (it is: %s). It may exist and run: send it again with the same Idempotency-Key to find out.",

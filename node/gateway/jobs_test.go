@@ -306,6 +306,7 @@ func TestOperatorHandler(t *testing.T) {
 	if got := do(t, "GET", handler+"/v1/jobs?tenant=t9", ""); got.status != 200 || !f.who.Operator || f.query.Tenant != "t9" || !strings.Contains(got.body, `"tenant":"t9"`) {
 		t.Errorf("%d %s, asked as %+v for %+v", got.status, got.body, f.who, f.query)
 	}
+	do(t, "POST", handler+"/v1/jobs?tenant=t9%1b%5b2J", goodJob).wantError(t, 400, "invalid_parameter", "control characters")
 	if got := do(t, "POST", handler+"/v1/jobs?tenant=t9&idempotency_key=k", goodJob); got.status != 202 || f.submitted.Who.Tenant != "t9" || f.submitted.IdempotencyKey != "k" {
 		t.Errorf("%d, submitted %+v", got.status, f.submitted)
 	}

@@ -19,10 +19,11 @@ const (
 	shedInFlight shedReason = iota
 	shedMemory
 	shedConnections
+	shedTenant
 	shedReasons
 )
 
-var shedNames = [shedReasons]string{"in_flight", "body_memory", "connections"}
+var shedNames = [shedReasons]string{"in_flight", "body_memory", "connections", "tenant_share"}
 
 type metrics struct {
 	requests *prometheus.CounterVec

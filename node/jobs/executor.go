@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/dsnode/dsnode/cluster/clock"
+	"github.com/dsnode/dsnode/node/shares"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 )
@@ -277,17 +278,27 @@ func (x *executor) settle(e *entry, next step) {
 	x.q.wait(e, now)
 }
 
-// reserve reserves a place in the queue for a submission. It is false when a bound is
-// reached.
-func (x *executor) reserve(e *entry, maxJobs int, maxBytes int64) bool {
+// reserve reserves a place in the queue for a submission. The error is ErrBusy when a bound
+// is reached, and a *shares.Error when the tenant has its share of it. A tenant may always
+// have one job. share is in percent, 0: all.
+func (x *executor) reserve(e *entry, maxJobs int, maxBytes int64, share int) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.stopped || len(x.q.byID)+len(x.pending) >= maxJobs || x.q.bytes+x.pendingBytes+e.bytes > maxBytes {
-		return false
+		return ErrBusy
+	}
+	most := shares.Part(int64(maxJobs), share)
+	if !x.q.jobsOf.Take(e.tenant, 1, most) {
+		return &shares.Error{Tenant: e.tenant, Of: "jobs that have not ended", Most: most, Percent: share}
+	}
+	most = max(shares.Part(maxBytes, share), e.bytes)
+	if !x.q.bytesOf.Take(e.tenant, e.bytes, most) {
+		x.q.jobsOf.Add(e.tenant, -1)
+		return &shares.Error{Tenant: e.tenant, Of: "bytes of jobs that have not ended", Most: most, Percent: share}
 	}
 	x.pending[e.id] = e
 	x.pendingBytes += e.bytes
-	return true
+	return nil
 }
 
 // release frees the place of a submission.
@@ -302,6 +313,8 @@ func (x *executor) takePending(id journal.JobID) *entry {
 	if e != nil {
 		delete(x.pending, id)
 		x.pendingBytes -= e.bytes
+		x.q.jobsOf.Add(e.tenant, -1)
+		x.q.bytesOf.Add(e.tenant, -e.bytes)
 	}
 	return e
 }

@@ -157,6 +157,14 @@ func (j *Jobs) complete() error {
 	return nil
 }
 
+// share is the percent of the queue's bounds that the tenant of a submission may use; 0: all.
+func (o *Options) share(sub *journal.Submission) int {
+	if s := o.State(); s.Parsed != nil {
+		return s.Parsed.ShareOf(sub.KeyID, sub.Tenant)
+	}
+	return 0
+}
+
 // config is the agreed configuration of jobs, or the default one.
 func (o *Options) config() config.Jobs {
 	if s := o.State(); s.Parsed != nil {

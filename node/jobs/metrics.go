@@ -46,7 +46,7 @@ func newMetrics(reg prometheus.Registerer, j *Jobs) *metrics {
 			Name: "dsnode_job_late_starts_total", Help: "Attempts that started without a permit, or too long after it. Their results are not used.",
 		}),
 		refused: f.NewCounterVec(prometheus.CounterOpts{
-			Name: "dsnode_jobs_refused_total", Help: "Submissions refused with 503.",
+			Name: "dsnode_jobs_refused_total", Help: "Submissions refused with 503 or, for a tenant's share, 429.",
 		}, []string{"reason"}),
 		unsettled: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_job_durability_timeouts_total", Help: "Submissions that did not reach the requested durability within 2 s.",

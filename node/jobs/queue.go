@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/dsnode/dsnode/node/shares"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -160,6 +161,8 @@ type queue struct {
 	byID   map[journal.JobID]*entry
 	timers entryHeap
 	bytes  int64 // of all entries' bodies
+	// jobsOf and bytesOf are what each tenant has, with the executor's pending submissions.
+	jobsOf, bytesOf shares.Counter
 }
 
 func newQueue() queue { return queue{byID: map[journal.JobID]*entry{}, timers: newTimers()} }
@@ -178,6 +181,8 @@ func (q *queue) add(e *entry, now time.Time) {
 	e.readyAt, e.timedAt = -1, -1
 	q.byID[e.id] = e
 	q.bytes += e.bytes
+	q.jobsOf.Add(e.tenant, 1)
+	q.bytesOf.Add(e.tenant, e.bytes)
 	e.lane.jobs++
 	q.wait(e, now)
 }
@@ -213,6 +218,8 @@ func (q *queue) drop(e *entry) {
 	q.hold(e)
 	delete(q.byID, e.id)
 	q.bytes -= e.bytes
+	q.jobsOf.Add(e.tenant, -1)
+	q.bytesOf.Add(e.tenant, -e.bytes)
 	e.lane.jobs--
 }
 

@@ -10,6 +10,7 @@ import (
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/shares"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -47,8 +48,8 @@ var Endpoints = func() (paths []string) {
 
 // Submit accepts a job. If the error is nil, the job is as durable as the View says, and
 // that is at least what the client asked. The errors are ErrImpossible, ErrKeyReused,
-// ErrNotReady, ErrNoStream, ErrPartial, ErrBusy, ErrUnavailable, or a *DurabilityError: the job was
-// written, but is not known to be as durable as asked.
+// ErrNotReady, ErrNoStream, ErrPartial, ErrBusy, ErrUnavailable, a *shares.Error, or a
+// *DurabilityError: the job was written, but is not known to be as durable as asked.
 func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 	began := j.o.Host.Now()
 	v, err := j.submit(ctx, r, began)
@@ -60,8 +61,13 @@ func (j *Jobs) Submit(ctx context.Context, r *Request) (*View, error) {
 }
 
 func refusal(err error) string {
-	var short *DurabilityError
+	var (
+		short *DurabilityError
+		spent *shares.Error
+	)
 	switch {
+	case errors.As(err, &spent):
+		return "tenant_share"
 	case errors.As(err, &short):
 		return "durability"
 	case errors.Is(err, ErrBusy):
@@ -212,8 +218,8 @@ func (j *Jobs) write(ctx context.Context, rec journal.Record, sub *journal.Submi
 	cfg := j.o.config()
 	e := newEntry(rec.Job, sub)
 	e.stream = rec.Stream
-	if !j.exec.reserve(e, cfg.MaxQueued, cfg.MaxQueuedBytes) {
-		return nil, ErrBusy
+	if err := j.exec.reserve(e, cfg.MaxQueued, cfg.MaxQueuedBytes, j.o.share(sub)); err != nil {
+		return nil, err
 	}
 	// If the client disconnects now, the record may still be written, and then it must be
 	// queued: the write has its own timeout.

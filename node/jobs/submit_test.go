@@ -11,6 +11,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/serving"
+	"github.com/dsnode/dsnode/node/shares"
 	"github.com/dsnode/dsnode/storage/jobtable"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
@@ -308,6 +309,51 @@ func TestBounds(t *testing.T) {
 	w.until("the bounds hold after a restart", func() bool {
 		_, err := w.Submit(t.Context(), request(body(1)))
 		return errors.Is(err, ErrBusy)
+	})
+}
+
+// One tenant can't fill the queue, also after a restart: others are accepted meanwhile.
+func TestATenantsShareOfTheQueue(t *testing.T) {
+	w := newWorld(t)
+	w.spare.Store(0)
+	w.agreed.configure(func(j *config.Jobs) { j.MaxQueued, j.MaxQueuedBytes = 6, 1000 })
+	w.agreed.mu.Lock()
+	w.agreed.state.Parsed.Limits.TenantShare = 50
+	w.agreed.mu.Unlock()
+	w.start()
+	of := func(tenant string, bytes int) func(*Request) {
+		return func(r *Request) {
+			r.Who = serving.Principal{Tenant: tenant, KeyID: "k"}
+			r.Body = []byte(strings.Repeat("x", bytes))
+		}
+	}
+	spent := func(tenant string, bytes int, what string) {
+		t.Helper()
+		_, err := w.Submit(t.Context(), request(of(tenant, bytes)))
+		var share *shares.Error
+		if !errors.As(err, &share) || share.Tenant != tenant || !strings.Contains(share.Of, what) {
+			t.Errorf("a job of %s with %d bytes: %v, want a share of %s", tenant, bytes, err, what)
+		}
+	}
+	w.submit(of("large", 400))
+	spent("large", 101, "bytes")
+	w.submit(of("large", 1))
+	last := w.submit(of("large", 1)).ID
+	spent("large", 1, "jobs")
+	w.submit(of("small", 1))
+	w.submit(of("wide", 590)) // more than its share of the bytes, and its only job
+	if _, err := w.Cancel(t.Context(), Caller{Principal: serving.Principal{Tenant: "large", KeyID: "k"}}, last); err != nil {
+		t.Fatal(err)
+	}
+	w.until("a job is accepted again", func() bool {
+		_, err := w.Submit(t.Context(), request(of("large", 1)))
+		return err == nil
+	})
+	w.restart()
+	w.until("the share holds after a restart", func() bool {
+		_, err := w.Submit(t.Context(), request(of("large", 1)))
+		var share *shares.Error
+		return errors.As(err, &share)
 	})
 }
 

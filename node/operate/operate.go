@@ -34,6 +34,9 @@ type Cluster interface {
 	StartedAt() time.Time
 	Raft() cluster.RaftView
 	AgreedAge() (age time.Duration, known bool)
+	// StateBytes is the size of the agreed state, of which API keys may fill
+	// agreed.MaxBytesForKeys.
+	StateBytes() int
 	Peers() map[string]cluster.PeerView
 	DiskSpeed() cluster.DiskSpeed // of this node's disk
 	Members() []gossip.Member

@@ -24,10 +24,11 @@ type view struct {
 	raft  cluster.RaftView
 	peers map[string]cluster.PeerView
 	// agreedAge is how old this node's copy of the agreed state may be, nil if unknown.
-	agreedAge *time.Duration
-	left      map[string]bool // nodes that have left the gossip and have not come back
-	health    cluster.Health  // of this node
-	disk      cluster.DiskSpeed
+	agreedAge  *time.Duration
+	stateBytes int
+	left       map[string]bool // nodes that have left the gossip and have not come back
+	health     cluster.Health  // of this node
+	disk       cluster.DiskSpeed
 	// slowWrite is how long a write may take on a raft leader's disk.
 	slowWrite time.Duration
 
@@ -81,6 +82,7 @@ func (o *Operator) view() view {
 		removed:    o.Cluster.RemovedError(),
 		keyProblem: o.Keys.Problem(), jobProblems: o.Jobs.Problems(),
 	}
+	v.stateBytes = o.Cluster.StateBytes()
 	if age, known := o.Cluster.AgreedAge(); known {
 		v.agreedAge = &age
 	}
@@ -132,6 +134,7 @@ func describe(v view) admin.Status {
 	}
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
 	s.Warnings = append(s.Warnings, v.quorumWarnings(s.Nodes)...)
+	s.Warnings = append(s.Warnings, v.largeState()...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/admin"
 	"github.com/dsnode/dsnode/node/datakeys"
 )
@@ -149,7 +150,7 @@ func (v view) behind() []string {
 
 // staleKeys says that this node refuses all keys of clients.
 func (v view) staleKeys() []string {
-	if v.state.Parsed == nil || len(v.state.APIKeys) == 0 {
+	if v.state.Parsed == nil || v.state.NoKeyYet() {
 		return nil
 	}
 	age, ago := time.Duration(0), "since before its start"
@@ -161,6 +162,15 @@ func (v view) staleKeys() []string {
 		return nil
 	}
 	return []string{fmt.Sprintf("node %s refuses the API keys of clients: it has heard nothing from the cluster's majority %s, and access.stale_for allows %s", v.name, ago, v.state.Parsed.Access.StaleFor)}
+}
+
+// largeState warns before new API keys are refused.
+func (v view) largeState() []string {
+	if v.stateBytes < agreed.MaxBytesForKeys*3/4 {
+		return nil
+	}
+	return []string{fmt.Sprintf("the agreed state has %d KiB, and from %d KiB on no more API keys can be created: revoke those that are no longer needed (dsnode apikey list), or use shorter notes and lists of models",
+		v.stateBytes>>10, agreed.MaxBytesForKeys>>10)}
 }
 
 func lastHeard(seconds *float64) string {

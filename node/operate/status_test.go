@@ -326,6 +326,11 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	if err := checkChange(v.state, next); !errors.Is(err, cluster.ErrFeatureLevel) || !strings.Contains(err.Error(), "access.stale_for needs feature level 2") {
 		t.Errorf("a key of level 2 at level 1: %v", err)
 	}
+	if share, err := config.Parse("cluster.yaml", []byte(statusConfig+"limits: {tenant_share: 50}\naccess: {stale_for: 0s}\n")); err != nil {
+		t.Error(err)
+	} else if err := checkChange(v.state, share); !errors.Is(err, cluster.ErrFeatureLevel) || !strings.Contains(err.Error(), "limits.tenant_share needs feature level 3") {
+		t.Errorf("a key of level 3 at level 1: %v", err)
+	}
 	v.state.FeatureLevel = 2
 	if err := checkChange(v.state, next); err != nil {
 		t.Errorf("a key of level 2 at level 2: %v", err)
@@ -333,6 +338,19 @@ func TestConfigurationThatCannotReplaceThePresentOne(t *testing.T) {
 	v.state.FeatureLevel, v.state.Parsed = 1, next
 	if err := checkChange(v.state, next); err != nil {
 		t.Errorf("the configuration that a cluster was founded with: %v", err)
+	}
+}
+
+// The status warns before API keys are refused.
+func TestStatusWarnsOfALargeState(t *testing.T) {
+	v := healthyView(t)
+	for bytes, warns := range map[int]bool{agreed.MaxBytesForKeys / 2: false, agreed.MaxBytesForKeys * 3 / 4: true, 2 * agreed.MaxBytesForKeys: true} {
+		v.stateBytes = bytes
+		s := describe(v)
+		said := slices.ContainsFunc(s.Warnings, func(w string) bool { return strings.Contains(w, "no more API keys can be created: revoke") })
+		if said != warns || !s.Healthy {
+			t.Errorf("with %d bytes: warnings %q, healthy %v", bytes, s.Warnings, s.Healthy)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"log/slog"
 	"math/bits"
 	"slices"
 	"strings"
@@ -59,6 +60,9 @@ func ParseIncarnation(text string) (Incarnation, error) {
 	return i, nil
 }
 
+// LogValue is the same as String.
+func (i Incarnation) LogValue() slog.Value { return slog.StringValue(i.String()) }
+
 // Stream names one append-only sequence of records: (origin node, incarnation).
 type Stream struct {
 	Origin      string
@@ -67,6 +71,10 @@ type Stream struct {
 
 // String returns origin/incarnation, for use as one word.
 func (s Stream) String() string { return s.Origin + "/" + s.Incarnation.String() }
+
+// LogValue is the same as String. Without it a log in JSON would have the numbers of the
+// bytes, as for the other names of this file.
+func (s Stream) LogValue() slog.Value { return slog.StringValue(s.String()) }
 
 // Compare orders streams. The order has no meaning.
 func (s Stream) Compare(o Stream) int {
@@ -105,6 +113,9 @@ func (id JobID) Append(b []byte) []byte { return hex.AppendEncode(append(b, jobP
 func (id JobID) String() string {
 	return string(id.Append(make([]byte, 0, len(jobPrefix)+2*len(id))))
 }
+
+// LogValue is the same as String.
+func (id JobID) LogValue() slog.Value { return slog.StringValue(id.String()) }
 
 // Compare orders ids. The order has no meaning.
 func (id JobID) Compare(o JobID) int { return slices.Compare(id[:], o[:]) }
