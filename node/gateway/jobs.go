@@ -11,6 +11,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -226,6 +227,10 @@ func (x *exchange) listJobs(who jobs.Caller) *failure {
 	for i, v := range page.Jobs {
 		if i > 0 {
 			b = append(b, ',')
+		}
+		if who.Operator && v.Error != "" {
+			// The list is for looking around; who reads a job asks for it by its id.
+			v.Error = openai.WithoutWords(v.Error)
 		}
 		b = v.AppendJSON(b)
 	}

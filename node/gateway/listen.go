@@ -23,7 +23,7 @@ func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Serv
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerBytes,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          newServerLog(log),
 	}
 }
 
