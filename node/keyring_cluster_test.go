@@ -31,6 +31,7 @@ type keyCluster struct {
 	nodes     map[string]*Node
 	stops     map[string]func() error
 	seed      string
+	edit      func(*Config) // of every node that boots; nil: none
 }
 
 const keyClusterConfig = `version: 1
@@ -90,6 +91,9 @@ func (c *keyCluster) boot(name string, current, previous keyring.OperatorKey) (n
 	cfg.OperatorKey.File = c.write(name+"-operator.key", []byte(current.Encode()))
 	if previous != (keyring.OperatorKey{}) {
 		cfg.OperatorKeyPrevious.File = c.write(name+"-operator-previous.key", []byte(previous.Encode()))
+	}
+	if c.edit != nil {
+		c.edit(cfg)
 	}
 	log := slog.New(slog.NewJSONHandler(c.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	n, err = New(cfg, Options{Logger: log, Version: "test"})

@@ -61,6 +61,7 @@ var floor = map[string]int{
 	"cluster/config":              -3, // without Raft and gRPC, so that readers of settings don't compile them
 	"cluster/clock":               -3,
 	"cluster/throttle":            -3,
+	"cluster/cause":               -3,
 	"storage/notify":              -4,
 }
 
@@ -154,20 +155,25 @@ var arrows = []arrow{
 	{"failover/drill", "cluster/config", "which city a site is in"},
 	{"failover/drill", "cluster/clock", "a wait that ends with its context"},
 	{"failover/drill", "cluster/host", "dials the api ports of nodes"},
+	{"failover/drill", "cluster/cause", "a report repeats nothing of an answer"},
+	{"failover/drill", "node/openai", "the code of a node's refusal"},
 	{"failover/drill", "storage/atomicfile", "keeps a cut over a restart"},
 
 	{"node/serving", "node/upstream", "asks the servers that the fleet permits, in its order"},
 	{"node/serving", "node/cache", "looks up and stores answers"},
 	{"node/serving", "node/openai", "reads what servers answer"},
+	{"node/serving", "cluster/cause", "logs and errors repeat nothing of an answer"},
 	{"node/serving", "cluster/config", "which answers are kept, and how long"},
 
 	{"node/upstream", "node/openai", "knows the endpoints of model servers"},
 	{"node/upstream", "cluster/clock", "shared ticks"},
 	{"node/upstream", "cluster/host", "dials model servers; the clocks"},
+	{"node/upstream", "cluster/cause", "logs and statuses repeat nothing of an answer"},
 	{"node/upstream", "cluster/config", "model servers, models and timeouts"},
 
 	{"node/cache", "storage/keyring", "seals entries, and makes keys of requests"},
 	{"node/cache", "cluster/agreed", "purges"},
+	{"node/cache", "cluster/cause", "logs and statistics repeat nothing that a Redis answers"},
 	{"node/cache", "cluster/config", "sizes, lifetimes and the Redis of a site"},
 
 	{"failover", "cluster", "the views of peers and of Raft"},
@@ -201,6 +207,7 @@ var arrows = []arrow{
 	{"cluster/mesh", "cluster/agreed", "the generation in a preface"},
 	{"cluster/mesh", "cluster/clock", "shared ticks"},
 	{"cluster/mesh", "cluster/host", "dials; the clock of the ticks"},
+	{"cluster/mesh", "cluster/cause", "marks its own errors among those of net/http"},
 	{"cluster/mesh", "cluster/config", "which names fit a certificate"},
 	{"cluster/mesh", "cluster/throttle", "strangers must not fill the log"},
 

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/cause"
 )
 
 const (
@@ -25,7 +27,8 @@ func (m *Mesh) newHTTPTransport() *http.Transport {
 			if err != nil {
 				return nil, err
 			}
-			return m.Dial(ctx, KindHTTP, node)
+			conn, err := m.Dial(ctx, KindHTTP, node)
+			return conn, cause.Own(err) // certificates and refusals of nodes hold no request
 		},
 		DisableCompression:  true,
 		MaxIdleConns:        m.opts.MaxConns / 2,

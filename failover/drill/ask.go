@@ -11,7 +11,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/host"
+	"github.com/dsnode/dsnode/node/openai"
 )
 
 // HTTPAsker sends requests over HTTP, without an API key. The caller closes it.
@@ -65,13 +67,13 @@ func (a *HTTPAsker) Ask(ctx context.Context, t Target, q Question) (Answer, erro
 	}
 	resp, err := a.client.Do(req)
 	if err != nil {
-		return Answer{}, err
+		return Answer{}, cause.Of(err)
 	}
 	defer func() { _ = resp.Body.Close() }() // the body was read, or is not needed
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	switch {
 	case err != nil:
-		return Answer{}, fmt.Errorf("read the answer: %w", err)
+		return Answer{}, fmt.Errorf("read the answer: %w", cause.Of(err))
 	case q == AskPrimary && resp.StatusCode == http.StatusServiceUnavailable:
 		return Answer{}, nil
 	case resp.StatusCode == http.StatusOK:
@@ -79,5 +81,10 @@ func (a *HTTPAsker) Ask(ctx context.Context, t Target, q Question) (Answer, erro
 	case q == AskModels && (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden):
 		return Answer{Refused: true}, nil
 	}
-	return Answer{}, fmt.Errorf("answered %s: %s", resp.Status, brief(strings.TrimSpace(string(text))))
+	// The report is kept and exported, and an upstream's refusal may repeat a request.
+	object, _ := openai.ErrorObject(text)
+	_, code := openai.ErrorKind(object)
+	return Answer{}, &cause.Answer{
+		What: "answered", Status: resp.StatusCode, Type: cause.ContentType(resp.Header), Length: len(text), Code: openai.KnownCode(code),
+	}
 }

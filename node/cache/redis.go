@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -99,6 +101,20 @@ func secret(what string, s config.Secret, files Files) (string, error) {
 	return text, nil
 }
 
+// redisError keeps the code of a server's error, such as NOAUTH. The rest may repeat the
+// command with the password in it.
+func redisError(err error) error {
+	var said redis.Error
+	if !errors.As(err, &said) {
+		return fmt.Errorf("redis: %w", cause.Of(err))
+	}
+	code, _, _ := strings.Cut(said.Error(), " ")
+	if len(code) > 20 || strings.Trim(code, "ABCDEFGHIJKLMNOPQRSTUVWXYZ") != "" {
+		code = "an error without a code"
+	}
+	return fmt.Errorf("redis: %w", cause.Words("the server answered "+code))
+}
+
 func redisKey(k Key) string { return redisPrefix + k.String() }
 
 // get reads no more bytes than an entry can have, however large the value is.
@@ -108,7 +124,7 @@ func (r *redisStore) get(ctx context.Context, k Key) ([]byte, error) {
 	case errors.Is(err, redis.Nil):
 		return nil, nil
 	case err != nil:
-		return nil, fmt.Errorf("redis: %w", err)
+		return nil, redisError(err)
 	case len(value) == 0:
 		return nil, nil
 	}
@@ -129,7 +145,7 @@ func (r *redisStore) put(ctx context.Context, batch []Entry, keep time.Duration)
 			return errors.Join(failed, err)
 		}
 		if err := r.putOne(ctx, e, left); err != nil && failed == nil {
-			failed = fmt.Errorf("redis: %w", err)
+			failed = redisError(err)
 		}
 	}
 	return failed
@@ -154,7 +170,7 @@ func (r *redisStore) putOne(ctx context.Context, e Entry, keep time.Duration) er
 func (r *redisStore) drop(ctx context.Context, keys []Key) error {
 	for _, k := range keys { // in a cluster they belong to different servers
 		if err := r.client.Del(ctx, redisKey(k)).Err(); err != nil {
-			return fmt.Errorf("redis: %w", err)
+			return redisError(err)
 		}
 	}
 	return nil
@@ -170,7 +186,7 @@ func (r *redisStore) ping(ctx context.Context) error {
 	if c, ok := r.client.(*redis.ClusterClient); ok {
 		err := c.ForEachMaster(ctx, func(ctx context.Context, one *redis.Client) error { return one.Ping(ctx).Err() })
 		if err != nil {
-			return fmt.Errorf("redis: %w", err)
+			return redisError(err)
 		}
 	}
 	_, err := r.get(ctx, Key{})

@@ -240,8 +240,17 @@ func (x *exchange) logFailure(f *failure, req *serving.Request, err error) {
 		level = slog.LevelDebug
 	}
 	x.g.log.LogAttrs(context.WithoutCancel(x.r.Context()), level, "request failed",
-		slog.String("request", x.id), slog.String("endpoint", req.Endpoint.Path), slog.String("model", printable(req.Model)),
+		slog.String("request", x.id), slog.String("endpoint", req.Endpoint.Path), slog.String("model", x.known(req.Model)),
 		slog.Int("status", f.status), slog.String("code", f.code), slog.Any("err", err))
+}
+
+// known is a model's name for the log: a client could write anything there, so only a
+// configured one is taken.
+func (x *exchange) known(model string) string {
+	if _, ok := x.g.metrics.table(x.g.config()).byName[model]; ok {
+		return model
+	}
+	return "unknown"
 }
 
 // refuse sends an error in place of an answer.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/dsnode/dsnode/cluster/agreed"
 	"github.com/dsnode/dsnode/node/jobs"
+	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/storage/journal"
 )
 
@@ -239,6 +240,10 @@ func (x *exchange) listJobs(who jobs.Caller) *failure {
 	for i, v := range page.Jobs {
 		if i > 0 {
 			b = append(b, ',')
+		}
+		if who.Operator && v.Error != "" {
+			// The list is for looking around; who reads a job asks for it by its id.
+			v.Error = openai.WithoutWords(v.Error)
 		}
 		b = v.AppendJSON(b)
 	}

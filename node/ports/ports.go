@@ -246,7 +246,7 @@ func NewHTTPServer(h http.Handler, headerBytes int, log *slog.Logger) *http.Serv
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    headerBytes,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          newServerLog(log),
 	}
 }
 

@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -66,25 +66,25 @@ func (a *attempt) alive() func() bool {
 }
 
 // explain finds the true cause: an error of the connection often only follows from a
-// timer or from the client's leaving.
+// timer or from the client's leaving. What came from the server it puts into own words:
+// the log and the status of the upstream have them.
 func (a *attempt) explain(o *outcome) {
 	var gone *sinkError
 	if errors.As(o.Err, &gone) {
 		o.Result, o.Err = upstream.Cancelled, gone.err
 		return
 	}
-	cause := context.Cause(a.w)
-	if cause == nil {
-		return
-	}
+	ended := context.Cause(a.w)
 	var timer *timerError
 	switch {
-	case errors.As(cause, &timer):
+	case ended == nil:
+		o.Err = cause.Of(o.Err)
+	case errors.As(ended, &timer):
 		o.Result, o.Err = timer.result, timer
-	case errors.Is(cause, errPeerGone):
+	case errors.Is(ended, errPeerGone):
 		o.Result, o.Err = upstream.PeerGone, errPeerGone
 	default:
-		o.Result, o.Err = upstream.Cancelled, cause
+		o.Result, o.Err = upstream.Cancelled, ended
 	}
 }
 
@@ -219,7 +219,7 @@ func (a *attempt) refusal(resp *http.Response, result upstream.Result) outcome {
 	if err != nil && result == upstream.ClientError {
 		return failed(upstream.Truncated, err)
 	}
-	o := failed(result, fmt.Errorf("%s: status %d: %s", result, resp.StatusCode, excerpt(body)))
+	o := failed(result, a.described(result.String(), resp, body, body))
 	o.RetryAfter = upstream.RetryAfter(resp.Header, a.now())
 	o.overloaded = resp.Header.Get(HeaderError) == "overloaded"
 	if result == upstream.ClientError || result == upstream.NotServed {
@@ -238,11 +238,11 @@ func (a *attempt) statusError(status int, h http.Header, body []byte) *StatusErr
 
 // errorInside judges an error that came under a 200. It is about the request itself,
 // and for the client, or about the server.
-func (a *attempt) errorInside(document, member []byte) outcome {
+func (a *attempt) errorInside(resp *http.Response, document, member []byte) outcome {
 	kind, code := openai.ErrorKind(member)
 	numeric := code != "" && strings.Trim(code, "0123456789") == ""
 	refused := strings.HasPrefix(kind, "invalid_request") || kind == "BadRequestError"
-	o := failed(upstream.ErrorEvent, fmt.Errorf("error under a 200: %s", excerpt(member)))
+	o := failed(upstream.ErrorEvent, a.described("error under a 200", resp, document, member))
 	switch {
 	case code == "429":
 		o.Result = upstream.RateLimited
@@ -285,11 +285,14 @@ func passedOn(h http.Header) http.Header {
 	return kept
 }
 
-// excerpt is the start of an error body, for the log.
-func excerpt(b []byte) string {
-	const limit = 200
-	if len(b) > limit {
-		b = b[:limit]
+// described is all that logs and statuses tell of an answer: an error's text often repeats
+// the request. failing is where its error object is.
+func (a *attempt) described(what string, resp *http.Response, body, failing []byte) *cause.Answer {
+	if object, ok := openai.ErrorObject(failing); ok {
+		failing = object
 	}
-	return strings.ToValidUTF8(strings.TrimSpace(string(b)), "?")
+	_, code := openai.ErrorKind(failing)
+	return &cause.Answer{
+		What: what, Status: resp.StatusCode, Type: cause.ContentType(resp.Header), Length: len(body), Code: openai.KnownCode(code),
+	}
 }

@@ -6,10 +6,12 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/cache"
 	"github.com/dsnode/dsnode/node/openai"
@@ -176,7 +178,7 @@ func (s *cached) fetch(f *flight, r Request, plan cachePlan, old cache.Found) {
 	err := errFlightLost // unless what follows gets to its end
 	defer func() {
 		if p := recover(); p != nil {
-			s.log.Error("panic while answering a request", "request", r.ID, "panic", p)
+			s.log.Error("panic while answering a request", "request", r.ID, "panic", cause.Panic(p), "stack", string(debug.Stack()))
 		}
 		s.flights.remove(f)
 		f.end(err)

@@ -3,11 +3,11 @@ package serving
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"sync"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -15,10 +15,12 @@ import (
 // maxAnswer bounds a plain body, which is held until it is whole.
 const maxAnswer = 32 << 20
 
-var (
-	errTooLong = fmt.Errorf("answer larger than %d bytes", maxAnswer)
+const (
+	errTooLong = cause.Words("the answer is larger than 32 MiB")
 	// errExhausted is DeepSeek's finish_reason insufficient_system_resource.
-	errExhausted = errors.New("insufficient system resource")
+	errExhausted = cause.Words("insufficient system resource")
+	errNotStream = cause.Words("a plain answer where a stream was asked for")
+	errNoChoices = cause.Words("an answer without choices")
 )
 
 var plainBuffers = sync.Pool{New: func() any { b := make([]byte, 0, 16<<10); return &b }}
@@ -106,14 +108,14 @@ func (a *attempt) judgePlain(resp *http.Response, body []byte) ([]byte, outcome)
 	case !ok && !known && openai.Valid(body):
 		return body, outcome{} // a bare list, for example
 	case !ok:
-		return nil, failed(upstream.BadAnswer, fmt.Errorf("the answer is no JSON object: %s", excerpt(body)))
+		return nil, failed(upstream.BadAnswer, a.described("no JSON object", resp, body, nil))
 	case found.Error != openai.Span{}:
-		return nil, a.errorInside(body, found.Error.In(body))
+		return nil, a.errorInside(resp, body, found.Error.In(body))
 	case !e.Completes:
 	case a.r.Stream:
-		return nil, failed(upstream.BadAnswer, errors.New("a plain answer where a stream was asked for"))
+		return nil, failed(upstream.BadAnswer, errNotStream)
 	case found.Choices == 0:
-		return nil, failed(upstream.BadAnswer, errors.New("an answer without choices"))
+		return nil, failed(upstream.BadAnswer, errNoChoices)
 	case found.Exhausted:
 		return nil, failed(upstream.Exhausted, errExhausted)
 	}

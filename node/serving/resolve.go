@@ -2,7 +2,6 @@ package serving
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -22,7 +21,7 @@ func (s *resolve) Serve(ctx context.Context, r Request, sink Sink) error {
 	r.table = s.fleet.Table()
 	r.model = r.table.Model(r.Model)
 	if r.model == nil || !r.Principal.Allows(r.Model) {
-		return fmt.Errorf("%w: %q", ErrUnknownModel, r.Model)
+		return ErrUnknownModel
 	}
 	return s.next.Serve(ctx, r, sink)
 }

@@ -3,12 +3,12 @@ package serving
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/node/openai"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -21,10 +21,12 @@ const (
 	afterDone = 50 * time.Millisecond
 )
 
-var (
-	errNoContent = errors.New("the stream ended without content")
-	errNoFinish  = errors.New("the stream ended without a finish_reason")
-	errEarlyDone = errors.New("[DONE] came before a finish_reason")
+const (
+	errNoContent   = cause.Words("the stream ended without content")
+	errNoFinish    = cause.Words("the stream ended without a finish_reason")
+	errEarlyDone   = cause.Words("[DONE] came before a finish_reason")
+	errLongSilence = cause.Words("256 KiB of events without content")
+	errLongEvent   = cause.Words("an event is larger than 1 MiB")
 )
 
 // held are events that wait for the first content.
@@ -38,6 +40,7 @@ var heldBuffers = sync.Pool{New: func() any { return &held{bytes: make([]byte, 0
 // relay passes on one stream of choices.
 type relay struct {
 	*attempt
+	resp    *http.Response
 	wait    *held // nil once Head was called
 	sent    bool
 	scratch []byte // a rewritten event
@@ -50,9 +53,9 @@ func (a *attempt) stream(resp *http.Response) outcome {
 	events := openai.NewEventReader(resp.Body, a.flush)
 	defer events.Release()
 	if !a.r.Endpoint.Completes {
-		return a.streamUnknown(events)
+		return a.streamUnknown(resp, events)
 	}
-	s := relay{attempt: a, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
+	s := relay{attempt: a, resp: resp, wait: heldBuffers.Get().(*held), model: a.shownModel()} //nolint:errcheck // the pool holds nothing else
 	defer s.releaseHeld()
 	o := s.run(events)
 	o.sent = s.sent
@@ -99,11 +102,11 @@ func (s *relay) chunk(ev *openai.Event) outcome {
 	found, ok := openai.ScanAnswer(ev.Data)
 	switch {
 	case !ok:
-		return failed(upstream.BadAnswer, fmt.Errorf("an event is no JSON object: %s", excerpt(ev.Data)))
+		return failed(upstream.BadAnswer, s.described("an event is no JSON object", s.resp, ev.Data, nil))
 	case found.Error != openai.Span{}:
-		return s.errorInside(ev.Data, found.Error.In(ev.Data))
+		return s.errorInside(s.resp, ev.Data, found.Error.In(ev.Data))
 	case string(ev.Kind) == "error":
-		return s.errorInside(ev.Data, ev.Data)
+		return s.errorInside(s.resp, ev.Data, ev.Data)
 	case found.Exhausted:
 		return failed(upstream.Exhausted, errExhausted)
 	}
@@ -124,7 +127,7 @@ func (s *relay) chunk(ev *openai.Event) outcome {
 	}
 	if !begins {
 		if len(s.wait.bytes)+len(raw) > maxHeld {
-			return failed(upstream.BadAnswer, fmt.Errorf("%d bytes without content", maxHeld))
+			return failed(upstream.BadAnswer, errLongSilence)
 		}
 		s.wait.bytes = append(s.wait.bytes, raw...)
 		s.wait.ends = append(s.wait.ends, len(s.wait.bytes))
@@ -227,7 +230,7 @@ func (s *relay) finish(done []byte) outcome { return sunk(s.sink.Data(done)) }
 func (s *relay) ended(err error) outcome {
 	switch {
 	case errors.Is(err, openai.ErrEventTooLarge):
-		return failed(upstream.BadAnswer, err)
+		return failed(upstream.BadAnswer, errLongEvent)
 	case !errors.Is(err, io.EOF) && s.wait != nil:
 		return failed(upstream.Reset, err)
 	case !errors.Is(err, io.EOF):
@@ -240,7 +243,7 @@ func (s *relay) ended(err error) outcome {
 
 // streamUnknown passes on a stream whose format is not known: its first event is its
 // first content, its end is the end of the body.
-func (a *attempt) streamUnknown(events *openai.EventReader) (o outcome) {
+func (a *attempt) streamUnknown(resp *http.Response, events *openai.EventReader) (o outcome) {
 	sent := false
 	defer func() { o.sent = sent }()
 	for {
@@ -253,6 +256,8 @@ func (a *attempt) streamUnknown(events *openai.EventReader) (o outcome) {
 				return failed(upstream.Cancelled, err)
 			}
 			return outcome{}
+		case errors.Is(err, openai.ErrEventTooLarge):
+			return failed(upstream.BadAnswer, errLongEvent)
 		case err != nil && !sent:
 			return failed(upstream.Reset, err)
 		case err != nil:
@@ -265,9 +270,9 @@ func (a *attempt) streamUnknown(events *openai.EventReader) (o outcome) {
 			found, ok := openai.ScanAnswer(ev.Data)
 			switch {
 			case ok && found.Error != openai.Span{}:
-				return a.errorInside(ev.Data, found.Error.In(ev.Data))
+				return a.errorInside(resp, ev.Data, found.Error.In(ev.Data))
 			case string(ev.Kind) == "error":
-				return a.errorInside(ev.Data, ev.Data)
+				return a.errorInside(resp, ev.Data, ev.Data)
 			}
 			sent = true
 			a.content()

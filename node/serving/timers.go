@@ -2,12 +2,12 @@ package serving
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/config"
 	"github.com/dsnode/dsnode/node/upstream"
 )
@@ -27,7 +27,7 @@ type timerError struct {
 
 func (e *timerError) Error() string { return e.text }
 
-var errPeerGone = errors.New("the peer was lost while it was asked")
+const errPeerGone = cause.Words("the peer was lost while it was asked")
 
 // watch is the context of one attempt, and runs the timers that end it: first token,
 // between tokens, total, and the least pace of a stream. (Connect is the transport's.)

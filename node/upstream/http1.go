@@ -16,6 +16,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/dsnode/dsnode/cluster/cause"
 )
 
 // http1 is a client of one server over plain HTTP/1.1. The goroutine of the request
@@ -65,10 +67,10 @@ type http1Conn struct {
 	reused bool
 }
 
-var (
-	errHeaderTooLong = errors.New("the answer's header is too long")
-	errBadHeader     = errors.New("a header value can't be sent")
-	errInterim       = errors.New("too many 1xx answers")
+const (
+	errHeaderTooLong = cause.Words("the answer's header is too long")
+	errBadHeader     = cause.Words("a header value can't be sent")
+	errInterim       = cause.Words("too many 1xx answers")
 )
 
 // Read feeds the buffer.
@@ -193,7 +195,7 @@ func appendRequest(b []byte, req *http.Request) ([]byte, error) {
 	}
 	path := req.URL.RequestURI()
 	if !writable(host) || !writable(path) || strings.Contains(path, " ") {
-		return b, fmt.Errorf("%w: %q", errBadHeader, host+path)
+		return b, errBadHeader
 	}
 	b = append(append(append(b, req.Method...), ' '), path...)
 	b = append(append(b, " HTTP/1.1\r\nHost: "...), host...)
@@ -208,7 +210,7 @@ func appendRequest(b []byte, req *http.Request) ([]byte, error) {
 		}
 		for _, v := range values {
 			if !writable(name) || !writable(v) {
-				return b, fmt.Errorf("%w: %s", errBadHeader, strconv.Quote(name))
+				return b, errBadHeader
 			}
 			b = append(append(append(append(b, name...), ": "...), v...), "\r\n"...)
 		}

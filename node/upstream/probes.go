@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -92,7 +93,7 @@ func (i *instance) ping(ctx context.Context) error {
 	at := i.probeURL()
 	resp, err := i.get(ctx, at)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errProbe, err)
+		return fmt.Errorf("%w: %w", errProbe, cause.Of(err))
 	}
 	defer func() { _ = resp.Body.Close() }()
 	discard(resp.Body)

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/dsnode/dsnode/cluster/cause"
 	"github.com/dsnode/dsnode/cluster/config"
 )
 
@@ -70,7 +71,7 @@ func (i *instance) askLoad(ctx context.Context) (int64, error) {
 	at := i.base.join("/metrics")
 	resp, err := i.get(ctx, at)
 	if err != nil {
-		return 0, err
+		return 0, cause.Of(err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
@@ -96,7 +97,7 @@ func sumSeries(page io.Reader, names []string) (int64, error) {
 		}
 	}
 	if err := lines.Err(); err != nil {
-		return 0, fmt.Errorf("read metrics: %w", err)
+		return 0, fmt.Errorf("read metrics: %w", cause.Of(err))
 	}
 	for i, name := range names {
 		if !seen[i] {

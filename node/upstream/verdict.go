@@ -87,7 +87,7 @@ func (r Result) blames() bool { return r != OK && r != Cancelled && r != ClientE
 // Outcome is what one attempt came to, as far as its server is concerned.
 type Outcome struct {
 	Result     Result
-	Err        error         // the cause, nil when there is none
+	Err        error         // the cause in own words (package cause), nil when there is none
 	RetryAfter time.Duration // as the server asked, zero: it did not
 }
 
