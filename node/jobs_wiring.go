@@ -132,6 +132,7 @@ func (n *Node) openJobs() (err error) {
 func (j *asyncJobs) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.table.Run(ctx) })
+	g.Go(func() error { return j.table.KeepFilled(ctx, j.log) })
 	g.Go(func() error { return j.watchJournals(ctx) })
 	g.Go(func() error {
 		if !j.awaitReady(ctx) {
