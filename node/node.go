@@ -31,6 +31,7 @@ import (
 	"github.com/dsnode/dsnode/node/operate"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
+	"github.com/dsnode/dsnode/storage"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -49,6 +50,7 @@ type Node struct {
 	host    *host.Host
 	reg     *prometheus.Registry
 
+	dataDir      *storage.DirLock
 	operatorKeys datakeys.OperatorKeys
 	sealer       keyring.Sealer // of the node's own key
 	keys         *datakeys.Keys

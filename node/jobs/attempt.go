@@ -297,7 +297,7 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 		case errors.Is(err, journal.ErrFrozen) && now != r.Stream: // this node began a new stream meanwhile
 			r.Stream = now
 			continue
-		case errors.Is(err, journal.ErrFull), errors.Is(err, keyring.ErrNoDataKey):
+		case journal.Refused(err), errors.Is(err, keyring.ErrNoDataKey):
 			x.log.Warn("can't write a record of a job yet", "job", r.Job, "err", err)
 		default:
 			return err

@@ -281,7 +281,12 @@ func (l *Log) commit(s *stream, q *queue) {
 		s.writing = false
 	}()
 	for b := q.next(); b != nil; b = q.next() {
-		b.err = l.writeBatch(s, b)
+		if b.err = l.writeBatch(s, b); b.err == nil {
+			// Deleted during the write: nobody may rely on these records.
+			if gone := l.checkIntact(); gone != nil {
+				b.err = fmt.Errorf("%w: %w", ErrUncertain, gone)
+			}
+		}
 		close(b.done)
 		// Callers that have just been answered append again, and others are about to.
 		// Yield, so that they share the next sync instead of the one after it. Don't stop
