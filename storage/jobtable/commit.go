@@ -6,10 +6,12 @@ import (
 	"context"
 	"crypto/subtle"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -18,6 +20,7 @@ import (
 	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // commitEvery is how long changes collect in memory. A job that is submitted,
@@ -47,7 +50,10 @@ func (t *Table) commitLoop(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			return t.commit()
+			if err := t.commit(); !errors.Is(err, errNoRoom) {
+				return err
+			}
+			return nil // the journals have everything
 		case <-t.failed:
 			return t.usable()
 		case <-t.urgent:
@@ -59,11 +65,28 @@ func (t *Table) commitLoop(ctx context.Context) error {
 			case <-t.failed:
 			}
 		}
-		if err := t.commit(); err != nil {
+		err := t.commit()
+		if errors.Is(err, errNoRoom) {
+			notify.Wake(t.kick)
+			select {
+			case <-time.After(fullWait):
+			case <-ctx.Done():
+				return nil // the journals have everything
+			}
+			continue
+		}
+		if err != nil {
 			return err
 		}
 	}
 }
+
+// errNoRoom means that the disk is full. Nothing of the transaction is in use, so the same
+// changes can be committed later: bbolt writes the meta page last, in place.
+var errNoRoom = errors.New("the disk is full")
+
+// fullWait is the time until a commit to a full disk is tried again.
+const fullWait = time.Second
 
 // rowChange is a changed row to be committed.
 type rowChange struct {
@@ -142,6 +165,10 @@ func (t *Table) commit() error {
 				b = t.collect()
 				err = t.write(b)
 			}
+		}
+		if errors.Is(err, syscall.ENOSPC) {
+			t.o.Logger.Warn("the job table can't be written: the disk is full; trying again", "err", err)
+			return errNoRoom
 		}
 		if err != nil {
 			return t.commitFailed(err)

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.etcd.io/bbolt"
 
 	"github.com/dsnode/dsnode/storage/journal"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // memoryJournals are the journals of a few streams.
@@ -288,4 +290,32 @@ func TestAMisplacedListEntryIsDamage(t *testing.T) {
 	if rows, _, err := running.List(Filter{Tenant: "y"}); err != nil || len(rows) != 0 {
 		t.Errorf("another tenant's list: %v, %v", rows, err)
 	}
+}
+
+// A full disk ends nothing: the changes wait in memory, and are written when there is room.
+func TestACommitToAFullDiskIsTriedAgain(t *testing.T) {
+	w := newWorld(t)
+	o := w.options(t.TempDir())
+	full, tried := make(chan struct{}), make(chan struct{}, 1)
+	o.BeforeCommit = func() error {
+		select {
+		case <-full:
+			return nil
+		default:
+			notify.Wake(tried)
+			return syscall.ENOSPC
+		}
+	}
+	table := start(t, o)
+	l := w.log("a")
+	table.Apply(l.stream, []journal.Record{l.submit(w.newID(), journal.Submission{Tenant: "x"})})
+	<-tried
+	if _, found, err := table.Get(l.all[0].Job); err != nil || !found || table.Applied(l.stream) != 0 {
+		t.Errorf("on a full disk: found %v, %v, applied %d", found, err, table.Applied(l.stream))
+	}
+	close(full)
+	if err := table.flush(t.Context()); err != nil || table.Applied(l.stream) != 1 {
+		t.Errorf("with room again: %v, applied %d", err, table.Applied(l.stream))
+	}
+	wantAll(t, table, l)
 }

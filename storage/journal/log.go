@@ -196,7 +196,7 @@ func (l *Log) beforeWrite() error {
 		return nil
 	}
 	if err := l.o.BeforeWrite(); err != nil {
-		return l.setFailed("write", err)
+		return l.noRoom("write", err)
 	}
 	return nil
 }
