@@ -52,6 +52,9 @@ type Options struct {
 	Snapshots   raft.SnapshotStore
 	StoreFailed <-chan struct{} // closed when raft's store has failed
 	StoreError  func() error    // the error after StoreFailed
+	// DataIntact is nil while DataDir is the directory that was opened, else it says what
+	// happened to it. Nil: not asked.
+	DataIntact func() error
 
 	// OperatorKey is the fingerprint of this node's operator key,
 	// OperatorKeyPrevious that of the previous key, which can still open data keys;
@@ -503,6 +506,7 @@ func (c *Cluster) watchDisk(ctx context.Context) error {
 		syncs = s.Syncs
 	}
 	w := newDiskWatchdog(c.opts.DataDir, c.opts.Host, c.log, syncs, c.diskStalled)
+	w.intact = c.opts.DataIntact
 	w.write = func(path string) error { return c.disk.measure(func() error { return writeAndSync(path) }) }
 	err := w.Run(ctx)
 	if errors.Is(err, ErrDiskStalled) {

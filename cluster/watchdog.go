@@ -30,6 +30,8 @@ type diskWatchdog struct {
 	onStall    func(stalled bool)
 	log        *slog.Logger
 	write      func(path string) error // replaced in tests
+	intact     func() error            // says that dir was deleted or replaced; nil: not asked
+	gone       bool                    // intact said so; only writeLoop uses it
 	syncs      func() uint64           // how often raft's store has synced; nil: unknown
 	started    atomic.Int64            // Boottime of the write in progress, 0: none
 	changed    chan struct{}           // notifies Run of a change of started
@@ -100,7 +102,8 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 		if w.syncs != nil {
 			now = w.syncs()
 		}
-		if wrote = now == last && !wrote; wrote {
+		gone := w.isGone()
+		if wrote = now == last && !wrote; wrote && !gone {
 			if err := w.probe(path); err != nil {
 				return err
 			}
@@ -112,6 +115,23 @@ func (w *diskWatchdog) writeLoop(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// isGone reports whether the directory was deleted or replaced. Then there is nothing to
+// write to: the open files still work, so requests are served and raft goes on.
+func (w *diskWatchdog) isGone() bool {
+	if w.intact == nil {
+		return false
+	}
+	err := w.intact()
+	switch {
+	case err != nil && !w.gone:
+		w.log.Error("the data directory is gone: this node takes no jobs until it is restarted with its directory", "dir", w.dir, "err", err)
+	case err == nil && w.gone:
+		w.log.Warn("the data directory is back", "dir", w.dir)
+	}
+	w.gone = err != nil
+	return w.gone
 }
 
 func (w *diskWatchdog) probe(path string) error {
@@ -129,6 +149,7 @@ func (w *diskWatchdog) probe(path string) error {
 		// A full disk does not hang. Raft's store may still be able to write: it has
 		// preallocated space, unlike this file.
 		w.log.Error("disk full: free some space before raft can't write", "dir", w.dir)
+	case err != nil && w.isGone(): // since the last look
 	case err != nil:
 		return fmt.Errorf("write to raft's disk: %w", err)
 	}

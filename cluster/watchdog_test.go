@@ -168,3 +168,42 @@ func TestWatchdogEndsOnWriteErrorsExceptAFullDisk(t *testing.T) {
 		})
 	}
 }
+
+// Without its directory there is nothing to write to; the node goes on.
+func TestWatchdogGoesOnWhileItsDirectoryIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &fakeDisk{}
+		var gone atomic.Bool
+		w := newDiskWatchdog(t.TempDir(), nil, slog.New(slog.DiscardHandler), nil, (&stallCalls{}).add)
+		w.write = d.write
+		w.intact = func() error {
+			if gone.Load() {
+				return errors.New("deleted")
+			}
+			return nil
+		}
+		ended := make(chan error, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { ended <- w.Run(ctx) }()
+		time.Sleep(3 * time.Second)
+		missing := error(syscall.ENOENT)
+		d.fails.Store(&missing)
+		gone.Store(true)
+		time.Sleep(30 * time.Second)
+		synctest.Wait()
+		select {
+		case err := <-ended:
+			t.Fatalf("the watchdog ended with %v", err)
+		default:
+		}
+		writes := d.writes.Load()
+		gone.Store(false)
+		d.fails.Store(nil)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if d.writes.Load() == writes {
+			t.Error("it does not write although the directory is back")
+		}
+	})
+}

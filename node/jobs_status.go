@@ -40,6 +40,12 @@ func (j *asyncJobs) Problems() []string {
 		problems = append(problems, fmt.Sprintf("its disk has %d MiB left, less than its reserve of %d MiB: it refuses new jobs, and below half of it copies of other nodes' jobs; "+
 			"make room on the disk with %s", free>>20, floor>>20, j.n.cfg.DataDir))
 	}
+	if j.n.dataDir != nil {
+		if err := j.n.dataDir.Intact(); err != nil {
+			problems = append(problems, fmt.Sprintf("%v: it refuses jobs, and forgets at its end what it has accepted since its start; "+
+				"stop it, put its data directory back or leave it empty, and start it", err))
+		}
+	}
 	if damaged := j.damaged(); damaged != "" {
 		problems = append(problems, damaged)
 	}

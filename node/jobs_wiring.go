@@ -66,6 +66,7 @@ func (n *Node) openJournals() error {
 	j.log, err = journal.Open(journal.Options{
 		Dir: filepath.Join(n.cfg.DataDir, journalDir), Clock: j.clock, Logger: n.log, Registerer: n.reg, Durable: j.table.Apply,
 		BeforeWrite: n.host.BeforeWrite(host.WriteJournal), FreeBytes: n.host.FreeBytes(),
+		Intact: n.dataDir.Intact,
 	})
 	if err != nil {
 		return fmt.Errorf("open the journals: %w", err)
@@ -132,6 +133,7 @@ func (n *Node) openJobs() (err error) {
 func (j *asyncJobs) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return j.table.Run(ctx) })
+	g.Go(func() error { return j.table.KeepFilled(ctx, j.log) })
 	g.Go(func() error { return j.watchJournals(ctx) })
 	g.Go(func() error {
 		if !j.awaitReady(ctx) {

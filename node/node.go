@@ -32,6 +32,7 @@ import (
 	"github.com/dsnode/dsnode/node/ports"
 	"github.com/dsnode/dsnode/node/serving"
 	"github.com/dsnode/dsnode/node/upstream"
+	"github.com/dsnode/dsnode/storage"
 	"github.com/dsnode/dsnode/storage/keyring"
 )
 
@@ -50,6 +51,7 @@ type Node struct {
 	host    *host.Host
 	reg     *prometheus.Registry
 
+	dataDir      *storage.DirLock
 	operatorKeys datakeys.OperatorKeys
 	sealer       keyring.Sealer // of the node's own key
 	keys         *datakeys.Keys

@@ -65,6 +65,7 @@ func (n *Node) openDataDir() error {
 	if err != nil {
 		return err
 	}
+	n.dataDir = lock
 	n.onStop("data directory lock", lock.Unlock)
 	return nil
 }
@@ -125,7 +126,8 @@ func (n *Node) openCluster() error {
 		OperatorKey: n.operatorKeys.Current.Fingerprint(), OperatorKeyPrevious: n.operatorKeys.Previous.Fingerprint(),
 		FeatureLevel: n.cfg.FeatureLevel,
 		PeerConns:    n.shares.Peers, PeerHandshakes: n.shares.Handshakes,
-		Logs: store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
+		DataIntact:   n.dataDir.Intact,
+		Logs:         store, Stable: store, Snapshots: snapshots, StoreFailed: store.Failed(), StoreError: store.Err,
 		Host: n.host, Health: n.ownHealth, Logger: n.log, Registerer: n.reg, Admit: n.isolation.Admit,
 		Quarantined: func() (string, bool) { return n.coldStart.Quarantined() },
 		Services:    func(r grpc.ServiceRegistrar) { n.jobs.replication.Register(r) },

@@ -50,7 +50,7 @@ var errPartial = status.Error(codes.Unavailable, "this node's table is new or wa
 // completion completes the table, and compares it with those of the other members.
 type completion struct {
 	r        *Replication
-	founding bool // this node had no journals when it started
+	founding bool // this node had no journals when it started, and its table is the first
 
 	// Only the goroutine of run uses these.
 	heard      []string
@@ -129,6 +129,10 @@ func (f *completion) run(ctx context.Context) error {
 }
 
 func (f *completion) pass(ctx context.Context) error {
+	if f.r.opts.Table.Rebuilding() {
+		f.founding, f.from, f.rounds = false, "", 0 // rows merged before are lost again
+		return nil
+	}
 	others := f.others()
 	if len(others) == 0 {
 		return f.alone()

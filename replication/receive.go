@@ -176,7 +176,7 @@ func (in *recordReceiver) store(ctx context.Context, s journal.Stream, b *receiv
 					in.c.requestAfter(s, durable)
 				}
 				return nil
-			case errors.Is(err, journal.ErrFull):
+			case journal.Refused(err):
 				r.opts.Logger.Warn("no disk space for the copy of a stream; waiting", "stream", s.String(), "err", err)
 				if !pause(ctx, fullPause) {
 					return ctx.Err()

@@ -50,6 +50,9 @@ type Table interface {
 	Partial() bool
 	PartialSince() time.Time
 	Proven() bool
+	// Rebuilding reports whether the table is partial because it still lacks records of this
+	// node's own journals. SetWhole does nothing meanwhile.
+	Rebuilding() bool
 	SetPartial() error
 	SetWhole() error
 }

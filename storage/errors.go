@@ -26,6 +26,8 @@ var (
 	ErrTooLarge = errors.New("record too large")
 	// ErrLocked means that another process uses the data directory.
 	ErrLocked = errors.New("data directory is in use")
+	// ErrReplaced means that the data directory was deleted or replaced while it is open.
+	ErrReplaced = errors.New("the data directory was deleted or replaced while the node runs")
 )
 
 // The keyring's sentinel errors pass through unchanged; these aliases spare

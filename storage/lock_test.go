@@ -54,3 +54,44 @@ func TestLockTakesOverStalePidFile(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Whoever deletes the lock file does not release the directory, and the holder of a directory
+// that was deleted, moved or replaced notices it.
+func TestLockNoticesAReplacedDirectory(t *testing.T) {
+	for name, replace := range map[string]func(dir string) error{
+		"lock file deleted": func(dir string) error { return os.Remove(filepath.Join(dir, LockFile)) },
+		"deleted":           os.RemoveAll,
+		"moved":             func(dir string) error { return os.Rename(dir, dir+".old") },
+		"replaced": func(dir string) error {
+			return errors.Join(os.Rename(dir, dir+".old"), os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, LockFile), nil, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "data")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			lock, err := Lock(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := lock.Intact(); err != nil {
+				t.Errorf("before: %v", err)
+			}
+			if err := replace(dir); err != nil {
+				t.Fatal(err)
+			}
+			if err := lock.Intact(); !errors.Is(err, ErrReplaced) {
+				t.Errorf("afterwards Intact is %v", err)
+			}
+			if name == "lock file deleted" {
+				if _, err := Lock(dir); !errors.Is(err, ErrLocked) {
+					t.Errorf("a second process got %v", err)
+				}
+			}
+			if err := lock.Unlock(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

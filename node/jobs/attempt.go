@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptrace"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -84,12 +85,21 @@ func (x *executor) read(e *entry) (row jobtable.Row, sub *journal.Submission, ne
 	if !submitted || row.Status().Final() {
 		return row, nil, finished, false
 	}
+	if x.o.Table.Partial() && (x.o.Table.Rebuilding() || !x.mayStart(row)) {
+		return row, nil, again(journalWait), false // the record of its end may be missing
+	}
 	opened, err := x.o.Sealer.OpenSubmission(&rec)
 	if err != nil {
 		x.log.Error("can't decrypt a job", "job", e.id, "err", err)
 		return row, nil, again(10 * journalWait), false
 	}
 	return row, &opened, step{}, true
+}
+
+// mayStart reports whether a partial table has the end of a job if it has ended: one that was
+// accepted in the stream that this node writes now, and nobody else owned.
+func (x *executor) mayStart(row jobtable.Row) bool {
+	return !slices.ContainsFunc(row.AcceptedBy(), func(s journal.Stream) bool { return !x.streams.ours(s) })
 }
 
 // parse reads the request of a job as the gateway does.
@@ -287,7 +297,7 @@ func (x *executor) write(work context.Context, r *journal.Record, seal func() er
 		case errors.Is(err, journal.ErrFrozen) && now != r.Stream: // this node began a new stream meanwhile
 			r.Stream = now
 			continue
-		case errors.Is(err, journal.ErrFull), errors.Is(err, keyring.ErrNoDataKey):
+		case journal.Refused(err), errors.Is(err, keyring.ErrNoDataKey):
 			x.log.Warn("can't write a record of a job yet", "job", r.Job, "err", err)
 		default:
 			return err

@@ -31,6 +31,9 @@ type Table interface {
 	// Partial reports whether rows may be missing, because the table is new or was damaged
 	// and other nodes' rows have not arrived.
 	Partial() bool
+	// Rebuilding reports whether even records of this node's own journals are missing: the
+	// table's file was damaged and replaced.
+	Rebuilding() bool
 }
 
 // Replication knows which nodes have a record on disk; *replication.Replication implements

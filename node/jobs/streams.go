@@ -278,7 +278,7 @@ func (s *streams) beginFirst(ctx context.Context, c *upkeep, x *executor, now ti
 	switch {
 	case err == nil || ctx.Err() != nil:
 		return nil
-	case !errors.Is(err, journal.ErrFull) && !errors.Is(err, journal.ErrTooManyStreams):
+	case !journal.Refused(err) && !errors.Is(err, journal.ErrTooManyStreams):
 		return err
 	}
 	s.log.Warn("can't accept jobs yet", "err", err)

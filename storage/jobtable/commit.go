@@ -6,10 +6,12 @@ import (
 	"context"
 	"crypto/subtle"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -18,6 +20,7 @@ import (
 	"github.com/dsnode/dsnode/storage/boltfile"
 	"github.com/dsnode/dsnode/storage/journal"
 	"github.com/dsnode/dsnode/storage/keyring"
+	"github.com/dsnode/dsnode/storage/notify"
 )
 
 // commitEvery is how long changes collect in memory. A job that is submitted,
@@ -41,10 +44,16 @@ func (t *Table) Run(ctx context.Context) error {
 }
 
 func (t *Table) commitLoop(ctx context.Context) error {
+	t.committing.Store(true)
+	defer t.replaced.Send() // after committing is false: nobody waits for another file
+	defer t.committing.Store(false)
 	for {
 		select {
 		case <-ctx.Done():
-			return t.commit()
+			if err := t.commit(); !errors.Is(err, errNoRoom) {
+				return err
+			}
+			return nil // the journals have everything
 		case <-t.failed:
 			return t.usable()
 		case <-t.urgent:
@@ -56,11 +65,28 @@ func (t *Table) commitLoop(ctx context.Context) error {
 			case <-t.failed:
 			}
 		}
-		if err := t.commit(); err != nil {
+		err := t.commit()
+		if errors.Is(err, errNoRoom) {
+			notify.Wake(t.kick)
+			select {
+			case <-time.After(fullWait):
+			case <-ctx.Done():
+				return nil // the journals have everything
+			}
+			continue
+		}
+		if err != nil {
 			return err
 		}
 	}
 }
+
+// errNoRoom means that the disk is full. Nothing of the transaction is in use, so the same
+// changes can be committed later: bbolt writes the meta page last, in place.
+var errNoRoom = errors.New("the disk is full")
+
+// fullWait is the time until a commit to a full disk is tried again.
+const fullWait = time.Second
 
 // rowChange is a changed row to be committed.
 type rowChange struct {
@@ -113,10 +139,16 @@ func newBatch() *batch {
 	}
 }
 
-// commit writes everything that is visible. Calls must not overlap.
+// commit writes everything that is visible, to an empty file if the present one is damaged.
+// Calls must not overlap.
 func (t *Table) commit() error {
 	if err := t.usable(); err != nil {
 		return err
+	}
+	if damage := t.found(); damage != nil {
+		if err := t.replaceFile(damage); err != nil {
+			return t.commitFailed(err)
+		}
 	}
 	b := t.collect()
 	if len(b.rows) > 0 || len(b.applied) > 0 {
@@ -128,20 +160,36 @@ func (t *Table) commit() error {
 		if err == nil {
 			err = t.write(b)
 		}
-		if err != nil {
-			// Before anything else, so that the next start does not use the file even if
-			// the node is killed now.
-			t.now.State = boltfile.MarkDamaged
-			if markErr := markFormat.Write(t.mark, t.now); markErr != nil {
-				t.o.Logger.Error("can't mark the job table as damaged", "err", markErr)
+		if err = asDamaged(err); isDamage(err) && t.committing.Load() {
+			if err = t.replaceFile(err); err == nil {
+				b = t.collect()
+				err = t.write(b)
 			}
-			return t.setFailed("commit", err)
+		}
+		if errors.Is(err, syscall.ENOSPC) {
+			t.o.Logger.Warn("the job table can't be written: the disk is full; trying again", "err", err)
+			return errNoRoom
+		}
+		if err != nil {
+			return t.commitFailed(err)
 		}
 		t.metrics.commit.Observe(time.Since(start).Seconds())
 		t.metrics.rows.Add(float64(len(b.rows)))
 	}
 	t.retire(b)
 	return nil
+}
+
+// commitFailed makes the table fail, and the next start not use the file.
+func (t *Table) commitFailed(cause error) error {
+	// Before anything else, because the node may be killed now.
+	if t.mark != nil {
+		t.now.State = boltfile.MarkDamaged
+		if err := markFormat.Write(t.mark, t.now); err != nil {
+			t.o.Logger.Error("can't mark the job table as damaged", "err", err)
+		}
+	}
+	return t.setFailed("commit", cause)
 }
 
 // collect takes the changes. It reads positions first: rows read after them include
@@ -151,7 +199,7 @@ func (t *Table) collect() *batch {
 	t.mu.Lock()
 	t.begun++
 	for s, p := range t.streams {
-		if p.seen > p.durable {
+		if p.seen > p.durable && !t.rebuilding {
 			b.applied[s] = *p
 		}
 	}
@@ -247,7 +295,7 @@ func (t *Table) fill(tx *bbolt.Tx, b *batch) error {
 			return err
 		}
 	}
-	return nil
+	return putSum(tx)
 }
 
 // putRow writes one row, and the index entries, counts and digests that change

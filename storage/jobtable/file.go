@@ -39,7 +39,7 @@ const (
 	indexList           // tenant (16) | status (1) | clock of the submission (8) | job
 	indexLive           // incarnation (16) | origin | job
 	tableDigests        // slot (8) → 256 digests of 16
-	tableMeta           // "store" → format, id; "counts" → a number (8) for each status
+	tableMeta           // "store" → format, id; "counts" → a number (8) for each status; "sum" → sum.go
 	tableRows           // job → value.go
 	tableSeals          // key id (8) → number of payloads (8)
 	tableStreams        // incarnation (16) | origin → applied seq (8)
@@ -50,6 +50,7 @@ var (
 	bucketNames = [tables]string{"due", "keys", "list", "live", "digests", "meta", "rows", "seals", "streams"}
 	keyStore    = []byte("store")
 	keyCounts   = []byte("counts")
+	keySum      = []byte("sum")
 )
 
 // fileFormat is the version of the whole file: its buckets and their content.
@@ -119,7 +120,7 @@ func (t *Table) openFile() (err error) {
 	if t.mark, err = os.OpenFile(filepath.Join(dir, markFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 		return errors.Join(err, t.db.Close())
 	}
-	err = t.view(func(tx *bbolt.Tx) error {
+	err = t.transact(func(tx *bbolt.Tx) error {
 		t.now = boltfile.Mark{Txid: uint64(tx.ID()), State: boltfile.MarkOpen}
 		head := tx.Bucket([]byte(bucketNames[tableMeta])).Get(keyStore)
 		if len(head) < 1 || head[0] != fileFormat {
@@ -127,6 +128,9 @@ func (t *Table) openFile() (err error) {
 		}
 		if copy(t.now.Store[:], head[1:]) != len(t.now.Store) {
 			return fmt.Errorf("%w: the file's id is too short", ErrDamaged)
+		}
+		if err := checkSum(tx); err != nil {
+			return err
 		}
 		return t.readCounts(tx)
 	})

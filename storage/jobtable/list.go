@@ -74,7 +74,9 @@ func (t *Table) List(f Filter) (rows []Row, more bool, err error) {
 	}
 	// Read the overlay first: a row that leaves it meanwhile is then in the file.
 	t.addOverlay(&p, f, tenant)
+	changed := p.changed
 	err = t.read("list", func(tx *bbolt.Tx) error {
+		p.changed = changed
 		rows, more, err = p.collect(tx)
 		return err
 	})
@@ -244,6 +246,7 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 			return rows, false, nil
 		default:
 			id = best.at.id
+			entry, at := best.prefix, best.at.at
 			if err := best.next(p); err != nil {
 				return nil, false, err
 			}
@@ -258,6 +261,9 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 				if s, err = parseValue(id, bytes.Clone(v)); err != nil {
 					return nil, false, err
 				}
+				if !s.listedAs(entry, at) {
+					return nil, false, fmt.Errorf("%w: job %s is in the list index at the wrong place", ErrDamaged, id)
+				}
 			}
 		}
 		if len(rows) == p.limit || size >= maxListBytes {
@@ -266,6 +272,13 @@ func (p *page) collect(tx *bbolt.Tx) (rows []Row, more bool, err error) {
 		rows = append(rows, s.row(id))
 		size += int(s.size())
 	}
+}
+
+// listedAs reports whether a row belongs under an entry of the list index.
+func (s *state) listedAs(prefix []byte, at journal.Clock) bool {
+	number, ok := s.counted()
+	tenant := [16]byte(prefix)
+	return ok && s.at == at && prefix[16] == byte(number) && (tenant == allTenants || s.head.known && s.head.tenant == tenant)
 }
 
 // FindKey returns the jobs whose Submission has this KeyHash, at most MaxLimit.
@@ -285,7 +298,9 @@ func (t *Table) FindKey(keyHash string) ([]journal.JobID, error) {
 			ids = append(ids, id)
 		}
 	})
+	overlaid := len(ids)
 	err = t.read("find a key", func(tx *bbolt.Tx) error {
+		ids = ids[:overlaid]
 		c := bucket(tx, indexKeys).Cursor()
 		for k, _ := c.Seek(sum[:]); bytes.HasPrefix(k, sum[:]) && len(ids) < MaxLimit; k, _ = c.Next() {
 			if len(k) != 16+16 {
@@ -332,8 +347,9 @@ func (t *Table) Live(s journal.Stream, yield func(Row) bool) error {
 		if from == nil {
 			return nil
 		}
-		ids = ids[:0]
+		begin := from
 		err := t.read("read live jobs", func(tx *bbolt.Tx) error {
+			ids, from = ids[:0], begin
 			c := bucket(tx, indexLive).Cursor()
 			k, _ := c.Seek(from)
 			for ; bytes.HasPrefix(k, prefix) && len(ids) < livePage; k, _ = c.Next() {

@@ -10,6 +10,7 @@ type metrics struct {
 	unreadable prometheus.Counter
 	resealed   prometheus.Counter
 	failures   prometheus.Counter
+	rebuilds   prometheus.Counter
 }
 
 func newMetrics() *metrics {
@@ -34,13 +35,14 @@ func newMetrics() *metrics {
 		}, []string{"what"}),
 		unreadable: counter("unreadable_total", "Submissions that could not be opened: until they can, their jobs are in no list of a tenant."),
 		resealed:   counter("resealed_total", "Rows re-sealed with the current key."),
-		failures:   counter("failures_total", "Failed commits and damage found. The first one stops the node."),
+		failures:   counter("failures_total", "Failed commits. The first one stops the node."),
+		rebuilds:   counter("rebuilds_total", "How often the table's file was damaged and replaced by an empty one, which is filled from the journals and from other nodes."),
 	}
 }
 
 // register registers the metrics, unless reg is nil.
 func (m *metrics) register(reg prometheus.Registerer) {
 	if reg != nil {
-		reg.MustRegister(m.commit, m.rows, m.pending, m.forgotten, m.unreadable, m.resealed, m.failures)
+		reg.MustRegister(m.commit, m.rows, m.pending, m.forgotten, m.unreadable, m.resealed, m.failures, m.rebuilds)
 	}
 }

@@ -185,7 +185,7 @@ func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) 
 	if err := t.waitForSpace(); err != nil {
 		return err
 	}
-	s := t.stripe(id)
+	s, number := t.stripe(id), t.number.Load()
 	s.mu.Lock()
 	e := s.entries[id]
 	var old state
@@ -197,9 +197,12 @@ func (t *Table) change(id journal.JobID, tell bool, seen absence, f func(state) 
 		// neither.
 	default:
 		var err error
-		if old, err = t.load(id); err != nil {
+		if old, err = t.load(t.view, id); err != nil {
 			s.mu.Unlock()
-			return err
+			if err = t.damaged("load a row", err, number); err != nil {
+				return err
+			}
+			return t.change(id, tell, absenceUnknown, f) // with another file
 		}
 	}
 	next, changed := f(old)
@@ -248,10 +251,11 @@ func (s *stripe) notify(watchers []func(Row), row Row, ticket uint64) {
 	s.next.Broadcast()
 }
 
-// load reads a row's state from the file and copies its payloads. The caller holds
-// the stripe's lock and found no entry in it.
-func (t *Table) load(id journal.JobID) (s state, err error) {
-	err = t.read("load a row", func(tx *bbolt.Tx) error {
+// load reads a row's state from the file in a transaction, and copies its payloads. The
+// caller found no entry in the row's stripe.
+func (t *Table) load(in func(func(*bbolt.Tx) error) error, id journal.JobID) (s state, err error) {
+	err = in(func(tx *bbolt.Tx) error {
+		s = state{}
 		v := bucket(tx, tableRows).Get(id[:])
 		if v == nil {
 			return nil
@@ -274,7 +278,7 @@ func (t *Table) current(id journal.JobID) (state, error) {
 	s.mu.Unlock()
 	// An entry leaves the overlay only after the file has that version, so the file
 	// is at least as new.
-	return t.load(id)
+	return t.load(func(fn func(*bbolt.Tx) error) error { return t.read("load a row", fn) }, id)
 }
 
 // recount updates Counts and LiveCounts for a change from one state to another.

@@ -95,8 +95,14 @@ func (t *Table) wholeNote() string {
 }
 
 // SetWhole records that the table is complete, as far as it can be: all journals are
-// applied, and other nodes' rows are merged. It is durable when it returns nil.
+// applied, and other nodes' rows are merged. It is durable when it returns nil. While the
+// table is Rebuilding it does nothing.
 func (t *Table) SetWhole() error {
+	t.file.RLock() // the note has the file's id
+	defer t.file.RUnlock()
+	if t.Rebuilding() {
+		return nil // it lacks records of this node's journals
+	}
 	err := atomicfile.Replace(filepath.Join(t.o.Dir, wholeFile), []byte(t.wholeNote()))
 	if err == nil {
 		err = os.Remove(filepath.Join(t.o.Dir, partialFile))

@@ -120,6 +120,7 @@ func (t *Table) resealAll(ctx context.Context, from keyring.KeyID) (stuck, err e
 func (t *Table) sealedWith(after journal.JobID, key keyring.KeyID) (ids []journal.JobID, last journal.JobID, more bool, err error) {
 	last = after
 	err = t.read("look for a key", func(tx *bbolt.Tx) error {
+		ids, last, more = nil, after, false
 		c := bucket(tx, tableRows).Cursor()
 		k, v := c.Seek(after[:])
 		if bytes.Equal(k, after[:]) {

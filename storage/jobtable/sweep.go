@@ -86,6 +86,7 @@ func (t *Table) sweep(ctx context.Context) error {
 // begins, nil after the last.
 func (t *Table) dueUpTo(class byte, from []byte, to int64) (ids []journal.JobID, next []byte, err error) {
 	err = t.read("look for due jobs", func(tx *bbolt.Tx) error {
+		ids, next = nil, nil
 		c := bucket(tx, indexDue).Cursor()
 		for k, _ := c.Seek(from); len(k) > 0 && k[0] == class; k, _ = c.Next() {
 			if len(k) != 1+8+16 {

@@ -26,9 +26,10 @@ import (
 type Table struct {
 	o       Options
 	metrics *metrics
+	file    sync.RWMutex // locked while replaceFile replaces db, mark, now; else they don't change
 	db      *bbolt.DB
 	mark    *os.File
-	now     boltfile.Mark // state of the file; after Open only the committer uses it
+	now     boltfile.Mark // state of the file; after Open only the committer changes it
 	fresh   bool
 	partial atomic.Bool
 	proven  atomic.Bool
@@ -50,6 +51,14 @@ type Table struct {
 	live    map[journal.Stream]int64
 	begun   uint64 // number of the last commit that has begun
 	done    uint64 // number of the last commit that is durable
+	damage  error  // found in this file, for the committer; nil: none
+	// rebuilding: the file lacks records of the journals, so no position is written to it.
+	rebuilding bool
+
+	number     atomic.Uint64    // how often the file was replaced; increased while mu is locked
+	committing atomic.Bool      // Run runs
+	replaced   notify.Broadcast // sent by replaceFile, and when Run ends
+	refill     chan struct{}    // capacity 1: the file is empty
 
 	kick     chan struct{}    // capacity 1: there is something to commit
 	urgent   chan struct{}    // capacity 1: commit at once
@@ -79,6 +88,7 @@ func Open(o Options) (*Table, error) {
 		live:    map[journal.Stream]int64{},
 		kick:    make(chan struct{}, 1),
 		urgent:  make(chan struct{}, 1),
+		refill:  make(chan struct{}, 1),
 		failed:  make(chan struct{}),
 	}
 	t.metrics = newMetrics()
@@ -113,8 +123,12 @@ func (t *Table) Close() error {
 		return nil
 	}
 	var err error
-	if first { // a failed table keeps its mark
+	switch {
+	case first: // a failed table keeps its mark
 		t.now.State = boltfile.MarkClosed
+		err = markFormat.Write(t.mark, t.now)
+	case isDamage(t.usable()): // found while Run did not run: the next Open must not use the file
+		t.now.State = boltfile.MarkDamaged
 		err = markFormat.Write(t.mark, t.now)
 	}
 	err = errors.Join(err, t.mark.Close(), t.db.Close())
@@ -144,9 +158,19 @@ func (t *Table) setFailed(what string, cause error) error {
 
 // view runs fn in a read transaction. Bytes that fn reads are valid only in it. It
 // must be short: a commit that grows the file waits for it.
-func (t *Table) view(fn func(*bbolt.Tx) error) (err error) {
+func (t *Table) view(fn func(*bbolt.Tx) error) error {
 	if err := t.usable(); err != nil {
 		return err
+	}
+	t.file.RLock()
+	defer t.file.RUnlock()
+	return t.transact(fn)
+}
+
+// transact is view for a caller who holds t.file.
+func (t *Table) transact(fn func(*bbolt.Tx) error) (err error) {
+	if t.db == nil {
+		return ErrClosed // or the file could not be replaced: then the table has failed
 	}
 	defer boltfile.Contain(&err, debug.SetPanicOnFault(true))
 	err = t.db.View(fn)
@@ -156,13 +180,19 @@ func (t *Table) view(fn func(*bbolt.Tx) error) (err error) {
 	return err
 }
 
-// read is view; it fails the table when fn finds damage.
+// read is view; when fn finds damage, it is called again on another file. The caller holds
+// no lock of a stripe.
 func (t *Table) read(what string, fn func(*bbolt.Tx) error) error {
-	err := t.view(fn)
-	if err = asDamaged(err); errors.Is(err, ErrDamaged) {
-		return t.setFailed(what, err)
+	for {
+		number := t.number.Load()
+		err := t.view(fn)
+		if err == nil {
+			return nil
+		}
+		if err = t.damaged(what, err, number); err != nil {
+			return err
+		}
 	}
-	return err
 }
 
 func bucket(tx *bbolt.Tx, n int) *bbolt.Bucket { return tx.Bucket([]byte(bucketNames[n])) }

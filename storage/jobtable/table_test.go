@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -133,6 +134,9 @@ func start(t testing.TB, o Options) *running {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- table.Run(ctx) }()
+	for !table.committing.Load() {
+		runtime.Gosched()
+	}
 	once := sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {

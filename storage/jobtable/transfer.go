@@ -31,6 +31,7 @@ func (t *Table) Bucket(n byte, after journal.JobID, maxBytes int) (frames []byte
 func (t *Table) page(after journal.JobID, maxBytes int, wanted func(journal.JobID) bool) (frames []byte, last journal.JobID, more bool, err error) {
 	last = after
 	err = t.read("read rows", func(tx *bbolt.Tx) error {
+		frames, last, more = nil, after, false
 		c := bucket(tx, tableRows).Cursor()
 		k, v := c.Seek(after[:])
 		if bytes.Equal(k, after[:]) {
@@ -45,10 +46,12 @@ func (t *Table) page(after journal.JobID, maxBytes int, wanted func(journal.JobI
 				return nil
 			}
 			if id := journal.JobID(k); wanted(id) {
-				s, of, err := parseFields(v)
+				// Checked wholly: the other node could do nothing about damage here.
+				s, err := parseValue(id, v)
 				if err != nil {
-					return fmt.Errorf("row of job %s: %w", id, err)
+					return err
 				}
+				_, of, _ := parseFields(v) // parseValue has checked them
 				if len(frames) > 0 && len(frames)+len(of) > maxBytes {
 					more = true
 					return nil
@@ -79,6 +82,7 @@ func (t *Table) Digests() ([256][16]byte, error) { return t.digestsSince(t.diges
 
 func (t *Table) digestsSince(since timeSlot) (sums [256][16]byte, err error) {
 	err = t.read("read digests", func(tx *bbolt.Tx) error {
+		sums = [256][16]byte{}
 		return bucket(tx, tableDigests).ForEach(func(k, v []byte) error {
 			if len(k) != 8 || len(v) != len(sums)*16 {
 				return fmt.Errorf("%w: digests of %d bytes", ErrDamaged, len(v))

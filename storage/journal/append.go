@@ -9,6 +9,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of one write, and of the records that wait to be written.
@@ -142,7 +144,7 @@ func (l *Log) add(id Stream, first uint64, flags byte, q *queue) (*stream, error
 	}
 	s := &stream{id: id, dir: l.dirOf(id), durable: first - 1, queue: q, writing: q != nil}
 	if err := l.createFiles(s, first, flags); err != nil {
-		return nil, l.setFailed("make a stream", err)
+		return nil, l.noRoom("make a stream", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -206,7 +208,10 @@ func (l *Log) newSegment(s *stream, first uint64, flags byte) (*segment, file, e
 		}
 	}
 	if err != nil {
-		_ = f.Close() // the caller fails the log
+		_ = f.Close() // the caller fails the log, or the disk is full
+		if errors.Is(err, unix.ENOSPC) {
+			err = errors.Join(err, l.disk.remove(path)) // so that it can be made later
+		}
 		return nil, nil, err
 	}
 	l.segments.Add(1)
@@ -281,7 +286,12 @@ func (l *Log) commit(s *stream, q *queue) {
 		s.writing = false
 	}()
 	for b := q.next(); b != nil; b = q.next() {
-		b.err = l.writeBatch(s, b)
+		if b.err = l.writeBatch(s, b); b.err == nil {
+			// Deleted during the write: nobody may rely on these records.
+			if gone := l.checkIntact(); gone != nil {
+				b.err = fmt.Errorf("%w: %w", ErrUncertain, gone)
+			}
+		}
 		close(b.done)
 		// Callers that have just been answered append again, and others are about to.
 		// Yield, so that they share the next sync instead of the one after it. Don't stop
@@ -325,11 +335,17 @@ func (l *Log) put(s *stream, buf []byte, records []Record, counts *written) erro
 	began := time.Now()
 	g, err := l.activate(s, int64(len(buf)))
 	if err != nil {
-		return l.setFailed("open a segment", err)
+		return l.noRoom("open a segment", err)
 	}
 	putBatchHeader(buf, s.id, g.size, records[0].Seq)
 	if err := l.write(s, g, buf); err != nil {
-		return l.setFailed("write records", err)
+		// What a full disk took of the batch is removed, or a later, shorter batch would have
+		// its frames after it. Nothing was synced, so nothing can be lost.
+		if cut := s.active.Truncate(g.size); cut != nil {
+			return l.setFailed("write records", errors.Join(err, cut))
+		}
+		s.allocated = g.size
+		return l.noRoom("write records", err)
 	}
 	if err := s.active.sync(); err != nil {
 		return l.setFailed("sync records", err)
@@ -382,7 +398,21 @@ func (l *Log) write(s *stream, g *segment, buf []byte) error {
 		return nil
 	}
 	_, err := s.active.WriteAt(zeroBytes[:s.allocated-end], end)
+	if errors.Is(err, unix.ENOSPC) { // the zeros are for speed only
+		s.allocated = end
+		return s.active.Truncate(end)
+	}
 	return err
+}
+
+// noRoom fails the log because of a write, unless the disk is only full: then the write can
+// be done later, and the error wraps ErrFull.
+func (l *Log) noRoom(what string, cause error) error {
+	if !errors.Is(cause, unix.ENOSPC) {
+		return l.setFailed(what, cause)
+	}
+	l.metrics.refused.Inc()
+	return fmt.Errorf("%w: %s: %w", ErrFull, what, cause)
 }
 
 // zeroBytes is never written to.

@@ -206,7 +206,7 @@ func TestNothingAcknowledgedIsLostWhenKilled(t *testing.T) {
 	}
 }
 
-// A full disk without a floor has the same effect as a failing one.
+// On a full disk without a floor an append is refused, and a later one succeeds when there is room.
 func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 	dir, resize := crash.SmallDisk(t, "1m")
 	o := testOptions(dir)
@@ -221,23 +221,29 @@ func TestNothingAcknowledgedIsLostWhenTheDiskIsFull(t *testing.T) {
 			acked++
 		}
 	}
-	if !errors.Is(err, ErrFailed) || !errors.Is(err, unix.ENOSPC) {
-		t.Fatalf("a full disk: %v", err)
+	if !errors.Is(err, ErrFull) || !errors.Is(err, unix.ENOSPC) || l.Err() != nil {
+		t.Fatalf("a full disk: %v, the journal: %v", err, l.Err())
 	}
-	<-l.Failed()
-	if _, err := l.Append(context.Background(), id, []Record{started(1, "")}); !errors.Is(err, ErrFailed) {
-		t.Fatalf("append after the failure: %v", err)
+	if _, err := l.Append(context.Background(), id, []Record{started(1, payload)}); !errors.Is(err, ErrFull) {
+		t.Fatalf("append on a full disk: %v", err)
 	}
+	if got := recordsOf(t, l, id, 1); len(got) != int(acked) {
+		t.Fatalf("%d records of %d can be read on a full disk", len(got), acked)
+	}
+	resize("8m")
+	if _, err := l.Append(context.Background(), id, []Record{started(1, "x")}); err != nil {
+		t.Fatalf("append when there is room again: %v", err)
+	}
+	acked++
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	resize("8m")
 	l = mustOpen(t, o)
 	defer mustClose(t, l) // before the file system is unmounted
-	if e, _ := l.End(id); e.Durable < acked || e.Damaged != 0 {
+	if e, _ := l.End(id); e.Durable != acked || e.Damaged != 0 {
 		t.Fatalf("%+v, %d records were acknowledged", e, acked)
 	}
-	if got := recordsOf(t, l, id, 1); len(got) < int(acked) {
+	if got := recordsOf(t, l, id, 1); len(got) != int(acked) {
 		t.Fatalf("%d records of %d", len(got), acked)
 	}
 }

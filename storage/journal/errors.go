@@ -14,6 +14,8 @@ var (
 	// ErrFull means that the disk has less free space than the floor. Nothing was
 	// written. It ends by itself when there is space again.
 	ErrFull = errors.New("the disk of the journal is full")
+	// ErrReplaced means that the journal's directory was deleted or replaced while it is open.
+	ErrReplaced = errors.New("the directory of the journal was deleted or replaced")
 	// ErrUncertain means that the caller's context ended while its records were being
 	// written: they may be in the journal or not.
 	ErrUncertain = errors.New("the records may have been written")
@@ -35,3 +37,7 @@ var (
 	// Only a copied disk or a restored image can cause it.
 	ErrDiverged = errors.New("a record differs from the one held in its place")
 )
+
+// Refused reports whether an error means that nothing was written and that the same call may
+// succeed later: the disk has too little room, or the directory is gone.
+func Refused(err error) bool { return errors.Is(err, ErrFull) || errors.Is(err, ErrReplaced) }

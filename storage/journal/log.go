@@ -43,6 +43,9 @@ type Options struct {
 	// BeforeWrite is called before records are written and before a stream is created, with
 	// no lock held. It may block, and its error is that of the write. Nil: nothing.
 	BeforeWrite func() error
+	// Intact is nil while this directory is where its path says. Otherwise nothing is
+	// accepted (ErrReplaced): no later process would find it. Nil: not asked.
+	Intact func() error
 	// FreeBytes has the free bytes of a directory's file system; nil: asks the operating
 	// system.
 	FreeBytes func(dir string) (int64, error)
@@ -193,7 +196,7 @@ func (l *Log) beforeWrite() error {
 		return nil
 	}
 	if err := l.o.BeforeWrite(); err != nil {
-		return l.setFailed("write", err)
+		return l.noRoom("write", err)
 	}
 	return nil
 }
@@ -353,7 +356,22 @@ func (l *Log) Space() (free, floor int64, known bool) {
 	return above + l.space.floor, l.space.floor, true
 }
 
+// checkIntact returns an error that wraps ErrReplaced when the directory is gone.
+func (l *Log) checkIntact() error {
+	if l.o.Intact == nil {
+		return nil
+	}
+	if err := l.o.Intact(); err != nil {
+		return fmt.Errorf("%w: %w", ErrReplaced, err)
+	}
+	return nil
+}
+
 func (l *Log) checkSpace(part int64) error {
+	if err := l.checkIntact(); err != nil {
+		l.metrics.refused.Inc()
+		return err
+	}
 	if l.space.aboveFloor(part) > 0 {
 		return nil
 	}

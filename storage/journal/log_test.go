@@ -186,3 +186,54 @@ func TestOpenCreatesAStore(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// In a directory that was deleted or replaced nothing is accepted, since no later process
+// would find it. When it vanishes during a write, nobody is told that the record is safe.
+func TestNothingIsAcceptedInADirectoryThatIsGone(t *testing.T) {
+	o := testOptions(t.TempDir())
+	var mu sync.Mutex
+	gone, after := false, 0
+	o.Intact = func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if after > 0 {
+			after--
+			return nil
+		}
+		if gone {
+			return errors.New("deleted")
+		}
+		return nil
+	}
+	set := func(g bool, n int) { mu.Lock(); defer mu.Unlock(); gone, after = g, n }
+	l := mustOpen(t, o)
+	own, copied := streamOf(1), streamOf(2)
+	mustCreate(t, l, own)
+	if _, err := l.Append(t.Context(), own, []Record{started(1, "a")}); err != nil {
+		t.Fatal(err)
+	}
+	set(true, 0)
+	if _, err := l.Append(t.Context(), own, []Record{started(2, "b")}); !errors.Is(err, ErrReplaced) || !Refused(err) {
+		t.Errorf("append: %v", err)
+	}
+	if err := l.Create(t.Context(), copied); !errors.Is(err, ErrReplaced) {
+		t.Errorf("create: %v", err)
+	}
+	r := started(3, "c")
+	r.Stream, r.Seq, r.Clock = copied, 1, 1
+	frame, err := AppendFrame(nil, &r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Receive(t.Context(), copied, frame); !errors.Is(err, ErrReplaced) {
+		t.Errorf("receive: %v", err)
+	}
+	set(true, 1) // it is there before the write, and not afterwards
+	if _, err := l.Append(t.Context(), own, []Record{started(4, "d")}); !errors.Is(err, ErrUncertain) || !errors.Is(err, ErrReplaced) {
+		t.Errorf("append during which the directory vanished: %v", err)
+	}
+	set(false, 0)
+	if _, err := l.Append(t.Context(), own, []Record{started(5, "e")}); err != nil || l.Err() != nil {
+		t.Errorf("append when the directory is back: %v, %v", err, l.Err())
+	}
+}
