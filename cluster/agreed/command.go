@@ -18,7 +18,10 @@ const commandFormat = 1
 // Level 2 adds what State says about removed nodes, and access.stale_for in the
 // configuration. A field that only builds of a level know is set only when
 // State.FeatureLevel has reached it, also by an older command.
-const MaxFeatureLevel = 2
+//
+// Level 3 adds the cluster key, the nodes that wait to join, and access.join in the
+// configuration; see membership.go.
+const MaxFeatureLevel = 3
 
 // LossLevel is the feature level from which a failover's record tells what may be lost and
 // how long no site acted: below it some member would not keep these figures in its state.
@@ -54,7 +57,7 @@ const (
 	// CmdStreamInherit gives a node a stream that its origin never proposed before
 	// it was removed.
 	CmdStreamInherit CommandType = "stream_inherit"
-	// CmdNodeAdmit lets a removed node join again with its data.
+	// CmdNodeAdmit lets a node join that waits, or one that was removed, also with its data.
 	CmdNodeAdmit CommandType = "node_admit"
 	// The commands about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
@@ -74,6 +77,12 @@ const (
 	CmdFailoverMeasured CommandType = "failover_measured"
 )
 
+// The commands of feature level 3; see membership.go.
+const (
+	CmdClusterKey CommandType = "cluster_key"
+	CmdNodeWait   CommandType = "node_wait"
+)
+
 // commandLevel is the feature level that each command needs.
 var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
@@ -83,6 +92,7 @@ var commandLevel = map[CommandType]int{
 	CmdNodeAdmit:  2,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 	CmdFailoverMeasured: LossLevel,
+	CmdClusterKey:       MembershipLevel, CmdNodeWait: MembershipLevel,
 }
 
 // Command is one entry of the agreed log.
@@ -163,13 +173,16 @@ type (
 		Node
 		// Admit: the node joins, with an empty disk or because it was admitted again.
 		Admit bool `json:"admit,omitempty"`
+		// Empty: a removed node joins again with an empty disk, so it has no records of
+		// dropped streams. From feature level MembershipLevel on.
+		Empty bool `json:"empty,omitempty"`
 	}
 	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`
 		By   string `json:"by,omitempty"`
 	}
-	// NodeAdmit lets a removed node join again with its data.
+	// NodeAdmit lets a node join that waits, or one that was removed.
 	NodeAdmit struct {
 		Name string `json:"name"`
 		By   string `json:"by"`

@@ -29,6 +29,11 @@ type State struct {
 	Removed       []Removal         `json:"removed,omitempty"`
 	RemovedBefore uint64            `json:"removed_before,omitempty"`
 	APIKeys       map[string]APIKey `json:"api_keys"`
+	// ClusterKey signs the tickets of members; nil below feature level MembershipLevel.
+	ClusterKey *ClusterKey `json:"cluster_key,omitempty"`
+	// Waiting are the nodes that asked to join and wait for an operator, the first one
+	// first, bounded.
+	Waiting []Applicant `json:"waiting,omitempty"`
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`
