@@ -97,7 +97,9 @@ func (m *Mesh) accept(slot *handshakeSlot, tcp net.Conn) (tunnel *PeerConn) {
 	}
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
-	m.logNotAccepted(tcp.RemoteAddr(), m.countFailure("accepted", err), err)
+	reason := m.countFailure("accepted", err)
+	m.countTurnedAway(reason)
+	m.logNotAccepted(tcp.RemoteAddr(), reason, err)
 	return nil
 }
 
@@ -164,7 +166,7 @@ func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, er
 		}
 	}
 	// The reply is sent on a refusal too, so that both sides know the reason.
-	answer, err := m.encodeReply(self, refused)
+	answer, err := m.encodeReply(self, request.ClusterID, refused)
 	if err == nil {
 		_, err = secure.Write(answer)
 	}

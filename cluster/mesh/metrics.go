@@ -13,6 +13,7 @@ type metrics struct {
 	handshakes  prometheus.Gauge
 	failures    *prometheus.CounterVec
 	refused     *prometheus.CounterVec
+	turnedAway  *prometheus.CounterVec
 	tunnels     *prometheus.CounterVec
 	viaRelay    prometheus.Gauge
 }
@@ -35,6 +36,11 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_refused_total", Help: "Connections that this node (by=self) or an authenticated peer (by=peer) refused, by code.",
 		}, []string{"code", "by"}),
+		// The other ports have the same metric with other values of port.
+		turnedAway: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "dsnode_connections_refused_total", Help: "Connections and packets that a port refused, by reason.",
+			ConstLabels: prometheus.Labels{"port": "rpc"},
+		}, []string{"reason"}),
 		// Open tunnels are counted as connections of the kinds tunnel and relayed.
 		tunnels: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_tunnels_total", Help: "Tunnels to a node through a common peer that this node asked for (side=dialled) or was asked to relay (side=relayed), by result.",
@@ -42,6 +48,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		viaRelay: f.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_peer_detours", Help: "Nodes that this node reaches only through a relay.",
 		}),
+	}
+}
+
+// countTurnedAway counts a connection that this node accepted and then closed, with the
+// reason that countFailure returned.
+func (m *Mesh) countTurnedAway(reason string) {
+	switch reason {
+	case "closed", "cancelled": // the dialler gave up, or this node stops
+	default:
+		m.metrics.turnedAway.WithLabelValues(reason).Inc()
 	}
 }
 
@@ -57,7 +73,7 @@ func (m *Mesh) countFailure(direction string, err error) string {
 	code, by := "other", "self" // a peer may send any code
 	switch refused.Code {
 	case CodeUnknownFormat, CodeUnknownKind, CodeMalformed, CodeIdentity, CodeNotMember, CodePeerNotMember,
-		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeKindClosed, CodeIsolated, CodeNoTunnel, CodeUnreached:
+		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeRemoved, CodeNotAdmitted, CodeKindClosed, CodeIsolated, CodeNoTunnel, CodeUnreached:
 		code = refused.Code
 	}
 	if refused.ByPeer {
