@@ -12,7 +12,7 @@ const upkeepEvery = 2 * time.Second
 
 // upkeep runs small periodic tasks: it copies addresses from the agreed state to the
 // address book, takes a snapshot after each change of raft's configuration and, on the
-// leader, raises the feature level.
+// leader, raises the feature level and keeps the cluster key.
 func (c *Cluster) upkeep(ctx context.Context) error {
 	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
@@ -30,6 +30,9 @@ func (c *Cluster) upkeep(ctx context.Context) error {
 				} else if err == nil {
 					c.log.Info("feature level raised", "to", level)
 				}
+			}
+			if err := c.keepClusterKey(ctx); err != nil && ctx.Err() == nil {
+				c.log.Warn("could not set the cluster key; members that join meanwhile have no ticket", "err", err)
 			}
 		}
 		select {

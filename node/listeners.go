@@ -108,7 +108,7 @@ func (n *Node) setHandlers() {
 	api.ln = n.gateway.Listen(api.ln, api.tls != nil)
 	server(api, n.gateway)
 	peers := listener{name: "peers", ln: n.cluster.Mesh().Listener(mesh.KindHTTP)}
-	server(&peers, mesh.AnswerProbes(n.gateway.PeerHandler()))
+	server(&peers, n.cluster.MembersOnly(mesh.AnswerProbes(n.gateway.PeerHandler())))
 	peers.server.ConnContext = mesh.HTTPConnContext
 	n.listeners.clients = append(n.listeners.clients, peers)
 

@@ -86,26 +86,40 @@ func (t *Ticket) Proves(h Holder, public []byte) bool {
 type Standing struct {
 	ClusterID  string
 	Generation Generation
-	PublicKey  []byte            // of the cluster key; nil: unknown
-	Sites      map[string]string // site by member
-	// Applied is the raft index that Sites is from: a node that was admitted later may be
-	// a member although it is not in Sites.
+	PublicKey  []byte // of the cluster key; nil: unknown
+	// SiteOf finds a member.
+	SiteOf func(node string) (site string, member bool)
+	// WasRemoved is State.WasRemoved.
+	WasRemoved func(node string, admitted uint64) bool
+	// Applied is the raft index up to which SiteOf knows the members: a node that was
+	// admitted later may be one although it does not find it.
 	Applied uint64
 }
 
 // Member reports whether a node is a member: it stands in the state, or its ticket is newer
 // than that.
 func (s Standing) Member(node, site string, ticket *Ticket) bool {
-	if at, known := s.Sites[node]; known && at == site {
+	if at, known := s.SiteOf(node); known && at == site {
 		return true
 	}
-	return ticket != nil && ticket.Index > s.Applied &&
+	return ticket != nil && ticket.Index > s.Applied && !s.WasRemoved(node, ticket.Index) &&
 		ticket.Proves(Holder{ClusterID: s.ClusterID, Generation: s.Generation, Node: node, Site: site}, s.PublicKey)
 }
 
 // MembersOnly reports whether the cluster has reached the level at which only members are
 // served.
 func (s *State) MembersOnly() bool { return s.FeatureLevel >= MembershipLevel }
+
+// Standing is what this state, as applied up to an index, knows of the members.
+func (s *State) Standing(applied uint64) Standing {
+	return Standing{
+		ClusterID: s.ClusterID, Generation: s.Generation, PublicKey: s.PublicKey(), Applied: applied, WasRemoved: s.WasRemoved,
+		SiteOf: func(node string) (string, bool) {
+			n, member := s.Nodes[node]
+			return n.Site, member
+		},
+	}
+}
 
 // PublicKey is the public half of the cluster key, nil while there is none.
 func (s *State) PublicKey() []byte {

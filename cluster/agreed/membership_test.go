@@ -27,7 +27,11 @@ func signed(k ed25519.PrivateKey, h Holder, index uint64) *Ticket {
 func TestWhoseTicketMakesAMember(t *testing.T) {
 	key := testKey(1)
 	b2 := Holder{ClusterID: "c", Generation: Generation{Number: 3, ID: "g"}, Node: "b-2", Site: "b"}
-	at := Standing{ClusterID: "c", Generation: Generation{Number: 3, ID: "g"}, PublicKey: public(key), Sites: map[string]string{"a-1": "a"}, Applied: 50}
+	s := &State{
+		ClusterID: "c", Generation: Generation{Number: 3, ID: "g"}, ClusterKey: &ClusterKey{Public: public(key)},
+		Nodes: map[string]Node{"a-1": {Site: "a"}}, RemovedBefore: 55,
+	}
+	at := s.Standing(50)
 	longer := signed(key, b2, 60)
 	longer.Index = 61
 	for _, tc := range []struct {
@@ -39,7 +43,8 @@ func TestWhoseTicketMakesAMember(t *testing.T) {
 		{"a member", "a-1", "a", nil, true},
 		{"a member's name at another site", "a-1", "b", nil, false},
 		{"no ticket", "b-2", "b", nil, false},
-		{"admitted after this state", "b-2", "b", signed(key, b2, 51), true},
+		{"admitted after this state", "b-2", "b", signed(key, b2, 56), true},
+		{"removed by this state, of which a snapshot was just restored", "b-2", "b", signed(key, b2, 51), false},
 		{"admitted when this state was, and gone", "b-2", "b", signed(key, b2, 50), false},
 		{"admitted before, and gone", "b-2", "b", signed(key, b2, 7), false},
 		{"the ticket of another node", "b-3", "b", signed(key, b2, 60), false},
