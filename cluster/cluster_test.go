@@ -157,7 +157,7 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
 		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
 		FeatureLevel: m.level, ClusterKeys: plainKeys{},
-		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
+		Logs: m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),

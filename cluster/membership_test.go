@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -87,4 +88,30 @@ func TestAnOutsiderGetsOnlyJoin(t *testing.T) {
 	if _, committed := a.State().APIKeys["stolen"]; committed {
 		t.Error("an outsider's key was committed")
 	}
+}
+
+// With access.join: approve a node that nobody has admitted waits, and every member knows it.
+func TestANewNodeWaitsForApproval(t *testing.T) {
+	a, b, c := threeMembers(t)
+	eventually(t, "members only are served", 20*time.Second, func() bool { return a.State().MembersOnly() && c.State().MembersOnly() }, a, b, c)
+	text := testSites + "access: {join: approve}\n"
+	if _, err := c.Propose(deadline(t, 15*time.Second), agreed.CmdConfigSet, agreed.ConfigSet{Expect: 1, Text: text, Hash: HashConfig([]byte(text)), Author: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	late := newMember(t, a.ca, "b", "b-2").start(t, c.opts.RPC)
+	eventually(t, "b-2 waits", 20*time.Second, func() bool {
+		_, waits := c.State().Applicant("b-2")
+		return waits && strings.Contains(late.Waiting(), "dsnode node admit b-2")
+	}, a, b, c)
+	if _, member := a.State().Nodes["b-2"]; member || late.Membership().ClusterID != "" {
+		t.Fatal("b-2 has joined by itself")
+	}
+	if _, err := b.Propose(deadline(t, 15*time.Second), agreed.CmdNodeAdmit, agreed.NodeAdmit{Name: "b-2", By: "test"}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "b-2 is a member with a ticket", 20*time.Second, func() bool {
+		m := late.member.Load()
+		_, member := a.State().Nodes["b-2"]
+		return member && m != nil && m.Ticket != nil && m.Ticket.Index == m.VoteFrom
+	}, a, b, c)
 }

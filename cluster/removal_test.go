@@ -186,7 +186,9 @@ func TestRemovalBelowItsFeatureLevel(t *testing.T) {
 	}
 	a.start(t)
 	c.start(t, a.opts.RPC) // both have new addresses
-	eventually(t, "the level is the newest", 20*time.Second, func() bool { return a.State().FeatureLevel == agreed.MaxFeatureLevel && c.State().FeatureLevel == agreed.MaxFeatureLevel }, a, c)
+	eventually(t, "the level is the newest", 20*time.Second, func() bool {
+		return a.State().FeatureLevel == agreed.MaxFeatureLevel && c.State().FeatureLevel == agreed.MaxFeatureLevel
+	}, a, c)
 	b.halt(t)
 	b.start(t, a.opts.RPC) // the others have new addresses
 	b.wantRemoved(t, a, c)
