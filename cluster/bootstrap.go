@@ -119,7 +119,7 @@ func (c *Cluster) checkSeed(ctx context.Context, seed string) error {
 		return nil
 	}
 	defer func() { _ = conn.Close() }() // nothing was sent on it
-	if conn.Membership().ClusterID == "" {
+	if !conn.Founded() {
 		return nil
 	}
 	return fmt.Errorf("%w (%s)", ErrSeedKnows, seed)

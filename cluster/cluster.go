@@ -63,6 +63,8 @@ type Options struct {
 	OperatorKey         string
 	OperatorKeyPrevious string
 
+	ClusterKeys ClusterKeys
+
 	Host *host.Host // nil: this machine
 	// FeatureLevel is the feature level that this node announces, so that the leader
 	// raises the cluster's no further; 0: the newest. It is ignored once the cluster's
@@ -192,7 +194,7 @@ func New(o Options) (*Cluster, error) {
 		Credentials: o.Credentials, Membership: c.Membership, Address: c.book.rpc,
 		Host: o.Host, Logger: o.Logger, Registerer: o.Registerer, Admit: o.Admit,
 		MaxConns: o.PeerConns, MaxHandshakes: o.PeerHandshakes,
-		Relays: c.relays, Silent: c.silentPeers, Removed: c.wasRemoved,
+		Relays: c.relays, Silent: c.silentPeers, Removed: c.wasRemoved, Member: c.isMemberPeer,
 		OnRemoved: func(peer mesh.Identity, why string) { c.learnRemoval(why) },
 		OnNewerGeneration: func(peer mesh.Identity, theirs agreed.Generation) {
 			message := fmt.Sprintf("node %s has generation %d: the cluster was recovered without this node; stop it, wipe its data directory and let it join again", peer.Node, theirs.Number)

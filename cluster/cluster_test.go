@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"context"
+	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -112,6 +113,23 @@ func (l testLog) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
+// plainKeys keeps the cluster key without an operator key.
+type plainKeys struct{}
+
+func (plainKeys) NewClusterKey(string, string) (agreed.ClusterKey, error) {
+	public, private, err := ed25519.GenerateKey(nil)
+	return agreed.ClusterKey{Public: public, Sealed: private.Seed()}, err
+}
+
+func (plainKeys) ResealClusterKey(_ string, k agreed.ClusterKey, operatorKey string) (agreed.ClusterKey, error) {
+	k.OperatorKey = operatorKey
+	return k, nil
+}
+
+func (plainKeys) SignTicket(_ string, k agreed.ClusterKey, text []byte) ([]byte, error) {
+	return ed25519.Sign(ed25519.NewKeyFromSeed(k.Sealed), text), nil
+}
+
 func newMember(t testing.TB, ca *testCA, site, name string) *member {
 	m := &member{name: name, site: site, ca: ca, dir: t.TempDir(), logs: newDiskStore(), snaps: raft.NewInmemSnapshotStore()}
 	t.Cleanup(func() {
@@ -138,8 +156,8 @@ func (m *member) start(t testing.TB, seeds ...string) *member {
 		Listener: ln, RPC: ln.Addr().String(), API: "127.0.0.1:1", Admin: "127.0.0.1:2",
 		Gossip: "127.0.0.1:0", GossipBind: "127.0.0.1:0", GossipKey: make([]byte, 32),
 		Credentials:  m.ca.issue(t, mesh.Identity{Cluster: "test", Site: m.site, Node: m.name}),
-		FeatureLevel: m.level,
-		Logs:         m.logs, Stable: m.logs, Snapshots: m.snaps,
+		FeatureLevel: m.level, ClusterKeys: plainKeys{},
+		Logs: m.logs, Stable: m.logs, Snapshots: m.snaps,
 		StoreFailed: make(chan struct{}), StoreError: func() error { return nil },
 		Health: func() Health { return Health{PID: os.Getpid()} },
 		Logger: log, Registerer: prometheus.NewRegistry(),

@@ -134,7 +134,7 @@ func TestJournalGrowth(t *testing.T) {
 func TestARefusalWithoutANameReachesAFollower(t *testing.T) {
 	a, b, c := threeMembers(t)
 	for _, m := range []*member{a, b, c} {
-		_, err := m.Propose(deadline(t, 15*time.Second), agreed.CmdStreamOpen, agreed.StreamOpen{Origin: "a-1", Incarnation: "?"})
+		_, err := m.Propose(deadline(t, 15*time.Second), agreed.CmdStreamOpen, agreed.StreamOpen{Origin: m.name, Incarnation: "?"})
 		if !errors.Is(err, ErrRefused) || errors.Is(err, ErrLeadershipMoved) || !strings.Contains(err.Error(), "not 32 hex digits") {
 			t.Errorf("at %s: %v", m.name, err)
 		}

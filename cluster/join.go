@@ -143,6 +143,7 @@ func (c *Cluster) joinThrough(ctx context.Context, seed string) (memberFile, err
 	m := memberFile{
 		ClusterID: got.GetClusterId(), Name: got.GetName(), HeartbeatMS: got.GetHeartbeatMs(),
 		Generation: agreed.Generation{Number: got.GetGeneration(), ID: got.GetGenerationId()}, VoteFrom: got.GetIndex(),
+		Ticket: ticketOf(got), ClusterKey: got.GetClusterKey(), NodesAt: got.GetIndex(),
 	}
 	for _, n := range got.GetNodes() {
 		m.Nodes = append(m.Nodes, nodeOf(n))
@@ -187,11 +188,10 @@ func (c *Cluster) join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterp
 			return nil, err
 		}
 	}
-	index, err := c.Propose(ctx, agreed.CmdNodePut, agreed.NodePut{Node: n, Admit: emptyDisk(r) || r.GetReturning()})
+	index, err := c.putNode(ctx, n, r)
 	if err != nil {
 		return nil, err
 	}
-	c.log.Info("join accepted", "node", n.Name, "site", n.Site, "rpc", n.RPC, "version", n.Version)
 	s := c.State()
 	resp := &clusterpb.JoinResponse{
 		Format: rpcFormat, ClusterId: s.ClusterID, Name: s.Name,
@@ -201,7 +201,45 @@ func (c *Cluster) join(ctx context.Context, r *clusterpb.JoinRequest) (*clusterp
 	for _, m := range s.Nodes {
 		resp.Nodes = append(resp.Nodes, infoOf(m))
 	}
+	if s.MembersOnly() {
+		resp.ClusterKey = s.PublicKey()
+		if t := c.ticket(s, n.Name); t != nil {
+			resp.TicketIndex, resp.Ticket = t.Index, t.Signature
+		}
+	}
 	return resp, nil
+}
+
+// putNode agrees on a node that joins, or on what a member announces. A member that only
+// lacks its ticket changes nothing.
+func (c *Cluster) putNode(ctx context.Context, n agreed.Node, r *clusterpb.JoinRequest) (index uint64, err error) {
+	old, known := c.State().Nodes[n.Name]
+	n.JoinedAt = old.JoinedAt
+	admit := emptyDisk(r) || r.GetReturning()
+	if known && !r.GetFresh() && !admit && n == old {
+		return old.Admitted, nil
+	}
+	index, err = c.Propose(ctx, agreed.CmdNodePut, agreed.NodePut{
+		Node: n, Admit: admit, Empty: emptyDisk(r) && c.State().MembersOnly(),
+	})
+	if err != nil {
+		return 0, err
+	}
+	attrs := []any{"node", n.Name, "site", n.Site, "rpc", n.RPC, "version", n.Version}
+	switch {
+	case !known && r.GetReturning():
+		c.metrics.joins.WithLabelValues("returned").Inc()
+		c.log.Warn("a removed node joined again with its data", append(attrs, "event", "node_joined")...)
+	case !known:
+		c.metrics.joins.WithLabelValues("joined").Inc()
+		c.log.Warn("a node joined the cluster", append(attrs, "event", "node_joined")...)
+	case r.GetFresh():
+		c.metrics.joins.WithLabelValues("rejoined").Inc()
+		c.log.Warn("a member joined again without its data", append(attrs, "event", "node_joined")...)
+	default:
+		c.log.Info("a member announced its addresses", attrs...)
+	}
+	return index, nil
 }
 
 // checkJoin returns an error if n can't join.
@@ -229,11 +267,14 @@ func (c *Cluster) checkJoin(ctx context.Context, n agreed.Node, r *clusterpb.Joi
 		return err
 	}
 	old, known := s.Nodes[n.Name]
+	if known && old.Site != n.Site {
+		return fmt.Errorf("%w: %s is a node of site %s; remove it there first with dsnode node remove", ErrNameTaken, n.Name, old.Site)
+	}
+	if err := c.admit(ctx, s, n); err != nil {
+		return err
+	}
 	if !known || old.Instance == n.Instance {
 		return nil
-	}
-	if old.Site != n.Site {
-		return fmt.Errorf("%w: %s is a node of site %s; remove it there first with dsnode node remove", ErrNameTaken, n.Name, old.Site)
 	}
 	if there, alive := c.pingAddr(ctx, old.RPC); alive && there.Instance == old.Instance {
 		return fmt.Errorf("%w: %s runs at %s since %s; stop it, or give the new node another name", ErrNameTaken, n.Name, old.RPC, old.StartedAt.Format(time.RFC3339))
@@ -269,7 +310,7 @@ func (c *Cluster) announce(ctx context.Context) error {
 		old, known := c.State().Nodes[c.opts.Name]
 		me.JoinedAt, me.Admitted = old.JoinedAt, old.Admitted
 		founded, lost := c.State().ClusterID != "", c.member.Load().StoreLost
-		if founded && c.removedWhy() == "" && (!known || old != me || lost) {
+		if founded && c.removedWhy() == "" && (!known || old != me || lost || lacksTicket(c.State(), old, c.member.Load().Ticket)) {
 			err := c.announceOnce(ctx, me, lost)
 			if err != nil && ctx.Err() == nil && err.Error() != lastLogged {
 				lastLogged = err.Error()
@@ -302,6 +343,9 @@ func (c *Cluster) announceOnce(ctx context.Context, me agreed.Node, storeLost bo
 	}
 	if err == nil && storeLost {
 		err = c.voteFrom(resp.GetIndex())
+	}
+	if err == nil {
+		err = c.keepTicket(resp)
 	}
 	return err
 }

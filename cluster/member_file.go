@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -41,12 +42,33 @@ type memberFile struct {
 	// StoreLost is true from a start with empty raft stores until this node is admitted
 	// again: until then it does not vote; see rejoin_vote.go.
 	StoreLost bool `json:"store_lost,omitempty"`
+	// Ticket proves this node's admission; nil: it has none yet.
+	Ticket *agreed.Ticket `json:"ticket,omitempty"`
+	// ClusterKey verifies the tickets of others; nil below agreed.MembershipLevel. With it
+	// and with Nodes, which are those of the raft index NodesAt, a node knows the members
+	// before its agreed state is restored.
+	ClusterKey []byte `json:"cluster_key,omitempty"`
+	NodesAt    uint64 `json:"nodes_at,omitempty"`
 	// Removed says that this node was removed; empty: it is a member. See removal.go.
 	Removed string `json:"removed,omitempty"`
 }
 
 func (m memberFile) membership() mesh.Membership {
-	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation, Admitted: m.VoteFrom}
+	return mesh.Membership{ClusterID: m.ClusterID, Generation: m.Generation, Admitted: m.VoteFrom, Ticket: m.Ticket}
+}
+
+func (m memberFile) standing() agreed.Standing {
+	return agreed.Standing{
+		ClusterID: m.ClusterID, Generation: m.Generation, PublicKey: m.ClusterKey, Applied: m.NodesAt,
+		WasRemoved: func(string, uint64) bool { return false },
+		SiteOf: func(node string) (string, bool) {
+			i := slices.IndexFunc(m.Nodes, func(n agreed.Node) bool { return n.Name == node })
+			if i < 0 {
+				return "", false
+			}
+			return m.Nodes[i].Site, true
+		},
+	}
 }
 
 func (m memberFile) heartbeat() time.Duration {
@@ -112,6 +134,7 @@ func (c *Cluster) keepMemberFile(ctx context.Context) error {
 func (c *Cluster) updateMemberFile() error {
 	c.memberMu.Lock()
 	defer c.memberMu.Unlock()
+	applied := c.fsm.applied.Load() // before the state: it may be too low then, never too high
 	s, m := c.State(), *c.member.Load()
 	removed := c.removedWhy()
 	if removed != "" && m.Removed == "" {
@@ -133,10 +156,14 @@ func (c *Cluster) updateMemberFile() error {
 		nodes = append(nodes, n)
 	}
 	slices.SortFunc(nodes, func(a, b agreed.Node) int { return strings.Compare(a.Name, b.Name) })
-	if !m.Founder && slices.Equal(nodes, m.Nodes) {
+	var key []byte
+	if s.MembersOnly() {
+		key = s.PublicKey()
+	}
+	if !m.Founder && slices.Equal(nodes, m.Nodes) && bytes.Equal(key, m.ClusterKey) {
 		return nil
 	}
-	m.Nodes, m.Founder = nodes, false
+	m.Nodes, m.NodesAt, m.ClusterKey, m.Founder = nodes, applied, key, false
 	if err := c.setMember(m); err != nil {
 		c.log.Warn("could not save the addresses of the nodes; the next start uses older ones", "err", err)
 	}

@@ -14,6 +14,8 @@ type metrics struct {
 	pingFailures  prometheus.Counter
 	largeFailures prometheus.Counter
 	pingSeconds   prometheus.Histogram
+	joins         *prometheus.CounterVec
+	outsiders     prometheus.Counter
 	rpcs          *prometheus.CounterVec
 	rpcSeconds    *prometheus.HistogramVec
 }
@@ -42,10 +44,15 @@ func newMetrics(reg prometheus.Registerer, c *Cluster) *metrics {
 	flag("dsnode_raft_leader", "1 while this node leads raft.", func() bool { return c.Raft().Leads })
 	flag("dsnode_disk_slow", "1 while this node's disk is too slow for raft's leader.", func() bool { return c.disk.speed().SlowFor > 0 })
 	gauge("dsnode_loop_pause_seconds", "Longest recent time for which this process did not run.", func() float64 { return c.pauses.longest().Seconds() })
+	gauge("dsnode_nodes_waiting", "Nodes that asked to join and wait for an operator.", func() float64 { return float64(len(waiting(c.State()))) })
 	reg.MustRegister(&trafficCollector{c: c, desc: prometheus.NewDesc("dsnode_peer_traffic_age_seconds",
 		"How long ago traffic of a kind last went through between this node and a peer.", []string{"peer", "kind"}, nil)})
 	reg.MustRegister(&primaryCollector{c: c, desc: prometheus.NewDesc("dsnode_primary", "1 for the primary site.", []string{"site"}, nil)})
 	return &metrics{
+		joins: f.NewCounterVec(prometheus.CounterOpts{
+			Name: "dsnode_node_joins_total", Help: "Nodes that this node, as the leader, let join (joined; rejoined: a member that lost its data; returned: a removed node with its data), or that began to wait for an operator (waiting).",
+		}, []string{"result"}),
+		outsiders:    f.NewCounter(prometheus.CounterOpts{Name: "dsnode_outsider_calls_total", Help: "Calls and requests of nodes that are no members, which this node refused."}),
 		pingFailures: f.NewCounter(prometheus.CounterOpts{Name: "dsnode_ping_failures_total", Help: "Pings to peers that were not answered."}),
 		largeFailures: f.NewCounter(prometheus.CounterOpts{
 			Name: "dsnode_large_request_failures_total", Help: "Large requests to peers that answer pings that were not answered.",

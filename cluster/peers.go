@@ -202,12 +202,17 @@ func (c *Cluster) pingAll(ctx context.Context) error {
 			stop()
 		}
 	}()
-	removedBefore := uint64(0)
+	removedBefore, membersOnly := uint64(0), false
 	for {
 		changed := c.Changed()
 		members := c.members()
 		if s := c.State(); s.RemovedBefore != removedBefore {
 			removedBefore = s.RemovedBefore
+			c.mesh.CloseRefused()
+		}
+		if s := c.State(); s.MembersOnly() && !membersOnly {
+			membersOnly = true
+			c.mesh.CloseOutsiders()
 			c.mesh.CloseRefused()
 		}
 		for name := range members {

@@ -107,10 +107,14 @@ func (c *Cluster) comeBack(ctx context.Context) error {
 	err := errors.New("its node.yaml has no seeds")
 	for {
 		for _, addr := range addrs {
-			index, nodes, askErr := c.askToReturn(ctx, addr, m)
+			got, askErr := c.askToReturn(ctx, addr, m)
 			if askErr == nil {
-				c.log.Warn("this node was removed and was admitted again: it has joined with its data", "index", index, "through", addr)
-				m.VoteFrom, m.Nodes, m.Removed = index, nodes, ""
+				c.log.Warn("this node was removed and was admitted again: it has joined with its data", "index", got.GetIndex(), "through", addr)
+				m.VoteFrom, m.Nodes, m.Removed = got.GetIndex(), nil, ""
+				for _, n := range got.GetNodes() {
+					m.Nodes = append(m.Nodes, nodeOf(n))
+				}
+				m.Ticket, m.ClusterKey, m.NodesAt = ticketOf(got), got.GetClusterKey(), got.GetIndex()
 				return c.becomeMember(m)
 			}
 			if errors.Is(askErr, ErrNodeRemoved) {
@@ -135,15 +139,15 @@ func (c *Cluster) comeBack(ctx context.Context) error {
 
 // askToReturn asks the member at addr. The call is made as a node without a cluster:
 // members refuse all others of a removed node.
-func (c *Cluster) askToReturn(ctx context.Context, addr string, m memberFile) (index uint64, nodes []agreed.Node, err error) {
+func (c *Cluster) askToReturn(ctx context.Context, addr string, m memberFile) (*clusterpb.JoinResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
 	defer cancel()
 	if err := c.tryDial(ctx, addr); err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	client, done, err := c.dialSeed(addr)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	defer done()
 	got, err := client.Join(ctx, &clusterpb.JoinRequest{
@@ -151,15 +155,9 @@ func (c *Cluster) askToReturn(ctx context.Context, addr string, m memberFile) (i
 		ClusterId: m.ClusterID, Generation: m.Generation.Number, GenerationId: m.Generation.ID,
 	})
 	if err != nil {
-		return 0, nil, fmt.Errorf("join again: %w", err)
+		return nil, fmt.Errorf("join again: %w", err)
 	}
-	if err := unrefuse(got.GetRefused()); err != nil {
-		return 0, nil, err
-	}
-	for _, n := range got.GetNodes() {
-		nodes = append(nodes, nodeOf(n))
-	}
-	return got.GetIndex(), nodes, nil
+	return got, unrefuse(got.GetRefused())
 }
 
 // emptyDisk reports whether a node joins that knows nothing of the cluster. A member that

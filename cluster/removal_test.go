@@ -117,7 +117,14 @@ func TestNodeThatWasAwayLearnsOfItsRemoval(t *testing.T) {
 	b.start(t)
 	b.wantRemoved(t, a, c)
 
+	eventually(t, "the cluster is at feature level 3", 20*time.Second, func() bool { return a.State().MembersOnly() }, a, c)
 	wiped := newMember(t, a.ca, "b", "b-1").start(t, a.opts.RPC)
+	eventually(t, "the wiped b-1 is told to wait for an operator", 20*time.Second, func() bool {
+		return strings.Contains(wiped.Waiting(), "dsnode node admit b-1")
+	}, a, c)
+	if _, err := c.Propose(deadline(t, 15*time.Second), agreed.CmdNodeAdmit, agreed.NodeAdmit{Name: "b-1", By: "test"}); err != nil {
+		t.Fatal(err)
+	}
 	addServer(t, "b-1", a, c)
 	eventually(t, "the wiped b-1 is a member", 20*time.Second, func() bool { return settled(wiped) }, a, c, wiped)
 	wiped.halt(t)
@@ -179,7 +186,9 @@ func TestRemovalBelowItsFeatureLevel(t *testing.T) {
 	}
 	a.start(t)
 	c.start(t, a.opts.RPC) // both have new addresses
-	eventually(t, "the level is 2 or higher", 20*time.Second, func() bool { return a.State().FeatureLevel >= 2 && c.State().FeatureLevel >= 2 }, a, c)
+	eventually(t, "the level is the newest", 20*time.Second, func() bool {
+		return a.State().FeatureLevel == agreed.MaxFeatureLevel && c.State().FeatureLevel == agreed.MaxFeatureLevel
+	}, a, c)
 	b.halt(t)
 	b.start(t, a.opts.RPC) // the others have new addresses
 	b.wantRemoved(t, a, c)

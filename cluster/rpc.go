@@ -25,7 +25,7 @@ const maxRPCBytes = 4 << 20
 func (c *Cluster) serveRPC(ctx context.Context) error {
 	s := grpc.NewServer(append(c.mesh.GRPCServerOptions(),
 		grpc.MaxRecvMsgSize(maxRPCBytes), grpc.MaxConcurrentStreams(1024),
-		grpc.UnaryInterceptor(c.metrics.observeRPC))...)
+		grpc.ChainUnaryInterceptor(c.metrics.observeRPC, c.guardCall), grpc.StreamInterceptor(c.guardStream))...)
 	clusterpb.RegisterPeerServer(s, &peerServer{c: c})
 	if c.opts.Services != nil {
 		c.opts.Services(s)
@@ -60,8 +60,15 @@ func caller(ctx context.Context) (mesh.Identity, error) {
 
 // Propose commits a command for a member that is not the leader.
 func (s *peerServer) Propose(ctx context.Context, r *clusterpb.ProposeRequest) (*clusterpb.ProposeResponse, error) {
+	id, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
 	cmd, err := agreed.DecodeCommand(r.GetCommand())
 	var index uint64
+	if err == nil && s.c.membersOnly() {
+		err = agreed.MayPropose(agreed.Proposer{Node: id.Node, Site: id.Site}, cmd)
+	}
 	if err == nil {
 		index, err = s.c.commit(ctx, cmd, r.GetCommand())
 	}
@@ -80,6 +87,8 @@ func (s *peerServer) Join(ctx context.Context, r *clusterpb.JoinRequest) (*clust
 	switch {
 	case r.GetFormat() > rpcFormat:
 		err = fmt.Errorf("%w: join format %d, this node reads %d: upgrade the cluster first", ErrNewerPeer, r.GetFormat(), rpcFormat)
+	case r.GetForwarded() && !s.c.forwards(ctx, id):
+		err = fmt.Errorf("%w: node %s of site %s is no member and can't forward the request of another node", ErrForeignNode, id.Node, id.Site)
 	// A forwarded request has the joining node's data, but a member as its caller. Only
 	// a direct caller must be the joining node itself.
 	case !r.GetForwarded() && (n.Name != id.Node || n.Site != id.Site):

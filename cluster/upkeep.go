@@ -12,7 +12,8 @@ const upkeepEvery = 2 * time.Second
 
 // upkeep runs small periodic tasks: it copies addresses from the agreed state to the
 // address book, takes a snapshot after each change of raft's configuration, lets a node that
-// lost its log take part in elections again and, on the leader, raises the feature level.
+// lost its log take part in elections again and, on the leader, raises the feature level
+// and keeps the cluster key.
 func (c *Cluster) upkeep(ctx context.Context) error {
 	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
@@ -31,6 +32,9 @@ func (c *Cluster) upkeep(ctx context.Context) error {
 				} else if err == nil {
 					c.log.Info("feature level raised", "to", level)
 				}
+			}
+			if err := c.keepClusterKey(ctx); err != nil && ctx.Err() == nil {
+				c.log.Warn("could not set the cluster key; members that join meanwhile have no ticket", "err", err)
 			}
 		}
 		select {

@@ -114,7 +114,7 @@ func (n *Node) setHandlers() {
 		Limit: func() int { return min(n.gateway.Connections(), n.shares.Clients) },
 	})
 	peers := listener{name: "peers", ln: n.cluster.Mesh().Listener(mesh.KindHTTP)}
-	peers.server = ports.NewHTTPServer(mesh.AnswerProbes(n.gateway.PeerHandler()), headerBytes, n.log)
+	peers.server = ports.NewHTTPServer(n.cluster.MembersOnly(mesh.AnswerProbes(n.gateway.PeerHandler())), headerBytes, n.log)
 	peers.server.ConnContext = mesh.HTTPConnContext
 	n.listeners.clients = append(n.listeners.clients, peers)
 

@@ -215,6 +215,9 @@ func TestLivingNodeIsRemovedByForce(t *testing.T) {
 	wantGone(t, l, victim.Name)
 
 	victim.WipeDisk()
+	if err := asked.AdmitNode(t.Context(), victim.Name); err != nil {
+		t.Fatal(err)
+	}
 	victim.Start()
 	t.Logf("healthy with the wiped node after %s", l.WaitHealthy(within(20*time.Second)))
 

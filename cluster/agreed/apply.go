@@ -61,6 +61,10 @@ func Apply(s *State, c Command) (*State, error) {
 		err = with(c, func(d NodeRemove) error { return next.removeNode(d, c) })
 	case CmdNodeAdmit:
 		err = with(c, func(d NodeAdmit) error { return next.admitNode(d, c.At) })
+	case CmdNodeWait:
+		err = with(c, func(d NodeWait) error { return next.wait(d, c.At) })
+	case CmdClusterKey:
+		err = with(c, func(d ClusterKeySet) error { return next.setClusterKey(d, c.At) })
 	case CmdConfigSet:
 		err = with(c, func(d ConfigSet) error { return next.setConfig(d, c.At) })
 	case CmdAPIKeyPut:
@@ -151,6 +155,9 @@ func (s *State) putNode(d NodePut, c Command) error {
 	if s.FeatureLevel >= removalLevel && !d.Admit && (!known || n.Admitted != old.Admitted) {
 		return fmt.Errorf("%w: %s was removed meanwhile", ErrUnknownNode, n.Name)
 	}
+	if r, removed := s.Removal(n.Name); s.MembersOnly() && !known && removed && r.AdmittedAt.IsZero() {
+		return fmt.Errorf("%w: %s was removed meanwhile", ErrUnknownNode, n.Name)
+	}
 	if !known && len(s.Nodes) >= MaxNodes {
 		return fmt.Errorf("%w: %d nodes", ErrStateFull, MaxNodes)
 	}
@@ -160,7 +167,10 @@ func (s *State) putNode(d NodePut, c Command) error {
 		n.JoinedAt, n.Admitted = old.JoinedAt, old.Admitted
 	case s.FeatureLevel >= removalLevel:
 		n.Admitted = c.Index
-		s.endRemoval(n.Name)
+		s.endRemoval(n.Name, d.Empty && s.MembersOnly())
+		if _, waits := s.Applicant(n.Name); waits {
+			s.Waiting = s.withoutApplicant(n.Name)
+		}
 	}
 	s.Nodes = maps.Clone(s.Nodes)
 	s.Nodes[n.Name] = n
@@ -169,6 +179,10 @@ func (s *State) putNode(d NodePut, c Command) error {
 
 func (s *State) removeNode(d NodeRemove, c Command) error {
 	node, known := s.Nodes[d.Name]
+	if _, waits := s.Applicant(d.Name); waits && !known {
+		s.Waiting = s.withoutApplicant(d.Name) // it may ask again
+		return nil
+	}
 	if !known {
 		return fmt.Errorf("%w: %s", ErrUnknownNode, d.Name)
 	}
@@ -317,17 +331,13 @@ func (s *State) putDrill(d DrillRecord, at time.Time) error {
 }
 
 // stateFormat is the newest version of State in a snapshot that this build reads.
-const stateFormat = 2
+const stateFormat = 3
 
 // formatAt is the version of State in the snapshots of a cluster at a feature level.
-// Builds of level 1 read only format 1: one that is started after the cluster has gone
-// on refuses its snapshot, instead of dropping the fields that it does not know.
-func formatAt(level int) int {
-	if level < 2 {
-		return 1
-	}
-	return stateFormat
-}
+// Builds of a level read only its format and older ones: one that is started after the
+// cluster has gone on refuses its snapshot, instead of dropping the fields that it does
+// not know.
+func formatAt(level int) int { return min(max(level, 1), stateFormat) }
 
 // Encode returns the state in the form for snapshots.
 func (s *State) Encode() ([]byte, error) {

@@ -302,11 +302,11 @@ func TestApplyProperties(t *testing.T) {
 	})
 }
 
-// The level only rises. From level 2 on builds of level 1 refuse the snapshots, and this
+// The level only rises. Builds of a lower level refuse the snapshots, and this
 // build refuses to follow a cluster to a level that it does not know.
 func TestFeatureLevels(t *testing.T) {
 	s := founded(t)
-	for _, step := range []struct{ raise, level, format int }{{1, 1, 1}, {2, 2, 2}, {3, 3, 2}, {1, 3, 2}} {
+	for _, step := range []struct{ raise, level, format int }{{1, 1, 1}, {2, 2, 2}, {1, 2, 2}, {3, 3, 3}, {2, 3, 3}} {
 		s = applied(t, s, CmdFeatureRaise, FeatureRaise{Level: step.raise})
 		if s.FeatureLevel != step.level || s.Format != step.format {
 			t.Fatalf("after raising to %d: level %d in format %d, want %d in %d", step.raise, s.FeatureLevel, s.Format, step.level, step.format)

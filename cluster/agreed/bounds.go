@@ -1,6 +1,7 @@
 package agreed
 
 import (
+	"crypto/ed25519"
 	"encoding/json"
 	"fmt"
 	"reflect"
@@ -53,7 +54,7 @@ type bound struct{ entries, bytes int }
 // missing, and that DESIGN.md has those of State.
 var bounds = map[string]bound{
 	"State.ClusterID": {0, maxID}, "State.Name": {0, maxName},
-	"State.Nodes": {MaxNodes, maxName}, "State.Removed": {maxRemovals, 0}, "State.APIKeys": {maxAPIKeys, maxID},
+	"State.Nodes": {MaxNodes, maxName}, "State.Removed": {maxRemovals, 0}, "State.APIKeys": {maxAPIKeys, maxID}, "State.Waiting": {maxWaiting, 0},
 	"State.Drained": {config.MaxUpstreams, maxName}, "State.Streams": {maxStreams, maxStreamKey}, "State.DoneStreams": {maxDoneStreams, maxStreamKey},
 	"State.DataKeys": {maxDataKeys, 0}, "State.Drills": {maxDrills, 0}, "State.History": {maxHistory, 0},
 	"Generation.ID": {0, maxID},
@@ -61,6 +62,8 @@ var bounds = map[string]bound{
 	"Node.Name": {0, maxName}, "Node.Site": {0, maxName}, "Node.RPC": {0, maxAddress}, "Node.Gossip": {0, maxAddress},
 	"Node.API": {0, maxAddress}, "Node.Admin": {0, maxAddress}, "Node.Version": {0, maxID}, "Node.Instance": {0, maxID},
 	"Node.OperatorKey": {0, maxDataKeyName}, "Node.OperatorKeyPrevious": {0, maxDataKeyName},
+	"ClusterKey.Public": {0, ed25519.PublicKeySize}, "ClusterKey.Sealed": {0, maxSealedKey}, "ClusterKey.OperatorKey": {0, maxDataKeyName},
+	"Applicant.Name": {0, maxName}, "Applicant.Site": {0, maxName}, "Applicant.RPC": {0, maxAddress}, "Applicant.Version": {0, maxID}, "Applicant.AdmittedBy": {0, maxAuthor},
 	"ConfigVersion.Hash": {0, maxID}, "ConfigVersion.Author": {0, maxAuthor}, "ConfigVersion.Text": {0, maxConfigBytes},
 	"APIKey.ID": {0, maxID}, "APIKey.Hash": {0, maxID}, "APIKey.Tenant": {0, maxTenant}, "APIKey.Note": {0, maxNote},
 	"APIKey.Models":       {config.MaxModels, maxModelName},
@@ -78,6 +81,9 @@ var bounds = map[string]bound{
 	"DataKey.CreatedBy": {0, maxDataKeyName}, "DataKey.Confirmed": {MaxNodes, maxName},
 
 	"Init.ClusterID": {0, maxID}, "Init.Name": {0, maxName},
+	"ClusterKeySet.Expect": {0, ed25519.PublicKeySize}, "ClusterKeySet.Public": {0, ed25519.PublicKeySize}, "ClusterKeySet.Sealed": {0, maxSealedKey},
+	"ClusterKeySet.OperatorKey": {0, maxDataKeyName},
+	"NodeWait.Name":             {0, maxName}, "NodeWait.Site": {0, maxName}, "NodeWait.RPC": {0, maxAddress}, "NodeWait.Version": {0, maxID},
 	"NodeRemove.Name": {0, maxName}, "NodeRemove.By": {0, maxAuthor}, "NodeAdmit.Name": {0, maxName}, "NodeAdmit.By": {0, maxAuthor},
 	"ConfigSet.Text": {0, maxConfigBytes}, "ConfigSet.Hash": {0, maxID}, "ConfigSet.Author": {0, maxAuthor},
 	"APIKeyRevoke.ID": {0, maxPassing},
@@ -104,6 +110,7 @@ var commandData = map[CommandType]func() any{
 	CmdPromote: data[Promote], CmdSwitchover: data[SwitchoverSet], CmdFailoverAck: data[FailoverAck], CmdFailoverHold: data[FailoverHold],
 	CmdFailoverMeasured: data[FailoverMeasured], CmdDrillPut: data[DrillRecord], CmdUpstreamDrain: data[UpstreamDrain], CmdCachePurge: data[CachePurge],
 	CmdStreamOpen: data[StreamOpen], CmdStreamOwn: data[StreamOwn], CmdStreamDrop: data[StreamDrop], CmdStreamInherit: data[StreamInherit],
+	CmdClusterKey: data[ClusterKeySet], CmdNodeWait: data[NodeWait],
 	CmdDataKeyAdd: data[DataKeyAdd], CmdDataKeyConfirm: data[DataKeyConfirm], CmdDataKeyActivate: data[DataKeyActivate],
 	CmdDataKeyDrop: data[DataKeyDrop], CmdDataKeyRewrap: data[DataKeyRewrap],
 }

@@ -16,8 +16,9 @@ const commandFormat = 1
 // cluster/upkeep.go), and no node proposes a command above that level.
 //
 // Level 2 adds what State says about removed nodes, and access.stale_for in the
-// configuration. Level 3 adds that ended API keys are cleaned up, and limits.tenant_share
-// in the configuration. A field that only builds of a level know is set only when
+// configuration. Level 3 adds that ended API keys are cleaned up, the cluster key and the
+// nodes that wait to join (see membership.go), and limits.tenant_share and access.join in
+// the configuration. A field that only builds of a level know is set only when
 // State.FeatureLevel has reached it, also by an older command.
 const MaxFeatureLevel = 3
 
@@ -55,7 +56,7 @@ const (
 	// CmdStreamInherit gives a node a stream that its origin never proposed before
 	// it was removed.
 	CmdStreamInherit CommandType = "stream_inherit"
-	// CmdNodeAdmit lets a removed node join again with its data.
+	// CmdNodeAdmit lets a node join that waits, or one that was removed, also with its data.
 	CmdNodeAdmit CommandType = "node_admit"
 	// The commands about data keys; see datakey.go.
 	CmdDataKeyAdd      CommandType = "datakey_add"
@@ -75,6 +76,12 @@ const (
 	CmdFailoverMeasured CommandType = "failover_measured"
 )
 
+// The commands of feature level 3; see membership.go.
+const (
+	CmdClusterKey CommandType = "cluster_key"
+	CmdNodeWait   CommandType = "node_wait"
+)
+
 // commandLevel is the feature level that each command needs.
 var commandLevel = map[CommandType]int{
 	CmdInit: 1, CmdNodePut: 1, CmdNodeRemove: 1, CmdConfigSet: 1, CmdAPIKeyPut: 1,
@@ -84,6 +91,7 @@ var commandLevel = map[CommandType]int{
 	CmdNodeAdmit:  2,
 	CmdDataKeyAdd: 1, CmdDataKeyConfirm: 1, CmdDataKeyActivate: 1, CmdDataKeyDrop: 1, CmdDataKeyRewrap: 1,
 	CmdFailoverMeasured: LossLevel,
+	CmdClusterKey:       MembershipLevel, CmdNodeWait: MembershipLevel,
 }
 
 // Command is one entry of the agreed log.
@@ -164,13 +172,16 @@ type (
 		Node
 		// Admit: the node joins, with an empty disk or because it was admitted again.
 		Admit bool `json:"admit,omitempty"`
+		// Empty: a removed node joins again with an empty disk, so it has no records of
+		// dropped streams. From feature level MembershipLevel on.
+		Empty bool `json:"empty,omitempty"`
 	}
 	// NodeRemove removes a member permanently.
 	NodeRemove struct {
 		Name string `json:"name"`
 		By   string `json:"by,omitempty"`
 	}
-	// NodeAdmit lets a removed node join again with its data.
+	// NodeAdmit lets a node join that waits, or one that was removed.
 	NodeAdmit struct {
 		Name string `json:"name"`
 		By   string `json:"by"`

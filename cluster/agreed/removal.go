@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// ErrNotRemoved refuses to admit a node that was not removed, or was removed so long ago
-// that State.Removed no longer has it.
-var ErrNotRemoved = errors.New("no such removed node")
+// ErrNotRemoved refuses to admit a node that neither waits nor was removed, or was removed
+// so long ago that State.Removed no longer has it.
+var ErrNotRemoved = errors.New("no such removed or waiting node")
 
 // removalLevel is the feature level from which on the state notes removals.
 const removalLevel = 2
@@ -66,6 +66,11 @@ func (s *State) noteRemoval(r Removal) {
 // admitNode changes what the leader answers to the removed node; the node becomes a
 // member when it joins.
 func (s *State) admitNode(d NodeAdmit, at time.Time) error {
+	if w := slices.IndexFunc(s.Waiting, func(a Applicant) bool { return a.Name == d.Name }); w >= 0 {
+		s.Waiting = slices.Clone(s.Waiting)
+		s.Waiting[w].AdmittedAt, s.Waiting[w].AdmittedBy = at, d.By
+		return nil
+	}
 	i := slices.IndexFunc(s.Removed, func(r Removal) bool { return r.Name == d.Name })
 	if i < 0 {
 		return fmt.Errorf("%w: %s", ErrNotRemoved, d.Name)
@@ -77,14 +82,14 @@ func (s *State) admitNode(d NodeAdmit, at time.Time) error {
 
 // endRemoval is called when a name joins again. A node that comes back with its data may
 // have records of streams that were dropped because their origin was gone: they are
-// needed again.
-func (s *State) endRemoval(name string) {
+// needed again. One with an empty disk has none.
+func (s *State) endRemoval(name string, empty bool) {
 	r, removed := s.Removal(name)
 	if !removed {
 		return
 	}
 	s.Removed = slices.DeleteFunc(slices.Clone(s.Removed), func(o Removal) bool { return o.Name == name })
-	if !r.AdmittedAt.IsZero() {
+	if !r.AdmittedAt.IsZero() && !empty {
 		s.DoneStreams = slices.DeleteFunc(slices.Clone(s.DoneStreams), func(key string) bool {
 			return strings.HasPrefix(key, StreamKey(name, ""))
 		})

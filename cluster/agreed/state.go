@@ -32,6 +32,11 @@ type State struct {
 	// HadKeys: there has been an API key, maybe one that was cleaned up since. Set from
 	// feature level 3 on; see NoKeyYet.
 	HadKeys bool `json:"had_keys,omitempty"`
+	// ClusterKey signs the tickets of members; nil below feature level MembershipLevel.
+	ClusterKey *ClusterKey `json:"cluster_key,omitempty"`
+	// Waiting are the nodes that asked to join and wait for an operator, the first one
+	// first, bounded.
+	Waiting []Applicant `json:"waiting,omitempty"`
 
 	// LastFailover is the newest change of the primary, nil before the first.
 	LastFailover *FailoverRecord `json:"last_failover,omitempty"`

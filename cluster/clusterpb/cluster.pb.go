@@ -268,16 +268,21 @@ func (x *JoinRequest) GetGenerationId() string {
 }
 
 type JoinResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	ClusterId     string                 `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
-	GenerationId  string                 `protobuf:"bytes,4,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
-	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
-	Nodes         []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`
-	HeartbeatMs   int64                  `protobuf:"varint,7,opt,name=heartbeat_ms,json=heartbeatMs,proto3" json:"heartbeat_ms,omitempty"`
-	Refused       *Refusal               `protobuf:"bytes,8,opt,name=refused,proto3" json:"refused,omitempty"` // if set, the other fields are empty
-	Index         uint64                 `protobuf:"varint,9,opt,name=index,proto3" json:"index,omitempty"`    // of the entry that admitted the node
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Format       uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
+	ClusterId    string                 `protobuf:"bytes,2,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Generation   uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	GenerationId string                 `protobuf:"bytes,4,opt,name=generation_id,json=generationId,proto3" json:"generation_id,omitempty"`
+	Name         string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Nodes        []*NodeInfo            `protobuf:"bytes,6,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	HeartbeatMs  int64                  `protobuf:"varint,7,opt,name=heartbeat_ms,json=heartbeatMs,proto3" json:"heartbeat_ms,omitempty"`
+	Refused      *Refusal               `protobuf:"bytes,8,opt,name=refused,proto3" json:"refused,omitempty"` // if set, the other fields are empty
+	Index        uint64                 `protobuf:"varint,9,opt,name=index,proto3" json:"index,omitempty"`    // of the entry that admitted the node
+	// The node's ticket: the index that it is for, and its signature; and the key that
+	// verifies tickets. Absent below feature level 3.
+	TicketIndex   uint64 `protobuf:"varint,10,opt,name=ticket_index,json=ticketIndex,proto3" json:"ticket_index,omitempty"`
+	Ticket        []byte `protobuf:"bytes,11,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	ClusterKey    []byte `protobuf:"bytes,12,opt,name=cluster_key,json=clusterKey,proto3" json:"cluster_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -373,6 +378,27 @@ func (x *JoinResponse) GetIndex() uint64 {
 		return x.Index
 	}
 	return 0
+}
+
+func (x *JoinResponse) GetTicketIndex() uint64 {
+	if x != nil {
+		return x.TicketIndex
+	}
+	return 0
+}
+
+func (x *JoinResponse) GetTicket() []byte {
+	if x != nil {
+		return x.Ticket
+	}
+	return nil
+}
+
+func (x *JoinResponse) GetClusterKey() []byte {
+	if x != nil {
+		return x.ClusterKey
+	}
+	return nil
 }
 
 // Refusal is an expected error: a code for errors.Is, and a message for users.
@@ -1420,7 +1446,7 @@ const file_cluster_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\b \x01(\x04R\n" +
 	"generation\x12#\n" +
-	"\rgeneration_id\x18\t \x01(\tR\fgenerationId\"\xc0\x02\n" +
+	"\rgeneration_id\x18\t \x01(\tR\fgenerationId\"\x9c\x03\n" +
 	"\fJoinResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1d\n" +
 	"\n" +
@@ -1433,7 +1459,12 @@ const file_cluster_proto_rawDesc = "" +
 	"\x05nodes\x18\x06 \x03(\v2\x1b.dsnode.cluster.v1.NodeInfoR\x05nodes\x12!\n" +
 	"\fheartbeat_ms\x18\a \x01(\x03R\vheartbeatMs\x124\n" +
 	"\arefused\x18\b \x01(\v2\x1a.dsnode.cluster.v1.RefusalR\arefused\x12\x14\n" +
-	"\x05index\x18\t \x01(\x04R\x05index\"7\n" +
+	"\x05index\x18\t \x01(\x04R\x05index\x12!\n" +
+	"\fticket_index\x18\n" +
+	" \x01(\x04R\vticketIndex\x12\x16\n" +
+	"\x06ticket\x18\v \x01(\fR\x06ticket\x12\x1f\n" +
+	"\vcluster_key\x18\f \x01(\fR\n" +
+	"clusterKey\"7\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\"B\n" +

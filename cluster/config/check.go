@@ -252,6 +252,9 @@ func (c *checker) limits() {
 // refuse all clients of some nodes.
 func (c *checker) access() {
 	const least, most = Duration(10 * time.Second), Duration(30 * 24 * time.Hour)
+	if m := c.Access.Join; m != "" && m != JoinOpen && m != JoinApprove {
+		c.reject(At("access", "join"), fmt.Sprintf("write %s or %s", JoinOpen, JoinApprove), "%q is no way to join", m)
+	}
 	if d := c.Access.StaleFor; d != 0 && (d < least || d > most) {
 		c.reject(At("access", "stale_for"), fmt.Sprintf("write a time from %s to %s, or 0s for no limit", least, most), "%s is out of range", d)
 	}

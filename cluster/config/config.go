@@ -32,6 +32,9 @@ func (c *Config) FeatureLevel() (level int, key string) {
 	if at := At("limits", "tenant_share"); c.source.Has(at) {
 		return 3, at.String()
 	}
+	if at := At("access", "join"); c.source.Has(at) {
+		return 3, at.String()
+	}
 	if at := At("access", "stale_for"); c.source.Has(at) {
 		return 2, at.String()
 	}
@@ -181,7 +184,19 @@ type Access struct {
 	// the default: without limit, so a key that is revoked meanwhile is accepted there
 	// until the node is back.
 	StaleFor Duration `yaml:"stale_for"`
+	// Join says whether a node that is no member may join by itself.
+	Join JoinMode `yaml:"join,omitempty"`
 }
+
+// JoinMode says who may join the cluster, of those with a certificate of its CA.
+type JoinMode string
+
+const (
+	// JoinOpen: every node that was not removed.
+	JoinOpen JoinMode = "open"
+	// JoinApprove: a node that an operator admits.
+	JoinApprove JoinMode = "approve"
+)
 
 // Stale reports whether API keys can't be checked against a copy of the agreed state that
 // may be so old. An age that is not known is too old for any limit.

@@ -98,9 +98,7 @@ func (m *Mesh) accept(slot *handshakeSlot, tcp net.Conn) (tunnel *PeerConn) {
 	_ = raw.Close() // the reason is err
 	err = explainHandshake(err)
 	reason := m.countFailure("accepted", err)
-	if !endedByPeer(reason) {
-		m.metrics.atPort.WithLabelValues(reason).Inc()
-	}
+	m.countTurnedAway(reason)
 	m.logNotAccepted(tcp.RemoteAddr(), reason, err)
 	return nil
 }
@@ -170,7 +168,7 @@ func (m *Mesh) serverHandshake(ctx context.Context, raw net.Conn) (*PeerConn, er
 		}
 	}
 	// The reply is sent on a refusal too, so that both sides know the reason.
-	answer, err := m.encodeReply(self, refused)
+	answer, err := m.encodeReply(self, request.ClusterID, refused)
 	if err == nil {
 		_, err = secure.Write(answer)
 	}

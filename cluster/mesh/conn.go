@@ -24,6 +24,7 @@ type PeerConn struct {
 	via       string // the relay, which sees only ciphertext; "" for a direct connection
 	target    string // of an accepted KindTunnel: the node to reach
 	theirs    Membership
+	founded   bool // the acceptor that was dialled belongs to some cluster
 	opened    time.Time
 }
 
@@ -37,6 +38,10 @@ func newPeerConn(m *Mesh, secure *tls.Conn, raw net.Conn, direction string, peer
 
 // Membership is what the peer said of itself in its preface.
 func (c *PeerConn) Membership() Membership { return c.theirs }
+
+// Founded reports whether the node that was dialled belongs to a cluster. Only one that
+// shows the same cluster id learns to which.
+func (c *PeerConn) Founded() bool { return c.founded }
 
 // dialledTo reports whether this node opened the connection, and to that node.
 func (c *PeerConn) dialledTo(node string) bool {

@@ -89,7 +89,7 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 	self, identity := m.opts.Membership(), m.opts.Credentials.Identity()
 	preface, err := encodePreface(prefaceRequest{
 		Format: prefaceFormat, Kind: request.kind, ClusterID: self.ClusterID, Generation: self.Generation,
-		Node: identity.Node, Site: identity.Site, Target: request.target, Admitted: self.Admitted,
+		Node: identity.Node, Site: identity.Site, Target: request.target, Admitted: self.Admitted, Ticket: self.Ticket,
 	})
 	if err != nil {
 		return nil, err
@@ -114,7 +114,7 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 		return nil, refused
 	}
 	conn := newPeerConn(m, secure, raw, "dialled", peer, request.kind)
-	conn.theirs = theirs
+	conn.theirs, conn.founded = theirs, reply.Founded || theirs.ClusterID != ""
 	if err := m.register(conn); err != nil {
 		return nil, err
 	}
@@ -131,7 +131,7 @@ func (m *Mesh) clientHandshake(ctx context.Context, raw net.Conn, request dialRe
 
 // register adds a connection to the list that CloseKind, CloseAll and
 // CloseRefused search, and only then asks Admit about its site, and whether the peer
-// was removed: see Options.Admit for the order.
+// is a member and was not removed: see Options.Admit for the order.
 func (m *Mesh) register(conn *PeerConn) error {
 	if err := m.conns.add(conn); err != nil {
 		return err
@@ -155,6 +155,9 @@ func (m *Mesh) refuses(conn *PeerConn) *RefusedError {
 		if why := m.opts.Removed(conn.peer, conn.theirs.Admitted); why != "" {
 			return refuse(CodeRemoved, "%s", why)
 		}
+	}
+	if m.opts.Member != nil && conn.theirs.ClusterID != "" && !m.opts.Member(conn.peer, conn.theirs) {
+		return refuse(CodeNotAdmitted, "node %s of site %s is not a member of the cluster", conn.peer.Node, conn.peer.Site)
 	}
 	return nil
 }

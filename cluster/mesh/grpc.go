@@ -238,10 +238,22 @@ func PeerFromContext(ctx context.Context) (Identity, bool) {
 	return info.peer, ok
 }
 
+// MembershipFromContext is what the caller of a gRPC handler said of itself when it
+// connected.
+func MembershipFromContext(ctx context.Context) (Membership, bool) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return Membership{}, false
+	}
+	info, ok := p.AuthInfo.(peerAuthInfo)
+	return info.theirs, ok
+}
+
 // peerAuthInfo carries a peer's identity through gRPC.
 type peerAuthInfo struct {
 	credentials.CommonAuthInfo
-	peer Identity
+	peer   Identity
+	theirs Membership
 }
 
 func (peerAuthInfo) AuthType() string { return "dsnode" }
@@ -259,7 +271,7 @@ func (peerCredentials) handshake(conn net.Conn) (net.Conn, credentials.AuthInfo,
 	}
 	return c, peerAuthInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		peer:           c.peer,
+		peer:           c.peer, theirs: c.theirs,
 	}, nil
 }
 

@@ -70,7 +70,7 @@ func TestInvalidClientsAreNotAccepted(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			before := testutil.ToFloat64(hub.metrics.failures.WithLabelValues("accepted", tc.reason))
-			refused := testutil.ToFloat64(hub.metrics.atPort.WithLabelValues(tc.reason))
+			refused := testutil.ToFloat64(hub.metrics.turnedAway.WithLabelValues(tc.reason))
 			raw, err := net.Dial("tcp", hub.addr)
 			if err != nil {
 				t.Fatal(err)
@@ -100,7 +100,7 @@ func TestInvalidClientsAreNotAccepted(t *testing.T) {
 				refused++
 			}
 			async.Await(t, "the refusal at the port to be counted", func() bool {
-				return testutil.ToFloat64(hub.metrics.atPort.WithLabelValues(tc.reason)) == refused
+				return testutil.ToFloat64(hub.metrics.turnedAway.WithLabelValues(tc.reason)) == refused
 			})
 		})
 	}

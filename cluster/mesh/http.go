@@ -41,10 +41,10 @@ func (m *Mesh) newHTTPTransport() *http.Transport {
 type httpPeerKey struct{}
 
 // HTTPConnContext is for http.Server.ConnContext on Listener(KindHTTP). It stores
-// the peer's identity for HTTPPeer.
+// the connection for HTTPPeer.
 func HTTPConnContext(ctx context.Context, conn net.Conn) context.Context {
 	if c, ok := conn.(*PeerConn); ok {
-		return context.WithValue(ctx, httpPeerKey{}, c.peer)
+		return context.WithValue(ctx, httpPeerKey{}, c)
 	}
 	return ctx
 }
@@ -52,6 +52,18 @@ func HTTPConnContext(ctx context.Context, conn net.Conn) context.Context {
 // HTTPPeer returns the peer that sent a request, in a handler behind
 // HTTPConnContext.
 func HTTPPeer(r *http.Request) (Identity, bool) {
-	id, ok := r.Context().Value(httpPeerKey{}).(Identity)
-	return id, ok
+	c, ok := r.Context().Value(httpPeerKey{}).(*PeerConn)
+	if !ok {
+		return Identity{}, false
+	}
+	return c.peer, true
+}
+
+// HTTPMembership is what the peer that sent a request said of itself when it connected.
+func HTTPMembership(r *http.Request) (Membership, bool) {
+	c, ok := r.Context().Value(httpPeerKey{}).(*PeerConn)
+	if !ok {
+		return Membership{}, false
+	}
+	return c.theirs, true
 }

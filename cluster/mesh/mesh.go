@@ -75,6 +75,10 @@ type Options struct {
 	// the peer's Membership. It is called after Admit, under the same rules. Nil: no peer
 	// was.
 	Removed func(peer Identity, admitted uint64) string
+	// Member reports whether a peer that shows this node's cluster id is a member. It is
+	// called after Removed, under the same rules. A peer without a cluster id, which may
+	// open only KindGRPC, is not asked about. Nil: all are.
+	Member func(peer Identity, theirs Membership) bool
 	// OnRemoved is called when a peer of the same cluster refuses this node because it was
 	// removed. It must not block. May be nil.
 	OnRemoved func(peer Identity, why string)
@@ -151,8 +155,14 @@ func (m *Mesh) CloseAll(site string) {
 	m.conns.abortWhere(func(c *PeerConn) bool { return c.peer.Site == site })
 }
 
+// CloseOutsiders aborts every accepted connection with a peer that had not joined a cluster
+// when it was made.
+func (m *Mesh) CloseOutsiders() {
+	m.conns.abortWhere(func(c *PeerConn) bool { return c.direction == "accepted" && c.theirs.ClusterID == "" })
+}
+
 // CloseRefused aborts every connection with a site that Admit refuses now, or with a
-// peer that was removed.
+// peer that was removed or is no member.
 func (m *Mesh) CloseRefused() {
 	m.conns.abortWhere(func(c *PeerConn) bool { return m.refuses(c) != nil })
 }

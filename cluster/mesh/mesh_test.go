@@ -281,7 +281,7 @@ func TestRemovedNodeIsRefused(t *testing.T) {
 	for _, m := range []struct {
 		what string
 		Membership
-	}{{"one with an empty disk", noCluster}, {"one that was admitted later", Membership{first.ClusterID, first.Generation, 51}}} {
+	}{{"one with an empty disk", noCluster}, {"one that was admitted later", Membership{ClusterID: first.ClusterID, Generation: first.Generation, Admitted: 51}}} {
 		b.setMembership(m.Membership)
 		conn, err := b.DialAddr(ctx, KindGRPC, a.addr)
 		if err != nil {

@@ -13,7 +13,7 @@ type metrics struct {
 	handshakes  prometheus.Gauge
 	failures    *prometheus.CounterVec
 	refused     *prometheus.CounterVec
-	atPort      *prometheus.CounterVec
+	turnedAway  *prometheus.CounterVec
 	tunnels     *prometheus.CounterVec
 	viaRelay    prometheus.Gauge
 }
@@ -36,8 +36,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		refused: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_peer_refused_total", Help: "Connections that this node (by=self) or an authenticated peer (by=peer) refused, by code.",
 		}, []string{"code", "by"}),
-		// The label port is constant, because other packages count for their ports.
-		atPort: f.NewCounterVec(prometheus.CounterOpts{
+		// The other ports have the same metric with other values of port.
+		turnedAway: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "dsnode_connections_refused_total", Help: "Connections and packets that a port refused, by reason.",
 			ConstLabels: prometheus.Labels{"port": "rpc"},
 		}, []string{"reason"}),
@@ -48,6 +48,14 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		viaRelay: f.NewGauge(prometheus.GaugeOpts{
 			Name: "dsnode_peer_detours", Help: "Nodes that this node reaches only through a relay.",
 		}),
+	}
+}
+
+// countTurnedAway counts a connection that this node accepted and then closed, with the
+// reason that countFailure returned.
+func (m *Mesh) countTurnedAway(reason string) {
+	if !endedByPeer(reason) {
+		m.metrics.turnedAway.WithLabelValues(reason).Inc()
 	}
 }
 
@@ -63,7 +71,7 @@ func (m *Mesh) countFailure(direction string, err error) string {
 	code, by := "other", "self" // a peer may send any code
 	switch refused.Code {
 	case CodeUnknownFormat, CodeUnknownKind, CodeMalformed, CodeIdentity, CodeNotMember, CodePeerNotMember,
-		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeKindClosed, CodeIsolated, CodeNoTunnel, CodeUnreached:
+		CodeOtherCluster, CodeOlderGeneration, CodeNewerGeneration, CodeForkGeneration, CodeRemoved, CodeNotAdmitted, CodeKindClosed, CodeIsolated, CodeNoTunnel, CodeUnreached:
 		code = refused.Code
 	}
 	if refused.ByPeer {

@@ -48,6 +48,8 @@ type Membership struct {
 	// Admitted is the raft index of the entry that made the node a member, 0 for the
 	// founder.
 	Admitted uint64
+	// Ticket proves the admission to a node whose agreed state is older; nil: it has none.
+	Ticket *agreed.Ticket
 }
 
 // The codes of a refusal, for metrics and programs. "This node" is the one that
@@ -64,6 +66,7 @@ const (
 	CodeNewerGeneration = "newer_generation" // the cluster was recovered without this node
 	CodeForkGeneration  = "fork_generation"  // two recoveries made the same generation number
 	CodeRemoved         = "removed"          // the peer was removed from the cluster
+	CodeNotAdmitted     = "not_admitted"     // the peer is no member of the cluster
 	CodeKindClosed      = "kind_closed"      // this node accepts no connections of that kind now
 	CodeIsolated        = "isolated"         // Options.Admit refuses the site
 	CodeNoTunnel        = "no_tunnel"        // this node relays nothing to that target, or has no capacity left
@@ -102,7 +105,8 @@ func checkMembership(self, peer Membership, kind Kind) *RefusedError {
 	case self.ClusterID == "" || peer.ClusterID == "":
 		return nil
 	case self.ClusterID != peer.ClusterID:
-		return refuse(CodeOtherCluster, "this node belongs to cluster %s, the peer to cluster %s", self.ClusterID, peer.ClusterID)
+		// Without this node's id: only who shows it already may learn it.
+		return refuse(CodeOtherCluster, "the peer belongs to cluster %s, this node to another one", peer.ClusterID)
 	case peer.Generation.Number < self.Generation.Number:
 		return refuse(CodeOlderGeneration, "the peer has generation %d, the cluster was recovered since and has generation %d: the peer must rejoin",
 			peer.Generation.Number, self.Generation.Number)
@@ -138,14 +142,16 @@ type prefaceRequest struct {
 	Site       string            `json:"site"`
 	Target     string            `json:"target,omitzero"` // only of KindTunnel
 	Admitted   uint64            `json:"admitted,omitzero"`
+	Ticket     *agreed.Ticket    `json:"ticket,omitzero"`
 }
 
 func (p prefaceRequest) membership() Membership {
-	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted}
+	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted, Ticket: p.Ticket}
 }
 
 // prefaceReply is the acceptor's preface. It is sent on a refusal too, so that both
-// sides know the reason. An empty code means accepted.
+// sides know the reason. An empty code means accepted. Cluster id, generation and what
+// follows them are left out for a dialler that does not show the same cluster id.
 type prefaceReply struct {
 	Format     int               `json:"format"`
 	Code       string            `json:"code"`
@@ -153,17 +159,25 @@ type prefaceReply struct {
 	ClusterID  string            `json:"cluster_id"`
 	Generation agreed.Generation `json:"generation"`
 	Admitted   uint64            `json:"admitted,omitzero"`
+	Ticket     *agreed.Ticket    `json:"ticket,omitzero"`
+	// Founded says that the acceptor belongs to a cluster, to those that are not told to
+	// which one.
+	Founded bool `json:"founded,omitzero"`
 }
 
 func (p prefaceReply) membership() Membership {
-	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted}
+	return Membership{ClusterID: p.ClusterID, Generation: p.Generation, Admitted: p.Admitted, Ticket: p.Ticket}
 }
 
 var errPreface = errors.New("not a dsnode preface")
 
-// encodeReply encodes the acceptor's preface. A nil refused means accepted.
-func (m *Mesh) encodeReply(self Membership, refused *RefusedError) ([]byte, error) {
-	reply := prefaceReply{Format: prefaceFormat, ClusterID: self.ClusterID, Generation: self.Generation, Admitted: self.Admitted}
+// encodeReply encodes the acceptor's preface for a dialler that shows a cluster id. A nil
+// refused means accepted.
+func (m *Mesh) encodeReply(self Membership, shown string, refused *RefusedError) ([]byte, error) {
+	reply := prefaceReply{Format: prefaceFormat, Founded: self.ClusterID != ""}
+	if shown == self.ClusterID {
+		reply.ClusterID, reply.Generation, reply.Admitted, reply.Ticket = self.ClusterID, self.Generation, self.Admitted, self.Ticket
+	}
 	if refused != nil {
 		// The message says "this node", so the peer must see whose message it is.
 		reply.Code, reply.Message = refused.Code, m.opts.Credentials.Identity().Node+" says: "+refused.Message
@@ -223,7 +237,7 @@ func decodeRequest(body []byte, cert Identity) (prefaceRequest, *RefusedError) {
 		return prefaceRequest{}, malformed
 	}
 	if len(p.Kind) > prefaceFieldMax || len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax ||
-		len(p.Node) > prefaceFieldMax || len(p.Site) > prefaceFieldMax || len(p.Target) > prefaceFieldMax {
+		len(p.Node) > prefaceFieldMax || len(p.Site) > prefaceFieldMax || len(p.Target) > prefaceFieldMax || tooLong(p.Ticket) {
 		return prefaceRequest{}, refuse(CodeMalformed, "a member of the preface is longer than %d bytes", prefaceFieldMax)
 	}
 	if (p.Kind == KindTunnel) != (p.Target != "") {
@@ -248,8 +262,10 @@ func decodeReply(body []byte) (prefaceReply, *RefusedError) {
 	case p.Format != prefaceFormat:
 		return prefaceReply{}, refuse(CodeUnknownFormat,
 			"the peer replied in format %d, this node understands %d: upgrade the older of the two nodes", p.Format, prefaceFormat)
-	case len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax:
+	case len(p.ClusterID) > prefaceFieldMax || len(p.Generation.ID) > prefaceFieldMax || tooLong(p.Ticket):
 		return prefaceReply{}, refuse(CodeMalformed, "a member of the peer's reply is longer than %d bytes", prefaceFieldMax)
 	}
 	return p, nil
 }
+
+func tooLong(t *agreed.Ticket) bool { return t != nil && len(t.Signature) > prefaceFieldMax }

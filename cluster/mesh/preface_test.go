@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bytes"
+	"math"
 	"strings"
 	"testing"
 
@@ -164,8 +165,8 @@ func TestReadPrefaceReadsNoByteBeyondIt(t *testing.T) {
 func TestRefusalsFitIntoAReply(t *testing.T) {
 	long := strings.Repeat("\x01", prefaceFieldMax) // six bytes each in JSON
 	for _, pair := range [][2]Membership{
-		{{long, agreed.Generation{Number: 1, ID: long}, 0}, {"c", agreed.Generation{Number: 1, ID: long}, 0}},
-		{{long, agreed.Generation{Number: 1, ID: long}, 0}, {long, agreed.Generation{Number: 1, ID: "other" + long[5:]}, 0}},
+		{{ClusterID: long, Generation: agreed.Generation{Number: 1, ID: long}}, {ClusterID: "c", Generation: agreed.Generation{Number: 1, ID: long}}},
+		{{ClusterID: long, Generation: agreed.Generation{Number: 1, ID: long}}, {ClusterID: long, Generation: agreed.Generation{Number: 1, ID: "other" + long[5:]}}},
 	} {
 		refused := checkMembership(pair[0], pair[1], KindRaft)
 		if refused == nil {
@@ -174,6 +175,7 @@ func TestRefusalsFitIntoAReply(t *testing.T) {
 		if _, err := encodePreface(prefaceReply{
 			Format: 1, Code: refused.Code, Message: strings.Repeat("n", 80) + refused.Message,
 			ClusterID: pair[0].ClusterID, Generation: pair[0].Generation,
+			Ticket: &agreed.Ticket{Index: math.MaxUint64, Signature: make([]byte, prefaceFieldMax)},
 		}); err != nil {
 			t.Error(err)
 		}

@@ -106,7 +106,7 @@ func (m *Mesh) answerTunnel(from *PeerConn, refused *RefusedError) bool {
 		result = refused.Code
 	}
 	m.metrics.tunnels.WithLabelValues("relayed", result).Inc()
-	answer, err := m.encodeReply(m.opts.Membership(), refused)
+	answer, err := m.encodeReply(m.opts.Membership(), from.theirs.ClusterID, refused)
 	if err == nil {
 		err = errors.Join(from.SetWriteDeadline(time.Now().Add(m.opts.DialTimeout)), writeAll(from, answer), from.SetWriteDeadline(time.Time{}))
 	}

@@ -88,7 +88,7 @@ var refusals = []refusal{
 	{agreed.ErrVersionConflict, http.StatusConflict, "version_conflict", "dsnode config diff FILE shows what has changed; then apply again"},
 	{cluster.ErrUnknownSite, http.StatusConflict, "unknown_site", "add the node's site to cluster.yaml, or correct site in its node.yaml"},
 	{cluster.ErrWrongCluster, http.StatusConflict, "wrong_cluster", "correct cluster in node.yaml and issue a certificate for that name"},
-	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "to use the node's data again, run dsnode node admit NODE at a member and start the node; to start anew, empty its data directory first"},
+	{cluster.ErrNodeRemoved, http.StatusConflict, "node_removed", "run dsnode node admit NODE at a member and start the node; to start anew, empty its data directory first"},
 	{cluster.ErrNameTaken, http.StatusConflict, "name_taken", "give the node another name, with a certificate for it"},
 	{cluster.ErrFeatureLevel, http.StatusConflict, "feature_level", "dsnode node list shows the version of each node"},
 	{agreed.ErrOverBound, http.StatusBadRequest, "over_bound", "send a shorter value; cluster/agreed/DESIGN.md lists the bounds"},

@@ -471,6 +471,12 @@ func (r *run) remove(f *Fault, m *Machine) (end func() error, err error) {
 			r.after(2*time.Second, func() error {
 				r.removed[m.Name] = false
 				r.lost, r.ended = time.Now(), time.Now()
+				if gone.Load() { // it asks until an operator has admitted it again
+					r.hands.Go(func() {
+						err := r.change(http.MethodPost, "/admin/v1/nodes/"+m.Name+"/admit", "", m.Name)
+						r.note("admitted %s again: %v", m.Name, err)
+					})
+				}
 				return r.start(m)
 			})
 			return nil
