@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"time"
 )
@@ -160,23 +161,23 @@ func (w *World) stream(ctx context.Context, m *Machine, model, question string) 
 	return s, lines.Err()
 }
 
-// leaves starts streams of eight minutes and leaves soon. No model server may work on.
+// leaves starts streams of eight minutes and leaves soon. No model server may work on. What
+// runs in the way may have been cut off or lost power meanwhile: its peers learn of that
+// when their packets stay unanswered.
 func (r *run) leaves(ctx context.Context, m *Machine) {
 	for n := 0; sleep(ctx, 7*time.Second) == nil; n++ {
-		p := m.current()
-		if p == nil {
+		if m.current() == nil {
 			continue
 		}
 		question := fmt.Sprintf("slow %d of %s.", n, m.Name)
-		troubled := r.w.net.faulty()
+		troubled, before := r.w.net.faulty(), r.w.running()
 		patient, leave := context.WithTimeout(ctx, time.Second+time.Duration(r.ledger.draw(2000))*time.Millisecond)
 		_, _ = r.w.stream(patient, m, slowModel, question) // it can't be complete
 		leave()
 		if sleep(ctx, time.Second) != nil {
 			return
 		}
-		if r.w.worksOn(question) != "" && (troubled || r.w.net.faulty() || m.current() != p) {
-			// The way to a model server of another site is cut, or the node's machine is off.
+		if r.w.worksOn(question) != "" && (troubled || r.w.net.faulty() || !slices.Equal(before, r.w.running())) {
 			if sleep(ctx, userTimeout+5*time.Second) != nil {
 				return
 			}
@@ -185,6 +186,15 @@ func (r *run) leaves(ctx context.Context, m *Machine) {
 			r.laws.broken(8, "the model server of %s works on for a client of %s that has gone", site, m.Name)
 		}
 	}
+}
+
+// running is the process of each machine, nil for one that is off.
+func (w *World) running() []*process {
+	var all []*process
+	for _, m := range w.machines {
+		all = append(all, m.current())
+	}
+	return all
 }
 
 // worksOn is the site whose model server is answering this question, empty if none is.
