@@ -457,6 +457,10 @@ func endError(ctx context.Context, err error) error {
 	return nil
 }
 
+// numberedGossipLevel is the feature level whose members all number their gossip, so that
+// messages without a number are old ones that somebody sends again.
+const numberedGossipLevel = 3
+
 func (c *Cluster) newGossip() *gossip.Gossip {
 	m := c.Membership()
 	return gossip.New(gossip.Options{
@@ -487,7 +491,12 @@ func (c *Cluster) newGossip() *gossip.Gossip {
 				})
 			}
 		},
-		Admit: c.opts.Admit, LeaveOnStop: true, Logger: c.log, Registerer: c.opts.Registerer,
+		Removed: func(name string) bool {
+			_, removed := c.State().Removal(name)
+			return removed
+		},
+		Numbered: func() bool { return c.State().FeatureLevel >= numberedGossipLevel },
+		Admit:    c.opts.Admit, LeaveOnStop: true, Logger: c.log, Registerer: c.opts.Registerer,
 	})
 }
 

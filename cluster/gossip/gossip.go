@@ -6,7 +6,9 @@
 // The package owns the metadata that a node publishes about itself (meta.go), the
 // table that memberlist's callbacks fill (table.go), the loop that joins seeds and
 // lost members again (join.go), the one that finds out whether UDP gets through to each
-// member (udp.go), and a transport with bounds (transport.go).
+// member (udp.go), and a transport with bounds (transport.go, stream.go) that passes only
+// sealed messages (seal.go), each once (replay.go), of the types that nodes send
+// (message.go).
 //
 // Start reading at Gossip.Run.
 package gossip
@@ -91,6 +93,13 @@ type Options struct {
 	// must return one for "", which stands for addresses of unknown nodes, while it
 	// refuses any site: as long as Admit("") is nil, all are admitted. Nil admits all.
 	Admit func(site string) error
+	// Removed reports whether the cluster has removed a node. Nothing is accepted about
+	// such a node, so that no later report of it, or an old one that somebody sends again,
+	// makes it a member. Nil: none was removed.
+	Removed func(name string) bool
+	// Numbered reports whether all members number what they send. As long as it is false,
+	// or nil, messages without a number are accepted, as earlier versions send them.
+	Numbered func() bool
 	// LeaveOnStop announces this node's leaving when Run ends, so that other members
 	// see it as left, not dead.
 	LeaveOnStop bool
@@ -140,7 +149,7 @@ func New(o Options) *Gossip {
 	metrics := newMetrics(o.Registerer)
 	return &Gossip{
 		opts:    o,
-		table:   newTable(o.Name, metrics),
+		table:   newTable(o.Name, o.Removed, metrics),
 		metrics: metrics,
 		update:  make(chan struct{}, 1),
 		timing: timing{
@@ -163,7 +172,10 @@ func (g *Gossip) listen() (*transport, error) {
 	if g.transport != nil {
 		return g.transport, nil
 	}
-	t, err := newTransport(g.opts.Bind, g.opts.Host, g.metrics, g.faults, g.admits)
+	if err := g.validate(); err != nil {
+		return nil, fmt.Errorf("gossip: %w", err)
+	}
+	t, err := g.newTransport()
 	if err != nil {
 		return nil, fmt.Errorf("gossip: %w", err)
 	}
@@ -189,6 +201,8 @@ func (g *Gossip) admits(remote netip.AddrPort, anyPort bool) bool {
 	}
 	return len(sites) > 0
 }
+
+func (g *Gossip) numbered() bool { return g.opts.Numbered != nil && g.opts.Numbered() }
 
 // CloseRefused closes the streams that Admit refuses now.
 func (g *Gossip) CloseRefused() {
@@ -242,9 +256,6 @@ func (g *Gossip) Run(ctx context.Context) error {
 		return err
 	}
 	defer g.closeTransport(transport)
-	if err := g.validate(); err != nil {
-		return fmt.Errorf("gossip: %w", err)
-	}
 	if _, err := g.refreshMeta(false); err != nil {
 		return fmt.Errorf("gossip: %w", err)
 	}
@@ -390,8 +401,7 @@ func (g *Gossip) config(t *transport) *memberlist.Config {
 	c := memberlist.DefaultLANConfig()
 	c.Name = g.opts.Name
 	c.Transport = t
-	c.Label = g.opts.Label
-	c.SecretKey = g.opts.Key
+	c.UDPBufferSize = packetSize - len(t.sealing.label) - sealOverhead // label and key are the transport's
 	c.ProbeInterval = g.timing.probeInterval
 	c.ProbeTimeout = g.timing.probeTimeout
 	c.TCPTimeout = streamTimeout

@@ -293,7 +293,7 @@ func TestNodesWithAnotherLabelOrKeyAreIgnored(t *testing.T) {
 			t.Errorf("%s sees %d members, want only itself", m.opts.Name, n)
 		}
 	}
-	if text := log.String(); !strings.Contains(text, "unacceptable label") || !strings.Contains(text, "level=WARN") {
+	if text := log.String(); !strings.Contains(text, "reason=label") || !strings.Contains(text, "level=WARN") {
 		t.Errorf("the log has no warning about the label:\n%s", text)
 	}
 	for _, secret := range []string{string(testKey), hex.EncodeToString(testKey), fmt.Sprint(testKey)} {
@@ -383,7 +383,7 @@ func TestStreamsAreBounded(t *testing.T) {
 	var mu sync.Mutex
 	closed := 0
 	var readers sync.WaitGroup
-	for range maxStreams + 10 {
+	for range maxStreams + 10 { // of an address that is no member's
 		raw, err := net.Dial("tcp", a.Addr())
 		if err != nil {
 			t.Fatal(err)

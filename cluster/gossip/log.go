@@ -16,6 +16,11 @@ const (
 	logTCPOnlyPrefix = "Was able to connect to "
 	logTCPOnlySuffix = " over TCP but UDP probes failed, network may be misconfigured"
 
+	// logUnencrypted warns of memberlist's own encryption, which is off: the transport
+	// encrypts. A node that still lists a removed member causes logRemoved again and again.
+	logUnencrypted = "Binding to public address without encryption!"
+	logRemoved     = "ignoring alive message for "
+
 	maxLogLine = 300 // bytes of a line; memberlist prints all bytes of a node's metadata as numbers
 )
 
@@ -36,6 +41,12 @@ func (l *logWriter) Write(line []byte) (int, error) {
 	if name, ok := cutBoth(text, logTCPOnlyPrefix, logTCPOnlySuffix); ok {
 		l.table.metrics.tcpOnly.Inc()
 		l.table.setUDPBlocked(name)
+	}
+	if text == logUnencrypted {
+		return len(line), nil
+	}
+	if _, ok := cutBoth(text, logRemoved, errRemoved.Error()); ok {
+		level = slog.LevelDebug
 	}
 	if level < slog.LevelWarn {
 		l.log.Log(context.Background(), level, "gossip: memberlist log", "line", text)

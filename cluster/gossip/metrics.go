@@ -15,6 +15,7 @@ type metrics struct {
 	packetsIn      prometheus.Counter
 	packetsOut     prometheus.Counter
 	streamsRefused prometheus.Counter
+	refused        map[refusal]prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -22,7 +23,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	packets := f.NewCounterVec(prometheus.CounterOpts{
 		Name: "dsnode_gossip_packets_total", Help: "Gossip packets (UDP).",
 	}, []string{"direction"})
+	refused := f.NewCounterVec(prometheus.CounterOpts{
+		Name: "dsnode_connections_refused_total", Help: "Connections and packets that a port refused, by reason.",
+		ConstLabels: prometheus.Labels{"port": "gossip"},
+	}, []string{"reason"})
+	byReason := map[refusal]prometheus.Counter{}
+	for _, why := range refusals {
+		byReason[why] = refused.WithLabelValues(string(why))
+	}
 	return &metrics{
+		refused: byReason,
 		members: f.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "dsnode_gossip_members", Help: "Members that gossip knows, this node included.",
 		}, []string{"state"}),

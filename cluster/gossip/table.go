@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -27,6 +28,7 @@ const (
 // could overflow.
 type table struct {
 	self     string
+	removed  func(name string) bool // Options.Removed; may be nil
 	metrics  *metrics
 	wakeRun  chan struct{}
 	wakeJoin chan struct{} // a member was lost, or this node's name is in conflict
@@ -53,9 +55,9 @@ type entry struct {
 	claimAt    time.Time
 }
 
-func newTable(self string, metrics *metrics) *table {
+func newTable(self string, removed func(string) bool, metrics *metrics) *table {
 	return &table{
-		self: self, metrics: metrics,
+		self: self, removed: removed, metrics: metrics,
 		wakeRun:  make(chan struct{}, 1),
 		wakeJoin: make(chan struct{}, 1),
 		entries:  map[string]*entry{}, published: map[string]Member{},
@@ -80,14 +82,23 @@ func (e *entry) set(state MemberState, now time.Time) {
 	}
 }
 
-// NotifyAlive refuses a member with an invalid name or invalid metadata, before
-// memberlist accepts it.
+var errRemoved = errors.New("it was removed from the cluster")
+
+// NotifyAlive refuses a member with an invalid name, address or metadata, or one that was
+// removed, before memberlist accepts it.
 func (t *table) NotifyAlive(n *memberlist.Node) error {
 	if err := config.CheckIdentityPart("node", n.Name); err != nil {
 		return err
 	}
 	if _, _, err := decodeMeta(n.Name, n.Meta); err != nil {
 		return err
+	}
+	if !nodeAddr(n).IsValid() {
+		return errors.New("its address is invalid")
+	}
+	// memberlist needs this node in its list, so that one is never refused.
+	if n.Name != t.self && t.removed != nil && t.removed(n.Name) {
+		return errRemoved
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -271,6 +282,18 @@ func (t *table) sitesAt(a netip.AddrPort, anyPort bool) []string {
 		}
 	}
 	return sites
+}
+
+// isMember reports whether an IP address is that of another member.
+func (t *table) isMember(a netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for name, e := range t.entries {
+		if name != t.self && (e.addr.Addr() == a || e.claimAddr.IsValid() && e.claimAddr.Addr() == a) {
+			return true
+		}
+	}
+	return false
 }
 
 // joinState is what joinLoop decides on.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"strconv"
@@ -14,20 +15,28 @@ import (
 	"github.com/hashicorp/memberlist"
 
 	"github.com/dsnode/dsnode/cluster/host"
+	"github.com/dsnode/dsnode/cluster/throttle"
 )
 
 const (
-	maxStreams   = 64      // accepted and open at once; a push/pull takes a few round trips
-	maxPacket    = 1 << 16 // the largest UDP datagram
+	maxStreams   = 32      // of one pool, open at once; a push/pull takes a few round trips
+	poolBytes    = 4 << 20 // of the messages of one pool; five of the longest
+	maxPacket    = 1500    // bytes of a datagram; nodes send up to packetSize
+	packetSize   = 1400
 	readBuffer   = 1 << 20
 	bindAttempts = 10
 )
 
-// transport implements memberlist.NodeAwareTransport. memberlist's own transport
-// accepts any number of streams at once and allocates 64 KiB for every packet.
+// transport implements memberlist.NodeAwareTransport. Everything that memberlist gets
+// from it was sealed with the gossip key, is a message that nodes send, and comes once.
+// memberlist's own transport accepts any number of streams at once and allocates 64 KiB
+// for every packet.
 type transport struct {
 	host     *host.Host
 	metrics  *metrics
+	sealing  *sealing
+	log      *slog.Logger
+	throttle *throttle.Lines // of refusals
 	listener net.Listener
 	udp      host.PacketConn
 	packets  chan *memberlist.Packet
@@ -37,6 +46,9 @@ type transport struct {
 	loops    sync.WaitGroup
 
 	advertise atomic.Pointer[netip.AddrPort]
+
+	// Accepted streams from addresses of members and from others, and dialled ones.
+	members, strangers, dialled streamPool
 
 	mu          sync.Mutex // guards open, stopped
 	open        map[*stream]struct{}
@@ -48,6 +60,8 @@ type transport struct {
 	// admits is called for each packet and stream. anyPort means that the remote port
 	// is not the one on which that node listens.
 	admits func(remote netip.AddrPort, anyPort bool) bool
+	// isMember reports whether an IP address is that of a member.
+	isMember func(netip.Addr) bool
 }
 
 var errRefused = errors.New("gossip with this address is not admitted")
@@ -59,26 +73,35 @@ type faults struct {
 }
 
 // newTransport binds TCP and UDP to the same port.
-func newTransport(bind string, host *host.Host, metrics *metrics, faults faults, admits func(netip.AddrPort, bool) bool) (*transport, error) {
+func (g *Gossip) newTransport() (*transport, error) {
+	sealing, err := newSealing([][]byte{g.opts.Key}, g.opts.Label, g.numbered)
+	if err != nil {
+		return nil, err
+	}
+	pool := func() streamPool { return streamPool{maxOpen: maxStreams, maxBytes: poolBytes} }
 	t := &transport{
-		host:    host,
-		metrics: metrics,
-		faults:  faults,
-		admits:  admits,
+		host:     g.opts.Host,
+		metrics:  g.metrics,
+		sealing:  sealing,
+		log:      g.opts.Logger,
+		throttle: throttle.NewLines(),
+		faults:   g.faults,
+		admits:   g.admits,
+		isMember: g.table.isMember,
+		members:  pool(), strangers: pool(), dialled: pool(),
 		packets: make(chan *memberlist.Packet),
 		streams: make(chan net.Conn),
 		done:    make(chan struct{}),
 		open:    map[*stream]struct{}{},
 	}
 	t.dialCtx, t.cancelDials = context.WithCancel(context.Background())
-	var err error
 	for range bindAttempts {
-		if err = t.bind(bind); err == nil {
+		if err = t.bind(g.opts.Bind); err == nil {
 			break
 		}
 		// Only with port 0 does a retry help: the port that the kernel chose for TCP may
 		// be in use for UDP.
-		if _, port, split := net.SplitHostPort(bind); split != nil || port != "0" {
+		if _, port, split := net.SplitHostPort(g.opts.Bind); split != nil || port != "0" {
 			break
 		}
 	}
@@ -134,23 +157,19 @@ func (t *transport) acceptStreams() {
 				continue
 			}
 		}
-		stream, ok := t.track(raw, true)
-		if !ok {
+		stream, refused := t.track(raw, true)
+		if refused != accepted {
 			_ = raw.Close() // refused
 			t.metrics.streamsRefused.Inc()
+			t.refuse(refused, remoteOf(raw))
 			continue
 		}
-		select {
-		case t.streams <- stream:
-		case <-t.done:
-			_ = stream.Close() // memberlist has stopped
-			return
-		}
+		t.loops.Go(func() { t.receiveAccepted(stream) })
 	}
 }
 
 func (t *transport) readPackets() {
-	buf := make([]byte, maxPacket)
+	buf := make([]byte, maxPacket+1) // a longer datagram fills it
 	for {
 		n, from, err := t.udp.ReadFromUDPAddrPort(buf)
 		received := time.Now()
@@ -166,12 +185,14 @@ func (t *transport) readPackets() {
 			continue
 		}
 		from = netip.AddrPortFrom(from.Addr().Unmap(), from.Port())
-		if !t.admits(from, false) {
+		message, refused := t.openPacket(buf[:n], from)
+		if refused != accepted {
+			t.refuse(refused, from)
 			continue
 		}
 		t.metrics.packetsIn.Inc()
 		packet := &memberlist.Packet{
-			Buf:       append([]byte(nil), buf[:n]...),
+			Buf:       message,
 			From:      net.UDPAddrFromAddrPort(from),
 			Timestamp: received,
 		}
@@ -180,6 +201,21 @@ func (t *transport) readPackets() {
 		case <-t.done:
 			return
 		}
+	}
+}
+
+func (t *transport) openPacket(datagram []byte, from netip.AddrPort) ([]byte, refusal) {
+	if !t.admits(from, false) {
+		return nil, refusedSite
+	}
+	return t.sealing.openPacket(datagram)
+}
+
+// refuse counts a refusal. The log has one line for each reason every ten seconds.
+func (t *transport) refuse(why refusal, from netip.AddrPort) {
+	t.metrics.refused[why].Inc()
+	if skipped, ok := t.throttle.Allow(string(why)); ok {
+		t.log.Warn("gossip: refused what arrived at the gossip port", "reason", string(why), "from", from.String(), "unreported", skipped)
 	}
 }
 
@@ -199,7 +235,7 @@ func (t *transport) WriteTo(b []byte, addr string) (time.Time, error) {
 		return time.Now(), nil // for memberlist the packet is lost
 	}
 	t.metrics.packetsOut.Inc()
-	_, err = t.udp.WriteToUDPAddrPort(b, to)
+	_, err = t.udp.WriteToUDPAddrPort(t.sealing.sealPacket(b), to)
 	return time.Now(), err
 }
 
@@ -217,8 +253,8 @@ func (t *transport) DialTimeout(addr string, timeout time.Duration) (net.Conn, e
 	if err != nil {
 		return nil, err
 	}
-	stream, ok := t.track(raw, false)
-	if !ok {
+	stream, refused := t.track(raw, false)
+	if refused != accepted {
 		_ = raw.Close() // the transport has stopped, or the site is refused since
 		return nil, net.ErrClosed
 	}
@@ -230,43 +266,31 @@ func (t *transport) DialAddressTimeout(a memberlist.Address, timeout time.Durati
 	return t.DialTimeout(a.Addr, timeout)
 }
 
-// stream is a TCP connection that the transport can close.
-type stream struct {
-	net.Conn
-	transport *transport
-	accepted  bool
-}
-
-func (s *stream) Close() error {
-	s.transport.mu.Lock()
-	delete(s.transport.open, s)
-	s.transport.mu.Unlock()
-	return s.Conn.Close()
-}
-
-// track adds a stream to the open ones, or refuses it: more than maxStreams accepted
-// ones are open, or its site is not admitted. Dialled streams don't count, because
-// memberlist's loops open few of them.
-func (t *transport) track(raw net.Conn, accepted bool) (*stream, bool) {
+// track adds a stream to the open ones, or refuses it: its pool has no place, or its site
+// is not admitted.
+func (t *transport) track(raw net.Conn, acceptedHere bool) (*stream, refusal) {
+	pool := t.poolFor(remoteOf(raw), acceptedHere)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.stopped || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), accepted) {
-		return nil, false
+	if t.stopped || t.faults.refuseStream != nil && t.faults.refuseStream() || !t.admits(remoteOf(raw), acceptedHere) {
+		return nil, refusedSite
 	}
-	if accepted {
-		n := 0
-		for s := range t.open {
-			if s.accepted {
-				n++
-			}
-		}
-		if n >= maxStreams {
-			return nil, false
-		}
+	if !pool.enter() {
+		return nil, refusedCount
 	}
-	s := &stream{Conn: raw, transport: t, accepted: accepted}
+	s := &stream{Conn: raw, transport: t, pool: pool, accepted: acceptedHere}
 	t.open[s] = struct{}{}
-	return s, true
+	return s, accepted
+}
+
+func (t *transport) poolFor(remote netip.AddrPort, acceptedHere bool) *streamPool {
+	switch {
+	case !acceptedHere:
+		return &t.dialled
+	case t.isMember(remote.Addr()):
+		return &t.members
+	}
+	return &t.strangers
 }
 
 // closeRefused closes the streams that are no longer admitted. A stream that is being
@@ -279,16 +303,6 @@ func (t *transport) closeRefused() {
 			_ = s.Conn.Close() // its user sees an error and closes it too
 		}
 	}
-}
-
-// remoteOf is the remote address of a stream.
-func remoteOf(c net.Conn) netip.AddrPort {
-	a, ok := c.RemoteAddr().(*net.TCPAddr)
-	if !ok {
-		return netip.AddrPort{}
-	}
-	p := a.AddrPort()
-	return netip.AddrPortFrom(p.Addr().Unmap(), p.Port())
 }
 
 // stopStreams ends all streams and dials, and allows no new ones. Packets are still
