@@ -45,7 +45,11 @@ func TestAlerts(t *testing.T) {
 	reasons := refusals(t) // by name of the metric
 	seen := map[string]bool{}
 	covered := map[string]bool{}
-	selector := regexp.MustCompile(`(dsnode_\w+)(?:\{(\w+)="(\w+)"\})?\[\d+m\]`)
+	selector := regexp.MustCompile(`(dsnode_\w+)(?:\{(\w+)=~?"([\w|]+)"\})?(?:\[\d+m\]|\))`)
+	others, err := os.ReadFile("../cluster/metrics.go") // metrics of a cluster, which needs more than a registry
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, g := range file.Groups {
 		for _, a := range g.Rules {
 			if a.Alert == "" || seen[a.Alert] || a.Labels["severity"] == "" || a.Annotations["summary"] == "" || a.Annotations["description"] == "" {
@@ -53,6 +57,9 @@ func TestAlerts(t *testing.T) {
 			}
 			seen[a.Alert] = true
 			found := selector.FindStringSubmatch(a.Expr)
+			if found != nil && bytes.Contains(others, []byte(`"`+found[1]+`"`)) {
+				continue
+			}
 			if found == nil || reasons[found[1]] == nil {
 				t.Errorf("%s asks for no metric of a node: %s", a.Alert, a.Expr)
 				continue

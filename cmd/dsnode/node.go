@@ -134,8 +134,9 @@ func removalText(p admin.RemovalPlan) string {
 func newNodeAdmitCommand(env *environment) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "admit NODE",
-		Short: "Let a removed node join again with its data",
-		Long: "Let a removed node join again with its data directory, for example because it has jobs that no other node\n" +
+		Short: "Let a node join that waits for it, or a removed one again with its data",
+		Long: "With access.join: approve a new node waits for this word; dsnode status names it.\n\n" +
+			"Let a removed node join again with its data directory, for example because it has jobs that no other node\n" +
 			"has. Start the node afterwards: it joins as a member, other nodes get its records, and its unfinished jobs\n" +
 			"run. It should come back within jobs.retention, because jobs that the others have forgotten by then may run\n" +
 			"again, and before dsnode keyring rotate drops the keys of its records.",

@@ -135,6 +135,7 @@ func describe(v view) admin.Status {
 	s.Reasons = append(s.Reasons, v.reasons(s)...)
 	s.Warnings = append(s.Warnings, v.quorumWarnings(s.Nodes)...)
 	s.Warnings = append(s.Warnings, v.largeState()...)
+	s.Warnings = append(s.Warnings, waitingNodes(v.state)...)
 	s.Healthy = len(s.Reasons) == 0
 	return s
 }

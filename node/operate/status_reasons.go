@@ -173,6 +173,18 @@ func (v view) largeState() []string {
 		v.stateBytes>>10, agreed.MaxBytesForKeys>>10)}
 }
 
+// waitingNodes names the nodes that wait for an operator's word.
+func waitingNodes(s *agreed.State) []string {
+	var out []string
+	for _, n := range s.Waiting {
+		if n.AdmittedAt.IsZero() {
+			out = append(out, fmt.Sprintf("node %s of site %s at %s has asked to join since %s: dsnode node admit %s lets it",
+				n.Name, n.Site, n.RPC, n.At.UTC().Format(time.RFC3339), n.Name))
+		}
+	}
+	return out
+}
+
 func lastHeard(seconds *float64) string {
 	if seconds == nil {
 		return "never heard"

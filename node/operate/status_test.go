@@ -81,6 +81,15 @@ func silence(v *view, node string, ago time.Duration) {
 	}
 }
 
+func TestStatusNamesNodesThatWait(t *testing.T) {
+	v := healthyView(t)
+	v.state.Waiting = []agreed.Applicant{{Name: "d-1", Site: "a", RPC: "d:7957", At: v.now}, {Name: "d-2", AdmittedAt: v.now}}
+	s := describe(v)
+	if all := strings.Join(s.Warnings, "; "); !s.Healthy || !strings.Contains(all, "dsnode node admit d-1 lets it") || strings.Contains(all, "d-2") {
+		t.Errorf("healthy %v, warnings %q", s.Healthy, s.Warnings)
+	}
+}
+
 func TestStatusOfAHealthyCluster(t *testing.T) {
 	s := describe(healthyView(t))
 	if !s.Healthy || len(s.Reasons) != 0 {
