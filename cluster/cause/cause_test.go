@@ -25,7 +25,6 @@ func TestOf(t *testing.T) {
 		{fmt.Errorf("net/http: broken: malformed status %q", canary), "an error of the type *fmt.fmtError"},
 		{fmt.Errorf("transport: %w", errors.New(canary)), "an error of the type *errors.errorString"},
 		{textproto.ProtocolError("malformed MIME header line: " + canary), badHTTP},
-		{&http.ProtocolError{ErrorString: canary}, badHTTP},
 		{&url.Error{Op: "Get", URL: "http://user:" + canary + "@x/", Err: io.EOF}, "the connection was closed before the answer"},
 		{io.ErrUnexpectedEOF, "the connection was closed in the middle of the answer"},
 		{&net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}, "dial tcp: connection refused"},
