@@ -133,7 +133,7 @@ func (c *fakeCluster) start(name, dir string, operator OperatorKeys) *fakeNode {
 		Name: name, Site: name[:1], Feature: 1, Instance: n.instance,
 		OperatorKey: operator.Current.Fingerprint(), OperatorKeyPrevious: operator.Previous.Fingerprint(),
 	}
-	if c.state.ClusterID == "" {
+	if n.State().ClusterID == "" {
 		c.must(agreed.CmdInit, agreed.Init{ClusterID: "c1", Name: "dev", Generation: agreed.Generation{Number: 1, ID: "g"}, Node: record})
 	} else {
 		c.must(agreed.CmdNodePut, record)
